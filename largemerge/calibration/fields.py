@@ -1,0 +1,142 @@
+"""Which columns of the data are text, conversation, target, image and loss mask.
+
+What the configuration names counts, and only that. Where it names neither text nor image, the
+columns `text` and `image` do, as far as the model has a use for them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from largemerge.calibration.batches import ModelNeeds
+from largemerge.config import CalibrationConfig
+from largemerge.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Column names; None where there is nothing of the kind."""
+
+    text: str | None
+    messages: str | None
+    target: str | None
+    image: str | None
+    loss_mask: str | None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether samples have tokens."""
+        return self.text is not None or self.messages is not None or self.target is not None
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns that have to be read."""
+        named = (self.text, self.messages, self.target, self.image, self.loss_mask)
+        return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def choose_fields(config: CalibrationConfig, columns: tuple[str, ...] | None, needs: ModelNeeds, where: str) -> Fields:
+    """Finds the columns to read, and checks that settings, columns and model fit together.
+
+    Args:
+        config: What the user asked for.
+        columns: What the data has; None if that is not known yet (then every column is taken to be there).
+        needs: What the model takes.
+        where: Candidate and file, for messages.
+
+    Raises:
+        CalibrationError: With every mistake found.
+    """
+    text, image = config.text_field, config.image_field
+    if text is None and image is None and config.messages_field is None:
+        text = "text" if _has(columns, "text") and "input_ids" in needs.forward_arguments else None
+        image = "image" if _has(columns, "image") and "pixel_values" in needs.forward_arguments else None
+    fields = Fields(text, config.messages_field, config.target_field, image, config.loss_mask_field)
+    problems = [
+        *_missing_columns(fields, columns),
+        *_nothing_to_read(fields, columns, needs),
+        *_misfits_of_the_model(fields, needs, columns),
+        *_misfits_among_settings(fields, config, needs),
+    ]
+    if problems:
+        raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
+    return fields
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The words `; did you mean 'x'?` where a known word is near, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def needs_target(needs: ModelNeeds) -> bool:
+    """Whether the model has a decoder whose tokens must come from the data."""
+    return needs.is_encoder_decoder and "decoder_input_ids" in needs.forward_arguments
+
+
+def _has(columns: tuple[str, ...] | None, name: str) -> bool:
+    return columns is None or name in columns
+
+
+def _missing_columns(fields: Fields, columns: tuple[str, ...] | None) -> Iterator[str]:
+    for kind in ("text", "messages", "target", "image", "loss_mask"):
+        column = getattr(fields, kind)
+        if column is not None and columns is not None and column not in columns:
+            yield f"{kind}_field: no column {column!r}; the columns are {list(columns)}{nearest(column, columns)}"
+
+
+def _nothing_to_read(fields: Fields, columns: tuple[str, ...] | None, needs: ModelNeeds) -> Iterator[str]:
+    if fields.text or fields.messages or fields.image:
+        return
+    takes = needs.forward_arguments
+    ways = {"input_ids": ["'text_field'", "'messages_field'"], "pixel_values": ["'image_field'"]}
+    ways = {argument: settings for argument, settings in ways.items() if argument in takes}
+    if not ways:
+        yield (
+            f"the model takes neither input_ids nor pixel_values but {sorted(takes)}; "
+            "give it ready-made tensors in a .safetensors file"
+        )
+        return
+    expected = "text" if "input_ids" in ways else "image"
+    found = list(columns or ())
+    settings = " or ".join(setting for group in ways.values() for setting in group)
+    yield f"no column {expected!r}; the columns are {found}{nearest(expected, found)}; set {settings}"
+
+
+def _misfits_of_the_model(fields: Fields, needs: ModelNeeds, columns: tuple[str, ...] | None) -> Iterator[str]:
+    takes = sorted(needs.forward_arguments)
+    if (fields.text or fields.messages) and "input_ids" not in takes:
+        setting = "text_field" if fields.text else "messages_field"
+        yield f"{setting}: the model takes no input_ids but {takes}; remove it"
+    if fields.image and "pixel_values" not in takes:
+        yield f"image_field: the model takes no pixel_values but {takes}; remove it"
+    if needs_target(needs):
+        if fields.target is None:
+            known = "" if columns is None else f" (the columns are {list(columns)})"
+            yield (
+                "an encoder-decoder model needs the decoder's text too: "
+                f"add 'target_field' with the name of its column{known}"
+            )
+        elif needs.decoder_start_token_id is None:
+            yield (
+                "target_field: the model's configuration has no decoder_start_token_id, with which the decoder "
+                "begins; add it to config.json or generation_config.json"
+            )
+    elif fields.target is not None:
+        yield "target_field: the model is no encoder-decoder and reads one text only; remove it"
+
+
+def _misfits_among_settings(fields: Fields, config: CalibrationConfig, needs: ModelNeeds) -> Iterator[str]:
+    if fields.text and fields.messages:
+        yield "'text_field' and 'messages_field' exclude each other"
+    if config.assistant_only and fields.messages is None:
+        yield "assistant_only: needs 'messages_field'"
+    if config.assistant_only and needs.is_encoder_decoder:
+        yield "assistant_only: marks tokens of the encoder, but statistics are masked over the decoder's; remove it"
+    if fields.loss_mask and not fields.has_text and fields.image:
+        yield "loss_mask_field: there is one number per token of a text, but no text; remove it"
+    if config.pack and (fields.image or needs.is_encoder_decoder):
+        partner = "an image" if fields.image else "a target"
+        yield f"pack: texts that have {partner} each cannot be joined; remove it"

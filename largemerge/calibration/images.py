@@ -1,0 +1,158 @@
+"""Images to pixels, through the checkpoint's own image processor.
+
+The processor's PIL version is asked for always: it is there without torchvision, and its numbers are
+the same on every machine. (The two versions resize a little differently.)
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largemerge.calibration.batches import ModelNeeds, Sample
+from largemerge.calibration.draw import MAX_PROBLEMS
+from largemerge.errors import CalibrationError
+
+PIXELS = "pixel_values"
+
+
+def load_image_processor(checkpoint: Path, where: str, *, trust_remote_code: bool) -> Any:
+    """Loads the image processor that lies in the checkpoint.
+
+    Raises:
+        CalibrationError: There is none, or none that can be used here.
+    """
+    import transformers
+
+    auto: Any = transformers.AutoImageProcessor
+    try:
+        return auto.from_pretrained(
+            str(checkpoint), backend="pil", trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # Transformers raises many types for files that are missing or broken
+        files = ("preprocessor_config.json", "processor_config.json")
+        if not any((checkpoint / file).is_file() for file in files):
+            raise CalibrationError(
+                f"{where}: no image processor in {checkpoint}; put the model's preprocessor_config.json there"
+            ) from None
+        reason = str(error).split(" Should have ")[0].split("\n")[0]
+        raise CalibrationError(
+            f"{where}: the image processor in {checkpoint} cannot be loaded ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def read_images(
+    groups: Sequence[Sequence[Sample]], processor: Any, folder: Path | None, needs: ModelNeeds, where: str
+) -> list[dict[str, torch.Tensor]]:
+    """Opens and processes the images of all batches.
+
+    Args:
+        groups: The samples of each batch.
+        processor: From `load_image_processor`.
+        folder: Where relative paths start; None where there is no such place.
+        needs: What the model's forward takes.
+        where: Candidate and data, for messages.
+
+    Returns:
+        For each batch `pixel_values` `[B, ...]`, and what else the processor gives that the forward takes.
+
+    Raises:
+        CalibrationError: Images that cannot be opened, several at once; or that do not fit into one batch.
+    """
+    batches: list[dict[str, torch.Tensor]] = []
+    problems: list[str] = []
+    for samples in groups:
+        images = []
+        for sample in samples:
+            try:
+                images.append(_open_image(sample.image, folder, processor))
+            except CalibrationError as error:
+                problems += [f"{where}: row {sample.row}: {problem}" for problem in error.problems]
+        if len(problems) >= MAX_PROBLEMS:
+            break
+        if not problems:
+            batches.append(_process(images, processor, needs, where))
+    if problems:
+        raise CalibrationError(*problems[:MAX_PROBLEMS])
+    return batches
+
+
+def outline_images(
+    first: Path | None, processor: Any, needs: ModelNeeds, where: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Forward argument to shape and dtype of one sample, from one image: the first, or a blank one."""
+    from PIL import Image
+
+    if first is None:
+        image = Image.new(_mode(processor), (224, 224))
+    else:
+        try:
+            image = _open_image(str(first), None, processor)
+        except CalibrationError as error:
+            raise CalibrationError(*(f"{where}: {problem}" for problem in error.problems)) from None
+    pixels = _process([image], processor, needs, where)
+    return {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in pixels.items()}
+
+
+def _mode(processor: Any) -> str:
+    means = getattr(processor, "image_mean", None)
+    return "L" if isinstance(means, list | tuple) and len(means) == 1 else "RGB"
+
+
+def _open_image(value: Any, folder: Path | None, processor: Any) -> Any:
+    """Opens a path, bytes, or a dict of both as `datasets` has it; upright and in the processor's colours."""
+    from PIL import Image, ImageOps
+
+    path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
+    if isinstance(path, bytes):
+        path, content = None, path
+    if content is None and path is None:
+        raise CalibrationError("no image; expected bytes or a path")
+    source = _resolve(str(path), folder) if content is None else io.BytesIO(content)
+    name = "the image" if path is None else f"the image {path}"
+    try:
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image).convert(_mode(processor))
+    except FileNotFoundError:
+        raise CalibrationError(f"{name} does not exist (looked for {source})") from None
+    except Exception as error:  # PIL's readers raise many types for broken files
+        raise CalibrationError(f"{name} cannot be opened: {type(error).__name__}: {error}") from None
+
+
+def _resolve(path: str, folder: Path | None) -> Path:
+    if folder is None and not Path(path).is_absolute():
+        raise CalibrationError(
+            f"{path!r} is a relative path, and a Hub dataset has no folder here; expected a column of images"
+        )
+    return Path(path) if folder is None else folder / path
+
+
+def _process(images: Sequence[Any], processor: Any, needs: ModelNeeds, where: str) -> dict[str, torch.Tensor]:
+    kind = type(processor).__name__
+    try:
+        output = processor(list(images), return_tensors="pt")
+    except Exception as error:  # processors are many; this is about their configuration, or these images together
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        sizes = sorted({image.size for image in images})
+        if len(sizes) == 1:
+            raise CalibrationError(f"{where}: {kind} cannot process an image of size {sizes[0]}: {reason}") from None
+        raise CalibrationError(
+            f"{where}: {kind} cannot process images of sizes {sizes} together; set its 'size' (and 'do_resize', "
+            f"'do_center_crop') so that all come out alike, or batch_size: 1 ({reason})"
+        ) from None
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in output.items()
+        if name in needs.forward_arguments and isinstance(tensor, torch.Tensor)
+    }
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if PIXELS not in tensors or any(shape[0] != len(images) for shape in shapes.values()):
+        raise CalibrationError(
+            f"{where}: {kind} makes {shapes} of {len(images)} images; expected 'pixel_values' with one row per "
+            "image. Give such a model ready-made tensors in a .safetensors file"
+        )
+    return tensors

@@ -1,0 +1,249 @@
+"""Where calibration data lies: a file, a folder or a Hub id becomes a table of rows.
+
+    .jsonl .json .csv .parquet   one row each, read by `datasets`
+    .txt                         a row per document (blank lines separate them) or per line
+    a folder of images           a row per image, sorted by path
+    a folder of data files       a dataset, as on the Hub
+    owner/name                   a dataset of the Hub
+
+Rows are read when asked for. `datasets` keeps its own converted copy of tabular files in its cache
+(`HF_DATASETS_CACHE`); only the first run pays for it. (.safetensors files: see tensors.py.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from largemerge.calibration.fields import nearest
+from largemerge.config import CalibrationConfig
+from largemerge.errors import CalibrationError
+
+TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FILE_SUFFIXES = (".safetensors", *TABLE_BUILDERS, ".txt")
+
+
+class Rows(Protocol):
+    """What a list of dicts and a `datasets.Dataset` have in common."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of samples."""
+
+    where: str
+    """Candidate and file, for messages."""
+    columns: tuple[str, ...]
+    num_rows: int
+    select: Callable[[Sequence[str]], Rows]
+    """Rows with these columns alone, so that no other column is decoded."""
+    folder: Path | None = None
+    """Relative paths of images start here; None where there is no such place."""
+
+
+def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]:
+    """Finds the file or folder that `config.data` means, and checks what only some kinds of data have.
+
+    Args:
+        config: Its `data` is a path, or a Hub dataset id.
+        name: The candidate's, for messages.
+
+    Returns:
+        Candidate and data, for messages; and the path, or None for a Hub dataset.
+
+    Raises:
+        CalibrationError: There is no such file, of a kind that can be read; or settings do not apply to it.
+    """
+    where = f"candidate {name!r}: {config.data}"
+    path = Path(config.data).expanduser()
+    if not path.exists():
+        if _looks_like_path(config.data):
+            siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise CalibrationError(f"{where}: no such file or folder{nearest(path.name, siblings)}")
+        found = None
+    else:
+        found = path
+        if path.is_file() and path.suffix.lower() not in FILE_SUFFIXES:
+            raise CalibrationError(
+                f"{where}: cannot read {path.suffix or 'a file without suffix'}; "
+                f"expected one of {', '.join(FILE_SUFFIXES)}, a folder, or a Hub dataset id"
+            )
+    problems = list(_settings_without_effect(config, found))
+    if problems:
+        raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
+    return where, found
+
+
+def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Source:
+    """Opens everything but .safetensors as a table.
+
+    Args:
+        config: Says which part of it, and what makes a row of a .txt file.
+        where: Candidate and data, for messages.
+        path: From `locate_data`; None for a Hub dataset.
+
+    Raises:
+        CalibrationError: Nothing in it, or it cannot be read.
+    """
+    if path is None:
+        return _from_datasets(where, None, config.data, config.subset, split=config.split)
+    if path.is_file() and path.suffix.lower() == ".txt":
+        return _from_list(where, "text", _read_texts(path, config.one_per, where), None)
+    if path.is_file():
+        _reject_blank_file(path, where)
+        # An empty cell is an empty text, and the word "null" is a word.
+        options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
+        builder = TABLE_BUILDERS[path.suffix.lower()]
+        return _from_datasets(where, path, builder, data_files=str(path), split=config.split, **options)
+    if not is_image_folder(path):
+        return _from_datasets(where, path, str(path), config.subset, split=config.split)
+    return _from_list(where, "image", [str(image) for image in list_images(path)], path)
+
+
+def is_image_folder(path: Path) -> bool:
+    """Whether a folder is taken as nothing but images.
+
+    One with images and a `metadata` file beside them (captions, in the `imagefolder` layout) is a dataset.
+    """
+    if not path.is_dir():
+        return False
+    has_metadata = any((path / f"metadata{suffix}").is_file() for suffix in TABLE_BUILDERS)
+    return not has_metadata and any(_images_under(path))
+
+
+def list_images(path: Path) -> list[Path]:
+    """All images under a folder, sorted; hidden files and folders are passed over."""
+    return sorted(_images_under(path))
+
+
+def _images_under(path: Path) -> Iterator[Path]:
+    for file in path.rglob("*"):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden and file.is_file():
+            yield file
+
+
+def _looks_like_path(data: str) -> bool:
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data) is not None
+    return not is_hub_id or Path(data).suffix.lower() in FILE_SUFFIXES
+
+
+def _settings_without_effect(config: CalibrationConfig, path: Path | None) -> Iterator[str]:
+    suffix = path.suffix.lower() if path is not None and path.is_file() else ""
+    is_dataset = path is None or (path.is_dir() and not is_image_folder(path))
+    if config.subset is not None and not is_dataset:
+        yield "subset: only datasets have subsets; remove it"
+    if config.split != "train" and not is_dataset and suffix not in TABLE_BUILDERS:
+        yield f"split: {config.split!r}, but only datasets have splits; remove it"
+    if config.one_per != "document" and suffix != ".txt":
+        yield f"one_per: {config.one_per!r}, but this is for .txt files; remove it"
+
+
+def _from_list(where: str, column: str, values: list[str], folder: Path | None) -> Source:
+    rows = [{column: value} for value in values]
+    return Source(where, (column,), len(rows), lambda columns: rows, folder)
+
+
+def _read_texts(path: Path, one_per: str, where: str) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{where}: not readable as UTF-8 text: {error}") from None
+    texts = content.split("\n") if one_per == "line" else re.split(r"\n(?:[^\S\n]*\n)+", content)
+    texts = [text.strip("\r\n") for text in texts if text.strip()]
+    if not texts:
+        raise CalibrationError(f"{where}: empty; expected at least one {one_per}")
+    return texts
+
+
+def _reject_blank_file(path: Path, where: str) -> None:
+    try:
+        with path.open("rb") as file:
+            is_blank = not any(line.strip() for line in file)
+    except OSError as error:
+        raise CalibrationError(f"{where}: cannot be read: {error}") from None
+    if is_blank:
+        raise CalibrationError(f"{where}: empty; expected at least one sample")
+
+
+def _from_datasets(where: str, path: Path | None, *arguments: Any, **options: Any) -> Source:
+    import datasets
+
+    try:
+        with _quiet_datasets():
+            table = datasets.load_dataset(*arguments, **options)
+    except Exception as error:  # whatever `datasets` and its readers raise, it is about the user's data
+        raise CalibrationError(f"{where}: {_why_unreadable(path, error, arguments, options)}") from None
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            # Opened by us: with our own message, and only if drawn.
+            table = table.cast_column(column, datasets.Image(decode=False))
+    folder = path.parent if path is not None and path.is_file() else path
+    return Source(where, tuple(table.column_names), len(table), lambda columns: table.select_columns(columns), folder)
+
+
+def _why_unreadable(path: Path | None, error: Exception, arguments: Sequence[Any], options: dict[str, Any]) -> str:
+    from datasets.exceptions import DatasetGenerationError
+
+    if isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    if "corresponds to no data" in reason:
+        return f"empty; expected at least one sample in split {options['split']!r}"
+    if path is None:
+        subset = arguments[1] if len(arguments) > 1 else None
+        return (
+            "no such file or folder here, and the Hub has no such dataset that can be loaded "
+            f"(id {arguments[0]!r}, subset {subset!r}, split {options['split']!r}): {reason}"
+        )
+    if path.is_dir() and isinstance(error, FileNotFoundError):
+        return (
+            f"neither images ({', '.join(IMAGE_SUFFIXES)}) nor data files ({', '.join(TABLE_BUILDERS)}) in this folder"
+        )
+    found = _first_bad_json(path) if path.suffix.lower() in (".jsonl", ".json") and path.is_file() else None
+    return found or reason
+
+
+def _first_bad_json(path: Path) -> str | None:
+    """Says which line is at fault; None if Python's parser finds none."""
+    line = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            if path.suffix.lower() == ".json":
+                json.load(file)
+                return None
+            for line, text in enumerate(file, start=1):
+                if text.strip() and not isinstance(json.loads(text), dict):
+                    return f'line {line}: expected an object such as {{"text": ...}}, found {text.strip()[:60]}'
+    except UnicodeDecodeError as error:
+        return f"not readable as UTF-8 text: {error}"
+    except json.JSONDecodeError as error:
+        return f"line {line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
+    return None
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No progress bars and no log lines: what goes wrong is told by our own error."""
+    import datasets
+    from datasets.utils import are_progress_bars_disabled
+
+    verbosity, had_bars = datasets.logging.get_verbosity(), not are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,229 @@
+"""What lies in a checkpoint folder, read from headers alone.
+
+A safetensors file starts with eight bytes (the header's length, little endian), a JSON header (name →
+dtype, shape, byte range) and then the bytes of all tensors. Reading headers costs kilobytes, whatever
+the size of the model. Pickle files are unpickled onto the meta device with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largemerge.errors import CheckpointError
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as its header describes it.
+
+    Attributes:
+        name: On disk.
+        shape: Dimensions.
+        dtype: As stored.
+        file: The file that holds it.
+        offset: Byte position in `file`; `None` in a pickle file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    offset: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder: its config and where each tensor lies.
+
+    Attributes:
+        name: What the user calls it.
+        folder: Where it lies.
+        config: `config.json`.
+        tensors: By name on disk, in natural order.
+        fingerprint: By file: size, modification time, sha256 of the header (or of a small text file).
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    fingerprint: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(folder: Path, name: str) -> Checkpoint:
+    """Reads a checkpoint's config and headers.
+
+    Args:
+        folder: A local folder with `config.json` and weights.
+        name: What the user calls it, for messages.
+
+    Raises:
+        CheckpointError: Naming every missing or broken file.
+    """
+    config = read_json(folder / "config.json", name)
+    files = _weight_files(folder, name)
+    tensors: dict[str, TensorInfo] = {}
+    fingerprint: dict[str, dict[str, Any]] = {"config.json": _file_fingerprint(folder / "config.json")}
+    for file, wanted in files.items():
+        is_pickle = file.suffix == ".bin"
+        header = None if is_pickle else _read_safetensors_header(file)
+        found = {info.name: info for info in (_pickle_tensors(file) if header is None else _tensors(file, header[0]))}
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            raise CheckpointError(f"{name}: the index says that {file.name} holds {_some(missing)}, but it does not")
+        tensors |= {key: info for key, info in found.items() if not wanted or key in wanted}
+        fingerprint[file.name] = _file_fingerprint(file, header[1] if header else None)
+    ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
+    return Checkpoint(name, folder, config, ordered, fingerprint)
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object from `path`, or a `CheckpointError` that names the checkpoint."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = ""
+        if (path.parent / "adapter_config.json").exists():
+            hint = " This is an adapter (LoRA), not a model: merge it into its base first (peft: merge_and_unload)."
+        raise CheckpointError(f"{name}: {path} does not exist; expected a checkpoint folder.{hint}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"{name}: {path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name}: {path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sorts `layers.2` before `layers.10`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _weight_files(folder: Path, name: str) -> dict[Path, frozenset[str]]:
+    """The files with weights, and which tensors the index wants of each (none named: all)."""
+    for weights in _WEIGHT_FILES:
+        index_path = folder / f"{weights}.index.json"
+        if index_path.exists():
+            weight_map = read_json(index_path, name).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{name}: {index_path} has no 'weight_map'")
+            return _checked_weight_map(weight_map, index_path, name)
+        if (folder / weights).exists():
+            return {folder / weights: frozenset()}
+    expected = ", ".join(f"{weights} or {weights}.index.json" for weights in _WEIGHT_FILES)
+    present = sorted(path.name for path in folder.iterdir())[:10]
+    raise CheckpointError(f"{name}: no weights in {folder}; expected {expected}; found {present}")
+
+
+def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str) -> dict[Path, frozenset[str]]:
+    problems = []
+    by_file: dict[Path, set[str]] = {}
+    for tensor_name, file_name in weight_map.items():
+        # A weight map comes from strangers: it must not lead out of the checkpoint's folder.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
+            problems.append(f"{name}: {index_path} maps {tensor_name!r} to {file_name!r}; expected a plain file name")
+            continue
+        by_file.setdefault(index_path.parent / file_name, set()).add(tensor_name)
+    problems += [f"{name}: {file} is named in {index_path.name} but missing" for file in by_file if not file.exists()]
+    if problems:
+        raise CheckpointError(*problems[:20])
+    return {file: frozenset(names) for file, names in sorted(by_file.items())}
+
+
+def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: not a safetensors file, or cut short ({size} bytes, header {length}); fetch it again"
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise CheckpointError(f"{file}: the safetensors header is not JSON; fetch the file again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the safetensors header is a {type(header).__name__}, expected an object")
+    return header, raw
+
+
+def _tensors(file: Path, header: dict[str, Any]) -> Iterator[TensorInfo]:
+    size = file.stat().st_size
+    start = 8 + int.from_bytes(file.open("rb").read(8), "little")
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            begin, end = entry["data_offsets"]
+            shape = tuple(int(length) for length in entry["shape"])
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+        except KeyError as error:
+            raise CheckpointError(f"{file}: {name}: dtype or field {error} is not supported") from None
+        except (TypeError, ValueError):
+            raise CheckpointError(f"{file}: {name}: broken header entry {entry!r}") from None
+        info = TensorInfo(name, shape, dtype, file, start + begin)
+        if end - begin != info.num_bytes or start + end > size or begin < 0:
+            raise CheckpointError(
+                f"{file}: {name}: bytes {begin}..{end} do not hold {entry['dtype']} {list(shape)} "
+                f"in a file of {size} bytes; the file is cut short or broken: fetch it again"
+            )
+        yield info
+
+
+def _pickle_tensors(file: Path) -> Iterator[TensorInfo]:
+    try:
+        state = torch.load(file, map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first_line = str(error).splitlines()[0]
+        raise CheckpointError(f"{file}: cannot be read with weights_only=True: {first_line}") from None
+    for name, tensor in state.items():
+        yield TensorInfo(name, tuple(tensor.shape), tensor.dtype, file, None)
+
+
+def _file_fingerprint(file: Path, header: bytes | None = None) -> dict[str, Any]:
+    status = file.stat()
+    if header is None and status.st_size < 1_000_000:
+        header = file.read_bytes()
+    digest = hashlib.sha256(header).hexdigest() if header is not None else None
+    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "header_sha256": digest}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,122 @@
+"""What makes a folder of weights a checkpoint: config, tokenizer, processor, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from largemerge.checkpoint.index import Checkpoint, read_json
+
+GENERATION_FILES = ("generation_config.json",)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def output_config(reference: Checkpoint, dtype: str | None) -> str:
+    """The text of the output's `config.json`: the reference's, with the output's dtype."""
+    config: dict[str, Any] = dict(read_json(reference.folder / "config.json", reference.name))
+    if dtype is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = dtype
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = dtype
+        for value in config.values():
+            if isinstance(value, dict):
+                value.update({key: dtype for key in ("dtype", "torch_dtype") if key in value})
+    config.pop("_name_or_path", None)
+    return json.dumps(config, indent=2) + "\n"
+
+
+def copy_side_files(
+    out: Path, config_source: Path, tokenizer_source: Path, processor_source: Path, *, with_code: bool
+) -> list[str]:
+    """Copies generation config, tokenizer and processor files; returns the names of those that were there."""
+    copied = []
+    wanted = [
+        (config_source, GENERATION_FILES),
+        (tokenizer_source, TOKENIZER_FILES),
+        (processor_source, PROCESSOR_FILES),
+    ]
+    if with_code:
+        wanted.append((config_source, tuple(path.name for path in sorted(config_source.glob("*.py")))))
+    for source, names in wanted:
+        for name in names:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, out / name)
+                copied.append(name)
+    templates = tokenizer_source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, out / templates.name, dirs_exist_ok=True)
+        copied.append(templates.name)
+    return copied
+
+
+def find_processor(*folders: Path) -> Path:
+    """The first folder that has processor files; the first of all if none has."""
+    return next((folder for folder in folders if any((folder / name).is_file() for name in PROCESSOR_FILES)), folders[0])
+
+
+def model_card(
+    *, method: str, class_name: str, models: list[dict[str, Any]], base: str | None, config_yaml: str, version: str
+) -> str:
+    """The text of the output's `README.md`.
+
+    Args:
+        method: `regmean`, ….
+        class_name: Transformers class that loads the output.
+        models: For each candidate its `name`, `model`, `weight` and `data`.
+        base: Of the config, if any.
+        config_yaml: The resolved configuration.
+        version: Of largemerge.
+    """
+    sources = [str(model["model"]) for model in models] + ([base] if base else [])
+    hub_ids = [source for source in sources if not source.startswith(("/", ".")) and source.count("/") == 1]
+    listed = "".join(f"\n- {source}" for source in dict.fromkeys(hub_ids))
+    front = f"base_model:{listed}\n" if hub_ids else ""
+    rows = "\n".join(f"| {m['name']} | `{Path(m['model']).name}` | {m['weight']:g} | `{m['data']}` |" for m in models)
+    return f"""---
+library_name: transformers
+tags:
+- merge
+- largemerge
+{front}---
+
+# A merge of {len(models)} models
+
+Made with largemerge {version} by the method `{method}`. How each tensor came about, and how far it lies from
+each model, is in `merge_report.json`.
+
+| name | model | weight | calibration data |
+|---|---|---|---|
+{rows}
+
+## How to load it
+
+```python
+from transformers import {class_name}
+
+model = {class_name}.from_pretrained("path/to/this/folder")
+```
+
+## Configuration
+
+```yaml
+{config_yaml.rstrip()}
+```
+"""

@@ -1,0 +1,185 @@
+"""Writing a sharded safetensors checkpoint as a stream, so that a crash at any moment loses one block.
+
+All names, dtypes and shapes are known before the first tensor is, so every shard's header and every
+tensor's byte position are too: files are laid out at the start, tensors are written in any order at
+their places, and nothing is buffered. Until `finish`, shards lie in a working folder under the output
+folder; what makes a folder a checkpoint (index, config) comes last, each by a rename.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from largemerge.checkpoint.index import SAFETENSORS_DTYPES
+from largemerge.checkpoint.reader import read_tensor
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written: its dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output.
+
+    Attributes:
+        file_name: Final name.
+        header: Its bytes up to the first tensor.
+        offsets: Absolute byte position of each tensor, by name.
+        num_bytes: Of the whole file.
+    """
+
+    file_name: str
+    header: bytes
+    offsets: Mapping[str, int]
+    num_bytes: int
+
+
+def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Spreads tensors over shards in order, each at most `max_shard_bytes` unless one tensor is larger."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and filled + tensor.num_bytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += tensor.num_bytes
+    total = len(groups)
+    names = ["model.safetensors"] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in _from_1(total)]
+    return tuple(_shard(name, {key: tensors[key] for key in keys}) for name, keys in zip(names, groups, strict=True))
+
+
+def _from_1(count: int) -> range:
+    return range(1, count + 1)
+
+
+def _shard(file_name: str, tensors: Mapping[str, OutputTensor]) -> Shard:
+    # Wide dtypes first, so that every tensor starts at a multiple of its item size.
+    ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    relative: dict[str, int] = {}
+    position = 0
+    for name in ordered:
+        tensor = tensors[name]
+        end = position + tensor.num_bytes
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [position, end]}
+        relative[name] = position
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    start = 8 + len(text)
+    offsets = {name: start + offset for name, offset in relative.items()}
+    return Shard(file_name, len(text).to_bytes(8, "little") + text, offsets, start + position)
+
+
+class ShardWriter:
+    """Writes tensors at their places in the shards of a working folder. A context manager.
+
+    Args:
+        folder: Working folder for the unfinished shards.
+        tensors: What will be written, by name on disk.
+        shards: From `layout_shards`, of the same tensors.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, OutputTensor], shards: tuple[Shard, ...]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        self.shards = shards
+        self.bytes_written = 0
+        self._shard_of = {name: shard for shard in shards for name in shard.offsets}
+        self._descriptors: dict[str, int] = {}
+        self._dirty: set[str] = set()
+
+    def __enter__(self) -> ShardWriter:
+        for shard in self.shards:
+            self._open(shard)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _open(self, shard: Shard) -> None:
+        path = self.folder / shard.file_name
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if os.fstat(descriptor).st_size != shard.num_bytes:
+            os.truncate(descriptor, shard.num_bytes)  # sparse: costs nothing until written
+            os.pwrite(descriptor, shard.header, 0)
+        self._descriptors[shard.file_name] = descriptor
+
+    def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
+        """Writes a tensor of the dtype that the layout knows, or rows of it from `first_row` on."""
+        shard = self._shard_of[name]
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        offset = shard.offsets[name] + first_row * (len(data) // max(1, tensor.shape[0]) if first_row else 0)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptors[shard.file_name], data[done : done + (1 << 30)], offset + done)
+        self.bytes_written += len(data)
+        self._dirty.add(shard.file_name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads back a tensor written earlier."""
+        shard = self._shard_of[name]
+        tensor = self.tensors[name]
+        return read_tensor(self._descriptors[shard.file_name], shard.offsets[name], tensor.dtype, tensor.shape)
+
+    def flush(self) -> None:
+        """Forces everything written so far onto the disk."""
+        for file_name in sorted(self._dirty):
+            os.fsync(self._descriptors[file_name])
+        self._dirty.clear()
+
+
+def weight_index(shards: tuple[Shard, ...]) -> str | None:
+    """The text of `model.safetensors.index.json`; `None` for a single shard, which needs none."""
+    if len(shards) == 1:
+        return None
+    weight_map = {name: shard.file_name for shard in shards for name in shard.offsets}
+    total = sum(shard.num_bytes - len(shard.header) for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that it is there whole or not at all, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces renames inside `folder` onto the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,322 @@
+"""The merge configuration: the YAML as strict, typed models.
+
+Keys that mergekit has too (`merge_method`, `base_model`, `models`, `parameters.weight`, `dtype`,
+`tokenizer_source`) mean the same here. Every mistake in a file is told at once, an unknown key
+with the nearest right one. `load_config` is the way in; paths come out absolute.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from largemerge.errors import ConfigError
+
+MergeMethod = Literal["regmean", "regmean_plusplus"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+def _check_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+Regex = Annotated[str, pydantic.AfterValidator(_check_regex)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CalibrationDefaults(_Strict):
+    """How calibration samples are drawn and batched; the defaults of all candidates."""
+
+    num_samples: int = Field(256, ge=1)
+    """Samples per candidate; published methods stop gaining at 256."""
+    max_length: int = Field(2048, ge=1)
+    """Tokens at which a text sample is truncated."""
+    batch_size: int = Field(8, ge=1)
+    """Samples in one forward pass; the result does not depend on it."""
+    seed: int = Field(0, ge=0)
+    """Draws the samples where the data has more than `num_samples`."""
+
+
+class CalibrationConfig(_Strict):
+    """The calibration data of one candidate. Unset numbers come from the defaults of all."""
+
+    data: str
+    """A .safetensors, .jsonl, .json, .csv, .parquet or .txt file, a folder of images, or a Hub dataset id."""
+    num_samples: int | None = Field(None, ge=1)
+    max_length: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0)
+    subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    text_field: str | None = None
+    """Column with the text; default: `text` where there is one."""
+    messages_field: str | None = None
+    """Column with chat messages, put through the tokenizer's chat template."""
+    target_field: str | None = None
+    """Column with the decoder's text, for encoder-decoder models."""
+    image_field: str | None = None
+    """Column with images; default: `image` where there is one."""
+    loss_mask_field: str | None = None
+    """Column with 0/1 per token (as many as the text has tokens): 0 keeps a token out of the statistics."""
+    assistant_only: bool = False
+    """With `messages_field`: only the assistant's tokens enter the statistics."""
+    one_per: Literal["document", "line"] = "document"
+    """In a .txt file: a sample is a document (they are separated by blank lines) or a line."""
+    pack: bool = False
+    """Join the texts, separated by the end-of-text token, and cut them into samples of `max_length` tokens."""
+
+    def with_defaults(self, defaults: CalibrationDefaults) -> CalibrationConfig:
+        """This configuration with every unset number taken from `defaults`."""
+        unset = {name: value for name, value in defaults if getattr(self, name) is None}
+        return self.model_copy(update=unset)
+
+
+class CandidateParameters(_Strict):
+    """What may differ from candidate to candidate."""
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Relative weight `c_i` of the candidate, in Gram matrices and in averages."""
+
+
+class CandidateConfig(_Strict):
+    """One of the K models to merge."""
+
+    model: str
+    """A folder, or a Hub id (`owner/name` or `owner/name@revision`)."""
+    name: str | None = Field(None, min_length=1)
+    """Unique; default: the last part of `model`."""
+    calibration: CalibrationConfig | None = None
+    parameters: CandidateParameters = CandidateParameters()
+
+    @property
+    def label(self) -> str:
+        """`name`, or the last part of `model`."""
+        return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+class MethodParameters(_Strict):
+    """Settings of the regression methods."""
+
+    off_diagonal_scale: float = Field(0.95, ge=0, le=1)
+    """The factor s on a Gram's off-diagonal (FusionBench: `reduce_non_diagonal_ratio`; MergeBench: `reduction`)."""
+    ridge: float = Field(1.0e-6, ge=0, le=1)
+    """Pull towards the average, as a fraction of the mean diagonal of the summed Gram."""
+    include: tuple[Regex, ...] = ()
+    """Regexes on parameter names: what is solved; all linears of the blocks if empty."""
+    exclude: tuple[Regex, ...] = ()
+    """Regexes on parameter names: taken from the base, or averaged where there is none."""
+
+
+class MergeConfig(_Strict):
+    """A whole merge: K candidates, one method, one output."""
+
+    merge_method: MergeMethod
+    models: tuple[CandidateConfig, ...] = Field(min_length=2)
+    base_model: str | None = None
+    calibration: CalibrationDefaults = CalibrationDefaults()
+    parameters: MethodParameters = MethodParameters()
+    dtype: DtypeName | None = None
+    """Of the output; default: each tensor keeps the candidates' dtype."""
+    compute_dtype: DtypeName | None = None
+    """Of the forward passes; default: the checkpoints'. Sums and solves are float32 or better always."""
+    tokenizer_source: str | None = None
+    """`base`, or a candidate's name; default: the base where there is one, else the first candidate."""
+    stacks: tuple[str, ...] = ()
+    """Module paths of the block stacks (`model.layers`), when those found are wrong."""
+    trust_remote_code: bool = False
+    """Allow a checkpoint to run Python code that it ships."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The candidates' names, in order."""
+        return tuple(candidate.label for candidate in self.models)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The candidates' weights `c_i`, in order."""
+        return tuple(candidate.parameters.weight for candidate in self.models)
+
+
+def load_config(source: str | Path | Mapping[str, Any] | MergeConfig) -> MergeConfig:
+    """Reads and checks a configuration.
+
+    Args:
+        source: Path of a YAML file, a mapping of the same shape, or a `MergeConfig`. Relative paths
+            inside a file are looked up beside that file first, then in the working directory.
+
+    Returns:
+        The configuration, every local path absolute.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    folders = [Path.cwd()]
+    if isinstance(source, MergeConfig):
+        raw: Any = source.model_dump(exclude_unset=True)
+    elif isinstance(source, Mapping):
+        raw = dict(source)
+    else:
+        path = Path(source)
+        raw = _read_yaml(path)
+        folders.insert(0, path.resolve().parent)
+    try:
+        # Through JSON, so that lists become tuples while strictness holds for everything else.
+        config = MergeConfig.model_validate_json(_to_json(raw))
+    except pydantic.ValidationError as error:
+        raise ConfigError(*_explain(error, raw)) from None
+    problems = list(_cross_checks(config))
+    if problems:
+        raise ConfigError(*problems)
+    return _with_absolute_paths(config, folders)
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys such as 'merge_method' and 'models', found {type(raw).__name__}")
+    return raw
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML as people write it: `1e-6` is a number, a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands here more than once", key.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _to_json(raw: Any) -> str:
+    import json
+
+    try:
+        return json.dumps(raw, default=str)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the configuration cannot be read: {error}") from None
+
+
+def _cross_checks(config: MergeConfig) -> Iterator[str]:
+    for name in sorted(set(config.names)):
+        if config.names.count(name) > 1:
+            yield f"models: {config.names.count(name)} candidates are called {name!r}; give each a 'name' of its own"
+    source = config.tokenizer_source
+    if source == "base" and config.base_model is None:
+        yield "tokenizer_source: 'base' needs a 'base_model'"
+    elif source is not None and source != "base" and source not in config.names:
+        nearest = _nearest(source, ["base", *config.names])
+        yield f"tokenizer_source: {source!r} is no candidate's name; expected 'base' or one of {list(config.names)}{nearest}"
+    for index, candidate in enumerate(config.models):
+        where = f"models[{index}] ({candidate.label})"
+        calibration = candidate.calibration
+        if calibration is None:
+            yield f"{where}: {config.merge_method} needs calibration data; add calibration: {{data: FILE}}"
+            continue
+        if calibration.assistant_only and calibration.messages_field is None:
+            yield f"{where}.calibration.assistant_only: needs 'messages_field'"
+        if calibration.messages_field is not None and calibration.text_field is not None:
+            yield f"{where}.calibration: 'text_field' and 'messages_field' exclude each other"
+        if calibration.pack and calibration.loss_mask_field is not None:
+            yield f"{where}.calibration: 'pack' and 'loss_mask_field' exclude each other"
+
+
+def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfig:
+    def absolute(text: str) -> str:
+        for folder in folders:
+            candidate = folder / Path(text).expanduser()
+            if candidate.exists():
+                return str(candidate.resolve())
+        return text
+
+    models = []
+    for candidate in config.models:
+        calibration = candidate.calibration
+        if calibration is not None:
+            calibration = calibration.with_defaults(config.calibration)
+            calibration = calibration.model_copy(update={"data": absolute(calibration.data)})
+        update = {"model": absolute(candidate.model), "name": candidate.label, "calibration": calibration}
+        models.append(candidate.model_copy(update=update))
+    base = None if config.base_model is None else absolute(config.base_model)
+    return config.model_copy(update={"models": tuple(models), "base_model": base})
+
+
+def _explain(error: pydantic.ValidationError, raw: Any) -> Iterator[str]:
+    for detail in error.errors():
+        where = _dotted(detail["loc"])
+        kind = detail["type"]
+        if kind == "extra_forbidden":
+            known = _known_keys(detail["loc"][:-1])
+            nearest = _nearest(str(detail["loc"][-1]), known)
+            yield f"{where}: unknown key{nearest or f'; expected one of {sorted(known)}'}"
+        elif kind == "missing":
+            yield f"{where}: missing"
+        else:
+            found = "" if isinstance(detail["input"], dict | list) else f", found {detail['input']!r}"
+            yield f"{where}: {_lower_first(detail['msg'].removeprefix('Value error, '))}{found}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "configuration"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = MergeConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        nested = next(_models_in(model.model_fields[part].annotation), None) if part in model.model_fields else None
+        if nested is None:
+            return []
+        model = nested
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

@@ -1,0 +1,122 @@
+"""What goes into a merge, opened and held against each other: checkpoints, model class, names.
+
+Everything here comes from configs and headers; no weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from largemerge.checkpoint.index import Checkpoint, open_checkpoint
+from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.config import MergeConfig
+from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.model.names import NameMap, map_names
+from largemerge.model.skeleton import Skeleton, build_skeleton
+
+_UNIMPORTANT_CONFIG_KEYS = frozenset(
+    "_name_or_path transformers_version torch_dtype dtype architectures use_cache id2label label2id "
+    "finetuning_task problem_type task_specific_params _commit_hash".split()
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened inputs of a merge.
+
+    Attributes:
+        candidates: In the order of the config.
+        base: `None` without a `base_model`.
+        reference: Whose config and names the output has: the base if it is of the candidates' class and
+            complete, else the first candidate.
+        skeleton: The model class, built from the reference's config.
+        candidate_names: How each candidate's tensors map to the skeleton.
+        base_names: The base's, `None` without one.
+        reference_names: The reference's.
+        notes: What a user should know though it stops nothing.
+    """
+
+    candidates: tuple[Checkpoint, ...]
+    base: Checkpoint | None
+    reference: Checkpoint
+    skeleton: Skeleton
+    candidate_names: tuple[NameMap, ...]
+    base_names: NameMap | None
+    reference_names: NameMap
+    notes: tuple[str, ...]
+
+
+def open_inputs(config: MergeConfig) -> Inputs:
+    """Locates and opens all checkpoints and maps their names.
+
+    Raises:
+        CheckpointError: With all problems of all checkpoints.
+        ArchitectureError: If the model class is unknown or has no stacks.
+    """
+    candidates, base = _open_all(config)
+    classes = {checkpoint.name: _class_name(checkpoint) for checkpoint in candidates}
+    if len(set(classes.values())) > 1:
+        raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
+    notes = list(_config_differences(candidates))
+    reference = candidates[0]
+    if base is not None:
+        if _class_name(base) == _class_name(reference):
+            reference = base
+        else:
+            notes.append(
+                f"the base is a {_class_name(base)}, the candidates are {_class_name(candidates[0])}: "
+                f"config and names come from {candidates[0].name}"
+            )
+    skeleton = build_skeleton(reference, config.stacks, trust_remote_code=config.trust_remote_code)
+    candidate_names = tuple(map_names(skeleton.model, checkpoint) for checkpoint in candidates)
+    base_names = map_names(skeleton.model, base) if base is not None else None
+    reference_names = candidate_names[0]
+    if reference is base and base_names is not None:
+        if set(base_names.missing) <= set(candidate_names[0].missing):
+            reference_names = base_names
+        else:
+            notes.append(f"the base lacks {len(base_names.missing)} tensors: names come from {candidates[0].name}")
+            reference = candidates[0]
+    return Inputs(
+        candidates, base, reference, skeleton, candidate_names, base_names, reference_names, tuple(notes)
+    )
+
+
+def _open_all(config: MergeConfig) -> tuple[tuple[Checkpoint, ...], Checkpoint | None]:
+    problems: list[str] = []
+
+    def attempt(reference: str, name: str) -> Checkpoint | None:
+        try:
+            return open_checkpoint(locate_checkpoint(reference, name), name)
+        except LargemergeError as error:
+            problems.extend(error.problems)
+            return None
+
+    opened = [attempt(candidate.model, candidate.label) for candidate in config.models]
+    base = attempt(config.base_model, "base") if config.base_model is not None else None
+    if problems:
+        raise CheckpointError(*problems)
+    return tuple(checkpoint for checkpoint in opened if checkpoint is not None), base
+
+
+def _class_name(checkpoint: Checkpoint) -> str:
+    names = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "unknown")]
+    return str(names[0])
+
+
+def _config_differences(candidates: tuple[Checkpoint, ...]) -> Iterator[str]:
+    first = candidates[0]
+    for other in candidates[1:]:
+        for key, left, right in _differences(first.config, other.config, ""):
+            yield f"configs differ: {key} is {left!r} in {first.name}, {right!r} in {other.name}"
+
+
+def _differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted((left.keys() | right.keys()) - _UNIMPORTANT_CONFIG_KEYS):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b

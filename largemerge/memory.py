@@ -1,0 +1,90 @@
+"""How much memory this process holds, and the most that it held.
+
+Host memory is counted twice over: anonymous (what the process allocated: `RssAnon` on Linux) and total
+(with the pages of mapped files, which the kernel may drop at any time).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+
+_INTERVAL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes.
+
+    Attributes:
+        host_anonymous: Allocated by the process.
+        host_total: With mapped files.
+        device: Allocated by torch on the accelerator; 0 without one.
+    """
+
+    host_anonymous: int
+    host_total: int
+    device: int
+
+
+def memory_in_use(device: torch.device) -> MemoryUse:
+    """What the process holds now."""
+    total = psutil.Process().memory_info().rss
+    on_device = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return MemoryUse(_anonymous_bytes(total), total, on_device)
+
+
+def _anonymous_bytes(otherwise: int) -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return otherwise
+    line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), None)
+    return int(line.split()[1]) * 1024 if line else otherwise
+
+
+class MemoryWatch:
+    """Samples memory in a thread while it is entered, and keeps the peaks. A context manager."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="largemerge-memory", daemon=True)
+        self._peak = memory_in_use(device)
+
+    def __enter__(self) -> MemoryWatch:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_INTERVAL_SECONDS):
+            self._note()
+
+    def _note(self) -> None:
+        now = memory_in_use(self.device)
+        self._peak = MemoryUse(
+            max(self._peak.host_anonymous, now.host_anonymous),
+            max(self._peak.host_total, now.host_total),
+            max(self._peak.device, now.device),
+        )
+
+    def peak(self) -> MemoryUse:
+        """The most held so far."""
+        self._note()
+        if self.device.type == "cuda":
+            device = torch.cuda.max_memory_allocated(self.device)
+            return MemoryUse(self._peak.host_anonymous, self._peak.host_total, device)
+        return self._peak

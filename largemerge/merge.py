@@ -1,0 +1,309 @@
+"""The public API, and the job itself: a list of steps.
+
+    config → open inputs → read calibration data → plan → output folder → tensors outside the blocks
+    → block after block → side files, index, config → report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largemerge.average import merge_outside
+from largemerge.calibration import CalibrationSet, load_calibration
+from largemerge.checkpoint.metadata import copy_side_files, find_processor, model_card, output_config
+from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
+from largemerge.config import MergeConfig, load_config
+from largemerge.errors import CalibrationError, LargemergeError
+from largemerge.inputs import Inputs, open_inputs
+from largemerge.memory import MemoryWatch
+from largemerge.output import OutputFolder, check_output, open_output
+from largemerge.plan import MergePlan, Preparation, choose_device, loss_tokens, make_plan, model_needs, outline_all
+from largemerge.progress import RunProgress
+from largemerge.regression.engine import Engine, Settings
+from largemerge.report import MergeReport, config_yaml, machine, versions
+from largemerge.treatment import TensorPlan
+
+ConfigSource = str | Path | Mapping[str, Any] | MergeConfig
+OUTSIDE = "outside"
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+
+
+def plan(config: ConfigSource, *, device: str = "auto") -> MergePlan:
+    """Plans a merge from configs and headers alone; reads no weight and no sample.
+
+    Args:
+        config: A path, a mapping or a `MergeConfig`.
+        device: `auto`, `cpu`, `cuda:0`, ….
+
+    Raises:
+        LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
+            plan's `problems`.
+    """
+    resolved = load_config(config)
+    inputs = open_inputs(resolved)
+    return make_plan(resolved, inputs, choose_device(device), outline_all(resolved, inputs)).plan
+
+
+def merge(
+    config: ConfigSource,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    quiet: bool = True,
+) -> MergeReport:
+    """Merges the candidates of a configuration into one checkpoint.
+
+    Args:
+        config: A path, a mapping or a `MergeConfig`.
+        out: The output folder; new or empty unless `resume` or `force`.
+        device: `auto`, `cpu`, `cuda:0`, ….
+        resume: Go on with an interrupted merge; the result is bit for bit that of an unbroken run.
+        force: Replace what is in `out`, once the merge is finished.
+        max_shard_bytes: Size of a shard, unless one tensor is larger.
+        quiet: Show no progress.
+
+    Returns:
+        What happened; the same is in `out/merge_report.json`.
+
+    Raises:
+        LargemergeError: For anything wrong with config, inputs, data or output, before the long work.
+    """
+    start = time.perf_counter()
+    resolved = load_config(config)
+    target = choose_device(device)
+    out = Path(out)
+    inputs = open_inputs(resolved)
+    input_folders = [checkpoint.folder for checkpoint in (*inputs.candidates, inputs.base) if checkpoint is not None]
+    check_output(out, input_folders, resume=resume, force=force)
+    outlines = outline_all(resolved, inputs)
+    calibration = _load_calibration(resolved, inputs)
+    preparation = make_plan(resolved, inputs, target, outlines, calibration, out)
+    if preparation.plan.problems:
+        raise LargemergeError(*preparation.plan.problems)
+    shards = layout_shards(preparation.plan.output, max_shard_bytes)
+    manifest = _manifest(preparation, calibration, shards)
+    with MemoryWatch(target) as watch, open_output(out, manifest, input_folders, resume=resume, force=force) as folder:
+        job = _Job(preparation, calibration, shards, folder, quiet)
+        job.run()
+        report = MergeReport.build(
+            plan=preparation.plan,
+            inputs=inputs,
+            calibration=calibration,
+            parts=folder.entries,
+            prepared_seconds=job.started - start,
+            total_seconds=time.perf_counter() - start,
+            resumed_parts=job.resumed_parts,
+            peak=watch.peak(),
+            bytes_read=job.bytes_read,
+        )
+        folder.finish(
+            shards,
+            lambda path: _write_side_files(path, preparation, report),
+            output_config(inputs.reference, resolved.dtype),
+        )
+    return report
+
+
+@dataclass
+class _Job:
+    """The long work: everything that is written to shards."""
+
+    preparation: Preparation
+    calibration: tuple[CalibrationSet, ...]
+    shards: tuple[Shard, ...]
+    folder: OutputFolder
+    quiet: bool
+    started: float = field(init=False, default_factory=time.perf_counter)
+    resumed_parts: int = field(init=False, default=0)
+    bytes_read: int = field(init=False, default=0)
+
+    def run(self) -> None:
+        """Writes what is not in the journal yet."""
+        plan, inputs = self.preparation.plan, self.preparation.inputs
+        finished = frozenset(self.folder.entries)
+        self.resumed_parts = len(finished)
+        if finished == {OUTSIDE, *(block.name for block in plan.blocks)}:
+            return
+        with ExitStack() as stack:
+            writer = stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards))
+            readers = tuple(stack.enter_context(CheckpointReader(candidate)) for candidate in inputs.candidates)
+            base_reader = stack.enter_context(CheckpointReader(inputs.base)) if inputs.base is not None else None
+            progress = stack.enter_context(
+                RunProgress(self._num_steps(finished), len(plan.blocks), plan.device, quiet=self.quiet)
+            )
+            if OUTSIDE not in finished:
+                self._merge_outside(writer, readers, base_reader, progress)
+            engine = Engine(
+                settings=self._settings(),
+                inputs=inputs,
+                rehearsal=self.preparation.rehearsal,
+                blocks=plan.blocks,
+                calibration=self.calibration,
+                readers=readers,
+                base_reader=base_reader,
+                sink=_CheckpointSink(inputs, writer),
+                watcher=progress,
+                loss_tokens=loss_tokens(model_needs(inputs.skeleton)),
+            )
+            engine.run(finished, self.folder.record)
+            self.bytes_read = sum(reader.bytes_read for reader in readers)
+            self.bytes_read += base_reader.bytes_read if base_reader is not None else 0
+
+    def _settings(self) -> Settings:
+        plan = self.preparation.plan
+        total = sum(plan.config.weights)
+        return Settings(
+            own_stream=plan.config.merge_method == "regmean",
+            weights=tuple(weight / total for weight in plan.config.weights),
+            off_diagonal_scale=plan.config.parameters.off_diagonal_scale,
+            ridge=plan.config.parameters.ridge,
+            compute_dtype=plan.compute_dtype,
+            device=plan.device,
+            store_device=torch.device("cpu"),
+        )
+
+    def _merge_outside(
+        self,
+        writer: ShardWriter,
+        readers: Sequence[CheckpointReader],
+        base_reader: CheckpointReader | None,
+        progress: RunProgress,
+    ) -> None:
+        start = time.perf_counter()
+        plan = self.preparation.plan
+        merge_outside(
+            plan.outside,
+            self.preparation.inputs,
+            self._settings().weights,
+            readers,
+            base_reader,
+            writer,
+            lambda name: progress.step(name, OUTSIDE),
+        )
+        writer.flush()
+        seconds = round(time.perf_counter() - start, 4)
+        self.folder.record(OUTSIDE, {"bytes_written": writer.bytes_written, "seconds": {OUTSIDE: seconds}})
+
+    def _num_steps(self, finished: frozenset[str]) -> int:
+        plan = self.preparation.plan
+        batches = sum(len(data.batches) for data in self.calibration)
+        passes = 1 if plan.config.merge_method == "regmean" else 2
+        steps = 0 if OUTSIDE in finished else len(plan.outside)
+        for block in plan.blocks:
+            last = block is plan.blocks[-1]
+            if block.name in finished:
+                steps += 0 if last else batches
+            else:
+                steps += batches * (1 if last else passes) + len(block.groups)
+        return steps
+
+
+@dataclass(frozen=True)
+class _CheckpointSink:
+    """Puts merged blocks into the output's shards, under their names and in their layout on disk."""
+
+    inputs: Inputs
+    writer: ShardWriter
+
+    def store(self, tensors: dict[str, torch.Tensor]) -> int:
+        names = self.inputs.reference_names
+        named = {names.on_disk(name): tensor for name, tensor in tensors.items()}
+        before = self.writer.bytes_written
+        for key, tensor in names.store(self.inputs.skeleton.model, named).items():
+            self.writer.write(key, tensor)
+        self.writer.flush()
+        return self.writer.bytes_written - before
+
+    def load(self, names: list[str]) -> dict[str, torch.Tensor]:
+        name_map = self.inputs.reference_names
+        present = [name for name in names if name_map.on_disk(name) not in name_map.missing]
+        on_disk = [name_map.on_disk(name) for name in present]
+        loaded = name_map.load(self.inputs.skeleton.model, on_disk, self.writer.read)
+        return {name: loaded[name_map.on_disk(name)] for name in present}
+
+
+def _load_calibration(config: MergeConfig, inputs: Inputs) -> tuple[CalibrationSet, ...]:
+    needs = model_needs(inputs.skeleton)
+    loaded: list[CalibrationSet] = []
+    problems: list[str] = []
+    for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
+        assert candidate.calibration is not None
+        try:
+            loaded.append(
+                load_calibration(
+                    candidate.calibration,
+                    checkpoint.name,
+                    checkpoint.folder,
+                    needs,
+                    trust_remote_code=config.trust_remote_code,
+                )
+            )
+        except CalibrationError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CalibrationError(*problems)
+    return tuple(loaded)
+
+
+def _manifest(
+    preparation: Preparation, calibration: Sequence[CalibrationSet], shards: Sequence[Shard]
+) -> dict[str, Any]:
+    inputs, plan = preparation.inputs, preparation.plan
+    checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "inputs": {checkpoint.name: dict(checkpoint.fingerprint) for checkpoint in checkpoints},
+        "calibration data": {data.name: data.fingerprint for data in calibration},
+        "versions": versions(),
+        "device": plan.device.type,
+        "compute_dtype": str(plan.compute_dtype),
+        "shards": {shard.file_name: shard.num_bytes for shard in shards},
+    }
+
+
+def _write_side_files(path: Path, preparation: Preparation, report: MergeReport) -> None:
+    inputs, config = preparation.inputs, preparation.plan.config
+    folders = {checkpoint.name: checkpoint.folder for checkpoint in inputs.candidates}
+    if inputs.base is not None:
+        folders["base"] = inputs.base.folder
+    default = "base" if inputs.base is not None else inputs.candidates[0].name
+    tokenizer = folders[config.tokenizer_source or default]
+    processor = find_processor(folders[default], *folders.values())
+    copy_side_files(path, inputs.reference.folder, tokenizer, processor, with_code=config.trust_remote_code)
+    yaml_text = config_yaml(config)
+    (path / "largemerge_config.yaml").write_text(yaml_text, encoding="utf-8")
+    (path / "README.md").write_text(
+        model_card(
+            method=config.merge_method,
+            class_name=preparation.plan.class_name,
+            models=[
+                {
+                    "name": candidate.label,
+                    "model": candidate.model,
+                    "weight": candidate.parameters.weight,
+                    "data": Path(candidate.calibration.data).name if candidate.calibration else "",
+                }
+                for candidate in config.models
+            ],
+            base=config.base_model,
+            config_yaml=yaml_text,
+            version=versions()["largemerge"],
+        ),
+        encoding="utf-8",
+    )
+    (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "TensorPlan", "machine", "merge", "plan"]

@@ -1,0 +1,111 @@
+"""Running one block of any Transformers model, inside the model's own forward.
+
+Every block gets another `forward` for the time of the call. To run block l, the model itself is called:
+
+    embeddings → stub … stub → block l → stop
+                 (return what   (visit)
+                  block l-1
+                  returned)
+
+so the model's own code makes masks, position embeddings and per-layer arguments, and does whatever it does
+between blocks. Nothing is captured once and replayed wrongly, and no mask is stored. Stacks that run
+earlier (an encoder, for a decoder) answer with their last block's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from largemerge.errors import ArchitectureError
+from largemerge.model.skeleton import Skeleton
+
+Output = Any
+"""What a block returns: a tensor, or a tuple of tensors (T5's position biases)."""
+
+Visit = Callable[..., None]
+"""Called in place of the block's forward, with the arguments that the model gave it."""
+
+RunToBlock = Callable[[Mapping[str, torch.Tensor], Mapping[int, Output], Visit], None]
+"""Calls the model on inputs, given the last output of each stack, up to the block, and visits it."""
+
+
+class _Reached(Exception):
+    """Stops the model's forward at the block that was looked for."""
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Gives modules another `forward` for a while."""
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterator[RunToBlock]:
+    """Prepares the model to be run up to one block.
+
+    Args:
+        skeleton: Its parameters outside the stacks must be set as far as the forward needs them.
+        stack_index: In `skeleton.stacks`.
+        block_index: In the stack.
+
+    Yields:
+        A function of (inputs, outputs, visit): calls the model on `inputs` with every earlier block of stack
+        s answering `outputs[s]`, and calls `visit` with the arguments of the block.
+
+    Raises:
+        ArchitectureError: When called, if the model does not reach the block, or reaches another before it.
+    """
+    target = skeleton.stacks[stack_index].blocks[block_index]
+    stored: dict[int, Output] = {}
+    visits: list[Visit] = []
+
+    def stub(index: int) -> Callable[..., Output]:
+        def answer(*args: Any, **kwargs: Any) -> Output:
+            if index not in stored:
+                name = skeleton.stacks[index].name
+                raise ArchitectureError(f"{skeleton.class_name}: a block of {name} runs earlier than it should")
+            return stored[index]
+
+        return answer
+
+    def reached(*args: Any, **kwargs: Any) -> Output:
+        visits[-1](*args, **kwargs)
+        raise _Reached
+
+    stubs = {index: stub(index) for index in range(len(skeleton.stacks))}
+    forwards = {block: stubs[index] for index, stack in enumerate(skeleton.stacks) for block in stack.blocks}
+    forwards[target] = reached
+
+    def run(inputs: Mapping[str, torch.Tensor], outputs: Mapping[int, Output], visit: Visit) -> None:
+        stored.clear()
+        stored.update(outputs)
+        visits.append(visit)
+        try:
+            skeleton.model(**inputs)
+        except _Reached:
+            return
+        finally:
+            visits.pop()
+            stored.clear()
+        name = skeleton.stacks[stack_index].block_name(block_index)
+        raise ArchitectureError(f"{skeleton.class_name}: the forward pass never reaches {name}")
+
+    with replaced_forwards(forwards), torch.no_grad():
+        yield run
+
+
+def original_forward(block: nn.Module) -> Callable[..., Output]:
+    """The block's own forward, whatever stands in its place now."""
+    forward: Callable[..., Output] = type(block).forward.__get__(block)
+    return forward

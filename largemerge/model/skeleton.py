@@ -1,0 +1,238 @@
+"""A model's code without its weights: built on the meta device from the config, its block stacks found.
+
+Only what lies outside the stacks is ever given weights, and of that only what the forward pass really
+reads (see `rehearsal.py`). Buffers are real from the start: non-persistent ones, such as rotary
+frequencies, exist nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.errors import ArchitectureError, CheckpointError
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of blocks, such as `model.layers`.
+
+    Attributes:
+        name: Module path.
+        blocks: The modules, in order.
+    """
+
+    name: str
+    blocks: tuple[nn.Module, ...]
+
+    def block_name(self, index: int) -> str:
+        """Module path of block `index`."""
+        return f"{self.name}.{index}"
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device and its stacks.
+
+    Attributes:
+        model: In evaluation mode, parameters on the meta device, buffers real.
+        stacks: In the order of the module tree; the order of execution is found by rehearsal.
+        aliases: First name → all names of a tied parameter.
+    """
+
+    model: PreTrainedModel
+    stacks: tuple[Stack, ...]
+    aliases: Mapping[str, tuple[str, ...]]
+
+    @property
+    def class_name(self) -> str:
+        """Of the model, such as `LlamaForCausalLM`."""
+        return type(self.model).__name__
+
+    def forward_arguments(self) -> frozenset[str]:
+        """Names that the model's forward takes."""
+        return frozenset(inspect.signature(self.model.forward).parameters) - {"kwargs", "self"}
+
+    def block_tensors(self, stack: Stack, index: int) -> list[str]:
+        """Names of the parameters and persistent buffers of one block, in the module's order."""
+        prefix = stack.block_name(index) + "."
+        return [prefix + name for name in stack.blocks[index].state_dict()]
+
+    def outside_tensors(self) -> list[str]:
+        """Names of the parameters and persistent buffers of no block, tied ones once."""
+        prefixes = tuple(stack.name + "." for stack in self.stacks)
+        seen: set[int] = set()
+        names = []
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if not name.startswith(prefixes) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                names.append(name)
+        return names
+
+
+def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The checkpoint's config as Transformers understands it.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(f"{checkpoint.name}: quantized ({method}); expected a checkpoint in 16 or 32 bits")
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}") from None
+
+
+def build_skeleton(checkpoint: Checkpoint, stacks: Sequence[str] = (), *, trust_remote_code: bool = False) -> Skeleton:
+    """Builds the model of a checkpoint on the meta device and finds its stacks.
+
+    Args:
+        checkpoint: Opened with `open_checkpoint`.
+        stacks: Module paths of the stacks, when those found are wrong.
+        trust_remote_code: Allow the checkpoint's own Python code.
+
+    Raises:
+        CheckpointError: If the config is not understood.
+        ArchitectureError: If the model class is unknown or has no block stacks.
+    """
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    model_class = _model_class(config, checkpoint, trust_remote_code)
+    for part in _all_configs(config):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False  # a cache handed to a block would be filled again by every extra run of it
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = model_class(config)
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise ArchitectureError(f"{checkpoint.name}: {model_class.__name__}: {_first_line(error)}") from None
+    model.tie_weights()
+    model.eval().requires_grad_(False)
+    found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
+    return Skeleton(model, found, _aliases(model))
+
+
+def _model_class(
+    config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_code: bool
+) -> type[PreTrainedModel]:
+    names = config.architectures or []
+    auto_map: Mapping[str, str] = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and auto_map and names:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        reference = next((value for value in auto_map.values() if value.endswith(f".{names[0]}")), None)
+        if reference is not None:
+            return get_class_from_dynamic_module(reference, str(checkpoint.folder))
+    if names and hasattr(transformers, names[0]):
+        return getattr(transformers, names[0])
+    if names:
+        hint = " It ships its own code: set trust_remote_code: true if you trust it." if auto_map else ""
+        raise ArchitectureError(
+            f"{checkpoint.name}: Transformers {transformers.__version__} has no model class {names[0]!r}.{hint}"
+        )
+    mapping: Any = transformers.MODEL_MAPPING
+    if type(config) in mapping:
+        return mapping[type(config)]
+    raise ArchitectureError(
+        f"{checkpoint.name}: config.json names no 'architectures'; expected a class such as 'LlamaForCausalLM'"
+    )
+
+
+def _all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _all_configs(value)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module multiplies its input with a matrix: `nn.Linear` or GPT-2's `Conv1D`."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linears_in(module: nn.Module) -> dict[str, nn.Module]:
+    """The linears inside a module, by path."""
+    return {name: child for name, child in module.named_modules() if is_linear(child)}
+
+
+def weight_is_transposed(linear: nn.Module) -> bool:
+    """Whether the weight lies `[in, out]`, as in GPT-2's `Conv1D`."""
+    return isinstance(linear, Conv1D)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and len({type(child) for child in module}) == 1
+        and not is_linear(module[0])
+        and all(linears_in(child) for child in module)
+    )
+
+
+def _find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
+    """The outermost lists of like modules that hold linears."""
+    found: list[Stack] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(stack.name + ".") for stack in found)
+        if not inside and _is_stack(module):
+            found.append(Stack(name, tuple(module.children())))
+    if not found:
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        raise ArchitectureError(
+            f"{type(model).__name__}: no stack of like blocks with linears found (lists of modules: {lists or 'none'}); "
+            "name the stacks in the config, e.g. stacks: [model.layers]"
+        )
+    return tuple(found)
+
+
+def _named_stacks(model: PreTrainedModel, names: Sequence[str]) -> tuple[Stack, ...]:
+    modules = dict(model.named_modules())
+    problems = []
+    found = []
+    for name in names:
+        module = modules.get(name)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            lists = [key for key, value in modules.items() if isinstance(value, nn.ModuleList)]
+            problems.append(f"stacks: {name!r} is no list of modules in {type(model).__name__}; lists are {lists}")
+        else:
+            found.append(Stack(name, tuple(module.children())))
+    if problems:
+        raise ArchitectureError(*problems)
+    return tuple(found)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Puts tensors in the place of parameters or buffers, under all their tied names, whatever the device."""
+    for name, tensor in tensors.items():
+        parameter = nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+        for alias in skeleton.aliases.get(name, (name,)):
+            path, _, leaf = alias.rpartition(".")
+            module = skeleton.model.get_submodule(path)
+            if leaf in module._parameters:
+                module._parameters[leaf] = parameter
+            else:
+                module._buffers[leaf] = tensor
+
+
+def _aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {group[0]: tuple(group) for group in names.values() if len(group) > 1}

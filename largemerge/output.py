@@ -1,0 +1,201 @@
+"""The output folder, from its first byte to a finished checkpoint, whatever happens in between.
+
+    OUT/.largemerge/              while the merge runs
+        manifest.json             config, fingerprints of all inputs and data, versions, layout
+        journal.jsonl             one line for each finished part, appended once its bytes are on disk
+        model-….safetensors       shards under way
+        lock                      held by the running process
+
+At the end: side files, shards, the index, `config.json` last, then the working folder goes. A folder
+without `config.json`, or with a working folder, is no finished merge.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from largemerge.checkpoint.metadata import GENERATION_FILES, PROCESSOR_FILES, TOKENIZER_FILES
+from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
+from largemerge.errors import OutputError
+
+WORKING_FOLDER = ".largemerge"
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+_CHECKPOINT_FILES = (*_WEIGHT_FILES, *GENERATION_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
+
+
+@dataclass
+class OutputFolder:
+    """The output of one merge, begun or resumed.
+
+    Attributes:
+        path: OUT.
+        entries: Finished parts, by name, from the journal.
+        replaces: Whether an earlier checkpoint here is to be replaced at the end.
+    """
+
+    path: Path
+    replaces: bool
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def working(self) -> Path:
+        """The working folder."""
+        return self.path / WORKING_FOLDER
+
+    def record(self, part: str, entry: Mapping[str, Any]) -> None:
+        """Notes that a part is finished; its bytes must be on disk by now."""
+        line = json.dumps({"part": part, "entry": entry}) + "\n"
+        with (self.working / "journal.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.entries[part] = dict(entry)
+
+    def finish(self, shards: tuple[Shard, ...], write_side_files: Callable[[Path], None], config: str) -> None:
+        """Makes the folder a checkpoint. May be repeated after a crash at any point.
+
+        Args:
+            shards: All written and flushed.
+            write_side_files: Writes tokenizer, report, … into the folder it is given.
+            config: Text of `config.json`, which comes last.
+        """
+        names = {shard.file_name for shard in shards}
+        if self.replaces:
+            # From here on the earlier checkpoint is gone: first what makes it one, then its weights.
+            (self.path / "config.json").unlink(missing_ok=True)
+            for pattern in _CHECKPOINT_FILES:
+                for old in self.path.glob(pattern):
+                    if old.name not in names or (self.working / old.name).exists():
+                        old.unlink()
+        write_side_files(self.path)
+        for shard in shards:
+            if (self.working / shard.file_name).exists():
+                (self.working / shard.file_name).replace(self.path / shard.file_name)
+        sync_folder(self.path)
+        index = weight_index(shards)
+        if index is not None:
+            write_atomically(self.path / "model.safetensors.index.json", index)
+        write_atomically(self.path / "config.json", config)
+        shutil.rmtree(self.working)
+
+
+@contextmanager
+def open_output(
+    path: Path, manifest: Mapping[str, Any], inputs: list[Path], *, resume: bool, force: bool
+) -> Iterator[OutputFolder]:
+    """Begins or resumes a merge in `path` and holds its lock.
+
+    Args:
+        path: OUT.
+        manifest: What a resumed run must have in common with the one before.
+        inputs: Folders that must not be written to.
+        resume: Go on with what is there.
+        force: Replace what is there.
+
+    Raises:
+        OutputError: If the folder is in the way, busy, or was begun with other inputs.
+    """
+    check_output(path, inputs, resume=resume, force=force)
+    working = path / WORKING_FOLDER
+    replaces = force and any(_others(path))
+    if working.exists() and not resume:
+        with _locked(working):
+            shutil.rmtree(working)
+    resuming = (working / "manifest.json").exists()
+    working.mkdir(parents=True, exist_ok=True)
+    with _locked(working):
+        if resuming:
+            before = json.loads((working / "manifest.json").read_text(encoding="utf-8"))
+            _check_same(before["manifest"], json.loads(json.dumps(manifest)), path)
+            replaces = before["replaces"]
+        else:
+            text = json.dumps({"manifest": manifest, "replaces": replaces}, indent=2)
+            write_atomically(working / "manifest.json", text)
+        yield OutputFolder(path, replaces, _read_journal(working / "journal.jsonl"))
+
+
+def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
+    """Refuses an output folder that is in the way, before anything is done.
+
+    Raises:
+        OutputError: Saying what is there and what to do.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; expected a folder, or nothing")
+    resolved = path.resolve()
+    for folder in inputs:
+        if resolved == folder.resolve() or resolved in folder.resolve().parents and force:
+            raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
+    if not path.exists():
+        return
+    begun = (path / WORKING_FOLDER / "manifest.json").exists()
+    others = _others(path)
+    if resume:
+        if not begun and others:
+            state = "holds a finished merge" if (path / "merge_report.json").exists() else "holds no merge to resume"
+            raise OutputError(f"{path} {state} (found {others[:5]}); choose another folder, or --force to replace it")
+        return
+    if begun and not force:
+        raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
+    if others and not force:
+        raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
+
+
+def _others(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return sorted(entry.name for entry in path.iterdir() if entry.name != WORKING_FOLDER)
+
+
+@contextmanager
+def _locked(working: Path) -> Iterator[None]:
+    with (working / "lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{working.parent}: another process is merging into this folder right now") from None
+        yield
+
+
+def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        return entries
+    raw = path.read_bytes()
+    complete = raw[: raw.rfind(b"\n") + 1]
+    if complete != raw:
+        # A line cut off by a crash says nothing; the part that it was about is done again.
+        with path.open("r+b") as stream:
+            stream.truncate(len(complete))
+    for line in complete.splitlines():
+        record = json.loads(line)
+        entries[record["part"]] = record["entry"]
+    return entries
+
+
+def _check_same(before: Any, now: Any, path: Path) -> None:
+    changes = list(_changes(before, now, ""))
+    if changes:
+        raise OutputError(
+            *(f"{path}: cannot be resumed: {change}" for change in changes[:20]),
+            "put back what changed, or start afresh with --force",
+        )
+
+
+def _changes(before: Any, now: Any, where: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _changes(before.get(key), now.get(key), f"{where} → {key}" if where else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from _changes(old, new, f"{where}[{index}]")
+    elif before != now:
+        yield f"{where} was {before!r} and is {now!r}"

@@ -1,0 +1,449 @@
+"""The plan of a merge: what it will read, write, hold and compute, from headers and configs alone.
+
+`make_plan` opens the inputs, rehearses the model, and gives every tensor of the output its treatment. What
+makes the merge impossible is collected in `problems`, all at once; `merge` runs a plan only without any.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from largemerge.calibration import CalibrationOutline, CalibrationSet, ModelNeeds, outline_calibration
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.writer import OutputTensor
+from largemerge.config import MergeConfig
+from largemerge.errors import CalibrationError, LargemergeError
+from largemerge.inputs import Inputs
+from largemerge.memory import memory_in_use
+from largemerge.model.names import NameMap
+from largemerge.model.rehearsal import Rehearsal, rehearse
+from largemerge.model.skeleton import Skeleton
+from largemerge.regression.sums import sums_bytes
+from largemerge.treatment import (
+    BlockPlan,
+    TensorPlan,
+    Treatment,
+    output_tensors,
+    plan_blocks,
+    plan_outside,
+    tensor_dtype,
+    treatment_problems,
+)
+
+BatchShapes = Mapping[str, tuple[int, ...]]
+"""Forward argument → shape of one batch."""
+
+
+@dataclass(frozen=True)
+class PeakEstimate:
+    """Bytes held at the moment when most is held, by what they are for.
+
+    Attributes:
+        before: What the process holds before it starts (interpreter, libraries).
+        outside: Embeddings and what else lies outside the stacks, while it is needed.
+        blocks: Candidates' weights of one block: the anchor, the present one, the next one being read.
+        sums: Gram matrices, right-hand sides, averages.
+        activations: Of one batch inside a block.
+        solve: Work space of the largest system.
+        calibration: Inputs and hidden states of all candidates.
+    """
+
+    before: int
+    outside: int
+    blocks: int
+    sums: int
+    activations: int
+    solve: int
+    calibration: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak; activations, solves and embeddings take turns."""
+        return self.before + self.calibration + self.blocks + self.sums + max(self.activations + self.outside, self.solve)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will do.
+
+    Attributes:
+        config: Resolved.
+        class_name: Of the model.
+        device: That computes.
+        compute_dtype: Of the forward passes.
+        stacks: Name and number of blocks, in the order in which they run.
+        blocks: In order.
+        outside: Tensors of no block.
+        output: What is written, by name on disk.
+        num_samples: Calibration samples by candidate (upper bounds before the data is read).
+        bytes_read: From checkpoints.
+        peak: Estimated.
+        notes: What a user should know.
+        problems: What makes it impossible.
+    """
+
+    config: MergeConfig
+    class_name: str
+    device: torch.device
+    compute_dtype: torch.dtype
+    stacks: tuple[tuple[str, int], ...]
+    blocks: tuple[BlockPlan, ...]
+    outside: tuple[TensorPlan, ...]
+    output: Mapping[str, OutputTensor]
+    num_samples: Mapping[str, int]
+    bytes_read: int
+    peak: PeakEstimate
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """All tensors of the output."""
+        return (*(plan for block in self.blocks for plan in block.tensors), *self.outside)
+
+    @property
+    def bytes_written(self) -> int:
+        """Of all tensors of the output."""
+        return sum(tensor.num_bytes for tensor in self.output.values())
+
+    def counts(self) -> dict[str, int]:
+        """Tensors by treatment, and by reason where they are not solved."""
+        counter = Counter(
+            plan.treatment.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors
+        )
+        return dict(counter.most_common())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "merge_method": self.config.merge_method,
+            "class": self.class_name,
+            "device": str(self.device),
+            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "candidates": list(self.config.names),
+            "num_samples": dict(self.num_samples),
+            "stacks": [{"name": name, "num_blocks": count} for name, count in self.stacks],
+            "tensors": self.counts(),
+            "linears": [
+                {"block": block.name, "shared_input": group.leader, "linears": list(group.outputs)}
+                for block in self.blocks
+                for group in block.groups
+            ],
+            "not_solved": {
+                plan.name: {"treatment": plan.treatment.value, "reason": plan.reason}
+                for plan in self.tensors
+                if plan.treatment is not Treatment.SOLVED
+            },
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_bytes": {**vars(self.peak), "total": self.peak.total},
+            "notes": list(self.notes),
+            "problems": list(self.problems),
+        }
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A plan together with the opened inputs that it was made from."""
+
+    plan: MergePlan
+    inputs: Inputs
+    rehearsal: Rehearsal
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        LargemergeError: If torch knows no such device, or cannot use it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise LargemergeError(f"--device {device}: {first_line}; expected auto, cpu or cuda:0") from None
+    return chosen
+
+
+def model_needs(skeleton: Skeleton) -> ModelNeeds:
+    """What calibration data must know of the model class."""
+    config = skeleton.model.config
+    return ModelNeeds(
+        forward_arguments=skeleton.forward_arguments(),
+        is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        pad_token_id=getattr(config, "pad_token_id", None),
+    )
+
+
+def loss_tokens(needs: ModelNeeds) -> str:
+    """The input that loss masks belong to."""
+    return "decoder_input_ids" if needs.is_encoder_decoder else "input_ids"
+
+
+def outline_all(config: MergeConfig, inputs: Inputs) -> tuple[CalibrationOutline, ...]:
+    """Every candidate's calibration, from headers and settings.
+
+    Raises:
+        CalibrationError: With the problems of all candidates.
+    """
+    needs = model_needs(inputs.skeleton)
+    outlines, problems = [], []
+    for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
+        assert candidate.calibration is not None
+        try:
+            outlines.append(
+                outline_calibration(
+                    candidate.calibration,
+                    checkpoint.name,
+                    checkpoint.folder,
+                    needs,
+                    trust_remote_code=config.trust_remote_code,
+                )
+            )
+        except CalibrationError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CalibrationError(*problems)
+    return tuple(outlines)
+
+
+def make_plan(
+    config: MergeConfig,
+    inputs: Inputs,
+    device: torch.device,
+    outlines: Sequence[CalibrationOutline],
+    calibration: Sequence[CalibrationSet] | None = None,
+    out: Path | None = None,
+) -> Preparation:
+    """Plans a merge.
+
+    Args:
+        config: From `load_config`.
+        inputs: From `open_inputs`.
+        device: That will compute.
+        outlines: From `outline_all`.
+        calibration: The data itself, once it has been read: estimates become exact.
+        out: The output folder, to see whether the disk has room.
+
+    Raises:
+        ArchitectureError: If the model cannot be run block by block.
+    """
+    rehearsal = rehearse(inputs.skeleton, _joint_outline(outlines))
+    blocks = plan_blocks(config, inputs, rehearsal)
+    outside = plan_outside(config, inputs)
+    tensors = (*(plan for block in blocks for plan in block.tensors), *outside)
+    compute_dtype = _compute_dtype(config, tensors)
+    shapes = _batch_shapes(outlines, calibration)
+    problems = treatment_problems(inputs, tensors)
+    output = output_tensors(inputs, tensors) if not problems else {}
+    peak = _estimate_peak(inputs, rehearsal, blocks, compute_dtype, shapes, device)
+    notes = [*inputs.notes, *_notes(config, inputs, tensors)]
+    problems += _resource_problems(peak, device, sum(tensor.num_bytes for tensor in output.values()), out)
+    if not any(plan.treatment is Treatment.SOLVED for plan in tensors):
+        problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
+    plan = MergePlan(
+        config=config,
+        class_name=inputs.skeleton.class_name,
+        device=device,
+        compute_dtype=compute_dtype,
+        stacks=tuple((stack.name, len(stack.blocks)) for stack in (inputs.skeleton.stacks[i] for i in rehearsal.order)),
+        blocks=blocks,
+        outside=outside,
+        output=output,
+        num_samples={
+            checkpoint.name: sum(next(iter(batch.values()))[0] for batch in batches)
+            for checkpoint, batches in zip(inputs.candidates, shapes, strict=True)
+        },
+        bytes_read=_bytes_read(inputs, tensors),
+        peak=peak,
+        notes=tuple(notes),
+        problems=tuple(problems),
+    )
+    return Preparation(plan, inputs, rehearsal)
+
+
+def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The forward arguments that every candidate's data has."""
+    common = set(outlines[0].inputs).intersection(*(outline.inputs for outline in outlines))
+    return {name: value for name, value in outlines[0].inputs.items() if name in common}
+
+
+def _compute_dtype(config: MergeConfig, tensors: Sequence[TensorPlan]) -> torch.dtype:
+    if config.compute_dtype is not None:
+        return tensor_dtype(config.compute_dtype)
+    floating = Counter(plan.dtype for plan in tensors if plan.treatment is Treatment.SOLVED)
+    return floating.most_common(1)[0][0] if floating else torch.float32
+
+
+def _batch_shapes(
+    outlines: Sequence[CalibrationOutline], calibration: Sequence[CalibrationSet] | None
+) -> list[list[BatchShapes]]:
+    if calibration is not None:
+        return [
+            [{name: tuple(tensor.shape) for name, tensor in batch.inputs.items()} for batch in data.batches]
+            for data in calibration
+        ]
+    batches = []
+    for outline in outlines:
+        sizes = [outline.batch_size] * (outline.num_samples // outline.batch_size)
+        sizes += [outline.num_samples % outline.batch_size] if outline.num_samples % outline.batch_size else []
+        batches.append([{name: (size, *shape) for name, (shape, _) in outline.inputs.items()} for size in sizes])
+    return batches
+
+
+def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
+    def size(checkpoint: Checkpoint, names: NameMap, plan: TensorPlan) -> int:
+        if plan.name in inputs.reference_names.unmapped:
+            return checkpoint.tensors[plan.name].num_bytes if plan.name in checkpoint.tensors else 0
+        name = names.on_disk(plan.name)
+        keys = [] if name in names.missing else names.sources_of([name])
+        return sum(checkpoint.tensors[key].num_bytes for key in keys)
+
+    total = 0
+    for plan in tensors:
+        if plan.treatment is Treatment.BASE and inputs.base is not None and inputs.base_names is not None:
+            total += size(inputs.base, inputs.base_names, plan)
+        elif plan.treatment is Treatment.COPIED:
+            total += size(inputs.candidates[0], inputs.candidate_names[0], plan)
+        else:
+            total += sum(size(c, n, plan) for c, n in zip(inputs.candidates, inputs.candidate_names, strict=True))
+    return total
+
+
+def _estimate_peak(
+    inputs: Inputs,
+    rehearsal: Rehearsal,
+    blocks: Sequence[BlockPlan],
+    compute_dtype: torch.dtype,
+    shapes: Sequence[Sequence[BatchShapes]],
+    device: torch.device,
+) -> PeakEstimate:
+    state = inputs.skeleton.model.state_dict()
+    largest_outside = max(
+        (sum(state[name].numel() for name in stack.first) for stack in rehearsal.stacks), default=0
+    )
+    block_parts = [_block_bytes(inputs, block, compute_dtype) for block in blocks]
+    rows = {stack: _largest_rows(rehearsal, stack, shapes) for stack in rehearsal.order}
+    activations = [
+        rows[block.stack] * _features(block) * compute_dtype.itemsize
+        + rows[block.stack] * 4 * max((group.num_inputs for group in block.groups), default=0)
+        for block in blocks
+    ]
+    solves = [
+        max((12 * g.num_inputs**2 + 16 * g.num_inputs * sum(g.outputs.values()) for g in block.groups), default=0)
+        for block in blocks
+    ]
+    return PeakEstimate(
+        before=memory_in_use(device).host_anonymous if device.type == "cpu" else 0,
+        outside=largest_outside * compute_dtype.itemsize * 2,
+        blocks=max((part[0] for part in block_parts), default=0),
+        sums=max((part[1] for part in block_parts), default=0),
+        activations=max(activations, default=0),
+        solve=max(solves, default=0),
+        calibration=_calibration_bytes(rehearsal, shapes, compute_dtype),
+    )
+
+
+def _block_bytes(inputs: Inputs, block: BlockPlan, compute_dtype: torch.dtype) -> tuple[int, int]:
+    state = inputs.skeleton.model.state_dict()
+    elements = sum(state[plan.name].numel() for plan in block.tensors)
+    stored = sum(state[plan.name].numel() * plan.dtype.itemsize for plan in block.tensors)
+    cast = elements * compute_dtype.itemsize if any(plan.dtype != compute_dtype for plan in block.tensors) else 0
+    sums = sum(sums_bytes(list(group.outputs.values()), group.num_inputs) for group in block.groups)
+    return 3 * stored + cast, sums
+
+
+def _features(block: BlockPlan) -> int:
+    """What a block computes for one token: inputs and outputs of all its linears."""
+    return sum(group.num_inputs + sum(group.outputs.values()) for group in block.groups)
+
+
+def _largest_rows(rehearsal: Rehearsal, stack: int, shapes: Sequence[Sequence[BatchShapes]]) -> int:
+    seen = rehearsal.stacks[stack]
+    largest = 0
+    for batch in (batch for batches in shapes for batch in batches):
+        if seen.tokens is not None and seen.tokens in batch:
+            largest = max(largest, math.prod(batch[seen.tokens][:2]))
+        else:
+            largest = max(largest, next(iter(batch.values()))[0] * seen.num_tokens)
+    return largest
+
+
+def _calibration_bytes(
+    rehearsal: Rehearsal, shapes: Sequence[Sequence[BatchShapes]], compute_dtype: torch.dtype
+) -> int:
+    total = 0
+    for batch in (batch for batches in shapes for batch in batches):
+        for name, shape in batch.items():
+            total += math.prod(shape) * (8 if name.endswith(("ids", "mask")) else 4)
+        samples = next(iter(batch.values()))[0]
+        for stack in rehearsal.stacks:
+            tokens = batch[stack.tokens][1] if stack.tokens is not None and stack.tokens in batch else stack.num_tokens
+            for shape in stack.output_shapes:
+                scaled = [samples if i == 0 and n == 2 else n for i, n in enumerate(shape)]
+                scaled = [tokens if n == stack.num_tokens and i > 0 else n for i, n in enumerate(scaled)]
+                total += math.prod(scaled) * compute_dtype.itemsize
+    return total
+
+
+def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -> list[str]:
+    notes = []
+    state = inputs.skeleton.model.state_dict()
+    unwritten = [
+        name for name in state if name not in {plan.name for plan in tensors} and name in inputs.reference_names.missing
+    ]
+    if unwritten:
+        notes.append(f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}")
+    labels = {plan.name for plan in tensors}
+    for kind in ("include", "exclude"):
+        import re
+
+        for pattern in getattr(config.parameters, kind):
+            if not any(re.search(pattern, label) for label in labels):
+                notes.append(f"parameters.{kind}: {pattern!r} matches no tensor")
+    for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
+        extra = sorted(set(names.unmapped) - set(inputs.reference_names.unmapped))
+        if extra:
+            notes.append(f"{checkpoint.name}: {len(extra)} tensors that the model class does not know are left out: {extra[:3]}")
+    return notes
+
+
+def _resource_problems(peak: PeakEstimate, device: torch.device, bytes_written: int, out: Path | None) -> list[str]:
+    problems = []
+    host = psutil.virtual_memory().available + peak.before
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = peak.total - peak.calibration
+        if needed > free:
+            problems.append(f"needs about {_gib(needed)} on {device}, which has {_gib(free)} free; lower batch_size")
+        needed = peak.calibration
+    else:
+        needed = peak.total
+    if needed > host:
+        problems.append(
+            f"needs about {_gib(needed)} of memory, this machine has {_gib(host)} available; "
+            f"hidden states take {_gib(peak.calibration)} of it: lower num_samples, max_length or batch_size"
+        )
+    if out is not None:
+        folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+        free = shutil.disk_usage(folder).free
+        if bytes_written > free:
+            problems.append(f"{out}: needs {_gib(bytes_written)} of disk, {_gib(free)} are free")
+    return problems
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

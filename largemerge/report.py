@@ -1,0 +1,227 @@
+"""What happened: `merge_report.json` first, then the tables on the terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from largemerge.calibration import CalibrationSet
+from largemerge.config import MergeConfig
+from largemerge.inputs import Inputs
+from largemerge.memory import MemoryUse
+from largemerge.plan import MergePlan
+
+_PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of largemerge and of what it stands on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the merge ran on."""
+    described = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        described["device_name"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
+        return names[0] if names else platform.processor()
+    except OSError:
+        return platform.processor()
+
+
+def config_yaml(config: MergeConfig) -> str:
+    """The resolved configuration as YAML, without what is unset."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; `to_json` is what `merge_report.json` holds.
+
+    Attributes:
+        plan: That was run.
+        config: Resolved.
+        inputs: Fingerprints of all files, by checkpoint.
+        calibration: By candidate: number of samples and fingerprint of what the model saw.
+        blocks: By name: seconds by phase, bytes written, and a report for every linear.
+        outside: Seconds and bytes of the tensors outside the blocks.
+        seconds: Total, and of the preparation.
+        bytes_read: From checkpoints, in this run.
+        resumed_parts: How many parts an earlier run had finished.
+        peak: Measured.
+    """
+
+    plan: MergePlan
+    config: MergeConfig
+    inputs: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    blocks: Mapping[str, Any]
+    outside: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    bytes_read: int
+    resumed_parts: int
+    peak: MemoryUse
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        plan: MergePlan,
+        inputs: Inputs,
+        calibration: Sequence[CalibrationSet],
+        parts: Mapping[str, Mapping[str, Any]],
+        prepared_seconds: float,
+        total_seconds: float,
+        resumed_parts: int,
+        peak: MemoryUse,
+        bytes_read: int,
+    ) -> MergeReport:
+        """Puts a report together from what the parts of a merge have to say."""
+        checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
+        return cls(
+            plan=plan,
+            config=plan.config,
+            inputs={
+                checkpoint.name: {"folder": str(checkpoint.folder), "files": dict(checkpoint.fingerprint)}
+                for checkpoint in checkpoints
+            },
+            calibration={
+                data.name: {"num_samples": data.num_samples, "sha256": data.fingerprint} for data in calibration
+            },
+            blocks={block.name: parts[block.name] for block in plan.blocks},
+            outside=parts["outside"],
+            seconds={"total": round(total_seconds, 3), "preparation": round(prepared_seconds, 3)},
+            bytes_read=bytes_read,
+            resumed_parts=resumed_parts,
+            peak=peak,
+        )
+
+    @property
+    def linears(self) -> dict[str, Any]:
+        """The report of every solved linear, by parameter name."""
+        return {name: entry for block in self.blocks.values() for name, entry in block["linears"].items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        phases: Counter[str] = Counter()
+        for part in (*self.blocks.values(), self.outside):
+            phases.update(part["seconds"])
+        return {
+            "versions": versions(),
+            "machine": machine(self.plan.device),
+            "config": self.config.model_dump(mode="json"),
+            "inputs": self.inputs,
+            "calibration": self.calibration,
+            "plan": self.plan.to_json(),
+            "seconds": {**self.seconds, "by_phase": {key: round(value, 3) for key, value in phases.items()}},
+            "bytes_read": self.bytes_read,
+            "bytes_written": sum(part["bytes_written"] for part in (*self.blocks.values(), self.outside)),
+            "resumed_parts": self.resumed_parts,
+            "peak_bytes": {
+                "planned": self.plan.peak.total,
+                "host_anonymous": self.peak.host_anonymous,
+                "host_total": self.peak.host_total,
+                "device": self.peak.device,
+            },
+            "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
+            "outside": self.outside,
+            "blocks": self.blocks,
+        }
+
+
+def print_report(report: MergeReport, out: str, console: Console) -> None:
+    """The closing table."""
+    linears = report.linears
+    table = Table(title=f"{report.config.merge_method}: {len(report.config.models)} models → {out}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    counts = ", ".join(f"{count} {what}" for what, count in report.plan.counts().items())
+    table.add_row("tensors", counts)
+    fallbacks = [name for name, entry in linears.items() if entry["fallbacks"]]
+    solvers = Counter(entry["solver"] for entry in linears.values())
+    table.add_row("solvers", ", ".join(f"{count} {solver}" for solver, count in solvers.items()))
+    if fallbacks:
+        table.add_row("fallbacks", f"{len(fallbacks)} linears needed more than float32 Cholesky: {', '.join(fallbacks[:3])} …")
+    if linears:
+        worst = max(linears, key=lambda name: linears[name]["condition"])
+        table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
+        table.add_row("distance", _mean_distances(report))
+    total = report.seconds["total"]
+    table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
+    written = sum(part["bytes_written"] for part in (*report.blocks.values(), report.outside))
+    table.add_row("disk", f"{gib(report.bytes_read)} read, {gib(written)} written")
+    peak = f"{gib(report.peak.host_anonymous)} anonymous (planned {gib(report.plan.peak.total)}), {gib(report.peak.host_total)} in all"
+    if report.peak.device:
+        peak += f", {gib(report.peak.device)} on {report.plan.device}"
+    table.add_row("peak memory", peak)
+    console.print(table)
+
+
+def _mean_distances(report: MergeReport) -> str:
+    entries = list(report.linears.values())
+    mean = sum(entry["relative_distance_to_average"] for entry in entries) / len(entries)
+    parts = [f"average {mean:.4f}"]
+    for name in report.config.names:
+        distance = sum(entry["relative_distance_to_candidates"][name] for entry in entries) / len(entries)
+        parts.append(f"{name} {distance:.4f}")
+    return "mean over linears, relative: " + ", ".join(parts)
+
+
+def print_plan(plan: MergePlan, console: Console) -> None:
+    """What `largemerge plan` shows."""
+    table = Table(title=f"{plan.config.merge_method} of {len(plan.config.models)} × {plan.class_name}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("candidates", ", ".join(f"{name} ({plan.num_samples[name]} samples)" for name in plan.config.names))
+    table.add_row("stacks", ", ".join(f"{name} ({count} blocks)" for name, count in plan.stacks))
+    for group in plan.blocks[0].groups if plan.blocks else ():
+        table.add_row("solved together", f"{', '.join(group.outputs)}: {group.num_inputs} inputs")
+    table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in plan.counts().items()))
+    table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
+    table.add_row("forward passes", f"{str(plan.compute_dtype).removeprefix('torch.')} on {plan.device}")
+    peak = plan.peak
+    parts = ", ".join(f"{name} {gib(value)}" for name, value in vars(peak).items())
+    table.add_row("peak memory", f"about {gib(peak.total)} ({parts})")
+    for note in plan.notes:
+        table.add_row("note", note)
+    for problem in plan.problems:
+        table.add_row("[red]impossible[/red]", problem)
+    console.print(table)
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes for people."""
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.1f} KiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"

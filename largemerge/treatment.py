@@ -1,0 +1,259 @@
+"""Which tensor is merged how. Every tensor of the output gets exactly one treatment, and a reason.
+
+    solved    the method's closed-form solution
+    averaged  Σ c_i W_i / Σ c_i
+    base      excluded by the user: taken from the base as it is
+    copied    integers and the like, which have no average: taken from the first candidate
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint, TensorInfo
+from largemerge.checkpoint.writer import OutputTensor
+from largemerge.config import MergeConfig
+from largemerge.inputs import Inputs
+from largemerge.model.names import NameMap
+from largemerge.model.rehearsal import LinearRole, Rehearsal
+from largemerge.model.skeleton import linears_in, weight_is_transposed
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Treatment(str, Enum):
+    """How a tensor of the output comes about."""
+
+    SOLVED = "solved"
+    AVERAGED = "averaged"
+    BASE = "base"
+    COPIED = "copied"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output.
+
+    Attributes:
+        name: Parameter name in the module; the name on disk for tensors that the class has no use for.
+        treatment: How it is made.
+        reason: Why it is not solved, or "".
+        dtype: It is written in.
+    """
+
+    name: str
+    treatment: Treatment
+    reason: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Linears of one block that read the same tensor and are solved together.
+
+    Attributes:
+        leader: The linear whose input is watched, by its path in the block.
+        rows: The stack whose tokens the rows are.
+        num_inputs: Features of the shared input.
+        outputs: Path in the block → number of outputs of every solved linear of the group.
+        transposed: Whether the weights lie `[in, out]`.
+    """
+
+    leader: str
+    rows: int | None
+    num_inputs: int
+    outputs: Mapping[str, int]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: where it stands, what becomes of its tensors, which linears are solved together."""
+
+    stack: int
+    index: int
+    name: str
+    tensors: tuple[TensorPlan, ...]
+    groups: tuple[GroupPlan, ...]
+
+
+def tensor_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a configuration's `float32`, `bfloat16` or `float16`."""
+    return _DTYPES[name]
+
+
+def plan_blocks(config: MergeConfig, inputs: Inputs, rehearsal: Rehearsal) -> tuple[BlockPlan, ...]:
+    """The blocks in the order in which they run."""
+    blocks = []
+    for stack_index in rehearsal.order:
+        stack = inputs.skeleton.stacks[stack_index]
+        for index in range(len(stack.blocks)):
+            names = [name for name in inputs.skeleton.block_tensors(stack, index) if _exists(inputs, name)]
+            roles = {role.name: role for role in rehearsal.stacks[stack_index].roles[index]}
+            prefix = stack.block_name(index) + "."
+            linears = linears_in(stack.blocks[index])
+            images = rehearsal.stacks[stack_index].tokens is None
+            tensors = [
+                _plan_tensor(config, inputs, name, _unsolvable(name.removeprefix(prefix), linears, roles, images))
+                for name in names
+            ]
+            groups = _plan_groups(stack.blocks[index], tensors, prefix, roles)
+            blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups))
+    return tuple(blocks)
+
+
+def plan_outside(config: MergeConfig, inputs: Inputs) -> tuple[TensorPlan, ...]:
+    """The tensors of no block, and those that the model class has no use for."""
+    known = [
+        _plan_tensor(config, inputs, name, "not in a block")
+        for name in inputs.skeleton.outside_tensors()
+        if _exists(inputs, name)
+    ]
+    unknown = [_plan_unknown(config, inputs, key) for key in inputs.reference_names.unmapped]
+    return (*known, *unknown)
+
+
+def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, OutputTensor]:
+    """What will be written: names, shapes and order of the reference, dtypes of the plan."""
+    names, reference = inputs.reference_names, inputs.reference
+    dtypes: dict[str, torch.dtype] = {}
+    for plan in plans:
+        if plan.name in names.unmapped:
+            dtypes[plan.name] = plan.dtype
+        else:
+            dtypes |= {key: plan.dtype for key in names.sources_of([names.on_disk(plan.name)])}
+    return {
+        key: OutputTensor(dtypes[key], info.shape) for key, info in reference.tensors.items() if key in dtypes
+    }
+
+
+def treatment_problems(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
+    """Tensors that candidates lack or hold in other shapes, unless the base stands in for them."""
+    problems = []
+    state = inputs.skeleton.model.state_dict()
+    for plan in plans:
+        if plan.name not in state or plan.treatment is Treatment.BASE:
+            continue
+        shapes = {}
+        for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
+            name = names.on_disk(plan.name)
+            if name in names.missing:
+                problems.append(f"{checkpoint.name}: has no tensor for {plan.name}, which the others have")
+            elif name in names.mismatched:
+                shapes[checkpoint.name] = list(names.mismatched[name])
+        if shapes:
+            expected = list(state[plan.name].shape)
+            problems.append(
+                f"{plan.name}: expected {expected} as in {inputs.reference.name}, found {shapes}; "
+                "exclude it (parameters.exclude) and give a base_model that has it"
+            )
+    return problems
+
+
+def _exists(inputs: Inputs, name: str) -> bool:
+    """Whether any candidate has the tensor, so that the output must."""
+    return any(names.on_disk(name) not in names.missing for names in inputs.candidate_names)
+
+
+def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str | None) -> TensorPlan:
+    dtype = _output_dtype(config, inputs, name)
+    if not dtype.is_floating_point:
+        return TensorPlan(name, Treatment.COPIED, "not a floating-point tensor", dtype)
+    labels = {name, *_names_on_disk(inputs.reference_names, name)}
+    if _matches(config.parameters.exclude, labels):
+        base = inputs.base_names
+        if base is None:
+            return TensorPlan(name, Treatment.AVERAGED, "excluded, and there is no base", dtype)
+        on_disk = base.on_disk(name)
+        if on_disk in base.missing or on_disk in base.mismatched:
+            return TensorPlan(name, Treatment.AVERAGED, "excluded, but the base does not have it", dtype)
+        return TensorPlan(name, Treatment.BASE, "excluded", dtype)
+    if unsolvable is not None:
+        return TensorPlan(name, Treatment.AVERAGED, unsolvable, dtype)
+    if config.parameters.include and not _matches(config.parameters.include, labels):
+        return TensorPlan(name, Treatment.AVERAGED, "not included", dtype)
+    return TensorPlan(name, Treatment.SOLVED, "", dtype)
+
+
+def _plan_unknown(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
+    infos = [checkpoint.tensors.get(key) for checkpoint in inputs.candidates]
+    reference = inputs.reference.tensors[key]
+    everywhere = all(info is not None and info.shape == reference.shape for info in infos)
+    dtype = reference.dtype
+    if everywhere and dtype.is_floating_point:
+        wanted = tensor_dtype(config.dtype) if config.dtype else dtype
+        return TensorPlan(key, Treatment.AVERAGED, "unknown to the model class", wanted)
+    return TensorPlan(key, Treatment.COPIED, "unknown to the model class", dtype)
+
+
+def _unsolvable(
+    path: str, linears: Mapping[str, torch.nn.Module], roles: Mapping[str, LinearRole], images: bool
+) -> str | None:
+    """Why a tensor of a block cannot be solved for; `None` if it can."""
+    module, _, leaf = path.rpartition(".")
+    if leaf != "weight" or module not in linears:
+        return "not a linear's weight"
+    if module not in roles:
+        return "its linear is not called once per forward pass"
+    if roles[module].rows is None and not images:
+        return "rows of its input cannot be matched to the padding mask"
+    return None
+
+
+def _plan_groups(
+    block: torch.nn.Module, tensors: list[TensorPlan], prefix: str, roles: Mapping[str, LinearRole]
+) -> tuple[GroupPlan, ...]:
+    linears = linears_in(block)
+    solved = [
+        plan.name.removeprefix(prefix).removesuffix(".weight")
+        for plan in tensors
+        if plan.treatment is Treatment.SOLVED
+    ]
+    groups: dict[tuple[str, bool], dict[str, tuple[int, int]]] = {}
+    for path in [name for name in roles if name in solved]:
+        linear = linears[path]
+        transposed = weight_is_transposed(linear)
+        rows, columns = linear.weight.shape
+        size = (columns, rows) if transposed else (rows, columns)
+        groups.setdefault((roles[path].group, transposed), {})[path] = size
+    return tuple(
+        GroupPlan(
+            leader=leader,
+            rows=roles[leader].rows,
+            num_inputs=next(iter(members.values()))[1],
+            outputs={path: outputs for path, (outputs, _) in members.items()},
+            transposed=transposed,
+        )
+        for (leader, transposed), members in groups.items()
+    )
+
+
+def _output_dtype(config: MergeConfig, inputs: Inputs, name: str) -> torch.dtype:
+    infos = [
+        _info(checkpoint, names, name)
+        for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True)
+    ]
+    dtypes = [info.dtype for info in infos if info is not None]
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return tensor_dtype(config.dtype) if config.dtype and result.is_floating_point else result
+
+
+def _info(checkpoint: Checkpoint, names: NameMap, name: str) -> TensorInfo | None:
+    keys = _names_on_disk(names, name)
+    return checkpoint.tensors[keys[0]] if keys else None
+
+
+def _names_on_disk(names: NameMap, name: str) -> list[str]:
+    on_disk = names.on_disk(name)
+    return [] if on_disk in names.missing else names.sources_of([on_disk])
+
+
+def _matches(patterns: tuple[str, ...], labels: set[str]) -> bool:
+    return any(re.search(pattern, label) for pattern in patterns for label in labels)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import io
+import json
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from largemerge.calibration import load_calibration, outline_calibration
+from largemerge.errors import CalibrationError
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+VIT = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "do_center_crop": None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "images"
+    path.mkdir()
+    for name, colour in {"a.png": RED, "b.bmp": GREEN, "c.webp": BLUE}.items():
+        Image.new("RGB", (12, 10), colour).save(path / name, **({"lossless": True} if name == "c.webp" else {}))
+    return path
+
+
+@pytest.fixture
+def vision_checkpoint(tmp_path, save_image_processor):
+    return save_image_processor(tmp_path / "vision")
+
+
+@pytest.fixture
+def load(make_config, vision_checkpoint, vision_needs):
+    def run(data, needs=vision_needs, checkpoint=vision_checkpoint, **settings):
+        return load_calibration(make_config(data, **settings), "cars", checkpoint, needs)
+
+    return run
+
+
+@pytest.fixture
+def complaint(load):
+    def find(data, *arguments, **settings):
+        with pytest.raises(CalibrationError) as caught:
+            load(data, *arguments, **settings)
+        assert all("candidate 'cars'" in problem for problem in caught.value.problems)
+        return "\n".join(caught.value.problems)
+
+    return find
+
+
+def solid(*colours):
+    """Images of one colour, as the processor scales them: 0..255 to -1..1."""
+    return torch.tensor(colours, dtype=torch.float32).div(127.5).sub(1)[:, :, None, None].expand(-1, 3, 8, 8)
+
+
+def pixels(calibration):
+    return torch.cat([batch.inputs["pixel_values"] for batch in calibration.batches])
+
+
+def content(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 10), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("changes", [{}, VIT, {"image_processor_type": "CLIPImageProcessorFast"}])
+def test_folder_of_images(load, folder, tmp_path, save_image_processor, changes):
+    calibration = load(folder, checkpoint=save_image_processor(tmp_path / "other", **changes))
+
+    torch.testing.assert_close(pixels(calibration), solid(RED, GREEN, BLUE), atol=1e-6, rtol=0)
+    assert [set(batch.inputs) for batch in calibration.batches] == [{"pixel_values"}] * 2
+    assert [batch.num_samples for batch in calibration.batches] == [2, 1]
+    assert all(
+        batch.inputs["pixel_values"].is_contiguous() and batch.loss_mask is None for batch in calibration.batches
+    )
+
+
+def test_images_are_drawn_by_the_seed(load, folder):
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(5)).tolist()
+    expected = solid(*([RED, GREEN, BLUE][index] for index in order[:2]))
+    torch.testing.assert_close(pixels(load(folder, num_samples=2, seed=5)), expected, atol=1e-6, rtol=0)
+
+
+def test_images_come_upright_and_in_colour(load, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    Image.new("L", (9, 9), 255).save(folder / "grey.png")
+    Image.new("RGBA", (9, 9), (*RED, 255)).save(folder / "transparent.png")
+    turned = Image.new("RGB", (8, 8), RED)
+    turned.paste(Image.new("RGB", (8, 4), BLUE), (0, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned.save(folder / "turned.png", exif=exif)
+
+    grey, transparent, upright = pixels(load(folder))
+
+    torch.testing.assert_close(grey, torch.ones(3, 8, 8), atol=1e-6, rtol=0)
+    torch.testing.assert_close(transparent, solid(RED)[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        upright, torch.cat([solid(BLUE)[0, :, :4], solid(RED)[0, :, :4]], dim=1), atol=1e-6, rtol=0
+    )
+
+
+def test_processor_of_grey_images(load, folder, tmp_path, save_image_processor):
+    grey = save_image_processor(tmp_path / "grey", image_mean=[0.5], image_std=[0.5], do_convert_rgb=False)
+    assert pixels(load(folder, checkpoint=grey)).shape == (3, 1, 8, 8)
+
+
+def test_column_of_paths(load, folder, write_jsonl):
+    rows = [{"picture": "images/b.bmp"}, {"picture": str(folder / "a.png")}]
+    found = pixels(load(write_jsonl(rows), image_field="picture"))
+    torch.testing.assert_close(found, solid(GREEN, RED), atol=1e-6, rtol=0)
+
+
+def test_columns_of_images_and_of_bytes(load, tmp_path):
+    values = [{"bytes": content(colour), "path": None} for colour in (RED, GREEN)]
+    table = datasets.Dataset.from_dict({"raw": [content(RED), content(GREEN)], "image": values})
+    table.to_parquet(tmp_path / "plain.parquet")
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "typed.parquet")
+    for name, settings in (("plain", {}), ("typed", {}), ("plain", {"image_field": "raw"})):
+        found = pixels(load(tmp_path / f"{name}.parquet", **settings))
+        torch.testing.assert_close(found, solid(RED, GREEN), atol=1e-6, rtol=0)
+
+
+def test_folder_with_captions(load, folder, clip_needs, vision_checkpoint, save_tokenizer, ids):
+    save_tokenizer(vision_checkpoint)
+    captions = {"a.png": "cat", "b.bmp": "the cat sat", "c.webp": "a mat"}
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+    calibration = load(folder, clip_needs, batch_size=3)
+
+    inputs = calibration.batches[0].inputs
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    assert inputs["input_ids"].tolist() == [ids("the cat sat"), [*ids("a mat"), 3], [*ids("cat"), 3, 3]]
+    torch.testing.assert_close(inputs["pixel_values"], solid(GREEN, BLUE, RED), atol=1e-6, rtol=0)
+
+
+def test_image_and_target(load, folder, seq2seq_needs, vision_checkpoint, save_tokenizer, write_jsonl, ids):
+    save_tokenizer(vision_checkpoint)
+    arguments = frozenset({"pixel_values", "decoder_input_ids", "decoder_attention_mask"})
+    needs = type(seq2seq_needs)(arguments, True, 1, None)
+    path = write_jsonl([{"image": "images/a.png", "words": "the cat"}])
+
+    inputs = load(path, needs, target_field="words").batches[0].inputs
+
+    assert inputs["decoder_input_ids"].tolist() == [ids("<s> the")]
+    assert inputs["pixel_values"].shape == (1, 3, 8, 8) and "input_ids" not in inputs
+
+
+def test_outline(folder, make_config, vision_checkpoint, vision_needs, clip_needs, save_tokenizer):
+    def outline(data, needs=vision_needs, **settings):
+        return outline_calibration(make_config(data, **settings), "cars", vision_checkpoint, needs)
+
+    assert outline(folder).inputs == {"pixel_values": ((3, 8, 8), torch.float32)}
+    assert outline(folder).num_samples == 3 and outline(folder, num_samples=2).num_samples == 2
+    assert outline("owner/images").inputs == {"pixel_values": ((3, 8, 8), torch.float32)}
+    save_tokenizer(vision_checkpoint)
+    assert outline("owner/pairs", clip_needs).inputs == {
+        "input_ids": ((16,), torch.int64),
+        "attention_mask": ((16,), torch.int64),
+        "pixel_values": ((3, 8, 8), torch.float32),
+    }
+
+
+def test_outline_with_a_broken_first_image(folder, make_config, vision_checkpoint, vision_needs):
+    (folder / "a.png").write_bytes(b"x")
+    with pytest.raises(CalibrationError, match=r"candidate 'cars'.*a\.png cannot be opened"):
+        outline_calibration(make_config(folder), "cars", vision_checkpoint, vision_needs)
+
+
+# Mistakes
+
+
+def test_broken_images_are_told_at_once(complaint, folder):
+    whole = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(b"no image")
+    (folder / "c.webp").write_bytes(b"")
+    (folder / "d.png").write_bytes(whole[: len(whole) - 20])
+    problem = complaint(folder)
+    assert f"row 0: the image {folder / 'a.png'} cannot be opened: UnidentifiedImageError" in problem
+    assert f"row 2: the image {folder / 'c.webp'} cannot be opened" in problem
+    assert f"row 3: the image {folder / 'd.png'} cannot be opened" in problem
+
+
+def test_images_that_are_not_there(complaint, write_jsonl, tmp_path):
+    problem = complaint(write_jsonl([{"image": "a.png"}]))
+    assert f"row 0: the image a.png does not exist (looked for {tmp_path / 'a.png'})" in problem
+
+
+def test_values_that_are_no_images(complaint, write_jsonl):
+    problem = complaint(write_jsonl([{"image": 5}, {"image": None}]))
+    assert "row 0: 'image': expected an image or the path of one, found 5 (int)" in problem
+    assert "row 1: 'image': expected an image or the path of one, found nothing" in problem
+
+
+def test_empty_image(complaint, tmp_path):
+    table = datasets.Dataset.from_dict({"image": [{"bytes": b"broken", "path": None}]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "a.parquet")
+    assert "row 0: the image cannot be opened" in complaint(tmp_path / "a.parquet")
+
+
+def test_no_image_processor(complaint, folder, tmp_path):
+    problem = complaint(folder, checkpoint=tmp_path)
+    assert f"no image processor in {tmp_path}; put the model's preprocessor_config.json there" in problem
+
+
+@pytest.mark.parametrize("text", ["{", '{"image_processor_type": "NoSuchProcessor"}'])
+def test_broken_image_processor(complaint, folder, vision_checkpoint, text):
+    (vision_checkpoint / "preprocessor_config.json").write_text(text)
+    problem = complaint(folder)
+    assert f"the image processor in {vision_checkpoint} cannot be loaded" in problem
+    assert len(problem) < 400
+
+
+def test_images_of_several_sizes(complaint, folder, tmp_path, save_image_processor):
+    Image.new("RGB", (30, 10)).save(folder / "a2.png")
+    as_they_are = save_image_processor(tmp_path / "raw", do_resize=False, do_center_crop=False)
+    problem = complaint(folder, checkpoint=as_they_are)
+    assert "CLIPImageProcessorPil cannot process images of sizes [(12, 10), (30, 10)] together" in problem
+
+
+def test_processor_that_contradicts_itself(complaint, folder, tmp_path, save_image_processor):
+    half = save_image_processor(tmp_path / "half", image_mean=[0.5, 0.5])
+    assert "CLIPImageProcessorPil cannot process an image of size (12, 10): ValueError: mean" in complaint(
+        folder, checkpoint=half
+    )
+
+
+def test_processor_that_makes_patches(complaint, folder, tmp_path, save_image_processor, vision_needs):
+    patches = save_image_processor(
+        tmp_path / "patches",
+        image_processor_type="Qwen2VLImageProcessor",
+        size={"shortest_edge": 3136, "longest_edge": 12544},
+        crop_size=None,
+        do_center_crop=None,
+    )
+    problem = complaint(folder, checkpoint=patches)
+    assert "expected 'pixel_values' with one row per image" in problem
+    assert "ready-made tensors in a .safetensors file" in problem

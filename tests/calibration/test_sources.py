@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import io
+import json
+import socket
+
+import datasets
+import huggingface_hub.constants
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from largemerge.calibration.sources import list_images, locate_data, open_source
+from largemerge.errors import CalibrationError
+
+
+@pytest.fixture
+def open_data(make_config):
+    def run(data, **settings):
+        config = make_config(data, **settings)
+        return open_source(config, *locate_data(config, "math"))
+
+    return run
+
+
+@pytest.fixture
+def complaint(open_data):
+    def find(data, **settings):
+        with pytest.raises(CalibrationError) as caught:
+            open_data(data, **settings)
+        message = str(caught.value)
+        assert "candidate 'math'" in message and str(data) in message
+        return message
+
+    return find
+
+
+@pytest.fixture
+def write(tmp_path):
+    def run(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return run
+
+
+def rows_of(source, *columns):
+    table = source.select(columns or source.columns)
+    return [dict(table[index]) for index in range(source.num_rows)]
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"id": 1, "text": "x"}\n{"id": 2, "text": "y"}\n'),
+        ("a.json", '[{"id": 1, "text": "x"}, {"id": 2, "text": "y"}]'),
+        ("a.csv", "id,text\n1,x\n2,y\n"),
+        ("A.CSV", "id,text\n1,x\n2,y\n"),
+    ],
+)
+def test_tabular_text_files(open_data, write, name, content):
+    path = write(name, content)
+    source = open_data(path)
+    assert source.columns == ("id", "text")
+    assert rows_of(source) == [{"id": 1, "text": "x"}, {"id": 2, "text": "y"}]
+    assert rows_of(source, "text") == [{"text": "x"}, {"text": "y"}]
+    assert source.folder == path.parent
+
+
+def test_parquet(open_data, tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"]}), path)
+    assert rows_of(open_data(path)) == [{"text": "x"}, {"text": "y"}]
+
+
+def test_csv_takes_words_literally(open_data, write):
+    source = open_data(write("a.csv", "text,id\nnull,1\n,2\nNA,3\n"))
+    assert [row["text"] for row in rows_of(source)] == ["null", "", "NA"]
+
+
+def test_changed_file_is_read_again(open_data, write):
+    for text in ("x", "y"):
+        assert rows_of(open_data(write("a.jsonl", json.dumps({"text": text})))) == [{"text": text}]
+
+
+def test_part_of_a_split(open_data, write):
+    path = write("a.jsonl", '{"text": "x"}\n{"text": "y"}\n')
+    assert rows_of(open_data(path, split="train[1:]")) == [{"text": "y"}]
+
+
+def test_images_are_not_decoded(open_data, tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "PNG")
+    table = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}]})
+    path = tmp_path / "a.parquet"
+    table.cast_column("image", datasets.Image()).to_parquet(path)
+    assert rows_of(open_data(path))[0]["image"]["bytes"] == buffer.getvalue()
+
+
+def test_no_progress_bars_and_nothing_left_switched_off(open_data, write, capfd):
+    verbosity = datasets.logging.get_verbosity()
+    open_data(write("a.jsonl", '{"text": "x"}'))
+    with pytest.raises(CalibrationError):
+        open_data(write("b.jsonl", "nonsense"))
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+    assert not datasets.utils.are_progress_bars_disabled()
+    assert datasets.logging.get_verbosity() == verbosity
+
+
+# Texts
+
+
+def test_documents_are_separated_by_blank_lines(open_data, write):
+    path = write("a.txt", "\n\none\ntwo\n\n  three\n \t\n\n\nfour\r\n\r\nfive")
+    assert [row["text"] for row in rows_of(open_data(path))] == ["one\ntwo", "  three", "four", "five"]
+
+
+def test_lines(open_data, write):
+    path = write("a.txt", "one\ntwo\n\n  three\r\n")
+    assert [row["text"] for row in rows_of(open_data(path, one_per="line"))] == ["one", "two", "  three"]
+
+
+# Folders
+
+
+def test_folder_of_images_is_sorted(open_data, tmp_path):
+    names = ["b.png", "a/z.JPG", "a/c.webp", "d.jpeg", "e.bmp"]
+    hidden = [".trash/f.png", "._b.png"]
+    for name in [*names, *hidden, "notes.txt"]:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"")
+    source = open_data(tmp_path / "images")
+    assert source.columns == ("image",)
+    found = [row["image"].removeprefix(f"{tmp_path}/images/") for row in rows_of(source)]
+    assert found == sorted(names)
+    assert [str(path) for path in list_images(tmp_path / "images")] == [row["image"] for row in rows_of(source)]
+
+
+def test_folder_of_data_files_is_a_dataset(open_data, write):
+    folder = write("folder/train.jsonl", '{"text": "x"}').parent
+    write("folder/test.jsonl", '{"text": "y"}\n{"text": "z"}')
+    assert rows_of(open_data(folder)) == [{"text": "x"}]
+    assert rows_of(open_data(folder, split="test")) == [{"text": "y"}, {"text": "z"}]
+
+
+def test_subset_of_a_dataset(open_data, write):
+    card = "---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n- config_name: b\n  data_files: b.jsonl\n---\n"
+    folder = write("folder/README.md", card).parent
+    write("folder/a.jsonl", '{"text": "x"}')
+    write("folder/b.jsonl", '{"text": "y"}')
+    assert rows_of(open_data(folder, subset="b")) == [{"text": "y"}]
+
+
+def test_images_with_metadata_are_a_dataset(open_data, write, tmp_path):
+    folder = write("folder/metadata.jsonl", '{"file_name": "a.png", "text": "a cat"}').parent
+    Image.new("RGB", (2, 2)).save(folder / "a.png")
+    source = open_data(folder)
+    assert set(source.columns) == {"image", "text"}
+    assert rows_of(source)[0] == {"image": {"bytes": None, "path": str(folder / "a.png")}, "text": "a cat"}
+
+
+# Mistakes
+
+
+def test_no_such_file(complaint, write, tmp_path):
+    write("math.jsonl", "{}")
+    problem = complaint(tmp_path / "maths.jsonl")
+    assert "no such file or folder; did you mean 'math.jsonl'?" in problem
+    assert "no such file or folder" in complaint("nowhere/data.csv")
+    assert "no such file or folder" in complaint("./nowhere")
+
+
+def test_unknown_kind_of_file(complaint, write):
+    problem = complaint(write("a.xlsx", "x"))
+    assert "cannot read .xlsx; expected one of .safetensors, .jsonl, .json, .csv, .parquet, .txt" in problem
+    assert "a file without suffix" in complaint(write("LICENSE", "x"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt"])
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_empty_file(complaint, write, name, content):
+    assert "empty; expected at least one" in complaint(write(name, content))
+
+
+def test_tables_without_rows(complaint, write):
+    assert "empty; expected at least one sample" in complaint(write("a.csv", "text,id\n"))
+
+
+def test_bad_json_line(complaint, write):
+    problem = complaint(write("a.jsonl", '{"text": "x"}\n\n{"text": "y\n{"text": "z"}\n'))
+    assert "line 3: not valid JSON: Invalid control character at at column 12" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", '[{"text": "x"},\n {"text": ', "line 2: not valid JSON: Expecting value at column 11"),
+        ("b.jsonl", '{"text": "x"}\n5\n', 'line 2: expected an object such as {"text": ...}, found 5'),
+        ("c.jsonl", b"\xff\xfe\x00", "not readable as UTF-8 text"),
+        ("d.txt", b"\xff\xfe\x00", "not readable as UTF-8 text"),
+        ("e.csv", "a,text\n1,x\n2,y,z,w\n", "ParserError: Error tokenizing data"),
+        ("f.parquet", "no parquet", "ArrowInvalid: Parquet"),
+    ],
+)
+def test_unreadable_files(complaint, write, name, content, expected):
+    assert expected in complaint(write(name, content))
+
+
+def test_split_that_is_not_there(complaint, write):
+    assert "Unknown split \"test\". Should be one of ['train']" in complaint(
+        write("a.jsonl", '{"text": "x"}'), split="test"
+    )
+
+
+def test_folder_with_nothing_to_read(complaint, write, tmp_path):
+    (tmp_path / "void").mkdir()
+    problem = complaint(tmp_path / "void")
+    assert "neither images (.png, .jpg, .jpeg, .webp, .bmp) nor data files (.jsonl, .json, .csv, .parquet)" in problem
+
+
+def test_hub_dataset_that_does_not_exist(complaint, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    problem = complaint("nobody/nothing-here", subset="small", split="test")
+    assert "no such file or folder here, and the Hub has no such dataset that can be loaded" in problem
+    assert "(id 'nobody/nothing-here', subset 'small', split 'test')" in problem
+
+
+def test_settings_that_have_no_effect(complaint, write):
+    problem = complaint(write("a.txt", "x"), subset="x", split="test")
+    assert "subset: only datasets have subsets; remove it" in problem
+    assert "split: 'test', but only datasets have splits; remove it" in problem
+    problem = complaint(write("a.jsonl", '{"text": "x"}'), one_per="line")
+    assert "one_per: 'line', but this is for .txt files; remove it" in problem

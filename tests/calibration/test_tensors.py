@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from largemerge.calibration import load_calibration, outline_calibration
+from largemerge.errors import CalibrationError
+
+TOKENS = torch.arange(15).view(5, 3)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(tensors):
+        path = tmp_path / "data.safetensors"
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def complaint(save, make_config, tmp_path, text_needs):
+    """The problems that a file of these tensors gives, in the outline as in loading."""
+
+    def find(tensors, needs=text_needs, **settings):
+        config = make_config(save(tensors), **settings)
+        found = []
+        for function in (outline_calibration, load_calibration):
+            with pytest.raises(CalibrationError) as caught:
+                function(config, "math", tmp_path, needs)
+            found.append(caught.value.problems)
+        assert found[0] == found[1]
+        return "\n".join(found[0])
+
+    return find
+
+
+def test_tensors_are_used_as_they_are_and_in_order(save, make_config, tmp_path, text_needs):
+    attention = torch.ones(5, 3, dtype=torch.bool)
+    mask = torch.tensor([[0, 1, 1]] * 5)
+    path = save({"input_ids": TOKENS, "attention_mask": attention, "loss_mask": mask})
+
+    calibration = load_calibration(make_config(path, num_samples=3), "math", tmp_path, text_needs)
+
+    assert calibration.name == "math" and calibration.num_samples == 3
+    first, second = calibration.batches
+    assert torch.equal(first.inputs["input_ids"], TOKENS[:2])
+    assert torch.equal(second.inputs["input_ids"], TOKENS[2:3])
+    assert torch.equal(first.inputs["attention_mask"], attention[:2])
+    assert set(first.inputs) == {"input_ids", "attention_mask"}
+    assert first.loss_mask is not None and first.loss_mask.dtype == torch.bool
+    assert first.loss_mask.tolist() == [[False, True, True]] * 2
+    assert all(tensor.is_contiguous() for batch in calibration.batches for tensor in batch.inputs.values())
+
+
+def test_floating_tensors_keep_their_dtype(save, make_config, tmp_path, vision_needs):
+    pixels = torch.randn(5, 3, 4, 4).bfloat16()
+    config = make_config(save({"pixel_values": pixels}))
+
+    calibration = load_calibration(config, "cars", tmp_path, vision_needs)
+
+    assert torch.equal(torch.cat([batch.inputs["pixel_values"] for batch in calibration.batches]), pixels[:4])
+    assert calibration.batches[0].loss_mask is None
+
+
+def test_fewer_samples_than_asked_for(save, make_config, tmp_path, text_needs):
+    config = make_config(save({"input_ids": TOKENS}), num_samples=100)
+    assert load_calibration(config, "math", tmp_path, text_needs).num_samples == 5
+    assert outline_calibration(config, "math", tmp_path, text_needs).num_samples == 5
+
+
+def test_outline_reads_the_header(save, make_config, tmp_path, clip_needs):
+    tensors = {"input_ids": TOKENS, "pixel_values": torch.zeros(5, 3, 4, 4, dtype=torch.float16)}
+    path = save({**tensors, "loss_mask": torch.ones(5, 3, dtype=torch.bool)})
+
+    outline = outline_calibration(make_config(path), "cars", tmp_path, clip_needs)
+
+    assert outline.num_samples == 4 and outline.batch_size == 2
+    assert outline.inputs == {"input_ids": ((3,), torch.int64), "pixel_values": ((3, 4, 4), torch.float16)}
+
+
+def test_unknown_name(complaint):
+    problem = complaint({"inputs_ids": TOKENS})
+    assert "candidate 'math'" in problem and "data.safetensors" in problem
+    assert "'inputs_ids' is no argument of the model's forward; did you mean 'input_ids'?" in problem
+    assert "it takes ['attention_mask', 'input_ids', 'position_ids']" in problem
+
+
+def test_several_problems_at_once(complaint):
+    problem = complaint({"input_ids": TOKENS.float(), "attention_mask": torch.ones(4, 3), "foo": TOKENS}, pack=True)
+    assert "tensor 'foo' is no argument" in problem
+    assert "differ in their number of samples" in problem and "'attention_mask': 4" in problem
+    assert "tensor 'input_ids' has torch.float32; expected integers" in problem
+    assert "pack: a .safetensors file has no columns" in problem
+
+
+def test_empty(complaint):
+    assert "empty; expected at least one sample" in complaint({"input_ids": TOKENS[:0]})
+    assert "no tensors; expected some that the model's forward takes" in complaint({})
+    assert "no tensors" in complaint({"loss_mask": TOKENS})
+
+
+def test_single_number(complaint):
+    assert "tensor 'position_ids' is a single number" in complaint(
+        {"input_ids": TOKENS, "position_ids": torch.tensor(1)}
+    )
+
+
+def test_loss_mask_of_another_shape(complaint, seq2seq_needs, vision_needs):
+    tensors = {"input_ids": TOKENS, "loss_mask": torch.ones(5, 4)}
+    assert "tensor 'loss_mask' is [5, 4]; expected like 'input_ids', [5, 3]" in complaint(tensors)
+    tensors = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :2].contiguous(), "loss_mask": torch.ones(5, 3)}
+    assert "expected like 'decoder_input_ids', [5, 2]" in complaint(tensors, seq2seq_needs)
+    tensors = {"pixel_values": torch.ones(5, 3, 4, 4), "loss_mask": torch.ones(5, 3)}
+    assert "expected a tensor 'input_ids' beside it" in complaint(tensors, vision_needs)
+
+
+def test_encoder_decoder_needs_the_decoders_tokens(complaint, seq2seq_needs):
+    assert "add a tensor 'decoder_input_ids'" in complaint({"input_ids": TOKENS}, seq2seq_needs)
+
+
+def test_subset_is_for_datasets(complaint):
+    assert "subset: only datasets have subsets; remove it" in complaint({"input_ids": TOKENS}, subset="x")
+    assert "split: 'test', but only datasets have splits" in complaint({"input_ids": TOKENS}, split="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("pixel_values", torch.tensor([[1.0], [float("nan")], [2.0]]), "has NaN or infinity in samples [1]"),
+        ("pixel_values", torch.tensor([1.0, float("inf"), 2.0]), "has NaN or infinity in it"),
+        ("input_ids", torch.tensor([[1], [-100], [2]]), "has negative numbers (the least is -100)"),
+    ],
+)
+def test_values(save, make_config, tmp_path, clip_needs, name, tensor, expected):
+    with pytest.raises(CalibrationError) as caught:
+        load_calibration(make_config(save({name: tensor})), "cars", tmp_path, clip_needs)
+    assert expected in str(caught.value)
+
+
+def test_values_beyond_num_samples_are_not_read(save, make_config, tmp_path, vision_needs):
+    pixels = torch.tensor([[1.0], [2.0], [float("nan")]])
+    config = make_config(save({"pixel_values": pixels}), num_samples=2)
+    assert load_calibration(config, "cars", tmp_path, vision_needs).num_samples == 2
+
+
+def test_loss_mask_values(save, make_config, tmp_path, text_needs):
+    config = make_config(save({"input_ids": TOKENS, "loss_mask": TOKENS}))
+    with pytest.raises(CalibrationError, match="'loss_mask' has other numbers than 0 and 1"):
+        load_calibration(config, "math", tmp_path, text_needs)
+
+
+def test_loss_mask_that_keeps_everything_out(save, make_config, tmp_path, text_needs):
+    config = make_config(save({"input_ids": TOKENS, "loss_mask": torch.zeros(5, 3)}))
+    with pytest.raises(CalibrationError, match="keeps every token of every sample out"):
+        load_calibration(config, "math", tmp_path, text_needs)
+
+
+def test_broken_file(tmp_path, make_config, text_needs):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"no tensors")
+    with pytest.raises(CalibrationError, match=r"broken\.safetensors: not a readable \.safetensors file"):
+        load_calibration(make_config(path), "math", tmp_path, text_needs)
+
+
+def test_settings_change_the_fingerprint(save, make_config, tmp_path, text_needs):
+    path = save({"input_ids": TOKENS})
+    first, again, fewer = (
+        load_calibration(make_config(path, num_samples=number), "math", tmp_path, text_needs).fingerprint
+        for number in (4, 4, 3)
+    )
+    assert first == again != fewer
+    assert len(first) == 64
+
+
+def test_decoder_tokens_may_come_as_embeddings(save, make_config, tmp_path, seq2seq_needs):
+    needs = replace(seq2seq_needs, forward_arguments=seq2seq_needs.forward_arguments | {"decoder_inputs_embeds"})
+    embeddings = torch.randn(5, 2, 4)
+    path = save({"input_ids": TOKENS, "decoder_inputs_embeds": embeddings, "loss_mask": torch.ones(5, 2)})
+    calibration = load_calibration(make_config(path), "math", tmp_path, needs)
+    assert torch.equal(calibration.batches[0].inputs["decoder_inputs_embeds"], embeddings[:2])

@@ -1,0 +1,64 @@
+"""Merges against a plain dense float64 implementation of the formulas."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import tiny_models
+import torch
+from conftest import Case, MakeCase
+from transformers import PreTrainedModel
+
+import largemerge
+
+METHODS = ("regmean", "regmean_plusplus")
+
+
+def merge_and_load(case: Case, name: str = "merged", **options: object) -> PreTrainedModel:
+    largemerge.merge(case.config, case.folder / name, **options)
+    model, info = type(case.models[0]).from_pretrained(case.folder / name, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model
+
+
+def assert_close(merged: PreTrainedModel, expected: PreTrainedModel, tolerance: float = 1e-4) -> None:
+    """Every tensor agrees within a relative error."""
+    found = merged.state_dict()
+    for name, tensor in expected.state_dict().items():
+        error = (found[name].double() - tensor.double()).norm() / tensor.double().norm().clamp_min(1e-12)
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
+def test_every_architecture_agrees_with_the_formulas(make_case: MakeCase, architecture: str, method: str) -> None:
+    case = make_case(architecture, method=method, ridge=0.0)
+    expected = reference.merge(method, case.models, case.inputs, case.weights)
+    assert_close(merge_and_load(case), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("num_candidates", [3, 5])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_candidates_weights_and_scales(make_case: MakeCase, method: str, num_candidates: int, scale: float) -> None:
+    weights = [1.0, 0.25, 3.0, 1.5, 0.5][:num_candidates]
+    case = make_case(
+        method=method, num_candidates=num_candidates, weights=weights, ridge=0.0, off_diagonal_scale=scale
+    )
+    expected = reference.merge(method, case.models, case.inputs, weights, scale)
+    assert_close(merge_and_load(case), expected)
+
+
+@pytest.mark.parametrize("padding", ["left", "none"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bert", "t5"])
+def test_padding_sides(make_case: MakeCase, architecture: str, padding: str) -> None:
+    case = make_case(architecture, padding=padding, ridge=0.0)
+    expected = reference.merge("regmean_plusplus", case.models, case.inputs, case.weights)
+    assert_close(merge_and_load(case), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ridge_pulls_towards_the_average(make_case: MakeCase, method: str) -> None:
+    case = make_case(method=method, ridge=0.1, weights=[1.0, 3.0])
+    expected = reference.merge(method, case.models, case.inputs, case.weights, ridge=0.1)
+    assert_close(merge_and_load(case), expected)
