@@ -5,8 +5,8 @@
     french    manual pages in French      (manpages-fr, manpages-fr-dev)
     headers   C headers of the kernel     (linux-libc-dev)
 
-A file belongs to one split by the hash of its name, so no split sees a line of another's files.
-Files are cut into documents of some 2000 characters, at line ends.
+A file belongs to one split by the hash of its name; what two files have in common is dropped from
+the smaller splits. Files are cut into documents of some 2000 characters, at line ends.
 """
 
 from __future__ import annotations
@@ -70,7 +70,12 @@ def load_corpus(kind: str, packages: Path) -> Corpus:
         split = SPLIT_OF_FIFTH.get(int(digest, 16) % 5, "train")
         # Not the head of a file, which is often a licence, nor its end.
         splits[split] += documents if split == "train" else [documents[len(documents) // 2]]
-    return Corpus(**{name: tuple(documents) for name, documents in splits.items()})
+    train, calibration = set(splits["train"]), set(splits["calibration"])
+    return Corpus(
+        train=tuple(splits["train"]),
+        calibration=tuple(document for document in splits["calibration"] if document not in train),
+        heldout=tuple(document for document in splits["heldout"] if document not in train | calibration),
+    )
 
 
 def _digest(name: str) -> str:

@@ -1,9 +1,9 @@
 """largemerge: merges K fine-tuned checkpoints of one architecture into one, a block at a time.
 
-    import largemerge
+import largemerge
 
-    report = largemerge.merge("config.yaml", "merged")
-    plan = largemerge.plan("config.yaml")
+report = largemerge.merge("config.yaml", "merged")
+plan = largemerge.plan("config.yaml")
 """
 
 from largemerge.config import MergeConfig, load_config

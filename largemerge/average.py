@@ -13,119 +13,89 @@ from collections.abc import Callable, Sequence
 import torch
 
 from largemerge.checkpoint.reader import CheckpointReader
-from largemerge.checkpoint.writer import ShardWriter
-from largemerge.inputs import Inputs
-from largemerge.model.names import NameMap
 from largemerge.treatment import TensorPlan, Treatment
+from largemerge.weights import Weights
 
 CHUNK_BYTES = 32 << 20
 
 
 def merge_outside(
-    plans: Sequence[TensorPlan],
-    inputs: Inputs,
-    weights: Sequence[float],
-    readers: Sequence[CheckpointReader],
-    base_reader: CheckpointReader | None,
-    writer: ShardWriter,
-    step: Callable[[str], None],
+    plans: Sequence[TensorPlan], weights: Weights, shares: Sequence[float], step: Callable[[str], None]
 ) -> None:
     """Writes every tensor of no block: averaged, copied, or taken from the base.
 
     Args:
         plans: One for each tensor.
-        inputs: The opened checkpoints.
-        weights: c_i / Σ c.
-        readers: Of the candidates.
-        base_reader: Of the base, if there is one.
-        writer: Of the output.
+        weights: Where they come from and go to.
+        shares: c_i / Σ c.
         step: Called with a tensor's name when it is written.
     """
     for plan in plans:
-        unknown = plan.name in inputs.reference_names.unmapped
-        sources: list[tuple[CheckpointReader, NameMap]]
-        if plan.treatment is Treatment.BASE:
-            assert base_reader is not None and inputs.base_names is not None
-            sources = [(base_reader, inputs.base_names)]
+        if plan.name in weights.inputs.reference_names.unmapped:
+            _merge_unknown(plan, weights, shares)
         else:
-            sources = list(zip(readers, inputs.candidate_names, strict=True))
-        if unknown:
-            _merge_unknown(plan, inputs, weights, sources, writer)
-        else:
-            _merge_known(plan, inputs, weights, sources, writer)
+            _merge_known(plan, weights, shares)
         step(plan.name)
 
 
-def _merge_unknown(
-    plan: TensorPlan,
-    inputs: Inputs,
-    weights: Sequence[float],
-    sources: Sequence[tuple[CheckpointReader, NameMap]],
-    writer: ShardWriter,
-) -> None:
+def _merge_unknown(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
     """A tensor that the model class has no use for: found by its name on disk."""
-    holders = [reader for reader, _ in sources if plan.name in reader.checkpoint.tensors]
     if plan.treatment is Treatment.AVERAGED:
-        _stream([(reader, plan.name) for reader in holders], weights, plan.dtype, plan.name, writer)
+        _stream([(reader, plan.name) for reader in weights.readers], shares, plan, plan.name, weights)
         return
-    with CheckpointReader(inputs.reference) as reference:
-        writer.write(plan.name, (holders[0] if holders else reference).read(plan.name).to(plan.dtype))
+    reference = weights.inputs.reference
+    readers = [*weights.readers, *([weights.base_reader] if weights.base_reader is not None else [])]
+    reader = next(reader for reader in readers if reader.checkpoint is reference)
+    weights.writer.write(plan.name, reader.read(plan.name).to(plan.dtype))
 
 
-def _merge_known(
-    plan: TensorPlan,
-    inputs: Inputs,
-    weights: Sequence[float],
-    sources: Sequence[tuple[CheckpointReader, NameMap]],
-    writer: ShardWriter,
-) -> None:
-    out_names = inputs.reference_names
-    names = [name_map.on_disk(plan.name) for _, name_map in sources]
-    plain = all(name in name_map.renamed for name, (_, name_map) in zip(names, sources, strict=True))
-    out_name = out_names.on_disk(plan.name)
-    if plan.treatment is not Treatment.AVERAGED:
-        sources, names = sources[:1], names[:1]
-    if plain and out_name in out_names.renamed:
-        keys = [name_map.renamed[name] for name, (_, name_map) in zip(names, sources, strict=True)]
-        readers = [(reader, key) for key, (reader, _) in zip(keys, sources, strict=True)]
-        _stream(readers, weights, plan.dtype, out_names.renamed[out_name], writer)
-        return
-    model = inputs.skeleton.model
-    loaded = [
-        name_map.load(model, [name], reader.read)[name]
-        for name, (reader, name_map) in zip(names, sources, strict=True)
-    ]
-    merged = weighted_average(loaded, weights, plan.dtype)
-    for key, tensor in out_names.store(model, {out_name: merged}).items():
-        writer.write(key, tensor)
+def _merge_known(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
+    inputs = weights.inputs
+    sources = list(zip(weights.readers, inputs.candidate_names, strict=True))
+    if plan.treatment is Treatment.BASE:
+        assert weights.base_reader is not None and inputs.base_names is not None
+        sources = [(weights.base_reader, inputs.base_names)]
+    elif plan.treatment is Treatment.COPIED:
+        sources = sources[:1]
+    out = inputs.reference_names
+    plain = all(names.on_disk(plan.name) in names.renamed for names in (out, *(names for _, names in sources)))
+    if plain:
+        keyed = [(reader, names.renamed[names.on_disk(plan.name)]) for reader, names in sources]
+        _stream(keyed, shares, plan, out.renamed[out.on_disk(plan.name)], weights)
+    elif plan.treatment is Treatment.BASE:
+        weights.store({plan.name: weights.base([plan.name])[plan.name].to(plan.dtype)})
+    else:
+        loaded = [weights.candidate(index, [plan.name])[plan.name] for index in range(len(sources))]
+        weights.store({plan.name: weighted_average(loaded, shares, plan.dtype)})
 
 
 def _stream(
     sources: Sequence[tuple[CheckpointReader, str]],
-    weights: Sequence[float],
-    dtype: torch.dtype,
+    shares: Sequence[float],
+    plan: TensorPlan,
     out_key: str,
-    writer: ShardWriter,
+    weights: Weights,
 ) -> None:
     reader, key = sources[0]
     info = reader.checkpoint.tensors[key]
     if len(info.shape) < 2 or info.num_bytes <= CHUNK_BYTES:
-        writer.write(out_key, weighted_average([source.read(name) for source, name in sources], weights, dtype))
+        whole = [source.read(name) for source, name in sources]
+        weights.writer.write(out_key, weighted_average(whole, shares, plan.dtype))
         return
     num_rows = info.shape[0]
     step = max(1, CHUNK_BYTES * num_rows // info.num_bytes)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
-        chunk = weighted_average([source.read(name, rows) for source, name in sources], weights, dtype)
-        writer.write(out_key, chunk, first_row=start)
+        chunk = weighted_average([source.read(name, rows) for source, name in sources], shares, plan.dtype)
+        weights.writer.write(out_key, chunk, first_row=start)
 
 
-def weighted_average(tensors: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+def weighted_average(tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     """Σ c_i W_i / Σ c_i in float32, given c_i / Σ c; one tensor comes back as it is."""
     if len(tensors) == 1 or not tensors[0].is_floating_point():
         return tensors[0].to(dtype)
     anchor = tensors[0].to(torch.float32)
     total = torch.zeros_like(anchor)
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_(tensor.to(torch.float32).sub_(anchor), alpha=weight)
+    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
+        total.add_(tensor.to(torch.float32) - anchor, alpha=share)
     return total.add_(anchor).to(dtype)

@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", type=Path, help="a YAML file")
     plan.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
-    demo = commands.add_parser("demo", help="train three tiny models, merge them, compare; offline, under a minute or two")
+    demo = commands.add_parser(
+        "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
+    )
     demo.add_argument("--out", type=Path, default=Path("largemerge-demo"), help="folder (default: largemerge-demo)")
     return parser
 
@@ -87,7 +89,9 @@ def _merge(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if (options.out / WORKING_FOLDER / "manifest.json").exists():
             command = f"largemerge merge {options.config} {options.out} --resume"
-            print(f"\nlargemerge: interrupted; what is finished is safe. Go on with:\n\n    {command}\n", file=sys.stderr)
+            print(
+                f"\nlargemerge: interrupted; what is finished is safe. Go on with:\n\n    {command}\n", file=sys.stderr
+            )
             return _INTERRUPTED
         raise
     if not options.quiet:

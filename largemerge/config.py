@@ -7,18 +7,16 @@ with the nearest right one. `load_config` is the way in; paths come out absolute
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from largemerge.config_file import explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
 
 MergeMethod = Literal["regmean", "regmean_plusplus"]
@@ -154,6 +152,16 @@ class MergeConfig(_Strict):
         """The candidates' weights `c_i`, in order."""
         return tuple(candidate.parameters.weight for candidate in self.models)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """`c_i / Σ c`, in order."""
+        return tuple(weight / sum(self.weights) for weight in self.weights)
+
+
+def torch_dtype(name: DtypeName) -> torch.dtype:
+    """The torch dtype that a configuration's name means."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
 
 def load_config(source: str | Path | Mapping[str, Any] | MergeConfig) -> MergeConfig:
     """Reads and checks a configuration.
@@ -175,56 +183,17 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig) -> MergeCo
         raw = dict(source)
     else:
         path = Path(source)
-        raw = _read_yaml(path)
+        raw = read_yaml(path)
         folders.insert(0, path.resolve().parent)
     try:
         # Through JSON, so that lists become tuples while strictness holds for everything else.
-        config = MergeConfig.model_validate_json(_to_json(raw))
+        config = MergeConfig.model_validate_json(to_json(raw))
     except pydantic.ValidationError as error:
-        raise ConfigError(*_explain(error, raw)) from None
+        raise ConfigError(*explain(error, MergeConfig)) from None
     problems = list(_cross_checks(config))
     if problems:
         raise ConfigError(*problems)
     return _with_absolute_paths(config, folders)
-
-
-def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected keys such as 'merge_method' and 'models', found {type(raw).__name__}")
-    return raw
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number, a key given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands here more than once", key.start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _to_json(raw: Any) -> str:
-    import json
-
-    try:
-        return json.dumps(raw, default=str)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the configuration cannot be read: {error}") from None
 
 
 def _cross_checks(config: MergeConfig) -> Iterator[str]:
@@ -235,8 +204,8 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
     if source == "base" and config.base_model is None:
         yield "tokenizer_source: 'base' needs a 'base_model'"
     elif source is not None and source != "base" and source not in config.names:
-        nearest = _nearest(source, ["base", *config.names])
-        yield f"tokenizer_source: {source!r} is no candidate's name; expected 'base' or one of {list(config.names)}{nearest}"
+        known = ["base", *config.names]
+        yield f"tokenizer_source: {source!r} is no candidate's name; expected one of {known}{nearest(source, known)}"
     for index, candidate in enumerate(config.models):
         where = f"models[{index}] ({candidate.label})"
         calibration = candidate.calibration
@@ -269,54 +238,3 @@ def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfi
         models.append(candidate.model_copy(update=update))
     base = None if config.base_model is None else absolute(config.base_model)
     return config.model_copy(update={"models": tuple(models), "base_model": base})
-
-
-def _explain(error: pydantic.ValidationError, raw: Any) -> Iterator[str]:
-    for detail in error.errors():
-        where = _dotted(detail["loc"])
-        kind = detail["type"]
-        if kind == "extra_forbidden":
-            known = _known_keys(detail["loc"][:-1])
-            nearest = _nearest(str(detail["loc"][-1]), known)
-            yield f"{where}: unknown key{nearest or f'; expected one of {sorted(known)}'}"
-        elif kind == "missing":
-            yield f"{where}: missing"
-        else:
-            found = "" if isinstance(detail["input"], dict | list) else f", found {detail['input']!r}"
-            yield f"{where}: {_lower_first(detail['msg'].removeprefix('Value error, '))}{found}"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "configuration"
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = MergeConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        nested = next(_models_in(model.model_fields[part].annotation), None) if part in model.model_fields else None
-        if nested is None:
-            return []
-        model = nested
-    return list(model.model_fields)
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        if issubclass(annotation, BaseModel):
-            yield annotation
-    for argument in typing.get_args(annotation):
-        yield from _models_in(argument)

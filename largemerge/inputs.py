@@ -5,20 +5,35 @@ Everything here comes from configs and headers; no weight is read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
-from largemerge.config import MergeConfig
+from largemerge.config import MergeConfig, torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.model.names import NameMap, map_names
 from largemerge.model.skeleton import Skeleton, build_skeleton
 
 _UNIMPORTANT_CONFIG_KEYS = frozenset(
-    "_name_or_path transformers_version torch_dtype dtype architectures use_cache id2label label2id "
-    "finetuning_task problem_type task_specific_params _commit_hash".split()
+    [
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "architectures",
+        "use_cache",
+        "id2label",
+        "label2id",
+        "finetuning_task",
+        "problem_type",
+        "task_specific_params",
+        "_commit_hash",
+    ]
 )
 
 
@@ -69,7 +84,12 @@ def open_inputs(config: MergeConfig) -> Inputs:
                 f"the base is a {_class_name(base)}, the candidates are {_class_name(candidates[0])}: "
                 f"config and names come from {candidates[0].name}"
             )
-    skeleton = build_skeleton(reference, config.stacks, trust_remote_code=config.trust_remote_code)
+    skeleton = build_skeleton(
+        reference,
+        config.stacks,
+        dtype=_compute_dtype(config, candidates[0]),
+        trust_remote_code=config.trust_remote_code,
+    )
     candidate_names = tuple(map_names(skeleton.model, checkpoint) for checkpoint in candidates)
     base_names = map_names(skeleton.model, base) if base is not None else None
     reference_names = candidate_names[0]
@@ -79,9 +99,7 @@ def open_inputs(config: MergeConfig) -> Inputs:
         else:
             notes.append(f"the base lacks {len(base_names.missing)} tensors: names come from {candidates[0].name}")
             reference = candidates[0]
-    return Inputs(
-        candidates, base, reference, skeleton, candidate_names, base_names, reference_names, tuple(notes)
-    )
+    return Inputs(candidates, base, reference, skeleton, candidate_names, base_names, reference_names, tuple(notes))
 
 
 def _open_all(config: MergeConfig) -> tuple[tuple[Checkpoint, ...], Checkpoint | None]:
@@ -99,6 +117,17 @@ def _open_all(config: MergeConfig) -> tuple[tuple[Checkpoint, ...], Checkpoint |
     if problems:
         raise CheckpointError(*problems)
     return tuple(checkpoint for checkpoint in opened if checkpoint is not None), base
+
+
+def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
+    """What the user says, else that of most of the candidate's weights."""
+    if config.compute_dtype is not None:
+        return torch_dtype(config.compute_dtype)
+    elements: Counter[torch.dtype] = Counter()
+    for tensor in candidate.tensors.values():
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            elements[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
+    return elements.most_common(1)[0][0] if elements else torch.float32
 
 
 def _class_name(checkpoint: Checkpoint) -> str:

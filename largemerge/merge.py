@@ -1,7 +1,7 @@
 """The public API, and the job itself: a list of steps.
 
-    config → open inputs → read calibration data → plan → output folder → tensors outside the blocks
-    → block after block → side files, index, config → report
+config → open inputs → read calibration data → plan → output folder → tensors outside the blocks
+→ block after block → side files, index, config → report
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from largemerge.average import merge_outside
 from largemerge.calibration import CalibrationSet, load_calibration
+from largemerge.calibration.hidden_states import HiddenStates
 from largemerge.checkpoint.metadata import copy_side_files, find_processor, model_card, output_config
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
@@ -28,9 +29,10 @@ from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
 from largemerge.plan import MergePlan, Preparation, choose_device, loss_tokens, make_plan, model_needs, outline_all
 from largemerge.progress import RunProgress
+from largemerge.regression.activations import Activations
 from largemerge.regression.engine import Engine, Settings
-from largemerge.report import MergeReport, config_yaml, machine, versions
-from largemerge.treatment import TensorPlan
+from largemerge.report import MergeReport, config_yaml, versions
+from largemerge.weights import Weights
 
 ConfigSource = str | Path | Mapping[str, Any] | MergeConfig
 OUTSIDE = "outside"
@@ -137,64 +139,53 @@ class _Job:
         if finished == {OUTSIDE, *(block.name for block in plan.blocks)}:
             return
         with ExitStack() as stack:
-            writer = stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards))
-            readers = tuple(stack.enter_context(CheckpointReader(candidate)) for candidate in inputs.candidates)
-            base_reader = stack.enter_context(CheckpointReader(inputs.base)) if inputs.base is not None else None
+            weights = Weights(
+                inputs=inputs,
+                readers=[stack.enter_context(CheckpointReader(candidate)) for candidate in inputs.candidates],
+                base_reader=stack.enter_context(CheckpointReader(inputs.base)) if inputs.base is not None else None,
+                writer=stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards)),
+            )
             progress = stack.enter_context(
                 RunProgress(self._num_steps(finished), len(plan.blocks), plan.device, quiet=self.quiet)
             )
             if OUTSIDE not in finished:
-                self._merge_outside(writer, readers, base_reader, progress)
-            engine = Engine(
-                settings=self._settings(),
-                inputs=inputs,
-                rehearsal=self.preparation.rehearsal,
-                blocks=plan.blocks,
-                calibration=self.calibration,
-                readers=readers,
-                base_reader=base_reader,
-                sink=_CheckpointSink(inputs, writer),
-                watcher=progress,
-                loss_tokens=loss_tokens(model_needs(inputs.skeleton)),
-            )
-            engine.run(finished, self.folder.record)
-            self.bytes_read = sum(reader.bytes_read for reader in readers)
-            self.bytes_read += base_reader.bytes_read if base_reader is not None else 0
+                self._merge_outside(weights, progress)
+            self._engine(weights, progress).run(finished, self.folder.record)
+            self.bytes_read = weights.bytes_read
 
-    def _settings(self) -> Settings:
-        plan = self.preparation.plan
-        total = sum(plan.config.weights)
-        return Settings(
-            own_stream=plan.config.merge_method == "regmean",
-            weights=tuple(weight / total for weight in plan.config.weights),
-            off_diagonal_scale=plan.config.parameters.off_diagonal_scale,
-            ridge=plan.config.parameters.ridge,
-            compute_dtype=plan.compute_dtype,
-            device=plan.device,
-            store_device=torch.device("cpu"),
+    def _engine(self, weights: Weights, progress: RunProgress) -> Engine:
+        plan, inputs = self.preparation.plan, self.preparation.inputs
+        parameters = plan.config.parameters
+        return Engine(
+            settings=Settings(
+                own_stream=plan.config.merge_method == "regmean",
+                shares=plan.config.shares,
+                off_diagonal_scale=parameters.off_diagonal_scale,
+                ridge=parameters.ridge,
+            ),
+            names=plan.config.names,
+            blocks=plan.blocks,
+            weights=weights,
+            activations=Activations(
+                skeleton=inputs.skeleton,
+                rehearsal=self.preparation.rehearsal,
+                calibration=self.calibration,
+                weights=weights,
+                hidden_states=HiddenStates(torch.device("cpu")),
+                compute_dtype=plan.compute_dtype,
+                device=plan.device,
+                loss_tokens=loss_tokens(model_needs(inputs.skeleton)),
+            ),
+            watcher=progress,
         )
 
-    def _merge_outside(
-        self,
-        writer: ShardWriter,
-        readers: Sequence[CheckpointReader],
-        base_reader: CheckpointReader | None,
-        progress: RunProgress,
-    ) -> None:
+    def _merge_outside(self, weights: Weights, progress: RunProgress) -> None:
         start = time.perf_counter()
         plan = self.preparation.plan
-        merge_outside(
-            plan.outside,
-            self.preparation.inputs,
-            self._settings().weights,
-            readers,
-            base_reader,
-            writer,
-            lambda name: progress.step(name, OUTSIDE),
-        )
-        writer.flush()
+        merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
+        weights.writer.flush()
         seconds = round(time.perf_counter() - start, 4)
-        self.folder.record(OUTSIDE, {"bytes_written": writer.bytes_written, "seconds": {OUTSIDE: seconds}})
+        self.folder.record(OUTSIDE, {"bytes_written": weights.writer.bytes_written, "seconds": {OUTSIDE: seconds}})
 
     def _num_steps(self, finished: frozenset[str]) -> int:
         plan = self.preparation.plan
@@ -208,30 +199,6 @@ class _Job:
             else:
                 steps += batches * (1 if last else passes) + len(block.groups)
         return steps
-
-
-@dataclass(frozen=True)
-class _CheckpointSink:
-    """Puts merged blocks into the output's shards, under their names and in their layout on disk."""
-
-    inputs: Inputs
-    writer: ShardWriter
-
-    def store(self, tensors: dict[str, torch.Tensor]) -> int:
-        names = self.inputs.reference_names
-        named = {names.on_disk(name): tensor for name, tensor in tensors.items()}
-        before = self.writer.bytes_written
-        for key, tensor in names.store(self.inputs.skeleton.model, named).items():
-            self.writer.write(key, tensor)
-        self.writer.flush()
-        return self.writer.bytes_written - before
-
-    def load(self, names: list[str]) -> dict[str, torch.Tensor]:
-        name_map = self.inputs.reference_names
-        present = [name for name in names if name_map.on_disk(name) not in name_map.missing]
-        on_disk = [name_map.on_disk(name) for name in present]
-        loaded = name_map.load(self.inputs.skeleton.model, on_disk, self.writer.read)
-        return {name: loaded[name_map.on_disk(name)] for name in present}
 
 
 def _load_calibration(config: MergeConfig, inputs: Inputs) -> tuple[CalibrationSet, ...]:
@@ -304,6 +271,3 @@ def _write_side_files(path: Path, preparation: Preparation, report: MergeReport)
         encoding="utf-8",
     )
     (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-
-
-__all__ = ["DEFAULT_MAX_SHARD_BYTES", "TensorPlan", "machine", "merge", "plan"]

@@ -132,7 +132,7 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
         raise OutputError(f"{path} is a file; expected a folder, or nothing")
     resolved = path.resolve()
     for folder in inputs:
-        if resolved == folder.resolve() or resolved in folder.resolve().parents and force:
+        if resolved == folder.resolve() or (resolved in folder.resolve().parents and force):
             raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
     if not path.exists():
         return

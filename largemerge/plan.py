@@ -6,15 +6,13 @@ makes the merge impossible is collected in `problems`, all at once; `merge` runs
 
 from __future__ import annotations
 
-import math
-import shutil
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from largemerge.calibration import CalibrationOutline, CalibrationSet, ModelNeeds, outline_calibration
@@ -22,12 +20,11 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.writer import OutputTensor
 from largemerge.config import MergeConfig
 from largemerge.errors import CalibrationError, LargemergeError
+from largemerge.estimate import PeakEstimate, batch_shapes, estimate_peak, resource_problems
 from largemerge.inputs import Inputs
-from largemerge.memory import memory_in_use
 from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import Rehearsal, rehearse
 from largemerge.model.skeleton import Skeleton
-from largemerge.regression.sums import sums_bytes
 from largemerge.treatment import (
     BlockPlan,
     TensorPlan,
@@ -35,40 +32,8 @@ from largemerge.treatment import (
     output_tensors,
     plan_blocks,
     plan_outside,
-    tensor_dtype,
     treatment_problems,
 )
-
-BatchShapes = Mapping[str, tuple[int, ...]]
-"""Forward argument → shape of one batch."""
-
-
-@dataclass(frozen=True)
-class PeakEstimate:
-    """Bytes held at the moment when most is held, by what they are for.
-
-    Attributes:
-        before: What the process holds before it starts (interpreter, libraries).
-        outside: Embeddings and what else lies outside the stacks, while it is needed.
-        blocks: Candidates' weights of one block: the anchor, the present one, the next one being read.
-        sums: Gram matrices, right-hand sides, averages.
-        activations: Of one batch inside a block.
-        solve: Work space of the largest system.
-        calibration: Inputs and hidden states of all candidates.
-    """
-
-    before: int
-    outside: int
-    blocks: int
-    sums: int
-    activations: int
-    solve: int
-    calibration: int
-
-    @property
-    def total(self) -> int:
-        """Bytes at the peak; activations, solves and embeddings take turns."""
-        return self.before + self.calibration + self.blocks + self.sums + max(self.activations + self.outside, self.solve)
 
 
 @dataclass(frozen=True)
@@ -117,9 +82,7 @@ class MergePlan:
 
     def counts(self) -> dict[str, int]:
         """Tensors by treatment, and by reason where they are not solved."""
-        counter = Counter(
-            plan.treatment.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors
-        )
+        counter = Counter(plan.treatment.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors)
         return dict(counter.most_common())
 
     def to_json(self) -> dict[str, Any]:
@@ -200,7 +163,8 @@ def outline_all(config: MergeConfig, inputs: Inputs) -> tuple[CalibrationOutline
         CalibrationError: With the problems of all candidates.
     """
     needs = model_needs(inputs.skeleton)
-    outlines, problems = [], []
+    outlines: list[CalibrationOutline] = []
+    problems: list[str] = []
     for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
         assert candidate.calibration is not None
         try:
@@ -245,13 +209,13 @@ def make_plan(
     blocks = plan_blocks(config, inputs, rehearsal)
     outside = plan_outside(config, inputs)
     tensors = (*(plan for block in blocks for plan in block.tensors), *outside)
-    compute_dtype = _compute_dtype(config, tensors)
-    shapes = _batch_shapes(outlines, calibration)
+    compute_dtype = inputs.skeleton.dtype
+    shapes = batch_shapes(outlines, calibration)
     problems = treatment_problems(inputs, tensors)
     output = output_tensors(inputs, tensors) if not problems else {}
-    peak = _estimate_peak(inputs, rehearsal, blocks, compute_dtype, shapes, device)
+    peak = estimate_peak(inputs, rehearsal, blocks, compute_dtype, shapes, device)
     notes = [*inputs.notes, *_notes(config, inputs, tensors)]
-    problems += _resource_problems(peak, device, sum(tensor.num_bytes for tensor in output.values()), out)
+    problems += resource_problems(peak, device, sum(tensor.num_bytes for tensor in output.values()), out)
     if not any(plan.treatment is Treatment.SOLVED for plan in tensors):
         problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
     plan = MergePlan(
@@ -281,29 +245,6 @@ def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tu
     return {name: value for name, value in outlines[0].inputs.items() if name in common}
 
 
-def _compute_dtype(config: MergeConfig, tensors: Sequence[TensorPlan]) -> torch.dtype:
-    if config.compute_dtype is not None:
-        return tensor_dtype(config.compute_dtype)
-    floating = Counter(plan.dtype for plan in tensors if plan.treatment is Treatment.SOLVED)
-    return floating.most_common(1)[0][0] if floating else torch.float32
-
-
-def _batch_shapes(
-    outlines: Sequence[CalibrationOutline], calibration: Sequence[CalibrationSet] | None
-) -> list[list[BatchShapes]]:
-    if calibration is not None:
-        return [
-            [{name: tuple(tensor.shape) for name, tensor in batch.inputs.items()} for batch in data.batches]
-            for data in calibration
-        ]
-    batches = []
-    for outline in outlines:
-        sizes = [outline.batch_size] * (outline.num_samples // outline.batch_size)
-        sizes += [outline.num_samples % outline.batch_size] if outline.num_samples % outline.batch_size else []
-        batches.append([{name: (size, *shape) for name, (shape, _) in outline.inputs.items()} for size in sizes])
-    return batches
-
-
 def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
     def size(checkpoint: Checkpoint, names: NameMap, plan: TensorPlan) -> int:
         if plan.name in inputs.reference_names.unmapped:
@@ -323,82 +264,6 @@ def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
     return total
 
 
-def _estimate_peak(
-    inputs: Inputs,
-    rehearsal: Rehearsal,
-    blocks: Sequence[BlockPlan],
-    compute_dtype: torch.dtype,
-    shapes: Sequence[Sequence[BatchShapes]],
-    device: torch.device,
-) -> PeakEstimate:
-    state = inputs.skeleton.model.state_dict()
-    largest_outside = max(
-        (sum(state[name].numel() for name in stack.first) for stack in rehearsal.stacks), default=0
-    )
-    block_parts = [_block_bytes(inputs, block, compute_dtype) for block in blocks]
-    rows = {stack: _largest_rows(rehearsal, stack, shapes) for stack in rehearsal.order}
-    activations = [
-        rows[block.stack] * _features(block) * compute_dtype.itemsize
-        + rows[block.stack] * 4 * max((group.num_inputs for group in block.groups), default=0)
-        for block in blocks
-    ]
-    solves = [
-        max((12 * g.num_inputs**2 + 16 * g.num_inputs * sum(g.outputs.values()) for g in block.groups), default=0)
-        for block in blocks
-    ]
-    return PeakEstimate(
-        before=memory_in_use(device).host_anonymous if device.type == "cpu" else 0,
-        outside=largest_outside * compute_dtype.itemsize * 2,
-        blocks=max((part[0] for part in block_parts), default=0),
-        sums=max((part[1] for part in block_parts), default=0),
-        activations=max(activations, default=0),
-        solve=max(solves, default=0),
-        calibration=_calibration_bytes(rehearsal, shapes, compute_dtype),
-    )
-
-
-def _block_bytes(inputs: Inputs, block: BlockPlan, compute_dtype: torch.dtype) -> tuple[int, int]:
-    state = inputs.skeleton.model.state_dict()
-    elements = sum(state[plan.name].numel() for plan in block.tensors)
-    stored = sum(state[plan.name].numel() * plan.dtype.itemsize for plan in block.tensors)
-    cast = elements * compute_dtype.itemsize if any(plan.dtype != compute_dtype for plan in block.tensors) else 0
-    sums = sum(sums_bytes(list(group.outputs.values()), group.num_inputs) for group in block.groups)
-    return 3 * stored + cast, sums
-
-
-def _features(block: BlockPlan) -> int:
-    """What a block computes for one token: inputs and outputs of all its linears."""
-    return sum(group.num_inputs + sum(group.outputs.values()) for group in block.groups)
-
-
-def _largest_rows(rehearsal: Rehearsal, stack: int, shapes: Sequence[Sequence[BatchShapes]]) -> int:
-    seen = rehearsal.stacks[stack]
-    largest = 0
-    for batch in (batch for batches in shapes for batch in batches):
-        if seen.tokens is not None and seen.tokens in batch:
-            largest = max(largest, math.prod(batch[seen.tokens][:2]))
-        else:
-            largest = max(largest, next(iter(batch.values()))[0] * seen.num_tokens)
-    return largest
-
-
-def _calibration_bytes(
-    rehearsal: Rehearsal, shapes: Sequence[Sequence[BatchShapes]], compute_dtype: torch.dtype
-) -> int:
-    total = 0
-    for batch in (batch for batches in shapes for batch in batches):
-        for name, shape in batch.items():
-            total += math.prod(shape) * (8 if name.endswith(("ids", "mask")) else 4)
-        samples = next(iter(batch.values()))[0]
-        for stack in rehearsal.stacks:
-            tokens = batch[stack.tokens][1] if stack.tokens is not None and stack.tokens in batch else stack.num_tokens
-            for shape in stack.output_shapes:
-                scaled = [samples if i == 0 and n == 2 else n for i, n in enumerate(shape)]
-                scaled = [tokens if n == stack.num_tokens and i > 0 else n for i, n in enumerate(scaled)]
-                total += math.prod(scaled) * compute_dtype.itemsize
-    return total
-
-
 def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -> list[str]:
     notes = []
     state = inputs.skeleton.model.state_dict()
@@ -406,44 +271,18 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
         name for name in state if name not in {plan.name for plan in tensors} and name in inputs.reference_names.missing
     ]
     if unwritten:
-        notes.append(f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}")
+        notes.append(
+            f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}"
+        )
     labels = {plan.name for plan in tensors}
     for kind in ("include", "exclude"):
-        import re
-
         for pattern in getattr(config.parameters, kind):
             if not any(re.search(pattern, label) for label in labels):
                 notes.append(f"parameters.{kind}: {pattern!r} matches no tensor")
     for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
         extra = sorted(set(names.unmapped) - set(inputs.reference_names.unmapped))
         if extra:
-            notes.append(f"{checkpoint.name}: {len(extra)} tensors that the model class does not know are left out: {extra[:3]}")
+            notes.append(
+                f"{checkpoint.name}: {len(extra)} tensors that the model class does not know are left out: {extra[:3]}"
+            )
     return notes
-
-
-def _resource_problems(peak: PeakEstimate, device: torch.device, bytes_written: int, out: Path | None) -> list[str]:
-    problems = []
-    host = psutil.virtual_memory().available + peak.before
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        needed = peak.total - peak.calibration
-        if needed > free:
-            problems.append(f"needs about {_gib(needed)} on {device}, which has {_gib(free)} free; lower batch_size")
-        needed = peak.calibration
-    else:
-        needed = peak.total
-    if needed > host:
-        problems.append(
-            f"needs about {_gib(needed)} of memory, this machine has {_gib(host)} available; "
-            f"hidden states take {_gib(peak.calibration)} of it: lower num_samples, max_length or batch_size"
-        )
-    if out is not None:
-        folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-        free = shutil.disk_usage(folder).free
-        if bytes_written > free:
-            problems.append(f"{out}: needs {_gib(bytes_written)} of disk, {_gib(free)} are free")
-    return problems
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

@@ -66,7 +66,9 @@ class RunProgress:
             self._blocks.setdefault(block, len(self._blocks) + 1)
         now = time.monotonic()
         if self._live:
-            self._bar.update(self._task, completed=self._done, description=self._what(block, stage, candidate), more=self._more(now))
+            self._bar.update(
+                self._task, completed=self._done, description=self._what(block, stage, candidate), more=self._more(now)
+            )
         elif now - self._last_line >= _PLAIN_INTERVAL_SECONDS:
             self._last_line = now
             self._console.print(

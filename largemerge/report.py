@@ -172,7 +172,9 @@ def print_report(report: MergeReport, out: str, console: Console) -> None:
     solvers = Counter(entry["solver"] for entry in linears.values())
     table.add_row("solvers", ", ".join(f"{count} {solver}" for solver, count in solvers.items()))
     if fallbacks:
-        table.add_row("fallbacks", f"{len(fallbacks)} linears needed more than float32 Cholesky: {', '.join(fallbacks[:3])} …")
+        table.add_row(
+            "fallbacks", f"{len(fallbacks)} linears needed more than float32 Cholesky: {', '.join(fallbacks[:3])} …"
+        )
     if linears:
         worst = max(linears, key=lambda name: linears[name]["condition"])
         table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
@@ -181,7 +183,8 @@ def print_report(report: MergeReport, out: str, console: Console) -> None:
     table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
     written = sum(part["bytes_written"] for part in (*report.blocks.values(), report.outside))
     table.add_row("disk", f"{gib(report.bytes_read)} read, {gib(written)} written")
-    peak = f"{gib(report.peak.host_anonymous)} anonymous (planned {gib(report.plan.peak.total)}), {gib(report.peak.host_total)} in all"
+    planned = gib(report.plan.peak.total)
+    peak = f"{gib(report.peak.host_anonymous)} anonymous (planned {planned}), {gib(report.peak.host_total)} in all"
     if report.peak.device:
         peak += f", {gib(report.peak.device)} on {report.plan.device}"
     table.add_row("peak memory", peak)
@@ -200,7 +203,9 @@ def _mean_distances(report: MergeReport) -> str:
 
 def print_plan(plan: MergePlan, console: Console) -> None:
     """What `largemerge plan` shows."""
-    table = Table(title=f"{plan.config.merge_method} of {len(plan.config.models)} × {plan.class_name}", show_header=False)
+    table = Table(
+        title=f"{plan.config.merge_method} of {len(plan.config.models)} × {plan.class_name}", show_header=False
+    )
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("candidates", ", ".join(f"{name} ({plan.num_samples[name]} samples)" for name in plan.config.names))

@@ -1,9 +1,9 @@
 """Which tensor is merged how. Every tensor of the output gets exactly one treatment, and a reason.
 
-    solved    the method's closed-form solution
-    averaged  Σ c_i W_i / Σ c_i
-    base      excluded by the user: taken from the base as it is
-    copied    integers and the like, which have no average: taken from the first candidate
+solved    the method's closed-form solution
+averaged  Σ c_i W_i / Σ c_i
+base      excluded by the user: taken from the base as it is
+copied    integers and the like, which have no average: taken from the first candidate
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import torch
 
 from largemerge.checkpoint.index import Checkpoint, TensorInfo
 from largemerge.checkpoint.writer import OutputTensor
-from largemerge.config import MergeConfig
+from largemerge.config import MergeConfig, torch_dtype
 from largemerge.inputs import Inputs
 from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import LinearRole, Rehearsal
 from largemerge.model.skeleton import linears_in, weight_is_transposed
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Treatment(str, Enum):
@@ -82,11 +80,6 @@ class BlockPlan:
     groups: tuple[GroupPlan, ...]
 
 
-def tensor_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a configuration's `float32`, `bfloat16` or `float16`."""
-    return _DTYPES[name]
-
-
 def plan_blocks(config: MergeConfig, inputs: Inputs, rehearsal: Rehearsal) -> tuple[BlockPlan, ...]:
     """The blocks in the order in which they run."""
     blocks = []
@@ -127,9 +120,7 @@ def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, O
             dtypes[plan.name] = plan.dtype
         else:
             dtypes |= {key: plan.dtype for key in names.sources_of([names.on_disk(plan.name)])}
-    return {
-        key: OutputTensor(dtypes[key], info.shape) for key, info in reference.tensors.items() if key in dtypes
-    }
+    return {key: OutputTensor(dtypes[key], info.shape) for key, info in reference.tensors.items() if key in dtypes}
 
 
 def treatment_problems(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
@@ -169,8 +160,7 @@ def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str
         base = inputs.base_names
         if base is None:
             return TensorPlan(name, Treatment.AVERAGED, "excluded, and there is no base", dtype)
-        on_disk = base.on_disk(name)
-        if on_disk in base.missing or on_disk in base.mismatched:
+        if not base.has(name):
             return TensorPlan(name, Treatment.AVERAGED, "excluded, but the base does not have it", dtype)
         return TensorPlan(name, Treatment.BASE, "excluded", dtype)
     if unsolvable is not None:
@@ -186,7 +176,7 @@ def _plan_unknown(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
     everywhere = all(info is not None and info.shape == reference.shape for info in infos)
     dtype = reference.dtype
     if everywhere and dtype.is_floating_point:
-        wanted = tensor_dtype(config.dtype) if config.dtype else dtype
+        wanted = torch_dtype(config.dtype) if config.dtype else dtype
         return TensorPlan(key, Treatment.AVERAGED, "unknown to the model class", wanted)
     return TensorPlan(key, Treatment.COPIED, "unknown to the model class", dtype)
 
@@ -210,15 +200,13 @@ def _plan_groups(
 ) -> tuple[GroupPlan, ...]:
     linears = linears_in(block)
     solved = [
-        plan.name.removeprefix(prefix).removesuffix(".weight")
-        for plan in tensors
-        if plan.treatment is Treatment.SOLVED
+        plan.name.removeprefix(prefix).removesuffix(".weight") for plan in tensors if plan.treatment is Treatment.SOLVED
     ]
     groups: dict[tuple[str, bool], dict[str, tuple[int, int]]] = {}
     for path in [name for name in roles if name in solved]:
         linear = linears[path]
         transposed = weight_is_transposed(linear)
-        rows, columns = linear.weight.shape
+        rows, columns = linear.get_parameter("weight").shape
         size = (columns, rows) if transposed else (rows, columns)
         groups.setdefault((roles[path].group, transposed), {})[path] = size
     return tuple(
@@ -242,7 +230,7 @@ def _output_dtype(config: MergeConfig, inputs: Inputs, name: str) -> torch.dtype
     result = dtypes[0]
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)
-    return tensor_dtype(config.dtype) if config.dtype and result.is_floating_point else result
+    return torch_dtype(config.dtype) if config.dtype and result.is_floating_point else result
 
 
 def _info(checkpoint: Checkpoint, names: NameMap, name: str) -> TensorInfo | None:

@@ -7,44 +7,18 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from cases import Case, MakeCase
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
-
-
-@dataclass
-class Case:
-    """Candidates on disk, and the same in memory.
-
-    Attributes:
-        config: For `largemerge.merge`.
-        models: The candidates.
-        inputs: Their calibration tensors.
-        folder: Where everything lies.
-    """
-
-    config: dict[str, Any]
-    models: list[PreTrainedModel]
-    inputs: list[dict[str, torch.Tensor]]
-    folder: Path
-
-    @property
-    def weights(self) -> list[float]:
-        return [model["parameters"]["weight"] for model in self.config["models"]]
-
-
-MakeCase = Callable[..., Case]
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def linears_of(block_name: str, block: nn.Module) -> dict[str, nn.Module]:
 
 def rows_that_count(name: str, inputs: Tensors) -> torch.Tensor | None:
     """The padding mask for a linear's input, by its name."""
-    if "vision_model" in name or "pixel_values" in inputs and "input_ids" not in inputs:
+    if "vision_model" in name or ("pixel_values" in inputs and "input_ids" not in inputs):
         return None
     decoder = "decoder_input_ids" in inputs and ".decoder." in f".{name}" and not name.endswith(CROSS)
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
@@ -120,9 +120,10 @@ def merge(
     if method == "regmean":
         every = [name for block_name, block in blocks_of(merged) for name in linears_of(block_name, block)]
         whole = [_grams(model, every, x) for model, x in zip(models, inputs, strict=True)]
+    pairs = list(zip(models, inputs, strict=True))
     for block_name, block in blocks_of(merged):
         names = list(linears_of(block_name, block))
-        collected = whole or [_hybrid_grams(merged, model, block_name, names, x) for model, x in zip(models, inputs)]
+        collected = whole or [_hybrid_grams(merged, model, block_name, names, x) for model, x in pairs]
         for name in names:
             conv = isinstance(merged.get_submodule(name), Conv1D)
             weights = [p[f"{name}.weight"].T if conv else p[f"{name}.weight"] for p in parameters]

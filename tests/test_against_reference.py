@@ -5,20 +5,10 @@ from __future__ import annotations
 import pytest
 import reference
 import tiny_models
-import torch
-from conftest import Case, MakeCase
+from cases import MakeCase, merge_and_load
 from transformers import PreTrainedModel
 
-import largemerge
-
 METHODS = ("regmean", "regmean_plusplus")
-
-
-def merge_and_load(case: Case, name: str = "merged", **options: object) -> PreTrainedModel:
-    largemerge.merge(case.config, case.folder / name, **options)
-    model, info = type(case.models[0]).from_pretrained(case.folder / name, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model
 
 
 def assert_close(merged: PreTrainedModel, expected: PreTrainedModel, tolerance: float = 1e-4) -> None:
@@ -42,9 +32,7 @@ def test_every_architecture_agrees_with_the_formulas(make_case: MakeCase, archit
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
 def test_candidates_weights_and_scales(make_case: MakeCase, method: str, num_candidates: int, scale: float) -> None:
     weights = [1.0, 0.25, 3.0, 1.5, 0.5][:num_candidates]
-    case = make_case(
-        method=method, num_candidates=num_candidates, weights=weights, ridge=0.0, off_diagonal_scale=scale
-    )
+    case = make_case(method=method, num_candidates=num_candidates, weights=weights, ridge=0.0, off_diagonal_scale=scale)
     expected = reference.merge(method, case.models, case.inputs, weights, scale)
     assert_close(merge_and_load(case), expected)
 

@@ -27,7 +27,9 @@ def locate_checkpoint(reference: str, name: str) -> Path:
         raise CheckpointError(f"{name}: {reference} is a file; expected a checkpoint folder or a Hub id")
     repository, _, revision = reference.partition("@")
     if reference.startswith((".", "/", "~")) or repository.count("/") != 1:
-        raise CheckpointError(f"{name}: {reference} does not exist; expected a checkpoint folder or a Hub id (owner/name)")
+        raise CheckpointError(
+            f"{name}: {reference} does not exist; expected a checkpoint folder or a Hub id (owner/name)"
+        )
     return _from_hub(repository, revision or None, name)
 
 

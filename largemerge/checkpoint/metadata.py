@@ -69,7 +69,9 @@ def copy_side_files(
 
 def find_processor(*folders: Path) -> Path:
     """The first folder that has processor files; the first of all if none has."""
-    return next((folder for folder in folders if any((folder / name).is_file() for name in PROCESSOR_FILES)), folders[0])
+    return next(
+        (folder for folder in folders if any((folder / name).is_file() for name in PROCESSOR_FILES)), folders[0]
+    )
 
 
 def model_card(

@@ -13,14 +13,20 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from largemerge.checkpoint.index import Checkpoint, TensorInfo
 from largemerge.errors import CheckpointError
 
-
 _MOST_BYTES_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB in one call
+
+
+def byte_view(buffer: torch.Tensor) -> memoryview:
+    """The memory of a one-dimensional uint8 tensor on the CPU."""
+    array: Any = buffer.numpy()
+    return memoryview(array)
 
 
 def read_tensor(descriptor: int, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -31,7 +37,7 @@ def read_tensor(descriptor: int, offset: int, dtype: torch.dtype, shape: tuple[i
     """
     # Bytes first, the dtype as a view: NumPy, which lends the writable buffer, knows no bfloat16.
     buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = byte_view(buffer)
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + _MOST_BYTES_AT_ONCE]], offset + done)

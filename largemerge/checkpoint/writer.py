@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 
 from largemerge.checkpoint.index import SAFETENSORS_DTYPES
-from largemerge.checkpoint.reader import read_tensor
+from largemerge.checkpoint.reader import byte_view, read_tensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _ALIGNMENT = 8
@@ -66,7 +66,9 @@ def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> 
         groups[-1].append(name)
         filled += tensor.num_bytes
     total = len(groups)
-    names = ["model.safetensors"] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in _from_1(total)]
+    names = (
+        ["model.safetensors"] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in _from_1(total)]
+    )
     return tuple(_shard(name, {key: tensors[key] for key in keys}) for name, keys in zip(names, groups, strict=True))
 
 
@@ -134,7 +136,7 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         """Writes a tensor of the dtype that the layout knows, or rows of it from `first_row` on."""
         shard = self._shard_of[name]
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = byte_view(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
         offset = shard.offsets[name] + first_row * (len(data) // max(1, tensor.shape[0]) if first_row else 0)
         done = 0
         while done < len(data):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -68,6 +69,11 @@ class NameMap:
     def on_disk(self, name: str) -> str:
         """The name under which a parameter is loaded: its own, or that of the one it is tied to."""
         return self.aliases.get(name, name)
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has parameter `name`, or one that it is tied to, in the shape that the class wants."""
+        on_disk = self.on_disk(name)
+        return on_disk not in self.missing and on_disk not in self.mismatched
 
     def conversion_of(self, name: str) -> Conversion | None:
         """The conversion that makes parameter `name`, if it is not a plain renaming."""
@@ -162,7 +168,7 @@ def _tied_aliases(model: PreTrainedModel, found: set[str]) -> dict[str, str]:
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         keys.setdefault(id(tensor), []).append(name)
     targets = set(getattr(model, "all_tied_weights_keys", None) or {})
-    aliases = {}
+    aliases: dict[str, str] = {}
     for names in keys.values():
         kept = min(names, key=lambda name: (name not in found, name in targets))
         aliases |= {name: kept for name in names if name != kept}
@@ -190,20 +196,22 @@ def _conversion(
 def _convert(model: PreTrainedModel, conversion: Conversion, read: ReadTensor) -> dict[str, torch.Tensor]:
     converter = copy.deepcopy(conversion.converter)
     for key, pattern in conversion.sources:
-        converter.add_tensor(conversion.first_target, key, pattern, read(key))
-    converted = converter.convert(conversion.first_target, model=model, config=model.config)
+        tensor: Any = read(key)  # Transformers takes tensors too, though its annotation says Future
+        converter.add_tensor(conversion.first_target, key, pattern, tensor)
+    converted: dict[str, Any] = converter.convert(conversion.first_target, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 def _revert(
     model: PreTrainedModel, conversion: Conversion, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    previous = getattr(model, "_weight_conversions", None)
-    model._weight_conversions = get_model_conversion_mapping(model)
+    attributes = vars(model)
+    previous = attributes.get("_weight_conversions")
+    attributes["_weight_conversions"] = get_model_conversion_mapping(model)
     try:
-        reverted = revert_weight_conversion(model, tensors)
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
     finally:
-        model._weight_conversions = previous
+        attributes["_weight_conversions"] = previous
     wanted = {key for key, _ in conversion.sources}
     if set(reverted) != wanted:
         # Renamings that lose information (a dropped prefix) cannot be undone by name; by suffix they can.

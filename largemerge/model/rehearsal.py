@@ -17,26 +17,17 @@ The rehearsal also finds out what no table could tell for every architecture:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from largemerge.errors import ArchitectureError
-from largemerge.model.forward import Output, original_forward, replaced_forwards, resumed_at
-from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
-
-NUM_SAMPLES = 2
-NUM_TOKENS = 7
-NUM_DECODER_TOKENS = 5
-
-InputOutline = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Forward argument → (shape of one sample, dtype)."""
+from largemerge.model.skeleton import Skeleton, assign_tensors
+from largemerge.model.trial import InputOutline, SeenBlock, Trial, block_kind, equal_trees, trial_run
 
 
 @dataclass(frozen=True)
@@ -77,22 +68,15 @@ class StackRehearsal:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Attributes:
-    order: Indices of the stacks, in the order in which they run.
-    stacks: By index in the skeleton.
+    """What the rehearsal saw of the whole model.
+
+    Attributes:
+        order: Indices of the stacks, in the order in which they run.
+        stacks: By index in the skeleton.
     """
 
     order: tuple[int, ...]
     stacks: tuple[StackRehearsal, ...]
-
-
-@dataclass
-class _Seen:
-    """One block in the plain pass: the arguments it got, what it returned, which linears read what."""
-
-    arguments: Any
-    output: Output
-    linears: list[tuple[str, torch.Tensor]]
 
 
 def rehearse(skeleton: Skeleton, outline: InputOutline) -> Rehearsal:
@@ -105,234 +89,40 @@ def rehearse(skeleton: Skeleton, outline: InputOutline) -> Rehearsal:
     Raises:
         ArchitectureError: If the model cannot be run on such input, or not block by block.
     """
-    inputs = make_inputs(skeleton, outline)
-    fake = _fake_weights(skeleton)
-    with assigned(skeleton, fake), torch.no_grad():
-        chosen = [_representatives(stack.blocks) for stack in skeleton.stacks]
-        seen, order = _plain_pass(skeleton, inputs, chosen)
-        _compare_resumed(skeleton, inputs, seen, order)
-        stacks = tuple(
-            _stack_rehearsal(skeleton, inputs, fake, seen, order, index) for index in range(len(skeleton.stacks))
-        )
-    return Rehearsal(tuple(order), stacks)
+    with trial_run(skeleton, outline) as trial:
+        _compare_resumed(trial)
+        stacks = tuple(_stack_rehearsal(trial, index) for index in range(len(skeleton.stacks)))
+    return Rehearsal(tuple(trial.order), stacks)
 
 
-def make_inputs(skeleton: Skeleton, outline: InputOutline) -> dict[str, torch.Tensor]:
-    """A few made-up samples: short token sequences with some padding, random pixels."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = getattr(skeleton.model.config.get_text_config(), "vocab_size", None) or 2
-    inputs = {}
-    for name, (shape, dtype) in outline.items():
-        if dtype.is_floating_point:
-            inputs[name] = torch.randn(NUM_SAMPLES, *shape, generator=generator)
-            continue
-        length = NUM_DECODER_TOKENS if name.startswith("decoder_") else NUM_TOKENS
-        shape = (NUM_SAMPLES, min(shape[0], length), *shape[1:]) if shape else (NUM_SAMPLES,)
-        if name.endswith("input_ids"):
-            inputs[name] = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
-        elif name.endswith("attention_mask"):
-            inputs[name] = torch.ones(shape, dtype=dtype)
-            inputs[name][0, -1:] = 0
-        elif name.endswith("position_ids"):
-            inputs[name] = torch.arange(shape[1]).expand(shape).clone()
-        else:
-            inputs[name] = torch.zeros(shape, dtype=dtype)
-    return inputs
-
-
-def _fake_weights(skeleton: Skeleton) -> dict[str, torch.Tensor]:
-    """For every parameter a view of one random vector: element (i, j) is the vector's (i + j)-th from a start."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.named_parameters()}
-    longest = max(sum(shape) + 1 for shape in shapes.values())
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(longest + 997, generator=generator) * 0.05
-    starts = torch.randint(0, 997, (len(shapes),), generator=generator).tolist()
-    return {
-        name: vector.as_strided(shape, (1,) * len(shape), start)
-        for (name, shape), start in zip(shapes.items(), starts, strict=True)
-    }
-
-
-@contextmanager
-def assigned(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Gives the model tensors for a while; afterwards its parameters are on the meta device again."""
-    assign_tensors(skeleton, tensors)
-    try:
-        yield
-    finally:
-        assign_tensors(skeleton, {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()})
-
-
-def _representatives(blocks: tuple[nn.Module, ...]) -> set[int]:
-    """The first, second and last block of every kind."""
-    kinds: dict[str, list[int]] = {}
-    for index, block in enumerate(blocks):
-        kinds.setdefault(_kind(block, index), []).append(index)
-    return {0} | {index for members in kinds.values() for index in (*members[:2], members[-1])}
-
-
-def _kind(block: nn.Module, index: int) -> str:
-    """Equal for blocks that compute alike: same modules, same plain attributes but for the block's own number."""
-    plain = [
-        (name, key, value)
-        for name, module in block.named_modules()
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, bool | float | str) or (isinstance(value, int) and value != index)
-    ]
-    return f"{block!r} {plain!r}"
-
-
-def _plain_pass(
-    skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], chosen: list[set[int]]
-) -> tuple[list[dict[int, _Seen]], list[int]]:
-    seen: list[dict[int, _Seen]] = [{} for _ in skeleton.stacks]
-    order: list[int] = []
-    runs: dict[tuple[int, int], int] = {}
-
-    def recorder(stack: int, index: int, block: nn.Module) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Output:
-            if stack not in order:
-                order.append(stack)
-            runs[stack, index] = runs.get((stack, index), 0) + 1
-            if index not in chosen[stack]:
-                return next(reversed(seen[stack].values())).output
-            arguments = _copied((args, kwargs))
-            with _recorded_linears(block) as linears:
-                output = original_forward(block)(*args, **kwargs)
-            seen[stack][index] = _Seen(arguments, output, linears)
-            return output
-
-        return forward
-
-    forwards = {
-        block: recorder(number, index, block)
-        for number, stack in enumerate(skeleton.stacks)
-        for index, block in enumerate(stack.blocks)
-    }
-    try:
-        with replaced_forwards(forwards):
-            skeleton.model(**inputs)
-    except Exception as error:
-        raise _cannot(skeleton, inputs, error) from error
-    _check_runs(skeleton, runs)
-    return seen, order
-
-
-def _cannot(skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], error: Exception) -> ArchitectureError:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ArchitectureError(
-        f"{skeleton.class_name}: cannot be run on calibration inputs {sorted(inputs)}: {text}; "
-        f"its forward takes {sorted(skeleton.forward_arguments())}"
-    )
-
-
-def _check_runs(skeleton: Skeleton, runs: Mapping[tuple[int, int], int]) -> None:
-    problems = []
-    for number, stack in enumerate(skeleton.stacks):
-        counts = [runs.get((number, index), 0) for index in range(len(stack.blocks))]
-        if set(counts) != {1}:
-            problems.append(
-                f"{skeleton.class_name}: one forward pass on this calibration data runs the blocks of {stack.name} "
-                f"{counts} times, expected once each; if it is no stack of blocks, name the stacks in the config (stacks: [...])"
-            )
-    if problems:
-        raise ArchitectureError(*problems)
-
-
-@contextmanager
-def _recorded_linears(block: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    record: list[tuple[str, torch.Tensor]] = []
-    handles = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: record.append((name, args[0])))
-        for name, linear in linears_in(block).items()
-    ]
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _compare_resumed(
-    skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], seen: list[dict[int, _Seen]], order: list[int]
-) -> None:
+def _compare_resumed(trial: Trial) -> None:
     """Every block that was really run, run again from the output of the one before it: the same, bit for bit."""
-    for stack in order:
-        for index, expected in seen[stack].items():
-            name = skeleton.stacks[stack].block_name(index)
-            arguments, output = _resume(skeleton, inputs, seen, order, stack, index)
-            if not _equal(arguments, expected.arguments) or not _equal(output, expected.output):
+    for stack in trial.order:
+        for index, expected in trial.seen[stack].items():
+            name = trial.skeleton.stacks[stack].block_name(index)
+            arguments, output = trial.resume(stack, index)
+            if not equal_trees(arguments, expected.arguments) or not equal_trees(output, expected.output):
                 raise ArchitectureError(
-                    f"{skeleton.class_name}: {name} computes something else when the forward pass is resumed there; "
-                    "this model cannot be merged block by block"
+                    f"{trial.skeleton.class_name}: {name} computes something else when the forward pass is resumed "
+                    "there; this model cannot be merged block by block"
                 )
 
 
-def _resume(
-    skeleton: Skeleton,
-    inputs: Mapping[str, torch.Tensor],
-    seen: list[dict[int, _Seen]],
-    order: list[int],
-    stack: int,
-    index: int,
-    *,
-    run_block: bool = True,
-) -> tuple[Any, Output]:
-    """The arguments of a block in a resumed pass, and its output if it is run."""
-    outputs = {earlier: list(seen[earlier].values())[-1].output for earlier in order[: order.index(stack)]}
-    before = [seen[stack][number].output for number in seen[stack] if number < index]
-    if before:
-        outputs[stack] = before[-1]
-    caught: list[Any] = []
-
-    def visit(*args: Any, **kwargs: Any) -> None:
-        caught.append(_copied((args, kwargs)))
-        if run_block:
-            caught.append(original_forward(skeleton.stacks[stack].blocks[index])(*args, **kwargs))
-
-    with resumed_at(skeleton, stack, index) as run:
-        run(inputs, outputs, visit)
-    return caught[0], caught[1] if run_block else None
-
-
-def _copied(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-
-def _equal(left: Any, right: Any) -> bool:
-    tensors = [[leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)] for tree in (left, right)]
-    if len(tensors[0]) != len(tensors[1]):
-        return False
-    return all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(*tensors, strict=True)
-    )  # fmt: skip
-
-
-def _stack_rehearsal(
-    skeleton: Skeleton,
-    inputs: Mapping[str, torch.Tensor],
-    fake: Mapping[str, torch.Tensor],
-    seen: list[dict[int, _Seen]],
-    order: list[int],
-    stack: int,
-) -> StackRehearsal:
-    blocks = skeleton.stacks[stack].blocks
-    rows = {number: _rows(seen[number][0].arguments) for number in order}
-    by_kind = {_kind(blocks[index], index): _roles(entry, rows, stack) for index, entry in seen[stack].items()}
-    later = [index for index in seen[stack] if index > 0]
-    matter = [_tensors_that_matter(skeleton, inputs, fake, seen, order, stack, index) for index in later]
-    output = tree_flatten(seen[stack][0].output)[0]
-    num_tokens = rows[stack][1]
-    names = [name for name in inputs if name.endswith("input_ids") and inputs[name].shape == rows[stack]]
+def _stack_rehearsal(trial: Trial, stack: int) -> StackRehearsal:
+    blocks = trial.skeleton.stacks[stack].blocks
+    seen = trial.seen[stack]
+    rows = {number: _rows(trial.seen[number][0].arguments) for number in trial.order}
+    roles_by_kind = {block_kind(blocks[index], index): _roles(entry, rows, stack) for index, entry in seen.items()}
+    matter = [_tensors_that_matter(trial, stack, index) for index in seen if index > 0]
+    output = [leaf for leaf in tree_flatten(seen[0].output)[0] if isinstance(leaf, torch.Tensor)]
+    tokens = [name for name, x in trial.inputs.items() if name.endswith("input_ids") and tuple(x.shape) == rows[stack]]
     return StackRehearsal(
-        tokens=names[0] if names else None,
-        first=_tensors_that_matter(skeleton, inputs, fake, seen, order, stack, 0),
+        tokens=tokens[0] if tokens else None,
+        first=_tensors_that_matter(trial, stack, 0),
         later=frozenset().union(*matter),
-        roles=tuple(by_kind[_kind(block, index)] for index, block in enumerate(blocks)),
-        output_shapes=tuple(tuple(leaf.shape) for leaf in output if isinstance(leaf, torch.Tensor)),
-        num_tokens=num_tokens,
+        roles=tuple(roles_by_kind[block_kind(block, index)] for index, block in enumerate(blocks)),
+        output_shapes=tuple(tuple(leaf.shape) for leaf in output),
+        num_tokens=rows[stack][1],
     )
 
 
@@ -344,7 +134,7 @@ def _rows(arguments: Any) -> tuple[int, int]:
     return hidden_states.shape[0], hidden_states[0, ..., 0].numel()
 
 
-def _roles(entry: _Seen, rows: Mapping[int, tuple[int, int]], own: int) -> tuple[LinearRole, ...]:
+def _roles(entry: SeenBlock, rows: Mapping[int, tuple[int, int]], own: int) -> tuple[LinearRole, ...]:
     leaders: list[tuple[str, torch.Tensor]] = []
     roles = []
     called = [name for name, _ in entry.linears]
@@ -387,28 +177,21 @@ class _ReadParameters(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _tensors_that_matter(
-    skeleton: Skeleton,
-    inputs: Mapping[str, torch.Tensor],
-    fake: Mapping[str, torch.Tensor],
-    seen: list[dict[int, _Seen]],
-    order: list[int],
-    stack: int,
-    index: int,
-) -> frozenset[str]:
+def _tensors_that_matter(trial: Trial, stack: int, index: int) -> frozenset[str]:
     """Outside tensors whose values reach the block's arguments: those that show when they are poisoned."""
+    skeleton = trial.skeleton
     outside = set(skeleton.outside_tensors())
     names = {id(parameter): name for name, parameter in skeleton.model.named_parameters()}
     with _ReadParameters(names) as mode:
-        expected, _ = _resume(skeleton, inputs, seen, order, stack, index, run_block=False)
+        expected, _ = trial.resume(stack, index, run_block=False)
     matter = set()
     for name in sorted(mode.read & outside):
-        poison = fake[name].new_full((), float("nan")).expand(fake[name].shape)
-        assign_tensors(skeleton, {name: poison})
+        fake = trial.fake[name]
+        assign_tensors(skeleton, {name: fake.new_full((), float("nan")).expand(fake.shape)})
         try:
-            arguments, _ = _resume(skeleton, inputs, seen, order, stack, index, run_block=False)
+            arguments, _ = trial.resume(stack, index, run_block=False)
         finally:
-            assign_tensors(skeleton, {name: fake[name]})
-        if not _equal(arguments, expected):
+            assign_tensors(skeleton, {name: fake})
+        if not equal_trees(arguments, expected):
             matter.add(name)
     return frozenset(matter)

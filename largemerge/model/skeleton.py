@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +49,13 @@ class Skeleton:
         model: In evaluation mode, parameters on the meta device, buffers real.
         stacks: In the order of the module tree; the order of execution is found by rehearsal.
         aliases: First name → all names of a tied parameter.
+        dtype: In which parameters and buffers were made.
     """
 
     model: PreTrainedModel
     stacks: tuple[Stack, ...]
     aliases: Mapping[str, tuple[str, ...]]
+    dtype: torch.dtype
 
     @property
     def class_name(self) -> str:
@@ -90,17 +93,25 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
         method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(f"{checkpoint.name}: quantized ({method}); expected a checkpoint in 16 or 32 bits")
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        return config
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}") from None
 
 
-def build_skeleton(checkpoint: Checkpoint, stacks: Sequence[str] = (), *, trust_remote_code: bool = False) -> Skeleton:
+def build_skeleton(
+    checkpoint: Checkpoint,
+    stacks: Sequence[str] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Skeleton:
     """Builds the model of a checkpoint on the meta device and finds its stacks.
 
     Args:
         checkpoint: Opened with `open_checkpoint`.
         stacks: Module paths of the stacks, when those found are wrong.
+        dtype: Of the forward passes; buffers that follow the default dtype are made in it.
         trust_remote_code: Allow the checkpoint's own Python code.
 
     Raises:
@@ -113,29 +124,41 @@ def build_skeleton(checkpoint: Checkpoint, stacks: Sequence[str] = (), *, trust_
         if hasattr(part, "use_cache"):
             part.use_cache = False  # a cache handed to a block would be filled again by every extra run of it
     try:
-        with init_empty_weights(include_buffers=False):
+        with _default_dtype(dtype), init_empty_weights(include_buffers=False):
             model = model_class(config)
     except (ImportError, ValueError, NotImplementedError) as error:
         raise ArchitectureError(f"{checkpoint.name}: {model_class.__name__}: {_first_line(error)}") from None
     model.tie_weights()
-    model.eval().requires_grad_(False)
+    model.train(False)
+    model.requires_grad_(False)
     found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
-    return Skeleton(model, found, _aliases(model))
+    return Skeleton(model, found, _aliases(model), dtype)
 
 
-def _model_class(
-    config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_code: bool
-) -> type[PreTrainedModel]:
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_code: bool) -> type[PreTrainedModel]:
     names = config.architectures or []
+    found: type[PreTrainedModel]
     auto_map: Mapping[str, str] = getattr(config, "auto_map", None) or {}
     if trust_remote_code and auto_map and names:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         reference = next((value for value in auto_map.values() if value.endswith(f".{names[0]}")), None)
         if reference is not None:
-            return get_class_from_dynamic_module(reference, str(checkpoint.folder))
+            found = get_class_from_dynamic_module(reference, str(checkpoint.folder))
+            return found
     if names and hasattr(transformers, names[0]):
-        return getattr(transformers, names[0])
+        found = getattr(transformers, names[0])
+        return found
     if names:
         hint = " It ships its own code: set trust_remote_code: true if you trust it." if auto_map else ""
         raise ArchitectureError(
@@ -143,7 +166,8 @@ def _model_class(
         )
     mapping: Any = transformers.MODEL_MAPPING
     if type(config) in mapping:
-        return mapping[type(config)]
+        found = mapping[type(config)]
+        return found
     raise ArchitectureError(
         f"{checkpoint.name}: config.json names no 'architectures'; expected a class such as 'LlamaForCausalLM'"
     )
@@ -191,8 +215,8 @@ def _find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     if not found:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise ArchitectureError(
-            f"{type(model).__name__}: no stack of like blocks with linears found (lists of modules: {lists or 'none'}); "
-            "name the stacks in the config, e.g. stacks: [model.layers]"
+            f"{type(model).__name__}: no stack of like blocks with linears found "
+            f"(lists of modules: {lists or 'none'}); name the stacks in the config, e.g. stacks: [model.layers]"
         )
     return tuple(found)
 
@@ -221,7 +245,7 @@ def _first_line(error: BaseException) -> str:
 def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> None:
     """Puts tensors in the place of parameters or buffers, under all their tied names, whatever the device."""
     for name, tensor in tensors.items():
-        parameter = nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+        parameter = nn.Parameter(tensor, requires_grad=False)
         for alias in skeleton.aliases.get(name, (name,)):
             path, _, leaf = alias.rpartition(".")
             module = skeleton.model.get_submodule(path)

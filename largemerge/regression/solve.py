@@ -90,9 +90,7 @@ def solve_anchored(gram_II: torch.Tensor, rhs_OI: torch.Tensor, mean_OI: torch.T
         name = f"cholesky_{str(dtype).removeprefix('torch.')}"
         if tried.update_OI is not None:
             update_OI = tried.update_OI
-            return Solution(
-                update_OI, name, fraction, tried.condition, tried.residual, tuple(fallbacks), num_dead
-            )
+            return Solution(update_OI, name, fraction, tried.condition, tried.residual, tuple(fallbacks), num_dead)
         fallbacks.append(f"{name} with ridge {fraction:.1e}: {tried.problem}")
     raise FloatingPointError("; ".join(fallbacks))
 
@@ -150,7 +148,7 @@ def estimate_condition(system_II: torch.Tensor, factor_II: torch.Tensor) -> floa
 
 
 def _estimate_residual(system_II: torch.Tensor, solution_IO: torch.Tensor, rhs_IO: torch.Tensor) -> float:
-    """‖(B - AX)ᵀ v‖ / ‖Bᵀ v‖ over random v: an estimate of the ratio of Frobenius norms without a product of full size."""
+    """‖(B - AX)ᵀ v‖ / ‖Bᵀ v‖ over random v, which estimates the ratio of Frobenius norms."""
     probes_IV = _probes(system_II)
     right_OV = rhs_IO.T @ probes_IV
     error_OV = right_OV - solution_IO.T @ (system_II @ probes_IV)

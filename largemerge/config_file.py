@@ -1,0 +1,125 @@
+"""Reading a configuration file, and saying in a user's words what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from largemerge.errors import ConfigError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: If there is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys such as 'merge_method' and 'models', found {type(raw).__name__}")
+    return raw
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML as people write it: `1e-6` is a number, a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands here more than once", key.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def to_json(raw: Any) -> str:
+    """A raw configuration as JSON text.
+
+    Raises:
+        ConfigError: If it holds what JSON cannot.
+    """
+    try:
+        return json.dumps(raw, default=str)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the configuration cannot be read: {error}") from None
+
+
+def explain(error: pydantic.ValidationError, root: type[BaseModel]) -> Iterator[str]:
+    """One message for each mistake that pydantic found, with the nearest right key for an unknown one.
+
+    Args:
+        error: From validating a configuration.
+        root: The model that was validated against.
+    """
+    details = error.errors()
+    for detail in details:
+        where = _dotted(detail["loc"])
+        kind = detail["type"]
+        inner = [other["loc"] for other in details if len(other["loc"]) > len(detail["loc"])]
+        if kind == "too_short" and any(location[: len(detail["loc"])] == detail["loc"] for location in inner):
+            continue  # pydantic does not count the items that have mistakes of their own
+        if kind == "extra_forbidden":
+            known = _known_keys(root, detail["loc"][:-1])
+            hint = nearest(str(detail["loc"][-1]), known)
+            yield f"{where}: unknown key{hint or f'; expected one of {sorted(known)}'}"
+        elif kind == "missing":
+            yield f"{where}: missing"
+        else:
+            found = "" if isinstance(detail["input"], dict | list) else f", found {detail['input']!r}"
+            yield f"{where}: {_lower_first(detail['msg'].removeprefix('Value error, '))}{found}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "configuration"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean …?`, or nothing if no known word is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        nested = next(_models_in(field.annotation), None) if field is not None else None
+        if nested is None:
+            return []
+        model = nested
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and typing.get_origin(annotation) is None and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

@@ -1,0 +1,132 @@
+"""Three kinds of text that come with every Python: source code, English prose, names of characters.
+
+    code     the modules of the standard library
+    prose    the language reference that `help()` shows (`pydoc_data.topics`), without examples
+    names    what Unicode calls its characters (`unicodedata`)
+
+A *source* is a module, a run of paragraphs or a run of neighbouring characters. Whole sources go to
+training, calibration or held-out text, so no model has seen another piece of what it is measured on;
+no paragraph of prose is used twice, though topics quote each other.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import sysconfig
+import tokenize
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from largemerge.demo.settings import DemoSettings
+from largemerge.errors import LargemergeError
+
+_DOCUMENT_CHARS = 500
+_MAX_DOCUMENTS_OF_A_SOURCE = 8
+_NAMES_IN_A_SOURCE = 20
+_PARAGRAPHS_IN_A_SOURCE = 12
+_MIN_PARAGRAPH_CHARS = 60
+
+Source = list[str]
+"""Lines or paragraphs; documents are cut between them."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The texts of one kind: documents of about 500 characters."""
+
+    train: tuple[str, ...]
+    calibration: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+def load_corpora(settings: DemoSettings) -> dict[str, Corpus]:
+    """The texts of all kinds, the same on every call with the same Python.
+
+    Args:
+        settings: Sizes and seed.
+
+    Returns:
+        Name of the kind to its texts.
+
+    Raises:
+        LargemergeError: If this Python came without its sources, or with too few of them.
+    """
+    kinds = {"code": _code, "prose": _prose, "names": _names}
+    return {name: _split(name, list(sources()), settings) for name, sources in kinds.items()}
+
+
+def _code() -> Iterator[Source]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(folder.glob("[a-z]*.py")):
+        try:
+            with tokenize.open(path) as stream:
+                yield stream.read().splitlines()
+        except (OSError, SyntaxError, UnicodeDecodeError):
+            continue
+
+
+def _prose() -> Iterator[Source]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    seen: set[str] = set()
+    paragraphs: Source = []
+    for name in sorted(topics):
+        for raw in re.split(r"\n\s*\n", topics[name]):
+            text = " ".join(raw.split())
+            is_example = re.search(r"^ {6}|::=|\*{4}|={4}", raw, re.MULTILINE)
+            if len(text) >= _MIN_PARAGRAPH_CHARS and text[0].isalpha() and not is_example and text not in seen:
+                seen.add(text)
+                paragraphs.append(text)
+    yield from _runs(paragraphs, _PARAGRAPHS_IN_A_SOURCE)
+
+
+def _names() -> Iterator[Source]:
+    names = (unicodedata.name(chr(code), "") for code in range(sys.maxunicode + 1))
+    # Tens of thousands are made by rule (CJK UNIFIED IDEOGRAPH-4E0A, HANGUL SYLLABLE GAG): nothing to learn.
+    by_rule = re.compile(r"HANGUL SYLLABLE|.*(\d|-[0-9A-F]{4,5})$")
+    yield from _runs([name for name in names if name and not by_rule.match(name)], _NAMES_IN_A_SOURCE)
+
+
+def _runs(lines: Source, length: int) -> Iterator[Source]:
+    for start in range(0, len(lines), length):
+        yield lines[start : start + length]
+
+
+def _split(name: str, sources: list[Source], settings: DemoSettings) -> Corpus:
+    generator = random.Random(settings.seed)
+    generator.shuffle(sources)
+    remaining = iter(sources)
+    parts = []
+    for wanted in (settings.held_out_chars, settings.calibration_chars, settings.train_chars):
+        documents: list[str] = []
+        while sum(map(len, documents)) < wanted:
+            source = next(remaining, None)
+            if source is None:
+                raise LargemergeError(
+                    f"demo: this Python's standard library ({sysconfig.get_path('stdlib')}) has too little {name} "
+                    "to train on; expected its .py files and pydoc_data.topics. "
+                    "Run the demo with a complete Python (on Debian: apt install libpython3-stdlib)"
+                )
+            pieces = list(_documents(source))
+            start = generator.randrange(max(1, len(pieces) - _MAX_DOCUMENTS_OF_A_SOURCE + 1))
+            documents.extend(pieces[start : start + _MAX_DOCUMENTS_OF_A_SOURCE])
+        parts.append(tuple(documents))
+    held_out, calibration, train = parts
+    return Corpus(train, calibration, held_out)
+
+
+def _documents(source: Source) -> Iterator[str]:
+    lines: list[str] = []
+    for line in source:
+        lines.append(line)
+        if sum(map(len, lines)) >= _DOCUMENT_CHARS:
+            yield "\n".join(lines)
+            lines = []
+    if lines:
+        yield "\n".join(lines)

@@ -1,0 +1,167 @@
+"""Where activations come from: one block with given weights, run on the calibration data of one candidate.
+
+Hidden states wait between blocks, one copy. What lies outside the stacks (embeddings, an encoder's final norm) is
+loaded only where the rehearsal saw that it matters; everywhere else stands a NaN, one element of memory for a
+whole tensor, so that a mistake could not go unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from largemerge.calibration.batches import Batch, CalibrationSet
+from largemerge.calibration.hidden_states import HiddenStates
+from largemerge.calibration.rows import count_rows, row_mask
+from largemerge.model.block import block_weights, run_until, watched_linears
+from largemerge.model.forward import Output, resumed_at
+from largemerge.model.rehearsal import Rehearsal
+from largemerge.model.skeleton import Skeleton, assign_tensors
+from largemerge.treatment import BlockPlan
+from largemerge.weights import Tensors, Weights
+
+Masks = Mapping[int, torch.Tensor | None]
+"""Stack → which of its tokens count, bool `[B, T]`; `None` if all do."""
+
+VisitInput = Callable[[str, torch.Tensor, Masks], None]
+"""Called with a linear's path in the block, its input `[..., in]`, and the batch's masks."""
+
+
+@dataclass
+class Activations:
+    """Runs blocks on calibration data.
+
+    Attributes:
+        skeleton: Of the model; its parameters are set and taken away here.
+        rehearsal: What the rehearsal saw.
+        calibration: By candidate.
+        weights: Where embeddings and the like are read from.
+        hidden_states: Waiting between blocks.
+        compute_dtype: Of the forward passes.
+        device: That computes.
+        loss_tokens: The input that loss masks belong to.
+    """
+
+    skeleton: Skeleton
+    rehearsal: Rehearsal
+    calibration: Sequence[CalibrationSet]
+    weights: Weights
+    hidden_states: HiddenStates
+    compute_dtype: torch.dtype
+    device: torch.device
+    loss_tokens: str
+    _outside_for: tuple[int, bool, int | None] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        for module in self.skeleton.model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(self.device)
+
+    def num_rows(self, candidate: int, stack: int) -> int:
+        """Rows of a candidate's data that count in a stack."""
+        seen = self.rehearsal.stacks[stack]
+        return sum(count_rows(batch, seen, self.loss_tokens) for batch in self.calibration[candidate].batches)
+
+    def run(
+        self,
+        block: BlockPlan,
+        candidate: int,
+        tensors: Tensors,
+        *,
+        outside_of: int | None,
+        keep: bool,
+        watch: Sequence[str] = (),
+        visit: VisitInput | None = None,
+    ) -> Iterator[None]:
+        """Runs a block on all batches of one candidate, and pauses after each.
+
+        Args:
+            block: Which one.
+            candidate: Whose data.
+            tensors: The block's weights, by parameter name.
+            outside_of: Whose embeddings and the like: a candidate's, or `None` for the merged ones.
+            keep: Store the block's output as the next hidden states. Otherwise the block is run only as far as
+                the last linear of `watch`.
+            watch: Linears to watch, by path in the block, in the order in which they run.
+            visit: Sees their inputs.
+        """
+        module = self.skeleton.stacks[block.stack].blocks[block.index]
+        masks: dict[int, torch.Tensor | None] = {}
+        until = None if keep else watch[-1]
+
+        def see(path: str, x: torch.Tensor) -> None:
+            if visit is not None:
+                visit(path, x, masks)
+
+        self._set_outside(block, outside_of)
+        watching = watched_linears(module, watch, see) if visit is not None else nullcontext()
+        with block_weights(module, self._for_forward(block, tensors)), watching:
+            for number, batch in enumerate(self.calibration[candidate].batches):
+                masks.update(self._masks(batch))
+                output = self._run_batch(block, candidate, number, batch, until)
+                if keep:
+                    self.hidden_states.put(candidate, number, block.stack, output)
+                del output
+                yield
+
+    def _run_batch(self, block: BlockPlan, candidate: int, number: int, batch: Batch, until: str | None) -> Output:
+        module = self.skeleton.stacks[block.stack].blocks[block.index]
+        caught: list[Output] = []
+
+        def visit(*args: Any, **kwargs: Any) -> None:
+            caught.append(run_until(module, until, args, kwargs))
+
+        inputs = {
+            name: tensor.to(self.device, self.compute_dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.inputs.items()
+        }
+        with resumed_at(self.skeleton, block.stack, block.index) as run:
+            run(inputs, self.hidden_states.get(candidate, number, self.device), visit)
+        return caught[0]
+
+    def _masks(self, batch: Batch) -> dict[int, torch.Tensor | None]:
+        masks = {}
+        for stack, seen in enumerate(self.rehearsal.stacks):
+            mask = row_mask(batch, seen, self.loss_tokens)
+            masks[stack] = None if mask is None else mask.to(self.device)
+        return masks
+
+    def _for_forward(self, block: BlockPlan, tensors: Tensors) -> Tensors:
+        """A block's tensors by path in the block, in the forward's dtype."""
+        prefix = block.name + "."
+        return {name.removeprefix(prefix): self._cast(tensor) for name, tensor in tensors.items()}
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, self.compute_dtype if tensor.is_floating_point() else None)
+
+    def _set_outside(self, block: BlockPlan, candidate: int | None) -> None:
+        """Loads what outside the stacks matters on the way to a block, and nothing else."""
+        wanted_for = (block.stack, block.index == 0, candidate)
+        if self._outside_for == wanted_for:
+            return
+        self._outside_for = wanted_for
+        seen = self.rehearsal.stacks[block.stack]
+        wanted = set(seen.first if block.index == 0 else seen.later)
+        parameters = dict(self.skeleton.model.named_parameters())
+        buffers = []
+        for name in self.skeleton.outside_tensors():
+            if name not in parameters:
+                buffers.append(name)
+            elif name not in wanted:
+                poison = torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device)
+                assign_tensors(self.skeleton, {name: poison.expand(parameters[name].shape)})
+        names = [*sorted(wanted), *(name for name in buffers if self.weights.inputs.reference_names.has(name))]
+        loaded = self.weights.merged(names) if candidate is None else self.weights.candidate(candidate, names)
+        for name in names:
+            assign_tensors(self.skeleton, {name: self._cast(loaded.pop(name))})
+
+
+def counted_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Rows `[N, in]` of a linear's input that count; the others may be anything, NaN included."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if mask is None else flat[mask.reshape(-1)]

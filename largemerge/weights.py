@@ -1,0 +1,76 @@
+"""Weights of candidates, base and output as parameters of the module, read when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.writer import ShardWriter
+from largemerge.inputs import Inputs
+from largemerge.model.names import NameMap, ReadTensor
+from largemerge.treatment import BlockPlan
+
+Tensors = dict[str, torch.Tensor]
+"""Parameter name in the module → tensor in the module's layout."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a merge come from and go to.
+
+    Attributes:
+        inputs: Opened checkpoints and how their names map to the module's.
+        readers: Of the candidates.
+        base_reader: Of the base, if there is one.
+        writer: Of the output.
+    """
+
+    inputs: Inputs
+    readers: Sequence[CheckpointReader]
+    base_reader: CheckpointReader | None
+    writer: ShardWriter
+
+    @property
+    def bytes_read(self) -> int:
+        """From candidates and base, so far."""
+        readers = [*self.readers, *([self.base_reader] if self.base_reader is not None else [])]
+        return sum(reader.bytes_read for reader in readers)
+
+    def candidate(self, index: int, names: Sequence[str]) -> Tensors:
+        """Parameters of one candidate, on the CPU, as stored. Where it lacks one that is excluded, the base's."""
+        name_map = self.inputs.candidate_names[index]
+        own = [name for name in names if name_map.has(name)]
+        lacking = [name for name in names if not name_map.has(name)]
+        tensors = self._load(name_map, own, self.readers[index].read)
+        return tensors | (self.base(lacking) if lacking else {})
+
+    def base(self, names: Sequence[str]) -> Tensors:
+        """Parameters of the base."""
+        assert self.base_reader is not None and self.inputs.base_names is not None, list(names)
+        return self._load(self.inputs.base_names, names, self.base_reader.read)
+
+    def merged(self, names: Sequence[str]) -> Tensors:
+        """Parameters of the output, rounded as they were written."""
+        return self._load(self.inputs.reference_names, names, self.writer.read)
+
+    def store(self, tensors: Tensors) -> int:
+        """Writes parameters of the output in their layout on disk and flushes them; returns the bytes."""
+        names = self.inputs.reference_names
+        before = self.writer.bytes_written
+        on_disk = {names.on_disk(name): tensor for name, tensor in tensors.items()}
+        for key, tensor in names.store(self.inputs.skeleton.model, on_disk).items():
+            self.writer.write(key, tensor)
+        self.writer.flush()
+        return self.writer.bytes_written - before
+
+    def block(self, index: int, block: BlockPlan) -> Tensors:
+        """All tensors of one candidate's block."""
+        return self.candidate(index, [plan.name for plan in block.tensors])
+
+    def _load(self, name_map: NameMap, names: Sequence[str], read: ReadTensor) -> Tensors:
+        wanted = {name: name_map.on_disk(name) for name in names}
+        loaded = name_map.load(self.inputs.skeleton.model, list(wanted.values()), read)
+        return {name: loaded[on_disk] for name, on_disk in wanted.items()}
