@@ -1,10 +1,17 @@
 """largemerge: merges K fine-tuned checkpoints of one architecture into one, a block at a time.
 
-import largemerge
+    import largemerge
 
-report = largemerge.merge("config.yaml", "merged")
-plan = largemerge.plan("config.yaml")
+    report = largemerge.merge("config.yaml", "merged")
+    plan = largemerge.plan("config.yaml")
+
+Names are imported when they are first used: a mistake in a configuration is told before torch is loaded.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from largemerge.config import MergeConfig, load_config
 from largemerge.errors import (
@@ -16,9 +23,11 @@ from largemerge.errors import (
     MergeError,
     OutputError,
 )
-from largemerge.merge import merge, plan
-from largemerge.plan import MergePlan
-from largemerge.report import MergeReport
+
+if TYPE_CHECKING:
+    from largemerge.merging import merge, plan
+    from largemerge.planning import MergePlan
+    from largemerge.report import MergeReport
 
 __version__ = "0.1.0"
 
@@ -38,3 +47,14 @@ __all__ = [
     "merge",
     "plan",
 ]
+
+_LAZY = {"MergePlan": "largemerge.planning", "MergeReport": "largemerge.report"}
+_LAZY |= {"merge": "largemerge.merging", "plan": "largemerge.merging"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'largemerge' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

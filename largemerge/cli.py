@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from largemerge.config import load_config
 from largemerge.errors import EXIT_CODE, ConfigError, LargemergeError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -71,14 +72,15 @@ def _merge(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     max_shard_bytes = parse_size(options.max_shard_size)
+    config = load_config(options.config)
     _quiet_libraries()
-    from largemerge.merge import merge
+    from largemerge.merging import merge
     from largemerge.output import WORKING_FOLDER
     from largemerge.report import print_report
 
     try:
         report = merge(
-            options.config,
+            config,
             options.out,
             device=options.device,
             resume=options.resume,
@@ -100,11 +102,12 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    config = load_config(options.config)
     _quiet_libraries()
-    from largemerge.merge import plan
+    from largemerge.merging import plan
     from largemerge.report import print_plan
 
-    made = plan(options.config, device=options.device)
+    made = plan(config, device=options.device)
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:

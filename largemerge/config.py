@@ -7,13 +7,14 @@ with the nearest right one. `load_config` is the way in; paths come out absolute
 
 from __future__ import annotations
 
+import os
 import re
+import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from largemerge.config_file import explain, nearest, read_yaml, to_json
@@ -31,6 +32,28 @@ def _check_regex(pattern: str) -> str:
     return pattern
 
 
+def template_columns(template: str) -> list[str]:
+    """The columns that a text template names: `["query", "response"]` for `"{query}\n{response}"`.
+
+    Raises:
+        ValueError: If it names none, or asks for more than a column.
+    """
+    fields = [
+        (field, spec, conversion)
+        for _, field, spec, conversion in string.Formatter().parse(template)
+        if field is not None
+    ]
+    if not fields or any(not field.isidentifier() or spec or conversion for field, spec, conversion in fields):
+        raise ValueError(f"{template!r} is no template; expected columns in braces, such as '{{query}} {{response}}'")
+    return list(dict.fromkeys(field for field, _, _ in fields))
+
+
+def _check_template(template: str) -> str:
+    template_columns(template)
+    return template
+
+
+Template = Annotated[str, pydantic.AfterValidator(_check_template)]
 Regex = Annotated[str, pydantic.AfterValidator(_check_regex)]
 
 
@@ -54,7 +77,7 @@ class CalibrationDefaults(_Strict):
 class CalibrationConfig(_Strict):
     """The calibration data of one candidate. Unset numbers come from the defaults of all."""
 
-    data: str
+    data: str = Field(min_length=1)
     """A .safetensors, .jsonl, .json, .csv, .parquet or .txt file, a folder of images, or a Hub dataset id."""
     num_samples: int | None = Field(None, ge=1)
     max_length: int | None = Field(None, ge=1)
@@ -66,6 +89,8 @@ class CalibrationConfig(_Strict):
     """Split of a Hub dataset."""
     text_field: str | None = None
     """Column with the text; default: `text` where there is one."""
+    text_template: Template | None = None
+    """The text put together from several columns: `"### Question:\\n{query}\\n### Answer:\\n{response}"`."""
     messages_field: str | None = None
     """Column with chat messages, put through the tokenizer's chat template."""
     target_field: str | None = None
@@ -97,7 +122,7 @@ class CandidateParameters(_Strict):
 class CandidateConfig(_Strict):
     """One of the K models to merge."""
 
-    model: str
+    model: str = Field(min_length=1)
     """A folder, or a Hub id (`owner/name` or `owner/name@revision`)."""
     name: str | None = Field(None, min_length=1)
     """Unique; default: the last part of `model`."""
@@ -128,7 +153,7 @@ class MergeConfig(_Strict):
 
     merge_method: MergeMethod
     models: tuple[CandidateConfig, ...] = Field(min_length=2)
-    base_model: str | None = None
+    base_model: str | None = Field(None, min_length=1)
     calibration: CalibrationDefaults = CalibrationDefaults()
     parameters: MethodParameters = MethodParameters()
     dtype: DtypeName | None = None
@@ -156,11 +181,6 @@ class MergeConfig(_Strict):
     def shares(self) -> tuple[float, ...]:
         """`c_i / Σ c`, in order."""
         return tuple(weight / sum(self.weights) for weight in self.weights)
-
-
-def torch_dtype(name: DtypeName) -> torch.dtype:
-    """The torch dtype that a configuration's name means."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def load_config(source: str | Path | Mapping[str, Any] | MergeConfig) -> MergeConfig:
@@ -200,6 +220,8 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
     for name in sorted(set(config.names)):
         if config.names.count(name) > 1:
             yield f"models: {config.names.count(name)} candidates are called {name!r}; give each a 'name' of its own"
+    if "base" in config.names:
+        yield "models: 'base' stands for base_model; give that candidate another 'name'"
     source = config.tokenizer_source
     if source == "base" and config.base_model is None:
         yield "tokenizer_source: 'base' needs a 'base_model'"
@@ -214,8 +236,11 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
             continue
         if calibration.assistant_only and calibration.messages_field is None:
             yield f"{where}.calibration.assistant_only: needs 'messages_field'"
-        if calibration.messages_field is not None and calibration.text_field is not None:
-            yield f"{where}.calibration: 'text_field' and 'messages_field' exclude each other"
+        texts = [
+            key for key in ("text_field", "text_template", "messages_field") if getattr(calibration, key) is not None
+        ]
+        if len(texts) > 1:
+            yield f"{where}.calibration: {' and '.join(map(repr, texts))} exclude each other"
         if calibration.pack and calibration.loss_mask_field is not None:
             yield f"{where}.calibration: 'pack' and 'loss_mask_field' exclude each other"
 
@@ -223,7 +248,7 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
 def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfig:
     def absolute(text: str) -> str:
         for folder in folders:
-            candidate = folder / Path(text).expanduser()
+            candidate = folder / os.path.expanduser(text)
             if candidate.exists():
                 return str(candidate.resolve())
         return text

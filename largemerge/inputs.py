@@ -14,7 +14,8 @@ import torch
 
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
-from largemerge.config import MergeConfig, torch_dtype
+from largemerge.config import MergeConfig
+from largemerge.dtypes import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.model.names import NameMap, map_names
 from largemerge.model.skeleton import Skeleton, build_skeleton

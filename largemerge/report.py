@@ -20,7 +20,7 @@ from largemerge.calibration import CalibrationSet
 from largemerge.config import MergeConfig
 from largemerge.inputs import Inputs
 from largemerge.memory import MemoryUse
-from largemerge.plan import MergePlan
+from largemerge.planning import MergePlan
 
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors")
 

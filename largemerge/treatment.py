@@ -17,7 +17,8 @@ import torch
 
 from largemerge.checkpoint.index import Checkpoint, TensorInfo
 from largemerge.checkpoint.writer import OutputTensor
-from largemerge.config import MergeConfig, torch_dtype
+from largemerge.config import MergeConfig
+from largemerge.dtypes import torch_dtype
 from largemerge.inputs import Inputs
 from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import LinearRole, Rehearsal

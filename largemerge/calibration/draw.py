@@ -15,7 +15,7 @@ import torch
 
 from largemerge.calibration.fields import Fields
 from largemerge.calibration.sources import Source
-from largemerge.config import CalibrationConfig
+from largemerge.config import CalibrationConfig, template_columns
 from largemerge.errors import CalibrationError
 
 MAX_PROBLEMS = 5
@@ -79,7 +79,7 @@ def _row(index: int, values: Mapping[str, Any], fields: Fields) -> Row:
     mask = value(fields.loss_mask)
     return Row(
         index=index,
-        text=value(fields.text),
+        text=fields.template.format_map(values) if fields.template is not None else value(fields.text),
         messages=value(fields.messages),
         target=value(fields.target),
         loss_mask=None if mask is None else [int(number) for number in mask],
@@ -89,13 +89,15 @@ def _row(index: int, values: Mapping[str, Any], fields: Fields) -> Row:
 
 def _is_blank(values: Mapping[str, Any], fields: Fields) -> bool:
     texts = [values[field] for field in (fields.text, fields.target) if field is not None]
+    if fields.template is not None:
+        texts.append("".join(values[field] for field in template_columns(fields.template)))
     return any(not text.strip() for text in texts) or (fields.messages is not None and not values[fields.messages])
 
 
 def _row_problems(values: Mapping[str, Any], fields: Fields) -> list[str]:
     problems = []
-    for field in (fields.text, fields.target):
-        if field is not None and not isinstance(values[field], str):
+    for field in fields.text_columns:
+        if not isinstance(values[field], str):
             problems.append(f"{field!r}: expected text, found {_shown(values[field])}")
     if fields.messages is not None:
         problem = _message_problem(values[fields.messages])

@@ -11,15 +11,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from largemerge.calibration.batches import ModelNeeds
-from largemerge.config import CalibrationConfig
+from largemerge.config import CalibrationConfig, template_columns
 from largemerge.errors import CalibrationError
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Column names; None where there is nothing of the kind."""
+    """Column names (and a template of them); None where there is nothing of the kind."""
 
     text: str | None
+    template: str | None
     messages: str | None
     target: str | None
     image: str | None
@@ -28,12 +29,18 @@ class Fields:
     @property
     def has_text(self) -> bool:
         """Whether samples have tokens."""
-        return self.text is not None or self.messages is not None or self.target is not None
+        return any(name is not None for name in (self.text, self.template, self.messages, self.target))
+
+    @property
+    def text_columns(self) -> list[str]:
+        """Columns that must hold text."""
+        templated = template_columns(self.template) if self.template is not None else []
+        return [name for name in (self.text, *templated, self.target) if name is not None]
 
     @property
     def columns(self) -> list[str]:
         """All columns that have to be read."""
-        named = (self.text, self.messages, self.target, self.image, self.loss_mask)
+        named = (*self.text_columns, self.messages, self.image, self.loss_mask)
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
@@ -50,10 +57,12 @@ def choose_fields(config: CalibrationConfig, columns: tuple[str, ...] | None, ne
         CalibrationError: With every mistake found.
     """
     text, image = config.text_field, config.image_field
-    if text is None and image is None and config.messages_field is None:
+    if text is None and image is None and config.messages_field is None and config.text_template is None:
         text = "text" if _has(columns, "text") and "input_ids" in needs.forward_arguments else None
         image = "image" if _has(columns, "image") and "pixel_values" in needs.forward_arguments else None
-    fields = Fields(text, config.messages_field, config.target_field, image, config.loss_mask_field)
+    fields = Fields(
+        text, config.text_template, config.messages_field, config.target_field, image, config.loss_mask_field
+    )
     problems = [
         *_missing_columns(fields, columns),
         *_nothing_to_read(fields, columns, needs),
@@ -85,10 +94,13 @@ def _missing_columns(fields: Fields, columns: tuple[str, ...] | None) -> Iterato
         column = getattr(fields, kind)
         if column is not None and columns is not None and column not in columns:
             yield f"{kind}_field: no column {column!r}; the columns are {list(columns)}{nearest(column, columns)}"
+    for column in template_columns(fields.template) if fields.template is not None else ():
+        if columns is not None and column not in columns:
+            yield f"text_template: no column {column!r}; the columns are {list(columns)}{nearest(column, columns)}"
 
 
 def _nothing_to_read(fields: Fields, columns: tuple[str, ...] | None, needs: ModelNeeds) -> Iterator[str]:
-    if fields.text or fields.messages or fields.image:
+    if fields.text or fields.template or fields.messages or fields.image:
         return
     takes = needs.forward_arguments
     ways = {"input_ids": ["'text_field'", "'messages_field'"], "pixel_values": ["'image_field'"]}
@@ -107,8 +119,8 @@ def _nothing_to_read(fields: Fields, columns: tuple[str, ...] | None, needs: Mod
 
 def _misfits_of_the_model(fields: Fields, needs: ModelNeeds, columns: tuple[str, ...] | None) -> Iterator[str]:
     takes = sorted(needs.forward_arguments)
-    if (fields.text or fields.messages) and "input_ids" not in takes:
-        setting = "text_field" if fields.text else "messages_field"
+    if (fields.text or fields.template or fields.messages) and "input_ids" not in takes:
+        setting = "text_field" if fields.text else "text_template" if fields.template else "messages_field"
         yield f"{setting}: the model takes no input_ids but {takes}; remove it"
     if fields.image and "pixel_values" not in takes:
         yield f"image_field: the model takes no pixel_values but {takes}; remove it"

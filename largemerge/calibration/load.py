@@ -30,12 +30,19 @@ from largemerge.calibration.sources import Source, is_image_folder, list_images,
 from largemerge.calibration.tensors import outline_tensors, read_tensors
 from largemerge.calibration.text import pack, tokenise
 from largemerge.calibration.tokenizer import TextReader, open_text_reader
+from largemerge.checkpoint.metadata import find_processor, find_tokenizer
 from largemerge.config import CalibrationConfig
 from largemerge.errors import CalibrationError
 
 
 def load_calibration(
-    config: CalibrationConfig, name: str, checkpoint: Path, needs: ModelNeeds, *, trust_remote_code: bool = False
+    config: CalibrationConfig,
+    name: str,
+    checkpoint: Path,
+    needs: ModelNeeds,
+    *,
+    base: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> CalibrationSet:
     """Reads a candidate's calibration data.
 
@@ -44,6 +51,7 @@ def load_calibration(
         name: The candidate's.
         checkpoint: The candidate's folder, with its tokenizer or image processor.
         needs: What the model's forward takes.
+        base: The base's folder: its tokenizer or image processor is used where the candidate has none.
         trust_remote_code: Allow the checkpoint's tokenizer or image processor to be code that it ships.
 
     Returns:
@@ -59,13 +67,20 @@ def load_calibration(
     else:
         source = open_source(config, where, path)
         fields = choose_fields(config, source.columns, needs, where)
-        batches = _read_table(source, fields, config, checkpoint, needs, trust_remote_code)
+        folders = (checkpoint, *([base] if base is not None else []))
+        batches = _read_table(source, fields, config, folders, needs, trust_remote_code)
     _check_that_something_counts(batches, where)
     return CalibrationSet(name, batches, fingerprint_batches(batches))
 
 
 def outline_calibration(
-    config: CalibrationConfig, name: str, checkpoint: Path, needs: ModelNeeds, *, trust_remote_code: bool = False
+    config: CalibrationConfig,
+    name: str,
+    checkpoint: Path,
+    needs: ModelNeeds,
+    *,
+    base: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> CalibrationOutline:
     """Says what `load_calibration` will give, at most, without reading samples.
 
@@ -85,11 +100,13 @@ def outline_calibration(
     columns = ("text",) if is_text else ("image",) if images else None
     fields = choose_fields(config, columns, needs, where)
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    folders = (checkpoint, *([base] if base is not None else []))
     if fields.has_text:
-        reader = open_text_reader(checkpoint, config, fields, needs, where, trust_remote_code=trust_remote_code)
+        tokenizer = find_tokenizer(*folders)
+        reader = open_text_reader(tokenizer, config, fields, needs, where, trust_remote_code=trust_remote_code)
         inputs |= {argument: ((reader.max_length,), torch.int64) for argument in reader.arguments}
     if fields.image is not None:
-        processor = load_image_processor(checkpoint, where, trust_remote_code=trust_remote_code)
+        processor = load_image_processor(find_processor(*folders), where, trust_remote_code=trust_remote_code)
         inputs |= outline_images(images[0] if images else None, processor, needs, where)
     num_samples = min(len(images), config.num_samples) if images else config.num_samples
     return CalibrationOutline(num_samples, config.batch_size, inputs)
@@ -108,7 +125,7 @@ def _read_table(
     source: Source,
     fields: Fields,
     config: CalibrationConfig,
-    checkpoint: Path,
+    folders: tuple[Path, ...],
     needs: ModelNeeds,
     trust_remote_code: bool,
 ) -> tuple[Batch, ...]:
@@ -117,9 +134,10 @@ def _read_table(
     where = source.where
     reader = processor = None
     if fields.has_text:
-        reader = open_text_reader(checkpoint, config, fields, needs, where, trust_remote_code=trust_remote_code)
+        tokenizer = find_tokenizer(*folders)
+        reader = open_text_reader(tokenizer, config, fields, needs, where, trust_remote_code=trust_remote_code)
     if fields.image is not None:
-        processor = load_image_processor(checkpoint, where, trust_remote_code=trust_remote_code)
+        processor = load_image_processor(find_processor(*folders), where, trust_remote_code=trust_remote_code)
     samples = _read_samples(source, fields, config, reader)
     if not samples:
         raise CalibrationError(f"{where}: all texts are empty; expected at least one with words")

@@ -89,7 +89,7 @@ def _checked_headers(file: Any, config: CalibrationConfig, needs: ModelNeeds, wh
 
 
 def _settings_without_effect(config: CalibrationConfig) -> Iterator[str]:
-    columns = ("text_field", "messages_field", "target_field", "image_field", "loss_mask_field")
+    columns = ("text_field", "text_template", "messages_field", "target_field", "image_field", "loss_mask_field")
     for setting in (*columns, "assistant_only", "pack"):
         if getattr(config, setting):
             yield f"{setting}: a .safetensors file has no columns, its tensors are used as they are; remove it"

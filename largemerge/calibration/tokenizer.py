@@ -77,7 +77,7 @@ def open_text_reader(
     if config.pack and tokenizer.eos_token_id is None:
         problems.append(f"pack: the tokenizer in {checkpoint} has no end-of-text token (eos_token); remove 'pack'")
     # Asked for fewer tokens than it adds itself, a tokenizer does not truncate at all, and says nothing.
-    num_special = tokenizer.num_special_tokens_to_add() if fields.text is not None or fields.target is not None else 0
+    num_special = tokenizer.num_special_tokens_to_add() if fields.text_columns else 0
     if max_length <= num_special:
         problems.append(
             f"max_length: {max_length} leaves no room beside the {num_special} special tokens "

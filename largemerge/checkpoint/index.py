@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_MOST_PROBLEMS = 20
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -100,15 +100,20 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     files = _weight_files(folder, name)
     tensors: dict[str, TensorInfo] = {}
     fingerprint: dict[str, dict[str, Any]] = {"config.json": _file_fingerprint(folder / "config.json")}
+    problems: list[str] = []
     for file, wanted in files.items():
-        is_pickle = file.suffix == ".bin"
-        header = None if is_pickle else _read_safetensors_header(file)
-        found = {info.name: info for info in (_pickle_tensors(file) if header is None else _tensors(file, header[0]))}
+        try:
+            found, header = _read_file(file)
+        except CheckpointError as error:
+            problems.extend(f"{name}: {problem}" for problem in error.problems)
+            continue
         missing = sorted(set(wanted) - set(found))
         if missing:
-            raise CheckpointError(f"{name}: the index says that {file.name} holds {_some(missing)}, but it does not")
+            problems.append(f"{name}: the index says that {file.name} holds {_some(missing)}, but it does not")
         tensors |= {key: info for key, info in found.items() if not wanted or key in wanted}
-        fingerprint[file.name] = _file_fingerprint(file, header[1] if header else None)
+        fingerprint[file.name] = _file_fingerprint(file, header)
+    if problems:
+        raise CheckpointError(*problems[:_MOST_PROBLEMS])
     ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
     return Checkpoint(name, folder, config, ordered, fingerprint)
 
@@ -118,9 +123,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        hint = ""
-        if (path.parent / "adapter_config.json").exists():
-            hint = " This is an adapter (LoRA), not a model: merge it into its base first (peft: merge_and_unload)."
+        hint = _adapter_hint(path.parent)
         raise CheckpointError(f"{name}: {path} does not exist; expected a checkpoint folder.{hint}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{name}: {path} is not readable JSON: {error}") from None
@@ -137,17 +140,25 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 def _weight_files(folder: Path, name: str) -> dict[Path, frozenset[str]]:
     """The files with weights, and which tensors the index wants of each (none named: all)."""
     for weights in _WEIGHT_FILES:
+        # In the order of Transformers: an index may be left over from an earlier save in several files.
+        if (folder / weights).exists():
+            return {folder / weights: frozenset()}
         index_path = folder / f"{weights}.index.json"
         if index_path.exists():
             weight_map = read_json(index_path, name).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{name}: {index_path} has no 'weight_map'")
             return _checked_weight_map(weight_map, index_path, name)
-        if (folder / weights).exists():
-            return {folder / weights: frozenset()}
     expected = ", ".join(f"{weights} or {weights}.index.json" for weights in _WEIGHT_FILES)
     present = sorted(path.name for path in folder.iterdir())[:10]
-    raise CheckpointError(f"{name}: no weights in {folder}; expected {expected}; found {present}")
+    hint = _adapter_hint(folder)
+    raise CheckpointError(f"{name}: no weights in {folder}; expected {expected}; found {present}.{hint}")
+
+
+def _adapter_hint(folder: Path) -> str:
+    if not (folder / "adapter_config.json").exists():
+        return ""
+    return " This is an adapter (LoRA), not a model: merge it into its base first (peft: merge_and_unload)."
 
 
 def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str) -> dict[Path, frozenset[str]]:
@@ -161,8 +172,16 @@ def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str)
         by_file.setdefault(index_path.parent / file_name, set()).add(tensor_name)
     problems += [f"{name}: {file} is named in {index_path.name} but missing" for file in by_file if not file.exists()]
     if problems:
-        raise CheckpointError(*problems[:20])
+        raise CheckpointError(*problems[:_MOST_PROBLEMS])
     return {file: frozenset(names) for file, names in sorted(by_file.items())}
+
+
+def _read_file(file: Path) -> tuple[dict[str, TensorInfo], bytes | None]:
+    """The tensors of one file by name, and its safetensors header."""
+    if file.suffix == ".bin":
+        return {info.name: info for info in _pickle_tensors(file)}, None
+    header, raw = _read_safetensors_header(file)
+    return {info.name: info for info in _tensors(file, header, 8 + len(raw))}, raw
 
 
 def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -183,16 +202,17 @@ def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
     return header, raw
 
 
-def _tensors(file: Path, header: dict[str, Any]) -> Iterator[TensorInfo]:
+def _tensors(file: Path, header: dict[str, Any], start: int) -> Iterator[TensorInfo]:
     size = file.stat().st_size
-    start = 8 + int.from_bytes(file.open("rb").read(8), "little")
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
             begin, end = entry["data_offsets"]
-            shape = tuple(int(length) for length in entry["shape"])
+            shape = tuple(entry["shape"])
             dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            if not all(type(number) is int for number in (begin, end, *shape)) or min(shape, default=0) < 0:
+                raise TypeError
         except KeyError as error:
             raise CheckpointError(f"{file}: {name}: dtype or field {error} is not supported") from None
         except (TypeError, ValueError):
@@ -209,9 +229,13 @@ def _tensors(file: Path, header: dict[str, Any]) -> Iterator[TensorInfo]:
 def _pickle_tensors(file: Path) -> Iterator[TensorInfo]:
     try:
         state = torch.load(file, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).splitlines()[0]
+    except Exception as error:  # what a broken or malicious pickle may raise, nobody has listed
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file}: cannot be read with weights_only=True: {first_line}") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise CheckpointError(f"{file}: holds something else than a model's weights; expected tensors by name")
     for name, tensor in state.items():
         yield TensorInfo(name, tuple(tensor.shape), tensor.dtype, file, None)
 

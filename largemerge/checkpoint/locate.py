@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from largemerge.errors import CheckpointError
@@ -20,7 +21,7 @@ def locate_checkpoint(reference: str, name: str) -> Path:
     Raises:
         CheckpointError: If there is no such folder and the Hub does not have it or cannot be reached.
     """
-    folder = Path(reference).expanduser()
+    folder = Path(os.path.expanduser(reference))
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -68,10 +68,17 @@ def copy_side_files(
 
 
 def find_processor(*folders: Path) -> Path:
-    """The first folder that has processor files; the first of all if none has."""
-    return next(
-        (folder for folder in folders if any((folder / name).is_file() for name in PROCESSOR_FILES)), folders[0]
-    )
+    """The first folder that has image processor files; the first of all if none has."""
+    return _first_with(folders, PROCESSOR_FILES)
+
+
+def find_tokenizer(*folders: Path) -> Path:
+    """The first folder that has tokenizer files; the first of all if none has."""
+    return _first_with(folders, TOKENIZER_FILES)
+
+
+def _first_with(folders: tuple[Path, ...], names: tuple[str, ...]) -> Path:
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), folders[0])
 
 
 def model_card(

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from largemerge.checkpoint.prefetch import prefetched
+from largemerge.dtypes import dtype_name
 from largemerge.errors import MergeError
 from largemerge.regression.activations import Activations, Masks, counted_rows
 from largemerge.regression.averages import RunningAverages
@@ -173,7 +174,7 @@ class Engine:
                     group_sums.add_differences(_differences(block, group, tensors, anchor), share)
 
     def _not_finite(self, block: BlockPlan, group: GroupPlan, index: int, error: FloatingPointError) -> str:
-        dtype = str(self.activations.compute_dtype).removeprefix("torch.")
+        dtype = dtype_name(self.activations.compute_dtype)
         return (
             f"{block.name}.{group.leader}: {error} for candidate {self.names[index]}, computed in {dtype}; "
             "try compute_dtype: float32, and check that the candidate's weights are finite"

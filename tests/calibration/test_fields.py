@@ -7,7 +7,7 @@ import pytest
 from largemerge.calibration.fields import Fields, choose_fields
 from largemerge.errors import CalibrationError
 
-NOTHING = Fields(None, None, None, None, None)
+NOTHING = Fields(None, None, None, None, None, None)
 
 
 @pytest.fixture
@@ -102,3 +102,12 @@ def test_settings_that_do_not_go_together(complaint, text_needs, seq2seq_needs, 
     assert "pack: texts that have a target each cannot be joined" in problem
     problem = complaint(columns, vision_needs, loss_mask_field="mask")
     assert "loss_mask_field: there is one number per token of a text, but no text" in problem
+
+
+def test_a_template_names_its_columns(choose, complaint, text_needs, vision_needs):
+    fields = choose(("query", "response", "text"), text_needs, text_template="Q: {query}\nA: {response}")
+    assert fields == replace(NOTHING, template="Q: {query}\nA: {response}")
+    assert fields.columns == ["query", "response"] and fields.has_text
+    problem = complaint(("question", "response"), text_needs, text_template="{questions} {response}")
+    assert "text_template: no column 'questions'" in problem and "did you mean 'question'?" in problem
+    assert "text_template: the model takes no input_ids" in complaint(("a",), vision_needs, text_template="{a}")

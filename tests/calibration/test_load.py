@@ -95,3 +95,27 @@ def test_text_file_for_an_encoder_decoder(make_config, checkpoint, seq2seq_needs
 def test_numbers_must_be_set(checkpoint, text_needs):
     with pytest.raises(AssertionError, match="with_defaults"):
         load_calibration(CalibrationConfig(data="data.jsonl"), "math", checkpoint, text_needs)
+
+
+def test_a_template_joins_columns(make_config, checkpoint, text_needs, write_jsonl, ids):
+    path = write_jsonl([{"ask": "how are you", "say": "fine"}, {"ask": "hello", "say": ""}, {"ask": " ", "say": ""}])
+    config = make_config(path, text_template="{ask} <assistant> {say}")
+    (batch,) = load_calibration(config, "math", checkpoint, text_needs).batches
+    assert batch.inputs["input_ids"][0].tolist() == ids("how are you <assistant> fine")
+    assert batch.inputs["input_ids"][1, :2].tolist() == ids("hello <assistant>")
+    assert len(batch.inputs["input_ids"]) == 2  # a row whose columns are all blank is passed over
+
+
+def test_a_template_wants_text(make_config, checkpoint, text_needs, write_jsonl):
+    config = make_config(write_jsonl([{"ask": "hello", "say": 3}]), text_template="{ask} {say}")
+    with pytest.raises(CalibrationError, match="row 0: 'say': expected text, found 3"):
+        load_calibration(config, "math", checkpoint, text_needs)
+
+
+def test_the_base_lends_its_tokenizer(files, make_config, tmp_path, checkpoint, text_needs):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    with pytest.raises(CalibrationError, match="bare"):
+        load_calibration(make_config(files[0]), "math", bare, text_needs)
+    lent = load_calibration(make_config(files[0]), "math", bare, text_needs, base=checkpoint)
+    assert lent.fingerprint == load_calibration(make_config(files[0]), "math", checkpoint, text_needs).fingerprint

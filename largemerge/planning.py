@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from largemerge.calibration import CalibrationOutline, CalibrationSet, ModelNeeds, outline_calibration
+from largemerge.calibration import CalibrationOutline, CalibrationSet, ModelNeeds
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.writer import OutputTensor
-from largemerge.config import MergeConfig
+from largemerge.config import CalibrationConfig, MergeConfig
+from largemerge.dtypes import dtype_name
 from largemerge.errors import CalibrationError, LargemergeError
 from largemerge.estimate import PeakEstimate, batch_shapes, estimate_peak, resource_problems
 from largemerge.inputs import Inputs
@@ -34,6 +35,24 @@ from largemerge.treatment import (
     plan_outside,
     treatment_problems,
 )
+
+Result = TypeVar("Result", covariant=True)
+
+
+class ReadCalibration(Protocol[Result]):
+    """`outline_calibration` or `load_calibration`."""
+
+    def __call__(
+        self,
+        config: CalibrationConfig,
+        name: str,
+        checkpoint: Path,
+        needs: ModelNeeds,
+        *,
+        base: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Result:
+        """Reads one candidate's data, or says how large it is."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ class MergePlan:
             "merge_method": self.config.merge_method,
             "class": self.class_name,
             "device": str(self.device),
-            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "compute_dtype": dtype_name(self.compute_dtype),
             "candidates": list(self.config.names),
             "num_samples": dict(self.num_samples),
             "stacks": [{"name": name, "num_blocks": count} for name, count in self.stacks],
@@ -156,24 +175,31 @@ def loss_tokens(needs: ModelNeeds) -> str:
     return "decoder_input_ids" if needs.is_encoder_decoder else "input_ids"
 
 
-def outline_all(config: MergeConfig, inputs: Inputs) -> tuple[CalibrationOutline, ...]:
-    """Every candidate's calibration, from headers and settings.
+def for_every_candidate(config: MergeConfig, inputs: Inputs, read: ReadCalibration[Result]) -> tuple[Result, ...]:
+    """Outlines or reads the calibration data of all candidates.
+
+    Args:
+        config: From `load_config`.
+        inputs: From `open_inputs`.
+        read: `outline_calibration` or `load_calibration`.
 
     Raises:
         CalibrationError: With the problems of all candidates.
     """
     needs = model_needs(inputs.skeleton)
-    outlines: list[CalibrationOutline] = []
+    base = inputs.base.folder if inputs.base is not None else None
+    results: list[Result] = []
     problems: list[str] = []
     for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
         assert candidate.calibration is not None
         try:
-            outlines.append(
-                outline_calibration(
+            results.append(
+                read(
                     candidate.calibration,
                     checkpoint.name,
                     checkpoint.folder,
                     needs,
+                    base=base,
                     trust_remote_code=config.trust_remote_code,
                 )
             )
@@ -181,7 +207,7 @@ def outline_all(config: MergeConfig, inputs: Inputs) -> tuple[CalibrationOutline
             problems.extend(error.problems)
     if problems:
         raise CalibrationError(*problems)
-    return tuple(outlines)
+    return tuple(results)
 
 
 def make_plan(
@@ -198,7 +224,7 @@ def make_plan(
         config: From `load_config`.
         inputs: From `open_inputs`.
         device: That will compute.
-        outlines: From `outline_all`.
+        outlines: Of every candidate's calibration data.
         calibration: The data itself, once it has been read: estimates become exact.
         out: The output folder, to see whether the disk has room.
 

@@ -17,17 +17,25 @@ from typing import Any
 import torch
 
 from largemerge.average import merge_outside
-from largemerge.calibration import CalibrationSet, load_calibration
+from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration
 from largemerge.calibration.hidden_states import HiddenStates
 from largemerge.checkpoint.metadata import copy_side_files, find_processor, model_card, output_config
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.config import MergeConfig, load_config
-from largemerge.errors import CalibrationError, LargemergeError
-from largemerge.inputs import Inputs, open_inputs
+from largemerge.errors import LargemergeError
+from largemerge.inputs import open_inputs
 from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
-from largemerge.plan import MergePlan, Preparation, choose_device, loss_tokens, make_plan, model_needs, outline_all
+from largemerge.planning import (
+    MergePlan,
+    Preparation,
+    choose_device,
+    for_every_candidate,
+    loss_tokens,
+    make_plan,
+    model_needs,
+)
 from largemerge.progress import RunProgress
 from largemerge.regression.activations import Activations
 from largemerge.regression.engine import Engine, Settings
@@ -52,7 +60,8 @@ def plan(config: ConfigSource, *, device: str = "auto") -> MergePlan:
     """
     resolved = load_config(config)
     inputs = open_inputs(resolved)
-    return make_plan(resolved, inputs, choose_device(device), outline_all(resolved, inputs)).plan
+    outlines = for_every_candidate(resolved, inputs, outline_calibration)
+    return make_plan(resolved, inputs, choose_device(device), outlines).plan
 
 
 def merge(
@@ -89,8 +98,8 @@ def merge(
     inputs = open_inputs(resolved)
     input_folders = [checkpoint.folder for checkpoint in (*inputs.candidates, inputs.base) if checkpoint is not None]
     check_output(out, input_folders, resume=resume, force=force)
-    outlines = outline_all(resolved, inputs)
-    calibration = _load_calibration(resolved, inputs)
+    outlines = for_every_candidate(resolved, inputs, outline_calibration)
+    calibration = for_every_candidate(resolved, inputs, load_calibration)
     preparation = make_plan(resolved, inputs, target, outlines, calibration, out)
     if preparation.plan.problems:
         raise LargemergeError(*preparation.plan.problems)
@@ -199,29 +208,6 @@ class _Job:
             else:
                 steps += batches * (1 if last else passes) + len(block.groups)
         return steps
-
-
-def _load_calibration(config: MergeConfig, inputs: Inputs) -> tuple[CalibrationSet, ...]:
-    needs = model_needs(inputs.skeleton)
-    loaded: list[CalibrationSet] = []
-    problems: list[str] = []
-    for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
-        assert candidate.calibration is not None
-        try:
-            loaded.append(
-                load_calibration(
-                    candidate.calibration,
-                    checkpoint.name,
-                    checkpoint.folder,
-                    needs,
-                    trust_remote_code=config.trust_remote_code,
-                )
-            )
-        except CalibrationError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise CalibrationError(*problems)
-    return tuple(loaded)
 
 
 def _manifest(
