@@ -18,7 +18,7 @@ def heldout_losses(checkpoint: Path, heldout: Mapping[str, torch.Tensor], cache:
     """Mean next-token loss per kind of text.
 
     Args:
-        checkpoint: Folder; loaded as anyone would, in its own dtype.
+        checkpoint: Folder; loaded as anyone would, which must find no missing and no unexpected key.
         heldout: Token ids per kind of text, `[sequences, length]`.
         cache: Folder of results, each filed under the hash of the weights and the held-out tokens.
 
@@ -30,7 +30,7 @@ def heldout_losses(checkpoint: Path, heldout: Mapping[str, torch.Tensor], cache:
     if result.is_file():
         losses: dict[str, float] = json.loads(result.read_text())
         return losses
-    model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
     wrong = {key: value for key, value in loading.items() if value}
     assert not wrong, f"{checkpoint} does not load cleanly: {wrong}"
     losses = {kind: _loss(model.eval(), tokens) for kind, tokens in heldout.items()}
@@ -43,8 +43,10 @@ def heldout_losses(checkpoint: Path, heldout: Mapping[str, torch.Tensor], cache:
 def _loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     total = 0.0
     for batch in tokens.split(BATCH_SIZE):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        # Products in bfloat16, all else in float32: faster on CPUs than either alone.
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        total += F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return total / tokens[:, 1:].numel()
 
 

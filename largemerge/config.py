@@ -33,7 +33,7 @@ def _check_regex(pattern: str) -> str:
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns that a text template names: `["query", "response"]` for `"{query}\n{response}"`.
+    r"""The columns that a text template names: `["query", "response"]` for `"{query}\n{response}"`.
 
     Raises:
         ValueError: If it names none, or asks for more than a column.

@@ -194,7 +194,8 @@ class _Job:
         merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
         weights.writer.flush()
         seconds = round(time.perf_counter() - start, 4)
-        self.folder.record(OUTSIDE, {"bytes_written": weights.writer.bytes_written, "seconds": {OUTSIDE: seconds}})
+        entry = {"bytes_read": weights.bytes_read, "bytes_written": weights.writer.bytes_written}
+        self.folder.record(OUTSIDE, entry | {"seconds": {OUTSIDE: seconds}})
 
     def _num_steps(self, finished: frozenset[str]) -> int:
         plan = self.preparation.plan

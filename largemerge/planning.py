@@ -33,6 +33,7 @@ from largemerge.treatment import (
     output_tensors,
     plan_blocks,
     plan_outside,
+    tensor_labels,
     treatment_problems,
 )
 
@@ -300,7 +301,7 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
         notes.append(
             f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}"
         )
-    labels = {plan.name for plan in tensors}
+    labels = {label for plan in tensors for label in tensor_labels(inputs.reference_names, plan.name)}
     for kind in ("include", "exclude"):
         for pattern in getattr(config.parameters, kind):
             if not any(re.search(pattern, label) for label in labels):

@@ -156,7 +156,7 @@ def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str
     dtype = _output_dtype(config, inputs, name)
     if not dtype.is_floating_point:
         return TensorPlan(name, Treatment.COPIED, "not a floating-point tensor", dtype)
-    labels = {name, *_names_on_disk(inputs.reference_names, name)}
+    labels = tensor_labels(inputs.reference_names, name)
     if _matches(config.parameters.exclude, labels):
         base = inputs.base_names
         if base is None:
@@ -237,6 +237,11 @@ def _output_dtype(config: MergeConfig, inputs: Inputs, name: str) -> torch.dtype
 def _info(checkpoint: Checkpoint, names: NameMap, name: str) -> TensorInfo | None:
     keys = _names_on_disk(names, name)
     return checkpoint.tensors[keys[0]] if keys else None
+
+
+def tensor_labels(names: NameMap, name: str) -> set[str]:
+    """What patterns are matched with: a tensor's name in the module, and its names on disk."""
+    return {name} if name in names.unmapped else {name, *_names_on_disk(names, name)}
 
 
 def _names_on_disk(names: NameMap, name: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import largemerge
@@ -44,6 +44,37 @@ class Case:
 MakeCase = Callable[..., Case]
 
 
+def write_case(
+    folder: Path,
+    models: list[PreTrainedModel],
+    inputs: list[dict[str, torch.Tensor]],
+    *,
+    method: str = "regmean_plusplus",
+    batch_size: int = 7,
+    weights: list[float] | None = None,
+    **parameters: Any,
+) -> Case:
+    """Writes candidates and their calibration data into a folder."""
+    entries = []
+    for index, (model, tensors) in enumerate(zip(models, inputs, strict=True)):
+        model.save_pretrained(folder / f"model{index}")
+        save_file(tensors, folder / f"data{index}.safetensors")
+        entries.append(
+            {
+                "model": str(folder / f"model{index}"),
+                "calibration": {"data": str(folder / f"data{index}.safetensors")},
+                "parameters": {"weight": weights[index] if weights else 1.0},
+            }
+        )
+    config = {
+        "merge_method": method,
+        "models": entries,
+        "calibration": {"batch_size": batch_size},
+        "parameters": parameters,
+    }
+    return Case(config, models, inputs, folder)
+
+
 def load_merged(case: Case, out: Path) -> PreTrainedModel:
     """The merge in `out`; there must be a weight for every parameter, and no other."""
     model, info = type(case.models[0]).from_pretrained(out, output_loading_info=True)
@@ -54,6 +85,14 @@ def load_merged(case: Case, out: Path) -> PreTrainedModel:
 def merge_and_load(case: Case, name: str = "merged", **options: Any) -> PreTrainedModel:
     largemerge.merge(case.config, case.folder / name, **options)
     return load_merged(case, case.folder / name)
+
+
+def assert_close(merged: PreTrainedModel, expected: PreTrainedModel, tolerance: float = 1e-4) -> None:
+    """Every tensor agrees within a relative error."""
+    found = merged.state_dict()
+    for name, tensor in expected.state_dict().items():
+        error = (found[name].double() - tensor.double()).norm() / tensor.double().norm().clamp_min(1e-12)
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -67,3 +106,9 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 def files_in(folder: Path) -> dict[str, bytes]:
     """The bytes of every file of a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if not path.is_dir()}
+
+
+def rewrite_weights(folder: Path, rewrite: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Replaces the tensors in `model.safetensors`, as another program might have saved them."""
+    path = folder / "model.safetensors"
+    save_file(rewrite(load_file(path)), path, metadata={"format": "pt"})

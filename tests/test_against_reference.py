@@ -5,18 +5,9 @@ from __future__ import annotations
 import pytest
 import reference
 import tiny_models
-from cases import MakeCase, merge_and_load
-from transformers import PreTrainedModel
+from cases import MakeCase, assert_close, merge_and_load
 
 METHODS = ("regmean", "regmean_plusplus")
-
-
-def assert_close(merged: PreTrainedModel, expected: PreTrainedModel, tolerance: float = 1e-4) -> None:
-    """Every tensor agrees within a relative error."""
-    found = merged.state_dict()
-    for name, tensor in expected.state_dict().items():
-        error = (found[name].double() - tensor.double()).norm() / tensor.double().norm().clamp_min(1e-12)
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -52,9 +52,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "siglip_vision": Architecture(lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**VISION)), "vision"),
     "vit": Architecture(lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION, num_labels=5)), "vision"),
     "dinov2": Architecture(lambda: tf.Dinov2Model(tf.Dinov2Config(**VISION, mlp_ratio=2)), "vision"),
+    "dinov2_swiglu": Architecture(
+        lambda: tf.Dinov2Model(tf.Dinov2Config(**VISION, mlp_ratio=2, use_swiglu_ffn=True)), "vision"
+    ),
     "llama": Architecture(lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLM))),
     "llama_tied": Architecture(lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLM, tie_word_embeddings=True))),
     "mistral": Architecture(lambda: tf.MistralForCausalLM(tf.MistralConfig(**LLM, sliding_window=4))),
+    "mixtral": Architecture(
+        lambda: tf.MixtralForCausalLM(
+            tf.MixtralConfig(**LLM, num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager")
+        )
+    ),
     "qwen2": Architecture(
         lambda: tf.Qwen2ForCausalLM(
             tf.Qwen2Config(**LLM, use_sliding_window=True, sliding_window=4, layer_types=SLIDING)

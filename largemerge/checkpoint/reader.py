@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -114,7 +115,11 @@ class CheckpointReader:
 
     def _read_pickle(self, info: TensorInfo, rows: slice | None) -> torch.Tensor:
         with self._lock:
-            if info.file not in self._pickles:
-                self._pickles[info.file] = torch.load(info.file, map_location="cpu", weights_only=True, mmap=True)
-        tensor = self._pickles[info.file][info.name]
+            state = self._pickles.get(info.file)
+            if state is None:
+                mapped = zipfile.is_zipfile(info.file)
+                state = torch.load(info.file, map_location="cpu", weights_only=True, mmap=mapped)
+                if not mapped:
+                    self._pickles[info.file] = state  # the format of before 2020: it can be read only as a whole
+        tensor = state[info.name]
         return (tensor if rows is None else tensor[rows]).clone(memory_format=torch.contiguous_format)

@@ -128,14 +128,16 @@ class ShardWriter:
     def _open(self, shard: Shard) -> None:
         path = self.folder / shard.file_name
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if os.fstat(descriptor).st_size != shard.num_bytes:
-            os.truncate(descriptor, shard.num_bytes)  # sparse: costs nothing until written
-            os.pwrite(descriptor, shard.header, 0)
+        os.truncate(descriptor, shard.num_bytes)  # sparse: costs nothing until written
+        os.pwrite(descriptor, shard.header, 0)  # each time: a crash may have come between these two lines
         self._descriptors[shard.file_name] = descriptor
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         """Writes a tensor of the dtype that the layout knows, or rows of it from `first_row` on."""
-        shard = self._shard_of[name]
+        shard, expected = self._shard_of[name], self.tensors[name]
+        assert tensor.dtype == expected.dtype, (name, tensor.dtype, expected.dtype)
+        assert tensor.shape[1:] == expected.shape[1:] and tensor.dim() == len(expected.shape), (name, tensor.shape)
+        assert tensor.dim() == 0 or first_row + tensor.shape[0] <= expected.shape[0], (name, tensor.shape, first_row)
         data = byte_view(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
         offset = shard.offsets[name] + first_row * (len(data) // max(1, tensor.shape[0]) if first_row else 0)
         done = 0

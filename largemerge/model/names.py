@@ -121,7 +121,7 @@ def map_names(model: PreTrainedModel, checkpoint: Checkpoint) -> NameMap:
         checkpoint: Opened with `open_checkpoint`.
 
     Raises:
-        CheckpointError: If two tensors on disk claim the same parameter.
+        CheckpointError: If two tensors on disk claim the same parameter, or several do not fit together as one.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -145,21 +145,24 @@ def map_names(model: PreTrainedModel, checkpoint: Checkpoint) -> NameMap:
             problems.append(f"{checkpoint.name}: both {renamed[name]!r} and {key!r} are parameter {name!r}")
         else:
             renamed[name] = key
-    conversions = tuple(
-        _conversion(model, checkpoint, first, sources, by_pattern[sources[0][1]])
-        for first, sources in collected.items()
-    )
+    conversions: list[Conversion] = []
+    shapes = {name: checkpoint.tensors[key].shape for name, key in renamed.items()}
+    for first, sources in collected.items():
+        try:
+            conversion, made = _conversion(model, checkpoint, first, sources, by_pattern[sources[0][1]])
+        except RuntimeError as error:
+            keys = [key for key, _ in sources]
+            problems.append(f"{checkpoint.name}: {keys} do not make {first!r} together: {error}")
+            continue
+        conversions.append(conversion)
+        shapes |= made
     found = {*renamed, *(target for conversion in conversions for target in conversion.targets)}
     aliases = _tied_aliases(model, found)
     missing = tuple(name for name in state if name not in found and name not in aliases)
     if problems:
         raise CheckpointError(*problems)
-    mismatched = {
-        name: checkpoint.tensors[key].shape
-        for name, key in renamed.items()
-        if checkpoint.tensors[key].shape != tuple(state[name].shape)
-    }
-    return NameMap(renamed, conversions, tuple(unmapped), missing, mismatched, aliases)
+    mismatched = {name: shape for name, shape in shapes.items() if name in state and shape != tuple(state[name].shape)}
+    return NameMap(renamed, tuple(conversions), tuple(unmapped), missing, mismatched, aliases)
 
 
 def _tied_aliases(model: PreTrainedModel, found: set[str]) -> dict[str, str]:
@@ -181,16 +184,16 @@ def _conversion(
     first_target: str,
     sources: list[tuple[str, str]],
     converter: WeightConverter,
-) -> Conversion:
-    """Runs the converter on the meta device to learn which parameters it makes."""
+) -> tuple[Conversion, dict[str, tuple[int, ...]]]:
+    """Runs the converter on the meta device to learn which parameters it makes, and their shapes."""
     conversion = Conversion(tuple(sources), (), first_target, converter)
 
     def read(key: str) -> torch.Tensor:
         info = checkpoint.tensors[key]
         return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
-    targets = tuple(_convert(model, conversion, read))
-    return Conversion(tuple(sources), targets, first_target, converter)
+    made = {name: tuple(tensor.shape) for name, tensor in _convert(model, conversion, read).items()}
+    return Conversion(tuple(sources), tuple(made), first_target, converter), made
 
 
 def _convert(model: PreTrainedModel, conversion: Conversion, read: ReadTensor) -> dict[str, torch.Tensor]:

@@ -12,20 +12,24 @@ The rehearsal also finds out what no table could tell for every architecture:
 - which linears read the same tensor (they share one Gram matrix),
 - whose padding mask applies to the rows of a linear (a decoder's cross-attention reads encoder rows),
 - which parameters outside the stacks matter on the way to a block: all others are poisoned with NaN one
-  at a time, and the block's arguments must not change. Those are never loaded.
+  at a time, and the block's arguments must not change. Those are never loaded;
+- which modules outside the stacks (a patch embedding) run again on the way to every later block though
+  nobody reads what they compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from largemerge.errors import ArchitectureError
+from largemerge.model.forward import original_forward, replaced_forwards
 from largemerge.model.skeleton import Skeleton, assign_tensors
 from largemerge.model.trial import InputOutline, SeenBlock, Trial, block_kind, equal_trees, trial_run
 
@@ -53,6 +57,7 @@ class StackRehearsal:
         tokens: Name of the input whose tokens the rows are (`input_ids`), `None` for images.
         first: Tensors outside the stacks that matter on the way to the first block.
         later: … to any later block.
+        idle: Modules outside the stacks that run on the way to a later block though nobody reads their output.
         roles: By block, the linears in the order in which the forward reaches them.
         output_shapes: By output tensor: its shape for `num_samples` samples of `num_tokens` tokens.
         num_tokens: Rows a sample has in this stack, in the rehearsal.
@@ -61,6 +66,7 @@ class StackRehearsal:
     tokens: str | None
     first: frozenset[str]
     later: frozenset[str]
+    idle: frozenset[str]
     roles: tuple[tuple[LinearRole, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
     num_tokens: int
@@ -113,13 +119,15 @@ def _stack_rehearsal(trial: Trial, stack: int) -> StackRehearsal:
     seen = trial.seen[stack]
     rows = {number: _rows(trial.seen[number][0].arguments) for number in trial.order}
     roles_by_kind = {block_kind(blocks[index], index): _roles(entry, rows, stack) for index, entry in seen.items()}
-    matter = [_tensors_that_matter(trial, stack, index) for index in seen if index > 0]
+    later = [index for index in seen if index > 0]
+    matter = [_tensors_that_matter(trial, stack, index) for index in later]
     output = [leaf for leaf in tree_flatten(seen[0].output)[0] if isinstance(leaf, torch.Tensor)]
     tokens = [name for name, x in trial.inputs.items() if name.endswith("input_ids") and tuple(x.shape) == rows[stack]]
     return StackRehearsal(
         tokens=tokens[0] if tokens else None,
         first=_tensors_that_matter(trial, stack, 0),
         later=frozenset().union(*matter),
+        idle=_idle_modules(trial, stack, later),
         roles=tuple(roles_by_kind[block_kind(block, index)] for index, block in enumerate(blocks)),
         output_shapes=tuple(tuple(leaf.shape) for leaf in output),
         num_tokens=rows[stack][1],
@@ -195,3 +203,33 @@ def _tensors_that_matter(trial: Trial, stack: int, index: int) -> frozenset[str]
         if not equal_trees(arguments, expected):
             matter.add(name)
     return frozenset(matter)
+
+
+def _idle_modules(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[str]:
+    """Leaf modules whose output, replaced by NaN, changes nothing in the arguments of any of the blocks."""
+    skeleton = trial.skeleton
+    prefixes = tuple(each.name + "." for each in skeleton.stacks)
+    leaves = {
+        name: module
+        for name, module in skeleton.model.named_modules()
+        if not name.startswith(prefixes) and not list(module.children()) and list(module.parameters())
+    }
+    expected = {index: trial.resume(stack, index, run_block=False)[0] for index in blocks}
+
+    def unread(names: Sequence[str]) -> bool:
+        called: list[nn.Module] = []
+        with replaced_forwards({leaves[name]: _poisoned(leaves[name], called) for name in names}):
+            same = [equal_trees(trial.resume(stack, index, run_block=False)[0], expected[index]) for index in blocks]
+        return all(same) and len(called) >= len(names)
+
+    idle = [name for name in leaves if blocks and unread([name])]
+    return frozenset(idle) if idle and unread(idle) else frozenset()
+
+
+def _poisoned(module: nn.Module, called: list[nn.Module]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        called.append(module)
+        output = original_forward(module)(*args, **kwargs)
+        return output.new_full((), float("nan")).expand(output.shape)
+
+    return forward

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers import PreTrainedConfig
 
 from largemerge.errors import ArchitectureError
 from largemerge.model.forward import Output, original_forward, replaced_forwards, resumed_at
@@ -93,12 +94,27 @@ def trial_run(skeleton: Skeleton, outline: InputOutline) -> Iterator[Trial]:
     fake = _fake_weights(skeleton)
     assign_tensors(skeleton, fake)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _experts_one_by_one(skeleton.model):
             chosen = [_representatives(stack.blocks) for stack in skeleton.stacks]
             seen, order = _plain_pass(skeleton, inputs, chosen)
             yield Trial(skeleton, inputs, fake, seen, order)
     finally:
         assign_tensors(skeleton, {name: torch.empty_like(tensor, device="meta") for name, tensor in fake.items()})
+
+
+@contextmanager
+def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Kernels that run all experts at once refuse weights whose elements share memory."""
+    known = [getattr(module, "config", None) for module in model.modules()]
+    configs = list({id(config): config for config in known if isinstance(config, PreTrainedConfig)}.values())
+    before = [config._experts_implementation for config in configs]
+    try:
+        for config in configs:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._experts_implementation = implementation
 
 
 def make_inputs(skeleton: Skeleton, outline: InputOutline) -> dict[str, torch.Tensor]:
@@ -183,6 +199,11 @@ def _plain_pass(
         for number, stack in enumerate(skeleton.stacks)
         for index, block in enumerate(stack.blocks)
     }
+    model: Any = skeleton.model
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        # Nobody reads the logits, and a made-up matrix of the vocabulary's size would have to be written out.
+        forwards[head] = lambda x: x.new_zeros(()).expand(*x.shape[:-1], head.out_features)
     try:
         with replaced_forwards(forwards):
             skeleton.model(**inputs)

@@ -18,7 +18,7 @@ from largemerge.calibration.batches import Batch, CalibrationSet
 from largemerge.calibration.hidden_states import HiddenStates
 from largemerge.calibration.rows import count_rows, row_mask
 from largemerge.model.block import block_weights, run_until, watched_linears
-from largemerge.model.forward import Output, resumed_at
+from largemerge.model.forward import Output, original_forward, replaced_forwards, resumed_at
 from largemerge.model.rehearsal import Rehearsal
 from largemerge.model.skeleton import Skeleton, assign_tensors
 from largemerge.treatment import BlockPlan
@@ -55,6 +55,7 @@ class Activations:
     device: torch.device
     loss_tokens: str
     _outside_for: tuple[int, bool, int | None] | None = field(init=False, default=None)
+    _idle_shapes: dict[tuple[str, torch.Size], torch.Size] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for module in self.skeleton.model.modules():
@@ -100,7 +101,9 @@ class Activations:
 
         self._set_outside(block, outside_of)
         watching = watched_linears(module, watch, see) if visit is not None else nullcontext()
-        with block_weights(module, self._for_forward(block, tensors)), watching:
+        idle = self.rehearsal.stacks[block.stack].idle if block.index > 0 else ()
+        forwards = {self.skeleton.model.get_submodule(name): self._idle_forward(name) for name in idle}
+        with block_weights(module, self._for_forward(block, tensors)), replaced_forwards(forwards), watching:
             for number, batch in enumerate(self.calibration[candidate].batches):
                 masks.update(self._masks(batch))
                 output = self._run_batch(block, candidate, number, batch, until)
@@ -123,6 +126,19 @@ class Activations:
         with resumed_at(self.skeleton, block.stack, block.index) as run:
             run(inputs, self.hidden_states.get(candidate, number, self.device), visit)
         return caught[0]
+
+    def _idle_forward(self, name: str) -> Callable[..., torch.Tensor]:
+        """For a module whose output nobody reads: NaN of the right shape, which is found out once for each input."""
+        module = self.skeleton.model.get_submodule(name)
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            key = (name, x.shape)
+            if key not in self._idle_shapes:
+                self._idle_shapes[key] = original_forward(module)(x, *args, **kwargs).shape
+            nan = torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device)
+            return nan.expand(self._idle_shapes[key])
+
+        return forward
 
     def _masks(self, batch: Batch) -> dict[int, torch.Tensor | None]:
         masks = {}

@@ -108,9 +108,11 @@ class Engine:
         sums = {group.leader: new_sums(group.outputs, group.num_inputs, device) for group in block.groups}
         averages = RunningAverages(block.tensors, self.settings.shares)
         anchor: Tensors = {}
+        bytes_read = 0
         for index in range(len(self.names)):
             with self._timed("wait_for_read"):
                 tensors = {name: tensor.to(device) for name, tensor in next(blocks_of_candidates).items()}
+            bytes_read += sum(tensor.nbytes for tensor in tensors.values())
             if index == 0:
                 anchor = {plan.name: tensors[plan.name] for plan in block.tensors if plan.treatment is Treatment.SOLVED}
             averages.add(index, tensors)
@@ -128,7 +130,7 @@ class Engine:
             num_bytes = self.weights.store(merged)
         if not self.settings.own_stream:
             self._forward(block, merged)
-        return {"linears": linears, "bytes_written": num_bytes}
+        return {"linears": linears, "bytes_read": bytes_read, "bytes_written": num_bytes}
 
     def _collect(self, block: BlockPlan, index: int, tensors: Tensors, sums: Mapping[str, GroupSums]) -> None:
         """Runs one candidate's block on its own data and adds up the Gram matrices."""

@@ -27,8 +27,8 @@ _MOST_CONDITION = {torch.float32: 1e6, torch.float64: 1e13}
 _MOST_RESIDUAL = {torch.float32: 1e-5, torch.float64: 1e-8}
 _LEAST_EXTRA_RIDGE = 1e-9
 _MOST_EXTRA_RIDGE = 1e-1
-_NUM_PROBES = 8
-_NUM_ITERATIONS = 12
+_NUM_PROBES = 4
+_NUM_ITERATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,6 @@ def estimate_condition(system_II: torch.Tensor, factor_II: torch.Tensor) -> floa
     """
     probes_IV = _probes(system_II)
     largest_IV, smallest_IV = probes_IV, probes_IV
-    largest = smallest = 1.0
     for _ in range(_NUM_ITERATIONS):
         largest_IV = torch.nn.functional.normalize(system_II @ largest_IV, dim=0)
         smallest_IV = torch.nn.functional.normalize(torch.cholesky_solve(smallest_IV, factor_II), dim=0)

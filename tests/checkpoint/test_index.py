@@ -334,6 +334,7 @@ class Malicious:
         return open, (str(self.trace), "w")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 def test_a_malicious_pickle_is_refused_and_not_run(folder: Path, write: Callable[..., Any]) -> None:
     write({"a": torch.ones(2), "b": Malicious(folder / "trace")}, folder / "pytorch_model.bin")
