@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ _INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the `largemerge` command and exits: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    options.given = given
     try:
         code = {"merge": _merge, "plan": _plan, "demo": _demo}[options.command](options)
     except LargemergeError as error:
@@ -90,7 +93,8 @@ def _merge(options: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         if (options.out / WORKING_FOLDER / "manifest.json").exists():
-            command = f"largemerge merge {options.config} {options.out} --resume"
+            kept = [argument for argument in options.given if argument not in ("--force", "--resume")]
+            command = shlex.join(["largemerge", *kept, "--resume"])
             print(
                 f"\nlargemerge: interrupted; what is finished is safe. Go on with:\n\n    {command}\n", file=sys.stderr
             )

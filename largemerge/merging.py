@@ -18,12 +18,13 @@ import torch
 
 from largemerge.average import merge_outside
 from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration
+from largemerge.calibration.fit import sample_problems
 from largemerge.calibration.hidden_states import HiddenStates
-from largemerge.checkpoint.metadata import copy_side_files, find_processor, model_card, output_config
+from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.config import MergeConfig, load_config
-from largemerge.errors import LargemergeError
+from largemerge.errors import CalibrationError, LargemergeError
 from largemerge.inputs import open_inputs
 from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
@@ -101,6 +102,9 @@ def merge(
     outlines = for_every_candidate(resolved, inputs, outline_calibration)
     calibration = for_every_candidate(resolved, inputs, load_calibration)
     preparation = make_plan(resolved, inputs, target, outlines, calibration, out)
+    misfits = sample_problems(inputs.skeleton, preparation.rehearsal, calibration)
+    if misfits:
+        raise CalibrationError(*misfits)
     if preparation.plan.problems:
         raise LargemergeError(*preparation.plan.problems)
     shards = layout_shards(preparation.plan.output, max_shard_bytes)
@@ -122,7 +126,7 @@ def merge(
         folder.finish(
             shards,
             lambda path: _write_side_files(path, preparation, report),
-            output_config(inputs.reference, resolved.dtype),
+            output_config(inputs.reference, preparation.plan.output_dtype),
         )
     return report
 
@@ -232,9 +236,10 @@ def _write_side_files(path: Path, preparation: Preparation, report: MergeReport)
     folders = {checkpoint.name: checkpoint.folder for checkpoint in inputs.candidates}
     if inputs.base is not None:
         folders["base"] = inputs.base.folder
-    default = "base" if inputs.base is not None else inputs.candidates[0].name
-    tokenizer = folders[config.tokenizer_source or default]
-    processor = find_processor(folders[default], *folders.values())
+    preferred = [folders["base" if inputs.base is not None else inputs.candidates[0].name], *folders.values()]
+    source = config.tokenizer_source
+    tokenizer = find_tokenizer(*preferred) if source is None else folders[source]
+    processor = find_processor(*preferred)
     copy_side_files(path, inputs.reference.folder, tokenizer, processor, with_code=config.trust_remote_code)
     yaml_text = config_yaml(config)
     (path / "largemerge_config.yaml").write_text(yaml_text, encoding="utf-8")

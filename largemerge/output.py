@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from largemerge.checkpoint.metadata import GENERATION_FILES, PROCESSOR_FILES, TOKENIZER_FILES
+from largemerge.checkpoint.metadata import GENERATION_FILES, PROCESSOR_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
 from largemerge.errors import OutputError
 
 WORKING_FOLDER = ".largemerge"
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-_CHECKPOINT_FILES = (*_WEIGHT_FILES, *GENERATION_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
+_CHECKPOINT_FILES = (*_WEIGHT_FILES, "adapter_config.json", *GENERATION_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
 
 
 @dataclass
@@ -75,6 +75,7 @@ class OutputFolder:
                 for old in self.path.glob(pattern):
                     if old.name not in names or (self.working / old.name).exists():
                         old.unlink()
+            shutil.rmtree(self.path / TEMPLATE_FOLDER, ignore_errors=True)
         write_side_files(self.path)
         for shard in shards:
             if (self.working / shard.file_name).exists():
@@ -128,8 +129,9 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
     Raises:
         OutputError: Saying what is there and what to do.
     """
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; expected a folder, or nothing")
+    present = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not present.is_dir():
+        raise OutputError(f"{present} is a file; expected a folder, or nothing")
     resolved = path.resolve()
     for folder in inputs:
         if resolved == folder.resolve() or (resolved in folder.resolve().parents and force):

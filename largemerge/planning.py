@@ -100,6 +100,15 @@ class MergePlan:
         """Of all tensors of the output."""
         return sum(tensor.num_bytes for tensor in self.output.values())
 
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """In which most of the output is written."""
+        num_bytes: Counter[torch.dtype] = Counter()
+        for tensor in self.output.values():
+            if tensor.dtype.is_floating_point:
+                num_bytes[tensor.dtype] += tensor.num_bytes
+        return num_bytes.most_common(1)[0][0]
+
     def counts(self) -> dict[str, int]:
         """Tensors by treatment, and by reason where they are not solved."""
         counter = Counter(plan.treatment.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors)

@@ -127,6 +127,13 @@ def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, O
 def treatment_problems(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
     """Tensors that candidates lack or hold in other shapes, unless the base stands in for them."""
     problems = []
+    stacks = tuple(f".{stack.name}." for stack in inputs.skeleton.stacks)
+    for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
+        extra = [key for key in names.unmapped if any(stack in f".{key}" for stack in stacks)]
+        extra = [key for key in extra if key not in inputs.reference_names.unmapped]
+        if extra:
+            some = ", ".join(extra[:3])
+            problems.append(f"{checkpoint.name}: has {len(extra)} tensors in blocks that others lack, such as {some}")
     state = inputs.skeleton.model.state_dict()
     for plan in plans:
         if plan.name not in state or plan.treatment is Treatment.BASE:

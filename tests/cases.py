@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ class Case:
 
 
 MakeCase = Callable[..., Case]
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tools.jinja")
+"""Files of a tokenizer, as far as a merge is concerned."""
 
 
 def write_case(
@@ -112,3 +116,29 @@ def rewrite_weights(folder: Path, rewrite: Callable[[dict[str, torch.Tensor]], d
     """Replaces the tensors in `model.safetensors`, as another program might have saved them."""
     path = folder / "model.safetensors"
     save_file(rewrite(load_file(path)), path, metadata={"format": "pt"})
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Files whose content says where they come from."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{folder.name} {name}")
+
+
+def origins(out: Path, *names: str) -> list[str]:
+    return [(out / name).read_text().split()[0] if (out / name).exists() else "" for name in names]
+
+
+def names_in(folder: Path) -> set[str]:
+    return set(files_in(folder))
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "merge_report.json").read_text())
+    return report
+
+
+def average(case: Case, name: str) -> torch.Tensor:
+    tensors = [model.state_dict()[name].double() for model in case.models]
+    shares = [weight / sum(case.weights) for weight in case.weights]
+    return sum(share * tensor for share, tensor in zip(shares, tensors, strict=True))

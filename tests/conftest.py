@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from cases import Case, MakeCase
-from safetensors.torch import save_file
+from cases import TOKENIZER, Case, MakeCase, touch, write_case
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -23,42 +22,33 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def make_case(tmp_path: Path) -> MakeCase:
-    """Writes K candidates of an architecture and their calibration data; returns a config that merges them."""
+    """Writes K candidates of an architecture and their data; more keywords are those of `write_case`."""
 
     def make(
         architecture: str = "llama",
         *,
-        method: str = "regmean_plusplus",
         num_candidates: int = 2,
         num_samples: int = 24,
-        batch_size: int = 7,
         padding: str = "right",
-        weights: list[float] | None = None,
         dtype: torch.dtype = torch.float32,
-        **parameters: Any,
+        **more: Any,
     ) -> Case:
         kind = tiny_models.ARCHITECTURES[architecture].kind
-        models, inputs, entries = [], [], []
-        for index in range(num_candidates):
-            model = tiny_models.perturbed(architecture, index).to(dtype)
-            tensors = tiny_models.inputs(kind, num_samples, index, padding)
-            model.save_pretrained(tmp_path / f"model{index}")
-            save_file(tensors, tmp_path / f"data{index}.safetensors")
-            models.append(model)
-            inputs.append(tensors)
-            entries.append(
-                {
-                    "model": str(tmp_path / f"model{index}"),
-                    "calibration": {"data": str(tmp_path / f"data{index}.safetensors")},
-                    "parameters": {"weight": weights[index] if weights else 1.0},
-                }
-            )
-        config = {
-            "merge_method": method,
-            "models": entries,
-            "calibration": {"batch_size": batch_size},
-            "parameters": parameters,
-        }
-        return Case(config, models, inputs, tmp_path)
+        models = [tiny_models.perturbed(architecture, index).to(dtype) for index in range(num_candidates)]
+        inputs = [tiny_models.inputs(kind, num_samples, index, padding) for index in range(num_candidates)]
+        return write_case(tmp_path, models, inputs, **more)
 
     return make
+
+
+@pytest.fixture
+def base_case(make_case: MakeCase) -> Case:
+    """Two llamas with a base, all with tokenizers; the base and the second have an image processor."""
+    case = make_case(num_samples=4)
+    tiny_models.build("llama", seed=7).save_pretrained(case.folder / "pretrained")
+    case.config["base_model"] = str(case.folder / "pretrained")
+    for name in ("model0", "model1", "pretrained"):
+        touch(case.folder / name, *TOKENIZER)
+    for name in ("pretrained", "model1"):
+        touch(case.folder / name, "preprocessor_config.json")
+    return case

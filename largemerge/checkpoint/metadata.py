@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from largemerge.checkpoint.index import Checkpoint, read_json
 
 GENERATION_FILES = ("generation_config.json",)
@@ -24,21 +26,19 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATE_FOLDER = "additional_chat_templates"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-def output_config(reference: Checkpoint, dtype: str | None) -> str:
+def output_config(reference: Checkpoint, dtype: torch.dtype) -> str:
     """The text of the output's `config.json`: the reference's, with the output's dtype."""
     config: dict[str, Any] = dict(read_json(reference.folder / "config.json", reference.name))
-    if dtype is not None:
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = dtype
-        if "dtype" not in config and "torch_dtype" not in config:
-            config["dtype"] = dtype
-        for value in config.values():
-            if isinstance(value, dict):
-                value.update({key: dtype for key in ("dtype", "torch_dtype") if key in value})
+    name = str(dtype).removeprefix("torch.")
+    for part in (config, *config.values()):
+        if isinstance(part, dict):
+            part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = name
     config.pop("_name_or_path", None)
     return json.dumps(config, indent=2) + "\n"
 
@@ -60,7 +60,7 @@ def copy_side_files(
             if (source / name).is_file():
                 shutil.copyfile(source / name, out / name)
                 copied.append(name)
-    templates = tokenizer_source / "additional_chat_templates"
+    templates = tokenizer_source / TEMPLATE_FOLDER
     if templates.is_dir():
         shutil.copytree(templates, out / templates.name, dirs_exist_ok=True)
         copied.append(templates.name)

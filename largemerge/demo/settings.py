@@ -20,21 +20,21 @@ class DemoSettings:
     """Calibration text of each kind."""
     held_out_chars: int = 24_000
     """Text of each kind that no model is trained or calibrated on."""
-    vocabulary_size: int = 1024
+    vocabulary_size: int = 2048
     """Of the byte-level BPE tokenizer, trained on all training texts."""
-    hidden_size: int = 128
+    hidden_size: int = 96
     """Width of the model."""
     num_layers: int = 4
     """Blocks of the model."""
-    sequence_length: int = 128
+    sequence_length: int = 64
     """Tokens of a training or calibration sample."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Samples of a training step."""
-    base_steps: int = 200
+    base_steps: int = 400
     """Training steps on all kinds."""
-    base_learning_rate: float = 3e-3
+    base_learning_rate: float = 6e-3
     """Peak, for the base."""
-    expert_steps: int = 80
+    expert_steps: int = 150
     """Further training steps of each expert, on its own kind."""
     expert_learning_rate: float = 2e-3
     """Peak, for the experts."""

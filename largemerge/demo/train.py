@@ -84,6 +84,7 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, settings: DemoSettings) ->
         num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.hidden_size // _HEAD_SIZE,
         max_position_embeddings=settings.sequence_length,
+        initializer_range=settings.hidden_size**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

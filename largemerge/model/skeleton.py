@@ -8,7 +8,7 @@ frequencies, exist nowhere else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -253,6 +253,21 @@ def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> N
                 module._parameters[leaf] = parameter
             else:
                 module._buffers[leaf] = tensor
+
+
+def poison_outside(skeleton: Skeleton, device: torch.device, but: Collection[str] = ()) -> None:
+    """Gives every parameter outside the stacks one NaN for all its elements: what is not loaded cannot be missed.
+
+    Args:
+        skeleton: Whose parameters.
+        device: Where they are to be.
+        but: Names that are left alone.
+    """
+    parameters = dict(skeleton.model.named_parameters())
+    for name in skeleton.outside_tensors():
+        if name in parameters and name not in but:
+            poison = torch.full((), float("nan"), dtype=skeleton.dtype, device=device)
+            assign_tensors(skeleton, {name: poison.expand(parameters[name].shape)})
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:

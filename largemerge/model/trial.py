@@ -121,13 +121,15 @@ def make_inputs(skeleton: Skeleton, outline: InputOutline) -> dict[str, torch.Te
     """A few made-up samples: short token sequences with some padding, random pixels."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = getattr(skeleton.model.config.get_text_config(), "vocab_size", None) or 2
+    has_decoder = any(name.startswith("decoder_") for name in outline)
     inputs = {}
     for name, (shape, dtype) in outline.items():
         if dtype.is_floating_point:
             inputs[name] = torch.randn(NUM_SAMPLES, *shape, generator=generator).to(skeleton.dtype)
             continue
         length = NUM_DECODER_TOKENS if name.startswith("decoder_") else NUM_TOKENS
-        shape = (NUM_SAMPLES, min(shape[0], length), *shape[1:]) if shape else (NUM_SAMPLES,)
+        # Rows of an encoder and of a decoder are told apart by their number, however short the samples are.
+        shape = (NUM_SAMPLES, length if has_decoder else min(shape[0], length), *shape[1:]) if shape else (NUM_SAMPLES,)
         if name.endswith("input_ids"):
             inputs[name] = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
         elif name.endswith("attention_mask"):

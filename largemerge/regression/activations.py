@@ -20,7 +20,7 @@ from largemerge.calibration.rows import count_rows, row_mask
 from largemerge.model.block import block_weights, run_until, watched_linears
 from largemerge.model.forward import Output, original_forward, replaced_forwards, resumed_at
 from largemerge.model.rehearsal import Rehearsal
-from largemerge.model.skeleton import Skeleton, assign_tensors
+from largemerge.model.skeleton import Skeleton, assign_tensors, poison_outside
 from largemerge.treatment import BlockPlan
 from largemerge.weights import Tensors, Weights
 
@@ -163,14 +163,9 @@ class Activations:
         self._outside_for = wanted_for
         seen = self.rehearsal.stacks[block.stack]
         wanted = set(seen.first if block.index == 0 else seen.later)
+        poison_outside(self.skeleton, self.device, but=wanted)
         parameters = dict(self.skeleton.model.named_parameters())
-        buffers = []
-        for name in self.skeleton.outside_tensors():
-            if name not in parameters:
-                buffers.append(name)
-            elif name not in wanted:
-                poison = torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device)
-                assign_tensors(self.skeleton, {name: poison.expand(parameters[name].shape)})
+        buffers = [name for name in self.skeleton.outside_tensors() if name not in parameters]
         names = [*sorted(wanted), *(name for name in buffers if self.weights.inputs.reference_names.has(name))]
         loaded = self.weights.merged(names) if candidate is None else self.weights.candidate(candidate, names)
         for name in names:

@@ -211,7 +211,6 @@ class Engine:
             "shares_gram_with": group.leader,
             "tokens": dict(zip(self.names, sums.tokens, strict=True)),
             "solver": solution.solver,
-            "ridge": solution.ridge,
             "condition": solution.condition,
             "residual": solution.residual,
             "fallbacks": list(solution.fallbacks),

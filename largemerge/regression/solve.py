@@ -10,9 +10,10 @@ Rounding errors scale with the differences E_i, not with the weights, and where 
 the average, not zero. The system is scaled to a unit diagonal first; features that never fire (a zero on the
 diagonal) get the average exactly.
 
-Tried in turn: Cholesky in float32; in float64, where the factorisation fails, the system is ill conditioned,
-or the residual is poor; float64 with more ridge, in steps of ten. Each step away from the first is named in
-the result.
+Tried in turn: Cholesky in float32; Cholesky in float64, where the factorisation fails, the system is ill
+conditioned, or the residual is poor; eigenvalues in float64. The last solves only in directions that stand out of
+the rounding noise of a float32 Gram matrix, and takes the average in all others; it comes first where there are
+fewer tokens than inputs, so that no factorisation can be trusted. Each step away from the first is named.
 
 Shapes: I inputs of a linear, O outputs (of all linears that share the Gram, one after another), V probes.
 """
@@ -23,10 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-_MOST_CONDITION = {torch.float32: 1e6, torch.float64: 1e13}
+_MOST_CONDITION = {torch.float32: 1e6, torch.float64: 1e8}
 _MOST_RESIDUAL = {torch.float32: 1e-5, torch.float64: 1e-8}
-_LEAST_EXTRA_RIDGE = 1e-9
-_MOST_EXTRA_RIDGE = 1e-1
+_NOISE = 8 * torch.finfo(torch.float32).eps  # of a float32 Gram's eigenvalues, in parts of the largest
 _NUM_PROBES = 4
 _NUM_ITERATIONS = 4
 
@@ -37,9 +37,9 @@ class Solution:
 
     Attributes:
         update_OI: X above, float32.
-        solver: `cholesky_float32` or `cholesky_float64`.
-        ridge: The λ used, as a fraction of the mean diagonal.
-        condition: Estimate for the system scaled to a unit diagonal, from a few power iterations.
+        solver: `cholesky_float32`, `cholesky_float64` or `eigenvalues_float64`.
+        condition: Estimate for the system scaled to a unit diagonal, from a few power iterations; for eigenvalues
+            that of the part that is solved.
         residual: Estimate of ‖B - XA‖ / ‖B‖, from random probes.
         fallbacks: Why each earlier try was not good enough.
         num_dead_features: Inputs that never fired in any candidate's data.
@@ -47,7 +47,6 @@ class Solution:
 
     update_OI: torch.Tensor
     solver: str
-    ridge: float
     condition: float
     residual: float
     fallbacks: tuple[str, ...]
@@ -55,14 +54,29 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class _Try:
-    update_OI: torch.Tensor | None
+class _System:
+    """X A = B, scaled to a unit diagonal: A = D (G + λI) D, B = (R + λĒ) D, X = update · D⁻¹."""
+
+    system_II: torch.Tensor
+    rhs_IO: torch.Tensor
+    mean_IO: torch.Tensor
+    scale_I: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Found:
+    scaled_IO: torch.Tensor
     condition: float
     residual: float
-    problem: str | None
 
 
-def solve_anchored(gram_II: torch.Tensor, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float) -> Solution:
+class _NotGoodEnoughError(Exception):
+    """Why a try is not taken."""
+
+
+def solve_anchored(
+    gram_II: torch.Tensor, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float, most_rank: int | None = None
+) -> Solution:
     """Solves X (G + λI) = R + λĒ for X.
 
     Args:
@@ -70,63 +84,82 @@ def solve_anchored(gram_II: torch.Tensor, rhs_OI: torch.Tensor, mean_OI: torch.T
         rhs_OI: R, the sum of E_i G̃_i.
         mean_OI: Ē, the weighted average of the E_i.
         ridge: λ as a fraction of the mean diagonal of G.
+        most_rank: The rank that G can have at most, if that is known.
 
     Raises:
-        FloatingPointError: If G or R is not finite, or no ridge up to a tenth of the diagonal helps.
+        FloatingPointError: If G or R is not finite.
     """
     diagonal_I = gram_II.diagonal()
     if not torch.isfinite(diagonal_I).all() or not torch.isfinite(rhs_OI).all():
         raise FloatingPointError("sums are not finite")
-    dead_I = diagonal_I == 0
-    num_dead = int(dead_I.sum())
     fallbacks: list[str] = []
-    attempts = [(torch.float32, ridge), (torch.float64, ridge)]
-    extra = max(_LEAST_EXTRA_RIDGE, ridge)
-    while extra < _MOST_EXTRA_RIDGE:
-        extra *= 10
-        attempts.append((torch.float64, extra))
-    for dtype, fraction in attempts:
-        tried = _attempt(gram_II, rhs_OI, mean_OI, dead_I, fraction, dtype)
-        name = f"cholesky_{str(dtype).removeprefix('torch.')}"
-        if tried.update_OI is not None:
-            update_OI = tried.update_OI
-            return Solution(update_OI, name, fraction, tried.condition, tried.residual, tuple(fallbacks), num_dead)
-        fallbacks.append(f"{name} with ridge {fraction:.1e}: {tried.problem}")
-    raise FloatingPointError("; ".join(fallbacks))
+    attempts = [
+        ("cholesky_float32", torch.float32, _by_cholesky),
+        ("cholesky_float64", torch.float64, _by_cholesky),
+        ("eigenvalues_float64", torch.float64, _by_eigenvalues),
+    ]
+    if most_rank is not None and most_rank < gram_II.shape[0]:
+        fallbacks.append(
+            f"{most_rank} tokens for {gram_II.shape[0]} inputs: directions that they leave out are averaged"
+        )
+        attempts = attempts[2:]
+    for name, dtype, attempt in attempts:
+        system = _scaled_system(gram_II, rhs_OI, mean_OI, ridge, dtype)
+        try:
+            found = attempt(system)
+        except _NotGoodEnoughError as error:
+            fallbacks.append(f"{name}: {error}")
+            continue
+        update_OI = found.scaled_IO.mul_(system.scale_I[:, None]).T.to(torch.float32, copy=True).contiguous()
+        num_dead = int((diagonal_I == 0).sum())
+        return Solution(update_OI, name, found.condition, found.residual, tuple(fallbacks), num_dead)
+    raise AssertionError("eigenvalues always give a solution")
 
 
-def _attempt(
-    gram_II: torch.Tensor,
-    rhs_OI: torch.Tensor,
-    mean_OI: torch.Tensor,
-    dead_I: torch.Tensor,
-    ridge: float,
-    dtype: torch.dtype,
-) -> _Try:
+def _scaled_system(
+    gram_II: torch.Tensor, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float, dtype: torch.dtype
+) -> _System:
+    dead_I = gram_II.diagonal() == 0
     shift = ridge * gram_II.diagonal().mean(dtype=torch.float64).item()
-    # From here on in place: the largest systems must not be in memory more often than needed.
+    # In place as far as possible: the largest systems must not be in memory more often than needed.
     system_II = gram_II.to(dtype, copy=True)
     system_II.diagonal().add_(shift)
+    rhs_IO = (rhs_OI.to(dtype) + shift * mean_OI.to(dtype)).T.contiguous()
+    mean_IO = mean_OI.T.to(dtype)
     if shift == 0:
         system_II.diagonal()[dead_I] = 1
+        rhs_IO[dead_I] = mean_IO[dead_I]
     scale_I = system_II.diagonal().rsqrt()
     system_II.mul_(scale_I).mul_(scale_I[:, None])
-    rhs_IO = (rhs_OI.to(dtype) + shift * mean_OI.to(dtype)).T.contiguous()
-    if shift == 0:
-        rhs_IO[dead_I] = mean_OI.T[dead_I].to(dtype)
-    rhs_IO.mul_(scale_I[:, None])
-    factor_II, info = torch.linalg.cholesky_ex(system_II)
+    return _System(system_II, rhs_IO.mul_(scale_I[:, None]), mean_IO, scale_I)
+
+
+def _by_cholesky(system: _System) -> _Found:
+    dtype = system.system_II.dtype
+    factor_II, info = torch.linalg.cholesky_ex(system.system_II)
     if int(info) > 0:
-        return _Try(None, float("inf"), float("inf"), f"not positive definite at row {int(info)}")
-    solution_IO = torch.cholesky_solve(rhs_IO, factor_II)
-    condition = estimate_condition(system_II, factor_II)
-    residual = _estimate_residual(system_II, solution_IO, rhs_IO)
-    if not (condition <= _MOST_CONDITION[dtype]):
-        return _Try(None, condition, residual, f"condition {condition:.1e}")
-    if not (residual <= _MOST_RESIDUAL[dtype]):
-        return _Try(None, condition, residual, f"residual {residual:.1e}")
-    update_OI = solution_IO.mul_(scale_I[:, None]).T.to(torch.float32, copy=True)
-    return _Try(update_OI.contiguous(), condition, residual, None)
+        raise _NotGoodEnoughError(f"not positive definite at row {int(info)}")
+    condition = estimate_condition(system.system_II, factor_II)
+    if not condition <= _MOST_CONDITION[dtype]:
+        raise _NotGoodEnoughError(f"condition {condition:.1e}")
+    scaled_IO = torch.cholesky_solve(system.rhs_IO, factor_II)
+    residual = _estimate_residual(system.system_II, scaled_IO, system.rhs_IO)
+    if not residual <= _MOST_RESIDUAL[dtype]:
+        raise _NotGoodEnoughError(f"residual {residual:.1e}")
+    return _Found(scaled_IO, condition, residual)
+
+
+def _by_eigenvalues(system: _System) -> _Found:
+    """The solution nearest to the average, in the directions whose eigenvalues stand out of the noise."""
+    values_I, vectors_II = torch.linalg.eigh(system.system_II)
+    kept = values_I > _NOISE * values_I[-1]
+    values_K, vectors_IK = values_I[kept], vectors_II[:, kept]
+    mean_IO = system.mean_IO / system.scale_I[:, None]
+    change_KO = vectors_IK.T @ (system.rhs_IO - system.system_II @ mean_IO)
+    scaled_IO = mean_IO + vectors_IK @ (change_KO / values_K[:, None])
+    left_KO = vectors_IK.T @ (system.rhs_IO - system.system_II @ scaled_IO)
+    norm = (vectors_IK.T @ system.rhs_IO).norm().item()
+    return _Found(scaled_IO, (values_K[-1] / values_K[0]).item(), left_KO.norm().item() / norm if norm > 0 else 0.0)
 
 
 def estimate_condition(system_II: torch.Tensor, factor_II: torch.Tensor) -> float:

@@ -34,6 +34,7 @@ class GroupSums:
         rhs_OI: R.
         mean_OI: Σ c_i E_i / Σ c_i.
         tokens: By candidate.
+        whole_gram: Whether s is 1, so that the rank is bounded by the tokens.
     """
 
     outputs: Mapping[str, int]
@@ -45,6 +46,7 @@ class GroupSums:
     sketch_IS: torch.Tensor
     sketches_OS: list[torch.Tensor] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    whole_gram: bool = False
 
     def add_rows(self, x_NI: torch.Tensor) -> None:
         """Adds inputs of the present candidate, one row per token."""
@@ -69,6 +71,7 @@ class GroupSums:
         """
         if not torch.isfinite(self.candidate_II.diagonal()).all():
             raise FloatingPointError("activations are not finite")
+        self.whole_gram = off_diagonal_scale == 1
         shrink_off_diagonal_(self.candidate_II, off_diagonal_scale).mul_(weight / tokens)
         self.gram_II.add_(self.candidate_II)
 
@@ -94,7 +97,8 @@ class GroupSums:
 
     def solve(self, ridge: float) -> Solution:
         """X for all linears of the group at once."""
-        return solve_anchored(mirror_(self.gram_II), self.rhs_OI, self.mean_OI, ridge)
+        most_rank = sum(self.tokens) if self.whole_gram else None
+        return solve_anchored(mirror_(self.gram_II), self.rhs_OI, self.mean_OI, ridge, most_rank)
 
     def distances(self, update_OI: torch.Tensor, linear: str) -> tuple[list[float], float]:
         """Estimates of ‖W* - W_i‖ for every candidate, and of ‖W* - W̄‖ exactly, for one linear.

@@ -12,9 +12,8 @@ import reference
 import tiny_models
 import torch
 import transformers as tf
-from cases import Case, MakeCase, load_merged, merge_and_load, rewrite_weights, weights_in
+from cases import Case, MakeCase, assert_close, load_merged, merge_and_load, rewrite_weights, weights_in
 from safetensors.torch import save_file
-from test_against_reference import assert_close
 
 import largemerge
 from largemerge import CheckpointError, LargemergeError

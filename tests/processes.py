@@ -1,0 +1,101 @@
+"""Merges in processes of their own, which can be killed at any moment.
+
+A server imports everything once and forks a child for every command, so that starting one takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+# For the server: what a merge imports, and what it would import late.
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+from largemerge.cli import main
+from largemerge.merging import merge  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+
+def start(arguments: Sequence[object], log: Path, kill_at: int | None = None) -> ForkServerProcess:
+    """Starts `largemerge ARGUMENTS` in a process of its own.
+
+    Args:
+        arguments: Of the command line.
+        log: File for its output.
+        kill_at: It kills itself right before its n-th operation on a file, counted from 1.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["processes"])
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)  # read when the server starts
+    try:
+        process = context.Process(target=_run, args=([str(argument) for argument in arguments], str(log), kill_at))
+        process.start()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return process
+
+
+def finish(process: ForkServerProcess) -> int:
+    """Waits for the process; its exit code, negative if a signal ended it."""
+    process.join(60)
+    assert process.exitcode is not None, "still running after a minute"
+    return process.exitcode
+
+
+def run(arguments: Sequence[object], log: Path, kill_at: int | None = None) -> int:
+    return finish(start(arguments, log, kill_at))
+
+
+def wait_until(condition: Callable[[], Any], process: ForkServerProcess | None = None) -> bool:
+    """Polls until the condition holds; False if the process ended before."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for a minute"
+        if process is not None and not process.is_alive():
+            return bool(condition())
+        time.sleep(0.001)
+    return True
+
+
+def _run(arguments: list[str], log: str, kill_at: int | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    if kill_at is not None:
+        sys.dont_write_bytecode = True
+        _kill_before_operation(kill_at, arguments[2])
+    main(arguments)
+
+
+def _kill_before_operation(number: int, out: str) -> None:
+    done = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal done
+        if event == "open":
+            path, _, flags = args
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if not writes or not isinstance(path, str) or not path.startswith(out):
+                return
+        elif event not in FILE_OPERATIONS:
+            return
+        done += 1
+        if done == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
