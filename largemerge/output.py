@@ -85,6 +85,7 @@ class OutputFolder:
         if index is not None:
             write_atomically(self.path / "model.safetensors.index.json", index)
         write_atomically(self.path / "config.json", config)
+        (self.working / "manifest.json").unlink()  # from here on there is nothing to resume
         shutil.rmtree(self.working)
 
 

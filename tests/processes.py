@@ -32,7 +32,7 @@ def start(arguments: Sequence[object], log: Path, kill_at: int | None = None) ->
     Args:
         arguments: Of the command line.
         log: File for its output.
-        kill_at: It kills itself right before its n-th operation on a file, counted from 1.
+        kill_at: Its operations on files are noted in the log; it kills itself right before the n-th, counted from 1.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["processes"])
@@ -95,6 +95,7 @@ def _kill_before_operation(number: int, out: str) -> None:
         elif event not in FILE_OPERATIONS:
             return
         done += 1
+        os.write(2, f"operation {done}: {event} {args[0]}\n".encode())
         if done == number:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -79,10 +79,6 @@ def check_unbroken(case: Case, out: Path) -> None:
     load_merged(case, out)
 
 
-def check_unfinished(out: Path) -> None:
-    assert not (out / "config.json").exists()
-
-
 def test_killed_after_every_block(long_case: Case, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     done: list[dict[str, Any]] = []
@@ -92,7 +88,7 @@ def test_killed_after_every_block(long_case: Case, tmp_path: Path) -> None:
         processes.wait_until(lambda number=number: len(journal(out)) >= number, process)
         process.kill()
         processes.finish(process)
-        check_unfinished(out)
+        assert not (out / "config.json").exists()
         now = journal(out)
         assert now[: len(done)] == done, "a finished block was solved again"
         assert [line["part"] for line in now] == PARTS[: len(now)]
@@ -110,7 +106,7 @@ def test_killed_at_random_moments(long_case: Case, tmp_path: Path) -> None:
     kills = 0
     for _ in range(12):
         process = processes.start(merging(long_case, out, "--resume"), log)
-        process.join(generator.uniform(0.2, 0.8))
+        process.join(generator.uniform(0.02, 0.4))
         process.kill()
         if processes.finish(process) == 0:
             break
@@ -126,41 +122,60 @@ def test_killed_at_random_moments(long_case: Case, tmp_path: Path) -> None:
 OLD = ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "adapter_config.json")
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_killed_before_its_first_operation_on_a_file_then_its_second_and_so_on(
-    long_case: Case, tmp_path: Path, force: bool
-) -> None:
-    """From the manifest to the last rename and the end of the working folder; over an old checkpoint too."""
-    if long_case.config["merge_method"] == "regmean":
-        pytest.skip("the files are the same for both methods")
+def test_killed_before_its_first_operation_on_a_file_then_its_second_and_so_on(half_done: Case, tmp_path: Path) -> None:
+    """From making the folder to the end of the working folder."""
     out, log = tmp_path / "out", tmp_path / "log"
-    if force:
-        touch(out, *OLD)
-    old = files_in(out) if force else {}
-    for number in range(1, 200):
-        begun = (out / ".largemerge" / "manifest.json").exists()
-        code = processes.run(merging(long_case, out, "--force" if force and not begun else "--resume"), log, number)
+    for number in range(1, 100):
+        code = processes.run(merging(half_done, out, "--resume"), log, number)
         if code != -signal.SIGKILL:
             break
-        if parts(out) != PARTS and force:
-            kept = {name: content for name, content in files_in(out).items() if not name.startswith(".largemerge/")}
-            assert kept == old, f"the old checkpoint was touched before the new one was there (operation {number})"
-        if (out / "config.json").exists() and (out / "config.json").read_bytes() != old.get("config.json"):
-            check_unbroken_but_for_working_folder(long_case, out)
-    else:
-        pytest.fail("never finished")
-    assert number > 20
-    if code == 2:  # it had finished, but for the last of the working folder, when it was killed
-        assert "holds a finished merge" in log.read_text()
+        if (out / "config.json").exists():
+            assert without_working_folder(lasting(out)) == lasting(half_done.folder / "unbroken")
+    assert number > len(PARTS)
+    check_finished_or_finished_before(half_done, out, code, log)
+
+
+def test_killed_before_every_operation_of_the_last_stage(half_done: Case, tmp_path: Path) -> None:
+    """Where the old checkpoint in the folder goes and the new one comes."""
+    touch(tmp_path / "old", *OLD, "notes.txt")
+    shutil.copytree(tmp_path / "old", tmp_path / "whole")
+    log = tmp_path / "whole.log"
+    assert processes.run(merging(half_done, tmp_path / "whole", "--force"), log, kill_at=0) == 0
+    operations = [line for line in log.read_text().splitlines() if line.startswith("operation ")]
+    last_part = max(index for index, line in enumerate(operations) if "journal.jsonl" in line and " open " in line)
+    num_last = len(operations) - last_part - 1
+    assert num_last >= len(OLD) + 6
+
+    shutil.copytree(tmp_path / "old", tmp_path / "ready")
+    assert processes.run(merging(half_done, tmp_path / "ready", "--force"), log, last_part + 2) == -signal.SIGKILL
+    assert parts(tmp_path / "ready") == PARTS
+    old = files_in(tmp_path / "old")
+    assert without_working_folder(files_in(tmp_path / "ready")) == old, "touched before the new one was there"
+
+    expected = lasting(half_done.folder / "unbroken") | {"notes.txt": old["notes.txt"]}
+    for number in range(2, num_last + 2):  # the first one of a resumed run opens the lock
+        out, log = tmp_path / f"out{number}", tmp_path / f"log{number}"
+        shutil.copytree(tmp_path / "ready", out)
+        assert processes.run(merging(half_done, out, "--resume"), log, number) == -signal.SIGKILL
+        found = without_working_folder(lasting(out))
+        if "config.json" in found and found["config.json"] != old["config.json"]:
+            assert found == expected, f"looks finished, but is not: {log.read_text()}"
+        code = processes.run(merging(half_done, out, "--resume"), log)
+        (out / "notes.txt").unlink()
+        check_finished_or_finished_before(half_done, out, code, log)
+
+
+def without_working_folder(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if not name.startswith(".largemerge")}
+
+
+def check_finished_or_finished_before(case: Case, out: Path, code: int, log: Path) -> None:
+    """A merge killed while it took its working folder away has finished: there is nothing to go on with."""
+    if code != 0:
+        assert code == 2 and "holds a finished merge" in log.read_text(), log.read_text()
+        assert not (out / ".largemerge" / "manifest.json").exists()
         shutil.rmtree(out / ".largemerge", ignore_errors=True)
-    else:
-        assert code == 0, log.read_text()
-    check_unbroken(long_case, out)
-
-
-def check_unbroken_but_for_working_folder(case: Case, out: Path) -> None:
-    found = {name: content for name, content in lasting(out).items() if not name.startswith(".largemerge/")}
-    assert found == lasting(case.folder / "unbroken")
+    check_unbroken(case, out)
 
 
 # Resuming what cannot be resumed, or need not be
@@ -349,7 +364,7 @@ def test_ctrl_c_prints_a_command_that_goes_on(half_done: Case, tmp_path: Path) -
         _, text = process.communicate(timeout=60)
     assert process.returncode == 130, text
     assert "Traceback" not in text
-    check_unfinished(out)
+    assert not (out / "config.json").exists()
     (line,) = [line.strip() for line in text.splitlines() if line.strip().startswith("largemerge merge ")]
     command = shlex.split(line)
     assert command[0] == "largemerge" and "--resume" in command

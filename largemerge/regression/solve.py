@@ -55,7 +55,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class _System:
-    """X A = B, scaled to a unit diagonal: A = D (G + λI) D, B = (R + λĒ) D, X = update · D⁻¹."""
+    """X A = B with A = D (G + λI) D, B = (R + λĒ) D, X = update · D⁻¹; D gives A a unit diagonal, or is I."""
 
     system_II: torch.Tensor
     rhs_IO: torch.Tensor
@@ -104,7 +104,8 @@ def solve_anchored(
         )
         attempts = attempts[2:]
     for name, dtype, attempt in attempts:
-        system = _scaled_system(gram_II, rhs_OI, mean_OI, ridge, dtype)
+        # Not scaled for eigenvalues: what is orthogonal to the data must stay so.
+        system = _system(gram_II, rhs_OI, mean_OI, ridge, dtype, scaled=attempt is _by_cholesky)
         try:
             found = attempt(system)
         except _NotGoodEnoughError as error:
@@ -116,8 +117,14 @@ def solve_anchored(
     raise AssertionError("eigenvalues always give a solution")
 
 
-def _scaled_system(
-    gram_II: torch.Tensor, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float, dtype: torch.dtype
+def _system(
+    gram_II: torch.Tensor,
+    rhs_OI: torch.Tensor,
+    mean_OI: torch.Tensor,
+    ridge: float,
+    dtype: torch.dtype,
+    *,
+    scaled: bool,
 ) -> _System:
     dead_I = gram_II.diagonal() == 0
     shift = ridge * gram_II.diagonal().mean(dtype=torch.float64).item()
@@ -129,6 +136,8 @@ def _scaled_system(
     if shift == 0:
         system_II.diagonal()[dead_I] = 1
         rhs_IO[dead_I] = mean_IO[dead_I]
+    if not scaled:
+        return _System(system_II, rhs_IO, mean_IO, torch.ones_like(system_II[0]))
     scale_I = system_II.diagonal().rsqrt()
     system_II.mul_(scale_I).mul_(scale_I[:, None])
     return _System(system_II, rhs_IO.mul_(scale_I[:, None]), mean_IO, scale_I)
