@@ -28,19 +28,12 @@ from largemerge.errors import CalibrationError, LargemergeError
 from largemerge.inputs import open_inputs
 from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
-from largemerge.planning import (
-    MergePlan,
-    Preparation,
-    choose_device,
-    for_every_candidate,
-    loss_tokens,
-    make_plan,
-    model_needs,
-)
+from largemerge.planning import MergePlan, Preparation, choose_device, make_plan
 from largemerge.progress import RunProgress
 from largemerge.regression.activations import Activations
 from largemerge.regression.engine import Engine, Settings
 from largemerge.report import MergeReport, config_yaml, versions
+from largemerge.samples import for_every_candidate, loss_tokens, model_needs
 from largemerge.weights import Weights
 
 ConfigSource = str | Path | Mapping[str, Any] | MergeConfig

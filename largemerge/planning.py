@@ -11,21 +11,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
-from largemerge.calibration import CalibrationOutline, CalibrationSet, ModelNeeds
+from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.writer import OutputTensor
-from largemerge.config import CalibrationConfig, MergeConfig
+from largemerge.config import MergeConfig
 from largemerge.dtypes import dtype_name
-from largemerge.errors import CalibrationError, LargemergeError
+from largemerge.errors import LargemergeError
 from largemerge.estimate import PeakEstimate, batch_shapes, estimate_peak, resource_problems
 from largemerge.inputs import Inputs
 from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import Rehearsal, rehearse
-from largemerge.model.skeleton import Skeleton
 from largemerge.treatment import (
     BlockPlan,
     TensorPlan,
@@ -36,24 +35,6 @@ from largemerge.treatment import (
     tensor_labels,
     treatment_problems,
 )
-
-Result = TypeVar("Result", covariant=True)
-
-
-class ReadCalibration(Protocol[Result]):
-    """`outline_calibration` or `load_calibration`."""
-
-    def __call__(
-        self,
-        config: CalibrationConfig,
-        name: str,
-        checkpoint: Path,
-        needs: ModelNeeds,
-        *,
-        base: Path | None = None,
-        trust_remote_code: bool = False,
-    ) -> Result:
-        """Reads one candidate's data, or says how large it is."""
 
 
 @dataclass(frozen=True)
@@ -167,57 +148,6 @@ def choose_device(device: str) -> torch.device:
         first_line = str(error).splitlines()[0]
         raise LargemergeError(f"--device {device}: {first_line}; expected auto, cpu or cuda:0") from None
     return chosen
-
-
-def model_needs(skeleton: Skeleton) -> ModelNeeds:
-    """What calibration data must know of the model class."""
-    config = skeleton.model.config
-    return ModelNeeds(
-        forward_arguments=skeleton.forward_arguments(),
-        is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
-        pad_token_id=getattr(config, "pad_token_id", None),
-    )
-
-
-def loss_tokens(needs: ModelNeeds) -> str:
-    """The input that loss masks belong to."""
-    return "decoder_input_ids" if needs.is_encoder_decoder else "input_ids"
-
-
-def for_every_candidate(config: MergeConfig, inputs: Inputs, read: ReadCalibration[Result]) -> tuple[Result, ...]:
-    """Outlines or reads the calibration data of all candidates.
-
-    Args:
-        config: From `load_config`.
-        inputs: From `open_inputs`.
-        read: `outline_calibration` or `load_calibration`.
-
-    Raises:
-        CalibrationError: With the problems of all candidates.
-    """
-    needs = model_needs(inputs.skeleton)
-    base = inputs.base.folder if inputs.base is not None else None
-    results: list[Result] = []
-    problems: list[str] = []
-    for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
-        assert candidate.calibration is not None
-        try:
-            results.append(
-                read(
-                    candidate.calibration,
-                    checkpoint.name,
-                    checkpoint.folder,
-                    needs,
-                    base=base,
-                    trust_remote_code=config.trust_remote_code,
-                )
-            )
-        except CalibrationError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise CalibrationError(*problems)
-    return tuple(results)
 
 
 def make_plan(

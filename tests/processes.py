@@ -5,6 +5,7 @@ A server imports everything once and forks a child for every command, so that st
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -15,14 +16,22 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import tiny_models
+import torch
+import transformers as tf
+
 # For the server: what a merge imports, and what it would import late.
-import transformers.models.llama.modeling_llama  # noqa: F401
+import transformers.models.llama.modeling_llama
+from cases import Case, files_in, load_merged, write_case
 
 from largemerge.cli import main
 from largemerge.merging import merge  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+NUM_BLOCKS = 5
+PARTS = ["outside", *(f"model.layers.{index}" for index in range(NUM_BLOCKS))]
+SHARD = 9000
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
@@ -100,3 +109,41 @@ def _kill_before_operation(number: int, out: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def make_long_case(folder: Path, method: str = "regmean_plusplus") -> Case:
+    """A merge of about a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(tf.LlamaForCausalLM(tf.LlamaConfig(**(tiny_models.LLM | {"num_hidden_layers": NUM_BLOCKS}))))
+    return write_case(folder, models, [tiny_models.inputs("text", 40, seed) for seed in range(2)], method=method)
+
+
+def merging(case: Case, out: Path, *options: object) -> list[object]:
+    return ["merge", case.folder / "config.yaml", out, "--quiet", "--max-shard-size", str(SHARD), *options]
+
+
+def journal(out: Path) -> list[dict[str, Any]]:
+    path = out / ".largemerge" / "journal.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def parts(out: Path) -> list[str]:
+    return [line["part"] for line in journal(out)]
+
+
+def lasting(folder: Path) -> dict[str, bytes]:
+    """The files of a merge but for the report, which has times in it."""
+    return {name: content for name, content in files_in(folder).items() if name != "merge_report.json"}
+
+
+def check_unbroken(case: Case, out: Path) -> None:
+    assert lasting(out) == lasting(case.folder / "unbroken")
+    report = json.loads((out / "merge_report.json").read_text())
+    assert list(report["blocks"]) == PARTS[1:]
+    load_merged(case, out)

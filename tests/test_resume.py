@@ -1,15 +1,11 @@
-"""Merges that are killed, interrupted, and gone on with: the result is that of an unbroken run, bit for bit."""
+"""Going on with an unfinished merge, and what is refused because something has changed since."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,168 +13,12 @@ from typing import Any
 import processes
 import pytest
 import tiny_models
-import torch
-import transformers as tf
-from cases import Case, files_in, load_merged, touch, write_case
+from cases import Case, files_in, touch
+from processes import PARTS, SHARD, check_unbroken, journal, make_long_case, merging, parts
 from safetensors.torch import save_file
 
 import largemerge
 from largemerge import OutputError
-
-NUM_BLOCKS = 5
-PARTS = ["outside", *(f"model.layers.{index}" for index in range(NUM_BLOCKS))]
-SHARD = 9000
-METHODS = ("regmean", "regmean_plusplus")
-
-
-def make_long_case(folder: Path, method: str = "regmean_plusplus") -> Case:
-    """A merge of about a second."""
-    folder.mkdir(parents=True, exist_ok=True)
-    models = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        models.append(tf.LlamaForCausalLM(tf.LlamaConfig(**(tiny_models.LLM | {"num_hidden_layers": NUM_BLOCKS}))))
-    return write_case(folder, models, [tiny_models.inputs("text", 40, seed) for seed in range(2)], method=method)
-
-
-def merging(case: Case, out: Path, *options: object) -> list[object]:
-    return ["merge", case.folder / "config.yaml", out, "--quiet", "--max-shard-size", str(SHARD), *options]
-
-
-@pytest.fixture(scope="module", params=METHODS)
-def long_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A case with its unbroken merge in `unbroken`, done by a process of its own."""
-    case = make_long_case(tmp_path_factory.mktemp(request.param), request.param)
-    case.write_yaml()
-    log = case.folder / "log"
-    assert processes.run(merging(case, case.folder / "unbroken"), log) == 0, log.read_text()
-    return case
-
-
-def journal(out: Path) -> list[dict[str, Any]]:
-    path = out / ".largemerge" / "journal.jsonl"
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def parts(out: Path) -> list[str]:
-    return [line["part"] for line in journal(out)]
-
-
-def lasting(folder: Path) -> dict[str, bytes]:
-    """The files of a merge but for the report, which has times in it."""
-    return {name: content for name, content in files_in(folder).items() if name != "merge_report.json"}
-
-
-def check_unbroken(case: Case, out: Path) -> None:
-    assert lasting(out) == lasting(case.folder / "unbroken")
-    report = json.loads((out / "merge_report.json").read_text())
-    assert list(report["blocks"]) == PARTS[1:]
-    load_merged(case, out)
-
-
-def test_killed_after_every_block(long_case: Case, tmp_path: Path) -> None:
-    out, log = tmp_path / "out", tmp_path / "log"
-    done: list[dict[str, Any]] = []
-    for number in range(1, len(PARTS)):
-        process = processes.start(merging(long_case, out, "--resume"), log)
-        # A running merge may come further than this before it is killed.
-        processes.wait_until(lambda number=number: len(journal(out)) >= number, process)
-        process.kill()
-        processes.finish(process)
-        assert not (out / "config.json").exists()
-        now = journal(out)
-        assert now[: len(done)] == done, "a finished block was solved again"
-        assert [line["part"] for line in now] == PARTS[: len(now)]
-        done = now
-    assert processes.run(merging(long_case, out, "--resume"), log) == 0, log.read_text()
-    check_unbroken(long_case, out)
-    report = json.loads((out / "merge_report.json").read_text())
-    assert report["resumed_parts"] == len(done)
-    assert [report["outside"], *report["blocks"].values()][: len(done)] == [line["entry"] for line in done]
-
-
-def test_killed_at_random_moments(long_case: Case, tmp_path: Path) -> None:
-    out, log = tmp_path / "out", tmp_path / "log"
-    generator = random.Random(0)
-    kills = 0
-    for _ in range(12):
-        process = processes.start(merging(long_case, out, "--resume"), log)
-        process.join(generator.uniform(0.02, 0.4))
-        process.kill()
-        if processes.finish(process) == 0:
-            break
-        kills += 1
-        if not (out / ".largemerge").exists():
-            shutil.rmtree(out, ignore_errors=True)
-    else:
-        assert processes.run(merging(long_case, out, "--resume"), log) == 0, log.read_text()
-    assert kills > 0
-    check_unbroken(long_case, out)
-
-
-OLD = ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "adapter_config.json")
-
-
-def test_killed_before_its_first_operation_on_a_file_then_its_second_and_so_on(half_done: Case, tmp_path: Path) -> None:
-    """From making the folder to the end of the working folder."""
-    out, log = tmp_path / "out", tmp_path / "log"
-    for number in range(1, 100):
-        code = processes.run(merging(half_done, out, "--resume"), log, number)
-        if code != -signal.SIGKILL:
-            break
-        if (out / "config.json").exists():
-            assert without_working_folder(lasting(out)) == lasting(half_done.folder / "unbroken")
-    assert number > len(PARTS)
-    check_finished_or_finished_before(half_done, out, code, log)
-
-
-def test_killed_before_every_operation_of_the_last_stage(half_done: Case, tmp_path: Path) -> None:
-    """Where the old checkpoint in the folder goes and the new one comes."""
-    touch(tmp_path / "old", *OLD, "notes.txt")
-    shutil.copytree(tmp_path / "old", tmp_path / "whole")
-    log = tmp_path / "whole.log"
-    assert processes.run(merging(half_done, tmp_path / "whole", "--force"), log, kill_at=0) == 0
-    operations = [line for line in log.read_text().splitlines() if line.startswith("operation ")]
-    last_part = max(index for index, line in enumerate(operations) if "journal.jsonl" in line and " open " in line)
-    num_last = len(operations) - last_part - 1
-    assert num_last >= len(OLD) + 6
-
-    shutil.copytree(tmp_path / "old", tmp_path / "ready")
-    assert processes.run(merging(half_done, tmp_path / "ready", "--force"), log, last_part + 2) == -signal.SIGKILL
-    assert parts(tmp_path / "ready") == PARTS
-    old = files_in(tmp_path / "old")
-    assert without_working_folder(files_in(tmp_path / "ready")) == old, "touched before the new one was there"
-
-    expected = lasting(half_done.folder / "unbroken") | {"notes.txt": old["notes.txt"]}
-    for number in range(2, num_last + 2):  # the first one of a resumed run opens the lock
-        out, log = tmp_path / f"out{number}", tmp_path / f"log{number}"
-        shutil.copytree(tmp_path / "ready", out)
-        assert processes.run(merging(half_done, out, "--resume"), log, number) == -signal.SIGKILL
-        found = without_working_folder(lasting(out))
-        if "config.json" in found and found["config.json"] != old["config.json"]:
-            assert found == expected, f"looks finished, but is not: {log.read_text()}"
-        code = processes.run(merging(half_done, out, "--resume"), log)
-        (out / "notes.txt").unlink()
-        check_finished_or_finished_before(half_done, out, code, log)
-
-
-def without_working_folder(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if not name.startswith(".largemerge")}
-
-
-def check_finished_or_finished_before(case: Case, out: Path, code: int, log: Path) -> None:
-    """A merge killed while it took its working folder away has finished: there is nothing to go on with."""
-    if code != 0:
-        assert code == 2 and "holds a finished merge" in log.read_text(), log.read_text()
-        assert not (out / ".largemerge" / "manifest.json").exists()
-        shutil.rmtree(out / ".largemerge", ignore_errors=True)
-    check_unbroken(case, out)
-
-
-# Resuming what cannot be resumed, or need not be
 
 
 @pytest.fixture(scope="module")
@@ -349,26 +189,6 @@ def test_a_second_process_is_refused(half_done: Case, out: Path, tmp_path: Path)
         assert processes.finish(process) == 0, log.read_text()
     finally:
         process.kill()
-    check_unbroken(half_done, out)
-
-
-def test_ctrl_c_prints_a_command_that_goes_on(half_done: Case, tmp_path: Path) -> None:
-    """In a folder whose name needs quotes, with options that must be given again."""
-    out = tmp_path / "the output"
-    environment = os.environ | processes.ENVIRONMENT
-    python = [sys.executable, "-m", "largemerge"]
-    arguments = [str(argument) for argument in merging(half_done, out, "--device", "cpu")]
-    with subprocess.Popen([*python, *arguments], stderr=subprocess.PIPE, text=True, env=environment) as process:
-        processes.wait_until(lambda: journal(out) or process.poll() is not None)
-        process.send_signal(signal.SIGINT)
-        _, text = process.communicate(timeout=60)
-    assert process.returncode == 130, text
-    assert "Traceback" not in text
-    assert not (out / "config.json").exists()
-    (line,) = [line.strip() for line in text.splitlines() if line.strip().startswith("largemerge merge ")]
-    command = shlex.split(line)
-    assert command[0] == "largemerge" and "--resume" in command
-    assert processes.run(command[1:], tmp_path / "log") == 0, (tmp_path / "log").read_text()
     check_unbroken(half_done, out)
 
 

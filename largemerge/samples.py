@@ -1,0 +1,81 @@
+"""The calibration data of all candidates: outlined, or read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from largemerge.calibration import ModelNeeds
+from largemerge.config import CalibrationConfig, MergeConfig
+from largemerge.errors import CalibrationError
+from largemerge.inputs import Inputs
+from largemerge.model.skeleton import Skeleton
+
+Result = TypeVar("Result", covariant=True)
+
+
+class ReadCalibration(Protocol[Result]):
+    """`outline_calibration` or `load_calibration`."""
+
+    def __call__(
+        self,
+        config: CalibrationConfig,
+        name: str,
+        checkpoint: Path,
+        needs: ModelNeeds,
+        *,
+        base: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Result:
+        """Reads one candidate's data, or says how large it is."""
+
+
+def model_needs(skeleton: Skeleton) -> ModelNeeds:
+    """What calibration data must know of the model class."""
+    config = skeleton.model.config
+    return ModelNeeds(
+        forward_arguments=skeleton.forward_arguments(),
+        is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        pad_token_id=getattr(config, "pad_token_id", None),
+    )
+
+
+def loss_tokens(needs: ModelNeeds) -> str:
+    """The input that loss masks belong to."""
+    return "decoder_input_ids" if needs.is_encoder_decoder else "input_ids"
+
+
+def for_every_candidate(config: MergeConfig, inputs: Inputs, read: ReadCalibration[Result]) -> tuple[Result, ...]:
+    """Outlines or reads the calibration data of all candidates.
+
+    Args:
+        config: From `load_config`.
+        inputs: From `open_inputs`.
+        read: `outline_calibration` or `load_calibration`.
+
+    Raises:
+        CalibrationError: With the problems of all candidates.
+    """
+    needs = model_needs(inputs.skeleton)
+    base = inputs.base.folder if inputs.base is not None else None
+    results: list[Result] = []
+    problems: list[str] = []
+    for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
+        assert candidate.calibration is not None
+        try:
+            results.append(
+                read(
+                    candidate.calibration,
+                    checkpoint.name,
+                    checkpoint.folder,
+                    needs,
+                    base=base,
+                    trust_remote_code=config.trust_remote_code,
+                )
+            )
+        except CalibrationError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CalibrationError(*problems)
+    return tuple(results)
