@@ -15,7 +15,7 @@ import psutil
 import torch
 import transformers
 
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Measured:
     peak_bytes: int
     """Resident set at its largest. Pages of mapped files count, though the kernel may drop them."""
     peak_anonymous_bytes: int
-    """What of it no file stands behind, at its largest as polled every 10 ms."""
+    """What of it no file stands behind, at its largest as polled every 50 ms."""
 
 
 def run_measured(command: Sequence[str], log: Path) -> Measured:

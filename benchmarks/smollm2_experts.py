@@ -1,6 +1,6 @@
 """Does a merge keep what four experts know? Losses, times and memory on SmolLM2-135M.
 
-    python benchmarks/smollm2_experts.py              # about 20 minutes on 2 cores; a later run reuses the experts
+    python benchmarks/smollm2_experts.py              # 15 minutes on 2 cores before the merges; later runs: seconds
     python benchmarks/smollm2_experts.py --quick      # a smoke test: the numbers mean nothing
     python benchmarks/smollm2_experts.py --no-merges  # base, experts and their average only
     python benchmarks/smollm2_experts.py --grid       # every method x off_diagonal_scale x ridge
@@ -161,7 +161,7 @@ def _merge(config: Path, heldout: Mapping[str, torch.Tensor], work: Path) -> Row
     output = work / "merged" / config.stem
     output.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "largemerge", "merge", str(config), str(output), "--force"]
-    measured = run_measured(command, output.with_suffix(".log"))
+    measured = run_measured(command, output.with_name(f"{output.name}.log"))
     print(f"{config.stem}: merged in {measured.seconds:.0f} s", flush=True)
     return Row(config.stem, _losses(output, heldout, work), measured)
 

@@ -14,7 +14,7 @@ from types import TracebackType
 import psutil
 import torch
 
-_INTERVAL_SECONDS = 0.02
+_INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
 
 
 @dataclass(frozen=True)

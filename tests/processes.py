@@ -19,36 +19,39 @@ from typing import Any
 import tiny_models
 import torch
 import transformers as tf
-
-# For the server: what a merge imports, and what it would import late.
-import transformers.models.llama.modeling_llama
 from cases import Case, files_in, load_merged, write_case
+from transformers import LlamaForCausalLM  # imported late otherwise, in every child
 
+import largemerge.merging  # noqa: F401
 from largemerge.cli import main
-from largemerge.merging import merge  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
 NUM_BLOCKS = 5
 PARTS = ["outside", *(f"model.layers.{index}" for index in range(NUM_BLOCKS))]
-SHARD = 9000
+SHARD = 20_000
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
-def start(arguments: Sequence[object], log: Path, kill_at: int | None = None) -> ForkServerProcess:
+def start(
+    arguments: Sequence[object], log: Path, kill_at: int | None = None, number: signal.Signals = signal.SIGKILL
+) -> ForkServerProcess:
     """Starts `largemerge ARGUMENTS` in a process of its own.
 
     Args:
         arguments: Of the command line.
         log: File for its output.
-        kill_at: Its operations on files are noted in the log; it kills itself right before the n-th, counted from 1.
+        kill_at: Its operations on files are noted in the log; it sends itself the signal right before the n-th,
+            counted from 1.
+        number: The signal.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["processes"])
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)  # read when the server starts
     try:
-        process = context.Process(target=_run, args=([str(argument) for argument in arguments], str(log), kill_at))
+        texts = [str(argument) for argument in arguments]
+        process = context.Process(target=_run, args=(texts, str(log), kill_at, number))
         process.start()
     finally:
         for name, value in before.items():
@@ -81,17 +84,22 @@ def wait_until(condition: Callable[[], Any], process: ForkServerProcess | None =
     return True
 
 
-def _run(arguments: list[str], log: str, kill_at: int | None) -> None:
+def operations(log: Path) -> list[str]:
+    """What a process with `kill_at` did to files, as far as it came."""
+    return [line for line in log.read_text().splitlines() if line.startswith("operation ")]
+
+
+def _run(arguments: list[str], log: str, kill_at: int | None, number: signal.Signals) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     if kill_at is not None:
         sys.dont_write_bytecode = True
-        _kill_before_operation(kill_at, arguments[2])
+        _signal_before_operation(kill_at, arguments[2], number)
     main(arguments)
 
 
-def _kill_before_operation(number: int, out: str) -> None:
+def _signal_before_operation(kill_at: int, out: str, number: signal.Signals) -> None:
     done = 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -105,8 +113,8 @@ def _kill_before_operation(number: int, out: str) -> None:
             return
         done += 1
         os.write(2, f"operation {done}: {event} {args[0]}\n".encode())
-        if done == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if done == kill_at:
+            os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 
@@ -117,7 +125,7 @@ def make_long_case(folder: Path, method: str = "regmean_plusplus") -> Case:
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
-        models.append(tf.LlamaForCausalLM(tf.LlamaConfig(**(tiny_models.LLM | {"num_hidden_layers": NUM_BLOCKS}))))
+        models.append(LlamaForCausalLM(tf.LlamaConfig(**(tiny_models.LLM | {"num_hidden_layers": NUM_BLOCKS}))))
     return write_case(folder, models, [tiny_models.inputs("text", 40, seed) for seed in range(2)], method=method)
 
 

@@ -37,16 +37,19 @@ def test_killed_after_every_block(long_case: Case, tmp_path: Path) -> None:
         # A running merge may come further than this before it is killed.
         processes.wait_until(lambda number=number: len(journal(out)) >= number, process)
         process.kill()
-        processes.finish(process)
+        if processes.finish(process) == 0:
+            break  # the killer came too late
         assert not (out / "config.json").exists()
         now = journal(out)
         assert now[: len(done)] == done, "a finished block was solved again"
         assert [line["part"] for line in now] == PARTS[: len(now)]
         done = now
-    assert processes.run(merging(long_case, out, "--resume"), log) == 0, log.read_text()
+    else:
+        assert processes.run(merging(long_case, out, "--resume"), log) == 0, log.read_text()
+    assert done
     check_unbroken(long_case, out)
     report = json.loads((out / "merge_report.json").read_text())
-    assert report["resumed_parts"] == len(done)
+    assert report["resumed_parts"] >= len(done)
     assert [report["outside"], *report["blocks"].values()][: len(done)] == [line["entry"] for line in done]
 
 
@@ -69,9 +72,10 @@ def test_killed_at_random_moments(long_case: Case, tmp_path: Path) -> None:
     check_unbroken(long_case, out)
 
 
-OLD = ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "adapter_config.json")
+OLD = ("config.json", "model.safetensors", "tokenizer.json")
 
 
+@pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
 def test_killed_before_its_first_operation_on_a_file_then_its_second_and_so_on(long_case: Case, tmp_path: Path) -> None:
     """From making the folder to the end of the working folder."""
     out, log = tmp_path / "out", tmp_path / "log"
@@ -85,13 +89,14 @@ def test_killed_before_its_first_operation_on_a_file_then_its_second_and_so_on(l
     check_finished_or_finished_before(long_case, out, code, log)
 
 
+@pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
 def test_killed_before_every_operation_of_the_last_stage(long_case: Case, tmp_path: Path) -> None:
     """Where the old checkpoint in the folder goes and the new one comes."""
     touch(tmp_path / "old", *OLD, "notes.txt")
     shutil.copytree(tmp_path / "old", tmp_path / "whole")
     log = tmp_path / "whole.log"
     assert processes.run(merging(long_case, tmp_path / "whole", "--force"), log, kill_at=0) == 0
-    operations = [line for line in log.read_text().splitlines() if line.startswith("operation ")]
+    operations = processes.operations(log)
     last_part = max(index for index, line in enumerate(operations) if "journal.jsonl" in line and " open " in line)
     num_last = len(operations) - last_part - 1
     assert num_last >= len(OLD) + 6
@@ -128,21 +133,27 @@ def check_finished_or_finished_before(case: Case, out: Path, code: int, log: Pat
     check_unbroken(case, out)
 
 
+@pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
 def test_ctrl_c_prints_a_command_that_goes_on(long_case: Case, tmp_path: Path) -> None:
     """In a folder whose name needs quotes, with options that must be given again."""
-    out = tmp_path / "the output"
+    out, log = tmp_path / "the output", tmp_path / "log"
+    slow = Case(json.loads(json.dumps(long_case.config)), long_case.models, long_case.inputs, tmp_path)
+    slow.config["calibration"]["batch_size"] = 2
+    slow.write_yaml()
+    arguments = [str(argument) for argument in merging(slow, out, "--device", "cpu")]
     environment = os.environ | processes.ENVIRONMENT
-    python = [sys.executable, "-m", "largemerge"]
-    arguments = [str(argument) for argument in merging(long_case, out, "--device", "cpu")]
-    with subprocess.Popen([*python, *arguments], stderr=subprocess.PIPE, text=True, env=environment) as process:
+    command = [sys.executable, "-m", "largemerge", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         processes.wait_until(lambda: journal(out) or process.poll() is not None)
         process.send_signal(signal.SIGINT)
         _, text = process.communicate(timeout=60)
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert not (out / "config.json").exists()
+    assert 0 < len(journal(out)) < len(PARTS)
     (line,) = [line.strip() for line in text.splitlines() if line.strip().startswith("largemerge merge ")]
-    command = shlex.split(line)
-    assert command[0] == "largemerge" and "--resume" in command
-    assert processes.run(command[1:], tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    check_unbroken(long_case, out)
+    words = shlex.split(line)
+    assert words[0] == "largemerge" and "--resume" in words
+    assert processes.run(words[1:], log) == 0, log.read_text()
+    assert processes.run(merging(slow, tmp_path / "unbroken"), log) == 0, log.read_text()
+    check_unbroken(slow, out)

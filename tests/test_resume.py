@@ -23,16 +23,15 @@ from largemerge import OutputError
 
 @pytest.fixture(scope="module")
 def half_done(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A case whose merge was killed after two parts, in `out`; the unbroken one is in `unbroken`."""
+    """A case whose merge was killed right before its third part was noted, in `out`; unbroken in `unbroken`."""
     case = make_long_case(tmp_path_factory.mktemp("half"))
     case.write_yaml()
     log = case.folder / "log"
-    assert processes.run(merging(case, case.folder / "unbroken"), log) == 0, log.read_text()
-    process = processes.start(merging(case, case.folder / "out"), log)
-    assert processes.wait_until(lambda: len(journal(case.folder / "out")) >= 2, process)
-    process.kill()
-    processes.finish(process)
-    assert 2 <= len(journal(case.folder / "out")) < len(PARTS)
+    assert processes.run(merging(case, case.folder / "unbroken"), log, kill_at=0) == 0, log.read_text()
+    notes = [number for number, line in enumerate(processes.operations(log), start=1) if "journal.jsonl" in line]
+    assert len(notes) == len(PARTS) + 1  # the last one takes it away
+    assert processes.run(merging(case, case.folder / "out"), log, notes[2]) == -signal.SIGKILL
+    assert parts(case.folder / "out") == PARTS[:2]
     return case
 
 
@@ -92,7 +91,7 @@ def test_another_order_of_candidates_is_refused(half_done: Case, out: Path) -> N
 
 
 def test_other_shards_are_refused(half_done: Case, out: Path) -> None:
-    refused(half_done, out, "shards", max_shard_bytes=SHARD - 2000)
+    refused(half_done, out, "shards", max_shard_bytes=SHARD // 2)
 
 
 def rewrite_config(folder: Path) -> None:
@@ -176,15 +175,13 @@ def test_resuming_in_a_folder_of_other_things_is_refused(half_done: Case, tmp_pa
 def test_a_second_process_is_refused(half_done: Case, out: Path, tmp_path: Path) -> None:
     """While the first one stands still."""
     log = tmp_path / "log"
-    before = len(journal(out))
-    process = processes.start(merging(half_done, out, "--resume"), log)
+    process = processes.start(merging(half_done, out, "--resume"), log, kill_at=8, number=signal.SIGSTOP)
     try:
-        assert processes.wait_until(lambda: len(journal(out)) > before, process)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGSTOP)
+        processes.wait_until(lambda: log.exists() and len(processes.operations(log)) == 8, process)
         for options in ({"resume": True}, {"resume": False, "force": True}):
             with pytest.raises(OutputError, match="another process is merging into this folder"):
                 resume(half_done, out, **options)
+        assert process.pid is not None and process.is_alive()
         os.kill(process.pid, signal.SIGCONT)
         assert processes.finish(process) == 0, log.read_text()
     finally:

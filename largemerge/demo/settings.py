@@ -1,4 +1,4 @@
-"""How large the demo is: texts, model, training, merge."""
+"""How large the demo is: texts, model, training, calibration."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Everything that decides what the demo's models become; changing any of it trains them anew.
+    """Everything that decides what the demo's models become; after a change they are trained anew.
 
-    The defaults take about a minute on two CPU cores.
+    With the defaults the training takes about a minute on one CPU core.
     """
 
     seed: int = 0
@@ -17,24 +17,24 @@ class DemoSettings:
     train_chars: int = 150_000
     """Training text of each kind."""
     calibration_chars: int = 36_000
-    """Calibration text of each kind."""
+    """Calibration text of each kind, for the merges."""
     held_out_chars: int = 24_000
     """Text of each kind that no model is trained or calibrated on."""
     vocabulary_size: int = 2048
-    """Of the byte-level BPE tokenizer, trained on all training texts."""
+    """Of the tokenizer, which is trained on all training texts."""
     hidden_size: int = 96
-    """Width of the model."""
+    """Width of the model; a multiple of 32."""
     num_layers: int = 4
     """Blocks of the model."""
     sequence_length: int = 64
-    """Tokens of a training or calibration sample."""
+    """Tokens of a training, calibration or held-out sample."""
     batch_size: int = 8
     """Samples of a training step."""
-    base_steps: int = 400
+    base_steps: int = 600
     """Training steps on all kinds."""
-    base_learning_rate: float = 6e-3
-    """Peak, for the base."""
     expert_steps: int = 150
     """Further training steps of each expert, on its own kind."""
-    expert_learning_rate: float = 2e-3
-    """Peak, for the experts."""
+    learning_rate: float = 6e-3
+    """Peak, of base and experts."""
+    calibration_samples: int = 128
+    """Samples of each kind that a merge looks at."""

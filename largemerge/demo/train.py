@@ -1,14 +1,17 @@
 """Tiny real models: a tokenizer, a Llama trained on all kinds of text (the base), one expert per kind.
 
-Plain next-token training (AdamW, linear warm-up and decay) on packed sequences; an expert goes on
-from the base with its own kind only. Everything is saved as `from_pretrained` reads it.
+Plain next-token training (AdamW, warm-up, linear decay) on packed samples. An expert goes on from the
+base with its own kind only and changes only its blocks, where merging methods differ: embeddings, final
+norm and head stay the base's. Everything is saved as `from_pretrained` reads it.
+
+Shapes: B samples, T tokens of a sample, V words of the vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,31 +19,56 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from largemerge.demo.corpora import Corpus
+from largemerge.demo.progress import Step, training_progress
 from largemerge.demo.settings import DemoSettings
-from largemerge.demo.steps import Steps
 
 _END_OF_TEXT = "<|end|>"
 _HEAD_SIZE = 32
-_CPU = torch.device("cpu")
 
 
-def train_all(folder: Path, corpora: Mapping[str, Corpus], settings: DemoSettings, steps: Steps) -> None:
-    """Trains base and experts, and saves them in `folder/base` and `folder/experts/KIND`."""
-    tokenizer = train_tokenizer([text for corpus in corpora.values() for text in corpus.train], settings)
-    tokens = {name: pack(tokenizer, corpus.train, settings.sequence_length) for name, corpus in corpora.items()}
+def train_all(folder: Path, corpora: Mapping[str, Corpus], settings: DemoSettings) -> None:
+    """Trains base and experts and saves them as `folder/base` and `folder/experts/KIND`."""
+    tokenizer = _train_tokenizer([text for corpus in corpora.values() for text in corpus.train], settings)
+    samples = {kind: pack(tokenizer, corpus.train, settings.sequence_length) for kind, corpus in corpora.items()}
     torch.manual_seed(settings.seed)
-    base = LlamaForCausalLM(_model_config(tokenizer, settings))
-    mixture = torch.cat(list(tokens.values()))
-    _train(base, "base", mixture, settings.base_steps, settings.base_learning_rate, settings, steps)
-    _save(base, tokenizer, folder / "base")
-    for name, own in tokens.items():
-        expert = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-        _train(expert, name, own, settings.expert_steps, settings.expert_learning_rate, settings, steps)
-        _save(expert, tokenizer, folder / "experts" / name)
+    model = LlamaForCausalLM(_model_config(tokenizer, settings))
+    with training_progress(settings.base_steps + len(samples) * settings.expert_steps) as step:
+        _train(model, "base", torch.cat(list(samples.values())), settings.base_steps, settings, step)
+        _save(model, tokenizer, folder / "base")
+        for kind, own in samples.items():
+            expert = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+            for name, parameter in expert.named_parameters():
+                parameter.requires_grad_(name.startswith("model.layers."))
+            _train(expert, f"{kind} expert", own, settings.expert_steps, settings, step)
+            _save(expert, tokenizer, folder / "experts" / kind)
 
 
-def train_tokenizer(texts: Sequence[str], settings: DemoSettings) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: no text is unknown to it."""
+def pack(tokenizer: Any, texts: Sequence[str], length: int) -> torch.Tensor:
+    """Joins texts by the end-of-text token and cuts them into samples.
+
+    Args:
+        tokenizer: Of the demo.
+        texts: Documents.
+        length: T.
+
+    Returns:
+        Token ids `[B, T]`; what does not fill the last sample is left out.
+    """
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer.encode(text), tokenizer.eos_token_id]
+    num_samples = len(ids) // length
+    return torch.tensor(ids[: num_samples * length]).reshape(num_samples, length)
+
+
+def next_token_loss(model: LlamaForCausalLM, samples_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next token, in nats."""
+    logits_BTV = model(input_ids=samples_BT, use_cache=False).logits
+    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1), samples_BT[:, 1:].flatten())
+
+
+def _train_tokenizer(texts: Sequence[str], settings: DemoSettings) -> Any:
+    # Of bytes, so that no text is unknown to it.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,32 +79,11 @@ def train_tokenizer(texts: Sequence[str], settings: DemoSettings) -> PreTrainedT
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END_OF_TEXT, pad_token=_END_OF_TEXT)
+    wrap: Any = PreTrainedTokenizerFast
+    return wrap(tokenizer_object=tokenizer, eos_token=_END_OF_TEXT, pad_token=_END_OF_TEXT)
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int) -> torch.Tensor:
-    """Joins texts by the end-of-text token and cuts them into samples `[B, length]`, without the last rest."""
-    ids: list[int] = []
-    for text in texts:
-        ids += [*tokenizer.encode(text), tokenizer.eos_token_id]
-    samples = len(ids) // length
-    return torch.tensor(ids[: samples * length]).reshape(samples, length)
-
-
-@torch.inference_mode()
-def held_out_loss(model: LlamaForCausalLM, samples_BT: torch.Tensor, batch_size: int) -> float:
-    """Mean cross-entropy of the next token, in nats."""
-    model.eval()
-    total = sum(float(_loss(model, batch)) * len(batch) for batch in samples_BT.split(batch_size))
-    return total / len(samples_BT)
-
-
-def _loss(model: LlamaForCausalLM, samples_BT: torch.Tensor) -> torch.Tensor:
-    logits_BTV = model(input_ids=samples_BT, use_cache=False).logits
-    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), samples_BT[:, 1:].flatten())
-
-
-def _model_config(tokenizer: PreTrainedTokenizerFast, settings: DemoSettings) -> LlamaConfig:
+def _model_config(tokenizer: Any, settings: DemoSettings) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -84,6 +91,7 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, settings: DemoSettings) ->
         num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.hidden_size // _HEAD_SIZE,
         max_position_embeddings=settings.sequence_length,
+        # The usual 0.02 suits a width of thousands; at this width nothing is learned for the first minute.
         initializer_range=settings.hidden_size**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -92,40 +100,34 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, settings: DemoSettings) ->
 
 
 def _train(
-    model: LlamaForCausalLM,
-    name: str,
-    samples_BT: torch.Tensor,
-    num_steps: int,
-    learning_rate: float,
-    settings: DemoSettings,
-    steps: Steps,
+    model: LlamaForCausalLM, what: str, samples_BT: torch.Tensor, num_steps: int, settings: DemoSettings, step: Step
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(1, num_steps // 10)
-
-    def rate(step: int) -> float:
-        return min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    model.train()
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min((done + 1) / warmup, (num_steps - done) / max(1, num_steps - warmup))
+    )
     batches = _batches(samples_BT, settings)
+    model.train()
     for _ in range(num_steps):
-        loss = _loss(model, next(batches))
+        loss = next_token_loss(model, next(batches))
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        steps.done(f"training {name}", f"loss {loss.item():.2f}")
-        assert math.isfinite(loss.item()), "the demo's training diverged"
+        step(f"training {what}", f"loss {loss.item():.2f}")
 
 
 def _batches(samples_BT: torch.Tensor, settings: DemoSettings) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
-        yield from samples_BT[torch.randperm(len(samples_BT), generator=generator)].split(settings.batch_size)
+        order = torch.randperm(len(samples_BT), generator=generator)
+        for start in range(0, len(order), settings.batch_size):
+            yield samples_BT[order[start : start + settings.batch_size]]
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

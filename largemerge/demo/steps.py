@@ -1,2 +1,0 @@
-class Steps:
-    pass
