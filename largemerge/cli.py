@@ -42,7 +42,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
     unit = match[2] if match else None
-    if match is None or unit not in _UNITS or float(match[1]) <= 0:
+    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
         raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 5GB, 500MB or 2GiB")
     return int(float(match[1]) * _UNITS[unit])
 
@@ -101,7 +101,7 @@ def _merge(options: argparse.Namespace) -> int:
             return _INTERRUPTED
         raise
     if not options.quiet:
-        print_report(report, str(options.out), Console(stderr=True))
+        print_report(report, str(options.out), Console(stderr=True, markup=False, emoji=False))
     return 0
 
 
@@ -117,7 +117,7 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        print_plan(made, Console())
+        print_plan(made, Console(markup=False, emoji=False))
     return EXIT_CODE if made.problems else 0
 
 

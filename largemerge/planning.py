@@ -143,7 +143,7 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=chosen).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise LargemergeError(f"--device {device}: {first_line}; expected auto, cpu or cuda:0") from None

@@ -25,7 +25,7 @@ class RunProgress:
     """
 
     def __init__(self, total: int, num_blocks: int, device: torch.device, *, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False)
         self._live = self._console.is_terminal and not quiet
         self._total = max(1, total)
         self._num_blocks = num_blocks
@@ -36,13 +36,13 @@ class RunProgress:
         self._blocks: dict[str, int] = {}
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[more]}"),
+            TextColumn("{task.fields[more]}", markup=False),
             console=self._console,
             transient=True,
         )

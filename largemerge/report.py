@@ -15,6 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from largemerge.calibration import CalibrationSet
 from largemerge.config import MergeConfig
@@ -221,7 +222,7 @@ def print_plan(plan: MergePlan, console: Console) -> None:
     for note in plan.notes:
         table.add_row("note", note)
     for problem in plan.problems:
-        table.add_row("[red]impossible[/red]", problem)
+        table.add_row(Text("impossible", style="red"), problem)
     console.print(table)
 
 

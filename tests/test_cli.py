@@ -257,7 +257,8 @@ def test_plain_lines_where_there_is_no_terminal(
     case = make_case("t5", method=method, num_samples=4, batch_size=3)
     outcome = command("merge", case.write_yaml(), case.folder / "merged")
     lines = [line for line in outcome.err.splitlines() if "steps/s" in line]
-    pattern = r" *(\d+)% (outside|collect|solve|forward) (\S+)( \(\d/4\))?( model[01])?, [\d.]+ steps/s, [\d.]+ GiB, \d+:\d\d left"
+    what = r"(outside|collect|solve|forward) (\S+)( \(\d/4\))?( model[01])?"
+    pattern = rf" *(\d+)% {what}, [\d.]+ steps/s, [\d.]+ GiB, \d+:\d\d left"
     matches = [re.fullmatch(pattern, line) for line in lines]
     assert all(matches), lines
     percent = [int(match[1]) for match in matches if match]

@@ -137,6 +137,18 @@ def test_the_end_of_a_torn_journal_is_done_again(half_done: Case, out: Path, tor
     check_unbroken(half_done, out)
 
 
+def test_a_merge_killed_again_after_a_torn_journal(half_done: Case, out: Path, tmp_path: Path) -> None:
+    """What is noted after the torn line must stand in a line of its own."""
+    log = tmp_path / "log"
+    before = parts(out)
+    with (out / ".largemerge" / "journal.jsonl").open("ab") as stream:
+        stream.write(b'{"part": "model.layers.3", "ent')
+    assert processes.run(merging(half_done, out, "--resume"), log, kill_at=10) == -signal.SIGKILL
+    assert len(before) < len(parts(out)) < len(PARTS)
+    resume(half_done, out)
+    check_unbroken(half_done, out)
+
+
 def test_a_part_that_is_not_in_the_journal_is_done_again(half_done: Case, out: Path) -> None:
     """Whatever lies in its place in the shards by now."""
     path = out / ".largemerge" / "journal.jsonl"

@@ -80,7 +80,12 @@ def _prose() -> Iterator[Source]:
         for raw in re.split(r"\n\s*\n", topics[name]):
             text = " ".join(raw.split())
             is_example = re.search(r"^ {6}|::=|\*{4}|={4}", raw, re.MULTILINE)
-            if len(text) >= _MIN_PARAGRAPH_CHARS and text[0].isalpha() and not is_example and text not in seen:
+            if (
+                len(text) >= _MIN_PARAGRAPH_CHARS
+                and (text[0].isalpha() or text[0] in '"*')
+                and not is_example
+                and text not in seen
+            ):
                 seen.add(text)
                 paragraphs.append(text)
     yield from _runs(paragraphs, _PARAGRAPHS_IN_A_SOURCE)
@@ -101,24 +106,31 @@ def _runs(lines: Source, length: int) -> Iterator[Source]:
 def _split(name: str, sources: list[Source], settings: DemoSettings) -> Corpus:
     generator = random.Random(settings.seed)
     generator.shuffle(sources)
-    remaining = iter(sources)
-    parts = []
-    for wanted in (settings.held_out_chars, settings.calibration_chars, settings.train_chars):
-        documents: list[str] = []
-        while sum(map(len, documents)) < wanted:
-            source = next(remaining, None)
-            if source is None:
-                raise LargemergeError(
-                    f"demo: this Python's standard library ({sysconfig.get_path('stdlib')}) has too little {name} "
-                    "to train on; expected its .py files and pydoc_data.topics. "
-                    "Run the demo with a complete Python (on Debian: apt install libpython3-stdlib)"
-                )
-            pieces = list(_documents(source))
-            start = generator.randrange(max(1, len(pieces) - _MAX_DOCUMENTS_OF_A_SOURCE + 1))
-            documents.extend(pieces[start : start + _MAX_DOCUMENTS_OF_A_SOURCE])
-        parts.append(tuple(documents))
-    held_out, calibration, train = parts
+    documents = (document for source in sources for document in _excerpt(source, generator))
+    held_out = _take(documents, settings.held_out_chars)
+    calibration = _take(documents, settings.calibration_chars)
+    train = _take(documents, settings.train_chars)
+    # There is less prose than of the rest; what there is will do.
+    if sum(map(len, train)) < settings.train_chars / 2:
+        raise LargemergeError(
+            f"demo: this Python's standard library ({sysconfig.get_path('stdlib')}) has too little {name} "
+            "to train on; expected its .py files and pydoc_data.topics. "
+            "Run the demo with a complete Python (on Debian: apt install libpython3-stdlib)"
+        )
     return Corpus(train, calibration, held_out)
+
+
+def _take(documents: Iterator[str], num_chars: int) -> tuple[str, ...]:
+    taken: list[str] = []
+    while sum(map(len, taken)) < num_chars and (document := next(documents, None)) is not None:
+        taken.append(document)
+    return tuple(taken)
+
+
+def _excerpt(source: Source, generator: random.Random) -> list[str]:
+    documents = list(_documents(source))
+    start = generator.randrange(max(1, len(documents) - _MAX_DOCUMENTS_OF_A_SOURCE + 1))
+    return documents[start : start + _MAX_DOCUMENTS_OF_A_SOURCE]
 
 
 def _documents(source: Source) -> Iterator[str]:

@@ -5,7 +5,7 @@ The plain average is made here, in memory: it is what the regression methods are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from largemerge.demo.train import next_token_loss, pack
 
 AVERAGE = "average"
 MEAN = "mean"
+TIE_NATS = 0.005
+"""Merges closer than this count as equally good: the held-out text is too short to tell them apart."""
 
 Losses = dict[str, dict[str, float]]
 """Model to kind of text to nats per token; the last column is `MEAN`."""
@@ -52,13 +54,14 @@ def measure(
     return losses | {label: _losses(_load(folder), samples) for label, folder in merges.items()}
 
 
-def best(losses: Losses, among: Iterable[str], kind: str = MEAN) -> str:
-    """The model with the least loss on a kind of text."""
-    return min(among, key=lambda label: losses[label][kind])
+def best(losses: Mapping[str, Mapping[str, float]], among: Sequence[str], kind: str) -> frozenset[str]:
+    """The models with the least loss on a kind of text; several where they tie."""
+    least = min(losses[label][kind] for label in among)
+    return frozenset(label for label in among if losses[label][kind] < least + TIE_NATS)
 
 
 def losses_table(losses: Losses, merges: Sequence[str]) -> Table:
-    """The losses for the terminal: a row per model, the best merge highlighted, its best cells too.
+    """The losses for the terminal: a row per model, the best merge or merges highlighted.
 
     Args:
         losses: Of all models.
@@ -67,7 +70,8 @@ def losses_table(losses: Losses, merges: Sequence[str]) -> Table:
     kinds = list(next(iter(losses.values())))
     winners = {kind: best(losses, merges, kind) for kind in kinds}
     table = Table(
-        title="Loss on held-out text", caption="nats per token, less is better; bold: the best merge of a column"
+        title="Loss on held-out text",
+        caption=f"nats per token, less is better\n← the best merge; merges within {TIE_NATS} tie",
     )
     table.add_column("model")
     for kind in kinds:
@@ -75,8 +79,8 @@ def losses_table(losses: Losses, merges: Sequence[str]) -> Table:
     for label, row in losses.items():
         if label == merges[0]:
             table.add_section()
-        winner = label == winners[MEAN]
-        cells = [Text(f"{value:.3f}", "bold" if winners[kind] == label else "") for kind, value in row.items()]
+        winner = label in winners[MEAN]
+        cells = [Text(f"{value:.3f}", "bold" if label in winners[kind] else "") for kind, value in row.items()]
         table.add_row(f"{label} ←" if winner else label, *cells, style="green" if winner else None)
     return table
 

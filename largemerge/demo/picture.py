@@ -5,8 +5,10 @@ Plain SVG without a background, in colours that can be read on white and on blac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from xml.sax.saxutils import escape
+
+from largemerge.demo.measure import best
 
 _LABEL_WIDTH = 124
 _PANEL_WIDTH = 176
@@ -14,7 +16,7 @@ _PANEL_GAP = 18
 _TOP = 84
 _ROW_HEIGHT = 30
 _PADDING = 12
-_VALUE_WIDTH = 46
+_VALUE_WIDTH = 54
 
 _TEXT = "#75808c"
 _LINE = "#8c959f"
@@ -27,7 +29,7 @@ def losses_svg(losses: Mapping[str, Mapping[str, float]], merges: Sequence[str])
 
     Args:
         losses: Model to kind of text to nats per token; every model has the same kinds.
-        merges: The models to show in colour; the best of them has its value in bold.
+        merges: The models to show in colour; the best of them have their values in bold.
 
     Returns:
         A whole SVG document.
@@ -48,15 +50,18 @@ def losses_svg(losses: Mapping[str, Mapping[str, float]], merges: Sequence[str])
         parts.append(_text(_PADDING, _row_y(row) + 4, label, colour=colour, bold=label in colours))
     for column, kind in enumerate(kinds):
         values = {label: row[kind] for label, row in losses.items()}
-        parts += _panel(_LABEL_WIDTH + column * (_PANEL_WIDTH + _PANEL_GAP), kind, values, colours)
+        parts += _panel(
+            _LABEL_WIDTH + column * (_PANEL_WIDTH + _PANEL_GAP), kind, values, colours, best(losses, merges, kind)
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _panel(left: int, kind: str, values: Mapping[str, float], colours: Mapping[str, str]) -> list[str]:
+def _panel(
+    left: int, kind: str, values: Mapping[str, float], colours: Mapping[str, str], bold: Collection[str]
+) -> list[str]:
     low, high = min(values.values()), max(values.values())
     inner = _PANEL_WIDTH - 2 * _PADDING
-    best = min(colours, key=lambda label: values[label])
-    bottom = _row_y(len(values) - 1) + _ROW_HEIGHT / 2
+    bottom = _row_y(len(values) - 1) + _ROW_HEIGHT / 2 + _PADDING / 2
     parts = [
         _text(left + _PADDING, _TOP - 8, kind, bold=True),
         f'<rect x="{left}" y="{_TOP}" width="{_PANEL_WIDTH}" height="{bottom - _TOP:g}" rx="5" fill="none"'
@@ -66,10 +71,11 @@ def _panel(left: int, kind: str, values: Mapping[str, float], colours: Mapping[s
         x = left + _PADDING + inner * (value - low) / ((high - low) or 1.0)
         y = _row_y(row)
         colour = colours.get(label, _OTHERS)
-        parts.append(
-            f'<line x1="{left + _PADDING}" x2="{left + _PADDING + inner}" y1="{y:g}" y2="{y:g}" stroke="{_LINE}"'
-            ' stroke-opacity="0.25"/>'
-        )
+        if row % 2 == 0:
+            parts.append(
+                f'<rect x="{left}" y="{y - _ROW_HEIGHT / 2:g}" width="{_PANEL_WIDTH}" height="{_ROW_HEIGHT}"'
+                f' fill="{_LINE}" fill-opacity="0.13"/>'
+            )
         parts.append(f'<circle cx="{x:.1f}" cy="{y:g}" r="5.5" fill="{colour}"/>')
         fits = x + _VALUE_WIDTH < left + _PANEL_WIDTH
         parts.append(
@@ -79,7 +85,7 @@ def _panel(left: int, kind: str, values: Mapping[str, float], colours: Mapping[s
                 f"{value:.3f}",
                 colour=colours.get(label, _TEXT),
                 size=12,
-                bold=label == best,
+                bold=label in bold,
                 anchor="start" if fits else "end",
             )
         )
@@ -87,7 +93,7 @@ def _panel(left: int, kind: str, values: Mapping[str, float], colours: Mapping[s
 
 
 def _row_y(row: int) -> float:
-    return _TOP + _PADDING + (row + 0.5) * _ROW_HEIGHT
+    return _TOP + _PADDING / 2 + (row + 0.5) * _ROW_HEIGHT
 
 
 def _text(

@@ -34,7 +34,7 @@ from largemerge.merging import merge
 METHODS = {"RegMean": "regmean", "RegMean++": "regmean_plusplus"}
 """Label to `merge_method`."""
 
-_MARKER = "demo.json"
+_MARKER = "largemerge_demo.json"
 _CONFIG = """\
 # {label} of the demo's experts: {summary}.
 # Paths are relative to this file. `largemerge demo` writes it anew.
@@ -45,8 +45,8 @@ base_model: base
 models:
 {models}
 calibration:                  # for each expert:
-  num_samples: {num_samples:<15} # {num_tokens} tokens in all, against at most {num_inputs} inputs of a linear
-  max_length: {max_length:<16} # tokens of a sample
+  num_samples: {num_samples:<14} # {num_tokens} tokens in all, against at most {num_inputs} inputs of a linear
+  max_length: {max_length:<15} # tokens of a sample
   batch_size: 32
 
 parameters:

@@ -14,9 +14,9 @@ class DemoSettings:
 
     seed: int = 0
     """Of the split of the texts, the initial weights and the order of training."""
-    train_chars: int = 150_000
+    train_chars: int = 120_000
     """Training text of each kind."""
-    calibration_chars: int = 36_000
+    calibration_chars: int = 32_000
     """Calibration text of each kind, for the merges."""
     held_out_chars: int = 24_000
     """Text of each kind that no model is trained or calibrated on."""

@@ -343,6 +343,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(folder: Path, write: Callable
     assert not (folder / "trace").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_every_broken_pickle_is_refused(folder: Path) -> None:
     path = folder / "pytorch_model.bin"
     torch.save({"a": torch.ones(2000)}, path)
