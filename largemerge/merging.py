@@ -90,8 +90,10 @@ def merge(
     target = choose_device(device)
     out = Path(out)
     inputs = open_inputs(resolved)
-    input_folders = [checkpoint.folder for checkpoint in (*inputs.candidates, inputs.base) if checkpoint is not None]
-    check_output(out, input_folders, resume=resume, force=force)
+    input_paths = [checkpoint.folder for checkpoint in (*inputs.candidates, inputs.base) if checkpoint is not None]
+    data = [Path(candidate.calibration.data) for candidate in resolved.models if candidate.calibration is not None]
+    input_paths += [path for path in data if path.exists()]
+    check_output(out, input_paths, resume=resume, force=force)
     outlines = for_every_candidate(resolved, inputs, outline_calibration)
     calibration = for_every_candidate(resolved, inputs, load_calibration)
     preparation = make_plan(resolved, inputs, target, outlines, calibration, out)
@@ -102,7 +104,7 @@ def merge(
         raise LargemergeError(*preparation.plan.problems)
     shards = layout_shards(preparation.plan.output, max_shard_bytes)
     manifest = _manifest(preparation, calibration, shards)
-    with MemoryWatch(target) as watch, open_output(out, manifest, input_folders, resume=resume, force=force) as folder:
+    with MemoryWatch(target) as watch, open_output(out, manifest, input_paths, resume=resume, force=force) as folder:
         job = _Job(preparation, calibration, shards, folder, quiet)
         job.run()
         report = MergeReport.build(

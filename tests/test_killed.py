@@ -37,19 +37,16 @@ def test_killed_after_every_block(long_case: Case, tmp_path: Path) -> None:
         # A running merge may come further than this before it is killed.
         processes.wait_until(lambda number=number: len(journal(out)) >= number, process)
         process.kill()
-        if processes.finish(process) == 0:
-            break  # the killer came too late
-        assert not (out / "config.json").exists()
+        processes.finish(process)
+        if (out / "config.json").exists():
+            break  # to the very end, even
         now = journal(out)
         assert now[: len(done)] == done, "a finished block was solved again"
         assert [line["part"] for line in now] == PARTS[: len(now)]
         done = now
-    else:
-        assert processes.run(merging(long_case, out, "--resume"), log) == 0, log.read_text()
     assert done
-    check_unbroken(long_case, out)
+    check_finished_or_finished_before(long_case, out, processes.run(merging(long_case, out, "--resume"), log), log)
     report = json.loads((out / "merge_report.json").read_text())
-    assert report["resumed_parts"] >= len(done)
     assert [report["outside"], *report["blocks"].values()][: len(done)] == [line["entry"] for line in done]
 
 
@@ -57,19 +54,24 @@ def test_killed_at_random_moments(long_case: Case, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     generator = random.Random(0)
     kills = 0
-    for _ in range(12):
+    for _ in range(10):
         process = processes.start(merging(long_case, out, "--resume"), log)
         process.join(generator.uniform(0.02, 0.4))
         process.kill()
-        if processes.finish(process) == 0:
+        kills += processes.finish(process) == -signal.SIGKILL
+        if (out / "config.json").exists():
             break
-        kills += 1
-        if not (out / ".largemerge").exists():
-            shutil.rmtree(out, ignore_errors=True)
-    else:
-        assert processes.run(merging(long_case, out, "--resume"), log) == 0, log.read_text()
     assert kills > 0
-    check_unbroken(long_case, out)
+    check_finished_or_finished_before(long_case, out, processes.run(merging(long_case, out, "--resume"), log), log)
+
+
+def check_finished_or_finished_before(case: Case, out: Path, code: int, log: Path) -> None:
+    """A merge that was killed right before its end has finished: there is nothing to go on with."""
+    if code != 0:
+        assert code == 2 and "holds a finished merge" in log.read_text(), log.read_text()
+        assert not (out / ".largemerge" / "manifest.json").exists()
+        shutil.rmtree(out / ".largemerge", ignore_errors=True)
+    check_unbroken(case, out)
 
 
 OLD = ("config.json", "model.safetensors", "tokenizer.json")
@@ -108,7 +110,7 @@ def test_killed_before_every_operation_of_the_last_stage(long_case: Case, tmp_pa
     assert without_working_folder(files_in(tmp_path / "ready")) == old, "touched before the new one was there"
 
     expected = lasting(long_case.folder / "unbroken") | {"notes.txt": old["notes.txt"]}
-    for number in range(2, num_last + 2):  # the first one of a resumed run opens the lock
+    for number in range(3, num_last + 3):  # a resumed run makes the folder and takes the lock first
         out, log = tmp_path / f"out{number}", tmp_path / f"log{number}"
         shutil.copytree(tmp_path / "ready", out)
         assert processes.run(merging(long_case, out, "--resume"), log, number) == -signal.SIGKILL
@@ -122,15 +124,6 @@ def test_killed_before_every_operation_of_the_last_stage(long_case: Case, tmp_pa
 
 def without_working_folder(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if not name.startswith(".largemerge")}
-
-
-def check_finished_or_finished_before(case: Case, out: Path, code: int, log: Path) -> None:
-    """A merge killed while it took its working folder away has finished: there is nothing to go on with."""
-    if code != 0:
-        assert code == 2 and "holds a finished merge" in log.read_text(), log.read_text()
-        assert not (out / ".largemerge" / "manifest.json").exists()
-        shutil.rmtree(out / ".largemerge", ignore_errors=True)
-    check_unbroken(case, out)
 
 
 @pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)

@@ -180,6 +180,18 @@ def test_an_input_is_never_written_to(base_case: Case, which: str, force: bool) 
     assert files_in(base_case.folder) == before
 
 
+def test_a_folder_with_calibration_data_is_never_replaced(make_case: MakeCase) -> None:
+    case = make_case(num_samples=4)
+    touch(case.folder / "merged", "config.json")
+    data = case.folder / "merged" / "data.safetensors"
+    shutil.move(case.folder / "data1.safetensors", data)
+    case.config["models"][1]["calibration"]["data"] = str(data)
+    before = files_in(case.folder)
+    with pytest.raises(OutputError, match=r"holds an input of this merge \(.*data\.safetensors\)"):
+        largemerge.merge(case.config, case.folder / "merged", force=True)
+    assert files_in(case.folder) == before
+
+
 def test_a_folder_above_an_input_is_never_replaced(make_case: MakeCase) -> None:
     case = make_case(num_samples=4)
     before = files_in(case.folder)

@@ -13,6 +13,7 @@ Rows are read when asked for. `datasets` keeps its own converted copy of tabular
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +105,7 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         # An empty cell is an empty text, and the word "null" is a word.
         options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
         builder = TABLE_BUILDERS[path.suffix.lower()]
-        return _from_datasets(where, path, builder, data_files=str(path), split=config.split, **options)
+        return _from_datasets(where, path, builder, data_files=glob.escape(str(path)), split=config.split, **options)
     if not is_image_folder(path):
         return _from_datasets(where, path, str(path), config.subset, split=config.split)
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)

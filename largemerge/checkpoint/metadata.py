@@ -95,7 +95,8 @@ def model_card(
         version: Of largemerge.
     """
     sources = [str(model["model"]) for model in models] + ([base] if base else [])
-    hub_ids = [source for source in sources if not source.startswith(("/", ".")) and source.count("/") == 1]
+    sources = [source.partition("@")[0] for source in sources if not source.startswith(("/", "."))]
+    hub_ids = [source for source in sources if source.count("/") == 1]
     listed = "".join(f"\n- {source}" for source in dict.fromkeys(hub_ids))
     front = f"base_model:{listed}\n" if hub_ids else ""
     rows = "\n".join(f"| {m['name']} | `{Path(m['model']).name}` | {m['weight']:g} | `{m['data']}` |" for m in models)

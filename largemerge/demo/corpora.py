@@ -106,10 +106,10 @@ def _runs(lines: Source, length: int) -> Iterator[Source]:
 def _split(name: str, sources: list[Source], settings: DemoSettings) -> Corpus:
     generator = random.Random(settings.seed)
     generator.shuffle(sources)
-    documents = (document for source in sources for document in _excerpt(source, generator))
-    held_out = _take(documents, settings.held_out_chars)
-    calibration = _take(documents, settings.calibration_chars)
-    train = _take(documents, settings.train_chars)
+    excerpts = (_excerpt(source, generator) for source in sources)
+    held_out = _take(excerpts, settings.held_out_chars)
+    calibration = _take(excerpts, settings.calibration_chars)
+    train = _take(excerpts, settings.train_chars)
     # There is less prose than of the rest; what there is will do.
     if sum(map(len, train)) < settings.train_chars / 2:
         raise LargemergeError(
@@ -120,11 +120,11 @@ def _split(name: str, sources: list[Source], settings: DemoSettings) -> Corpus:
     return Corpus(train, calibration, held_out)
 
 
-def _take(documents: Iterator[str], num_chars: int) -> tuple[str, ...]:
-    taken: list[str] = []
-    while sum(map(len, taken)) < num_chars and (document := next(documents, None)) is not None:
-        taken.append(document)
-    return tuple(taken)
+def _take(excerpts: Iterator[list[str]], num_chars: int) -> tuple[str, ...]:
+    documents: list[str] = []
+    while sum(map(len, documents)) < num_chars and (excerpt := next(excerpts, None)) is not None:
+        documents += excerpt
+    return tuple(documents)
 
 
 def _excerpt(source: Source, generator: random.Random) -> list[str]:

@@ -93,7 +93,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> None:
     (out / "losses.svg").write_text(losses_svg(losses, merges), encoding="utf-8")
     console.print()
     console.print(losses_table(losses, merges))
-    console.print(_what_next(out), highlight=False, soft_wrap=True)
+    console.print(_what_next(out), highlight=False, soft_wrap=True, markup=False)
 
 
 def _check_folder(out: Path) -> None:

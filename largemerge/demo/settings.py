@@ -14,8 +14,8 @@ class DemoSettings:
 
     seed: int = 0
     """Of the split of the texts, the initial weights and the order of training."""
-    train_chars: int = 120_000
-    """Training text of each kind."""
+    train_chars: int = 300_000
+    """Training text of each kind, or what there is, if that is half of it."""
     calibration_chars: int = 32_000
     """Calibration text of each kind, for the merges."""
     held_out_chars: int = 24_000

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from largemerge.calibration import load_calibration
 from largemerge.calibration.sources import list_images, locate_data, open_source
 from largemerge.errors import CalibrationError
 
@@ -244,3 +245,11 @@ def test_settings_that_have_no_effect(complaint, write):
     assert "split: 'test', but only datasets have splits; remove it" in problem
     problem = complaint(write("a.jsonl", '{"text": "x"}'), one_per="line")
     assert "one_per: 'line', but this is for .txt files; remove it" in problem
+
+
+def test_a_path_is_no_pattern(make_config, tmp_path, checkpoint, text_needs):
+    folder = tmp_path / "a [b] *"
+    folder.mkdir()
+    (folder / "data.jsonl").write_text('{"text": "hello world"}\n')
+    config = make_config(folder / "data.jsonl")
+    assert load_calibration(config, "math", checkpoint, text_needs).num_samples == 1
