@@ -115,7 +115,7 @@ def open_output(
     working.mkdir(parents=True, exist_ok=True)
     with _locked(working):
         if resuming:
-            before = json.loads((working / "manifest.json").read_text(encoding="utf-8"))
+            before = _read_manifest(working / "manifest.json")
             _check_same(before["manifest"], json.loads(json.dumps(manifest)), path)
             replaces = before["replaces"]
         else:
@@ -166,6 +166,14 @@ def _locked(working: Path) -> Iterator[None]:
         except BlockingIOError:
             raise OutputError(f"{working.parent}: another process is merging into this folder right now") from None
         yield
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be read: {error}; start afresh with --force") from None
+    return manifest
 
 
 def _read_journal(path: Path) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import processes
 import pytest
 import tiny_models
-from cases import Case, files_in, touch
+from cases import Case, MakeCase, files_in, touch
 from processes import PARTS, SHARD, check_unbroken, journal, make_long_case, merging, parts
 from safetensors.torch import save_file
 
@@ -209,3 +209,12 @@ def test_the_report_of_a_resumed_merge_covers_all_blocks(half_done: Case, out: P
     unbroken = json.loads((half_done.folder / "unbroken" / "merge_report.json").read_text())
     for name, block in unbroken["blocks"].items():
         assert report["blocks"][name]["linears"] == block["linears"]
+
+
+def test_a_manifest_that_cannot_be_read_is_told(make_case: MakeCase) -> None:
+    case = make_case()
+    working = case.folder / "out" / ".largemerge"
+    working.mkdir(parents=True)
+    (working / "manifest.json").write_text("{")
+    with pytest.raises(OutputError, match=r"manifest\.json cannot be read.*--force"):
+        largemerge.merge(case.config, case.folder / "out", resume=True)

@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+SENTENCE_ENCODER_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 TEMPLATE_FOLDER = "additional_chat_templates"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -39,7 +40,8 @@ def output_config(reference: Checkpoint, dtype: torch.dtype) -> str:
             part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = name
-    config.pop("_name_or_path", None)
+    for key in ("_name_or_path", "transformers_weights"):  # where the reference's weights lie says nothing of ours
+        config.pop(key, None)
     return json.dumps(config, indent=2) + "\n"
 
 
@@ -50,6 +52,7 @@ def copy_side_files(
     copied = []
     wanted = [
         (config_source, GENERATION_FILES),
+        (config_source, SENTENCE_ENCODER_FILES),
         (tokenizer_source, TOKENIZER_FILES),
         (processor_source, PROCESSOR_FILES),
     ]
@@ -60,10 +63,13 @@ def copy_side_files(
             if (source / name).is_file():
                 shutil.copyfile(source / name, out / name)
                 copied.append(name)
-    templates = tokenizer_source / TEMPLATE_FOLDER
-    if templates.is_dir():
-        shutil.copytree(templates, out / templates.name, dirs_exist_ok=True)
-        copied.append(templates.name)
+    folders = [tokenizer_source / TEMPLATE_FOLDER]
+    if (config_source / SENTENCE_ENCODER_FILES[0]).is_file():
+        folders += sorted(config_source.glob("[0-9]_*"))  # what comes after the transformer, such as 1_Pooling
+    for folder in folders:
+        if folder.is_dir():
+            shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+            copied.append(folder.name)
     return copied
 
 

@@ -94,3 +94,14 @@ def test_the_first_folder_with_such_files(tmp_path: Path) -> None:
     assert find_tokenizer(empty, tokenizer, both) == tokenizer
     assert find_processor(empty, tokenizer, both) == both
     assert find_tokenizer(empty) == find_processor(empty) == empty
+
+
+def test_a_sentence_encoder_keeps_what_comes_after_the_transformer(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "1_Pooling").mkdir(parents=True)
+    out.mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (source / "modules.json").write_text("[]")
+    copied = copy_side_files(out, source, source, source, with_code=False)
+    assert set(copied) == {"modules.json", "1_Pooling"}
+    assert (out / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_mean_tokens": true}'
