@@ -107,7 +107,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Merge four SmolLM2-135M experts; see the top of this file.")
-    default = Path(__file__).parent / "work" / "smollm2"
+    default = Path(__file__).parent / "runs" / "smollm2"
     parser.add_argument("--work", type=Path, default=default, help="folder for everything made (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--grid", action="store_true", help="more settings for the merges")

@@ -90,18 +90,9 @@ def merge(
     target = choose_device(device)
     out = Path(out)
     inputs = open_inputs(resolved)
-    input_paths = [checkpoint.folder for checkpoint in (*inputs.candidates, inputs.base) if checkpoint is not None]
-    data = [Path(candidate.calibration.data) for candidate in resolved.models if candidate.calibration is not None]
-    input_paths += [path for path in data if path.exists()]
+    input_paths = _input_paths(resolved, inputs)
     check_output(out, input_paths, resume=resume, force=force)
-    outlines = for_every_candidate(resolved, inputs, outline_calibration)
-    calibration = for_every_candidate(resolved, inputs, load_calibration)
-    preparation = make_plan(resolved, inputs, target, outlines, calibration, out)
-    misfits = sample_problems(inputs.skeleton, preparation.rehearsal, calibration)
-    if misfits:
-        raise CalibrationError(*misfits)
-    if preparation.plan.problems:
-        raise LargemergeError(*preparation.plan.problems)
+    preparation, calibration = _prepare(resolved, inputs, target, out)
     shards = layout_shards(preparation.plan.output, max_shard_bytes)
     manifest = _manifest(preparation, calibration, shards)
     with MemoryWatch(target) as watch, open_output(out, manifest, input_paths, resume=resume, force=force) as folder:
@@ -124,6 +115,28 @@ def merge(
             output_config(inputs.reference, preparation.plan.output_dtype),
         )
     return report
+
+
+def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
+    """Everything on disk that a merge reads and must not write to."""
+    paths = [checkpoint.folder for checkpoint in (*inputs.candidates, inputs.base) if checkpoint is not None]
+    data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
+    return paths + [path for path in data if path.exists()]
+
+
+def _prepare(
+    config: MergeConfig, inputs: Inputs, device: torch.device, out: Path
+) -> tuple[Preparation, tuple[CalibrationSet, ...]]:
+    """Reads the calibration data and plans the merge; raises whatever makes it impossible."""
+    outlines = for_every_candidate(config, inputs, outline_calibration)
+    calibration = for_every_candidate(config, inputs, load_calibration)
+    preparation = make_plan(config, inputs, device, outlines, calibration, out)
+    misfits = sample_problems(inputs.skeleton, preparation.rehearsal, calibration)
+    if misfits:
+        raise CalibrationError(*misfits)
+    if preparation.plan.problems:
+        raise LargemergeError(*preparation.plan.problems)
+    return preparation, calibration
 
 
 @dataclass
