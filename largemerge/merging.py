@@ -25,7 +25,7 @@ from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.config import MergeConfig, load_config
 from largemerge.errors import CalibrationError, LargemergeError
-from largemerge.inputs import open_inputs
+from largemerge.inputs import Inputs, open_inputs
 from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
 from largemerge.planning import MergePlan, Preparation, choose_device, make_plan
