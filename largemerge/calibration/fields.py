@@ -6,12 +6,12 @@ columns `text` and `image` do, as far as the model has a use for them.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from largemerge.calibration.batches import ModelNeeds
 from largemerge.config import CalibrationConfig, template_columns
+from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 
 
@@ -72,12 +72,6 @@ def choose_fields(config: CalibrationConfig, columns: tuple[str, ...] | None, ne
     if problems:
         raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
     return fields
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The words `; did you mean 'x'?` where a known word is near, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def needs_target(needs: ModelNeeds) -> bool:

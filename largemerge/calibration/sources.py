@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from largemerge.calibration.fields import nearest
 from largemerge.config import CalibrationConfig
+from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from largemerge.calibration.batches import Batch, CalibrationOutline, ModelNeeds
-from largemerge.calibration.fields import nearest, needs_target
+from largemerge.calibration.fields import needs_target
 from largemerge.config import CalibrationConfig
+from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 
 LOSS_MASK = "loss_mask"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.index import Checkpoint, read_json
+from largemerge.dtypes import dtype_name
 
 GENERATION_FILES = ("generation_config.json",)
 TOKENIZER_FILES = (
@@ -34,7 +35,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 def output_config(reference: Checkpoint, dtype: torch.dtype) -> str:
     """The text of the output's `config.json`: the reference's, with the output's dtype."""
     config: dict[str, Any] = dict(read_json(reference.folder / "config.json", reference.name))
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     for part in (config, *config.values()):
         if isinstance(part, dict):
             part.update({key: name for key in ("dtype", "torch_dtype") if key in part})

@@ -66,14 +66,9 @@ def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> 
         groups[-1].append(name)
         filled += tensor.num_bytes
     total = len(groups)
-    names = (
-        ["model.safetensors"] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in _from_1(total)]
-    )
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    names = names if total > 1 else ["model.safetensors"]
     return tuple(_shard(name, {key: tensors[key] for key in keys}) for name, keys in zip(names, groups, strict=True))
-
-
-def _from_1(count: int) -> range:
-    return range(1, count + 1)
 
 
 def _shard(file_name: str, tensors: Mapping[str, OutputTensor]) -> Shard:

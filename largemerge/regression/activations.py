@@ -55,6 +55,7 @@ class Activations:
     device: torch.device
     loss_tokens: str
     _outside_for: tuple[int, bool, int | None] | None = field(init=False, default=None)
+    _num_rows: dict[tuple[int, int], int] = field(init=False, default_factory=dict)
     _idle_shapes: dict[tuple[str, torch.Size], torch.Size] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,8 +66,11 @@ class Activations:
 
     def num_rows(self, candidate: int, stack: int) -> int:
         """Rows of a candidate's data that count in a stack."""
-        seen = self.rehearsal.stacks[stack]
-        return sum(count_rows(batch, seen, self.loss_tokens) for batch in self.calibration[candidate].batches)
+        if (candidate, stack) not in self._num_rows:  # asked for by every group of every block
+            seen = self.rehearsal.stacks[stack]
+            batches = self.calibration[candidate].batches
+            self._num_rows[candidate, stack] = sum(count_rows(batch, seen, self.loss_tokens) for batch in batches)
+        return self._num_rows[candidate, stack]
 
     def run(
         self,
