@@ -107,7 +107,7 @@ def _block_bytes(inputs: Inputs, block: BlockPlan, compute_dtype: torch.dtype) -
     elements = sum(state[plan.name].numel() for plan in block.tensors)
     stored = sum(state[plan.name].numel() * plan.dtype.itemsize for plan in block.tensors)
     cast = elements * compute_dtype.itemsize if any(plan.dtype != compute_dtype for plan in block.tensors) else 0
-    sums = sum(sums_bytes(list(group.outputs.values()), group.num_inputs) for group in block.groups)
+    sums = sum(sums_bytes(list(group.outputs.values()), group.num_inputs, torch.float32) for group in block.groups)
     return 3 * stored + cast, sums
 
 

@@ -19,7 +19,7 @@ import torch
 from largemerge.average import merge_outside
 from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration
 from largemerge.calibration.fit import sample_problems
-from largemerge.calibration.hidden_states import HiddenStates
+from largemerge.calibration.hidden_states import HiddenStates, MemoryStore
 from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
@@ -30,7 +30,9 @@ from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
 from largemerge.planning import MergePlan, Preparation, choose_device, make_plan
 from largemerge.progress import RunProgress
+from largemerge.passes import block_passes
 from largemerge.regression.activations import Activations
+from largemerge.regression.clock import Clock
 from largemerge.regression.engine import Engine, Settings
 from largemerge.report import MergeReport, config_yaml, versions
 from largemerge.samples import for_every_candidate, loss_tokens, model_needs
@@ -186,13 +188,23 @@ class _Job:
             ),
             names=plan.config.names,
             blocks=plan.blocks,
+            passes={
+                block.name: block_passes(
+                    block,
+                    self.preparation.rehearsal.stacks[block.stack].roles[block.index],
+                    1,
+                    keeps_outputs=plan.config.merge_method == "regmean" and block is not plan.blocks[-1],
+                )
+                for block in plan.blocks
+            },
+            clock=Clock(self.started),
             weights=weights,
             activations=Activations(
                 skeleton=inputs.skeleton,
                 rehearsal=self.preparation.rehearsal,
                 calibration=self.calibration,
                 weights=weights,
-                hidden_states=HiddenStates(torch.device("cpu")),
+                hidden_states=HiddenStates(MemoryStore(torch.device("cpu"), plan.device)),
                 compute_dtype=plan.compute_dtype,
                 device=plan.device,
                 loss_tokens=loss_tokens(model_needs(inputs.skeleton)),

@@ -217,6 +217,7 @@ def _plan_groups(
         rows, columns = linear.get_parameter("weight").shape
         size = (columns, rows) if transposed else (rows, columns)
         groups.setdefault((roles[path].group, transposed), {})[path] = size
+    order = list(roles)
     return tuple(
         GroupPlan(
             leader=leader,
@@ -225,7 +226,7 @@ def _plan_groups(
             outputs={path: outputs for path, (outputs, _) in members.items()},
             transposed=transposed,
         )
-        for (leader, transposed), members in groups.items()
+        for (leader, transposed), members in sorted(groups.items(), key=lambda item: order.index(item[0][0]))
     )
 
 

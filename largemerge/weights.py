@@ -11,7 +11,6 @@ from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.inputs import Inputs
 from largemerge.model.names import NameMap, ReadTensor
-from largemerge.treatment import BlockPlan
 
 Tensors = dict[str, torch.Tensor]
 """Parameter name in the module → tensor in the module's layout."""
@@ -65,10 +64,6 @@ class Weights:
             self.writer.write(key, tensor)
         self.writer.flush()
         return self.writer.bytes_written - before
-
-    def block(self, index: int, block: BlockPlan) -> Tensors:
-        """All tensors of one candidate's block."""
-        return self.candidate(index, [plan.name for plan in block.tensors])
 
     def _load(self, name_map: NameMap, names: Sequence[str], read: ReadTensor) -> Tensors:
         wanted = {name: name_map.on_disk(name) for name in names}

@@ -118,6 +118,18 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
 
 
+def split_batches(batches: Sequence[Batch], most_samples: int) -> tuple[Batch, ...]:
+    """Cuts batches into smaller ones of at most `most_samples`; the padding stays as it is."""
+    return tuple(
+        Batch(
+            {name: tensor[start : start + most_samples] for name, tensor in batch.inputs.items()},
+            None if batch.loss_mask is None else batch.loss_mask[start : start + most_samples],
+        )
+        for batch in batches
+        for start in range(0, batch.num_samples, most_samples)
+    )
+
+
 def fingerprint_batches(batches: Sequence[Batch]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all tensors of all batches, in order."""
     digest = hashlib.sha256()

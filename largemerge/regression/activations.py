@@ -7,16 +7,19 @@ whole tensor, so that a mistake could not go unnoticed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from largemerge.calibration.batches import Batch, CalibrationSet
+from largemerge.calibration.batches import Batch, CalibrationSet, split_batches
 from largemerge.calibration.hidden_states import HiddenStates
 from largemerge.calibration.rows import count_rows, row_mask
+from largemerge.errors import MergeError
 from largemerge.model.block import block_weights, run_until, watched_linears
 from largemerge.model.forward import Output, original_forward, replaced_forwards, resumed_at
 from largemerge.model.rehearsal import Rehearsal
@@ -32,6 +35,25 @@ VisitInput = Callable[[str, torch.Tensor, Masks], None]
 
 
 @dataclass
+class Samples:
+    """One run of a block over batches.
+
+    Attributes:
+        block: Which.
+        module: Of the skeleton.
+        until: The linear at whose input it stops, if it does.
+        masks: Of the present batch.
+        seen: Linears whose inputs on the present batch have been visited.
+    """
+
+    block: BlockPlan
+    module: torch.nn.Module
+    until: str | None
+    masks: Masks = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Activations:
     """Runs blocks on calibration data.
 
@@ -44,6 +66,8 @@ class Activations:
         compute_dtype: Of the forward passes.
         device: That computes.
         loss_tokens: The input that loss masks belong to.
+        most_samples: That are run at once; halved when memory does not suffice.
+        retries: What had to be run again in smaller parts.
     """
 
     skeleton: Skeleton
@@ -54,6 +78,8 @@ class Activations:
     compute_dtype: torch.dtype
     device: torch.device
     loss_tokens: str
+    most_samples: int = sys.maxsize
+    retries: list[str] = field(default_factory=list)
     _outside_for: tuple[int, bool, int | None] | None = field(init=False, default=None)
     _num_rows: dict[tuple[int, int], int] = field(init=False, default_factory=dict)
     _idle_shapes: dict[tuple[str, torch.Size], torch.Size] = field(init=False, default_factory=dict)
@@ -96,12 +122,13 @@ class Activations:
             visit: Sees their inputs.
         """
         module = self.skeleton.stacks[block.stack].blocks[block.index]
-        masks: dict[int, torch.Tensor | None] = {}
         until = None if keep else watch[-1]
+        samples = Samples(block, module, until)
 
         def see(path: str, x: torch.Tensor) -> None:
-            if visit is not None:
-                visit(path, x, masks)
+            if visit is not None and path not in samples.seen:
+                visit(path, x, samples.masks)
+                samples.seen.add(path)
 
         self._set_outside(block, outside_of)
         watching = watched_linears(module, watch, see) if visit is not None else nullcontext()
@@ -109,26 +136,66 @@ class Activations:
         forwards = {self.skeleton.model.get_submodule(name): self._idle_forward(name) for name in idle}
         with block_weights(module, self._for_forward(block, tensors)), replaced_forwards(forwards), watching:
             for number, batch in enumerate(self.calibration[candidate].batches):
-                masks.update(self._masks(batch))
-                output = self._run_batch(block, candidate, number, batch, until)
+                self.hidden_states.ahead(candidate, number + 1)
+                outputs = self.hidden_states.get(candidate, number, self.device)
+                output = self._run_samples(samples, batch, outputs, frozenset())
                 if keep:
                     self.hidden_states.put(candidate, number, block.stack, output)
-                del output
+                del output, outputs
                 yield
 
-    def _run_batch(self, block: BlockPlan, candidate: int, number: int, batch: Batch, until: str | None) -> Output:
-        module = self.skeleton.stacks[block.stack].blocks[block.index]
+    def _run_samples(
+        self, samples: Samples, batch: Batch, outputs: Mapping[int, Output], seen: frozenset[str]
+    ) -> Output:
+        """Runs a block on a batch, in halves where memory does not suffice for all of it at once.
+
+        Args:
+            samples: What stays the same from batch to batch.
+            batch: To run on.
+            outputs: The stored outputs of the stacks.
+            seen: Linears whose inputs on this batch have been visited by a try that ran out of memory later on.
+        """
+        if batch.num_samples <= self.most_samples:
+            samples.seen = set(seen)
+            samples.masks = self._masks(batch)
+            try:
+                return self._run_batch(samples, batch, outputs)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve(samples.block.name, batch.num_samples, error)
+            seen = frozenset(samples.seen)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        half = -(-batch.num_samples // 2)
+        parts = [
+            self._run_samples(samples, part, _split(outputs, batch.num_samples, rows), seen)
+            for part, rows in zip(split_batches([batch], half), (slice(0, half), slice(half, None)), strict=True)
+        ]
+        return _joined(parts, half)
+
+    def _halve(self, block: str, num_samples: int, error: RuntimeError) -> None:
+        if num_samples == 1:
+            raise MergeError(
+                f"{block}: out of memory with a single sample ({str(error).splitlines()[0]}); lower max_length"
+            ) from None
+        self.most_samples = num_samples // 2
+        self.retries.append(
+            f"{block}: out of memory with {num_samples} samples at once; from here on at most {self.most_samples}"
+        )
+
+    def _run_batch(self, samples: Samples, batch: Batch, outputs: Mapping[int, Output]) -> Output:
         caught: list[Output] = []
 
         def visit(*args: Any, **kwargs: Any) -> None:
-            caught.append(run_until(module, until, args, kwargs))
+            caught.append(run_until(samples.module, samples.until, args, kwargs))
 
         inputs = {
             name: tensor.to(self.device, self.compute_dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.inputs.items()
         }
-        with resumed_at(self.skeleton, block.stack, block.index) as run:
-            run(inputs, self.hidden_states.get(candidate, number, self.device), visit)
+        with resumed_at(self.skeleton, samples.block.stack, samples.block.index) as run:
+            run(inputs, outputs, visit)
         return caught[0]
 
     def _idle_forward(self, name: str) -> Callable[..., torch.Tensor]:
@@ -180,3 +247,27 @@ def counted_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Rows `[N, in]` of a linear's input that count; the others may be anything, NaN included."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if mask is None else flat[mask.reshape(-1)]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _split(outputs: Mapping[int, Output], num_samples: int, rows: slice) -> dict[int, Output]:
+    """Some samples of stored outputs; what is not by sample (T5's position biases may be shared) stays whole."""
+
+    def part(leaf: Any) -> Any:
+        by_sample = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_samples
+        return leaf[rows] if by_sample else leaf
+
+    return {stack: tree_map(part, output) for stack, output in outputs.items()}
+
+
+def _joined(parts: Sequence[Output], half: int) -> Output:
+    """The output for a whole batch, from that for its first `half` samples and that for the others."""
+    flat = [tree_flatten(part) for part in parts]
+    leaves = [
+        torch.cat(pair) if isinstance(pair[0], torch.Tensor) and pair[0].dim() and pair[0].shape[0] == half else pair[0]
+        for pair in zip(*(leaves for leaves, _ in flat), strict=True)
+    ]
+    return tree_unflatten(leaves, flat[0][1])

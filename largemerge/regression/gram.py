@@ -3,11 +3,21 @@
     G = XᵀX        X: one row per token, `[N, I]`
 
 Gram matrices are float32 whatever the activations are: rows are cast before the product. A product of two
-bfloat16 numbers is exact in float32, so on CPUs with bfloat16 units those do the work and sum in float32: two to
-three times faster, and nothing is rounded but the sums. G is symmetric, so only its lower triangle is
-computed, a panel of columns at a time: about half of the work.
+bfloat16 numbers is exact in float32, so on hardware with bfloat16 units those do the work and sum in float32: two to
+three times faster, and nothing is rounded but the sums.
 
-Shapes: N tokens, I inputs of a linear, O outputs, P columns of a panel.
+G is symmetric, so only one half of it is computed, a panel of rows at a time. The half that this leaves free holds
+the sum over the candidates that are done:
+
+    ┌───────────────┐    on and above the diagonal panels    XᵀX of the present candidate
+    │ C C C C C C C │    below them                          Σ G̃_i
+    │ S C C C C C C │    and the diagonal panels of Σ G̃_i lie apart
+    │ S S C C C C C │
+    └───────────────┘
+
+so that one matrix is held where two were.
+
+Shapes: N tokens, I inputs of a linear, O outputs, P rows of a panel.
 """
 
 from __future__ import annotations
@@ -21,24 +31,130 @@ import torch
 GRAM_DTYPE = torch.float32
 """The precision of every sum and of every first try at a solve."""
 
-_PANELS = 8
-_NARROWEST_PANEL = 256
+PANEL = 256
 
 
-def add_gram_(lower_II: torch.Tensor, x_NI: torch.Tensor) -> None:
-    """Adds XᵀX to the lower triangle of a matrix; what lies above the diagonal panels is left alone.
+def panels(num_inputs: int) -> list[slice]:
+    """The panels of a matrix with `num_inputs` rows."""
+    return [slice(start, min(start + PANEL, num_inputs)) for start in range(0, num_inputs, PANEL)]
+
+
+class Gram:
+    """Σ G̃_i over the candidates that are done, and XᵀX of the present one.
+
+    G̃ = α·( s·G + (1-s)·diag(G) ), RegMean (arXiv 2212.09849, section 3.2).
 
     Args:
-        lower_II: float32.
-        x_NI: Inputs of a linear, one row per token, in any floating dtype.
+        num_inputs: I.
+        device: Where it lies.
     """
-    num_inputs = lower_II.shape[0]
-    width = max(_NARROWEST_PANEL, -(-num_inputs // _PANELS))
-    with _bfloat16_units(x_NI):
-        x_NI = x_NI.to(GRAM_DTYPE)
-        for start in range(0, num_inputs, width):
-            stop = min(start + width, num_inputs)
-            lower_II[start:, start:stop].addmm_(x_NI[:, start:].T, x_NI[:, start:stop])
+
+    def __init__(self, num_inputs: int, device: torch.device) -> None:
+        self.halves_II = torch.zeros(num_inputs, num_inputs, dtype=GRAM_DTYPE, device=device)
+        self._panels = panels(num_inputs)
+        self._sum_blocks = [self.halves_II[rows, rows].clone() for rows in self._panels]
+        self._empty = True  # the upper half is still to be overwritten by the present candidate's first rows
+        self._lower_is_sum = True
+
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+        return self.halves_II.shape[0]
+
+    def add_rows(self, x_NI: torch.Tensor) -> None:
+        """Adds inputs of the present candidate, one row per token, in any floating dtype."""
+        beta, self._empty = 0.0 if self._empty else 1.0, False
+        with _bfloat16_units(x_NI):
+            factors_NI = x_NI if _device_sums_in_float32(x_NI) else x_NI.to(GRAM_DTYPE)
+            for rows in self._panels:
+                upper_PI = self.halves_II[rows, rows.start :]
+                _add_product_(upper_PI, factors_NI[:, rows].T, factors_NI[:, rows.start :], beta)
+
+    def candidate_diagonal(self) -> torch.Tensor:
+        """diag(XᵀX) of the present candidate `[I]`, a copy."""
+        return torch.zeros_like(self.halves_II[0]) if self._empty else self.halves_II.diagonal().clone()
+
+    def add_candidate_product_(
+        self, out_OI: torch.Tensor, rows_OI: torch.Tensor, alpha: float, off_diagonal_scale: float
+    ) -> None:
+        """out += rows · G̃ of the present candidate.
+
+        Args:
+            out_OI: float32.
+            rows_OI: float32.
+            alpha: α above.
+            off_diagonal_scale: s, from 0 (only the diagonal) to 1 (all of it). FusionBench calls it
+                `reduce_non_diagonal_ratio`, MergeBench `reduction`.
+        """
+        if self._empty:
+            return
+        if off_diagonal_scale > 0:
+            scale = alpha * off_diagonal_scale
+            for rows in self._panels:
+                out_OI[:, rows].addmm_(rows_OI[:, : rows.stop], self.halves_II[: rows.stop, rows], alpha=scale)
+                if rows.stop < self.num_inputs:
+                    out_OI[:, rows].addmm_(
+                        rows_OI[:, rows.stop :], self.halves_II[rows, rows.stop :].T, alpha=scale
+                    )
+        if off_diagonal_scale < 1:
+            out_OI.addcmul_(rows_OI, self.halves_II.diagonal(), value=alpha * (1 - off_diagonal_scale))
+
+    def finish_candidate(self, alpha: float, off_diagonal_scale: float) -> None:
+        """Adds G̃ of the present candidate to the sum; the next one begins with nothing."""
+        if not self._empty:
+            scale = alpha * off_diagonal_scale
+            for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
+                block_PP.add_(self.halves_II[rows, rows], alpha=scale)
+                own_P = self.halves_II[rows, rows].diagonal()
+                block_PP.diagonal().add_(own_P, alpha=alpha * (1 - off_diagonal_scale))
+                self.halves_II[rows.stop :, rows].add_(self.halves_II[rows, rows.stop :].T, alpha=scale)
+        self._empty = True
+
+    def diagonal(self) -> torch.Tensor:
+        """diag(Σ G̃_i) `[I]`, a copy."""
+        return torch.cat([block_PP.diagonal() for block_PP in self._sum_blocks])
+
+    def sum_in_both_halves(self) -> torch.Tensor:
+        """Σ G̃_i `[I, I]`, in the place of what this holds; no candidate may follow.
+
+        The lower half and the diagonal panels may be overwritten: another call brings them back.
+        """
+        for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
+            if self._lower_is_sum:
+                block_PP.copy_(block_PP.tril() + block_PP.tril(-1).T)  # rounding may have made it unsymmetric
+                self.halves_II[rows, rows.stop :] = self.halves_II[rows.stop :, rows].T
+            else:
+                self.halves_II[rows.stop :, rows] = self.halves_II[rows, rows.stop :].T
+            self.halves_II[rows, rows] = block_PP
+        self._lower_is_sum = False
+        return self.halves_II
+
+    def sum_product(self, rows_VI: torch.Tensor) -> torch.Tensor:
+        """rows · Σ G̃_i `[V, I]` in the dtype of the rows, after `sum_in_both_halves`."""
+        product_VI = torch.zeros_like(rows_VI)
+        for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
+            product_VI[:, rows].addmm_(rows_VI[:, rows], block_PP.to(rows_VI.dtype))
+            if rows.stop < self.num_inputs:
+                upper_PI = self.halves_II[rows, rows.stop :].to(rows_VI.dtype)
+                product_VI[:, rows.stop :].addmm_(rows_VI[:, rows], upper_PI)
+                product_VI[:, rows].addmm_(rows_VI[:, rows.stop :], upper_PI.T)
+        return product_VI
+
+
+def _device_sums_in_float32(x_NI: torch.Tensor) -> bool:
+    """Whether half-precision factors can be given as they are, and the product asked for in float32."""
+    return x_NI.device.type == "cuda" and x_NI.dtype in (torch.bfloat16, torch.float16)
+
+
+def _add_product_(out_PI: torch.Tensor, left_PN: torch.Tensor, right_NI: torch.Tensor, beta: float) -> None:
+    if left_PN.dtype is GRAM_DTYPE:
+        out_PI.addmm_(left_PN, right_NI, beta=beta)
+        return
+    product_PI = torch.mm(left_PN, right_NI, out_dtype=GRAM_DTYPE)
+    if beta == 0:
+        out_PI.copy_(product_PI)
+    else:
+        out_PI.add_(product_PI)
 
 
 @contextmanager
@@ -57,27 +173,15 @@ def _bfloat16_units(x_NI: torch.Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def mirror_(lower_II: torch.Tensor) -> torch.Tensor:
-    """Copies the lower triangle over the upper one, in place, without a temporary matrix of full size."""
-    num_inputs = lower_II.shape[0]
-    width = max(_NARROWEST_PANEL, -(-num_inputs // _PANELS))
-    for start in range(0, num_inputs, width):
-        stop = min(start + width, num_inputs)
-        lower_II[start:stop, stop:] = lower_II[stop:, start:stop].T
-        diagonal = lower_II[start:stop, start:stop]
-        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
-    return lower_II
-
-
-def shrink_off_diagonal_(gram_II: torch.Tensor, off_diagonal_scale: float) -> torch.Tensor:
-    """s·G + (1-s)·diag(G), in place (RegMean, arXiv 2212.09849, section 3.2).
-
-    Args:
-        gram_II: A Gram matrix or its lower triangle.
-        off_diagonal_scale: s, from 0 (only the diagonal) to 1 (all of it). FusionBench calls it
-            `reduce_non_diagonal_ratio`, MergeBench `reduction`.
-    """
-    diagonal = gram_II.diagonal().clone()
-    gram_II.mul_(off_diagonal_scale)
-    gram_II.diagonal().copy_(diagonal)
-    return gram_II
+@contextmanager
+def float32_means_float32() -> Iterator[None]:
+    """Products of float32 numbers are float32 products, whatever the process has set (TF32, bfloat16 units)."""
+    backends: list[Any] = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -1,14 +1,14 @@
-"""Solving for a merged weight, anchored at the average.
+"""Solving for a merged weight, anchored near the average.
 
     minimise over W   Σ_i tr[(W - W_i) G̃_i (W - W_i)ᵀ] + λ ‖W - W̄‖²        W̄ = Σ c_i W_i / Σ c_i
 
 With an anchor A (any weight near the others), E_i = W_i - A and G = Σ G̃_i, the minimum is
 
-    W* = A + X        X (G + λI) = Σ_i E_i G̃_i + λ Ē        λ = ridge · mean(diag G)
+    W* = A + X        X (G + λI) = R        R = Σ_i E_i G̃_i + λ Ē        λ = ridge · mean(diag G)
 
 Rounding errors scale with the differences E_i, not with the weights, and where the data says nothing X is Ē:
 the average, not zero. The system is scaled to a unit diagonal first; features that never fire (a zero on the
-diagonal) get the average exactly.
+diagonal) get the average exactly. Everything happens in place: X takes R's memory, the factor half of G's.
 
 Tried in turn: Cholesky in float32; Cholesky in float64, where the factorisation fails, the system is ill
 conditioned, or the residual is poor; eigenvalues in float64. The last solves only in directions that stand out of
@@ -20,32 +20,36 @@ Shapes: I inputs of a linear, O outputs (of all linears that share the Gram, one
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+from largemerge.regression.factor import Factor, cholesky_, solve_
+from largemerge.regression.gram import GRAM_DTYPE, Gram, panels
 
 _MOST_CONDITION = {torch.float32: 1e6, torch.float64: 1e8}
 _MOST_RESIDUAL = {torch.float32: 1e-5, torch.float64: 1e-8}
 _NOISE = 8 * torch.finfo(torch.float32).eps  # of a float32 Gram's eigenvalues, in parts of the largest
 _NUM_PROBES = 4
 _NUM_ITERATIONS = 4
+_CHUNK_ELEMENTS = 1 << 21  # of right-hand sides in float64 at once
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The update of a weight, and how it was found.
+    """How the update of a weight was found.
 
     Attributes:
-        update_OI: X above, float32.
         solver: `cholesky_float32`, `cholesky_float64` or `eigenvalues_float64`.
         condition: Estimate for the system scaled to a unit diagonal, from a few power iterations; for eigenvalues
             that of the part that is solved.
-        residual: Estimate of ‖B - XA‖ / ‖B‖, from random probes.
+        residual: Estimate of ‖B - XA‖ / ‖B‖, from random combinations of the right-hand sides.
         fallbacks: Why each earlier try was not good enough.
         num_dead_features: Inputs that never fired in any candidate's data.
     """
 
-    update_OI: torch.Tensor
     solver: str
     condition: float
     residual: float
@@ -53,151 +57,157 @@ class Solution:
     num_dead_features: int
 
 
-@dataclass(frozen=True)
-class _System:
-    """X A = B with A = D (G + λI) D, B = (R + λĒ) D, X = update · D⁻¹; D gives A a unit diagonal, or is I."""
-
-    system_II: torch.Tensor
-    rhs_IO: torch.Tensor
-    mean_IO: torch.Tensor
-    scale_I: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Found:
-    scaled_IO: torch.Tensor
-    condition: float
-    residual: float
-
-
 class _NotGoodEnoughError(Exception):
     """Why a try is not taken."""
 
 
-def solve_anchored(
-    gram_II: torch.Tensor, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float, most_rank: int | None = None
+@dataclass(frozen=True)
+class _System:
+    """X (G + λI) = R, and what the attempts at it have in common.
+
+    Attributes:
+        gram: Σ G̃_i, from which the matrix can be had anew.
+        rhs_OI: R, which becomes X.
+        mean_OI: Ē.
+        shift_I: What is added to the diagonal of G: λ, or 1 where that leaves a zero.
+    """
+
+    gram: Gram
+    rhs_OI: torch.Tensor
+    mean_OI: torch.Tensor
+    shift_I: torch.Tensor
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """G + λI `[I, I]`: in float32 in the memory of the sums, in float64 a copy."""
+        matrix_II = self.gram.sum_in_both_halves().to(dtype)
+        matrix_II.diagonal().add_(self.shift_I)
+        return matrix_II
+
+    def product(self, rows_VI: torch.Tensor) -> torch.Tensor:
+        """rows · (G + λI), whatever has become of the matrix."""
+        return self.gram.sum_product(rows_VI).addcmul_(rows_VI, self.shift_I.to(rows_VI.dtype))
+
+
+def solve_anchored_(
+    gram: Gram, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float, most_rank: int | None = None
 ) -> Solution:
-    """Solves X (G + λI) = R + λĒ for X.
+    """Solves X (G + λI) = R + λĒ for X, in the place of R.
 
     Args:
-        gram_II: G, the sum of the candidates' Gram matrices, symmetric, float32.
-        rhs_OI: R, the sum of E_i G̃_i.
-        mean_OI: Ē, the weighted average of the E_i.
+        gram: Σ G̃_i; of no use afterwards.
+        rhs_OI: R, the sum of E_i G̃_i, float32; becomes X.
+        mean_OI: Ē, the weighted average of the E_i, in any floating dtype.
         ridge: λ as a fraction of the mean diagonal of G.
         most_rank: The rank that G can have at most, if that is known.
 
     Raises:
         FloatingPointError: If G or R is not finite.
     """
-    diagonal_I = gram_II.diagonal()
-    if not torch.isfinite(diagonal_I).all() or not torch.isfinite(rhs_OI).all():
+    diagonal_I = gram.diagonal()
+    if not torch.isfinite(diagonal_I).all() or not torch.isfinite(rhs_OI.sum(dtype=torch.float64)):
         raise FloatingPointError("sums are not finite")
+    dead_I = diagonal_I == 0
+    shift = ridge * diagonal_I.mean(dtype=torch.float64).item()
+    rhs_OI.add_(mean_OI, alpha=shift)
+    if shift == 0:
+        rhs_OI[:, dead_I] = mean_OI[:, dead_I].to(GRAM_DTYPE)
+    shift_I = torch.where(dead_I, shift or 1.0, shift).to(GRAM_DTYPE)
+    system = _System(gram, rhs_OI, mean_OI, shift_I)
     fallbacks: list[str] = []
-    attempts = [
-        ("cholesky_float32", torch.float32, _by_cholesky),
-        ("cholesky_float64", torch.float64, _by_cholesky),
-        ("eigenvalues_float64", torch.float64, _by_eigenvalues),
+    attempts: list[tuple[str, Callable[[], tuple[float, float]]]] = [
+        ("cholesky_float32", lambda: _by_cholesky(system, torch.float32)),
+        ("cholesky_float64", lambda: _by_cholesky(system, torch.float64)),
+        ("eigenvalues_float64", lambda: _by_eigenvalues(system)),
     ]
-    if most_rank is not None and most_rank < gram_II.shape[0]:
+    if most_rank is not None and most_rank < gram.num_inputs:
         fallbacks.append(
-            f"{most_rank} tokens for {gram_II.shape[0]} inputs: directions that they leave out are averaged"
+            f"{most_rank} tokens for {gram.num_inputs} inputs: directions that they leave out are averaged"
         )
         attempts = attempts[2:]
-    for name, dtype, attempt in attempts:
-        # Not scaled for eigenvalues: what is orthogonal to the data must stay so.
-        system = _system(gram_II, rhs_OI, mean_OI, ridge, dtype, scaled=attempt is _by_cholesky)
+    for name, attempt in attempts:
         try:
-            found = attempt(system)
+            condition, residual = attempt()
         except _NotGoodEnoughError as error:
             fallbacks.append(f"{name}: {error}")
             continue
-        update_OI = found.scaled_IO.mul_(system.scale_I[:, None]).T.to(torch.float32, copy=True).contiguous()
-        num_dead = int((diagonal_I == 0).sum())
-        return Solution(update_OI, name, found.condition, found.residual, tuple(fallbacks), num_dead)
+        return Solution(name, condition, residual, tuple(fallbacks), int(dead_I.sum()))
     raise AssertionError("eigenvalues always give a solution")
 
 
-def _system(
-    gram_II: torch.Tensor,
-    rhs_OI: torch.Tensor,
-    mean_OI: torch.Tensor,
-    ridge: float,
-    dtype: torch.dtype,
-    *,
-    scaled: bool,
-) -> _System:
-    dead_I = gram_II.diagonal() == 0
-    shift = ridge * gram_II.diagonal().mean(dtype=torch.float64).item()
-    # In place as far as possible: the largest systems must not be in memory more often than needed.
-    system_II = gram_II.to(dtype, copy=True)
-    system_II.diagonal().add_(shift)
-    rhs_IO = (rhs_OI.to(dtype) + shift * mean_OI.to(dtype)).T.contiguous()
-    mean_IO = mean_OI.T.to(dtype)
-    if shift == 0:
-        system_II.diagonal()[dead_I] = 1
-        rhs_IO[dead_I] = mean_IO[dead_I]
-    if not scaled:
-        return _System(system_II, rhs_IO, mean_IO, torch.ones_like(system_II[0]))
-    scale_I = system_II.diagonal().rsqrt()
-    system_II.mul_(scale_I).mul_(scale_I[:, None])
-    return _System(system_II, rhs_IO.mul_(scale_I[:, None]), mean_IO, scale_I)
-
-
-def _by_cholesky(system: _System) -> _Found:
-    dtype = system.system_II.dtype
-    factor_II, info = torch.linalg.cholesky_ex(system.system_II)
-    if int(info) > 0:
-        raise _NotGoodEnoughError(f"not positive definite at row {int(info)}")
-    condition = estimate_condition(system.system_II, factor_II)
+def _by_cholesky(system: _System, dtype: torch.dtype) -> tuple[float, float]:
+    """Solves Y (D A D) = R D, where D gives A = G + λI a unit diagonal; X = Y D. Returns condition and residual."""
+    matrix_II = system.matrix(dtype)
+    scale_I = matrix_II.diagonal().rsqrt()
+    for columns in panels(matrix_II.shape[0]):
+        matrix_II[columns.start :, columns].mul_(scale_I[columns.start :, None]).mul_(scale_I[columns])
+    factor = cholesky_(matrix_II)
+    if isinstance(factor, int):
+        raise _NotGoodEnoughError(f"not positive definite at row {factor}")
+    condition = estimate_condition(lambda rows_VI: system.product(rows_VI * scale_I).mul_(scale_I), factor)
     if not condition <= _MOST_CONDITION[dtype]:
         raise _NotGoodEnoughError(f"condition {condition:.1e}")
-    scaled_IO = torch.cholesky_solve(system.rhs_IO, factor_II)
-    residual = _estimate_residual(system.system_II, scaled_IO, system.rhs_IO)
+    # A few random combinations of the right-hand sides first: R is overwritten only once the factor is known to be good.
+    some_VI = (_signs(system.rhs_OI.shape[0], system.rhs_OI) @ system.rhs_OI).to(dtype)
+    residual = _residual(system, solve_(some_VI * scale_I, factor).mul_(scale_I), some_VI)
     if not residual <= _MOST_RESIDUAL[dtype]:
         raise _NotGoodEnoughError(f"residual {residual:.1e}")
-    return _Found(scaled_IO, condition, residual)
+    for rows in [slice(None)] if dtype is GRAM_DTYPE else _row_chunks(system.rhs_OI):
+        rhs_OI = system.rhs_OI[rows].to(dtype)  # in float32 R itself
+        solve_(rhs_OI.mul_(scale_I), factor).mul_(scale_I)
+        if dtype is not GRAM_DTYPE:
+            system.rhs_OI[rows] = rhs_OI.to(GRAM_DTYPE)
+    return condition, residual
 
 
-def _by_eigenvalues(system: _System) -> _Found:
-    """The solution nearest to the average, in the directions whose eigenvalues stand out of the noise."""
-    values_I, vectors_II = torch.linalg.eigh(system.system_II)
+def _by_eigenvalues(system: _System) -> tuple[float, float]:
+    """The solution nearest to the average, in the directions whose eigenvalues stand out of the noise.
+
+    Not scaled: what is orthogonal to the data must stay so.
+    """
+    matrix_II = system.matrix(torch.float64)
+    values_I, vectors_II = torch.linalg.eigh(matrix_II)
     kept = values_I > _NOISE * values_I[-1]
     values_K, vectors_IK = values_I[kept], vectors_II[:, kept]
-    mean_IO = system.mean_IO / system.scale_I[:, None]
-    change_KO = vectors_IK.T @ (system.rhs_IO - system.system_II @ mean_IO)
-    scaled_IO = mean_IO + vectors_IK @ (change_KO / values_K[:, None])
-    left_KO = vectors_IK.T @ (system.rhs_IO - system.system_II @ scaled_IO)
-    norm = (vectors_IK.T @ system.rhs_IO).norm().item()
-    return _Found(scaled_IO, (values_K[-1] / values_K[0]).item(), left_KO.norm().item() / norm if norm > 0 else 0.0)
+    squares = left_squares = 0.0
+    for rows in _row_chunks(system.rhs_OI):
+        rhs_OI, mean_OI = system.rhs_OI[rows].double(), system.mean_OI[rows].double()
+        update_OI = mean_OI + ((rhs_OI - mean_OI @ matrix_II) @ vectors_IK / values_K) @ vectors_IK.T
+        squares += (rhs_OI @ vectors_IK).square().sum().item()
+        left_squares += ((rhs_OI - update_OI @ matrix_II) @ vectors_IK).square().sum().item()
+        system.rhs_OI[rows] = update_OI.to(GRAM_DTYPE)
+    condition = (values_K[-1] / values_K[0]).item()
+    return condition, math.sqrt(left_squares / squares) if squares > 0 else 0.0
 
 
-def estimate_condition(system_II: torch.Tensor, factor_II: torch.Tensor) -> float:
+def estimate_condition(product: Callable[[torch.Tensor], torch.Tensor], factor: Factor) -> float:
     """Largest over smallest eigenvalue, from power iterations with the matrix and with its inverse.
 
     Args:
-        system_II: Symmetric, positive definite.
-        factor_II: Its lower Cholesky factor.
+        product: Multiplies rows `[V, I]` by the matrix.
+        factor: Its Cholesky factor.
     """
-    probes_IV = _probes(system_II)
-    largest_IV, smallest_IV = probes_IV, probes_IV
+    largest_VI = smallest_VI = _signs(factor.lower_II.shape[0], factor.lower_II)
     for _ in range(_NUM_ITERATIONS):
-        largest_IV = torch.nn.functional.normalize(system_II @ largest_IV, dim=0)
-        smallest_IV = torch.nn.functional.normalize(torch.cholesky_solve(smallest_IV, factor_II), dim=0)
-    largest = (largest_IV * (system_II @ largest_IV)).sum(0).max().item()
-    smallest = 1 / (smallest_IV * torch.cholesky_solve(smallest_IV, factor_II)).sum(0).max().item()
+        largest_VI = torch.nn.functional.normalize(product(largest_VI), dim=1)
+        smallest_VI = torch.nn.functional.normalize(solve_(smallest_VI.clone(), factor), dim=1)
+    largest = (largest_VI * product(largest_VI)).sum(1).max().item()
+    smallest = 1 / (smallest_VI * solve_(smallest_VI.clone(), factor)).sum(1).max().item()
     return largest / smallest if smallest > 0 else float("inf")
 
 
-def _estimate_residual(system_II: torch.Tensor, solution_IO: torch.Tensor, rhs_IO: torch.Tensor) -> float:
-    """‖(B - AX)ᵀ v‖ / ‖Bᵀ v‖ over random v, which estimates the ratio of Frobenius norms."""
-    probes_IV = _probes(system_II)
-    right_OV = rhs_IO.T @ probes_IV
-    error_OV = right_OV - solution_IO.T @ (system_II @ probes_IV)
-    norm = right_OV.norm().item()
-    return error_OV.norm().item() / norm if norm > 0 else 0.0
+def _residual(system: _System, solved_VI: torch.Tensor, rhs_VI: torch.Tensor) -> float:
+    """‖B - XA‖ / ‖B‖ over some combinations of the right-hand sides, which estimates that of all."""
+    norm = rhs_VI.norm().item()
+    return (rhs_VI - system.product(solved_VI)).norm().item() / norm if norm > 0 else 0.0
 
 
-def _probes(like: torch.Tensor) -> torch.Tensor:
+def _signs(length: int, like: torch.Tensor) -> torch.Tensor:
+    """Fixed random signs `[V, length]`."""
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (like.shape[0], _NUM_PROBES), generator=generator) * 2 - 1
-    return signs.to(like)
+    return (torch.randint(0, 2, (_NUM_PROBES, length), generator=generator) * 2 - 1).to(like)
+
+
+def _row_chunks(rhs_OI: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // rhs_OI.shape[1])
+    for start in range(0, rhs_OI.shape[0], step):
+        yield slice(start, start + step)

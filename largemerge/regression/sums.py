@@ -1,26 +1,34 @@
 """What is accumulated for one block: two sums per Gram matrix, whatever the number of candidates.
 
-    G = Σ_i G̃_i          G̃_i = c_i / tokens_i · ( s·XᵢᵀXᵢ + (1-s)·diag(XᵢᵀXᵢ) )
+    G = Σ_i G̃_i          G̃_i = α_i · ( s·XᵢᵀXᵢ + (1-s)·diag(XᵢᵀXᵢ) )          α_i = c_i / (Σ c · tokens_i)
     R = Σ_i E_i G̃_i      E_i = W_i - A,  A = W of the first candidate
 
 The first candidate is the anchor A, so its term of R is zero and costs nothing. Linears that read the same
 tensor share G; their R lie below one another. Everything is linear in the tokens.
 
-Shapes: N tokens, I inputs, O outputs of all linears of a group, S columns of a sketch.
+E_i G̃_i is computed the cheaper way: `E G` once for a candidate (2·I²·O operations), or, where it has fewer tokens
+than half the inputs, `(E Xᵀ) X` with every batch (4·N·I·O).
+
+Shapes: N tokens, I inputs, O outputs of all linears of a group, B and S rows and columns of a sketch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from largemerge.regression.gram import GRAM_DTYPE, add_gram_, mirror_, shrink_off_diagonal_
-from largemerge.regression.solve import Solution, solve_anchored
+from largemerge.regression.gram import GRAM_DTYPE, PANEL, Gram
+from largemerge.regression.sketch import Sketcher
+from largemerge.regression.solve import Solution, solve_anchored_
 
-SKETCH_COLUMNS = 32
+CHUNK_BYTES = 16 << 20
+"""Of differences of weights that are in memory in float32 at once."""
+
+Differences = Callable[[slice], torch.Tensor]
+"""Some rows `[O, I]` of E_i, float32, of all linears of a group below one another; may be overwritten."""
 
 
 @dataclass
@@ -29,89 +37,87 @@ class GroupSums:
 
     Attributes:
         outputs: Linear → its number of outputs, in the order of the rows of R.
-        num_inputs: I.
-        gram_II: G; only its lower triangle until the last candidate is in.
-        rhs_OI: R.
-        mean_OI: Σ c_i E_i / Σ c_i.
+        gram: G, and the present candidate's XᵀX.
+        rhs_OI: R; after `solve` the update X.
+        mean_OI: Σ c_i E_i / Σ c_i, in the dtype of the output: it matters only where the data says nothing.
+        off_diagonal_scale: s.
         tokens: By candidate.
-        whole_gram: Whether s is 1, so that the rank is bounded by the tokens.
     """
 
     outputs: Mapping[str, int]
-    num_inputs: int
-    gram_II: torch.Tensor
+    gram: Gram
     rhs_OI: torch.Tensor
     mean_OI: torch.Tensor
-    candidate_II: torch.Tensor
-    sketch_IS: torch.Tensor
-    sketches_OS: list[torch.Tensor] = field(default_factory=list)
+    sketcher: Sketcher
+    off_diagonal_scale: float
+    sketches_BS: list[torch.Tensor] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    whole_gram: bool = False
+    _share: float = 0.0
+    _differences: Differences | None = None
+    _by_rows: bool = False
+
+    def start_candidate(self, share: float, tokens: int, differences: Differences | None) -> None:
+        """Begins the sums of the next candidate.
+
+        Args:
+            share: c_i / Σ c.
+            tokens: How many rows will be added.
+            differences: E_i; `None` for the anchor.
+        """
+        self.tokens.append(tokens)
+        self._share = share
+        self._differences = differences
+        self._by_rows = differences is not None and multiplies_by_rows(tokens, self.gram.num_inputs)
 
     def add_rows(self, x_NI: torch.Tensor) -> None:
         """Adds inputs of the present candidate, one row per token."""
-        add_gram_(self.candidate_II, x_NI)
-        self.tokens[-1] += x_NI.shape[0]
+        self.gram.add_rows(x_NI)
+        if not self._by_rows or self._differences is None:
+            return
+        x_NI = x_NI.to(GRAM_DTYPE)
+        scale = self._share / self.tokens[-1] * self.off_diagonal_scale
+        for rows in self._chunks():
+            self.rhs_OI[rows].addmm_(self._differences(rows) @ x_NI.T, x_NI, alpha=scale)
 
-    def start_candidate(self) -> None:
-        """Begins the sums of the next candidate."""
-        self.candidate_II.zero_()
-        self.tokens.append(0)
-
-    def finish_gram(self, weight: float, tokens: int, off_diagonal_scale: float) -> None:
-        """Makes G̃ of the present candidate's XᵀX and adds it to the sum of all.
-
-        Args:
-            weight: c_i / Σ c, the candidate's share.
-            tokens: That the Gram matrix is divided by.
-            off_diagonal_scale: s.
+    def finish_candidate(self) -> None:
+        """Adds what the present candidate has contributed.
 
         Raises:
             FloatingPointError: If the candidate's Gram matrix is not finite.
         """
-        if not torch.isfinite(self.candidate_II.diagonal()).all():
+        diagonal_I = self.gram.candidate_diagonal()
+        if not torch.isfinite(diagonal_I).all():
             raise FloatingPointError("activations are not finite")
-        self.whole_gram = off_diagonal_scale == 1
-        shrink_off_diagonal_(self.candidate_II, off_diagonal_scale).mul_(weight / tokens)
-        self.gram_II.add_(self.candidate_II)
-
-    def add_anchor(self) -> None:
-        """Notes that the present candidate is the anchor: its difference is zero."""
-        self.sketches_OS.append(torch.zeros(self.rhs_OI.shape[0], SKETCH_COLUMNS, device=self.rhs_OI.device))
-
-    def add_differences(self, differences: Iterable[tuple[str, torch.Tensor]], weight: float) -> None:
-        """Adds E_i G̃_i, after `finish_gram`.
-
-        Args:
-            differences: E_i `[O, I]` of every linear of the group, float32; one at a time is held.
-            weight: c_i / Σ c.
-        """
-        gram_II = mirror_(self.candidate_II)
-        sketch_OS = torch.zeros(self.rhs_OI.shape[0], SKETCH_COLUMNS, device=self.rhs_OI.device)
-        for linear, difference_OI in differences:
-            rows = self.rows_of(linear)
-            self.rhs_OI[rows].addmm_(difference_OI, gram_II)
-            self.mean_OI[rows].add_(difference_OI, alpha=weight)
-            sketch_OS[rows] = difference_OI @ self.sketch_IS
-        self.sketches_OS.append(sketch_OS)
+        alpha = self._share / self.tokens[-1]
+        sketch_BS = self.sketcher.empty()
+        for rows in self._chunks() if self._differences is not None else ():
+            assert self._differences is not None
+            difference_OI = self._differences(rows)
+            if self._by_rows:
+                self.rhs_OI[rows].addcmul_(difference_OI, diagonal_I, value=alpha * (1 - self.off_diagonal_scale))
+            else:
+                self.gram.add_candidate_product_(self.rhs_OI[rows], difference_OI, alpha, self.off_diagonal_scale)
+            self.sketcher.add_(sketch_BS, rows, difference_OI)
+            self.mean_OI[rows] += difference_OI.mul_(self._share).to(self.mean_OI.dtype)
+        self.sketches_BS.append(sketch_BS)
+        self.gram.finish_candidate(alpha, self.off_diagonal_scale)
+        self._differences = None
 
     def solve(self, ridge: float) -> Solution:
-        """X for all linears of the group at once."""
-        most_rank = sum(self.tokens) if self.whole_gram else None
-        return solve_anchored(mirror_(self.gram_II), self.rhs_OI, self.mean_OI, ridge, most_rank)
+        """X for all linears of the group at once, in the place of R."""
+        most_rank = sum(self.tokens) if self.off_diagonal_scale == 1 else None
+        return solve_anchored_(self.gram, self.rhs_OI, self.mean_OI, ridge, most_rank)
 
-    def distances(self, update_OI: torch.Tensor, linear: str) -> tuple[list[float], float]:
-        """Estimates of ‖W* - W_i‖ for every candidate, and of ‖W* - W̄‖ exactly, for one linear.
-
-        A candidate's difference is no longer in memory when W* is known; its product with a fixed random
-        sign matrix is, and the norm of such a product, divided by the root of its columns, estimates the norm.
-        """
-        rows = self.rows_of(linear)
-        update_OS = update_OI[rows] @ self.sketch_IS
-        estimates = [
-            (update_OS - sketch_OS[rows]).norm().item() / math.sqrt(SKETCH_COLUMNS) for sketch_OS in self.sketches_OS
-        ]
-        return estimates, (update_OI[rows] - self.mean_OI[rows]).norm().item()
+    def distances(self, linear: str) -> tuple[list[float], float]:
+        """‖W* - W_i‖ for every candidate, estimated, and ‖W* - W̄‖, exact, for one linear, after `solve`."""
+        number, rows = list(self.outputs).index(linear), self.rows_of(linear)
+        update_BS = self.sketcher.empty()
+        squares = 0.0
+        for chunk in self._chunks(rows):
+            self.sketcher.add_(update_BS, chunk, self.rhs_OI[chunk])
+            squares += (self.rhs_OI[chunk] - self.mean_OI[chunk]).square().sum().item()
+        estimates = [self.sketcher.norm(update_BS - sketch_BS, number) for sketch_BS in self.sketches_BS]
+        return estimates, math.sqrt(squares)
 
     def rows_of(self, linear: str) -> slice:
         """Rows of R that belong to one linear."""
@@ -122,27 +128,43 @@ class GroupSums:
             start += outputs
         raise KeyError(linear)
 
+    def _chunks(self, within: slice | None = None) -> Iterator[slice]:
+        return row_chunks(within or slice(0, self.rhs_OI.shape[0]), self.gram.num_inputs)
 
-def new_sums(outputs: Mapping[str, int], num_inputs: int, device: torch.device) -> GroupSums:
+
+def row_chunks(rows: slice, num_columns: int) -> Iterator[slice]:
+    """Cuts rows into pieces of at most `CHUNK_BYTES` in float32."""
+    step = max(1, CHUNK_BYTES // (GRAM_DTYPE.itemsize * num_columns))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
+def multiplies_by_rows(tokens: int, num_inputs: int) -> bool:
+    """Whether `(E Xᵀ) X` is cheaper than `E G`."""
+    return 2 * tokens < num_inputs
+
+
+def new_sums(
+    outputs: Mapping[str, int],
+    num_inputs: int,
+    off_diagonal_scale: float,
+    mean_dtype: torch.dtype,
+    device: torch.device,
+) -> GroupSums:
     """Empty sums for the linears that read one tensor of `num_inputs` features."""
     total = sum(outputs.values())
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=GRAM_DTYPE, device=device)
-
-    generator = torch.Generator().manual_seed(num_inputs)
-    signs = torch.randint(0, 2, (num_inputs, SKETCH_COLUMNS), generator=generator) * 2.0 - 1
     return GroupSums(
         outputs=dict(outputs),
-        num_inputs=num_inputs,
-        gram_II=zeros(num_inputs, num_inputs),
-        rhs_OI=zeros(total, num_inputs),
-        mean_OI=zeros(total, num_inputs),
-        candidate_II=zeros(num_inputs, num_inputs),
-        sketch_IS=signs.to(device),
+        gram=Gram(num_inputs, device),
+        rhs_OI=torch.zeros(total, num_inputs, dtype=GRAM_DTYPE, device=device),
+        mean_OI=torch.zeros(total, num_inputs, dtype=mean_dtype, device=device),
+        sketcher=Sketcher(list(outputs.values()), num_inputs, device),
+        off_diagonal_scale=off_diagonal_scale,
     )
 
 
-def sums_bytes(outputs: Sequence[int], num_inputs: int) -> int:
-    """Bytes that `new_sums` holds, without the sketches."""
-    return GRAM_DTYPE.itemsize * (2 * num_inputs**2 + 2 * sum(outputs) * num_inputs)
+def sums_bytes(outputs: Sequence[int], num_inputs: int, mean_dtype: torch.dtype) -> int:
+    """Bytes that `new_sums` holds, but for the sketches."""
+    rhs = sum(outputs) * num_inputs
+    gram = num_inputs**2 + num_inputs * min(PANEL, num_inputs)
+    return GRAM_DTYPE.itemsize * (gram + rhs) + mean_dtype.itemsize * rhs

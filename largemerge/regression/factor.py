@@ -1,0 +1,69 @@
+"""Cholesky factors in place, in panels, so that nearly all of the work is large matrix products.
+
+    A = L Lᵀ          the lower half of A becomes L; what lies above the diagonal panels is left alone
+    X A = B           B becomes X, two sweeps over panels of columns
+
+Beside the matrix itself and one panel nothing is held: a library's Cholesky and its solve need the matrix, the
+factor, and the right-hand side twice.
+
+Shapes: I rows of the system, O right-hand sides (one per row of B), P columns of a panel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from largemerge.regression.gram import panels
+
+
+@dataclass(frozen=True)
+class Factor:
+    """L, below the diagonal panels and in them, and the inverses of its diagonal panels."""
+
+    lower_II: torch.Tensor
+    inverses_PP: tuple[torch.Tensor, ...]
+
+
+def cholesky_(system_II: torch.Tensor) -> Factor | int:
+    """Factorises a symmetric matrix in its own place.
+
+    Args:
+        system_II: Only its lower half is read; it is overwritten up to and including the diagonal panels.
+
+    Returns:
+        The factor; or, where A is not positive definite, the number of the row (from 1) where that shows.
+    """
+    inverses = []
+    for columns in panels(system_II.shape[0]):
+        start, stop = columns.start, columns.stop
+        below_IP = system_II[start:, columns]
+        if start:
+            below_IP.addmm_(system_II[start:, :start], system_II[columns, :start].T, alpha=-1)
+        block_PP, info = torch.linalg.cholesky_ex(system_II[columns, columns])
+        if int(info) > 0:
+            return start + int(info)
+        inverse_PP = torch.linalg.solve_triangular(block_PP, torch.eye(stop - start).to(block_PP), upper=False)
+        system_II[columns, columns] = block_PP
+        if stop < system_II.shape[0]:
+            system_II[stop:, columns] = system_II[stop:, columns] @ inverse_PP.T
+        inverses.append(inverse_PP)
+    return Factor(system_II, tuple(inverses))
+
+
+def solve_(rhs_OI: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """Solves X (L Lᵀ) = B in the place of B."""
+    lower_II = factor.lower_II
+    steps = list(zip(panels(lower_II.shape[0]), factor.inverses_PP, strict=True))
+    for columns, inverse_PP in steps:  # Y Lᵀ = B
+        target_OP = rhs_OI[:, columns]
+        if columns.start:
+            target_OP.addmm_(rhs_OI[:, : columns.start], lower_II[columns, : columns.start].T, alpha=-1)
+        target_OP.copy_(target_OP @ inverse_PP.T)
+    for columns, inverse_PP in reversed(steps):  # X L = Y
+        target_OP = rhs_OI[:, columns]
+        if columns.stop < lower_II.shape[0]:
+            target_OP.addmm_(rhs_OI[:, columns.stop :], lower_II[columns.stop :, columns], alpha=-1)
+        target_OP.copy_(target_OP @ inverse_PP)
+    return rhs_OI
