@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from largemerge.config import load_config
+from largemerge.config import MergeConfig, load_config
 from largemerge.errors import EXIT_CODE, ConfigError, LargemergeError
+from largemerge.sizes import parse_size
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _INTERRUPTED = 130
 
 
@@ -34,17 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def parse_size(text: str) -> int:
-    """Bytes from `5GB`, `500MiB`, `1000000`.
-
-    Raises:
-        ConfigError: If it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    unit = match[2] if match else None
-    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
-        raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[unit])
+def _size(text: str, option: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,10 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--resume", action="store_true", help="go on with an interrupted merge")
     merge.add_argument("--force", action="store_true", help="replace what is in OUT, once the merge is finished")
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of an output file (default: 5GB)")
+    _add_memory_options(merge)
     merge.add_argument("--quiet", action="store_true", help="no progress, no closing table")
     plan = commands.add_parser("plan", help="show what a merge would do, without reading weights")
     plan.add_argument("config", type=Path, help="a YAML file")
     plan.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
+    _add_memory_options(plan)
+    plan.add_argument("--no-probe", dest="probe", action="store_false", help="no time estimate, no seconds spent on it")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
@@ -71,11 +67,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_memory_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory-device", metavar="SIZE", help="most memory on the GPU (default: what is free)")
+    parser.add_argument("--memory-host", metavar="SIZE", help="most memory of this process (default: what is free)")
+    parser.add_argument(
+        "--memory-disk", type=Path, metavar="FOLDER", help="for hidden states that do not fit (default: OUT)"
+    )
+
+
+def _config(options: argparse.Namespace) -> MergeConfig:
+    """The configuration, with the memory limits of the command line over those of the file."""
+    limits: dict[str, int | str] = {}
+    for key in ("device", "host"):
+        text = getattr(options, f"memory_{key}")
+        if text is not None:
+            limits[key] = _size(text, f"--memory-{key}")
+    if options.memory_disk is not None:
+        limits["disk"] = str(options.memory_disk.expanduser().absolute())
+    config = load_config(options.config)
+    return config.model_copy(update={"memory": config.memory.model_copy(update=limits)})
+
+
 def _merge(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    max_shard_bytes = parse_size(options.max_shard_size)
-    config = load_config(options.config)
+    max_shard_bytes = _size(options.max_shard_size, "--max-shard-size")
+    config = _config(options)
     _quiet_libraries()
     from largemerge.merging import merge
     from largemerge.output import WORKING_FOLDER
@@ -106,12 +123,12 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    config = load_config(options.config)
+    config = _config(options)
     _quiet_libraries()
     from largemerge.merging import plan
     from largemerge.report import print_plan
 
-    made = plan(config, device=options.device)
+    made = plan(config, device=options.device, probe=options.probe)
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:

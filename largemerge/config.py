@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from largemerge.config_file import explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
+from largemerge.sizes import parse_size
 
 MergeMethod = Literal["regmean", "regmean_plusplus"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -148,6 +149,27 @@ class MethodParameters(_Strict):
     """Regexes on parameter names: taken from the base, or averaged where there is none."""
 
 
+def _check_size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, pydantic.BeforeValidator(_check_size), Field(ge=1)]
+"""Bytes: a number, or text such as 8GiB."""
+
+
+class MemoryConfig(_Strict):
+    """How much a merge may hold. What fits into it and is fastest is found by the plan."""
+
+    device: Size | None = None
+    """Most memory on the accelerator; default: what is free."""
+    host: Size | None = None
+    """Most anonymous memory of the process, libraries included; default: what is free."""
+    disk: str | None = Field(None, min_length=1)
+    """Folder for hidden states that do not fit into memory; default: the output's."""
+    hidden_states_8bit: bool = False
+    """Keep hidden states in 8 bits between blocks (bitsandbytes): half of bfloat16's room, a small error."""
+
+
 class MergeConfig(_Strict):
     """A whole merge: K candidates, one method, one output."""
 
@@ -162,6 +184,7 @@ class MergeConfig(_Strict):
     """Of the forward passes; default: the checkpoints'. Sums and solves are float32 or better always."""
     tokenizer_source: str | None = None
     """`base`, or a candidate's name; default: the base where there is one, else the first candidate."""
+    memory: MemoryConfig = MemoryConfig()
     stacks: tuple[str, ...] = ()
     """Module paths of the block stacks (`model.layers`), when those found are wrong."""
     trust_remote_code: bool = False
@@ -262,4 +285,7 @@ def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfi
         update = {"model": absolute(candidate.model), "name": candidate.label, "calibration": calibration}
         models.append(candidate.model_copy(update=update))
     base = None if config.base_model is None else absolute(config.base_model)
-    return config.model_copy(update={"models": tuple(models), "base_model": base})
+    memory = config.memory
+    if memory.disk is not None:
+        memory = memory.model_copy(update={"disk": str(folders[0] / os.path.expanduser(memory.disk))})
+    return config.model_copy(update={"models": tuple(models), "base_model": base, "memory": memory})

@@ -1,173 +1,173 @@
-"""How much memory and disk a merge will hold, from shapes alone."""
+"""What a placement of the work holds at its peak, on host, device and disk.
+
+A placement says where hidden states wait, in how many passes a block is solved, whether the next block is read ahead,
+and how many samples run at once. On the CPU everything is host memory.
+"""
 
 from __future__ import annotations
 
-import math
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from enum import Enum
 
-import psutil
 import torch
 
-from largemerge.calibration import CalibrationOutline, CalibrationSet
-from largemerge.inputs import Inputs
-from largemerge.memory import memory_in_use
-from largemerge.model.rehearsal import Rehearsal
-from largemerge.regression.sums import sums_bytes
-from largemerge.treatment import BlockPlan
+from largemerge.passes import BlockPass, mean_dtype
+from largemerge.regression.sums import CHUNK_BYTES, sums_bytes
+from largemerge.workload import BlockKind, Workload
 
-BatchShapes = Mapping[str, tuple[int, ...]]
-"""Forward argument → shape of one batch."""
+_BITSANDBYTES_BITS = 8.5  # a byte, and a float32 scale for every 64
+_ALLOCATOR_SHARE = 0.04  # of everything: what the allocator keeps between two uses
+_LIBRARIES_BYTES = 48 << 20  # work space of matrix products, stacks of threads, shared libraries touched on the way
+
+
+class Waiting(str, Enum):
+    """Where hidden states wait between blocks."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
 
 
 @dataclass(frozen=True)
-class PeakEstimate:
-    """Bytes held at the moment when most is held, by what they are for.
+class Placement:
+    """How the work is laid out.
 
     Attributes:
-        before: What the process holds before it starts (interpreter, libraries).
-        outside: Embeddings and what else lies outside the stacks, while it is needed.
-        blocks: Candidates' weights of one block: the anchor, the present one, the next one being read.
-        sums: Gram matrices, right-hand sides, averages.
-        activations: Of one batch inside a block.
-        solve: Work space of the largest system.
-        calibration: Inputs and hidden states of all candidates.
+        hidden_states: Where they wait.
+        passes: In how many passes a block is solved.
+        prefetch: Whether the next candidate's block is read while this one computes.
+        samples: That run at once.
     """
 
-    before: int
-    outside: int
-    blocks: int
-    sums: int
-    activations: int
-    solve: int
-    calibration: int
+    hidden_states: Waiting
+    passes: int
+    prefetch: bool
+    samples: int
 
-    @property
-    def total(self) -> int:
-        """Bytes at the peak; activations, solves and embeddings take turns."""
-        return (
-            self.before + self.calibration + self.blocks + self.sums + max(self.activations + self.outside, self.solve)
-        )
+    def __str__(self) -> str:
+        where = {Waiting.DEVICE: "on the device", Waiting.HOST: "in host memory", Waiting.DISK: "on disk"}
+        linears = "all linears of a block at once" if self.passes == 1 else f"a block's linears in {self.passes} passes"
+        ahead = "the next block read ahead" if self.prefetch else "no block read ahead"
+        return f"hidden states {where[self.hidden_states]}, {linears}, {ahead}, {self.samples} samples at once"
 
 
-def batch_shapes(
-    outlines: Sequence[CalibrationOutline], calibration: Sequence[CalibrationSet] | None
-) -> list[list[BatchShapes]]:
-    """Shapes of every batch of every candidate, from the data if it has been read, else from the outlines."""
-    if calibration is not None:
-        return [
-            [{name: tuple(tensor.shape) for name, tensor in batch.inputs.items()} for batch in data.batches]
-            for data in calibration
-        ]
-    batches: list[list[BatchShapes]] = []
-    for outline in outlines:
-        sizes = [outline.batch_size] * (outline.num_samples // outline.batch_size)
-        sizes += [outline.num_samples % outline.batch_size] if outline.num_samples % outline.batch_size else []
-        batches.append([{name: (size, *shape) for name, (shape, _) in outline.inputs.items()} for size in sizes])
-    return batches
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes held at the peak.
+
+    Attributes:
+        host: Anonymous memory of the process.
+        device: 0 on the CPU.
+        disk: Hidden states; the output comes on top.
+        parts: What makes up the larger of host and device, at the moment of its peak.
+    """
+
+    host: int
+    device: int
+    disk: int
+    parts: Mapping[str, int]
 
 
-def estimate_peak(
-    inputs: Inputs,
-    rehearsal: Rehearsal,
-    blocks: Sequence[BlockPlan],
-    compute_dtype: torch.dtype,
-    shapes: Sequence[Sequence[BatchShapes]],
-    device: torch.device,
-) -> PeakEstimate:
-    """What a run will hold at its peak."""
-    state = inputs.skeleton.model.state_dict()
-    largest_outside = max((sum(state[name].numel() for name in stack.first) for stack in rehearsal.stacks), default=0)
-    block_parts = [_block_bytes(inputs, block, compute_dtype) for block in blocks]
-    rows = {stack: _largest_rows(rehearsal, stack, shapes) for stack in rehearsal.order}
-    activations = [
-        rows[block.stack] * _features(block) * compute_dtype.itemsize
-        + rows[block.stack] * 4 * max((group.num_inputs for group in block.groups), default=0)
-        for block in blocks
+def footprint(work: Workload, placement: Placement, device: torch.device, before: int, *, eight_bit: bool) -> Footprint:
+    """What a placement holds.
+
+    Args:
+        work: To be done.
+        placement: How.
+        device: That computes.
+        before: Bytes that the process holds before it starts.
+        eight_bit: Hidden states wait in 8 bits.
+    """
+    moments = [
+        moment | {"embeddings": work.first_bytes if kind.block.index == 0 else 0}
+        for kind in work.kinds
+        for each in kind.passes(placement.passes, keeps_outputs=work.own_stream)
+        for moment in _moments(work, kind, each, placement)
     ]
-    solves = [
-        max((12 * g.num_inputs**2 + 16 * g.num_inputs * sum(g.outputs.values()) for g in block.groups), default=0)
-        for block in blocks
-    ]
-    return PeakEstimate(
-        before=memory_in_use(device).host_anonymous if device.type == "cpu" else 0,
-        outside=largest_outside * compute_dtype.itemsize * 2,
-        blocks=max((part[0] for part in block_parts), default=0),
-        sums=max((part[1] for part in block_parts), default=0),
-        activations=max(activations, default=0),
-        solve=max(solves, default=0),
-        calibration=_calibration_bytes(rehearsal, shapes, compute_dtype),
+    computing = max(moments, key=lambda parts: sum(parts.values()))
+    shrunk = _BITSANDBYTES_BITS / 8 / work.compute_dtype.itemsize if eight_bit else 1.0
+    hidden = round(work.hidden_bytes * shrunk)
+    waiting = placement.hidden_states
+    # On disk: the present batch, the next one, and those that are still being written.
+    buffers = 4 * work.sample_hidden_bytes * placement.samples if waiting is Waiting.DISK else 0
+    host = {"process": before + _LIBRARIES_BYTES, "calibration inputs": work.input_bytes}
+    host["hidden states"] = hidden if waiting is Waiting.HOST else buffers
+    if device.type == "cpu":
+        parts = _with_allocator(host | computing)
+        return Footprint(sum(parts.values()), 0, hidden if waiting is Waiting.DISK else 0, parts)
+    computing["hidden states"] = hidden if waiting is Waiting.DEVICE else 0
+    host["blocks in transit"] = 2 * max(_largest_read(work, placement.passes), work.first_bytes)
+    parts = _with_allocator(computing)
+    in_host = sum(_with_allocator(host).values())
+    return Footprint(in_host, sum(parts.values()), hidden if waiting is Waiting.DISK else 0, parts)
+
+
+def _with_allocator(parts: Mapping[str, int]) -> dict[str, int]:
+    share = sum(value for name, value in parts.items() if name != "process") * _ALLOCATOR_SHARE
+    return {**parts, "allocator": round(share)}
+
+
+def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placement) -> list[dict[str, int]]:
+    """The moments of a pass when most is held: collecting, solving, and the merged block's forward pass."""
+    block, dtype = kind.block, work.compute_dtype
+    solved = [f"{block.name}.{path}.weight" for group in each.groups for path in group.outputs]
+    ahead = _largest_read(work, placement.passes) if placement.prefetch else 0
+    averaged = sum(kind.sizes[name] for name in kind.names if name not in _all_solved(kind)) * 4 if each.averages else 0
+    sums = averaged + sum(
+        sums_bytes(list(group.outputs.values()), group.num_inputs, mean_dtype(block, group)) for group in each.groups
+    )
+    widest = max((group.num_inputs for group in each.groups), default=0)
+    until = None if each.last and work.own_stream else (each.groups[-1].leader if each.groups else "")
+    collect = {
+        "weights": kind.bytes_of(each.reads) + kind.bytes_of(solved) + ahead + _cast_bytes(kind, each.reads, dtype),
+        "sums": sums,
+        "activations": _activation_bytes(work, kind, placement.samples, until) + 3 * CHUNK_BYTES,
+    }
+    largest = max((kind.bytes_of([name]) for name in solved), default=0)
+    solve = {
+        "weights": kind.bytes_of(solved) + largest + ahead,
+        "sums": sums,
+        "solve": 8 * widest**2 + 3 * CHUNK_BYTES,  # a second try in float64
+    }
+    if work.own_stream:
+        return [collect, solve]
+    forward = {
+        "weights": kind.bytes_of(kind.names) + ahead + _cast_bytes(kind, kind.names, dtype),
+        "sums": 0,
+        "activations": _activation_bytes(work, kind, placement.samples, None),
+    }
+    return [collect, solve, forward]
+
+
+def _all_solved(kind: BlockKind) -> set[str]:
+    return {f"{kind.block.name}.{path}.weight" for group in kind.block.groups for path in group.outputs}
+
+
+def _largest_read(work: Workload, num_passes: int) -> int:
+    return max(
+        (
+            kind.bytes_of(each.reads)
+            for kind in work.kinds
+            for each in kind.passes(num_passes, keeps_outputs=work.own_stream)
+        ),
+        default=0,
     )
 
 
-def _block_bytes(inputs: Inputs, block: BlockPlan, compute_dtype: torch.dtype) -> tuple[int, int]:
-    state = inputs.skeleton.model.state_dict()
-    elements = sum(state[plan.name].numel() for plan in block.tensors)
-    stored = sum(state[plan.name].numel() * plan.dtype.itemsize for plan in block.tensors)
-    cast = elements * compute_dtype.itemsize if any(plan.dtype != compute_dtype for plan in block.tensors) else 0
-    sums = sum(sums_bytes(list(group.outputs.values()), group.num_inputs, torch.float32) for group in block.groups)
-    return 3 * stored + cast, sums
+def _cast_bytes(kind: BlockKind, names: tuple[str, ...] | list[str], dtype: torch.dtype) -> int:
+    """Of the copies in the forward's dtype, where that is not the stored one."""
+    different = [plan.name for plan in kind.block.tensors if plan.dtype != dtype and plan.name in set(names)]
+    return kind.bytes_of(different, dtype)
 
 
-def _features(block: BlockPlan) -> int:
-    """What a block computes for one token: inputs and outputs of all its linears."""
-    return sum(group.num_inputs + sum(group.outputs.values()) for group in block.groups)
-
-
-def _largest_rows(rehearsal: Rehearsal, stack: int, shapes: Sequence[Sequence[BatchShapes]]) -> int:
-    seen = rehearsal.stacks[stack]
-    largest = 0
-    for batch in (batch for batches in shapes for batch in batches):
-        if seen.tokens is not None and seen.tokens in batch:
-            largest = max(largest, math.prod(batch[seen.tokens][:2]))
-        else:
-            largest = max(largest, next(iter(batch.values()))[0] * seen.num_tokens)
-    return largest
-
-
-def _calibration_bytes(
-    rehearsal: Rehearsal, shapes: Sequence[Sequence[BatchShapes]], compute_dtype: torch.dtype
-) -> int:
-    total = 0
-    for batch in (batch for batches in shapes for batch in batches):
-        for name, shape in batch.items():
-            total += math.prod(shape) * (8 if name.endswith(("ids", "mask")) else 4)
-        samples = next(iter(batch.values()))[0]
-        for stack in rehearsal.stacks:
-            tokens = batch[stack.tokens][1] if stack.tokens is not None and stack.tokens in batch else stack.num_tokens
-            for shape in stack.output_shapes:
-                scaled = [samples if i == 0 and n == 2 else n for i, n in enumerate(shape)]
-                scaled = [tokens if n == stack.num_tokens and i > 0 else n for i, n in enumerate(scaled)]
-                total += math.prod(scaled) * compute_dtype.itemsize
-    return total
-
-
-def resource_problems(peak: PeakEstimate, device: torch.device, bytes_written: int, out: Path | None) -> list[str]:
-    """What this machine has too little of."""
-    problems = []
-    host = psutil.virtual_memory().available + peak.before
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        needed = peak.total - peak.calibration
-        if needed > free:
-            problems.append(f"needs about {_gib(needed)} on {device}, which has {_gib(free)} free; lower batch_size")
-        needed = peak.calibration
-    else:
-        needed = peak.total
-    if needed > host:
-        problems.append(
-            f"needs about {_gib(needed)} of memory, this machine has {_gib(host)} available; "
-            f"hidden states take {_gib(peak.calibration)} of it: lower num_samples, max_length or batch_size"
-        )
-    if out is not None:
-        folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-        free = shutil.disk_usage(folder).free
-        if bytes_written > free:
-            problems.append(f"{out}: needs {_gib(bytes_written)} of disk, {_gib(free)} are free")
-    return problems
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _activation_bytes(work: Workload, kind: BlockKind, samples: int, until: str | None) -> int:
+    """Of what a block computes for some samples, up to the linear `until`, and of a Gram's rows in float32."""
+    order = [role.name for role in kind.roles]
+    reached = order if until is None else order[: order.index(until)] if until in order else []
+    rows = samples * work.sample_rows[kind.block.stack]
+    features = sum(kind.linears[path][1] for path in reached)  # outputs; the inputs of one are others' outputs
+    widest = max((group.num_inputs for group in kind.block.groups), default=0)
+    width = max((sizes[0] for sizes in kind.linears.values()), default=0)
+    float32_rows = 0 if until is None else rows * 4 * widest
+    return rows * (features + 4 * width) * work.compute_dtype.itemsize + float32_rows

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,21 @@ import torch
 
 from largemerge.average import merge_outside
 from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration
+from largemerge.calibration.batches import split_batches
 from largemerge.calibration.fit import sample_problems
-from largemerge.calibration.hidden_states import HiddenStates, MemoryStore
+from largemerge.calibration.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
 from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.config import MergeConfig, load_config
 from largemerge.errors import CalibrationError, LargemergeError
+from largemerge.estimate import Waiting
 from largemerge.inputs import Inputs, open_inputs
 from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
+from largemerge.passes import block_passes
 from largemerge.planning import MergePlan, Preparation, choose_device, make_plan
 from largemerge.progress import RunProgress
-from largemerge.passes import block_passes
 from largemerge.regression.activations import Activations
 from largemerge.regression.clock import Clock
 from largemerge.regression.engine import Engine, Settings
@@ -43,12 +45,14 @@ OUTSIDE = "outside"
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
 
-def plan(config: ConfigSource, *, device: str = "auto") -> MergePlan:
-    """Plans a merge from configs and headers alone; reads no weight and no sample.
+def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True) -> MergePlan:
+    """Plans a merge from configs and headers alone; of weights and samples it reads none.
 
     Args:
         config: A path, a mapping or a `MergeConfig`.
         device: `auto`, `cpu`, `cuda:0`, ….
+        probe: Measure this machine for a few seconds (products, copies, some megabytes of a candidate read), so that
+            the plan says how long the merge will take.
 
     Raises:
         LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
@@ -57,7 +61,7 @@ def plan(config: ConfigSource, *, device: str = "auto") -> MergePlan:
     resolved = load_config(config)
     inputs = open_inputs(resolved)
     outlines = for_every_candidate(resolved, inputs, outline_calibration)
-    return make_plan(resolved, inputs, choose_device(device), outlines).plan
+    return make_plan(resolved, inputs, choose_device(device), outlines, probe=probe).plan
 
 
 def merge(
@@ -91,31 +95,35 @@ def merge(
     resolved = load_config(config)
     target = choose_device(device)
     out = Path(out)
-    inputs = open_inputs(resolved)
-    input_paths = _input_paths(resolved, inputs)
-    check_output(out, input_paths, resume=resume, force=force)
-    preparation, calibration = _prepare(resolved, inputs, target, out)
-    shards = layout_shards(preparation.plan.output, max_shard_bytes)
-    manifest = _manifest(preparation, calibration, shards)
-    with MemoryWatch(target) as watch, open_output(out, manifest, input_paths, resume=resume, force=force) as folder:
-        job = _Job(preparation, calibration, shards, folder, quiet)
-        job.run()
-        report = MergeReport.build(
-            plan=preparation.plan,
-            inputs=inputs,
-            calibration=calibration,
-            parts=folder.entries,
-            prepared_seconds=job.started - start,
-            total_seconds=time.perf_counter() - start,
-            resumed_parts=job.resumed_parts,
-            peak=watch.peak(),
-            bytes_read=job.bytes_read,
-        )
-        folder.finish(
-            shards,
-            lambda path: _write_side_files(path, preparation, report),
-            output_config(inputs.reference, preparation.plan.output_dtype),
-        )
+    with MemoryWatch(target) as watch:
+        inputs = open_inputs(resolved)
+        input_paths = _input_paths(resolved, inputs)
+        check_output(out, input_paths, resume=resume, force=force)
+        preparation, calibration = _prepare(resolved, inputs, target, out)
+        shards = layout_shards(preparation.plan.output, max_shard_bytes)
+        manifest = _manifest(preparation, calibration, shards)
+        with open_output(out, manifest, input_paths, resume=resume, force=force) as folder:
+            job = _Job(preparation, calibration, shards, folder, quiet, Clock(start))
+            job.run()
+            report = MergeReport.build(
+                plan=preparation.plan,
+                inputs=inputs,
+                calibration=calibration,
+                parts=folder.entries,
+                prepared_seconds=job.started - start,
+                total_seconds=time.perf_counter() - start,
+                resumed_parts=job.resumed_parts,
+                peak=watch.peak(),
+                bytes_read=job.bytes_read,
+                hidden_bytes_on_disk=job.hidden_bytes_on_disk,
+                retries=job.retries,
+                timeline=job.clock.timeline,
+            )
+            folder.finish(
+                shards,
+                lambda path: _write_side_files(path, preparation, report),
+                output_config(inputs.reference, preparation.plan.output_dtype),
+            )
     return report
 
 
@@ -138,7 +146,8 @@ def _prepare(
         raise CalibrationError(*misfits)
     if preparation.plan.problems:
         raise LargemergeError(*preparation.plan.problems)
-    return preparation, calibration
+    samples = preparation.plan.placement.samples
+    return preparation, tuple(replace(data, batches=split_batches(data.batches, samples)) for data in calibration)
 
 
 @dataclass
@@ -150,9 +159,12 @@ class _Job:
     shards: tuple[Shard, ...]
     folder: OutputFolder
     quiet: bool
+    clock: Clock
     started: float = field(init=False, default_factory=time.perf_counter)
     resumed_parts: int = field(init=False, default=0)
     bytes_read: int = field(init=False, default=0)
+    hidden_bytes_on_disk: int = field(init=False, default=0)
+    retries: list[str] = field(init=False, default_factory=list)
 
     def run(self) -> None:
         """Writes what is not in the journal yet."""
@@ -173,65 +185,82 @@ class _Job:
             )
             if OUTSIDE not in finished:
                 self._merge_outside(weights, progress)
-            self._engine(weights, progress).run(finished, self.folder.record)
+            hidden_states = stack.enter_context(self._hidden_states())
+            self._engine(weights, hidden_states, progress).run(finished, self.folder.record)
             self.bytes_read = weights.bytes_read
+            if plan.placement.hidden_states is Waiting.DISK:
+                self.hidden_bytes_on_disk = hidden_states.num_bytes
 
-    def _engine(self, weights: Weights, progress: RunProgress) -> Engine:
-        plan, inputs = self.preparation.plan, self.preparation.inputs
-        parameters = plan.config.parameters
+    def _hidden_states(self) -> HiddenStates:
+        plan = self.preparation.plan
+        waiting = plan.placement.hidden_states
+        store: Store
+        if waiting is Waiting.DISK:
+            store = DiskStore(Path(plan.config.memory.disk or self.folder.working))
+        else:
+            store = MemoryStore(plan.device if waiting is Waiting.DEVICE else torch.device("cpu"), plan.device)
+        return HiddenStates(store, eight_bit=plan.config.memory.hidden_states_8bit)
+
+    def _engine(self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress) -> Engine:
+        plan, inputs, rehearsal = self.preparation.plan, self.preparation.inputs, self.preparation.rehearsal
+        parameters, placement = plan.config.parameters, plan.placement
+        own_stream = plan.config.merge_method == "regmean"
         return Engine(
             settings=Settings(
-                own_stream=plan.config.merge_method == "regmean",
+                own_stream=own_stream,
                 shares=plan.config.shares,
                 off_diagonal_scale=parameters.off_diagonal_scale,
                 ridge=parameters.ridge,
+                prefetch=placement.prefetch,
             ),
             names=plan.config.names,
             blocks=plan.blocks,
             passes={
                 block.name: block_passes(
                     block,
-                    self.preparation.rehearsal.stacks[block.stack].roles[block.index],
-                    1,
-                    keeps_outputs=plan.config.merge_method == "regmean" and block is not plan.blocks[-1],
+                    rehearsal.stacks[block.stack].roles[block.index],
+                    placement.passes,
+                    keeps_outputs=own_stream and block is not plan.blocks[-1],
                 )
                 for block in plan.blocks
             },
-            clock=Clock(self.started),
             weights=weights,
             activations=Activations(
                 skeleton=inputs.skeleton,
-                rehearsal=self.preparation.rehearsal,
+                rehearsal=rehearsal,
                 calibration=self.calibration,
                 weights=weights,
-                hidden_states=HiddenStates(MemoryStore(torch.device("cpu"), plan.device)),
+                hidden_states=hidden_states,
                 compute_dtype=plan.compute_dtype,
                 device=plan.device,
                 loss_tokens=loss_tokens(model_needs(inputs.skeleton)),
+                retries=self.retries,
             ),
             watcher=progress,
+            clock=self.clock,
         )
 
     def _merge_outside(self, weights: Weights, progress: RunProgress) -> None:
-        start = time.perf_counter()
         plan = self.preparation.plan
-        merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
-        weights.writer.flush()
-        seconds = round(time.perf_counter() - start, 4)
+        self.clock.begin("")
+        with self.clock.stage(OUTSIDE):
+            merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
+            weights.writer.flush()
         entry = {"bytes_read": weights.bytes_read, "bytes_written": weights.writer.bytes_written}
-        self.folder.record(OUTSIDE, entry | {"seconds": {OUTSIDE: seconds}})
+        self.folder.record(OUTSIDE, entry | {"seconds": self.clock.seconds()})
 
     def _num_steps(self, finished: frozenset[str]) -> int:
         plan = self.preparation.plan
         batches = sum(len(data.batches) for data in self.calibration)
-        passes = 1 if plan.config.merge_method == "regmean" else 2
+        forwards = 0 if plan.config.merge_method == "regmean" else 1
         steps = 0 if OUTSIDE in finished else len(plan.outside)
         for block in plan.blocks:
             last = block is plan.blocks[-1]
             if block.name in finished:
                 steps += 0 if last else batches
             else:
-                steps += batches * (1 if last else passes) + len(block.groups)
+                passes = max(1, min(plan.placement.passes, len(block.groups)))
+                steps += batches * (passes + (0 if last else forwards)) + len(block.groups)
         return steps
 
 
@@ -246,6 +275,7 @@ def _manifest(
         "calibration data": {data.name: data.fingerprint for data in calibration},
         "versions": versions(),
         "device": plan.device.type,
+        "samples at once": plan.placement.samples,
         "compute_dtype": str(plan.compute_dtype),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},
     }

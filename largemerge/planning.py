@@ -7,9 +7,11 @@ makes the merge impossible is collected in `problems`, all at once; `merge` runs
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,15 @@ from largemerge.checkpoint.writer import OutputTensor
 from largemerge.config import MergeConfig
 from largemerge.dtypes import dtype_name
 from largemerge.errors import LargemergeError
-from largemerge.estimate import PeakEstimate, batch_shapes, estimate_peak, resource_problems
+from largemerge.estimate import Footprint, Placement
 from largemerge.inputs import Inputs
+from largemerge.memory import memory_in_use
 from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import Rehearsal, rehearse
+from largemerge.placement import Choice, Limits, choose_placement, find_limits
+from largemerge.probe import measure_rates
+from largemerge.sizes import gib
+from largemerge.timing import estimate_seconds
 from largemerge.treatment import (
     BlockPlan,
     TensorPlan,
@@ -35,6 +42,7 @@ from largemerge.treatment import (
     tensor_labels,
     treatment_problems,
 )
+from largemerge.workload import Workload, batch_shapes, measure_workload
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,11 @@ class MergePlan:
         output: What is written, by name on disk.
         num_samples: Calibration samples by candidate (upper bounds before the data is read).
         bytes_read: From checkpoints.
-        peak: Estimated.
+        placement: Where things are held, chosen to keep the limits.
+        reasons: Why this placement.
+        footprint: Its bytes at the peak.
+        limits: That it keeps.
+        seconds: By stage, estimated from a probe of this machine; empty if there was none.
         notes: What a user should know.
         problems: What makes it impossible.
     """
@@ -67,7 +79,11 @@ class MergePlan:
     output: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
     bytes_read: int
-    peak: PeakEstimate
+    placement: Placement
+    reasons: tuple[str, ...]
+    footprint: Footprint
+    limits: Limits
+    seconds: Mapping[str, float]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -118,7 +134,16 @@ class MergePlan:
             },
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "peak_bytes": {**vars(self.peak), "total": self.peak.total},
+            "placement": {**vars(self.placement), "hidden_states": self.placement.hidden_states.value},
+            "reasons": list(self.reasons),
+            "peak_bytes": {
+                "host": self.footprint.host,
+                "device": self.footprint.device,
+                "disk": self.footprint.disk,
+                "parts": dict(self.footprint.parts),
+            },
+            "limit_bytes": {"host": self.limits.host, "device": self.limits.device},
+            "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
             "notes": list(self.notes),
             "problems": list(self.problems),
         }
@@ -157,6 +182,8 @@ def make_plan(
     outlines: Sequence[CalibrationOutline],
     calibration: Sequence[CalibrationSet] | None = None,
     out: Path | None = None,
+    *,
+    probe: bool = False,
 ) -> Preparation:
     """Plans a merge.
 
@@ -167,6 +194,7 @@ def make_plan(
         outlines: Of every candidate's calibration data.
         calibration: The data itself, once it has been read: estimates become exact.
         out: The output folder, to see whether the disk has room.
+        probe: Measure this machine for some seconds, to say how long the merge will take.
 
     Raises:
         ArchitectureError: If the model cannot be run block by block.
@@ -179,9 +207,24 @@ def make_plan(
     shapes = batch_shapes(outlines, calibration)
     problems = treatment_problems(inputs, tensors)
     output = output_tensors(inputs, tensors) if not problems else {}
-    peak = estimate_peak(inputs, rehearsal, blocks, compute_dtype, shapes, device)
     notes = [*inputs.notes, *_notes(config, inputs, tensors)]
-    problems += resource_problems(peak, device, sum(tensor.num_bytes for tensor in output.values()), out)
+    bytes_written = sum(tensor.num_bytes for tensor in output.values())
+    state = inputs.skeleton.model.state_dict()
+    work = measure_workload(
+        inputs,
+        rehearsal,
+        blocks,
+        shapes,
+        own_stream=config.merge_method == "regmean",
+        outside_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in outside if p.name in state),
+    )
+    limits = find_limits(config.memory, device, out)
+    choice = _choose(config, work, limits, device, calibration is not None)
+    problems += [*choice.problems, *_disk_problems(bytes_written, choice, limits, out)]
+    seconds: Mapping[str, float] = {}
+    if probe and not problems:
+        rates = measure_rates(work, inputs.candidates[0], limits.scratch, device, choice.placement.samples)
+        seconds = estimate_seconds(work, choice.placement, rates)
     if not any(plan.treatment is Treatment.SOLVED for plan in tensors):
         problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
     plan = MergePlan(
@@ -198,11 +241,34 @@ def make_plan(
             for checkpoint, batches in zip(inputs.candidates, shapes, strict=True)
         },
         bytes_read=_bytes_read(inputs, tensors),
-        peak=peak,
+        placement=choice.placement,
+        reasons=choice.reasons,
+        footprint=choice.footprint,
+        limits=limits,
+        seconds=seconds,
         notes=tuple(notes),
         problems=tuple(problems),
     )
     return Preparation(plan, inputs, rehearsal)
+
+
+def _choose(config: MergeConfig, work: Workload, limits: Limits, device: torch.device, has_data: bool) -> Choice:
+    before = memory_in_use(device).host_anonymous - (work.input_bytes if has_data else 0)
+    choice = choose_placement(work, limits, device, max(0, before), eight_bit=config.memory.hidden_states_8bit)
+    if config.memory.hidden_states_8bit and find_spec("bitsandbytes") is None:
+        problem = "memory.hidden_states_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        return replace(choice, problems=(*choice.problems, problem))
+    return choice
+
+
+def _disk_problems(bytes_written: int, choice: Choice, limits: Limits, out: Path | None) -> list[str]:
+    """The output's room, together with that of hidden states where they are on the same disk."""
+    if out is None:
+        return []
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    needed = bytes_written + (choice.footprint.disk if limits.scratch == out else 0)
+    return [f"{out}: needs {gib(needed)} of disk, {gib(free)} are free"] if needed > free else []
 
 
 def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

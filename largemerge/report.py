@@ -22,6 +22,7 @@ from largemerge.config import MergeConfig
 from largemerge.inputs import Inputs
 from largemerge.memory import MemoryUse
 from largemerge.planning import MergePlan
+from largemerge.sizes import gib
 
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors")
 
@@ -81,6 +82,9 @@ class MergeReport:
         bytes_read: From checkpoints, in this run.
         resumed_parts: How many parts an earlier run had finished.
         peak: Measured.
+        hidden_bytes_on_disk: Most that hidden states took there.
+        retries: What ran out of memory and was done again in smaller parts.
+        timeline: When (seconds since the start) which stage of which block began.
     """
 
     plan: MergePlan
@@ -93,6 +97,9 @@ class MergeReport:
     bytes_read: int
     resumed_parts: int
     peak: MemoryUse
+    hidden_bytes_on_disk: int
+    retries: tuple[str, ...]
+    timeline: tuple[tuple[float, str, str], ...]
 
     @classmethod
     def build(
@@ -107,6 +114,9 @@ class MergeReport:
         resumed_parts: int,
         peak: MemoryUse,
         bytes_read: int,
+        hidden_bytes_on_disk: int,
+        retries: Sequence[str],
+        timeline: Sequence[tuple[float, str, str]],
     ) -> MergeReport:
         """Puts a report together from what the parts of a merge have to say."""
         checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
@@ -126,6 +136,9 @@ class MergeReport:
             bytes_read=bytes_read,
             resumed_parts=resumed_parts,
             peak=peak,
+            hidden_bytes_on_disk=hidden_bytes_on_disk,
+            retries=tuple(retries),
+            timeline=tuple(timeline),
         )
 
     @property
@@ -150,11 +163,16 @@ class MergeReport:
             "bytes_written": sum(part["bytes_written"] for part in (*self.blocks.values(), self.outside)),
             "resumed_parts": self.resumed_parts,
             "peak_bytes": {
-                "planned": self.plan.peak.total,
+                "planned_host": self.plan.footprint.host,
+                "planned_device": self.plan.footprint.device,
+                "planned_disk": self.plan.footprint.disk,
                 "host_anonymous": self.peak.host_anonymous,
                 "host_total": self.peak.host_total,
                 "device": self.peak.device,
+                "disk": self.hidden_bytes_on_disk,
             },
+            "retries": list(self.retries),
+            "timeline": [list(entry) for entry in self.timeline],
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
             "outside": self.outside,
             "blocks": self.blocks,
@@ -184,11 +202,16 @@ def print_report(report: MergeReport, out: str, console: Console) -> None:
     table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
     written = sum(part["bytes_written"] for part in (*report.blocks.values(), report.outside))
     table.add_row("disk", f"{gib(report.bytes_read)} read, {gib(written)} written")
-    planned = gib(report.plan.peak.total)
-    peak = f"{gib(report.peak.host_anonymous)} anonymous (planned {planned}), {gib(report.peak.host_total)} in all"
+    planned = report.plan.footprint
+    peak = f"{gib(report.peak.host_anonymous)} anonymous (planned {gib(planned.host)}), "
+    peak += f"{gib(report.peak.host_total)} in all"
     if report.peak.device:
-        peak += f", {gib(report.peak.device)} on {report.plan.device}"
+        peak += f", {gib(report.peak.device)} on {report.plan.device} (planned {gib(planned.device)})"
+    if report.hidden_bytes_on_disk:
+        peak += f", hidden states on disk {gib(report.hidden_bytes_on_disk)}"
     table.add_row("peak memory", peak)
+    for retry in report.retries:
+        table.add_row("retry", retry)
     console.print(table)
 
 
@@ -216,18 +239,22 @@ def print_plan(plan: MergePlan, console: Console) -> None:
     table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in plan.counts().items()))
     table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
     table.add_row("forward passes", f"{str(plan.compute_dtype).removeprefix('torch.')} on {plan.device}")
-    peak = plan.peak
-    parts = ", ".join(f"{name} {gib(value)}" for name, value in vars(peak).items())
-    table.add_row("peak memory", f"about {gib(peak.total)} ({parts})")
+    table.add_row("placement", str(plan.placement))
+    for reason in plan.reasons:
+        table.add_row("", reason)
+    peak = plan.footprint
+    parts = ", ".join(f"{name} {gib(value)}" for name, value in peak.parts.items() if value)
+    table.add_row("peak memory", f"{gib(peak.host)} of {gib(plan.limits.host)} on the host ({parts})")
+    if peak.device:
+        table.add_row("", f"{gib(peak.device)} of {gib(plan.limits.device)} on {plan.device}")
+    if peak.disk:
+        table.add_row("", f"{gib(peak.disk)} of hidden states in {plan.limits.scratch or 'the output folder'}")
+    if plan.seconds:
+        longest = sorted(plan.seconds.items(), key=lambda item: -item[1])[:4]
+        stages = ", ".join(f"{stage.replace('_', ' ')} {seconds:.1f} s" for stage, seconds in longest)
+        table.add_row("time", f"about {sum(plan.seconds.values()):.0f} s once it has begun ({stages}, …)")
     for note in plan.notes:
         table.add_row("note", note)
     for problem in plan.problems:
         table.add_row(Text("impossible", style="red"), problem)
     console.print(table)
-
-
-def gib(num_bytes: int) -> str:
-    """Bytes for people."""
-    if num_bytes < 2**20:
-        return f"{num_bytes / 2**10:.1f} KiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"

@@ -6,10 +6,13 @@ On a GPU: through pinned memory, on a stream of their own; the stream that compu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from largemerge.weights import Tensors
+
+_cuda: Any = torch.cuda  # its streams and events carry no types
 
 
 class Transfer:
@@ -21,7 +24,7 @@ class Transfer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _cuda.Stream(device) if device.type == "cuda" else None
 
     def begin(self, tensors: Tensors) -> Callable[[], Tensors]:
         """Starts to move tensors, from any thread.
@@ -35,7 +38,7 @@ class Transfer:
         pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         with torch.cuda.stream(self._stream):
             waiting = [{name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}]
-            arrived = torch.cuda.Event()
+            arrived = _cuda.Event()
             arrived.record(self._stream)
 
         def arrive() -> Tensors:

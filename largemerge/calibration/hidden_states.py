@@ -124,7 +124,7 @@ class DiskStore:
         self.num_bytes = 0
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder, prefix=".hidden-states-", buffering=0)
+        self._file = tempfile.TemporaryFile(dir=folder, prefix=".hidden-states-", buffering=0)  # noqa: SIM115 (`close`)
         self._reads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-read")
         self._writes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-write")
         self._places: dict[Key, _Place] = {}

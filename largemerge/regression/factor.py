@@ -43,7 +43,8 @@ def cholesky_(system_II: torch.Tensor) -> Factor | int:
             below_IP.addmm_(system_II[start:, :start], system_II[columns, :start].T, alpha=-1)
         block_PP, info = torch.linalg.cholesky_ex(system_II[columns, columns])
         if int(info) > 0:
-            return start + int(info)
+            row: int = start + int(info)
+            return row
         inverse_PP = torch.linalg.solve_triangular(block_PP, torch.eye(stop - start).to(block_PP), upper=False)
         system_II[columns, columns] = block_PP
         if stop < system_II.shape[0]:

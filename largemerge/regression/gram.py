@@ -77,7 +77,7 @@ class Gram:
     def add_candidate_product_(
         self, out_OI: torch.Tensor, rows_OI: torch.Tensor, alpha: float, off_diagonal_scale: float
     ) -> None:
-        """out += rows · G̃ of the present candidate.
+        """Out += rows · G̃ of the present candidate.
 
         Args:
             out_OI: float32.
@@ -93,9 +93,7 @@ class Gram:
             for rows in self._panels:
                 out_OI[:, rows].addmm_(rows_OI[:, : rows.stop], self.halves_II[: rows.stop, rows], alpha=scale)
                 if rows.stop < self.num_inputs:
-                    out_OI[:, rows].addmm_(
-                        rows_OI[:, rows.stop :], self.halves_II[rows, rows.stop :].T, alpha=scale
-                    )
+                    out_OI[:, rows].addmm_(rows_OI[:, rows.stop :], self.halves_II[rows, rows.stop :].T, alpha=scale)
         if off_diagonal_scale < 1:
             out_OI.addcmul_(rows_OI, self.halves_II.diagonal(), value=alpha * (1 - off_diagonal_scale))
 
@@ -130,7 +128,7 @@ class Gram:
         return self.halves_II
 
     def sum_product(self, rows_VI: torch.Tensor) -> torch.Tensor:
-        """rows · Σ G̃_i `[V, I]` in the dtype of the rows, after `sum_in_both_halves`."""
+        """Rows · Σ G̃_i `[V, I]` in the dtype of the rows, after `sum_in_both_halves`."""
         product_VI = torch.zeros_like(rows_VI)
         for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
             product_VI[:, rows].addmm_(rows_VI[:, rows], block_PP.to(rows_VI.dtype))
@@ -176,7 +174,8 @@ def _bfloat16_units(x_NI: torch.Tensor) -> Iterator[None]:
 @contextmanager
 def float32_means_float32() -> Iterator[None]:
     """Products of float32 numbers are float32 products, whatever the process has set (TF32, bfloat16 units)."""
-    backends: list[Any] = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    units: Any = torch.backends
+    backends = [units.mkldnn.matmul, units.cuda.matmul]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

@@ -50,7 +50,7 @@ class Sketcher:
     def norm(self, sketch_BS: torch.Tensor, linear: int) -> float:
         """Estimated norm of the part of a matrix that belongs to linear number `linear`."""
         own_BS = sketch_BS[linear * _BUCKETS : (linear + 1) * _BUCKETS]
-        return own_BS.norm().item() / math.sqrt(_COLUMNS)
+        return float(own_BS.norm()) / math.sqrt(_COLUMNS)
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

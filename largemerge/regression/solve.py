@@ -84,7 +84,7 @@ class _System:
         return matrix_II
 
     def product(self, rows_VI: torch.Tensor) -> torch.Tensor:
-        """rows · (G + λI), whatever has become of the matrix."""
+        """Rows · (G + λI), whatever has become of the matrix."""
         return self.gram.sum_product(rows_VI).addcmul_(rows_VI, self.shift_I.to(rows_VI.dtype))
 
 
@@ -146,7 +146,7 @@ def _by_cholesky(system: _System, dtype: torch.dtype) -> tuple[float, float]:
     condition = estimate_condition(lambda rows_VI: system.product(rows_VI * scale_I).mul_(scale_I), factor)
     if not condition <= _MOST_CONDITION[dtype]:
         raise _NotGoodEnoughError(f"condition {condition:.1e}")
-    # A few random combinations of the right-hand sides first: R is overwritten only once the factor is known to be good.
+    # Some random combinations of the right-hand sides first: R is overwritten once the factor is known to be good.
     some_VI = (_signs(system.rhs_OI.shape[0], system.rhs_OI) @ system.rhs_OI).to(dtype)
     residual = _residual(system, solve_(some_VI * scale_I, factor).mul_(scale_I), some_VI)
     if not residual <= _MOST_RESIDUAL[dtype]:

@@ -1,0 +1,111 @@
+"""A probe of this machine: the rates that a plan's time estimate needs, in a few seconds.
+
+Every kind of product is timed at the model's own shapes, cut down where they are large.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.regression.factor import cholesky_
+from largemerge.regression.gram import Gram, float32_means_float32
+from largemerge.timing import Rates
+from largemerge.workload import Workload
+
+_MOST_FEATURES = 2048
+_MOST_ROWS = 2048
+_DISK_BYTES = 64 << 20
+_SECONDS = 0.12  # for each rate
+_BATCH_SECONDS = 2e-3  # of Python and small operations on the way to a block
+
+
+def measure_rates(
+    work: Workload, checkpoint: Checkpoint, scratch: Path | None, device: torch.device, samples: int
+) -> Rates:
+    """Times products, copies, reads and writes.
+
+    Args:
+        work: Whose shapes count.
+        checkpoint: A candidate, of which some megabytes are read.
+        scratch: A folder to write a temporary file to; `None` for the system's.
+        device: That computes.
+        samples: That run at once.
+    """
+    kind = max(work.kinds, key=lambda kind: sum(kind.sizes.values()) * kind.count)
+    rows = min(_MOST_ROWS, samples * work.sample_rows[kind.block.stack])
+    inputs, outputs = max(kind.linears.values(), key=lambda shape: shape[0] * shape[1])
+    inputs, outputs = min(inputs, _MOST_FEATURES), min(outputs, _MOST_FEATURES)
+    size = min(_MOST_FEATURES, max((group.num_inputs for group in kind.block.groups), default=inputs))
+    x_NI = torch.randn(rows, inputs, device=device).to(work.compute_dtype)
+    weight_OI = torch.randn(outputs, inputs, device=device).to(work.compute_dtype)
+    x_NS = torch.randn(rows, size, device=device).to(work.compute_dtype)
+    left_SS, gram = torch.randn(size, size, device=device), Gram(size, device)
+    system_SS = left_SS @ left_SS.T / size + torch.eye(size, device=device)
+    work_SS = torch.empty_like(system_SS)
+    large = torch.empty(16 << 20, dtype=torch.uint8, device=device)
+    with float32_means_float32():
+        return Rates(
+            linear=2 * rows * inputs * outputs / _seconds(lambda: x_NI @ weight_OI.T, device),
+            gram=rows * size**2 / _seconds(lambda: gram.add_rows(x_NS), device),
+            product=2 * size**3 / _seconds(lambda: torch.mm(left_SS, left_SS, out=work_SS), device),
+            cholesky=size**3 / 3 / _seconds(lambda: cholesky_(work_SS.copy_(system_SS)), device),
+            memory=2 * large.nbytes / _seconds(lambda: large.clone(), device),
+            read=_read_rate(checkpoint),
+            write=_write_rate(scratch),
+            batch_seconds=_BATCH_SECONDS,
+        )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call, the median of several after one that warms up."""
+    work()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while not times or (time.perf_counter() - begin < _SECONDS and len(times) < 50):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _read_rate(checkpoint: Checkpoint) -> float:
+    """Bytes a second of some tensors; from the page cache, if that is where they are."""
+    done = 0
+    with CheckpointReader(checkpoint) as reader:
+        start = time.perf_counter()
+        for info in checkpoint.tensors.values():
+            if done >= _DISK_BYTES or time.perf_counter() - start > 4 * _SECONDS:
+                break
+            if info.num_bytes <= _DISK_BYTES:
+                reader.read(info.name)
+                done += info.num_bytes
+        return max(1, done) / (time.perf_counter() - start)
+
+
+def _write_rate(scratch: Path | None) -> float:
+    folder = next((path for path in (scratch, *scratch.absolute().parents) if path.exists()), None) if scratch else None
+    data = os.urandom(1 << 20)
+    with tempfile.TemporaryFile(dir=folder) as stream:
+        start = time.perf_counter()
+        done = 0
+        while done < _DISK_BYTES and time.perf_counter() - start < 4 * _SECONDS:
+            stream.write(data)
+            done += len(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+        return done / (time.perf_counter() - start)

@@ -1,0 +1,122 @@
+"""How long a merge takes: operations and bytes, over rates.
+
+    candidate forward   Σ 2·N·I·O over the linears that are reached, and attention 4·N·T·I
+    Gram                N·I²             half of it, for it is symmetric
+    right-hand side     2·I²·O, or 4·N·I·O where that is less, for all candidates but the first
+    solve               I³/3 + 2·I²·O
+    merged forward      like a candidate's, all linears
+    disk                bytes over rate, for reading as far as it is not hidden by computing
+
+Shapes: N rows of one candidate, T rows of one sample, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from largemerge.estimate import Placement, Waiting
+from largemerge.passes import BlockPass
+from largemerge.regression.sums import multiplies_by_rows
+from largemerge.workload import BlockKind, Workload
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second; per operation (a multiplication or an addition) or byte.
+
+    Attributes:
+        linear: Operations of a linear, in the compute dtype.
+        gram: Operations of a Gram matrix, counted as N·I².
+        product: Operations of float32 products.
+        cholesky: Operations of a Cholesky factorisation, counted as I³/3.
+        memory: Bytes copied in memory.
+        read: Bytes from the disk.
+        write: Bytes to the disk.
+        batch_seconds: Of calling a model up to a block, whatever the size.
+    """
+
+    linear: float
+    gram: float
+    product: float
+    cholesky: float
+    memory: float
+    read: float
+    write: float
+    batch_seconds: float
+
+
+NOMINAL_RATES = Rates(400e9, 200e9, 150e9, 80e9, 5e9, 1e9, 1e9, 2e-3)
+"""Of no machine in particular: placements are compared with them."""
+
+_MEMORY_TRIPS = 6  # a value that a linear computes is read or written this often, by activations, norms, additions
+
+
+def estimate_seconds(work: Workload, placement: Placement, rates: Rates) -> dict[str, float]:
+    """Seconds by stage."""
+    stages = dict.fromkeys(("read", "candidate_forward", "gram", "right_hand_side", "solve", "merged_forward"), 0.0)
+    read_bytes = 0
+    for kind in work.kinds:
+        for each in kind.passes(placement.passes, keeps_outputs=work.own_stream):
+            for stage, seconds in _pass_seconds(work, kind, each, placement, rates).items():
+                stages[stage] += kind.count * seconds
+            read_bytes += kind.count * work.num_candidates * kind.bytes_of(each.reads)
+        if not work.own_stream:
+            stages["merged_forward"] += kind.num_outputs_read * _forward_seconds(work, kind, None, placement, rates)
+    computing = sum(stages.values())
+    reading = read_bytes / rates.read
+    stages["read"] = max(reading - computing, 0.1 * reading) if placement.prefetch else reading
+    num_bytes = sum(kind.count * kind.bytes_of(kind.names) for kind in work.kinds)
+    stages["write"] = num_bytes / rates.write
+    stages["outside"] = work.outside_bytes * (work.num_candidates / rates.read + 1 / rates.write)
+    stages["hidden_states"] = _waiting_seconds(work, placement, rates)
+    return stages
+
+
+def _pass_seconds(
+    work: Workload, kind: BlockKind, each: BlockPass, placement: Placement, rates: Rates
+) -> dict[str, float]:
+    keep = work.own_stream and each.last
+    until = None if keep else (each.groups[-1].leader if each.groups else "")
+    gram = rhs = solve = 0.0
+    for group in each.groups:
+        size, outputs = group.num_inputs, sum(group.outputs.values())
+        stack = kind.block.stack if group.rows is None else group.rows
+        for number, rows in enumerate(work.rows):
+            gram += rows[stack] * size**2 / rates.gram
+            by_rows = multiplies_by_rows(rows[stack], size)
+            rhs += (number > 0) * (4 * rows[stack] if by_rows else 2 * size) * size * outputs / rates.product
+        solve += size**3 / 3 / rates.cholesky + 2 * size**2 * outputs / rates.product
+        solve += 12 * size * (outputs + size) * 4 / rates.memory
+    return {
+        "candidate_forward": _forward_seconds(work, kind, until, placement, rates) if each.groups or keep else 0.0,
+        "gram": gram,
+        "right_hand_side": rhs,
+        "solve": solve,
+    }
+
+
+def _forward_seconds(work: Workload, kind: BlockKind, until: str | None, placement: Placement, rates: Rates) -> float:
+    """Of all candidates' data through one block, up to the linear `until`."""
+    order = [role.name for role in kind.roles]
+    reached = list(kind.linears) if until is None else order[: order.index(until)] if until in order else []
+    stack = kind.block.stack
+    rows = sum(of_candidate[stack] for of_candidate in work.rows)
+    weights = sum(kind.linears[path][0] * kind.linears[path][1] for path in reached)
+    width = kind.linears[order[0]][0] if order else 0
+    attention = 4 * work.sample_rows[stack] * width if len(reached) > 2 else 0
+    features = sum(kind.linears[path][1] for path in reached) + 2 * width
+    num_batches = work.num_batches * -(-work.batch_samples // placement.samples)
+    trips = _MEMORY_TRIPS * rows * features * work.compute_dtype.itemsize
+    return rows * (2 * weights + attention) / rates.linear + trips / rates.memory + num_batches * rates.batch_seconds
+
+
+def _waiting_seconds(work: Workload, placement: Placement, rates: Rates) -> float:
+    """Of moving hidden states where they wait and back, as far as nothing hides it."""
+    blocks = sum(kind.num_outputs_read for kind in work.kinds)
+    moved = work.hidden_bytes * blocks * (placement.passes + 2)
+    if placement.hidden_states is Waiting.DEVICE:
+        return 0.0
+    # Read ahead and written behind: a tenth of it shows.
+    return moved * (
+        0.1 / rates.read + 0.1 / rates.write if placement.hidden_states is Waiting.DISK else 0.1 / rates.memory
+    )
