@@ -8,7 +8,7 @@ buffers of some megabytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -16,7 +16,8 @@ from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.treatment import TensorPlan, Treatment
 from largemerge.weights import Weights
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
+"""Of a tensor as it is stored; a few times as much is held in float32, whatever the number of candidates."""
 
 
 def merge_outside(
@@ -78,24 +79,28 @@ def _stream(
 ) -> None:
     reader, key = sources[0]
     info = reader.checkpoint.tensors[key]
-    if len(info.shape) < 2 or info.num_bytes <= CHUNK_BYTES:
-        whole = [source.read(name) for source, name in sources]
+    num_rows = info.shape[0] if len(info.shape) > 1 else 1
+    step = max(1, CHUNK_BYTES * num_rows // max(1, info.num_bytes))
+    if step >= num_rows:
+        whole = (source.read(name) for source, name in sources)
         weights.writer.write(out_key, weighted_average(whole, shares, plan.dtype))
         return
-    num_rows = info.shape[0]
-    step = max(1, CHUNK_BYTES * num_rows // info.num_bytes)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
-        chunk = weighted_average([source.read(name, rows) for source, name in sources], shares, plan.dtype)
-        weights.writer.write(out_key, chunk, first_row=start)
+        chunks = (source.read(name, rows) for source, name in sources)
+        weights.writer.write(out_key, weighted_average(chunks, shares, plan.dtype), first_row=start)
 
 
-def weighted_average(tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """Σ c_i W_i / Σ c_i in float32, given c_i / Σ c; one tensor comes back as it is."""
-    if len(tensors) == 1 or not tensors[0].is_floating_point():
-        return tensors[0].to(dtype)
-    anchor = tensors[0].to(torch.float32)
-    total = torch.zeros_like(anchor)
-    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
-        total.add_(tensor.to(torch.float32) - anchor, alpha=share)
-    return total.add_(anchor).to(dtype)
+def weighted_average(tensors: Iterable[torch.Tensor], shares: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """Σ c_i W_i / Σ c_i in float32, given c_i / Σ c; one tensor comes back as it is. Tensors are taken one by one."""
+    remaining = iter(tensors)
+    first = next(remaining)
+    if not first.is_floating_point():
+        return first.to(dtype)
+    anchor = first.to(torch.float32)
+    total: torch.Tensor | None = None
+    for tensor, share in zip(remaining, shares[1:], strict=False):
+        total = torch.zeros_like(anchor) if total is None else total
+        total.add_(tensor.to(torch.float32, copy=True).sub_(anchor), alpha=share)
+        del tensor
+    return first.to(dtype) if total is None else total.add_(anchor).to(dtype)

@@ -268,6 +268,8 @@ def _quantized(tensor: torch.Tensor) -> list[torch.Tensor]:
     flat = tensor.detach().float()
     flat = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % _BLOCK_SIZE)).contiguous()
     codes, state = functional.quantize_blockwise(flat, blocksize=_BLOCK_SIZE)
+    # Quantised, a NaN would be a number like any other.
+    state.absmax[flat.view(-1, _BLOCK_SIZE).isfinite().logical_not_().any(dim=1)] = float("nan")
     return [codes, state.absmax]
 
 
