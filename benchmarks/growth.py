@@ -40,9 +40,9 @@ class Case:
 
     candidates: int = 2
     blocks: int = 4
-    tokens: int = 512
+    tokens: int = 256
     """Per candidate, `LENGTH` to a sample."""
-    width: int = 1024
+    width: int = 768
 
     def inputs(self) -> Inputs:
         """What to write for it."""
@@ -50,7 +50,7 @@ class Case:
         geometry = Geometry(self.width, 4 * self.width, self.blocks, heads, heads, vocabulary=4096)
         samples = self.tokens // LENGTH
         # Batches stay the same while the tokens grow: only what waits for them may grow.
-        return Inputs(geometry, self.candidates, samples, LENGTH, batch_size=512 // LENGTH)
+        return Inputs(geometry, self.candidates, samples, LENGTH, batch_size=256 // LENGTH)
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ BASE = Case()
 SIZES: dict[str, tuple[int, ...]] = {
     "candidates": (2, 4, 8, 16),
     "blocks": (4, 8, 16, 32),
-    "tokens": (512, 1280, 3200, 8192),
-    "width": (512, 1024, 1536, 2048),
+    "tokens": (256, 1024, 4096, 16384),
+    "width": (384, 768, 1152, 1536),
 }
-QUICK_BASE = Case(blocks=2, tokens=512, width=64)
+QUICK_BASE = Case(blocks=2, width=64)
 QUICK_SIZES: dict[str, tuple[int, ...]] = {"candidates": (2, 3)}
 AXES = {
     "candidates": "candidates K",

@@ -150,6 +150,9 @@ def _print(inputs: Inputs, options: Sequence[str], result: dict[str, Any], targe
     print(f"\n{inputs}")
     print(f"checked: {result['checked']}")
     print(f"time: {result['seconds']:.1f} s, whole process; fallbacks of the solver: {result['num_fallbacks']}")
+    phases = {name: spent for name, spent in result["merge_seconds"]["by_phase"].items() if name != "gram"}
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(phases.items(), key=lambda item: -item[1]))
+    print(f"phases: {spent}")
     if result["planned_seconds"] is not None:
         print(f"planned time: {result['planned_seconds']:.1f} s")
     read, written = result["bytes_read"] / 1e9, result["bytes_written"] / 1e9
