@@ -235,9 +235,11 @@ def _draw(
             axes.tick_params(axis="y", colors=colour)
         highest = [costs[case].highest_peak_bytes / MIB for case in group]
         other.vlines(sizes, lines[1][-1], highest, color=ORANGE, linewidth=1.0)
-        other.set_ylim(0, 1.15 * max(highest))
+        other.set_ylim(0, 1.4 * max(highest))
         panel.set_xlim(0, 1.04 * max(sizes))
-        panel.set_xticks(sizes)
+        # A label for every size that is not too near to the one before.
+        gap = max(sizes) / 12
+        panel.set_xticks([size for size, last in zip(sizes, [0, *sizes], strict=False) if size - last > gap])
         panel.set_xlabel(AXES[name])
         exponents = slopes[name]
         panel.set_title(f"time ~ x$^{{{exponents['seconds']:.2f}}}$, peak ~ x$^{{{exponents['peak_bytes']:.2f}}}$")
