@@ -1,6 +1,6 @@
 """What does a merge hold, and when? Its memory over time, with the stage that it is in behind the curve.
 
-    python benchmarks/timeline.py merge.yaml OUT --plot timeline.svg    # other options go to `largemerge merge`
+    python benchmarks/timeline.py merge.yaml OUT --plot timeline.svg    # options of `largemerge merge` last
 
 Runs `largemerge merge CONFIG OUT` and reads its memory from outside every 20 ms: what it allocated (anonymous), and
 all that is resident, mapped files included. Stages come from `merge_report.json`: from `timeline`, a list of
