@@ -86,6 +86,7 @@ def footprint(work: Workload, placement: Placement, device: torch.device, before
         for each in kind.passes(placement.passes, keeps_outputs=work.own_stream)
         for moment in _moments(work, kind, each, placement)
     ]
+    moments.append({"loading of calibration inputs": work.loading_bytes})
     moments.append({"tensors outside the blocks": min(work.outside_bytes, 8 * AVERAGE_CHUNK_BYTES)})
     computing = max(moments, key=lambda parts: sum(parts.values()))
     shrunk = _BITSANDBYTES_BITS / 8 / work.compute_dtype.itemsize if eight_bit else 1.0

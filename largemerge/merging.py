@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from largemerge.calibration import CalibrationSet, load_calibration, outline_cal
 from largemerge.calibration.batches import split_batches
 from largemerge.calibration.fit import sample_problems
 from largemerge.calibration.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
+from largemerge.calibration.spool import spooled
 from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
@@ -31,6 +32,7 @@ from largemerge.inputs import Inputs, open_inputs
 from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
 from largemerge.passes import block_passes
+from largemerge.placement import existing_folder, waits_on_disk
 from largemerge.planning import MergePlan, Preparation, choose_device, make_plan
 from largemerge.progress import RunProgress
 from largemerge.regression.activations import Activations
@@ -139,7 +141,7 @@ def _prepare(
 ) -> tuple[Preparation, tuple[CalibrationSet, ...]]:
     """Reads the calibration data and plans the merge; raises whatever makes it impossible."""
     outlines = for_every_candidate(config, inputs, outline_calibration)
-    calibration = for_every_candidate(config, inputs, load_calibration)
+    calibration = for_every_candidate(config, inputs, load_calibration, _keep(config, out))
     preparation = make_plan(config, inputs, device, outlines, calibration, out)
     misfits = sample_problems(inputs.skeleton, preparation.rehearsal, calibration)
     if misfits:
@@ -148,6 +150,14 @@ def _prepare(
         raise LargemergeError(*preparation.plan.problems)
     samples = preparation.plan.placement.samples
     return preparation, tuple(replace(data, batches=split_batches(data.batches, samples)) for data in calibration)
+
+
+def _keep(config: MergeConfig, out: Path) -> Callable[[CalibrationSet], CalibrationSet] | None:
+    """Where the user has set limits, pixels and the like wait on disk."""
+    if not waits_on_disk(config.memory):
+        return None
+    folder = existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
+    return lambda calibration: spooled(calibration, folder)
 
 
 @dataclass

@@ -125,11 +125,18 @@ def _what(is_set: bool) -> str:
     return "the limit is" if is_set else "available are"
 
 
+def waits_on_disk(memory: MemoryConfig) -> bool:
+    """Whether calibration inputs in floating point (pixels) wait in a mapped file."""
+    return memory.host is not None or memory.disk is not None
+
+
+def existing_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def _free_disk(scratch: Path | None) -> int | None:
-    if scratch is None:
-        return None
-    folder = next(path for path in (scratch, *scratch.absolute().parents) if path.exists())
-    return shutil.disk_usage(folder).free
+    return None if scratch is None else shutil.disk_usage(existing_folder(scratch)).free
 
 
 def _problems(

@@ -28,7 +28,7 @@ from largemerge.inputs import Inputs
 from largemerge.memory import memory_in_use
 from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import Rehearsal, rehearse
-from largemerge.placement import Choice, Limits, choose_placement, find_limits
+from largemerge.placement import Choice, Limits, choose_placement, existing_folder, find_limits, waits_on_disk
 from largemerge.probe import measure_rates
 from largemerge.sizes import gib
 from largemerge.timing import estimate_seconds
@@ -216,6 +216,7 @@ def make_plan(
         blocks,
         shapes,
         own_stream=config.merge_method == "regmean",
+        spooled=waits_on_disk(config.memory),
         outside_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in outside if p.name in state),
     )
     limits = find_limits(config.memory, device, out)
@@ -265,8 +266,7 @@ def _disk_problems(bytes_written: int, choice: Choice, limits: Limits, out: Path
     """The output's room, together with that of hidden states where they are on the same disk."""
     if out is None:
         return []
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing_folder(out)).free
     needed = bytes_written + (choice.footprint.disk if limits.scratch == out else 0)
     return [f"{out}: needs {gib(needed)} of disk, {gib(free)} are free"] if needed > free else []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -11,10 +12,11 @@ from largemerge.errors import CalibrationError
 from largemerge.inputs import Inputs
 from largemerge.model.skeleton import Skeleton
 
-Result = TypeVar("Result", covariant=True)
+Result = TypeVar("Result")
+Read = TypeVar("Read", covariant=True)
 
 
-class ReadCalibration(Protocol[Result]):
+class ReadCalibration(Protocol[Read]):
     """`outline_calibration` or `load_calibration`."""
 
     def __call__(
@@ -26,7 +28,7 @@ class ReadCalibration(Protocol[Result]):
         *,
         base: Path | None = None,
         trust_remote_code: bool = False,
-    ) -> Result:
+    ) -> Read:
         """Reads one candidate's data, or says how large it is."""
 
 
@@ -46,13 +48,19 @@ def loss_tokens(needs: ModelNeeds) -> str:
     return "decoder_input_ids" if needs.is_encoder_decoder else "input_ids"
 
 
-def for_every_candidate(config: MergeConfig, inputs: Inputs, read: ReadCalibration[Result]) -> tuple[Result, ...]:
+def for_every_candidate(
+    config: MergeConfig,
+    inputs: Inputs,
+    read: ReadCalibration[Result],
+    keep: Callable[[Result], Result] | None = None,
+) -> tuple[Result, ...]:
     """Outlines or reads the calibration data of all candidates.
 
     Args:
         config: From `load_config`.
         inputs: From `open_inputs`.
         read: `outline_calibration` or `load_calibration`.
+        keep: What to do with each candidate's before the next one's is read.
 
     Raises:
         CalibrationError: With the problems of all candidates.
@@ -64,16 +72,15 @@ def for_every_candidate(config: MergeConfig, inputs: Inputs, read: ReadCalibrati
     for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
         assert candidate.calibration is not None
         try:
-            results.append(
-                read(
-                    candidate.calibration,
-                    checkpoint.name,
-                    checkpoint.folder,
-                    needs,
-                    base=base,
-                    trust_remote_code=config.trust_remote_code,
-                )
+            result = read(
+                candidate.calibration,
+                checkpoint.name,
+                checkpoint.folder,
+                needs,
+                base=base,
+                trust_remote_code=config.trust_remote_code,
             )
+            results.append(result if keep is None else keep(result))
         except CalibrationError as error:
             problems.extend(error.problems)
     if problems:

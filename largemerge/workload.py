@@ -73,7 +73,8 @@ class Workload:
         sample_rows: By stack, the most rows that one sample has.
         sample_hidden_bytes: Of the outputs of all stacks for one sample, at most.
         hidden_bytes: Of the outputs of all stacks for all samples.
-        input_bytes: Of all calibration inputs.
+        input_bytes: Of the calibration inputs that are held all the time.
+        loading_bytes: Of those that are held only until they are on disk.
         first_bytes: Of the tensors outside the stacks that the first block needs, in the compute dtype.
         outside_bytes: Of all tensors outside the stacks, as they are written.
     """
@@ -89,6 +90,7 @@ class Workload:
     sample_hidden_bytes: int
     hidden_bytes: int
     input_bytes: int
+    loading_bytes: int
     first_bytes: int
     outside_bytes: int
 
@@ -117,6 +119,7 @@ def measure_workload(
     shapes: Sequence[Sequence[BatchShapes]],
     *,
     own_stream: bool,
+    spooled: bool,
     outside_bytes: int,
 ) -> Workload:
     """Counts everything."""
@@ -125,6 +128,7 @@ def measure_workload(
     batches = [batch for of_candidate in shapes for batch in of_candidate]
     stacks = {number: rehearsal.stacks[number] for number in rehearsal.order}
     hidden = [_hidden_bytes(rehearsal, batch, dtype) for batch in batches]
+    floating = [sum(_input_bytes(batch, floating=True) for batch in of_candidate) for of_candidate in shapes]
     return Workload(
         num_candidates=len(inputs.candidates),
         own_stream=own_stream,
@@ -142,11 +146,8 @@ def measure_workload(
         },
         sample_hidden_bytes=max(size // _num_samples(batch) for size, batch in zip(hidden, batches, strict=True)),
         hidden_bytes=sum(hidden),
-        input_bytes=sum(
-            math.prod(shape) * (8 if name.endswith(("ids", "mask")) else 4)
-            for batch in batches
-            for name, shape in batch.items()
-        ),
+        input_bytes=sum(_input_bytes(batch, floating=False) for batch in batches) + (0 if spooled else sum(floating)),
+        loading_bytes=max(floating) if spooled else 0,
         first_bytes=dtype.itemsize
         * max(sum(state[name].numel() for name in stack.first) for stack in rehearsal.stacks),
         outside_bytes=outside_bytes,
@@ -181,6 +182,12 @@ def _kinds(inputs: Inputs, rehearsal: Rehearsal, blocks: Sequence[BlockPlan]) ->
             )
         )
     return tuple(kinds)
+
+
+def _input_bytes(batch: BatchShapes, *, floating: bool) -> int:
+    """Of the inputs in floating point (float32), or of all others (int64)."""
+    named = {name: math.prod(shape) for name, shape in batch.items()}
+    return sum((4 if floating else 8) * n for name, n in named.items() if name.endswith(("ids", "mask")) != floating)
 
 
 def _num_samples(batch: BatchShapes) -> int:

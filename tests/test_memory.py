@@ -160,6 +160,20 @@ def test_hidden_states_go_to_disk_where_the_limit_says_so(tmp_path: Path) -> Non
     assert any("the limit is" in reason for reason in plan.reasons)
 
 
+def test_pixels_wait_in_a_mapped_file_where_there_is_a_limit(
+    make_case: MakeCase,
+) -> None:
+    case = make_case("clip_vision", num_candidates=2)
+    merge_and_load(case, "plain")
+    plain = largemerge.plan(case.config, probe=False)
+    case.config["memory"] = {"disk": str(case.folder / "scratch")}
+    merge_and_load(case, "other")
+    assert_same_bits(case, "plain", "other")
+    assert largemerge.plan(case.config, probe=False).footprint.parts["calibration inputs"] == 0
+    assert plain.footprint.parts["calibration inputs"] == sum(x["pixel_values"].nbytes for x in case.inputs)
+    assert not list((case.folder / "scratch").glob("*")), "nothing may be left behind"
+
+
 @pytest.mark.parametrize("value", ["8 apples", 0, -5, "0GB", [1]])
 def test_a_limit_that_is_no_size(make_case: MakeCase, value: Any) -> None:
     case = make_case()

@@ -14,7 +14,7 @@ The rehearsal also finds out what no table could tell for every architecture:
 - which parameters outside the stacks matter on the way to a block: all others are poisoned with NaN one
   at a time, and the block's arguments must not change. Those are never loaded;
 - which modules outside the stacks (a patch embedding) run again on the way to every later block though
-  nobody reads what they compute.
+  nobody reads what they compute, and which inputs (pixels) nobody reads any more.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class StackRehearsal:
         first: Tensors outside the stacks that matter on the way to the first block.
         later: … to any later block.
         idle: Modules outside the stacks that run on the way to a later block though nobody reads their output.
+        idle_inputs: Floating-point inputs whose values no longer matter on the way to a later block.
         roles: By block, the linears in the order in which the forward reaches them.
         output_shapes: By output tensor: its shape for `num_samples` samples of `num_tokens` tokens.
         num_tokens: Rows a sample has in this stack, in the rehearsal.
@@ -67,6 +68,7 @@ class StackRehearsal:
     first: frozenset[str]
     later: frozenset[str]
     idle: frozenset[str]
+    idle_inputs: frozenset[str]
     roles: tuple[tuple[LinearRole, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
     num_tokens: int
@@ -128,6 +130,7 @@ def _stack_rehearsal(trial: Trial, stack: int) -> StackRehearsal:
         first=_tensors_that_matter(trial, stack, 0),
         later=frozenset().union(*matter),
         idle=_idle_modules(trial, stack, later),
+        idle_inputs=_idle_inputs(trial, stack, later),
         roles=tuple(roles_by_kind[block_kind(block, index)] for index, block in enumerate(blocks)),
         output_shapes=tuple(tuple(leaf.shape) for leaf in output),
         num_tokens=rows[stack][1],
@@ -224,6 +227,20 @@ def _idle_modules(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[
 
     idle = [name for name in leaves if blocks and unread([name])]
     return frozenset(idle) if idle and unread(idle) else frozenset()
+
+
+def _idle_inputs(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[str]:
+    """Floating-point inputs that, replaced by NaN, change nothing in the arguments of any of the blocks."""
+    floating = [name for name, tensor in trial.inputs.items() if tensor.is_floating_point()]
+
+    def unread(name: str) -> bool:
+        nan = torch.full_like(trial.inputs[name], float("nan"))
+        inputs = {**trial.inputs, name: nan}
+        resumed = [trial.resume(stack, index, run_block=False, inputs=inputs)[0] for index in blocks]
+        expected = [trial.resume(stack, index, run_block=False)[0] for index in blocks]
+        return all(equal_trees(*pair) for pair in zip(resumed, expected, strict=True))
+
+    return frozenset(name for name in floating if blocks and unread(name))
 
 
 def _poisoned(module: nn.Module, called: list[nn.Module]) -> Callable[..., Any]:

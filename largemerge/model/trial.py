@@ -60,8 +60,21 @@ class Trial:
     seen: Sequence[Mapping[int, SeenBlock]]
     order: Sequence[int]
 
-    def resume(self, stack: int, index: int, *, run_block: bool = True) -> tuple[Any, Output]:
+    def resume(
+        self,
+        stack: int,
+        index: int,
+        *,
+        run_block: bool = True,
+        inputs: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[Any, Output]:
         """Runs the model up to a block, from the output of the one before it.
+
+        Args:
+            stack: Of the block.
+            index: Of the block.
+            run_block: And the block itself.
+            inputs: In place of the made-up ones.
 
         Returns:
             The arguments of the block, and its output if it is run.
@@ -79,7 +92,7 @@ class Trial:
                 caught.append(original_forward(self.skeleton.stacks[stack].blocks[index])(*args, **kwargs))
 
         with resumed_at(self.skeleton, stack, index) as run:
-            run(self.inputs, outputs, visit)
+            run(inputs or self.inputs, outputs, visit)
         return caught[0], caught[1] if run_block else None
 
 

@@ -190,8 +190,9 @@ class Activations:
         def visit(*args: Any, **kwargs: Any) -> None:
             caught.append(run_until(samples.module, samples.until, args, kwargs))
 
+        idle = self.rehearsal.stacks[samples.block.stack].idle_inputs if samples.block.index > 0 else ()
         inputs = {
-            name: tensor.to(self.device, self.compute_dtype if tensor.is_floating_point() else None)
+            name: self._nan(tensor.shape) if name in idle else self._cast(tensor)
             for name, tensor in batch.inputs.items()
         }
         with resumed_at(self.skeleton, samples.block.stack, samples.block.index) as run:
@@ -206,10 +207,13 @@ class Activations:
             key = (name, x.shape)
             if key not in self._idle_shapes:
                 self._idle_shapes[key] = original_forward(module)(x, *args, **kwargs).shape
-            nan = torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device)
-            return nan.expand(self._idle_shapes[key])
+            return self._nan(self._idle_shapes[key])
 
         return forward
+
+    def _nan(self, shape: torch.Size) -> torch.Tensor:
+        """A tensor whose values nobody reads; all of it is one element of memory."""
+        return torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device).expand(shape)
 
     def _masks(self, batch: Batch) -> dict[int, torch.Tensor | None]:
         masks = {}
