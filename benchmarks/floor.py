@@ -32,7 +32,7 @@ class Kernel:
     """One product or solve of a certain shape, timed once however often it occurs.
 
     Attributes:
-        kind: One of `kernels.KINDS`.
+        kind: One of `kernel_times.KINDS`.
         shape: What its function there takes.
         dtype: Of its operands.
     """

@@ -4,7 +4,7 @@
     python benchmarks/roofline.py CONFIG --report OUT/merge_report.json # of a merge that has just been run
 
 The floor is the sum of the products and solves that the merge cannot do without (`floor.py`), each timed alone at its
-own shape and dtype on this machine right now (`kernels.py`), and of the bytes that it reads and writes at the rate of
+own shape and dtype on this machine right now (`kernel_times.py`), and of the bytes that it reads and writes at the rate of
 the disk, measured with the same files (dropped from the page cache before the merge and before the measurement; with
 `--report` read as they are) and with a scratch file, fsynced. Nothing in it overlaps. CPU only.
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import largemerge
 from floor import Kernel, Work, mandatory_work
-from kernels import operations, time_kernel
+from kernel_times import operations, time_kernel
 from largemerge.dtypes import dtype_name
 from measure import machine, run_measured
 
