@@ -4,9 +4,9 @@
     python benchmarks/roofline.py CONFIG --report OUT/merge_report.json # of a merge that has just been run
 
 The floor is the sum of the products and solves that the merge cannot do without (`floor.py`), each timed alone at its
-own shape and dtype on this machine right now (`kernel_times.py`), and of the bytes that it reads and writes at the rate of
-the disk, measured with the same files (dropped from the page cache before the merge and before the measurement; with
-`--report` read as they are) and with a scratch file, fsynced. Nothing in it overlaps. CPU only.
+own shape and dtype on this machine right now (`kernel_times.py`), and of the bytes that it reads and writes at the
+rate of the disk, measured with the same files (dropped from the page cache before the merge and before the
+measurement; with `--report` read as they are) and with a scratch file, fsynced. Nothing in it overlaps. CPU only.
 
 Prints a table by phase, the dearest kernels, and one line of JSON.
 """
