@@ -191,7 +191,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=Path, nargs="+", required=True)
     parser.add_argument("--tokens", type=Path, nargs="+", required=True, help=".safetensors with input_ids, per expert")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scale", type=float, default=0.95, help="of what is off the diagonal (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=0.1, help="of what is off the diagonal (default: %(default)s)")
     parser.add_argument("--no-gc", action="store_true", help="do not call the garbage collector")
     options = parser.parse_args()
     options.scratch = options.out / "scratch"
