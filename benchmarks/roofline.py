@@ -8,7 +8,8 @@ own shape and dtype on this machine right now (`kernel_times.py`), and of the by
 rate of the disk, measured with the same files (dropped from the page cache before the merge and before the
 measurement; with `--report` read as they are) and with a scratch file, fsynced. Nothing in it overlaps. CPU only.
 
-Prints a table by phase, the dearest kernels, and one line of JSON.
+Prints a table by phase, the dearest kernels, how much of the CPUs others took meanwhile (with more than a few percent
+the ratios mean little), and one line of JSON.
 """
 
 from __future__ import annotations
@@ -71,6 +72,23 @@ class Disk:
     """Whether the files were dropped from the page cache first."""
 
 
+class Others:
+    """How much of the CPUs other processes take from now on; this one and its finished children do not count."""
+
+    def __init__(self) -> None:
+        self._start = self._seconds()
+
+    def share(self) -> float:
+        """Of all CPU time since the start."""
+        busy, own, wall = (now - then for now, then in zip(self._seconds(), self._start, strict=True))
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+    def _seconds(self) -> tuple[float, float, float]:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+        busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4]), time.perf_counter()
+
+
 def main() -> None:
     """Merges unless that has been done, measures the floor, prints."""
     arguments = _arguments()
@@ -78,10 +96,12 @@ def main() -> None:
     if plan.problems:
         raise SystemExit("\n".join(plan.problems))
     files = [path for model in plan.config.models for path in sorted(Path(model.model).glob("*.safetensors"))]
-    process_seconds = None
+    process_seconds = others_in_merge = None
+    others = Others()
     if arguments.report is None:
         _drop_from_cache(files)
         process_seconds = _merge(arguments.config, arguments.out, force=arguments.force)
+        others_in_merge, others = others.share(), Others()
         arguments.report = arguments.out / "merge_report.json"
     report = json.loads(arguments.report.read_text())
     if report["resumed_parts"]:
@@ -89,6 +109,7 @@ def main() -> None:
     work = mandatory_work(plan, report)
     times = {kernel: time_kernel(kernel) for kernel in {kernel for _, kernel in work}}
     disk = _measure_disk(files, arguments.report.resolve().parent.parent, cold=process_seconds is not None)
+    others_in_floor = others.share()
     disk_seconds = plan.bytes_read / disk.read_rate + plan.bytes_written / disk.write_rate
     rows = _rows(work, times, disk_seconds, report["seconds"])
     _print_rows(rows)
@@ -98,10 +119,13 @@ def main() -> None:
     print(f"whole merge: {total.ratio:.2f} times its floor (target <= {MOST_RATIO})")
     if process_seconds is not None:
         print(f"whole process, imports included: {process_seconds:.1f} s")
+    shares = {"merge": others_in_merge, "floor": others_in_floor}
+    told = (f"{share:.0%} during the {name}" for name, share in shares.items() if share is not None)
+    print(f"CPUs taken by others: {', '.join(told)}")
     print("machine:", ", ".join(f"{name} {value}" for name, value in machine().items()))
     print(f"config: {_config(plan)}\n")
     result = {"machine": machine(), "config": _config(plan), "ratio": total.ratio, "target": MOST_RATIO}
-    result |= {"process_seconds": process_seconds, "disk": asdict(disk)}
+    result |= {"process_seconds": process_seconds, "cpus_taken_by_others": shares, "disk": asdict(disk)}
     result |= {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows], "kernels": _kernels_json(work, times)}
     print(json.dumps({"benchmark": "roofline", **result}))
 
