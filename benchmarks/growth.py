@@ -156,7 +156,7 @@ def _merge(config: Path, output: Path, options: Sequence[str], idle: Measured) -
     command = [sys.executable, "-m", "largemerge", "merge", str(config), str(output), "--quiet", *options]
     measured = run_measured(command, output.with_name("merge.log"))
     report = json.loads((output / "merge_report.json").read_text())
-    seconds, planned = report["seconds"], report["peak_bytes"]["planned"]
+    seconds, planned = report["seconds"], report["peak_bytes"]["planned_host"]
     # Both poll, each may miss the top of a peak.
     peak = max(measured.peak_anonymous_bytes, report["peak_bytes"]["host_anonymous"]) - idle.peak_anonymous_bytes
     return Cost(

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -93,6 +94,7 @@ def _size(folder: Path) -> int:
 def _merge(config: Path, output: Path, inputs: Inputs, options: Sequence[str]) -> dict[str, Any]:
     """One merge: measured, checked, and what its own report says."""
     command = [sys.executable, "-m", "largemerge", "merge", str(config), str(output), "--force", *options]
+    planned_seconds = _planned_seconds(config, options)
     measured = run_measured(command, output.with_name("merge.log"))
     print(f"merged in {measured.seconds:.0f} s", flush=True)
     report = json.loads((output / "merge_report.json").read_text())
@@ -105,21 +107,26 @@ def _merge(config: Path, output: Path, inputs: Inputs, options: Sequence[str]) -
         "bytes_read": report["bytes_read"],
         "bytes_written": report["bytes_written"],
         "gb_per_second": num_bytes / 1e9 / measured.seconds,
-        "planned_peak_bytes": report["peak_bytes"]["planned"],
-        "planned_parts": report["plan"]["peak_bytes"],
+        "planned_peak_bytes": report["peak_bytes"]["planned_host"],
+        "placement": report["plan"]["placement"],
+        "planned_parts": report["plan"]["peak_bytes"]["parts"],
         "reported_peak_bytes": report["peak_bytes"],
-        "planned_seconds": _planned_seconds(report["plan"]),
+        "planned_seconds": planned_seconds,
         "num_fallbacks": len(report["fallbacks"]),
         "checked": checked,
     }
 
 
-def _planned_seconds(plan: dict[str, Any]) -> float | None:
-    """What the plan thought that it would take; not every version of the report says so."""
-    seconds = plan.get("seconds")
-    if isinstance(seconds, dict):
-        seconds = seconds.get("total")
-    return seconds if isinstance(seconds, (int, float)) else None
+def _planned_seconds(config: Path, options: Sequence[str]) -> float:
+    """What `largemerge plan` says that the merge will take once it has begun, from its probe of this machine."""
+    limits = [option for option in options if not option.startswith("--max-shard-size")]
+    command = [sys.executable, "-m", "largemerge", "plan", str(config), "--json", *limits]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(
+            f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return sum(json.loads(done.stdout)["seconds"].values())
 
 
 def whole_model_bytes(geometry: Geometry, num_models: int) -> dict[str, int]:
@@ -150,11 +157,12 @@ def _print(inputs: Inputs, options: Sequence[str], result: dict[str, Any], targe
     print(f"\n{inputs}")
     print(f"checked: {result['checked']}")
     print(f"time: {result['seconds']:.1f} s, whole process; fallbacks of the solver: {result['num_fallbacks']}")
-    phases = {name: spent for name, spent in result["merge_seconds"]["by_phase"].items() if name != "gram"}
+    phases = result["merge_seconds"]["by_phase"]
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(phases.items(), key=lambda item: -item[1]))
     print(f"phases: {spent}")
-    if result["planned_seconds"] is not None:
-        print(f"planned time: {result['planned_seconds']:.1f} s")
+    working = result["merge_seconds"]["total"] - result["merge_seconds"]["preparation"]
+    print(f"planned: {result['planned_seconds']:.1f} s once it has begun; it took {working:.1f} s")
+    print(f"placement: {result['placement']}")
     read, written = result["bytes_read"] / 1e9, result["bytes_written"] / 1e9
     print(f"disk: {read:.2f} GB read, {written:.2f} GB written, {result['gb_per_second']:.2f} GB/s")
     print(f"peak: {anonymous / GIB:.2f} GiB anonymous, {result['peak_bytes'] / GIB:.2f} GiB with mapped pages")

@@ -3,9 +3,8 @@
     python benchmarks/timeline.py merge.yaml OUT --plot timeline.svg    # options of `largemerge merge` last
 
 Runs `largemerge merge CONFIG OUT` and reads its memory from outside every 20 ms: what it allocated (anonymous), and
-all that is resident, mapped files included. Stages come from `merge_report.json`: from `timeline`, a list of
-`[seconds since the start, stage, block]` with an entry where a stage starts, or else from the seconds that each
-block spent on each stage, set one after the other. OUT is kept. Ends with one line of JSON. Linux only.
+all that is resident, mapped files included. Stages come from the `timeline` of `merge_report.json`: when each of
+them began. OUT is kept. Ends with one line of JSON. Linux only.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ COLOURS = {
     "forward": "#c9ecd2",
 }
 OTHER_COLOUR = "#f1ecd0"
-PHASES = {
-    "collect": ("wait_for_read", "forward_and_gram", "right_hand_side"),
-    "solve": ("solve",),
-    "write": ("write",),
-    "forward": ("forward",),
+STAGES = {
+    "wait_for_read": "collect",
+    "candidate_forward": "collect",
+    "right_hand_side": "collect",
+    "merged_forward": "forward",
 }
-"""The phases of a block's report that make up each stage; `gram` lies within `forward_and_gram`."""
+"""Stages of the report that are drawn as one."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def main() -> None:
     offset = max(0.0, run.working_at - report["seconds"]["preparation"])
     bands = [Band(0.0, offset, "imports", None), *(_later(band, offset) for band in bands)]
     draw(run, bands, report, arguments.plot)
-    _print(run, bands, report, options, has_timeline=bool(report.get("timeline")))
+    _print(run, bands, report, options)
 
 
 def watch(command: Sequence[str], out: Path, log: Path) -> Run:
@@ -137,26 +136,15 @@ def stages(report: dict[str, Any]) -> list[Band]:
     """The stages of a merge, in seconds since it was called.
 
     Args:
-        report: `merge_report.json`. With `timeline` (entries mark the start of a stage) the bands are exact;
-            without, the time between a block's phases is missing and a little more so with every block.
+        report: `merge_report.json`, whose `timeline` says when each stage began.
     """
-    total = report["seconds"]["total"]
-    if report.get("timeline"):
-        starts = [entry[0] for entry in report["timeline"]]
-        ends = [*starts[1:], max(total, starts[-1])]
-        return [
-            Band(start, end, stage, block) for (start, stage, block), end in zip(report["timeline"], ends, strict=True)
-        ]
-    lengths = [("preparation", None, report["seconds"]["preparation"])]
-    lengths.append(("outside", None, sum(report["outside"]["seconds"].values())))
-    for block, part in report["blocks"].items():
-        for stage, phases in PHASES.items():
-            lengths.append((stage, block, sum(part["seconds"].get(phase, 0.0) for phase in phases)))
-    bands, now = [], 0.0
-    for stage, block, seconds in lengths:
-        bands.append(Band(now, now + seconds, stage, block))
-        now += seconds
-    return bands
+    timeline = [(0.0, "preparation", ""), *report["timeline"]]
+    starts = [entry[0] for entry in timeline]
+    ends = [*starts[1:], max(report["seconds"]["total"], starts[-1])]
+    return [
+        Band(start, end, STAGES.get(stage, stage), block)
+        for (start, stage, block), end in zip(timeline, ends, strict=True)
+    ]
 
 
 def _later(band: Band, seconds: float) -> Band:
@@ -178,7 +166,7 @@ def draw(run: Run, bands: Sequence[Band], report: dict[str, Any], path: Path) ->
     anonymous = [sample.anonymous_bytes / GIB for sample in run.samples]
     axes.plot(times, resident, color=GREY, linewidth=1.0, label="resident, mapped files included")
     axes.plot(times, anonymous, color=BLUE, linewidth=1.4, label="anonymous")
-    planned = report["peak_bytes"]["planned"] / GIB
+    planned = report["peak_bytes"]["planned_host"] / GIB
     axes.axhline(planned, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"planned peak, {planned:.2f} GiB")
     axes.set_xlim(0, run.seconds)
     axes.set_ylim(0, 1.1 * max(planned, *resident))
@@ -191,9 +179,7 @@ def draw(run: Run, bands: Sequence[Band], report: dict[str, Any], path: Path) ->
     save_svg(figure, path)
 
 
-def _print(
-    run: Run, bands: Sequence[Band], report: dict[str, Any], options: Sequence[str], *, has_timeline: bool
-) -> None:
+def _print(run: Run, bands: Sequence[Band], report: dict[str, Any], options: Sequence[str]) -> None:
     """Seconds and peak by stage, then the line of JSON."""
     seconds: dict[str, float] = defaultdict(float)
     peaks: dict[str, int] = defaultdict(int)
@@ -205,7 +191,7 @@ def _print(
     for stage, spent in seconds.items():
         print(f"| {stage} | {spent:.1f} s | {peaks[stage] / GIB:.2f} GiB |")
     peak = max(sample.anonymous_bytes for sample in run.samples)
-    planned = report["peak_bytes"]["planned"]
+    planned = report["peak_bytes"]["planned_host"]
     between = run.seconds - bands[-1].end
     print(f"\nwhole process: {run.seconds:.1f} s, of which {between:.1f} s in no stage")
     print(f"peak: {peak / GIB:.2f} GiB anonymous, planned {planned / GIB:.2f} GiB")
@@ -218,7 +204,6 @@ def _print(
         "seconds": run.seconds,
         "seconds_by_stage": seconds,
         "seconds_in_no_stage": between,
-        "exact_stages": has_timeline,
         "peak_anonymous_bytes": peak,
         "peak_anonymous_bytes_by_stage": peaks,
         "peak_bytes": max(sample.resident_bytes for sample in run.samples),
