@@ -17,7 +17,7 @@ import torch
 
 from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
-from largemerge.checkpoint.writer import OutputTensor
+from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
 from largemerge.dtypes import dtype_name
 from largemerge.errors import LargemergeError

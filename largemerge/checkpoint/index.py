@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,49 +16,12 @@ from typing import Any
 
 import torch
 
+from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo
 from largemerge.errors import CheckpointError
 
-SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _MOST_PROBLEMS = 20
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint, as its header describes it.
-
-    Attributes:
-        name: On disk.
-        shape: Dimensions.
-        dtype: As stored.
-        file: The file that holds it.
-        offset: Byte position in `file`; `None` in a pickle file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: Path
-    offset: int | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

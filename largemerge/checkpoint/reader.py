@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint, TensorInfo
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
 _MOST_BYTES_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB in one call

@@ -9,7 +9,6 @@ folder; what makes a folder a checkpoint (index, config) comes last, each by a r
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,24 +17,11 @@ from types import TracebackType
 
 import torch
 
-from largemerge.checkpoint.index import SAFETENSORS_DTYPES
 from largemerge.checkpoint.reader import byte_view, read_tensor
+from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _ALIGNMENT = 8
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """A tensor to be written: its dtype and shape."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
