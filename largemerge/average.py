@@ -78,7 +78,8 @@ def _stream(
 ) -> None:
     reader, key = sources[0]
     info = reader.checkpoint.tensors[key]
-    if len(info.shape) < 2 or info.num_bytes <= CHUNK_BYTES:
+    quantized = any(source.checkpoint.tensors[name].quantization is not None for source, name in sources)
+    if len(info.shape) < 2 or info.num_bytes <= CHUNK_BYTES or quantized:  # the latter is read as a whole only
         whole = [source.read(name) for source, name in sources]
         weights.writer.write(out_key, weighted_average(whole, shares, plan.dtype))
         return

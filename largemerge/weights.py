@@ -70,6 +70,19 @@ class Weights:
         """All tensors of one candidate's block."""
         return self.candidate(index, [plan.name for plan in block.tensors])
 
+    def stored_bytes(self, index: int, block: BlockPlan) -> int:
+        """Bytes on disk of what `block` reads."""
+        name_map, checkpoint = self.inputs.candidate_names[index], self.inputs.candidates[index]
+        own = {name_map.on_disk(plan.name) for plan in block.tensors if name_map.has(plan.name)}
+        total = sum(checkpoint.tensors[key].num_bytes for key in name_map.sources_of(own))
+        lacking = [plan.name for plan in block.tensors if not name_map.has(plan.name)]
+        if lacking:
+            assert self.inputs.base is not None and self.inputs.base_names is not None, lacking
+            names = self.inputs.base_names
+            keys = names.sources_of([names.on_disk(name) for name in lacking])
+            total += sum(self.inputs.base.tensors[key].num_bytes for key in keys)
+        return total
+
     def _load(self, name_map: NameMap, names: Sequence[str], read: ReadTensor) -> Tensors:
         wanted = {name: name_map.on_disk(name) for name in names}
         loaded = name_map.load(self.inputs.skeleton.model, list(wanted.values()), read)

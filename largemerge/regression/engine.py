@@ -112,7 +112,7 @@ class Engine:
         for index in range(len(self.names)):
             with self._timed("wait_for_read"):
                 tensors = {name: tensor.to(device) for name, tensor in next(blocks_of_candidates).items()}
-            bytes_read += sum(tensor.nbytes for tensor in tensors.values())
+            bytes_read += self.weights.stored_bytes(index, block)
             if index == 0:
                 anchor = {plan.name: tensors[plan.name] for plan in block.tensors if plan.treatment is Treatment.SOLVED}
             averages.add(index, tensors)
