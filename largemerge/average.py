@@ -78,8 +78,9 @@ def _stream(
 ) -> None:
     reader, key = sources[0]
     info = reader.checkpoint.tensors[key]
-    quantized = any(source.checkpoint.tensors[name].quantization is not None for source, name in sources)
-    if len(info.shape) < 2 or info.num_bytes <= CHUNK_BYTES or quantized:  # the latter is read as a whole only
+    stored = [source.checkpoint.tensors[name].quantization for source, name in sources]
+    quantized = any([*stored, weights.writer.tensors[out_key].quantization])  # these go as a whole only
+    if len(info.shape) < 2 or info.num_bytes <= CHUNK_BYTES or quantized:
         whole = [source.read(name) for source, name in sources]
         weights.writer.write(out_key, weighted_average(whole, shares, plan.dtype))
         return

@@ -30,6 +30,7 @@ from largemerge.memory import MemoryWatch
 from largemerge.output import OutputFolder, check_output, open_output
 from largemerge.planning import MergePlan, Preparation, choose_device, make_plan
 from largemerge.progress import RunProgress
+from largemerge.quantization import quantization_settings
 from largemerge.regression.activations import Activations
 from largemerge.regression.engine import Engine, Settings
 from largemerge.report import MergeReport, config_yaml, versions
@@ -112,7 +113,7 @@ def merge(
         folder.finish(
             shards,
             lambda path: _write_side_files(path, preparation, report),
-            output_config(inputs.reference, preparation.plan.output_dtype),
+            _config_text(preparation),
         )
     return report
 
@@ -206,7 +207,9 @@ class _Job:
         merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
         weights.writer.flush()
         seconds = round(time.perf_counter() - start, 4)
-        entry = {"bytes_read": weights.bytes_read, "bytes_written": weights.writer.bytes_written}
+        errors = weights.quantization_errors(tensor.name for tensor in plan.outside)
+        entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.writer.bytes_written}
+        entry |= {"quantization_errors": errors} if errors else {}
         self.folder.record(OUTSIDE, entry | {"seconds": {OUTSIDE: seconds}})
 
     def _num_steps(self, finished: frozenset[str]) -> int:
@@ -237,6 +240,12 @@ def _manifest(
         "compute_dtype": str(plan.compute_dtype),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},
     }
+
+
+def _config_text(preparation: Preparation) -> str:
+    dtype = preparation.plan.output_dtype
+    settings = quantization_settings(preparation.plan.config.output, dtype)
+    return output_config(preparation.inputs.reference, dtype, settings)
 
 
 def _write_side_files(path: Path, preparation: Preparation, report: MergeReport) -> None:

@@ -25,6 +25,7 @@ from largemerge.estimate import PeakEstimate, batch_shapes, estimate_peak, resou
 from largemerge.inputs import Inputs
 from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import Rehearsal, rehearse
+from largemerge.quantization import quantize_output
 from largemerge.treatment import (
     BlockPlan,
     TensorPlan,
@@ -51,6 +52,7 @@ class MergePlan:
         outside: Tensors of no block.
         output: What is written, by name on disk.
         num_samples: Calibration samples by candidate (upper bounds before the data is read).
+        quantized: By input: how many of its weights are quantised, and how.
         bytes_read: From checkpoints.
         peak: Estimated.
         notes: What a user should know.
@@ -66,6 +68,7 @@ class MergePlan:
     outside: tuple[TensorPlan, ...]
     output: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
+    quantized: Mapping[str, Mapping[str, int]]
     bytes_read: int
     peak: PeakEstimate
     notes: tuple[str, ...]
@@ -95,6 +98,10 @@ class MergePlan:
         counter = Counter(plan.treatment.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors)
         return dict(counter.most_common())
 
+    def quantized_output(self) -> dict[str, int]:
+        """How many weights are written quantised, by how they are."""
+        return dict(Counter(tensor.quantization.label for tensor in self.output.values() if tensor.quantization))
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {
@@ -116,6 +123,8 @@ class MergePlan:
                 for plan in self.tensors
                 if plan.treatment is not Treatment.SOLVED
             },
+            "quantized": {name: dict(kinds) for name, kinds in self.quantized.items()},
+            "quantized_output": self.quantized_output(),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "peak_bytes": {**vars(self.peak), "total": self.peak.total},
@@ -178,7 +187,10 @@ def make_plan(
     compute_dtype = inputs.skeleton.dtype
     shapes = batch_shapes(outlines, calibration)
     problems = treatment_problems(inputs, tensors)
-    output = output_tensors(inputs, tensors) if not problems else {}
+    output, misfits = (
+        quantize_output(config.output, inputs, output_tensors(inputs, tensors)) if not problems else ({}, [])
+    )
+    problems += misfits
     peak = estimate_peak(inputs, rehearsal, blocks, compute_dtype, shapes, device)
     notes = [*inputs.notes, *_notes(config, inputs, tensors)]
     problems += resource_problems(peak, device, sum(tensor.num_bytes for tensor in output.values()), out)
@@ -196,6 +208,11 @@ def make_plan(
         num_samples={
             checkpoint.name: sum(next(iter(batch.values()))[0] for batch in batches)
             for checkpoint, batches in zip(inputs.candidates, shapes, strict=True)
+        },
+        quantized={
+            checkpoint.name: checkpoint.quantized()
+            for checkpoint in (*inputs.candidates, inputs.base)
+            if checkpoint is not None and checkpoint.quantized()
         },
         bytes_read=_bytes_read(inputs, tensors),
         peak=peak,

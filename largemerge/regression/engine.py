@@ -129,8 +129,10 @@ class Engine:
         with self._timed("write"):
             num_bytes = self.weights.store(merged)
         if not self.settings.own_stream:
-            self._forward(block, merged)
-        return {"linears": linears, "bytes_read": bytes_read, "bytes_written": num_bytes}
+            self._forward(block, self.weights.as_written(merged))
+        errors = self.weights.quantization_errors(merged)
+        report = {"linears": linears, "bytes_read": bytes_read, "bytes_written": num_bytes}
+        return report | ({"quantization_errors": errors} if errors else {})
 
     def _collect(self, block: BlockPlan, index: int, tensors: Tensors, sums: Mapping[str, GroupSums]) -> None:
         """Runs one candidate's block on its own data and adds up the Gram matrices."""
