@@ -208,6 +208,9 @@ def dequantize(
     else:
         described = {key.removeprefix(f"{name}."): part for key, part in parts.items() if key != name}
         state = functional.QuantState.from_dict(described, device=parts[name].device)
-        packed = parts[name].reshape(-1).view(torch.uint8).reshape(-1, 1)
-        weight = functional.dequantize_4bit(packed, state).reshape(state.shape).to(dtype)
+        shape, elements = state.shape, math.prod(state.shape)
+        # In one row: where rows are no whole blocks, the CPU kernel of bitsandbytes 0.50 takes wrong scales.
+        state.shape = torch.Size((1, elements))
+        packed = parts[name].reshape(-1).view(torch.uint8)[: (elements + 1) // 2].reshape(-1, 1)
+        weight = functional.dequantize_4bit(packed, state).reshape(shape).to(dtype)
     return weight.T.contiguous() if quantization.transposed else weight
