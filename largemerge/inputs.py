@@ -66,6 +66,11 @@ class Inputs:
     reference_names: NameMap
     notes: tuple[str, ...]
 
+    def quantized(self) -> dict[str, dict[str, int]]:
+        """By checkpoint: how many of its weights are quantised, and how; without the plain ones."""
+        checkpoints = [*self.candidates, *([self.base] if self.base is not None else [])]
+        return {checkpoint.name: checkpoint.quantized() for checkpoint in checkpoints if checkpoint.quantized()}
+
 
 def open_inputs(config: MergeConfig) -> Inputs:
     """Locates and opens all checkpoints and maps their names.

@@ -187,9 +187,7 @@ def make_plan(
     compute_dtype = inputs.skeleton.dtype
     shapes = batch_shapes(outlines, calibration)
     problems = treatment_problems(inputs, tensors)
-    output, misfits = (
-        quantize_output(config.output, inputs, output_tensors(inputs, tensors)) if not problems else ({}, [])
-    )
+    output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
     peak = estimate_peak(inputs, rehearsal, blocks, compute_dtype, shapes, device)
     notes = [*inputs.notes, *_notes(config, inputs, tensors)]
@@ -209,11 +207,7 @@ def make_plan(
             checkpoint.name: sum(next(iter(batch.values()))[0] for batch in batches)
             for checkpoint, batches in zip(inputs.candidates, shapes, strict=True)
         },
-        quantized={
-            checkpoint.name: checkpoint.quantized()
-            for checkpoint in (*inputs.candidates, inputs.base)
-            if checkpoint is not None and checkpoint.quantized()
-        },
+        quantized=inputs.quantized(),
         bytes_read=_bytes_read(inputs, tensors),
         peak=peak,
         notes=tuple(notes),

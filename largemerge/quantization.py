@@ -43,7 +43,7 @@ def quantize_output(
         LargemergeError: If bitsandbytes is not installed or does not work here.
     """
     quantization = output_quantization(config)
-    if quantization is None:
+    if quantization is None or not output:
         return dict(output), []
     names = inputs.reference_names
     result, problems = dict(output), []
