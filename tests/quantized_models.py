@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +73,15 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def plain_copy(folder: Path, out: Path) -> Path:
-    """The same checkpoint, dequantised."""
-    tensors: Mapping[str, torch.Tensor] = read_all(folder)
+    """The same checkpoint, dequantised; GPT-2's `Conv1D` the right way round again."""
+    infos = open_checkpoint(folder, folder.name).tensors
+    tensors = {
+        key: tensor.T.contiguous() if infos[key].quantization is not None and ".h." in key else tensor
+        for key, tensor in read_all(folder).items()
+    }
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
     out.mkdir()
-    save_file(dict(tensors), out / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config))
     return out

@@ -186,8 +186,6 @@ def test_a_quantised_output_loads_and_holds_what_was_read_back(
         assert torch.equal(tensor, dequantized[key]), key
     errors = report.quantization_errors
     assert len(errors) == report_of(out)["quantization"]["output"][label]
-    low, high = {"int8": (0.001, 0.02), "nf4": (0.07, 0.11), "fp4": (0.1, 0.15)}[output["quantization"]]
-    assert all(low < error < high for error in errors.values())
     assert report_of(out)["quantization"]["mean_relative_error"] == pytest.approx(sum(errors.values()) / len(errors))
 
 
@@ -202,9 +200,14 @@ def test_regmean_is_quantised_as_transformers_would(make: MakeQuantized, name: s
     """RegMean's blocks do not depend on each other: quantising its plain merge gives the same numbers."""
     case = make(name, method="regmean")
     largemerge.merge(case.config, case.folder / "plain")
-    largemerge.merge(case.config | {"output": output}, case.folder / "merged")
+    report = largemerge.merge(case.config | {"output": output}, case.folder / "merged")
     settings = settings_of(load_merged(case, case.folder / "merged"))
     expected = type(case.models[0]).from_pretrained(case.folder / "plain", quantization_config=settings)
+    plain, read = load_merged(case, case.folder / "plain").state_dict(), read_all(case.folder / "merged")
+    for key, error in report.quantization_errors.items():
+        stored = read[key].T if name == "gpt2" else read[key]  # a Conv1D is stored as a linear
+        norm = plain[key].float().norm()
+        assert error == pytest.approx(((stored.float() - plain[key].float()).norm() / norm).item(), rel=0.1), key
     expected.save_pretrained(case.folder / "expected")
     found, wanted = weights_in(case.folder / "merged"), weights_in(case.folder / "expected")
     assert set(found) == set(wanted)
