@@ -79,9 +79,11 @@ def _stream(
 ) -> None:
     reader, key = sources[0]
     info = reader.checkpoint.tensors[key]
+    stored = [source.checkpoint.tensors[name].quantization for source, name in sources]
+    quantized = any([*stored, weights.writer.tensors[out_key].quantization])  # these go as a whole only
     num_rows = info.shape[0] if len(info.shape) > 1 else 1
     step = max(1, CHUNK_BYTES * num_rows // max(1, info.num_bytes))
-    if step >= num_rows:
+    if step >= num_rows or quantized:
         whole = (source.read(name) for source, name in sources)
         weights.writer.write(out_key, weighted_average(whole, shares, plan.dtype))
         return

@@ -170,6 +170,15 @@ class MemoryConfig(_Strict):
     """Keep hidden states in 8 bits between blocks (bitsandbytes): half of bfloat16's room, a small error."""
 
 
+class OutputConfig(_Strict):
+    """How the weights of the output are stored."""
+
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """By bitsandbytes: every linear that Transformers would quantise. Default: not at all."""
+    double_quant: bool | None = None
+    """4 bits only: quantise the scales of the blocks, too. Default: yes."""
+
+
 class MergeConfig(_Strict):
     """A whole merge: K candidates, one method, one output."""
 
@@ -178,8 +187,9 @@ class MergeConfig(_Strict):
     base_model: str | None = Field(None, min_length=1)
     calibration: CalibrationDefaults = CalibrationDefaults()
     parameters: MethodParameters = MethodParameters()
+    output: OutputConfig = OutputConfig()
     dtype: DtypeName | None = None
-    """Of the output; default: each tensor keeps the candidates' dtype."""
+    """Of the output; default: each tensor keeps the candidates' dtype, quantised ones that which they stand for."""
     compute_dtype: DtypeName | None = None
     """Of the forward passes; default: the checkpoints'. Sums and solves are float32 or better always."""
     tokenizer_source: str | None = None
@@ -245,6 +255,8 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
             yield f"models: {config.names.count(name)} candidates are called {name!r}; give each a 'name' of its own"
     if "base" in config.names:
         yield "models: 'base' stands for base_model; give that candidate another 'name'"
+    if config.output.double_quant is not None and config.output.quantization not in ("nf4", "fp4"):
+        yield f"output.double_quant: is for nf4 and fp4, found quantization {config.output.quantization!r}"
     source = config.tokenizer_source
     if source == "base" and config.base_model is None:
         yield "tokenizer_source: 'base' needs a 'base_model'"

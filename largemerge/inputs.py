@@ -5,6 +5,7 @@ Everything here comes from configs and headers; no weight is read.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ import torch
 
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.quantized import model_dtype, transposed
 from largemerge.config import MergeConfig
 from largemerge.dtypes import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.model.names import NameMap, map_names
-from largemerge.model.skeleton import Skeleton, build_skeleton
+from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, weight_is_transposed
 
 _UNIMPORTANT_CONFIG_KEYS = frozenset(
     [
@@ -34,6 +36,7 @@ _UNIMPORTANT_CONFIG_KEYS = frozenset(
         "problem_type",
         "task_specific_params",
         "_commit_hash",
+        "quantization_config",
     ]
 )
 
@@ -63,6 +66,11 @@ class Inputs:
     reference_names: NameMap
     notes: tuple[str, ...]
 
+    def quantized(self) -> dict[str, dict[str, int]]:
+        """By checkpoint: how many of its weights are quantised, and how; without the plain ones."""
+        checkpoints = [*self.candidates, *([self.base] if self.base is not None else [])]
+        return {checkpoint.name: checkpoint.quantized() for checkpoint in checkpoints if checkpoint.quantized()}
+
 
 def open_inputs(config: MergeConfig) -> Inputs:
     """Locates and opens all checkpoints and maps their names.
@@ -76,21 +84,21 @@ def open_inputs(config: MergeConfig) -> Inputs:
     if len(set(classes.values())) > 1:
         raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
     notes = list(_config_differences(candidates))
-    reference = candidates[0]
-    if base is not None:
-        if _class_name(base) == _class_name(reference):
-            reference = base
-        else:
-            notes.append(
-                f"the base is a {_class_name(base)}, the candidates are {_class_name(candidates[0])}: "
-                f"config and names come from {candidates[0].name}"
-            )
+    from_base = base is not None and _class_name(base) == _class_name(candidates[0])
+    if base is not None and not from_base:
+        notes.append(
+            f"the base is a {_class_name(base)}, the candidates are {_class_name(candidates[0])}: "
+            f"config and names come from {candidates[0].name}"
+        )
     skeleton = build_skeleton(
-        reference,
+        base if base is not None and from_base else candidates[0],
         config.stacks,
         dtype=_compute_dtype(config, candidates[0]),
         trust_remote_code=config.trust_remote_code,
     )
+    candidates = tuple(_oriented(skeleton, checkpoint) for checkpoint in candidates)
+    base = _oriented(skeleton, base) if base is not None else None
+    reference = base if base is not None and from_base else candidates[0]
     candidate_names = tuple(map_names(skeleton.model, checkpoint) for checkpoint in candidates)
     base_names = map_names(skeleton.model, base) if base is not None else None
     reference_names = candidate_names[0]
@@ -121,14 +129,30 @@ def _open_all(config: MergeConfig) -> tuple[tuple[Checkpoint, ...], Checkpoint |
 
 
 def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
-    """What the user says, else that of most of the candidate's weights."""
+    """What the user says, else what a quantised candidate's config says, else that of most of its weights."""
     if config.compute_dtype is not None:
         return torch_dtype(config.compute_dtype)
+    if candidate.quantized():
+        return model_dtype(candidate.config)
     elements: Counter[torch.dtype] = Counter()
     for tensor in candidate.tensors.values():
         if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
             elements[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
     return elements.most_common(1)[0][0] if elements else torch.float32
+
+
+def _oriented(skeleton: Skeleton, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with quantised weights turned to how the modules hold them (see `Quantization.transposed`)."""
+    turned = [f"{path}.weight" for path, module in linears_in(skeleton.model).items() if weight_is_transposed(module)]
+    if not turned or not checkpoint.quantized():
+        return checkpoint
+    renamed = map_names(skeleton.model, checkpoint).renamed
+    keys = {renamed[name] for name in turned if name in renamed}
+    tensors = {
+        key: transposed(info) if info.quantization is not None and key in keys else info
+        for key, info in checkpoint.tensors.items()
+    }
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _class_name(checkpoint: Checkpoint) -> str:

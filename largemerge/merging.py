@@ -35,6 +35,7 @@ from largemerge.passes import block_passes
 from largemerge.placement import existing_folder, waits_on_disk
 from largemerge.planning import MergePlan, Preparation, choose_device, make_plan
 from largemerge.progress import RunProgress
+from largemerge.quantization import quantization_settings
 from largemerge.regression.activations import Activations
 from largemerge.regression.clock import Clock
 from largemerge.regression.engine import Engine, Settings
@@ -124,7 +125,7 @@ def merge(
             folder.finish(
                 shards,
                 lambda path: _write_side_files(path, preparation, report),
-                output_config(inputs.reference, preparation.plan.output_dtype),
+                _config_text(preparation),
             )
     return report
 
@@ -256,7 +257,9 @@ class _Job:
         with self.clock.stage(OUTSIDE):
             merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
             weights.writer.flush()
-        entry = {"bytes_read": weights.bytes_read, "bytes_written": weights.writer.bytes_written}
+        errors = weights.quantization_errors(tensor.name for tensor in plan.outside)
+        entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.writer.bytes_written}
+        entry |= {"quantization_errors": errors} if errors else {}
         self.folder.record(OUTSIDE, entry | {"seconds": self.clock.seconds()})
 
     def _num_steps(self, finished: frozenset[str]) -> int:
@@ -289,6 +292,12 @@ def _manifest(
         "compute_dtype": str(plan.compute_dtype),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},
     }
+
+
+def _config_text(preparation: Preparation) -> str:
+    dtype = preparation.plan.output_dtype
+    settings = quantization_settings(preparation.plan.config.output, dtype)
+    return output_config(preparation.inputs.reference, dtype, settings)
 
 
 def _write_side_files(path: Path, preparation: Preparation, report: MergeReport) -> None:

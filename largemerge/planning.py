@@ -19,7 +19,7 @@ import torch
 
 from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
-from largemerge.checkpoint.writer import OutputTensor
+from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
 from largemerge.dtypes import dtype_name
 from largemerge.errors import LargemergeError
@@ -30,6 +30,7 @@ from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import Rehearsal, rehearse
 from largemerge.placement import Choice, Limits, choose_placement, existing_folder, find_limits, waits_on_disk
 from largemerge.probe import measure_rates
+from largemerge.quantization import quantize_output
 from largemerge.sizes import gib
 from largemerge.timing import estimate_seconds
 from largemerge.treatment import (
@@ -59,6 +60,7 @@ class MergePlan:
         outside: Tensors of no block.
         output: What is written, by name on disk.
         num_samples: Calibration samples by candidate (upper bounds before the data is read).
+        quantized: By input: how many of its weights are quantised, and how.
         bytes_read: From checkpoints.
         placement: Where things are held, chosen to keep the limits.
         reasons: Why this placement.
@@ -78,6 +80,7 @@ class MergePlan:
     outside: tuple[TensorPlan, ...]
     output: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
+    quantized: Mapping[str, Mapping[str, int]]
     bytes_read: int
     placement: Placement
     reasons: tuple[str, ...]
@@ -111,6 +114,10 @@ class MergePlan:
         counter = Counter(plan.treatment.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors)
         return dict(counter.most_common())
 
+    def quantized_output(self) -> dict[str, int]:
+        """How many weights are written quantised, by how they are."""
+        return dict(Counter(tensor.quantization.label for tensor in self.output.values() if tensor.quantization))
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {
@@ -132,6 +139,8 @@ class MergePlan:
                 for plan in self.tensors
                 if plan.treatment is not Treatment.SOLVED
             },
+            "quantized": {name: dict(kinds) for name, kinds in self.quantized.items()},
+            "quantized_output": self.quantized_output(),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "placement": {**vars(self.placement), "hidden_states": self.placement.hidden_states.value},
@@ -206,7 +215,8 @@ def make_plan(
     compute_dtype = inputs.skeleton.dtype
     shapes = batch_shapes(outlines, calibration)
     problems = treatment_problems(inputs, tensors)
-    output = output_tensors(inputs, tensors) if not problems else {}
+    output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
+    problems += misfits
     notes = [*inputs.notes, *_notes(config, inputs, tensors)]
     bytes_written = sum(tensor.num_bytes for tensor in output.values())
     state = inputs.skeleton.model.state_dict()
@@ -241,6 +251,7 @@ def make_plan(
             checkpoint.name: sum(next(iter(batch.values()))[0] for batch in batches)
             for checkpoint, batches in zip(inputs.candidates, shapes, strict=True)
         },
+        quantized=inputs.quantized(),
         bytes_read=_bytes_read(inputs, tensors),
         placement=choice.placement,
         reasons=choice.reasons,

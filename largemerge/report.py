@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from largemerge.memory import MemoryUse
 from largemerge.planning import MergePlan
 from largemerge.sizes import gib
 
-_PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors")
+_PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 
 
 def versions() -> dict[str, str]:
@@ -146,6 +146,12 @@ class MergeReport:
         """The report of every solved linear, by parameter name."""
         return {name: entry for block in self.blocks.values() for name, entry in block["linears"].items()}
 
+    @property
+    def quantization_errors(self) -> dict[str, float]:
+        """‖written - merged‖ / ‖merged‖ of every weight that was written quantised, by parameter name."""
+        parts = (self.outside, *self.blocks.values())
+        return {name: error for part in parts for name, error in part.get("quantization_errors", {}).items()}
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         phases: Counter[str] = Counter()
@@ -173,9 +179,22 @@ class MergeReport:
             },
             "retries": list(self.retries),
             "timeline": [list(entry) for entry in self.timeline],
+            "quantization": self._quantization(),
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
             "outside": self.outside,
             "blocks": self.blocks,
+        }
+
+    def _quantization(self) -> dict[str, Any]:
+        errors = self.quantization_errors
+        mean = sum(errors.values()) / len(errors) if errors else None
+        worst = max(errors, key=lambda name: errors[name]) if errors else None
+        return {
+            "inputs": {name: dict(kinds) for name, kinds in self.plan.quantized.items()},
+            "output": self.plan.quantized_output(),
+            "mean_relative_error": mean,
+            "worst": worst,
+            "worst_relative_error": errors[worst] if worst is not None else None,
         }
 
 
@@ -198,6 +217,12 @@ def print_report(report: MergeReport, out: str, console: Console) -> None:
         worst = max(linears, key=lambda name: linears[name]["condition"])
         table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
         table.add_row("distance", _mean_distances(report))
+    for label, text in _quantization_rows(report.plan):
+        table.add_row(label, text)
+    errors = report.quantization_errors
+    if errors:
+        mean = sum(errors.values()) / len(errors)
+        table.add_row("quantisation error", f"{mean:.4f}, relative, mean over {len(errors)} linears")
     total = report.seconds["total"]
     table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
     written = sum(part["bytes_written"] for part in (*report.blocks.values(), report.outside))
@@ -213,6 +238,16 @@ def print_report(report: MergeReport, out: str, console: Console) -> None:
     for retry in report.retries:
         table.add_row("retry", retry)
     console.print(table)
+
+
+def _quantization_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
+    def text(kinds: Mapping[str, int]) -> str:
+        return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+
+    if plan.quantized:
+        yield "quantised inputs", "\n".join(f"{name}: {text(kinds)}" for name, kinds in plan.quantized.items())
+    if plan.quantized_output():
+        yield "quantised output", text(plan.quantized_output())
 
 
 def _mean_distances(report: MergeReport) -> str:
@@ -237,6 +272,8 @@ def print_plan(plan: MergePlan, console: Console) -> None:
     for group in plan.blocks[0].groups if plan.blocks else ():
         table.add_row("solved together", f"{', '.join(group.outputs)}: {group.num_inputs} inputs")
     table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in plan.counts().items()))
+    for label, text in _quantization_rows(plan):
+        table.add_row(label, text)
     table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
     table.add_row("forward passes", f"{str(plan.compute_dtype).removeprefix('torch.')} on {plan.device}")
     table.add_row("placement", str(plan.placement))

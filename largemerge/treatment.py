@@ -15,8 +15,8 @@ from enum import Enum
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint, TensorInfo
-from largemerge.checkpoint.writer import OutputTensor
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.tensor_info import OutputTensor, TensorInfo
 from largemerge.config import MergeConfig
 from largemerge.dtypes import torch_dtype
 from largemerge.inputs import Inputs

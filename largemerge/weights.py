@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ class Weights:
         return self._load(self.inputs.base_names, names, self.base_reader.read)
 
     def merged(self, names: Sequence[str]) -> Tensors:
-        """Parameters of the output, rounded as they were written."""
+        """Parameters of the output, rounded or quantised as they were written."""
         return self._load(self.inputs.reference_names, names, self.writer.read)
 
     def store(self, tensors: Tensors) -> int:
@@ -64,6 +64,35 @@ class Weights:
             self.writer.write(key, tensor)
         self.writer.flush()
         return self.writer.bytes_written - before
+
+    def as_written(self, tensors: Tensors) -> Tensors:
+        """Parameters that were just stored, as `merged` would read them: other than given if they are quantised."""
+        quantized = [name for name in tensors if self._quantized_as(name) is not None]
+        return tensors | self.merged(quantized)
+
+    def quantization_errors(self, names: Iterable[str]) -> dict[str, float]:
+        """‖written - merged‖ / ‖merged‖ of those of the parameters that were written quantised."""
+        errors = self.writer.quantization_errors
+        return {name: errors[key] for name in names if (key := self._quantized_as(name)) is not None and key in errors}
+
+    def _quantized_as(self, name: str) -> str | None:
+        """The name on disk of a parameter that is written quantised."""
+        names = self.inputs.reference_names
+        key = names.renamed.get(names.on_disk(name))
+        return key if key is not None and self.writer.tensors[key].quantization is not None else None
+
+    def stored_bytes(self, index: int, wanted: Sequence[str]) -> int:
+        """Bytes on disk of what `candidate` reads."""
+        name_map, checkpoint = self.inputs.candidate_names[index], self.inputs.candidates[index]
+        own = {name_map.on_disk(name) for name in wanted if name_map.has(name)}
+        total = sum(checkpoint.tensors[key].num_bytes for key in name_map.sources_of(own))
+        lacking = [name for name in wanted if not name_map.has(name)]
+        if lacking:
+            assert self.inputs.base is not None and self.inputs.base_names is not None, lacking
+            names = self.inputs.base_names
+            keys = names.sources_of([names.on_disk(name) for name in lacking])
+            total += sum(self.inputs.base.tensors[key].num_bytes for key in keys)
+        return total
 
     def _load(self, name_map: NameMap, names: Sequence[str], read: ReadTensor) -> Tensors:
         wanted = {name: name_map.on_disk(name) for name in names}

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,49 +18,13 @@ from typing import Any
 
 import torch
 
+from largemerge.checkpoint.quantized import fold_quantized, quantization_method
+from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo
 from largemerge.errors import CheckpointError
 
-SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _MOST_PROBLEMS = 20
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint, as its header describes it.
-
-    Attributes:
-        name: On disk.
-        shape: Dimensions.
-        dtype: As stored.
-        file: The file that holds it.
-        offset: Byte position in `file`; `None` in a pickle file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: Path
-    offset: int | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -70,7 +35,7 @@ class Checkpoint:
         name: What the user calls it.
         folder: Where it lies.
         config: `config.json`.
-        tensors: By name on disk, in natural order.
+        tensors: By name on disk, in natural order; a quantised weight is one of them, whatever lies on disk.
         fingerprint: By file: size, modification time, sha256 of the header (or of a small text file).
     """
 
@@ -85,6 +50,10 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
+    def quantized(self) -> dict[str, int]:
+        """How many weights are quantised, by how they are: `{"nf4, double quantised": 210}`."""
+        return dict(Counter(info.quantization.label for info in self.tensors.values() if info.quantization))
+
 
 def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     """Reads a checkpoint's config and headers.
@@ -97,6 +66,7 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
         CheckpointError: Naming every missing or broken file.
     """
     config = read_json(folder / "config.json", name)
+    quantization_method(config, name)
     files = _weight_files(folder, name)
     tensors: dict[str, TensorInfo] = {}
     fingerprint: dict[str, dict[str, Any]] = {"config.json": _file_fingerprint(folder / "config.json")}
@@ -115,7 +85,7 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     if problems:
         raise CheckpointError(*problems[:_MOST_PROBLEMS])
     ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
-    return Checkpoint(name, folder, config, ordered, fingerprint)
+    return Checkpoint(name, folder, config, fold_quantized(ordered, config, name, _read_small), fingerprint)
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -238,6 +208,16 @@ def _pickle_tensors(file: Path) -> Iterator[TensorInfo]:
         raise CheckpointError(f"{file}: holds something else than a model's weights; expected tensors by name")
     for name, tensor in state.items():
         yield TensorInfo(name, tuple(tensor.shape), tensor.dtype, file, None)
+
+
+def _read_small(info: TensorInfo) -> bytes:
+    """The bytes of a small tensor."""
+    if info.offset is None:
+        state = torch.load(info.file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(info.file))
+        return bytes(state[info.name].reshape(-1).view(torch.uint8).tolist())
+    with info.file.open("rb") as stream:
+        stream.seek(info.offset)
+        return stream.read(info.num_bytes)
 
 
 def _file_fingerprint(file: Path, header: bytes | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-def output_config(reference: Checkpoint, dtype: torch.dtype) -> str:
-    """The text of the output's `config.json`: the reference's, with the output's dtype."""
+def output_config(reference: Checkpoint, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None) -> str:
+    """The text of the output's `config.json`: the reference's, with the output's dtype and quantisation."""
     config: dict[str, Any] = dict(read_json(reference.folder / "config.json", reference.name))
     name = dtype_name(dtype)
     for part in (config, *config.values()):
@@ -43,6 +44,9 @@ def output_config(reference: Checkpoint, dtype: torch.dtype) -> str:
         config["dtype"] = name
     for key in ("_name_or_path", "transformers_weights"):  # where the reference's weights lie says nothing of ours
         config.pop(key, None)
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     return json.dumps(config, indent=2) + "\n"
 
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint, TensorInfo
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.quantized import dequantize
+from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
 _MOST_BYTES_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB in one call
@@ -77,7 +79,7 @@ class CheckpointReader:
         self._pickles.clear()
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor, on the CPU, with its own memory, in its stored dtype.
+        """A tensor, on the CPU, with its own memory, in its stored dtype; quantised weights are dequantised.
 
         Args:
             name: On disk.
@@ -88,11 +90,22 @@ class CheckpointReader:
         """
         info = self.checkpoint.tensors[name]
         start = time.perf_counter()
+        tensor = self._read_plain(info, rows) if info.quantization is None else self._read_quantized(info, rows)
+        with self._lock:
+            self.seconds += time.perf_counter() - start
+        return tensor
+
+    def _read_plain(self, info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
         tensor = self._read_pickle(info, rows) if info.offset is None else self._read_bytes(info, info.offset, rows)
         with self._lock:
             self.bytes_read += tensor.nbytes
-            self.seconds += time.perf_counter() - start
         return tensor
+
+    def _read_quantized(self, info: TensorInfo, rows: slice | None) -> torch.Tensor:
+        assert info.quantization is not None
+        parts = {name: self._read_plain(part) for name, part in info.parts.items()}
+        tensor = dequantize(info.name, parts, info.quantization, info.dtype)
+        return tensor if rows is None else tensor[rows].clone()  # blocks of 64 numbers know no rows
 
     def _read_bytes(self, info: TensorInfo, offset: int, rows: slice | None) -> torch.Tensor:
         shape = info.shape

@@ -9,7 +9,6 @@ folder; what makes a folder a checkpoint (index, config) comes last, each by a r
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,24 +17,13 @@ from types import TracebackType
 
 import torch
 
-from largemerge.checkpoint.index import SAFETENSORS_DTYPES
+from largemerge.checkpoint.quantized import dequantize
+from largemerge.checkpoint.quantizing import quantize
 from largemerge.checkpoint.reader import byte_view, read_tensor
+from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _ALIGNMENT = 8
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """A tensor to be written: its dtype and shape."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -45,7 +33,7 @@ class Shard:
     Attributes:
         file_name: Final name.
         header: Its bytes up to the first tensor.
-        offsets: Absolute byte position of each tensor, by name.
+        offsets: Absolute byte position of each tensor, by name; of a quantised weight: of each part.
         num_bytes: Of the whole file.
     """
 
@@ -71,7 +59,13 @@ def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> 
     return tuple(_shard(name, {key: tensors[key] for key in keys}) for name, keys in zip(names, groups, strict=True))
 
 
-def _shard(file_name: str, tensors: Mapping[str, OutputTensor]) -> Shard:
+def _stored(tensors: Mapping[str, OutputTensor]) -> dict[str, OutputTensor]:
+    """What really lies on disk: the parts of quantised weights in their place."""
+    return {key: part for name, tensor in tensors.items() for key, part in (tensor.parts or {name: tensor}).items()}
+
+
+def _shard(file_name: str, logical: Mapping[str, OutputTensor]) -> Shard:
+    tensors = _stored(logical)
     # Wide dtypes first, so that every tensor starts at a multiple of its item size.
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -91,12 +85,16 @@ def _shard(file_name: str, tensors: Mapping[str, OutputTensor]) -> Shard:
 
 
 class ShardWriter:
-    """Writes tensors at their places in the shards of a working folder. A context manager.
+    """Writes tensors at their places in the shards of a working folder, quantised where asked. A context manager.
 
     Args:
         folder: Working folder for the unfinished shards.
         tensors: What will be written, by name on disk.
         shards: From `layout_shards`, of the same tensors.
+
+    Attributes:
+        bytes_written: So far.
+        quantization_errors: ‖written - given‖ / ‖given‖ of every quantised weight written so far.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, OutputTensor], shards: tuple[Shard, ...]) -> None:
@@ -104,6 +102,8 @@ class ShardWriter:
         self.tensors = tensors
         self.shards = shards
         self.bytes_written = 0
+        self.quantization_errors: dict[str, float] = {}
+        self._stored = _stored(tensors)
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
         self._descriptors: dict[str, int] = {}
         self._dirty: set[str] = set()
@@ -129,10 +129,23 @@ class ShardWriter:
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         """Writes a tensor of the dtype that the layout knows, or rows of it from `first_row` on."""
-        shard, expected = self._shard_of[name], self.tensors[name]
+        expected = self.tensors[name]
         assert tensor.dtype == expected.dtype, (name, tensor.dtype, expected.dtype)
         assert tensor.shape[1:] == expected.shape[1:] and tensor.dim() == len(expected.shape), (name, tensor.shape)
         assert tensor.dim() == 0 or first_row + tensor.shape[0] <= expected.shape[0], (name, tensor.shape, first_row)
+        if expected.quantization is None:
+            self._write(name, tensor, first_row)
+            return
+        parts = quantize(name, tensor, expected)
+        for part, value in parts.items():
+            assert value.shape == self._stored[part].shape, (part, value.shape)
+            self._write(part, value)
+        difference = dequantize(name, parts, expected.quantization, torch.float32).sub_(tensor)
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float32).item()
+        self.quantization_errors[name] = torch.linalg.vector_norm(difference).item() / (norm or 1.0)
+
+    def _write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
+        shard = self._shard_of[name]
         data = byte_view(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
         offset = shard.offsets[name] + first_row * (len(data) // max(1, tensor.shape[0]) if first_row else 0)
         done = 0
@@ -142,10 +155,16 @@ class ShardWriter:
         self._dirty.add(shard.file_name)
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads back a tensor written earlier."""
-        shard = self._shard_of[name]
-        tensor = self.tensors[name]
-        return read_tensor(self._descriptors[shard.file_name], shard.offsets[name], tensor.dtype, tensor.shape)
+        """Reads back a tensor written earlier; a quantised one as any reader will see it."""
+        expected = self.tensors[name]
+        if expected.quantization is None:
+            return self._read(name)
+        parts = {part: self._read(part) for part in expected.parts}
+        return dequantize(name, parts, expected.quantization, expected.dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
+        shard, stored = self._shard_of[name], self._stored[name]
+        return read_tensor(self._descriptors[shard.file_name], shard.offsets[name], stored.dtype, stored.shape)
 
     def flush(self) -> None:
         """Forces everything written so far onto the disk."""

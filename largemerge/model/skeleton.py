@@ -89,14 +89,13 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
     Raises:
         CheckpointError: If it does not.
     """
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(f"{checkpoint.name}: quantized ({method}); expected a checkpoint in 16 or 32 bits")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        return config
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}") from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton computes with weights that have been dequantised
+    return config
 
 
 def build_skeleton(

@@ -138,8 +138,10 @@ class Engine:
                 merged.clear()
         if not self.settings.own_stream and not self._is_last(block):
             whole = len(passes) == 1 or at_once
-            self._forward(block, merged if whole else self._merged(block))
-        return {"linears": linears, "bytes_read": self._bytes_read, "bytes_written": bytes_written}
+            self._forward(block, self.weights.as_written(merged) if whole else self._merged(block))
+        errors = self.weights.quantization_errors(plan.name for plan in block.tensors)
+        report = {"linears": linears, "bytes_read": self._bytes_read, "bytes_written": bytes_written}
+        return report | ({"quantization_errors": errors} if errors else {})
 
     def _merge_pass(
         self, block: BlockPlan, each: BlockPass, blocks_of_candidates: BlocksOfCandidates, merged: Tensors
@@ -156,7 +158,7 @@ class Engine:
         for index in range(len(self.names)):
             with self.clock.stage("wait_for_read"):
                 tensors = next(blocks_of_candidates)
-            self._bytes_read += sum(tensor.nbytes for tensor in tensors.values())
+            self._bytes_read += self.weights.stored_bytes(index, each.reads)
             if index == 0:
                 solved = {f"{block.name}.{path}.weight" for group in each.groups for path in group.outputs}
                 anchor = {name: tensor for name, tensor in tensors.items() if name in solved}

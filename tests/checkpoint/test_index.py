@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from largemerge import CheckpointError
-from largemerge.checkpoint.index import SAFETENSORS_DTYPES, Checkpoint, natural_key, open_checkpoint
+from largemerge.checkpoint.index import Checkpoint, natural_key, open_checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from largemerge.checkpoint.index import SAFETENSORS_DTYPES, open_checkpoint
+from largemerge.checkpoint.index import open_checkpoint
+from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
 from largemerge.checkpoint.writer import (
-    OutputTensor,
     Shard,
     ShardWriter,
     layout_shards,

@@ -1,0 +1,216 @@
+"""Weights that bitsandbytes has quantised: which tensors on disk are one weight, and how it becomes a weight again.
+
+    int8       X.weight        int8 [out, in]            W = weight · SCB / 127, row by row
+               X.SCB           float32 [out]
+               X.weight_format uint8 [], 0: by rows      (older files may lack it)
+    nf4, fp4   X.weight        two numbers a byte, in blocks of 64 as a rule
+               X.weight.absmax                           a scale for each block
+               X.weight.quant_map                        what the 16 numbers stand for
+               X.weight.quant_state.bitsandbytes__nf4    JSON as bytes: the weight's shape, dtype, block size
+               X.weight.nested_absmax, .nested_quant_map where the scales are quantised too ("double")
+
+The arithmetic is bitsandbytes' own, here and in `quantizing.py`; it is imported only when such a weight is met.
+Methods: LLM.int8() (arXiv 2208.07339), NF4 and double quantisation (QLoRA, arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from largemerge.checkpoint.tensor_info import Quantization, TensorInfo
+from largemerge.errors import CheckpointError
+
+ReadBytes = Callable[[TensorInfo], bytes]
+"""Reads one small tensor."""
+
+STATE = ".quant_state.bitsandbytes__"
+SCALES = ".SCB"
+FORMAT = ".weight_format"
+_PLAIN_PARTS = ("absmax", "quant_map")
+_NESTED_PARTS = ("nested_absmax", "nested_quant_map")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def bitsandbytes(what_for: str) -> Any:
+    """The package, imported when it is needed.
+
+    Raises:
+        CheckpointError: If it is not installed, or cannot be loaded; `what_for` begins the message.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{what_for} needs bitsandbytes, which cannot be imported ({error}); pip install 'largemerge[bitsandbytes]'"
+        ) from None
+
+
+def quantization_method(config: Mapping[str, Any], name: str) -> str | None:
+    """`bitsandbytes`, or `None` for a plain checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint is quantised in a way that cannot be read.
+    """
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    if method is None and (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
+        method = "bitsandbytes"  # files of 2023 do not name it
+    if method != "bitsandbytes":
+        raise CheckpointError(
+            f"{name}: quantized ({method or 'unknown method'}); "
+            "expected bitsandbytes (int8, nf4, fp4), or a checkpoint in 16 or 32 bits"
+        )
+    return "bitsandbytes"
+
+
+def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """In which a quantised model computes: its config's dtype, else bitsandbytes' compute dtype, else bfloat16."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    named = [part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
+    named.append(config.get("quantization_config", {}).get("bnb_4bit_compute_dtype"))
+    return next((_DTYPES[name] for name in named if name in _DTYPES), torch.bfloat16)
+
+
+def fold_quantized(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], name: str, read: ReadBytes
+) -> dict[str, TensorInfo]:
+    """Puts the parts of every quantised weight together as one tensor.
+
+    Args:
+        tensors: All tensors of a checkpoint as they lie on disk.
+        config: `config.json`.
+        name: What the user calls the checkpoint, for messages.
+        read: For the quantisation states, which hold a weight's shape: some hundred bytes each.
+
+    Returns:
+        The tensors as the model sees them: logical shapes, floating dtypes.
+
+    Raises:
+        CheckpointError: Naming every part that is missing or broken.
+    """
+    folded: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for key, info in tensors.items():
+        try:
+            if STATE in key:
+                weight = _fold_4bit(key, tensors, json.loads(read(info)))
+            elif key.endswith(SCALES) and f"{key.removesuffix(SCALES)}.weight" in tensors:
+                weight = _fold_int8(key.removesuffix(SCALES), tensors, model_dtype(config), read)
+            else:
+                continue
+            folded[weight.name] = weight
+        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            problems.append(f"{name}: {key}: {_reason(error)}")
+    used = {part for weight in folded.values() for part in weight.parts}
+    left = [key for key in tensors if key not in used]
+    if not problems and quantization_method(config, name) is not None:
+        problems += [f"{name}: {key}: {_orphan(tensors[key])}" for key in left if _orphan(tensors[key])]
+    if problems:
+        raise CheckpointError(*problems[:20])
+    if folded:
+        bitsandbytes(f"{name}: a checkpoint with quantised weights")
+    return {key: folded.get(key, info) for key, info in tensors.items() if key in folded or key not in used}
+
+
+def _fold_4bit(key: str, tensors: Mapping[str, TensorInfo], state: Mapping[str, Any]) -> TensorInfo:
+    weight, _, kind = key.partition(STATE)
+    nested = "nested_offset" in state
+    names = [weight, *(f"{weight}.{part}" for part in (*_PLAIN_PARTS, *(_NESTED_PARTS if nested else ())))]
+    parts = _parts([*names, key], tensors)
+    if kind not in ("nf4", "fp4") or state["quant_type"] != kind:
+        raise ValueError(f"quantised as {state['quant_type']!r}; expected nf4 or fp4, as the tensor's name says")
+    shape = tuple(int(size) for size in state["shape"])
+    elements, blocksize = math.prod(shape), int(state["blocksize"])
+    sizes = {weight: (elements + 1) // 2, f"{weight}.absmax": -(-elements // blocksize)}
+    found = {weight: parts[weight].num_bytes, f"{weight}.absmax": parts[f"{weight}.absmax"].num_elements}
+    for part, expected in sizes.items():
+        # Packed numbers may be stored as another dtype, and padded to a multiple of its size.
+        if not expected <= found[part] <= expected + 7 * (part == weight):
+            raise ValueError(f"{list(shape)} in blocks of {blocksize} needs {expected} in {part}, found {found[part]}")
+    if state["dtype"] not in _DTYPES:
+        raise ValueError(f"dequantises to {state['dtype']!r}; expected one of {list(_DTYPES)}")
+    quantization = Quantization(kind, double_quant=nested)
+    return dataclasses.replace(
+        parts[weight], shape=shape, dtype=_DTYPES[state["dtype"]], quantization=quantization, parts=parts
+    )
+
+
+def _fold_int8(module: str, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, read: ReadBytes) -> TensorInfo:
+    weight, scales, layout = f"{module}.weight", f"{module}{SCALES}", f"{module}{FORMAT}"
+    parts = _parts([weight, scales, *([layout] if layout in tensors else [])], tensors)
+    info = parts[weight]
+    if info.dtype != torch.int8:
+        raise ValueError(f"{weight} is {info.dtype}, expected int8")
+    if parts[scales].num_elements != info.shape[0]:
+        raise ValueError(f"{parts[scales].num_elements} scales for the {info.shape[0]} rows of {weight}")
+    if layout in parts and any(read(parts[layout])):
+        raise ValueError(f"{layout} is not 0 (by rows): load and save it again with a bitsandbytes of today")
+    return dataclasses.replace(info, dtype=dtype, quantization=Quantization("int8"), parts=parts)
+
+
+def _parts(names: list[str], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"the quantised weight lacks {', '.join(missing)}; fetch the checkpoint again")
+    return {name: tensors[name] for name in names}
+
+
+def _orphan(info: TensorInfo) -> str:
+    """Why a tensor that belongs to no quantised weight should: "" if it need not."""
+    if info.dtype == torch.int8 and info.name.endswith(".weight"):
+        return f"an int8 weight without its scales ({info.name.removesuffix('.weight')}{SCALES})"
+    if info.name.endswith(tuple(f".weight.{part}" for part in (*_PLAIN_PARTS, *_NESTED_PARTS))):
+        return f"part of a 4-bit weight whose quantisation state (…{STATE}nf4 or fp4) is missing"
+    if info.name.endswith(SCALES):
+        return f"scales without their weight ({info.name.removesuffix(SCALES)}.weight)"
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"the quantisation state has no {error}"
+    if isinstance(error, (UnicodeDecodeError, json.JSONDecodeError)):
+        return "the quantisation state is not JSON; fetch the checkpoint again"
+    return str(error)
+
+
+def transposed(info: TensorInfo) -> TensorInfo:
+    """The same quantised weight for a module that holds it the other way round."""
+    assert info.quantization is not None and len(info.shape) == 2, info.name
+    quantization = dataclasses.replace(info.quantization, transposed=not info.quantization.transposed)
+    return dataclasses.replace(info, shape=info.shape[::-1], quantization=quantization)
+
+
+def dequantize(
+    name: str, parts: Mapping[str, torch.Tensor], quantization: Quantization, dtype: torch.dtype
+) -> torch.Tensor:
+    """A weight from its parts, on their device.
+
+    Args:
+        name: Of the weight on disk.
+        parts: By their names on disk.
+        quantization: Of the weight.
+        dtype: Of the result.
+    """
+    functional = bitsandbytes(f"{name}: a quantised weight").functional
+    if quantization.method == "int8":
+        scales = parts[name.removesuffix(".weight") + SCALES]
+        weight: torch.Tensor = functional.int8_vectorwise_dequant(parts[name], scales.reshape(-1)).to(dtype)
+    else:
+        described = {key.removeprefix(f"{name}."): part for key, part in parts.items() if key != name}
+        state = functional.QuantState.from_dict(described, device=parts[name].device)
+        shape, elements = state.shape, math.prod(state.shape)
+        # In one row: where rows are no whole blocks, the CPU kernel of bitsandbytes 0.50 takes wrong scales.
+        state.shape = torch.Size((1, elements))
+        packed = parts[name].reshape(-1).view(torch.uint8)[: (elements + 1) // 2].reshape(-1, 1)
+        weight = functional.dequantize_4bit(packed, state).reshape(shape).to(dtype)
+    return weight.T.contiguous() if quantization.transposed else weight
