@@ -25,8 +25,8 @@ from largemerge.errors import (
 )
 
 if TYPE_CHECKING:
+    from largemerge.merge_plan import MergePlan
     from largemerge.merging import merge, plan
-    from largemerge.planning import MergePlan
     from largemerge.report import MergeReport
 
 __version__ = "0.1.0"
@@ -48,7 +48,7 @@ __all__ = [
     "plan",
 ]
 
-_LAZY = {"MergePlan": "largemerge.planning", "MergeReport": "largemerge.report"}
+_LAZY = {"MergePlan": "largemerge.merge_plan", "MergeReport": "largemerge.report"}
 _LAZY |= {"merge": "largemerge.merging", "plan": "largemerge.merging"}
 
 

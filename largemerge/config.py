@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from largemerge.config_calibration import CalibrationConfig, CalibrationDefaults, Strict
 from largemerge.config_file import explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
 from largemerge.sizes import parse_size
@@ -33,94 +33,17 @@ def _check_regex(pattern: str) -> str:
     return pattern
 
 
-def template_columns(template: str) -> list[str]:
-    r"""The columns that a text template names: `["query", "response"]` for `"{query}\n{response}"`.
-
-    Raises:
-        ValueError: If it names none, or asks for more than a column.
-    """
-    fields = [
-        (field, spec, conversion)
-        for _, field, spec, conversion in string.Formatter().parse(template)
-        if field is not None
-    ]
-    if not fields or any(not field.isidentifier() or spec or conversion for field, spec, conversion in fields):
-        raise ValueError(f"{template!r} is no template; expected columns in braces, such as '{{query}} {{response}}'")
-    return list(dict.fromkeys(field for field, _, _ in fields))
-
-
-def _check_template(template: str) -> str:
-    template_columns(template)
-    return template
-
-
-Template = Annotated[str, pydantic.AfterValidator(_check_template)]
 Regex = Annotated[str, pydantic.AfterValidator(_check_regex)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class CalibrationDefaults(_Strict):
-    """How calibration samples are drawn and batched; the defaults of all candidates."""
-
-    num_samples: int = Field(256, ge=1)
-    """Samples per candidate; published methods stop gaining at 256."""
-    max_length: int = Field(2048, ge=1)
-    """Tokens at which a text sample is truncated."""
-    batch_size: int = Field(8, ge=1)
-    """Samples in one forward pass; the result does not depend on it."""
-    seed: int = Field(0, ge=0)
-    """Draws the samples where the data has more than `num_samples`."""
-
-
-class CalibrationConfig(_Strict):
-    """The calibration data of one candidate. Unset numbers come from the defaults of all."""
-
-    data: str = Field(min_length=1)
-    """A .safetensors, .jsonl, .json, .csv, .parquet or .txt file, a folder of images, or a Hub dataset id."""
-    num_samples: int | None = Field(None, ge=1)
-    max_length: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0)
-    subset: str | None = None
-    """Configuration name of a Hub dataset."""
-    split: str = "train"
-    """Split of a Hub dataset."""
-    text_field: str | None = None
-    """Column with the text; default: `text` where there is one."""
-    text_template: Template | None = None
-    """The text put together from several columns: `"### Question:\\n{query}\\n### Answer:\\n{response}"`."""
-    messages_field: str | None = None
-    """Column with chat messages, put through the tokenizer's chat template."""
-    target_field: str | None = None
-    """Column with the decoder's text, for encoder-decoder models."""
-    image_field: str | None = None
-    """Column with images; default: `image` where there is one."""
-    loss_mask_field: str | None = None
-    """Column with 0/1 per token (as many as the text has tokens): 0 keeps a token out of the statistics."""
-    assistant_only: bool = False
-    """With `messages_field`: only the assistant's tokens enter the statistics."""
-    one_per: Literal["document", "line"] = "document"
-    """In a .txt file: a sample is a document (they are separated by blank lines) or a line."""
-    pack: bool = False
-    """Join the texts, separated by the end-of-text token, and cut them into samples of `max_length` tokens."""
-
-    def with_defaults(self, defaults: CalibrationDefaults) -> CalibrationConfig:
-        """This configuration with every unset number taken from `defaults`."""
-        unset = {name: value for name, value in defaults if getattr(self, name) is None}
-        return self.model_copy(update=unset)
-
-
-class CandidateParameters(_Strict):
+class CandidateParameters(Strict):
     """What may differ from candidate to candidate."""
 
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Relative weight `c_i` of the candidate, in Gram matrices and in averages."""
 
 
-class CandidateConfig(_Strict):
+class CandidateConfig(Strict):
     """One of the K models to merge."""
 
     model: str = Field(min_length=1)
@@ -136,7 +59,7 @@ class CandidateConfig(_Strict):
         return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
 
 
-class MethodParameters(_Strict):
+class MethodParameters(Strict):
     """Settings of the regression methods."""
 
     off_diagonal_scale: float = Field(0.95, ge=0, le=1)
@@ -157,7 +80,7 @@ Size = Annotated[int, pydantic.BeforeValidator(_check_size), Field(ge=1)]
 """Bytes: a number, or text such as 8GiB."""
 
 
-class MemoryConfig(_Strict):
+class MemoryConfig(Strict):
     """How much a merge may hold. What fits into it and is fastest is found by the plan."""
 
     device: Size | None = None
@@ -170,7 +93,7 @@ class MemoryConfig(_Strict):
     """Keep hidden states in 8 bits between blocks (bitsandbytes): half of bfloat16's room, a small error."""
 
 
-class OutputConfig(_Strict):
+class OutputConfig(Strict):
     """How the weights of the output are stored."""
 
     quantization: Literal["nf4", "fp4", "int8"] | None = None
@@ -179,7 +102,7 @@ class OutputConfig(_Strict):
     """4 bits only: quantise the scales of the blocks, too. Default: yes."""
 
 
-class MergeConfig(_Strict):
+class MergeConfig(Strict):
     """A whole merge: K candidates, one method, one output."""
 
     merge_method: MergeMethod

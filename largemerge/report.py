@@ -21,7 +21,7 @@ from largemerge.calibration import CalibrationSet
 from largemerge.config import MergeConfig
 from largemerge.inputs import Inputs
 from largemerge.memory import MemoryUse
-from largemerge.planning import MergePlan
+from largemerge.merge_plan import MergePlan
 from largemerge.sizes import gib
 
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")

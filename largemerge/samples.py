@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from largemerge.calibration import ModelNeeds
-from largemerge.config import CalibrationConfig, MergeConfig
+from largemerge.config import MergeConfig
+from largemerge.config_calibration import CalibrationConfig
 from largemerge.errors import CalibrationError
 from largemerge.inputs import Inputs
 from largemerge.model.skeleton import Skeleton

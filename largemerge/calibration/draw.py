@@ -15,7 +15,7 @@ import torch
 
 from largemerge.calibration.fields import Fields
 from largemerge.calibration.sources import Source
-from largemerge.config import CalibrationConfig, template_columns
+from largemerge.config_calibration import CalibrationConfig, template_columns
 from largemerge.errors import CalibrationError
 
 MAX_PROBLEMS = 5

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from largemerge.calibration.batches import ModelNeeds
-from largemerge.config import CalibrationConfig, template_columns
+from largemerge.config_calibration import CalibrationConfig, template_columns
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 

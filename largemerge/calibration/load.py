@@ -31,7 +31,7 @@ from largemerge.calibration.tensors import outline_tensors, read_tensors
 from largemerge.calibration.text import pack, tokenise
 from largemerge.calibration.tokenizer import TextReader, open_text_reader
 from largemerge.checkpoint.metadata import find_processor, find_tokenizer
-from largemerge.config import CalibrationConfig
+from largemerge.config_calibration import CalibrationConfig
 from largemerge.errors import CalibrationError
 
 

@@ -14,7 +14,7 @@ import torch
 
 from largemerge.calibration.batches import Batch, CalibrationOutline, ModelNeeds
 from largemerge.calibration.fields import needs_target
-from largemerge.config import CalibrationConfig
+from largemerge.config_calibration import CalibrationConfig
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 

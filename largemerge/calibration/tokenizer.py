@@ -9,7 +9,7 @@ from typing import Any
 from largemerge.calibration.batches import ModelNeeds
 from largemerge.calibration.chat import has_chat_template
 from largemerge.calibration.fields import Fields, needs_target
-from largemerge.config import CalibrationConfig
+from largemerge.config_calibration import CalibrationConfig
 from largemerge.errors import CalibrationError
 
 

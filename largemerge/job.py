@@ -1,0 +1,148 @@
+"""The long work of a merge: everything that is written to shards.
+
+open readers and writer → tensors outside the blocks → block after block
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largemerge.average import merge_outside
+from largemerge.calibration import CalibrationSet
+from largemerge.calibration.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
+from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.writer import Shard, ShardWriter
+from largemerge.estimate import Waiting
+from largemerge.merge_plan import Preparation
+from largemerge.output import OutputFolder
+from largemerge.passes import block_passes
+from largemerge.progress import RunProgress
+from largemerge.regression.activations import Activations
+from largemerge.regression.clock import Clock
+from largemerge.regression.engine import Engine, Settings
+from largemerge.samples import loss_tokens, model_needs
+from largemerge.weights import Weights
+
+OUTSIDE = "outside"
+
+
+@dataclass
+class Job:
+    """The long work: everything that is written to shards."""
+
+    preparation: Preparation
+    calibration: tuple[CalibrationSet, ...]
+    shards: tuple[Shard, ...]
+    folder: OutputFolder
+    quiet: bool
+    clock: Clock
+    started: float = field(init=False, default_factory=time.perf_counter)
+    resumed_parts: int = field(init=False, default=0)
+    bytes_read: int = field(init=False, default=0)
+    hidden_bytes_on_disk: int = field(init=False, default=0)
+    retries: list[str] = field(init=False, default_factory=list)
+
+    def run(self) -> None:
+        """Writes what is not in the journal yet."""
+        plan, inputs = self.preparation.plan, self.preparation.inputs
+        finished = frozenset(self.folder.entries)
+        self.resumed_parts = len(finished)
+        if finished == {OUTSIDE, *(block.name for block in plan.blocks)}:
+            return
+        with ExitStack() as stack:
+            weights = Weights(
+                inputs=inputs,
+                readers=[stack.enter_context(CheckpointReader(candidate)) for candidate in inputs.candidates],
+                base_reader=stack.enter_context(CheckpointReader(inputs.base)) if inputs.base is not None else None,
+                writer=stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards)),
+            )
+            progress = stack.enter_context(
+                RunProgress(self._num_steps(finished), len(plan.blocks), plan.device, quiet=self.quiet)
+            )
+            if OUTSIDE not in finished:
+                self._merge_outside(weights, progress)
+            hidden_states = stack.enter_context(self._hidden_states())
+            self._engine(weights, hidden_states, progress).run(finished, self.folder.record)
+            self.bytes_read = weights.bytes_read
+            if plan.placement.hidden_states is Waiting.DISK:
+                self.hidden_bytes_on_disk = hidden_states.num_bytes
+
+    def _hidden_states(self) -> HiddenStates:
+        plan = self.preparation.plan
+        waiting = plan.placement.hidden_states
+        store: Store
+        if waiting is Waiting.DISK:
+            store = DiskStore(Path(plan.config.memory.disk or self.folder.working))
+        else:
+            store = MemoryStore(plan.device if waiting is Waiting.DEVICE else torch.device("cpu"), plan.device)
+        return HiddenStates(store, eight_bit=plan.config.memory.hidden_states_8bit)
+
+    def _engine(self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress) -> Engine:
+        plan, inputs, rehearsal = self.preparation.plan, self.preparation.inputs, self.preparation.rehearsal
+        parameters, placement = plan.config.parameters, plan.placement
+        own_stream = plan.config.merge_method == "regmean"
+        return Engine(
+            settings=Settings(
+                own_stream=own_stream,
+                shares=plan.config.shares,
+                off_diagonal_scale=parameters.off_diagonal_scale,
+                ridge=parameters.ridge,
+                prefetch=placement.prefetch,
+            ),
+            names=plan.config.names,
+            blocks=plan.blocks,
+            passes={
+                block.name: block_passes(
+                    block,
+                    rehearsal.stacks[block.stack].roles[block.index],
+                    placement.passes,
+                    keeps_outputs=own_stream and block is not plan.blocks[-1],
+                )
+                for block in plan.blocks
+            },
+            weights=weights,
+            activations=Activations(
+                skeleton=inputs.skeleton,
+                rehearsal=rehearsal,
+                calibration=self.calibration,
+                weights=weights,
+                hidden_states=hidden_states,
+                compute_dtype=plan.compute_dtype,
+                device=plan.device,
+                loss_tokens=loss_tokens(model_needs(inputs.skeleton)),
+                retries=self.retries,
+            ),
+            watcher=progress,
+            clock=self.clock,
+        )
+
+    def _merge_outside(self, weights: Weights, progress: RunProgress) -> None:
+        plan = self.preparation.plan
+        self.clock.begin("")
+        with self.clock.stage(OUTSIDE):
+            merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
+            weights.writer.flush()
+        errors = weights.quantization_errors(tensor.name for tensor in plan.outside)
+        entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.writer.bytes_written}
+        entry |= {"quantization_errors": errors} if errors else {}
+        self.folder.record(OUTSIDE, entry | {"seconds": self.clock.seconds()})
+
+    def _num_steps(self, finished: frozenset[str]) -> int:
+        plan = self.preparation.plan
+        batches = sum(len(data.batches) for data in self.calibration)
+        forwards = 0 if plan.config.merge_method == "regmean" else 1
+        steps = 0 if OUTSIDE in finished else len(plan.outside)
+        for block in plan.blocks:
+            last = block is plan.blocks[-1]
+            if block.name in finished:
+                steps += 0 if last else batches
+            else:
+                passes = max(1, min(plan.placement.passes, len(block.groups)))
+                steps += batches * (passes + (0 if last else forwards)) + len(block.groups)
+        return steps
