@@ -25,7 +25,6 @@ from statistics import median
 from typing import Any
 
 import yaml
-from transformers.utils import logging
 
 from environments import OWN_TORCH, make_environment
 from measure import Measured, machine, run_measured
@@ -109,7 +108,6 @@ def main() -> None:
     arguments = _arguments()
     name = "quick" if arguments.quick else arguments.model
     case = QUICK if arguments.quick else CASES[name]
-    logging.disable_progress_bar()
     # For every process from here on: the CPU alone, and nothing from the network but what pip installs.
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     work: Path = arguments.work.resolve()
@@ -237,8 +235,8 @@ def _print(
         print(f"| {label} | {found['seconds']:.1f} s | {found['merge_seconds']:.1f} s | {' | '.join(peaks)} |")
     if differences:
         print("\n| solved weights, relative difference | overall | worst linear | which |\n|---|---:|---:|---|")
-        for pair, found in differences.items():
-            print(f"| {pair} | {found.overall:.1e} | {found.worst:.1e} | {found.worst_linear} |")
+        for pair, difference in differences.items():
+            print(f"| {pair} | {difference.overall:.1e} | {difference.worst:.1e} | {difference.worst_linear} |")
     figures = _figures(medians, differences)
     print("\n| figure | found | target |\n|---|---:|---:|")
     for figure, value in figures.items():
@@ -252,7 +250,7 @@ def _print(
     result: dict[str, Any] = {"benchmark": "clip_vs_fusionbench", "model": name, "machine": machine(), "peer": peer}
     result |= {"config": dataclasses.asdict(case), "medians": medians, "figures": figures}
     result["rounds"] = {run: [dataclasses.asdict(r) for r in taken] for run, taken in rounds.items()}
-    result["differences"] = {pair: dataclasses.asdict(found) for pair, found in differences.items()}
+    result["differences"] = {pair: dataclasses.asdict(d) for pair, d in differences.items()}
     print(json.dumps(result))
 
 

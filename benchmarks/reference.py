@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModel
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-Tensors = dict[str, torch.Tensor]
+SOLVED = tuple(f"{linear}.weight" for linear in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"))
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,18 @@ def compare(folder: Path, reference: Path) -> Difference:
 
 def _solved(folder: Path) -> dict[str, Path]:
     """Name of every solved weight → its file."""
-    names = {}
+    files = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            names.update({name: path for name in file.keys() if name.removesuffix(".weight").endswith(LINEARS)})  # noqa: SIM118
-    return {name: path for name, path in names.items() if name.endswith(".weight")}
+            names: list[str] = file.keys()
+        files.update({name: path for name in names if name.endswith(SOLVED)})
+    return files
 
 
 def _read(path: Path, name: str) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
 
 
 def average(candidates: list[CLIPVisionModel]) -> CLIPVisionModel:
@@ -80,7 +82,7 @@ def average(candidates: list[CLIPVisionModel]) -> CLIPVisionModel:
     merged = copy.deepcopy(candidates[0])
     parameters = [dict(candidate.named_parameters()) for candidate in candidates]
     for name, parameter in merged.named_parameters():
-        parameter.copy_(sum(own[name] for own in parameters) / len(parameters))
+        parameter.copy_(torch.stack([own[name] for own in parameters]).mean(0))
     return merged
 
 
@@ -96,26 +98,30 @@ def merge(candidates: list[CLIPVisionModel], pixels: list[torch.Tensor], scale: 
     blocks = _blocks(merged)
     hidden = [_first_hidden_states(merged, images) for images in pixels]
     for index, block in enumerate(blocks):
-        names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-        grams: Tensors = {}
-        products: Tensors = {}
+        grams: dict[str, list[torch.Tensor]] = defaultdict(list)
+        products: dict[str, list[torch.Tensor]] = defaultdict(list)
         for candidate, states in zip(candidates, hidden, strict=True):
             own = _blocks(candidate)[index]
-            with _watched(own, names) as inputs:
+            with _watched(own) as inputs:
                 own(states, None)
-            for name in names:
+            for name, linear in _linears(own).items():
                 gram_II = _shrunk(inputs[name], scale)
-                grams[name] = grams.get(name, 0) + gram_II
-                products[name] = products.get(name, 0) + own.get_submodule(name).weight @ gram_II
-        for name in names:
+                grams[name].append(gram_II)
+                products[name].append(linear.weight @ gram_II)
+        for name, linear in _linears(block).items():
             # The Gram is symmetric: W G = R is G Wᵀ = Rᵀ.
-            block.get_submodule(name).weight.copy_(torch.linalg.solve(grams[name], products[name].T).T)
+            solution_IO = torch.linalg.solve(torch.stack(grams[name]).sum(0), torch.stack(products[name]).sum(0).T)
+            linear.weight.copy_(solution_IO.T)
         hidden = [block(states, None) for states in hidden]
     return merged
 
 
 def _blocks(model: CLIPVisionModel) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _first_hidden_states(model: CLIPVisionModel, images: torch.Tensor) -> torch.Tensor:
@@ -128,17 +134,17 @@ def _first_hidden_states(model: CLIPVisionModel, images: torch.Tensor) -> torch.
 
 
 @contextmanager
-def _watched(block: nn.Module, names: list[str]) -> Iterator[Tensors]:
+def _watched(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Keeps the inputs of linears, `[tokens, in]`."""
-    inputs: Tensors = {}
+    inputs: dict[str, torch.Tensor] = {}
 
-    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
-        def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            inputs[name] = args[0].flatten(0, -2)
+    def keep(name: str, x: torch.Tensor) -> None:
+        inputs[name] = x.flatten(0, -2)
 
-        return block.get_submodule(name).register_forward_pre_hook(keep)
-
-    handles = [watch(name) for name in names]
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+        for name, linear in _linears(block).items()
+    ]
     yield inputs
     for handle in handles:
         handle.remove()

@@ -6,8 +6,9 @@ PYTHON is that of an environment with `fusion-bench` and `transformers<5`. JOB.j
 their pixels and the settings (`clip_vs_fusionbench.py` writes it). The merged tower goes to OUT, and what FusionBench
 says of its time to OUT/peer.json.
 
-Only what cannot work offline is replaced: no zero-shot head is made (it needs CLIP's text tower, and merging does not
-read it), and pixels come from a file instead of through an image processor.
+Only what cannot work here is replaced: no zero-shot head is made (it needs CLIP's text tower, and merging does not
+read it), pixels come from a file instead of through an image processor, and a table of parameter names is mended,
+without which the class of release 0.2.33 cannot be made at all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusion_bench.method import RegMeanAlgorithmForCLIPPlusPlus
+from fusion_bench.method import RegMeanAlgorithmForCLIPPlusPlus, RegMeanAlgorithmPlusPlus
 from fusion_bench.modelpool import BaseModelPool
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, TensorDataset
@@ -52,6 +53,9 @@ class LocalPool(BaseModelPool):
 
 class RegMeanPlusPlus(RegMeanAlgorithmForCLIPPlusPlus):
     """Without a zero-shot head."""
+
+    # In the release a plain dict stands here, without the parent's names, where a two-way one is read.
+    _config_mapping = RegMeanAlgorithmPlusPlus._config_mapping
 
     def on_regmean_start(self) -> None:
         """Nothing."""
