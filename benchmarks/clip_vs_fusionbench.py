@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -140,7 +142,9 @@ def _arguments() -> argparse.Namespace:
 def _prepare(work: Path, case: Case) -> Path:
     """Makes checkpoints and images; returns the JSON file that names them."""
     tasks = list(TASKS[: case.num_tasks])
-    folders = make_checkpoints(work / "checkpoints", case.geometry, tasks)
+    # In a process of its own: gigabytes that the allocator would keep must be free for what is measured.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        folders = apart.submit(make_checkpoints, work / "checkpoints", case.geometry, tasks).result()
     images = make_images(work / "images", tasks, case.num_images, case.geometry.image_size)
     job = {
         "base": str(folders["base"]),
@@ -214,6 +218,8 @@ def _figures(medians: Mapping[str, Mapping[str, float]], differences: Mapping[st
             figures[f"time, {name} / {PEER}"] = found["seconds"] / peer["seconds"]
             figures[f"merge alone, {name} / {PEER}"] = found["merge_seconds"] / peer["merge_seconds"]
             figures[f"peak RSS, {name} / {PEER}"] = found["peak_bytes"] / peer["peak_bytes"]
+            anonymous = found["peak_anonymous_bytes"] / peer["peak_anonymous_bytes"]
+            figures[f"peak anonymous, {name} / {PEER}"] = anonymous
         figures[f"peak RSS, {name}, GiB"] = found["peak_bytes"] / 2**30
     return figures | {name: difference.overall for name, difference in differences.items()}
 
