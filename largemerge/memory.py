@@ -16,7 +16,7 @@ import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-_LARGE_PIECE_BYTES = 4 << 20  # smaller pieces are used again; giving back every piece would cost page faults
+_LARGE_PIECE_BYTES = 8 << 20  # smaller pieces are used again; giving back every piece would cost page faults
 _INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
 
 
@@ -63,7 +63,7 @@ def return_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     mallopt(_M_MMAP_THRESHOLD, _LARGE_PIECE_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_PIECE_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, 4 * _LARGE_PIECE_BYTES)
 
 
 class MemoryWatch:

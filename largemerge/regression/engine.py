@@ -31,7 +31,7 @@ from largemerge.regression.activations import Activations, Masks, counted_rows
 from largemerge.regression.averages import RunningAverages
 from largemerge.regression.clock import Clock
 from largemerge.regression.finish import differences, finish_linear
-from largemerge.regression.gram import float32_means_float32
+from largemerge.regression.gram import Scratch, float32_means_float32
 from largemerge.regression.sums import GroupSums, new_sums
 from largemerge.transfer import Transfer
 from largemerge.treatment import BlockPlan, GroupPlan, Treatment
@@ -81,6 +81,7 @@ class Engine:
     watcher: Watcher
     clock: Clock
     _bytes_read: int = field(init=False, default=0)
+    _scratch: Scratch = field(init=False, default_factory=Scratch)
 
     def run(self, finished: frozenset[str], done: Callable[[str, JsonObject], None]) -> None:
         """Merges every block that is not in `finished`; those are only run forward, to rebuild hidden states.
@@ -148,9 +149,15 @@ class Engine:
     ) -> JsonObject:
         """Adds what one pass makes to `merged`; returns the report of its linears."""
         device = self.activations.device
-        scale = self.settings.off_diagonal_scale
         sums = {
-            group.leader: new_sums(group.outputs, group.num_inputs, scale, mean_dtype(block, group), device)
+            group.leader: new_sums(
+                group.outputs,
+                group.num_inputs,
+                self.settings.off_diagonal_scale,
+                mean_dtype(block, group),
+                device,
+                self._scratch,
+            )
             for group in each.groups
         }
         averages = RunningAverages(block.tensors if each.averages else (), self.settings.shares)

@@ -32,11 +32,27 @@ GRAM_DTYPE = torch.float32
 """The precision of every sum and of every first try at a solve."""
 
 PANEL = 256
+_SMALL = 1024  # up to so many inputs, panels of half the rows leave less of the symmetry unused
 
 
 def panels(num_inputs: int) -> list[slice]:
     """The panels of a matrix with `num_inputs` rows."""
-    return [slice(start, min(start + PANEL, num_inputs)) for start in range(0, num_inputs, PANEL)]
+    width = PANEL // 2 if num_inputs <= _SMALL else PANEL
+    return [slice(start, min(start + width, num_inputs)) for start in range(0, num_inputs, width)]
+
+
+class Scratch:
+    """Memory for one float32 matrix at a time, used again and again instead of being asked for anew."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=GRAM_DTYPE)
+
+    def empty(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """A matrix with arbitrary content; the one before it is gone."""
+        if self._memory.numel() < rows * columns or self._memory.device != device:
+            self._memory = torch.empty(0, dtype=GRAM_DTYPE)  # the old one goes first
+            self._memory = torch.empty(rows * columns, dtype=GRAM_DTYPE, device=device)
+        return self._memory[: rows * columns].view(rows, columns)
 
 
 class Gram:
@@ -47,9 +63,11 @@ class Gram:
     Args:
         num_inputs: I.
         device: Where it lies.
+        scratch: For rows in float32; may be shared with others that do not work at the same time.
     """
 
-    def __init__(self, num_inputs: int, device: torch.device) -> None:
+    def __init__(self, num_inputs: int, device: torch.device, scratch: Scratch | None = None) -> None:
+        self._scratch = scratch or Scratch()
         self.halves_II = torch.zeros(num_inputs, num_inputs, dtype=GRAM_DTYPE, device=device)
         self._panels = panels(num_inputs)
         self._sum_blocks = [self.halves_II[rows, rows].clone() for rows in self._panels]
@@ -65,10 +83,15 @@ class Gram:
         """Adds inputs of the present candidate, one row per token, in any floating dtype."""
         beta, self._empty = 0.0 if self._empty else 1.0, False
         with _bfloat16_units(x_NI):
-            factors_NI = x_NI if _device_sums_in_float32(x_NI) else x_NI.to(GRAM_DTYPE)
+            factors_NI = x_NI if _device_sums_in_float32(x_NI) else self._in_float32(x_NI)
             for rows in self._panels:
                 upper_PI = self.halves_II[rows, rows.start :]
                 _add_product_(upper_PI, factors_NI[:, rows].T, factors_NI[:, rows.start :], beta)
+
+    def _in_float32(self, x_NI: torch.Tensor) -> torch.Tensor:
+        if x_NI.dtype is GRAM_DTYPE:
+            return x_NI
+        return self._scratch.empty(x_NI.shape[0], x_NI.shape[1], x_NI.device).copy_(x_NI)
 
     def candidate_diagonal(self) -> torch.Tensor:
         """diag(XᵀX) of the present candidate `[I]`, a copy."""
@@ -88,7 +111,9 @@ class Gram:
         """
         if self._empty:
             return
-        if off_diagonal_scale > 0:
+        if off_diagonal_scale > 0 and self.num_inputs <= _SMALL:
+            out_OI.addmm_(rows_OI, self._candidate_in_both_halves(), alpha=alpha * off_diagonal_scale)
+        elif off_diagonal_scale > 0:
             scale = alpha * off_diagonal_scale
             for rows in self._panels:
                 out_OI[:, rows].addmm_(rows_OI[:, : rows.stop], self.halves_II[: rows.stop, rows], alpha=scale)
@@ -96,6 +121,14 @@ class Gram:
                     out_OI[:, rows].addmm_(rows_OI[:, rows.stop :], self.halves_II[rows, rows.stop :].T, alpha=scale)
         if off_diagonal_scale < 1:
             out_OI.addcmul_(rows_OI, self.halves_II.diagonal(), value=alpha * (1 - off_diagonal_scale))
+
+    def _candidate_in_both_halves(self) -> torch.Tensor:
+        """XᵀX of the present candidate, a copy: for small matrices one product is faster than many."""
+        whole_II = self._scratch.empty(self.num_inputs, self.num_inputs, self.halves_II.device)
+        for rows in self._panels:
+            whole_II[rows, rows.start :] = self.halves_II[rows, rows.start :]
+            whole_II[rows.stop :, rows] = self.halves_II[rows, rows.stop :].T
+        return whole_II
 
     def finish_candidate(self, alpha: float, off_diagonal_scale: float) -> None:
         """Adds G̃ of the present candidate to the sum; the next one begins with nothing."""

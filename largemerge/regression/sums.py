@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from largemerge.regression.gram import GRAM_DTYPE, PANEL, Gram
+from largemerge.regression.gram import GRAM_DTYPE, PANEL, Gram, Scratch
 from largemerge.regression.sketch import Sketcher
 from largemerge.regression.solve import Solution, solve_anchored_
 
@@ -150,12 +150,13 @@ def new_sums(
     off_diagonal_scale: float,
     mean_dtype: torch.dtype,
     device: torch.device,
+    scratch: Scratch,
 ) -> GroupSums:
-    """Empty sums for the linears that read one tensor of `num_inputs` features."""
+    """Empty sums for the linears that read one tensor of `num_inputs` features; `scratch` is shared by all groups."""
     total = sum(outputs.values())
     return GroupSums(
         outputs=dict(outputs),
-        gram=Gram(num_inputs, device),
+        gram=Gram(num_inputs, device, scratch),
         rhs_OI=torch.zeros(total, num_inputs, dtype=GRAM_DTYPE, device=device),
         mean_OI=torch.zeros(total, num_inputs, dtype=mean_dtype, device=device),
         sketcher=Sketcher(list(outputs.values()), num_inputs, device),
