@@ -23,7 +23,8 @@ from largemerge.errors import MergeError
 from largemerge.model.block import block_weights, run_until, watched_linears
 from largemerge.model.forward import Output, original_forward, replaced_forwards, resumed_at
 from largemerge.model.rehearsal import Rehearsal
-from largemerge.model.skeleton import Skeleton, assign_tensors, poison_outside
+from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in, poison_outside
+from largemerge.regression.product import faster_linear
 from largemerge.treatment import BlockPlan
 from largemerge.weights import Tensors, Weights
 
@@ -134,6 +135,9 @@ class Activations:
         watching = watched_linears(module, watch, see) if visit is not None else nullcontext()
         idle = self.rehearsal.stacks[block.stack].idle if block.index > 0 else ()
         forwards = {self.skeleton.model.get_submodule(name): self._idle_forward(name) for name in idle}
+        for linear in linears_in(module).values():
+            faster = faster_linear(linear, self.compute_dtype, self.device)
+            forwards |= {} if faster is None else {linear: faster}
         with block_weights(module, self._for_forward(block, tensors)), replaced_forwards(forwards), watching:
             for number, batch in enumerate(self.calibration[candidate].batches):
                 self.hidden_states.ahead(candidate, number + 1)

@@ -3,8 +3,8 @@
     A = L Lᵀ          the lower half of A becomes L; what lies above the diagonal panels is left alone
     X A = B           B becomes X, two sweeps over panels of columns
 
-Beside the matrix itself and one panel nothing is held: a library's Cholesky and its solve need the matrix, the
-factor, and the right-hand side twice.
+Beside the matrix itself little is held: a library's Cholesky and its solve need the matrix, the factor, and the
+right-hand side twice.
 
 Shapes: I rows of the system, O right-hand sides (one per row of B), P columns of a panel.
 """
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from largemerge.regression.gram import panels
+from largemerge.regression.product import add_product_, product
+
+_ROWS = 2048  # of right-hand sides that are worked at once
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,8 @@ def cholesky_(system_II: torch.Tensor) -> Factor | int:
     inverses = []
     for columns in panels(system_II.shape[0]):
         start, stop = columns.start, columns.stop
-        below_IP = system_II[start:, columns]
         if start:
-            below_IP.addmm_(system_II[start:, :start], system_II[columns, :start].T, alpha=-1)
+            add_product_(system_II[start:, columns], system_II[start:, :start], system_II[columns, :start], alpha=-1)
         block_PP, info = torch.linalg.cholesky_ex(system_II[columns, columns])
         if int(info) > 0:
             row: int = start + int(info)
@@ -48,23 +50,28 @@ def cholesky_(system_II: torch.Tensor) -> Factor | int:
         inverse_PP = torch.linalg.solve_triangular(block_PP, torch.eye(stop - start).to(block_PP), upper=False)
         system_II[columns, columns] = block_PP
         if stop < system_II.shape[0]:
-            system_II[stop:, columns] = system_II[stop:, columns] @ inverse_PP.T
+            system_II[stop:, columns] = product(system_II[stop:, columns], inverse_PP)
         inverses.append(inverse_PP)
     return Factor(system_II, tuple(inverses))
 
 
 def solve_(rhs_OI: torch.Tensor, factor: Factor) -> torch.Tensor:
     """Solves X (L Lᵀ) = B in the place of B."""
+    for start in range(0, rhs_OI.shape[0], _ROWS):
+        _solve_rows_(rhs_OI[start : start + _ROWS], factor)
+    return rhs_OI
+
+
+def _solve_rows_(rhs_OI: torch.Tensor, factor: Factor) -> None:
     lower_II = factor.lower_II
     steps = list(zip(panels(lower_II.shape[0]), factor.inverses_PP, strict=True))
     for columns, inverse_PP in steps:  # Y Lᵀ = B
         target_OP = rhs_OI[:, columns]
         if columns.start:
-            target_OP.addmm_(rhs_OI[:, : columns.start], lower_II[columns, : columns.start].T, alpha=-1)
-        target_OP.copy_(target_OP @ inverse_PP.T)
+            add_product_(target_OP, rhs_OI[:, : columns.start], lower_II[columns, : columns.start], alpha=-1)
+        target_OP.copy_(product(target_OP, inverse_PP))
     for columns, inverse_PP in reversed(steps):  # X L = Y
         target_OP = rhs_OI[:, columns]
         if columns.stop < lower_II.shape[0]:
-            target_OP.addmm_(rhs_OI[:, columns.stop :], lower_II[columns.stop :, columns], alpha=-1)
-        target_OP.copy_(target_OP @ inverse_PP)
-    return rhs_OI
+            add_product_(target_OP, rhs_OI[:, columns.stop :], lower_II[columns.stop :, columns].T, alpha=-1)
+        target_OP.copy_(product(target_OP, inverse_PP.T))

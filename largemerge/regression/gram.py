@@ -28,10 +28,13 @@ from typing import Any
 
 import torch
 
+from largemerge.regression.product import add_product_
+
 GRAM_DTYPE = torch.float32
 """The precision of every sum and of every first try at a solve."""
 
 PANEL = 256
+_WIDE_PANEL = 1024  # of rows that are put together from both halves at once
 _SMALL = 1024  # up to so many inputs, panels of half the rows leave less of the symmetry unused
 
 
@@ -82,16 +85,22 @@ class Gram:
     def add_rows(self, x_NI: torch.Tensor) -> None:
         """Adds inputs of the present candidate, one row per token, in any floating dtype."""
         beta, self._empty = 0.0 if self._empty else 1.0, False
-        with _bfloat16_units(x_NI):
-            factors_NI = x_NI if _device_sums_in_float32(x_NI) else self._in_float32(x_NI)
+        if _device_sums_in_float32(x_NI):
             for rows in self._panels:
+                product_PI = torch.mm(x_NI[:, rows].T, x_NI[:, rows.start :], out_dtype=GRAM_DTYPE)
                 upper_PI = self.halves_II[rows, rows.start :]
-                _add_product_(upper_PI, factors_NI[:, rows].T, factors_NI[:, rows.start :], beta)
-
-    def _in_float32(self, x_NI: torch.Tensor) -> torch.Tensor:
-        if x_NI.dtype is GRAM_DTYPE:
-            return x_NI
-        return self._scratch.empty(x_NI.shape[0], x_NI.shape[1], x_NI.device).copy_(x_NI)
+                upper_PI.copy_(product_PI) if beta == 0 else upper_PI.add_(product_PI)
+            return
+        if x_NI.dtype is torch.bfloat16 and x_NI.device.type == "cpu":
+            x_NI = self._scratch.empty(x_NI.shape[0], x_NI.shape[1], x_NI.device).copy_(x_NI)
+            with _bfloat16_units():
+                for rows in self._panels:
+                    upper_PI = self.halves_II[rows, rows.start :]
+                    upper_PI.addmm_(x_NI[:, rows].T, x_NI[:, rows.start :], beta=beta)
+            return
+        x_IN = self._scratch.empty(x_NI.shape[1], x_NI.shape[0], x_NI.device).copy_(x_NI.T)
+        for rows in self._panels:
+            add_product_(self.halves_II[rows, rows.start :], x_IN[rows], x_IN[rows.start :], beta=beta)
 
     def candidate_diagonal(self) -> torch.Tensor:
         """diag(XᵀX) of the present candidate `[I]`, a copy."""
@@ -111,24 +120,24 @@ class Gram:
         """
         if self._empty:
             return
-        if off_diagonal_scale > 0 and self.num_inputs <= _SMALL:
-            out_OI.addmm_(rows_OI, self._candidate_in_both_halves(), alpha=alpha * off_diagonal_scale)
-        elif off_diagonal_scale > 0:
-            scale = alpha * off_diagonal_scale
-            for rows in self._panels:
-                out_OI[:, rows].addmm_(rows_OI[:, : rows.stop], self.halves_II[: rows.stop, rows], alpha=scale)
-                if rows.stop < self.num_inputs:
-                    out_OI[:, rows].addmm_(rows_OI[:, rows.stop :], self.halves_II[rows, rows.stop :].T, alpha=scale)
+        if off_diagonal_scale > 0:
+            for start in range(0, self.num_inputs, _WIDE_PANEL):
+                rows = slice(start, min(start + _WIDE_PANEL, self.num_inputs))
+                scale = alpha * off_diagonal_scale
+                add_product_(out_OI[:, rows], rows_OI, self._candidate_rows(rows), alpha=scale)
         if off_diagonal_scale < 1:
             out_OI.addcmul_(rows_OI, self.halves_II.diagonal(), value=alpha * (1 - off_diagonal_scale))
 
-    def _candidate_in_both_halves(self) -> torch.Tensor:
-        """XᵀX of the present candidate, a copy: for small matrices one product is faster than many."""
-        whole_II = self._scratch.empty(self.num_inputs, self.num_inputs, self.halves_II.device)
-        for rows in self._panels:
-            whole_II[rows, rows.start :] = self.halves_II[rows, rows.start :]
-            whole_II[rows.stop :, rows] = self.halves_II[rows, rows.stop :].T
-        return whole_II
+    def _candidate_rows(self, rows: slice) -> torch.Tensor:
+        """Some rows of XᵀX of the present candidate, both halves of them."""
+        whole_PI = self._scratch.empty(rows.stop - rows.start, self.num_inputs, self.halves_II.device)
+        for panel in self._panels:
+            first, last = max(panel.start, rows.start), min(panel.stop, rows.stop)
+            if first < last:  # from the diagonal panel on they are stored so
+                own = slice(first - rows.start, last - rows.start)
+                whole_PI[own, panel.start :] = self.halves_II[first:last, panel.start :]
+                whole_PI[own, : panel.start] = self.halves_II[: panel.start, first:last].T
+        return whole_PI
 
     def finish_candidate(self, alpha: float, off_diagonal_scale: float) -> None:
         """Adds G̃ of the present candidate to the sum; the next one begins with nothing."""
@@ -177,23 +186,9 @@ def _device_sums_in_float32(x_NI: torch.Tensor) -> bool:
     return x_NI.device.type == "cuda" and x_NI.dtype in (torch.bfloat16, torch.float16)
 
 
-def _add_product_(out_PI: torch.Tensor, left_PN: torch.Tensor, right_NI: torch.Tensor, beta: float) -> None:
-    if left_PN.dtype is GRAM_DTYPE:
-        out_PI.addmm_(left_PN, right_NI, beta=beta)
-        return
-    product_PI = torch.mm(left_PN, right_NI, out_dtype=GRAM_DTYPE)
-    if beta == 0:
-        out_PI.copy_(product_PI)
-    else:
-        out_PI.add_(product_PI)
-
-
 @contextmanager
-def _bfloat16_units(x_NI: torch.Tensor) -> Iterator[None]:
+def _bfloat16_units() -> Iterator[None]:
     """Lets float32 products use bfloat16 units, where the factors are bfloat16 numbers and nothing is lost."""
-    if x_NI.dtype is not torch.bfloat16 or x_NI.device.type != "cpu":
-        yield
-        return
     backend: Any = torch.backends.mkldnn
     matmul = backend.matmul
     before = matmul.fp32_precision

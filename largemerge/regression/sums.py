@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 import torch
 
 from largemerge.regression.gram import GRAM_DTYPE, PANEL, Gram, Scratch
+from largemerge.regression.product import add_product_, product
 from largemerge.regression.sketch import Sketcher
 from largemerge.regression.solve import Solution, solve_anchored_
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 48 << 20
 """Of differences of weights that are in memory in float32 at once."""
 
 Differences = Callable[[slice], torch.Tensor]
@@ -77,7 +78,7 @@ class GroupSums:
         x_NI = x_NI.to(GRAM_DTYPE)
         scale = self._share / self.tokens[-1] * self.off_diagonal_scale
         for rows in self._chunks():
-            self.rhs_OI[rows].addmm_(self._differences(rows) @ x_NI.T, x_NI, alpha=scale)
+            add_product_(self.rhs_OI[rows], product(self._differences(rows), x_NI), x_NI.T, alpha=scale)
 
     def finish_candidate(self) -> None:
         """Adds what the present candidate has contributed.
