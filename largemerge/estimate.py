@@ -122,16 +122,18 @@ def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placem
     )
     widest = max((group.num_inputs for group in each.groups), default=0)
     until = None if each.last and work.own_stream else (each.groups[-1].leader if each.groups else "")
+    largest_group = max((4 * group.num_inputs * sum(group.outputs.values()) for group in each.groups), default=0)
+    chunks = 3 * min(CHUNK_BYTES, largest_group)  # of differences, and of what is made of them
     collect = {
         "weights": kind.bytes_of(each.reads) + kind.bytes_of(solved) + ahead + _cast_bytes(kind, each.reads, dtype),
         "sums": sums,
-        "activations": _activation_bytes(work, kind, placement.samples, until) + 3 * CHUNK_BYTES,
+        "activations": _activation_bytes(work, kind, placement.samples, until) + chunks,
     }
     largest = max((kind.bytes_of([name]) for name in solved), default=0)
     solve = {
         "weights": kind.bytes_of(solved) + largest + ahead,
         "sums": sums,
-        "solve": 8 * widest**2 + 3 * CHUNK_BYTES,  # a second try in float64
+        "solve": 8 * widest**2 + chunks,  # a second try in float64
     }
     if work.own_stream:
         return [collect, solve]
