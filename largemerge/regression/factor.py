@@ -19,6 +19,7 @@ from largemerge.regression.gram import panels
 from largemerge.regression.product import add_product_, product
 
 _ROWS = 2048  # of right-hand sides that are worked at once
+_BLOCK = 1024  # columns that are brought up to date together: several panels
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,17 @@ def cholesky_(system_II: torch.Tensor) -> Factor | int:
     inverses = []
     for columns in panels(system_II.shape[0]):
         start, stop = columns.start, columns.stop
-        if start:
-            add_product_(system_II[start:, columns], system_II[start:, :start], system_II[columns, :start], alpha=-1)
+        block = start // _BLOCK * _BLOCK
+        if start == block and block:
+            left_IB = system_II[block:, :block].contiguous()  # once for all panels of the block
+        if block:
+            add_product_(
+                system_II[start:, columns], left_IB[start - block :], left_IB[start - block : stop - block], alpha=-1
+            )
+        if start > block:
+            add_product_(
+                system_II[start:, columns], system_II[start:, block:start], system_II[columns, block:start], alpha=-1
+            )
         block_PP, info = torch.linalg.cholesky_ex(system_II[columns, columns])
         if int(info) > 0:
             row: int = start + int(info)
@@ -63,15 +73,23 @@ def solve_(rhs_OI: torch.Tensor, factor: Factor) -> torch.Tensor:
 
 
 def _solve_rows_(rhs_OI: torch.Tensor, factor: Factor) -> None:
-    lower_II = factor.lower_II
-    steps = list(zip(panels(lower_II.shape[0]), factor.inverses_PP, strict=True))
+    lower_II, size = factor.lower_II, factor.lower_II.shape[0]
+    steps = list(zip(panels(size), factor.inverses_PP, strict=True))
     for columns, inverse_PP in steps:  # Y Lᵀ = B
+        start, block = columns.start, columns.start // _BLOCK * _BLOCK
+        whole = slice(block, min(block + _BLOCK, size))
+        if start == block and block:
+            add_product_(rhs_OI[:, whole], rhs_OI[:, :block], lower_II[whole, :block], alpha=-1)
         target_OP = rhs_OI[:, columns]
-        if columns.start:
-            add_product_(target_OP, rhs_OI[:, : columns.start], lower_II[columns, : columns.start], alpha=-1)
+        if start > block:
+            add_product_(target_OP, rhs_OI[:, block:start], lower_II[columns, block:start], alpha=-1)
         target_OP.copy_(product(target_OP, inverse_PP))
     for columns, inverse_PP in reversed(steps):  # X L = Y
+        stop, block = columns.stop, columns.start // _BLOCK * _BLOCK
+        whole = slice(block, min(block + _BLOCK, size))
+        if stop == whole.stop and stop < size:
+            add_product_(rhs_OI[:, whole], rhs_OI[:, stop:], lower_II[stop:, whole].T, alpha=-1)
         target_OP = rhs_OI[:, columns]
-        if columns.stop < lower_II.shape[0]:
-            add_product_(target_OP, rhs_OI[:, columns.stop :], lower_II[columns.stop :, columns].T, alpha=-1)
+        if stop < whole.stop:
+            add_product_(target_OP, rhs_OI[:, stop : whole.stop], lower_II[stop : whole.stop, columns].T, alpha=-1)
         target_OP.copy_(product(target_OP, inverse_PP.T))

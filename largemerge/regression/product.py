@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 _SMALLEST = 1 << 18  # multiplications; below it, the call costs more than the product
+_FEWEST = 32  # rows of both factors; below it, a product is as slow as memory, and copies cost most
 
 
 def product(left_MK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
@@ -64,8 +65,9 @@ def has_onednn() -> bool:
 
 def _by_onednn(left_MK: torch.Tensor, right_NK: torch.Tensor) -> bool:
     operations = left_MK.shape[0] * left_MK.shape[1] * right_NK.shape[0]
+    fewest = min(left_MK.shape[0], right_NK.shape[0])
     on_cpu = left_MK.device.type == "cpu" and left_MK.dtype is torch.float32
-    return on_cpu and operations >= _SMALLEST and has_onednn()
+    return on_cpu and operations >= _SMALLEST and fewest >= _FEWEST and has_onednn()
 
 
 def _linear(left_MK: torch.Tensor, right_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:

@@ -116,7 +116,7 @@ def test_the_condition_is_estimated_within_a_factor_of_three(condition: float) -
     assert condition / 3 <= found <= condition * 1.01
 
 
-@pytest.mark.parametrize("num_inputs", [1, 255, 256, 700])
+@pytest.mark.parametrize("num_inputs", [1, 255, 256, 700, 1024, 1500])
 def test_factors_and_solutions_in_place_are_those_of_a_library(num_inputs: int) -> None:
     x = torch.randn(2 * num_inputs, num_inputs, generator=torch.Generator().manual_seed(1)).double()
     matrix = x.T @ x / len(x) + torch.eye(num_inputs).double()

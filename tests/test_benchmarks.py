@@ -1,0 +1,78 @@
+"""The benchmarks run, small: that they do, never how fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--geometry", "tiny", "--samples", "4", "--length", "32")
+
+
+def run(script: str, *arguments: str | Path, cwd: Path) -> list[str]:
+    """The lines that a script prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(cwd)}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout.splitlines()
+
+
+def result(lines: list[str], benchmark: str) -> dict[str, Any]:
+    """The line of JSON at the end."""
+    found: dict[str, Any] = json.loads(lines[-1])
+    assert found["benchmark"] == benchmark and found["machine"]["torch"]
+    return found
+
+
+def test_clip_beside_a_float64_reference(tmp_path: Path) -> None:
+    lines = run("clip_vs_fusionbench.py", "--quick", "--no-peer", "--reference", "--work", tmp_path, cwd=tmp_path)
+    found = result(lines, "clip_vs_fusionbench")
+    assert found["differences"]["float32 from reference"]["overall"] < 1e-4
+
+
+def test_plain_implementations(tmp_path: Path) -> None:
+    result(run("smollm2_vs_plain.py", "--quick", "--work", tmp_path, cwd=tmp_path), "smollm2_vs_plain")
+
+
+def test_llamas_of_any_size(tmp_path: Path) -> None:
+    lines = run("llama_synthetic.py", *TINY, "--work", tmp_path, cwd=tmp_path)
+    found = result(lines, "llama_synthetic")
+    assert found["planned_seconds"] > 0
+    assert not list(tmp_path.rglob("*.safetensors")), "what it made must be gone"
+
+
+def test_growth(tmp_path: Path) -> None:
+    lines = run("growth.py", "--quick", "--work", tmp_path, "--plot", tmp_path / "growth.svg", cwd=tmp_path)
+    result(lines, "growth")
+    assert "</svg>" in (tmp_path / "growth.svg").read_text()
+
+
+def test_hidden_states_on_disk(tmp_path: Path) -> None:
+    found = result(run("hidden_states.py", "--quick", "--work", tmp_path / "hs", cwd=tmp_path), "hidden_states")
+    assert found["disk"]["on_disk"]["disk_bytes"] > 0
+
+
+@pytest.fixture(scope="module")
+def merge_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    run("synthetic_llama.py", folder / "llama", *TINY, "--num-models", "2", cwd=folder)
+    return folder / "llama" / "merge.yaml"
+
+
+def test_roofline(tmp_path: Path, merge_yaml: Path) -> None:
+    found = result(run("roofline.py", merge_yaml, tmp_path / "out", cwd=tmp_path), "roofline")
+    assert found["ratio"] > 0
+
+
+def test_timeline(tmp_path: Path, merge_yaml: Path) -> None:
+    plot = tmp_path / "timeline.svg"
+    found = result(run("timeline.py", merge_yaml, tmp_path / "out", "--plot", plot, cwd=tmp_path), "timeline")
+    assert {"collect", "solve", "forward"} <= set(found["seconds_by_stage"])
+    assert "</svg>" in plot.read_text()
