@@ -14,6 +14,7 @@ import torch
 
 from largemerge.average import CHUNK_BYTES as AVERAGE_CHUNK_BYTES
 from largemerge.passes import BlockPass, mean_dtype
+from largemerge.regression.solve import may_need_float64
 from largemerge.regression.sums import CHUNK_BYTES, sums_bytes
 from largemerge.workload import BlockKind, Workload
 
@@ -133,7 +134,7 @@ def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placem
     solve = {
         "weights": kind.bytes_of(solved) + largest + ahead,
         "sums": sums,
-        "solve": 8 * widest**2 + chunks,  # a second try in float64
+        "solve": _fallback_bytes(work, widest) + chunks,
     }
     if work.own_stream:
         return [collect, solve]
@@ -143,6 +144,14 @@ def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placem
         "activations": _activation_bytes(work, kind, placement.samples, None),
     }
     return [collect, solve, forward]
+
+
+def _fallback_bytes(work: Workload, num_inputs: int) -> int:
+    """Of a second try at a solve in float64; of eigenvectors, where the whole Gram has too few tokens."""
+    most_rank = sum(max(rows.values()) for rows in work.rows)
+    if work.off_diagonal_scale == 1 and most_rank < num_inputs:
+        return 32 * num_inputs**2
+    return 8 * num_inputs**2 if may_need_float64(num_inputs, work.off_diagonal_scale) else 0
 
 
 def _all_solved(kind: BlockKind) -> set[str]:

@@ -100,6 +100,7 @@ def make_plan(
         blocks,
         shapes,
         own_stream=config.merge_method == "regmean",
+        off_diagonal_scale=config.parameters.off_diagonal_scale,
         spooled=waits_on_disk(config.memory),
         outside_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in outside if p.name in state),
     )

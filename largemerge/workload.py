@@ -65,6 +65,7 @@ class Workload:
     Attributes:
         num_candidates: K.
         own_stream: RegMean: candidates keep hidden states of their own.
+        off_diagonal_scale: s.
         compute_dtype: Of the forward passes.
         kinds: All blocks, by kind.
         rows: By candidate and stack, rows of all batches.
@@ -81,6 +82,7 @@ class Workload:
 
     num_candidates: int
     own_stream: bool
+    off_diagonal_scale: float
     compute_dtype: torch.dtype
     kinds: tuple[BlockKind, ...]
     rows: tuple[Mapping[int, int], ...]
@@ -119,6 +121,7 @@ def measure_workload(
     shapes: Sequence[Sequence[BatchShapes]],
     *,
     own_stream: bool,
+    off_diagonal_scale: float,
     spooled: bool,
     outside_bytes: int,
 ) -> Workload:
@@ -132,6 +135,7 @@ def measure_workload(
     return Workload(
         num_candidates=len(inputs.candidates),
         own_stream=own_stream,
+        off_diagonal_scale=off_diagonal_scale,
         compute_dtype=dtype,
         kinds=_kinds(inputs, rehearsal, blocks),
         rows=tuple(

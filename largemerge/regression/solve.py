@@ -134,6 +134,15 @@ def solve_anchored_(
     raise AssertionError("eigenvalues always give a solution")
 
 
+def may_need_float64(num_inputs: int, off_diagonal_scale: float) -> bool:
+    """Whether Cholesky in float32 can turn out not to be good enough.
+
+    With s < 1 a system scaled to a unit diagonal has eigenvalues from 1 - s to s·I + 1 - s.
+    """
+    smallest = 1 - off_diagonal_scale
+    return off_diagonal_scale * num_inputs + smallest > smallest * _MOST_CONDITION[torch.float32]
+
+
 def _by_cholesky(system: _System, dtype: torch.dtype) -> tuple[float, float]:
     """Solves Y (D A D) = R D, where D gives A = G + λI a unit diagonal; X = Y D. Returns condition and residual."""
     matrix_II = system.matrix(dtype)
