@@ -93,9 +93,9 @@ def main() -> None:
         candidates = {"bf16": setting.experts} | {name: _copies(setting, name) for name in COPIES}
         rows = []
         for name, folders in candidates.items():
-            own = {kind: _losses(folder, setting)[kind] for kind, folder in folders.items()}
+            own = {kind: _losses(folder, setting, kind)[kind] for kind, folder in folders.items()}
             rows.append(Row(f"{name} experts, each on its own", own))
-        for kind_in, kind_out in MERGES:
+        for kind_in, kind_out in MERGES[2:] if arguments.quick else MERGES:
             rows.append(_merge(setting, candidates[kind_in], kind_in, kind_out))
         _print(rows, tuple(setting.experts))
 
@@ -180,10 +180,11 @@ def _merge(setting: Setting, candidates: Mapping[str, Path], kind_in: str, kind_
     )
 
 
-def _losses(checkpoint: Path, setting: Setting) -> dict[str, float]:
-    """Of the stored weights: quantised ones are dequantised first, so that all run through the same kernels."""
+def _losses(checkpoint: Path, setting: Setting, *kinds: str) -> dict[str, float]:
+    """On all kinds of text, or some. Quantised weights are dequantised first: all run through the same kernels."""
+    heldout = {kind: tokens for kind, tokens in setting.heldout.items() if not kinds or kind in kinds}
     if not open_checkpoint(checkpoint, checkpoint.name).quantized():
-        return heldout_losses(checkpoint, setting.heldout, setting.folder / "losses")
+        return heldout_losses(checkpoint, heldout, setting.folder / "losses")
     with tempfile.TemporaryDirectory(dir=setting.folder) as scratch:
         plain = Path(scratch)
         with CheckpointReader(open_checkpoint(checkpoint, checkpoint.name)) as reader:
@@ -192,7 +193,7 @@ def _losses(checkpoint: Path, setting: Setting) -> dict[str, float]:
         config = json.loads((checkpoint / "config.json").read_text())
         del config["quantization_config"]
         (plain / "config.json").write_text(json.dumps(config))
-        return heldout_losses(plain, setting.heldout, setting.folder / "losses")
+        return heldout_losses(plain, heldout, setting.folder / "losses")
 
 
 def _print(rows: Sequence[Row], kinds: Sequence[str]) -> None:
