@@ -1,6 +1,6 @@
 """What does it cost to keep hidden states on disk, or in 8 bits?
 
-    python benchmarks/hidden_states.py [--work DIR] [--samples N]              # 8 GB of disk, some minutes
+    python benchmarks/hidden_states.py [--work DIR] [--samples N]              # 2 GB of disk, some minutes
     python benchmarks/hidden_states.py --experts benchmarks/runs/smollm2       # and 8 bits: weights and losses
     python benchmarks/hidden_states.py --quick                                 # a smoke test: the numbers mean nothing
 
@@ -35,7 +35,7 @@ from synthetic_llama import Geometry, Inputs, write_inputs
 GIB, MIB = 2**30, 2**20
 NARROW = Geometry(hidden=512, intermediate=1024, num_layers=3, num_heads=8, num_kv_heads=8, vocabulary=512)
 LENGTH = 512
-ROOM_BYTES = 96 * MIB
+ROOM_BYTES = 32 * MIB
 """That the limit leaves for hidden states, if everything else stays as it is."""
 MOST_RATIO = 1.3
 """Target: time with hidden states on disk over time in memory."""
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hidden states in memory, on disk, in 8 bits.")
     default = Path(__file__).parent / "runs" / "hidden-states"
     parser.add_argument("--work", type=Path, default=default, metavar="DIR", help="folder for all files (%(default)s)")
-    parser.add_argument("--samples", type=int, default=2400, help=f"of {LENGTH} tokens, per candidate (%(default)s)")
+    parser.add_argument("--samples", type=int, default=800, help=f"of {LENGTH} tokens, per candidate (%(default)s)")
     parser.add_argument("--experts", type=Path, metavar="DIR", help="folder of smollm2_experts.py, for 8 bits")
     parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
     arguments = parser.parse_args()
