@@ -7,7 +7,7 @@ import torch
 
 from largemerge.regression.factor import Factor, cholesky_, solve_
 from largemerge.regression.gram import Gram, panels
-from largemerge.regression.solve import Solution, estimate_condition, solve_anchored_
+from largemerge.regression.solve import Solution, estimate_condition, may_need_float64, solve_anchored_
 
 INPUTS, OUTPUTS = 40, 9
 
@@ -151,3 +151,13 @@ def test_a_large_system_takes_every_step_of_the_ladder_over_several_panels() -> 
         assert found.solver == solver
         rhs = (mean @ gram.double()).float().double()
         assert (update.double() @ gram.double() - rhs).norm() / rhs.norm() < 1e-4
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 0.95])
+def test_a_shrunk_gram_of_any_rank_is_solved_in_float32(scale: float) -> None:
+    gram, rhs, mean = system(num_rows=1)  # rank 3 of 40
+    shrunk = scale * gram + (1 - scale) * gram.diagonal().diag()
+    assert not may_need_float64(INPUTS, scale) and may_need_float64(INPUTS, 1.0)
+    found, _ = solved(shrunk, mean @ shrunk, mean, 0.0)
+    assert found.solver == "cholesky_float32"
+    assert found.condition <= (scale * INPUTS + 1 - scale) / (1 - scale) * 1.01
