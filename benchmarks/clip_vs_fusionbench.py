@@ -8,7 +8,7 @@ Both merge the same float32 checkpoints (`synthetic_clip.py`) with the same pixe
 of its own whose time and memory are taken (`measure.py`): imports, loading, merging, saving. FusionBench runs through
 `peers/fusionbench_regmean.py` in a virtual environment that is made at the first run. The order alternates from round
 to round; medians count. `--reference` also says how far the merged weights lie from a dense float64 implementation
-(`reference.py`, 3 minutes for ViT-B/32 on 2 cores). Ends with one line of JSON. Needs `pip install -e .[benchmarks]`
+(`float64_reference.py`, 3 minutes for ViT-B/32 on 2 cores). Ends with one line of JSON. Needs `pip install -e .[benchmarks]`
 and disk: 2 GB for FusionBench's environment, 6 GB for ViT-B/32 with the reference, 15 GB for ViT-L/14.
 """
 
@@ -30,8 +30,8 @@ from typing import Any
 import yaml
 
 from environments import OWN_TORCH, make_environment
+from float64_reference import Difference, compare
 from measure import Measured, machine, run_measured
-from reference import Difference, compare
 from synthetic_clip import TINY, VIT_B_32, VIT_L_14, Geometry, make_checkpoints, make_images
 
 HERE = Path(__file__).parent
@@ -191,7 +191,7 @@ def _runs(work: Path, case: Case, job_file: Path, peer_python: Path | None) -> l
 def _differences(work: Path, job: Path, runs: Sequence[Run]) -> dict[str, Difference]:
     """How far the runs' weights lie from the reference's, and bfloat16's from float32's."""
     reference = work / "reference"
-    command = [sys.executable, str(HERE / "reference.py"), str(job), str(reference)]
+    command = [sys.executable, str(HERE / "float64_reference.py"), str(job), str(reference)]
     taken = run_measured(command, reference.with_suffix(".log"))
     print(f"reference: {taken.seconds:.1f} s", flush=True)
     outputs = {run.name: run.output for run in runs}

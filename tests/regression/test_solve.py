@@ -155,7 +155,7 @@ def test_a_large_system_takes_every_step_of_the_ladder_over_several_panels() -> 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 0.95])
 def test_a_shrunk_gram_of_any_rank_is_solved_in_float32(scale: float) -> None:
-    gram, rhs, mean = system(num_rows=1)  # rank 3 of 40
+    gram, _, mean = system(num_rows=1)  # rank 3 of 40
     shrunk = scale * gram + (1 - scale) * gram.diagonal().diag()
     assert not may_need_float64(INPUTS, scale) and may_need_float64(INPUTS, 1.0)
     found, _ = solved(shrunk, mean @ shrunk, mean, 0.0)
