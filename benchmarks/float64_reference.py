@@ -1,6 +1,6 @@
 """RegMean++ of CLIP vision towers, written plainly: whole models in float64, hooks, one dense solve per linear.
 
-    python benchmarks/reference.py JOB.json OUT
+    python benchmarks/float64_reference.py JOB.json OUT
 
     G̃_i = ( s·X_iᵀX_i + (1-s)·diag(X_iᵀX_i) ) / tokens_i        W* = ( Σ W_i G̃_i ) ( Σ G̃_i )⁻¹
 
