@@ -9,7 +9,8 @@ of its own whose time and memory are taken (`measure.py`): imports, loading, mer
 `peers/fusionbench_regmean.py` in a virtual environment that is made at the first run. The order alternates from round
 to round; medians count. `--reference` also says how far the merged weights lie from a dense float64 implementation
 (`float64_reference.py`, 3 minutes for ViT-B/32 on 2 cores). Ends with one line of JSON. Needs
-`pip install -e .[benchmarks]` and disk: 2 GB for FusionBench's environment, 6 GB for ViT-B/32 with the reference, 15 GB for ViT-L/14.
+`pip install -e .[benchmarks]` and disk: 2 GB for FusionBench's environment, 6 GB for ViT-B/32 with the reference,
+15 GB for ViT-L/14.
 """
 
 from __future__ import annotations
