@@ -156,7 +156,8 @@ def _manifest(
     inputs, plan = preparation.inputs, preparation.plan
     checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
     return {
-        "config": plan.config.model_dump(mode="json"),
+        # Limits may change on the way: what they decide changes no bit, but for the samples at once.
+        "config": plan.config.model_dump(mode="json", exclude={"memory": {"device", "host", "disk"}}),
         "inputs": {checkpoint.name: dict(checkpoint.fingerprint) for checkpoint in checkpoints},
         "calibration data": {data.name: data.fingerprint for data in calibration},
         "versions": versions(),

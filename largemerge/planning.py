@@ -23,13 +23,14 @@ from largemerge.inputs import Inputs
 from largemerge.memory import memory_in_use
 from largemerge.merge_plan import MergePlan, Preparation
 from largemerge.model.names import NameMap
-from largemerge.model.rehearsal import rehearse
+from largemerge.model.rehearsal import Rehearsal, rehearse
 from largemerge.placement import Choice, Limits, choose_placement, existing_folder, find_limits, waits_on_disk
 from largemerge.probe import measure_rates
 from largemerge.quantization import quantize_output
 from largemerge.sizes import gib
 from largemerge.timing import estimate_seconds
 from largemerge.treatment import (
+    BlockPlan,
     TensorPlan,
     Treatment,
     output_tensors,
@@ -38,7 +39,7 @@ from largemerge.treatment import (
     tensor_labels,
     treatment_problems,
 )
-from largemerge.workload import Workload, batch_shapes, measure_workload
+from largemerge.workload import BatchShapes, Workload, batch_shapes, measure_workload
 
 
 def choose_device(device: str) -> torch.device:
@@ -86,26 +87,15 @@ def make_plan(
     blocks = plan_blocks(config, inputs, rehearsal)
     outside = plan_outside(config, inputs)
     tensors = (*(plan for block in blocks for plan in block.tensors), *outside)
-    compute_dtype = inputs.skeleton.dtype
     shapes = batch_shapes(outlines, calibration)
     problems = treatment_problems(inputs, tensors)
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
     notes = [*inputs.notes, *_notes(config, inputs, tensors)]
-    bytes_written = sum(tensor.num_bytes for tensor in output.values())
-    state = inputs.skeleton.model.state_dict()
-    work = measure_workload(
-        inputs,
-        rehearsal,
-        blocks,
-        shapes,
-        own_stream=config.merge_method == "regmean",
-        off_diagonal_scale=config.parameters.off_diagonal_scale,
-        spooled=waits_on_disk(config.memory),
-        outside_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in outside if p.name in state),
-    )
+    work = _workload(config, inputs, rehearsal, blocks, outside, shapes)
     limits = find_limits(config.memory, device, out)
     choice = _choose(config, work, limits, device, calibration is not None)
+    bytes_written = sum(tensor.num_bytes for tensor in output.values())
     problems += [*choice.problems, *_disk_problems(bytes_written, choice, limits, out)]
     seconds: Mapping[str, float] = {}
     if probe and not problems:
@@ -117,7 +107,7 @@ def make_plan(
         config=config,
         class_name=inputs.skeleton.class_name,
         device=device,
-        compute_dtype=compute_dtype,
+        compute_dtype=inputs.skeleton.dtype,
         stacks=tuple((stack.name, len(stack.blocks)) for stack in (inputs.skeleton.stacks[i] for i in rehearsal.order)),
         blocks=blocks,
         outside=outside,
@@ -137,6 +127,27 @@ def make_plan(
         problems=tuple(problems),
     )
     return Preparation(plan, inputs, rehearsal)
+
+
+def _workload(
+    config: MergeConfig,
+    inputs: Inputs,
+    rehearsal: Rehearsal,
+    blocks: Sequence[BlockPlan],
+    outside: Sequence[TensorPlan],
+    shapes: Sequence[Sequence[BatchShapes]],
+) -> Workload:
+    state = inputs.skeleton.model.state_dict()
+    return measure_workload(
+        inputs,
+        rehearsal,
+        blocks,
+        shapes,
+        own_stream=config.merge_method == "regmean",
+        off_diagonal_scale=config.parameters.off_diagonal_scale,
+        spooled=waits_on_disk(config.memory),
+        outside_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in outside if p.name in state),
+    )
 
 
 def _choose(config: MergeConfig, work: Workload, limits: Limits, device: torch.device, has_data: bool) -> Choice:

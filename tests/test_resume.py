@@ -13,7 +13,8 @@ from typing import Any
 import processes
 import pytest
 import tiny_models
-from cases import Case, MakeCase, files_in, touch
+import torch
+from cases import Case, MakeCase, files_in, touch, weights_in
 from processes import PARTS, SHARD, check_unbroken, journal, make_long_case, merging, parts
 from safetensors.torch import save_file
 
@@ -56,6 +57,13 @@ def changed(case: Case, **changes: Any) -> dict[str, Any]:
             target = target[int(part)] if part.isdigit() else target[part]  # type: ignore[call-overload]
         target[leaf] = value
     return config
+
+
+def test_memory_limits_may_change_on_the_way(half_done: Case, out: Path, tmp_path: Path) -> None:
+    resume(half_done, out, config=changed(half_done, memory={"disk": str(tmp_path / "scratch"), "host": "8GiB"}))
+    assert weights_in(out).keys() == weights_in(half_done.folder / "unbroken").keys()
+    for name, tensor in weights_in(half_done.folder / "unbroken").items():
+        assert torch.equal(weights_in(out)[name], tensor), name
 
 
 def refused(case: Case, out: Path, *mentions: str, **changes: Any) -> None:
