@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from floor import Kernel
-from largemerge.regression.gram import add_gram_
+from largemerge.regression.gram import Gram
 
 ENOUGH_SECONDS = 0.3
 MOST_REPEATS = 30
@@ -87,7 +87,8 @@ def _gram(kernel: Kernel) -> Ways:
         with _bfloat16_units():
             out.addmm_(exact.T, exact)
 
-    ways: Ways = {"panels": (lambda: add_gram_(out, x), 1.0), "half of float32": (whole, 0.5)}
+    gram = Gram(out.shape[0], out.device)
+    ways: Ways = {"panels": (lambda: gram.add_rows(x), 1.0), "half of float32": (whole, 0.5)}
     if kernel.dtype is torch.bfloat16:
         ways["half of bfloat16 units"] = (whole_on_bfloat16_units, 0.5)
     return ways
