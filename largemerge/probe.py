@@ -15,6 +15,7 @@ import torch
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.placement import existing_folder
 from largemerge.regression.factor import cholesky_
 from largemerge.regression.gram import Gram, float32_means_float32
 from largemerge.timing import Rates
@@ -98,7 +99,7 @@ def _read_rate(checkpoint: Checkpoint) -> float:
 
 
 def _write_rate(scratch: Path | None) -> float:
-    folder = next((path for path in (scratch, *scratch.absolute().parents) if path.exists()), None) if scratch else None
+    folder = None if scratch is None else existing_folder(scratch)
     data = os.urandom(1 << 20)
     with tempfile.TemporaryFile(dir=folder) as stream:
         start = time.perf_counter()
