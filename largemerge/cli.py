@@ -94,12 +94,12 @@ def _merge(options: argparse.Namespace) -> int:
     max_shard_bytes = _size(options.max_shard_size, "--max-shard-size")
     config = _config(options)
     _quiet_libraries()
-    from largemerge.memory import return_freed_memory
+    from largemerge.memory import reuse_freed_memory
     from largemerge.merging import merge
     from largemerge.output import WORKING_FOLDER
     from largemerge.report import print_report
 
-    return_freed_memory()
+    reuse_freed_memory(sparingly=config.memory.host is not None)
     try:
         report = merge(
             config,

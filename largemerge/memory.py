@@ -16,7 +16,6 @@ import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-_LARGE_PIECE_BYTES = 8 << 20  # smaller pieces are used again; giving back every piece would cost page faults
 _INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
 
 
@@ -51,19 +50,24 @@ def _anonymous_bytes(otherwise: int) -> int:
     return int(line.split()[1]) * 1024 if line else otherwise
 
 
-def return_freed_memory() -> None:
-    """Makes the C library give large pieces of freed memory back to the system at once (glibc; nothing elsewhere).
+def reuse_freed_memory(*, sparingly: bool) -> None:
+    """Fixes what the C library does with freed memory (glibc; nothing elsewhere).
 
-    By default it raises the size from which it does so with every large piece that is freed, up to 32 MiB; weights,
-    sums and activations of changing sizes then leave holes, and a merge holds a third more than it uses. It is a
-    setting of the whole process: for a program of ours, not for somebody's who imports us.
+    Pieces that come and go, an activation or a block's weights, are fastest when the next one takes the same place: a
+    fresh page costs the system more time than the model's own operations on it. But pieces of changing sizes leave
+    holes, and a merge then holds more than it uses, up to a third for wide models. It is a setting of the whole
+    process: for a program of ours, not for somebody's who imports us.
+
+    Args:
+        sparingly: Give even medium pieces back to the system at once: for merges that must stay within little memory.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, _LARGE_PIECE_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, 4 * _LARGE_PIECE_BYTES)
+    largest_reused = (8 if sparingly else 32) << 20  # glibc takes no more than 32 MiB
+    mallopt(_M_MMAP_THRESHOLD, largest_reused)
+    mallopt(_M_TRIM_THRESHOLD, 4 * largest_reused)
 
 
 class MemoryWatch:

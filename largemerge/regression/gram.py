@@ -34,7 +34,7 @@ GRAM_DTYPE = torch.float32
 """The precision of every sum and of every first try at a solve."""
 
 PANEL = 256
-_WIDE_PANEL = 1024  # of rows that are put together from both halves at once
+_WIDE_PANEL = 512  # of rows that are multiplied at once: several panels
 _SMALL = 1024  # up to so many inputs, panels of half the rows leave less of the symmetry unused
 
 
@@ -42,6 +42,13 @@ def panels(num_inputs: int) -> list[slice]:
     """The panels of a matrix with `num_inputs` rows."""
     width = PANEL // 2 if num_inputs <= _SMALL else PANEL
     return [slice(start, min(start + width, num_inputs)) for start in range(0, num_inputs, width)]
+
+
+def _wide_panels(num_inputs: int) -> Iterator[slice]:
+    """Some panels together; all of them, where they are few."""
+    width = _SMALL if num_inputs <= _SMALL else _WIDE_PANEL
+    for start in range(0, num_inputs, width):
+        yield slice(start, min(start + width, num_inputs))
 
 
 class Scratch:
@@ -120,24 +127,28 @@ class Gram:
         """
         if self._empty:
             return
-        if off_diagonal_scale > 0:
-            for start in range(0, self.num_inputs, _WIDE_PANEL):
-                rows = slice(start, min(start + _WIDE_PANEL, self.num_inputs))
-                scale = alpha * off_diagonal_scale
-                add_product_(out_OI[:, rows], rows_OI, self._candidate_rows(rows), alpha=scale)
+        scale = alpha * off_diagonal_scale
+        for rows in _wide_panels(self.num_inputs) if scale > 0 else ():
+            whole_PP, right_PI = self._candidate_panel(rows)
+            left_OP = rows_OI[:, rows].contiguous()
+            add_product_(out_OI[:, rows], left_OP, whole_PP, alpha=scale)
+            if rows.stop < self.num_inputs:  # once as it stands, once as its mirror image
+                add_product_(out_OI[:, rows], rows_OI[:, rows.stop :], right_PI, alpha=scale)
+                add_product_(out_OI[:, rows.stop :], left_OP, right_PI.T, alpha=scale)
         if off_diagonal_scale < 1:
             out_OI.addcmul_(rows_OI, self.halves_II.diagonal(), value=alpha * (1 - off_diagonal_scale))
 
-    def _candidate_rows(self, rows: slice) -> torch.Tensor:
-        """Some rows of XᵀX of the present candidate, both halves of them."""
-        whole_PI = self._scratch.empty(rows.stop - rows.start, self.num_inputs, self.halves_II.device)
+    def _candidate_panel(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of XᵀX of the present candidate some rows: the square on the diagonal, and what is right of it."""
+        size, right = rows.stop - rows.start, self.num_inputs - rows.stop
+        memory_PI = self._scratch.empty(size, size + right, self.halves_II.device).view(-1)
+        whole_PP, right_PI = memory_PI[: size * size].view(size, size), memory_PI[size * size :].view(size, right)
+        whole_PP.copy_(self.halves_II[rows, rows])
         for panel in self._panels:
-            first, last = max(panel.start, rows.start), min(panel.stop, rows.stop)
-            if first < last:  # from the diagonal panel on they are stored so
-                own = slice(first - rows.start, last - rows.start)
-                whole_PI[own, panel.start :] = self.halves_II[first:last, panel.start :]
-                whole_PI[own, : panel.start] = self.halves_II[: panel.start, first:last].T
-        return whole_PI
+            start, stop = panel.start - rows.start, panel.stop - rows.start
+            if start >= 0 and stop < size:  # below the diagonal panels lies the sum
+                whole_PP[stop:, start:stop] = whole_PP[start:stop, stop:].T
+        return whole_PP, right_PI.copy_(self.halves_II[rows, rows.stop :])
 
     def finish_candidate(self, alpha: float, off_diagonal_scale: float) -> None:
         """Adds G̃ of the present candidate to the sum; the next one begins with nothing."""

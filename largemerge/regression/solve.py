@@ -89,7 +89,13 @@ class _System:
 
 
 def solve_anchored_(
-    gram: Gram, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float, most_rank: int | None = None
+    gram: Gram,
+    rhs_OI: torch.Tensor,
+    mean_OI: torch.Tensor,
+    ridge: float,
+    most_rank: int | None = None,
+    *,
+    surely_well_conditioned: bool = False,
 ) -> Solution:
     """Solves X (G + λI) = R + λĒ for X, in the place of R.
 
@@ -99,12 +105,13 @@ def solve_anchored_(
         mean_OI: Ē, the weighted average of the E_i, in any floating dtype.
         ridge: λ as a fraction of the mean diagonal of G.
         most_rank: The rank that G can have at most, if that is known.
+        surely_well_conditioned: Float32 suffices whatever the estimate of the condition says; a rougher one will do.
 
     Raises:
         FloatingPointError: If G or R is not finite.
     """
     diagonal_I = gram.diagonal()
-    if not torch.isfinite(diagonal_I).all() or not torch.isfinite(rhs_OI.sum(dtype=torch.float64)):
+    if not torch.isfinite(diagonal_I).all() or not torch.isfinite(_signs(rhs_OI.shape[0], rhs_OI) @ rhs_OI).all():
         raise FloatingPointError("sums are not finite")
     dead_I = diagonal_I == 0
     shift = ridge * diagonal_I.mean(dtype=torch.float64).item()
@@ -113,10 +120,11 @@ def solve_anchored_(
         rhs_OI[:, dead_I] = mean_OI[:, dead_I].to(GRAM_DTYPE)
     shift_I = torch.where(dead_I, shift or 1.0, shift).to(GRAM_DTYPE)
     system = _System(gram, rhs_OI, mean_OI, shift_I)
+    iterations = 1 if surely_well_conditioned else _NUM_ITERATIONS
     fallbacks: list[str] = []
     attempts: list[tuple[str, Callable[[], tuple[float, float]]]] = [
-        ("cholesky_float32", lambda: _by_cholesky(system, torch.float32)),
-        ("cholesky_float64", lambda: _by_cholesky(system, torch.float64)),
+        ("cholesky_float32", lambda: _by_cholesky(system, torch.float32, iterations)),
+        ("cholesky_float64", lambda: _by_cholesky(system, torch.float64, iterations)),
         ("eigenvalues_float64", lambda: _by_eigenvalues(system)),
     ]
     if most_rank is not None and most_rank < gram.num_inputs:
@@ -143,7 +151,7 @@ def may_need_float64(num_inputs: int, off_diagonal_scale: float) -> bool:
     return off_diagonal_scale * num_inputs + smallest > smallest * _MOST_CONDITION[torch.float32]
 
 
-def _by_cholesky(system: _System, dtype: torch.dtype) -> tuple[float, float]:
+def _by_cholesky(system: _System, dtype: torch.dtype, iterations: int) -> tuple[float, float]:
     """Solves Y (D A D) = R D, where D gives A = G + λI a unit diagonal; X = Y D. Returns condition and residual."""
     matrix_II = system.matrix(dtype)
     scale_I = matrix_II.diagonal().rsqrt()
@@ -152,7 +160,7 @@ def _by_cholesky(system: _System, dtype: torch.dtype) -> tuple[float, float]:
     factor = cholesky_(matrix_II)
     if isinstance(factor, int):
         raise _NotGoodEnoughError(f"not positive definite at row {factor}")
-    condition = estimate_condition(lambda rows_VI: system.product(rows_VI * scale_I).mul_(scale_I), factor)
+    condition = estimate_condition(lambda rows_VI: system.product(rows_VI * scale_I).mul_(scale_I), factor, iterations)
     if not condition <= _MOST_CONDITION[dtype]:
         raise _NotGoodEnoughError(f"condition {condition:.1e}")
     # Some random combinations of the right-hand sides first: R is overwritten once the factor is known to be good.
@@ -188,15 +196,18 @@ def _by_eigenvalues(system: _System) -> tuple[float, float]:
     return condition, math.sqrt(left_squares / squares) if squares > 0 else 0.0
 
 
-def estimate_condition(product: Callable[[torch.Tensor], torch.Tensor], factor: Factor) -> float:
+def estimate_condition(
+    product: Callable[[torch.Tensor], torch.Tensor], factor: Factor, iterations: int = _NUM_ITERATIONS
+) -> float:
     """Largest over smallest eigenvalue, from power iterations with the matrix and with its inverse.
 
     Args:
         product: Multiplies rows `[V, I]` by the matrix.
         factor: Its Cholesky factor.
+        iterations: The estimate grows with them, up to the truth.
     """
     largest_VI = smallest_VI = _signs(factor.lower_II.shape[0], factor.lower_II)
-    for _ in range(_NUM_ITERATIONS):
+    for _ in range(iterations):
         largest_VI = torch.nn.functional.normalize(product(largest_VI), dim=1)
         smallest_VI = torch.nn.functional.normalize(solve_(smallest_VI.clone(), factor), dim=1)
     largest = (largest_VI * product(largest_VI)).sum(1).max().item()

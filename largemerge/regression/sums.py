@@ -23,7 +23,7 @@ import torch
 from largemerge.regression.gram import GRAM_DTYPE, PANEL, Gram, Scratch
 from largemerge.regression.product import add_product_, product
 from largemerge.regression.sketch import Sketcher
-from largemerge.regression.solve import Solution, solve_anchored_
+from largemerge.regression.solve import Solution, may_need_float64, solve_anchored_
 
 CHUNK_BYTES = 48 << 20
 """Of differences of weights that are in memory in float32 at once."""
@@ -99,7 +99,7 @@ class GroupSums:
             else:
                 self.gram.add_candidate_product_(self.rhs_OI[rows], difference_OI, alpha, self.off_diagonal_scale)
             self.sketcher.add_(sketch_BS, rows, difference_OI)
-            self.mean_OI[rows] += difference_OI.mul_(self._share).to(self.mean_OI.dtype)
+            self.mean_OI[rows].add_(difference_OI, alpha=self._share)
         self.sketches_BS.append(sketch_BS)
         self.gram.finish_candidate(alpha, self.off_diagonal_scale)
         self._differences = None
@@ -107,7 +107,14 @@ class GroupSums:
     def solve(self, ridge: float) -> Solution:
         """X for all linears of the group at once, in the place of R."""
         most_rank = sum(self.tokens) if self.off_diagonal_scale == 1 else None
-        return solve_anchored_(self.gram, self.rhs_OI, self.mean_OI, ridge, most_rank)
+        return solve_anchored_(
+            self.gram,
+            self.rhs_OI,
+            self.mean_OI,
+            ridge,
+            most_rank,
+            surely_well_conditioned=not may_need_float64(self.gram.num_inputs, self.off_diagonal_scale),
+        )
 
     def distances(self, linear: str) -> tuple[list[float], float]:
         """‖W* - W_i‖ for every candidate, estimated, and ‖W* - W̄‖, exact, for one linear, after `solve`."""
