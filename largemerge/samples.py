@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from largemerge.calibration import ModelNeeds
+from largemerge.calibration.tokenizer import shared_tokenizers
 from largemerge.config import MergeConfig
 from largemerge.config_calibration import CalibrationConfig
 from largemerge.errors import CalibrationError
@@ -70,20 +71,21 @@ def for_every_candidate(
     base = inputs.base.folder if inputs.base is not None else None
     results: list[Result] = []
     problems: list[str] = []
-    for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
-        assert candidate.calibration is not None
-        try:
-            result = read(
-                candidate.calibration,
-                checkpoint.name,
-                checkpoint.folder,
-                needs,
-                base=base,
-                trust_remote_code=config.trust_remote_code,
-            )
-            results.append(result if keep is None else keep(result))
-        except CalibrationError as error:
-            problems.extend(error.problems)
+    with shared_tokenizers():
+        for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
+            assert candidate.calibration is not None
+            try:
+                result = read(
+                    candidate.calibration,
+                    checkpoint.name,
+                    checkpoint.folder,
+                    needs,
+                    base=base,
+                    trust_remote_code=config.trust_remote_code,
+                )
+                results.append(result if keep is None else keep(result))
+            except CalibrationError as error:
+                problems.extend(error.problems)
     if problems:
         raise CalibrationError(*problems)
     return tuple(results)

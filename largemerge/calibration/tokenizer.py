@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ from largemerge.calibration.chat import has_chat_template
 from largemerge.calibration.fields import Fields, needs_target
 from largemerge.config_calibration import CalibrationConfig
 from largemerge.errors import CalibrationError
+
+_LARGEST_COMPARED_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,47 @@ def open_text_reader(
     return TextReader(tokenizer, max_length, config.assistant_only, needs, where)
 
 
+@dataclass(frozen=True)
+class _TokenizerFiles:
+    """What a tokenizer is made from; equal for folders with the same files."""
+
+    digests: tuple[tuple[str, str], ...]
+    folder: Path = field(compare=False)
+
+
+@contextmanager
+def shared_tokenizers() -> Iterator[None]:
+    """Candidates whose tokenizer files are the same share one tokenizer meanwhile: loading it can take seconds."""
+    try:
+        yield
+    finally:
+        _load_from.cache_clear()  # a tokenizer can take a hundred megabytes, and is not needed while models merge
+
+
+@functools.lru_cache(maxsize=1)
+def _load_from(files: _TokenizerFiles) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(files.folder), local_files_only=True)
+
+
+def _files_of(checkpoint: Path) -> _TokenizerFiles:
+    """All files of a checkpoint but its weights: a tokenizer may read any of them."""
+    others = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and not _is_of_weights(path)]
+    return _TokenizerFiles(tuple((path.name, _digest(path)) for path in others), checkpoint)
+
+
+def _is_of_weights(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
+
+
+def _digest(path: Path) -> str:
+    state = path.stat()
+    if state.st_size > _LARGEST_COMPARED_BYTES:  # no part of a tokenizer; never taken for equal in another folder
+        return f"{path} {state.st_size} {state.st_mtime_ns}"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
@@ -95,9 +142,12 @@ def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> An
         f"{where}: no tokenizer in {checkpoint}; put the files of the model's tokenizer there (tokenizer.json, ...)"
     )
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(checkpoint), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        if trust_remote_code:  # its code may read whatever it likes
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(checkpoint), trust_remote_code=True, local_files_only=True
+            )
+        else:
+            tokenizer = _load_from(_files_of(checkpoint))
     except Exception as error:  # Transformers raises many types for files that are missing or broken
         if not any(checkpoint.glob("*token*")) and not any(checkpoint.glob("vocab.*")):
             raise CalibrationError(missing) from None
