@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 from transformers.utils import logging
 
+from largemerge.output import existing_folder
 from measure import machine, run_measured
 from synthetic_llama import Geometry, Inputs, add_arguments, from_arguments, write_inputs
 from verification import verify
@@ -78,8 +79,7 @@ def _check_disk(folder: Path, inputs: Inputs, *, reused: bool) -> None:
     """Ends the program if the disk has no room for candidates and merge."""
     inputs_bytes = 0 if reused else inputs.num_bytes
     needed = inputs_bytes + inputs.geometry.num_bytes + SPARE_BYTES
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free + (_size(folder / "merged") if reused else 0)
+    free = shutil.disk_usage(existing_folder(folder)).free + (_size(folder / "merged") if reused else 0)
     if needed > free:
         raise SystemExit(
             f"{folder}: {inputs.num_models} candidates and their merge take {needed / 1e9:.1f} GB, "

@@ -87,9 +87,11 @@ def footprint(work: Workload, placement: Placement, device: torch.device, before
         for each in kind.passes(placement.passes, keeps_outputs=work.own_stream)
         for moment in _moments(work, kind, each, placement)
     ]
-    moments.append({"loading of calibration inputs": work.loading_bytes})
-    moments.append({"tensors outside the blocks": min(work.outside_bytes, 8 * AVERAGE_CHUNK_BYTES)})
-    computing = max(moments, key=lambda parts: sum(parts.values()))
+    computing = max(moments, key=_total)
+    before_blocks = [
+        {"loading of calibration inputs": work.loading_bytes},
+        {"tensors outside the blocks": min(work.outside_bytes, 8 * AVERAGE_CHUNK_BYTES)},
+    ]
     shrunk = _BITSANDBYTES_BITS / 8 / work.compute_dtype.itemsize if eight_bit else 1.0
     hidden = round(work.hidden_bytes * shrunk)
     waiting = placement.hidden_states
@@ -97,14 +99,18 @@ def footprint(work: Workload, placement: Placement, device: torch.device, before
     buffers = 4 * work.sample_hidden_bytes * placement.samples if waiting is Waiting.DISK else 0
     host = {"process": before + _LIBRARIES_BYTES, "calibration inputs": work.input_bytes}
     host["hidden states"] = hidden if waiting is Waiting.HOST else buffers
+    on_disk = hidden if waiting is Waiting.DISK else 0
     if device.type == "cpu":
-        parts = _with_allocator(host | computing)
-        return Footprint(sum(parts.values()), 0, hidden if waiting is Waiting.DISK else 0, parts)
-    computing["hidden states"] = hidden if waiting is Waiting.DEVICE else 0
-    host["blocks in transit"] = 2 * max(_largest_read(work, placement.passes), work.first_bytes)
-    parts = _with_allocator(computing)
-    in_host = sum(_with_allocator(host).values())
-    return Footprint(in_host, sum(parts.values()), hidden if waiting is Waiting.DISK else 0, parts)
+        parts = _with_allocator(host | max(computing, *before_blocks, key=_total))
+        return Footprint(_total(parts), 0, on_disk, parts)
+    in_transit = {"blocks in transit": 2 * max(_largest_read(work, placement.passes), work.first_bytes)}
+    in_host = _with_allocator(host | max(in_transit, *before_blocks, key=_total))
+    parts = _with_allocator(computing | {"hidden states": hidden if waiting is Waiting.DEVICE else 0})
+    return Footprint(_total(in_host), _total(parts), on_disk, max(parts, in_host, key=_total))
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
 
 
 def _with_allocator(parts: Mapping[str, int]) -> dict[str, int]:

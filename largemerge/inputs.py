@@ -40,6 +40,9 @@ _UNIMPORTANT_CONFIG_KEYS = frozenset(
     ]
 )
 
+Layout = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+"""Name, shape and dtype of every tensor on disk."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -99,8 +102,9 @@ def open_inputs(config: MergeConfig) -> Inputs:
     candidates = tuple(_oriented(skeleton, checkpoint) for checkpoint in candidates)
     base = _oriented(skeleton, base) if base is not None else None
     reference = base if base is not None and from_base else candidates[0]
-    candidate_names = tuple(map_names(skeleton.model, checkpoint) for checkpoint in candidates)
-    base_names = map_names(skeleton.model, base) if base is not None else None
+    maps: dict[Layout, NameMap] = {}
+    candidate_names = tuple(_names_of(skeleton, checkpoint, maps) for checkpoint in candidates)
+    base_names = _names_of(skeleton, base, maps) if base is not None else None
     reference_names = candidate_names[0]
     if reference is base and base_names is not None:
         if set(base_names.missing) <= set(candidate_names[0].missing):
@@ -153,6 +157,14 @@ def _oriented(skeleton: Skeleton, checkpoint: Checkpoint) -> Checkpoint:
         for key, info in checkpoint.tensors.items()
     }
     return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _names_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, NameMap]) -> NameMap:
+    """The checkpoint's name map: the same object for all that are laid out alike."""
+    layout = tuple((name, info.shape, info.dtype) for name, info in checkpoint.tensors.items())
+    if layout not in known:
+        known[layout] = map_names(skeleton.model, checkpoint)
+    return known[layout]
 
 
 def _class_name(checkpoint: Checkpoint) -> str:

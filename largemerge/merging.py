@@ -25,8 +25,8 @@ from largemerge.inputs import Inputs, open_inputs
 from largemerge.job import Job
 from largemerge.memory import MemoryWatch
 from largemerge.merge_plan import MergePlan, Preparation
-from largemerge.output import check_output, open_output
-from largemerge.placement import existing_folder, waits_on_disk
+from largemerge.output import check_output, existing_folder, open_output
+from largemerge.placement import waits_on_disk
 from largemerge.planning import choose_device, make_plan
 from largemerge.regression.clock import Clock
 from largemerge.report import MergeReport, versions

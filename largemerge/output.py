@@ -124,13 +124,18 @@ def open_output(
         yield OutputFolder(path, replaces, _read_journal(working / "journal.jsonl"))
 
 
+def existing_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
     """Refuses an output folder that is in the way, before anything is done.
 
     Raises:
         OutputError: Saying what is there and what to do.
     """
-    present = next(part for part in (path, *path.absolute().parents) if part.exists())
+    present = existing_folder(path)
     if not present.is_dir():
         raise OutputError(f"{present} is a file; expected a folder, or nothing")
     resolved = path.resolve()

@@ -18,6 +18,7 @@ import torch
 from largemerge.config import MemoryConfig
 from largemerge.estimate import Footprint, Placement, Waiting, footprint
 from largemerge.memory import memory_in_use
+from largemerge.output import existing_folder
 from largemerge.sizes import gib
 from largemerge.timing import NOMINAL_RATES, estimate_seconds
 from largemerge.workload import Workload
@@ -128,11 +129,6 @@ def _what(is_set: bool) -> str:
 def waits_on_disk(memory: MemoryConfig) -> bool:
     """Whether calibration inputs in floating point (pixels) wait in a mapped file."""
     return memory.host is not None or memory.disk is not None
-
-
-def existing_folder(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
 def _free_disk(scratch: Path | None) -> int | None:

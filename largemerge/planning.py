@@ -24,7 +24,8 @@ from largemerge.memory import memory_in_use
 from largemerge.merge_plan import MergePlan, Preparation
 from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import Rehearsal, rehearse
-from largemerge.placement import Choice, Limits, choose_placement, existing_folder, find_limits, waits_on_disk
+from largemerge.output import existing_folder
+from largemerge.placement import Choice, Limits, choose_placement, find_limits, waits_on_disk
 from largemerge.probe import measure_rates
 from largemerge.quantization import quantize_output
 from largemerge.sizes import gib
@@ -112,10 +113,7 @@ def make_plan(
         blocks=blocks,
         outside=outside,
         output=output,
-        num_samples={
-            checkpoint.name: sum(next(iter(batch.values()))[0] for batch in batches)
-            for checkpoint, batches in zip(inputs.candidates, shapes, strict=True)
-        },
+        num_samples=_num_samples(inputs, shapes),
         quantized=inputs.quantized(),
         bytes_read=_bytes_read(inputs, tensors),
         placement=choice.placement,
@@ -148,6 +146,14 @@ def _workload(
         spooled=waits_on_disk(config.memory),
         outside_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in outside if p.name in state),
     )
+
+
+def _num_samples(inputs: Inputs, shapes: Sequence[Sequence[BatchShapes]]) -> dict[str, int]:
+    """By candidate."""
+    return {
+        checkpoint.name: sum(next(iter(batch.values()))[0] for batch in batches)
+        for checkpoint, batches in zip(inputs.candidates, shapes, strict=True)
+    }
 
 
 def _choose(config: MergeConfig, work: Workload, limits: Limits, device: torch.device, has_data: bool) -> Choice:

@@ -15,7 +15,7 @@ import torch
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import CheckpointReader
-from largemerge.placement import existing_folder
+from largemerge.output import existing_folder
 from largemerge.regression.factor import cholesky_
 from largemerge.regression.gram import Gram, float32_means_float32
 from largemerge.timing import Rates

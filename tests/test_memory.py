@@ -13,10 +13,11 @@ from cases import Case, MakeCase, assert_close, merge_and_load, report_of, weigh
 
 import largemerge
 from largemerge import LargemergeError, planning
-from largemerge.estimate import Placement, Waiting
+from largemerge.estimate import Placement, Waiting, footprint
 from largemerge.model import block as block_module
 from largemerge.placement import Choice
 from largemerge.regression import activations
+from largemerge.workload import Workload
 
 METHODS = ("regmean", "regmean_plusplus")
 
@@ -158,6 +159,24 @@ def test_hidden_states_go_to_disk_where_the_limit_says_so(tmp_path: Path) -> Non
     assert plan.placement.hidden_states is Waiting.DISK and plan.footprint.host <= limit
     assert plan.footprint.disk == hidden
     assert any("the limit is" in reason for reason in plan.reasons)
+
+
+def test_what_is_loaded_first_is_no_memory_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works: list[Workload] = []
+    choose = planning.choose_placement
+
+    def seen(work: Workload, *args: Any, **kwargs: Any) -> Choice:
+        works.append(replace(work, loading_bytes=1 << 40))
+        return choose(work, *args, **kwargs)
+
+    monkeypatch.setattr(planning, "choose_placement", seen)
+    largemerge.plan(wide_case(tmp_path).config, probe=False)
+    placement = Placement(Waiting.DEVICE, passes=1, prefetch=True, samples=1)
+    on_gpu = footprint(works[0], placement, torch.device("cuda"), 0, eight_bit=False)
+    assert on_gpu.device < 1 << 40 < on_gpu.host
+    assert on_gpu.parts["loading of calibration inputs"] == 1 << 40, "the parts are those of the larger one"
+    idle = footprint(replace(works[0], loading_bytes=0), placement, torch.device("cuda"), 0, eight_bit=False)
+    assert idle.device == on_gpu.device >= works[0].hidden_bytes
 
 
 def test_pixels_wait_in_a_mapped_file_where_there_is_a_limit(
