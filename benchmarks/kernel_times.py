@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from floor import Kernel
+from largemerge.regression.factor import Factor, cholesky_, solve_
 from largemerge.regression.gram import Gram
+from largemerge.regression.product import add_product_, product
 
 ENOUGH_SECONDS = 0.3
 MOST_REPEATS = 30
@@ -65,7 +67,10 @@ Ways = dict[str, tuple[Callable[[], object], float]]
 def _linear(kernel: Kernel) -> Ways:
     rows, inputs, outputs = kernel.shape
     x, weight = _random(rows, inputs).to(kernel.dtype), _random(outputs, inputs).to(kernel.dtype)
-    return {"linear": (lambda: F.linear(x, weight), 1.0)}
+    ways: Ways = {"linear": (lambda: F.linear(x, weight), 1.0)}
+    if kernel.dtype is torch.float32:
+        ways["product"] = (lambda: product(x, weight), 1.0)
+    return ways
 
 
 def _attention(kernel: Kernel) -> Ways:
@@ -75,7 +80,7 @@ def _attention(kernel: Kernel) -> Ways:
 
 
 def _gram(kernel: Kernel) -> Ways:
-    """The package's panels; and half of the whole product, which is what a perfect symmetric product would take."""
+    """The package's panels; and half of a whole product, which is what a perfect symmetric product would take."""
     rows, inputs = kernel.shape
     x = _random(rows, inputs).to(kernel.dtype)
     exact, out = x.float(), torch.zeros(inputs, inputs)
@@ -87,8 +92,9 @@ def _gram(kernel: Kernel) -> Ways:
         with _bfloat16_units():
             out.addmm_(exact.T, exact)
 
-    gram = Gram(out.shape[0], out.device)
+    gram, columns = Gram(out.shape[0], out.device), exact.T.contiguous()
     ways: Ways = {"panels": (lambda: gram.add_rows(x), 1.0), "half of float32": (whole, 0.5)}
+    ways["half of a product"] = (lambda: product(columns, columns), 0.5)
     if kernel.dtype is torch.bfloat16:
         ways["half of bfloat16 units"] = (whole_on_bfloat16_units, 0.5)
     return ways
@@ -109,24 +115,38 @@ def _bfloat16_units() -> Iterator[None]:
 def _right_hand_side(kernel: Kernel) -> Ways:
     inputs, outputs = kernel.shape
     difference, gram, out = _random(outputs, inputs), _random(inputs, inputs), torch.zeros(outputs, inputs)
-    return {"D G": (lambda: out.addmm_(difference, gram), 1.0)}
+    return {
+        "D G": (lambda: out.addmm_(difference, gram), 1.0),
+        "product": (lambda: add_product_(out, difference, gram), 1.0),
+    }
 
 
 def _right_hand_side_by_rows(kernel: Kernel) -> Ways:
     rows, inputs, outputs = kernel.shape
     x, difference, out = _random(rows, inputs), _random(outputs, inputs), torch.zeros(outputs, inputs)
-    return {"(D Xᵀ) X": (lambda: out.addmm_(difference @ x.T, x), 1.0)}
+    return {
+        "(D Xᵀ) X": (lambda: out.addmm_(difference @ x.T, x), 1.0),
+        "products": (lambda: add_product_(out, product(difference, x), x.T), 1.0),
+    }
 
 
 def _cholesky(kernel: Kernel) -> Ways:
     system = _definite(kernel.shape[0])
-    return {"cholesky": (lambda: torch.linalg.cholesky_ex(system), 1.0)}
+    return {
+        "cholesky": (lambda: torch.linalg.cholesky_ex(system), 1.0),
+        "in panels": (lambda: cholesky_(system.clone()), 1.0),
+    }
 
 
 def _triangular(kernel: Kernel) -> Ways:
     inputs, outputs = kernel.shape
-    factor, right = torch.linalg.cholesky(_definite(inputs)), _random(inputs, outputs)
-    return {"cholesky_solve": (lambda: torch.cholesky_solve(right, factor), 1.0)}
+    system, right = _definite(inputs), _random(inputs, outputs)
+    factor, panels, rows = torch.linalg.cholesky(system), cholesky_(system.clone()), right.T.contiguous()
+    assert isinstance(panels, Factor)
+    return {
+        "cholesky_solve": (lambda: torch.cholesky_solve(right, factor), 1.0),
+        "in panels": (lambda: solve_(rows.clone(), panels), 1.0),
+    }
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ CHUNK_BYTES = 8 << 20
 def merge_outside(
     plans: Sequence[TensorPlan], weights: Weights, shares: Sequence[float], step: Callable[[str], None]
 ) -> None:
-    """Writes every tensor of no block: averaged, copied, or taken from the base.
+    """Writes every tensor of no block: averaged, copied, or taken from the base. Only the first rank does so.
 
     Args:
         plans: One for each tensor.
@@ -47,7 +47,7 @@ def _merge_unknown(plan: TensorPlan, weights: Weights, shares: Sequence[float]) 
     reference = weights.inputs.reference
     readers = [*weights.readers, *([weights.base_reader] if weights.base_reader is not None else [])]
     reader = next(reader for reader in readers if reader.checkpoint is reference)
-    weights.writer.write(plan.name, reader.read(plan.name).to(plan.dtype))
+    weights.own_writer.write(plan.name, reader.read(plan.name).to(plan.dtype))
 
 
 def _merge_known(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
@@ -80,17 +80,17 @@ def _stream(
     reader, key = sources[0]
     info = reader.checkpoint.tensors[key]
     stored = [source.checkpoint.tensors[name].quantization for source, name in sources]
-    quantized = any([*stored, weights.writer.tensors[out_key].quantization])  # these go as a whole only
+    quantized = any([*stored, weights.output[out_key].quantization])  # these go as a whole only
     num_rows = info.shape[0] if len(info.shape) > 1 else 1
     step = max(1, CHUNK_BYTES * num_rows // max(1, info.num_bytes))
     if step >= num_rows or quantized:
         whole = (source.read(name) for source, name in sources)
-        weights.writer.write(out_key, weighted_average(whole, shares, plan.dtype))
+        weights.own_writer.write(out_key, weighted_average(whole, shares, plan.dtype))
         return
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         chunks = (source.read(name, rows) for source, name in sources)
-        weights.writer.write(out_key, weighted_average(chunks, shares, plan.dtype), first_row=start)
+        weights.own_writer.write(out_key, weighted_average(chunks, shares, plan.dtype), first_row=start)
 
 
 def weighted_average(tensors: Iterable[torch.Tensor], shares: Sequence[float], dtype: torch.dtype) -> torch.Tensor:

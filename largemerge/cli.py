@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from largemerge.config import MergeConfig, load_config
-from largemerge.errors import EXIT_CODE, ConfigError, LargemergeError
+from largemerge.errors import EXIT_CODE, ConfigError, LargemergeError, ToldError
 from largemerge.sizes import parse_size
 
 _INTERRUPTED = 130
@@ -24,13 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.given = given
     try:
         code = {"merge": _merge, "plan": _plan, "demo": _demo}[options.command](options)
+    except ToldError:
+        code = EXIT_CODE
     except LargemergeError as error:
-        print(f"largemerge: {error}", file=sys.stderr)
+        print(f"largemerge: {_own_rank()}{error}", file=sys.stderr)
         code = EXIT_CODE
     except KeyboardInterrupt:
         print("\nlargemerge: interrupted", file=sys.stderr)
         code = _INTERRUPTED
     sys.exit(code)
+
+
+def _own_rank() -> str:
+    """Who talks, where it is not the first rank."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def _size(text: str, option: str) -> int:
@@ -44,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="largemerge", description="Merge K fine-tuned checkpoints of one architecture, a block at a time."
     )
+    # DeepSpeed's launcher gives it to every process; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
     merge = commands.add_parser("merge", help="merge the models of a configuration")
     merge.add_argument("config", type=Path, help="a YAML file")
@@ -97,7 +107,7 @@ def _merge(options: argparse.Namespace) -> int:
     from largemerge.memory import reuse_freed_memory
     from largemerge.merging import merge
     from largemerge.output import WORKING_FOLDER
-    from largemerge.report import print_report
+    from largemerge.tables import print_report
 
     reuse_freed_memory(sparingly=config.memory.host is not None)
     try:
@@ -111,7 +121,7 @@ def _merge(options: argparse.Namespace) -> int:
             quiet=options.quiet,
         )
     except KeyboardInterrupt:
-        if (options.out / WORKING_FOLDER / "manifest.json").exists():
+        if not _own_rank() and (options.out / WORKING_FOLDER / "manifest.json").exists():
             kept = [argument for argument in options.given if argument not in ("--force", "--resume")]
             command = shlex.join(["largemerge", *kept, "--resume"])
             print(
@@ -128,7 +138,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = _config(options)
     _quiet_libraries()
     from largemerge.merging import plan
-    from largemerge.report import print_plan
+    from largemerge.tables import print_plan
 
     made = plan(config, device=options.device, probe=options.probe)
     if options.json:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from largemerge.average import merge_outside
-from largemerge.calibration import CalibrationSet
 from largemerge.calibration.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter
+from largemerge.distributed import Ranks
 from largemerge.estimate import Waiting
 from largemerge.merge_plan import Preparation
 from largemerge.output import OutputFolder
@@ -26,7 +26,8 @@ from largemerge.progress import RunProgress
 from largemerge.regression.activations import Activations
 from largemerge.regression.clock import Clock
 from largemerge.regression.engine import Engine, Settings
-from largemerge.samples import loss_tokens, model_needs
+from largemerge.regression.together import Together
+from largemerge.samples import OwnSamples, loss_tokens, model_needs
 from largemerge.weights import Weights
 
 OUTSIDE = "outside"
@@ -37,9 +38,10 @@ class Job:
     """The long work: everything that is written to shards."""
 
     preparation: Preparation
-    calibration: tuple[CalibrationSet, ...]
+    samples: OwnSamples
     shards: tuple[Shard, ...]
     folder: OutputFolder
+    ranks: Ranks
     quiet: bool
     clock: Clock
     started: float = field(init=False, default_factory=time.perf_counter)
@@ -60,12 +62,20 @@ class Job:
                 inputs=inputs,
                 readers=[stack.enter_context(CheckpointReader(candidate)) for candidate in inputs.candidates],
                 base_reader=stack.enter_context(CheckpointReader(inputs.base)) if inputs.base is not None else None,
-                writer=stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards)),
+                output=plan.output,
+                writer=(
+                    stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards))
+                    if self.ranks.is_first
+                    else None
+                ),
+                ranks=self.ranks,
+                device=plan.device,
             )
+            quiet = self.quiet or not self.ranks.is_first
             progress = stack.enter_context(
-                RunProgress(self._num_steps(finished), len(plan.blocks), plan.device, quiet=self.quiet)
+                RunProgress(self._num_steps(finished), len(plan.blocks), plan.device, quiet=quiet)
             )
-            if OUTSIDE not in finished:
+            if OUTSIDE not in finished and self.ranks.is_first:
                 self._merge_outside(weights, progress)
             hidden_states = stack.enter_context(self._hidden_states())
             self._engine(weights, hidden_states, progress).run(finished, self.folder.record)
@@ -110,7 +120,8 @@ class Job:
             activations=Activations(
                 skeleton=inputs.skeleton,
                 rehearsal=rehearsal,
-                calibration=self.calibration,
+                calibration=self.samples.calibration,
+                row_counts=self.samples.row_counts,
                 weights=weights,
                 hidden_states=hidden_states,
                 compute_dtype=plan.compute_dtype,
@@ -120,6 +131,7 @@ class Job:
             ),
             watcher=progress,
             clock=self.clock,
+            together=Together(self.ranks, self.samples.homes, self.samples.mine),
         )
 
     def _merge_outside(self, weights: Weights, progress: RunProgress) -> None:
@@ -127,15 +139,15 @@ class Job:
         self.clock.begin("")
         with self.clock.stage(OUTSIDE):
             merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
-            weights.writer.flush()
+            weights.own_writer.flush()
         errors = weights.quantization_errors(tensor.name for tensor in plan.outside)
-        entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.writer.bytes_written}
+        entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}
         self.folder.record(OUTSIDE, entry | {"seconds": self.clock.seconds()})
 
     def _num_steps(self, finished: frozenset[str]) -> int:
         plan = self.preparation.plan
-        batches = sum(len(data.batches) for data in self.calibration)
+        batches = sum(len(data.batches) for data in self.samples.calibration)
         forwards = 0 if plan.config.merge_method == "regmean" else 1
         steps = 0 if OUTSIDE in finished else len(plan.outside)
         for block in plan.blocks:

@@ -7,8 +7,9 @@ config → open inputs → read calibration data → plan → output folder → 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,23 @@ from largemerge.calibration.fit import sample_problems
 from largemerge.calibration.spool import spooled
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.config import MergeConfig, load_config
+from largemerge.distributed import Ranks, start_ranks
 from largemerge.errors import CalibrationError, LargemergeError
 from largemerge.inputs import Inputs, open_inputs
 from largemerge.job import Job
-from largemerge.memory import MemoryWatch
+from largemerge.memory import MemoryUse, MemoryWatch
 from largemerge.merge_plan import MergePlan, Preparation
-from largemerge.output import check_output, existing_folder, open_output
+from largemerge.output import OutputFolder, changes, check_output, existing_folder, open_output
 from largemerge.placement import waits_on_disk
 from largemerge.planning import choose_device, make_plan
 from largemerge.regression.clock import Clock
 from largemerge.report import MergeReport, versions
-from largemerge.samples import for_every_candidate
+from largemerge.samples import OwnSamples, for_every_candidate, loss_tokens, model_needs, share_samples
 from largemerge.side_files import config_text, write_side_files
 
 ConfigSource = str | Path | Mapping[str, Any] | MergeConfig
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+_MOST_PROBLEMS = 20
 
 
 def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True) -> MergePlan:
@@ -85,38 +88,130 @@ def merge(
     """
     start = time.perf_counter()
     resolved = load_config(config)
-    target = choose_device(device)
-    out = Path(out)
-    with MemoryWatch(target) as watch:
-        inputs = open_inputs(resolved)
-        input_paths = _input_paths(resolved, inputs)
-        check_output(out, input_paths, resume=resume, force=force)
-        preparation, calibration = _prepare(resolved, inputs, target, out)
-        shards = layout_shards(preparation.plan.output, max_shard_bytes)
-        manifest = _manifest(preparation, calibration, shards)
-        with open_output(out, manifest, input_paths, resume=resume, force=force) as folder:
-            job = Job(preparation, calibration, shards, folder, quiet, Clock(start))
-            job.run()
-            report = MergeReport.build(
-                plan=preparation.plan,
-                inputs=inputs,
-                calibration=calibration,
-                parts=folder.entries,
-                prepared_seconds=job.started - start,
-                total_seconds=time.perf_counter() - start,
-                resumed_parts=job.resumed_parts,
-                peak=watch.peak(),
-                bytes_read=job.bytes_read,
-                hidden_bytes_on_disk=job.hidden_bytes_on_disk,
-                retries=job.retries,
-                timeline=job.clock.timeline,
-            )
-            folder.finish(
-                shards,
-                lambda path: write_side_files(path, preparation, report),
-                config_text(preparation),
-            )
+    with start_ranks() as ranks:
+        target = choose_device(_device_of_rank(device, ranks))
+        with MemoryWatch(target) as watch:
+            prepared = _prepare(resolved, target, Path(out), ranks, resume=resume, force=force)
+            shards = layout_shards(prepared.preparation.plan.output, max_shard_bytes)
+            with _open_output(prepared, shards, Path(out), ranks, resume=resume, force=force) as folder:
+                job = Job(prepared.preparation, prepared.samples, shards, folder, ranks, quiet, Clock(start))
+                job.run()
+                report = _report(prepared, job, folder, watch.peak(), start)
+                if ranks.is_first:
+                    folder.finish(
+                        shards,
+                        lambda path: write_side_files(path, prepared.preparation, report),
+                        config_text(prepared.preparation),
+                    )
+        ranks.gather(None)  # nobody says that the merge is done before it is
     return report
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known before the output folder is opened.
+
+    Attributes:
+        preparation: The plan, and what it was made from.
+        samples: This rank's part of the calibration data.
+        calibration: Of every candidate: number of samples and fingerprint.
+        input_paths: That must not be written to.
+    """
+
+    preparation: Preparation
+    samples: OwnSamples
+    calibration: Mapping[str, Any]
+    input_paths: list[Path]
+
+
+def _device_of_rank(device: str, ranks: Ranks) -> str:
+    """Every rank of a machine computes on a GPU of its own, where there are any."""
+    if ranks.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
+    return device
+
+
+def _prepare(
+    config: MergeConfig, device: torch.device, out: Path, ranks: Ranks, *, resume: bool, force: bool
+) -> _Prepared:
+    """Reads the calibration data and plans the merge; raises whatever makes it impossible, on all ranks."""
+
+    def plan_it() -> tuple[Preparation, tuple[CalibrationSet, ...], list[Path]]:
+        inputs = open_inputs(config)
+        input_paths = _input_paths(config, inputs)
+        if ranks.is_first:
+            check_output(out, input_paths, resume=resume, force=force)
+        return *_plan_with_data(config, inputs, device, out), input_paths
+
+    preparation, calibration, input_paths = ranks.agree(plan_it)
+    # Free memory differs from moment to moment, but all must cut the work alike.
+    placement = ranks.from_first(preparation.plan.placement)
+    preparation = replace(preparation, plan=replace(preparation.plan, placement=placement))
+    split = tuple(replace(data, batches=split_batches(data.batches, placement.samples)) for data in calibration)
+    counted = loss_tokens(model_needs(preparation.inputs.skeleton))
+    return _Prepared(
+        preparation,
+        share_samples(split, preparation.rehearsal, counted, ranks),
+        {data.name: {"num_samples": data.num_samples, "sha256": data.fingerprint} for data in calibration},
+        input_paths,
+    )
+
+
+@contextmanager
+def _open_output(
+    prepared: _Prepared, shards: Sequence[Shard], out: Path, ranks: Ranks, *, resume: bool, force: bool
+) -> Iterator[OutputFolder]:
+    """The output folder: the first rank's own; for the others, what is finished in it."""
+    manifest = _manifest(prepared, shards)
+    first = ranks.from_first(manifest)
+
+    def check() -> None:
+        unlike = changes(first, manifest)
+        problems = [f"{change} here; expected the same config, files and versions everywhere" for change in unlike]
+        if problems:
+            raise LargemergeError(*problems[:_MOST_PROBLEMS])
+
+    ranks.agree(check)
+    with ExitStack() as stack:
+
+        def open_it() -> OutputFolder:
+            if not ranks.is_first:
+                return OutputFolder(out, replaces=False)
+            arguments = {"resume": resume, "force": force}
+            return stack.enter_context(open_output(out, manifest, prepared.input_paths, **arguments))
+
+        folder = ranks.agree(open_it)
+        folder.entries = ranks.from_first(folder.entries)
+        yield folder
+
+
+def _report(prepared: _Prepared, job: Job, folder: OutputFolder, peak: MemoryUse, start: float) -> MergeReport:
+    """Collective: what happened, with the first rank's times."""
+    ranks = job.ranks
+    own: dict[str, Any] = {
+        "host_anonymous": peak.host_anonymous,
+        "host_total": peak.host_total,
+        "device": peak.device,
+        "bytes_read": job.bytes_read,
+        "bytes_communicated": ranks.num_bytes,
+        "seconds_communicating": round(ranks.seconds, 3),
+    }
+    everybodys = ranks.gather(own)
+    return MergeReport.build(
+        plan=prepared.preparation.plan,
+        inputs=prepared.preparation.inputs,
+        calibration=prepared.calibration,
+        parts=ranks.from_first(folder.entries),
+        prepared_seconds=job.started - start,
+        total_seconds=time.perf_counter() - start,
+        resumed_parts=job.resumed_parts,
+        peak=peak,
+        bytes_read=sum(rank["bytes_read"] for rank in everybodys),
+        hidden_bytes_on_disk=job.hidden_bytes_on_disk,
+        retries=[retry for retries in ranks.gather(job.retries) for retry in retries],
+        timeline=job.clock.timeline,
+        ranks=everybodys if ranks.size > 1 else (),
+    )
 
 
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
@@ -126,10 +221,9 @@ def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
     return paths + [path for path in data if path.exists()]
 
 
-def _prepare(
+def _plan_with_data(
     config: MergeConfig, inputs: Inputs, device: torch.device, out: Path
 ) -> tuple[Preparation, tuple[CalibrationSet, ...]]:
-    """Reads the calibration data and plans the merge; raises whatever makes it impossible."""
     outlines = for_every_candidate(config, inputs, outline_calibration)
     calibration = for_every_candidate(config, inputs, load_calibration, _keep(config, out))
     preparation = make_plan(config, inputs, device, outlines, calibration, out)
@@ -138,8 +232,7 @@ def _prepare(
         raise CalibrationError(*misfits)
     if preparation.plan.problems:
         raise LargemergeError(*preparation.plan.problems)
-    samples = preparation.plan.placement.samples
-    return preparation, tuple(replace(data, batches=split_batches(data.batches, samples)) for data in calibration)
+    return preparation, calibration
 
 
 def _keep(config: MergeConfig, out: Path) -> Callable[[CalibrationSet], CalibrationSet] | None:
@@ -150,16 +243,15 @@ def _keep(config: MergeConfig, out: Path) -> Callable[[CalibrationSet], Calibrat
     return lambda calibration: spooled(calibration, folder)
 
 
-def _manifest(
-    preparation: Preparation, calibration: Sequence[CalibrationSet], shards: Sequence[Shard]
-) -> dict[str, Any]:
-    inputs, plan = preparation.inputs, preparation.plan
+def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What all ranks, and a merge and its continuation, must have in common."""
+    inputs, plan = prepared.preparation.inputs, prepared.preparation.plan
     checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
     return {
         # Limits may change on the way: what they decide changes no bit, but for the samples at once.
         "config": plan.config.model_dump(mode="json", exclude={"memory": {"device", "host", "disk"}}),
         "inputs": {checkpoint.name: dict(checkpoint.fingerprint) for checkpoint in checkpoints},
-        "calibration data": {data.name: data.fingerprint for data in calibration},
+        "calibration data": {name: entry["sha256"] for name, entry in prepared.calibration.items()},
         "versions": versions(),
         "device": plan.device.type,
         "samples at once": plan.placement.samples,

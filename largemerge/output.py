@@ -198,20 +198,21 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_same(before: Any, now: Any, path: Path) -> None:
-    changes = list(_changes(before, now, ""))
-    if changes:
+    found = list(changes(before, now))
+    if found:
         raise OutputError(
-            *(f"{path}: cannot be resumed: {change}" for change in changes[:20]),
+            *(f"{path}: cannot be resumed: {change}" for change in found[:20]),
             "put back what changed, or start afresh with --force",
         )
 
 
-def _changes(before: Any, now: Any, where: str) -> Iterator[str]:
+def changes(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    """Every place where two manifests differ: `config → seed was 1 and is 2`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            yield from _changes(before.get(key), now.get(key), f"{where} → {key}" if where else key)
+            yield from changes(before.get(key), now.get(key), f"{where} → {key}" if where else key)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for index, (old, new) in enumerate(zip(before, now, strict=True)):
-            yield from _changes(old, new, f"{where}[{index}]")
+            yield from changes(old, new, f"{where}[{index}]")
     elif before != now:
         yield f"{where} was {before!r} and is {now!r}"

@@ -1,4 +1,4 @@
-"""What happened: `merge_report.json` first, then the tables on the terminal."""
+"""What happened, as `merge_report.json` tells it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import importlib.metadata
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from largemerge.calibration import CalibrationSet
 from largemerge.config import MergeConfig
 from largemerge.inputs import Inputs
 from largemerge.memory import MemoryUse
 from largemerge.merge_plan import MergePlan
-from largemerge.sizes import gib
 
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 
@@ -85,6 +80,7 @@ class MergeReport:
         hidden_bytes_on_disk: Most that hidden states took there.
         retries: What ran out of memory and was done again in smaller parts.
         timeline: When (seconds since the start) which stage of which block began.
+        ranks: By rank: what it held, read and sent; empty where there was one. Seconds are the first rank's.
     """
 
     plan: MergePlan
@@ -100,6 +96,7 @@ class MergeReport:
     hidden_bytes_on_disk: int
     retries: tuple[str, ...]
     timeline: tuple[tuple[float, str, str], ...]
+    ranks: tuple[Mapping[str, Any], ...]
 
     @classmethod
     def build(
@@ -107,7 +104,7 @@ class MergeReport:
         *,
         plan: MergePlan,
         inputs: Inputs,
-        calibration: Sequence[CalibrationSet],
+        calibration: Mapping[str, Any],
         parts: Mapping[str, Mapping[str, Any]],
         prepared_seconds: float,
         total_seconds: float,
@@ -117,6 +114,7 @@ class MergeReport:
         hidden_bytes_on_disk: int,
         retries: Sequence[str],
         timeline: Sequence[tuple[float, str, str]],
+        ranks: Sequence[Mapping[str, Any]],
     ) -> MergeReport:
         """Puts a report together from what the parts of a merge have to say."""
         checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
@@ -127,9 +125,7 @@ class MergeReport:
                 checkpoint.name: {"folder": str(checkpoint.folder), "files": dict(checkpoint.fingerprint)}
                 for checkpoint in checkpoints
             },
-            calibration={
-                data.name: {"num_samples": data.num_samples, "sha256": data.fingerprint} for data in calibration
-            },
+            calibration=calibration,
             blocks={block.name: parts[block.name] for block in plan.blocks},
             outside=parts["outside"],
             seconds={"total": round(total_seconds, 3), "preparation": round(prepared_seconds, 3)},
@@ -139,6 +135,7 @@ class MergeReport:
             hidden_bytes_on_disk=hidden_bytes_on_disk,
             retries=tuple(retries),
             timeline=tuple(timeline),
+            ranks=tuple(ranks),
         )
 
     @property
@@ -179,6 +176,7 @@ class MergeReport:
             },
             "retries": list(self.retries),
             "timeline": [list(entry) for entry in self.timeline],
+            "ranks": list(self.ranks),
             "quantization": self._quantization(),
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
             "outside": self.outside,
@@ -196,102 +194,3 @@ class MergeReport:
             "worst": worst,
             "worst_relative_error": errors[worst] if worst is not None else None,
         }
-
-
-def print_report(report: MergeReport, out: str, console: Console) -> None:
-    """The closing table."""
-    linears = report.linears
-    table = Table(title=f"{report.config.merge_method}: {len(report.config.models)} models → {out}", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    counts = ", ".join(f"{count} {what}" for what, count in report.plan.counts().items())
-    table.add_row("tensors", counts)
-    fallbacks = [name for name, entry in linears.items() if entry["fallbacks"]]
-    solvers = Counter(entry["solver"] for entry in linears.values())
-    table.add_row("solvers", ", ".join(f"{count} {solver}" for solver, count in solvers.items()))
-    if fallbacks:
-        table.add_row(
-            "fallbacks", f"{len(fallbacks)} linears needed more than float32 Cholesky: {', '.join(fallbacks[:3])} …"
-        )
-    if linears:
-        worst = max(linears, key=lambda name: linears[name]["condition"])
-        table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
-        table.add_row("distance", _mean_distances(report))
-    for label, text in _quantization_rows(report.plan):
-        table.add_row(label, text)
-    errors = report.quantization_errors
-    if errors:
-        mean = sum(errors.values()) / len(errors)
-        table.add_row("quantisation error", f"{mean:.4f}, relative, mean over {len(errors)} linears")
-    total = report.seconds["total"]
-    table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
-    written = sum(part["bytes_written"] for part in (*report.blocks.values(), report.outside))
-    table.add_row("disk", f"{gib(report.bytes_read)} read, {gib(written)} written")
-    planned = report.plan.footprint
-    peak = f"{gib(report.peak.host_anonymous)} anonymous (planned {gib(planned.host)}), "
-    peak += f"{gib(report.peak.host_total)} in all"
-    if report.peak.device:
-        peak += f", {gib(report.peak.device)} on {report.plan.device} (planned {gib(planned.device)})"
-    if report.hidden_bytes_on_disk:
-        peak += f", hidden states on disk {gib(report.hidden_bytes_on_disk)}"
-    table.add_row("peak memory", peak)
-    for retry in report.retries:
-        table.add_row("retry", retry)
-    console.print(table)
-
-
-def _quantization_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
-    def text(kinds: Mapping[str, int]) -> str:
-        return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
-
-    if plan.quantized:
-        yield "quantised inputs", "\n".join(f"{name}: {text(kinds)}" for name, kinds in plan.quantized.items())
-    if plan.quantized_output():
-        yield "quantised output", text(plan.quantized_output())
-
-
-def _mean_distances(report: MergeReport) -> str:
-    entries = list(report.linears.values())
-    mean = sum(entry["relative_distance_to_average"] for entry in entries) / len(entries)
-    parts = [f"average {mean:.4f}"]
-    for name in report.config.names:
-        distance = sum(entry["relative_distance_to_candidates"][name] for entry in entries) / len(entries)
-        parts.append(f"{name} {distance:.4f}")
-    return "mean over linears, relative: " + ", ".join(parts)
-
-
-def print_plan(plan: MergePlan, console: Console) -> None:
-    """What `largemerge plan` shows."""
-    table = Table(
-        title=f"{plan.config.merge_method} of {len(plan.config.models)} × {plan.class_name}", show_header=False
-    )
-    table.add_column()
-    table.add_column(overflow="fold")
-    table.add_row("candidates", ", ".join(f"{name} ({plan.num_samples[name]} samples)" for name in plan.config.names))
-    table.add_row("stacks", ", ".join(f"{name} ({count} blocks)" for name, count in plan.stacks))
-    for group in plan.blocks[0].groups if plan.blocks else ():
-        table.add_row("solved together", f"{', '.join(group.outputs)}: {group.num_inputs} inputs")
-    table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in plan.counts().items()))
-    for label, text in _quantization_rows(plan):
-        table.add_row(label, text)
-    table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
-    table.add_row("forward passes", f"{str(plan.compute_dtype).removeprefix('torch.')} on {plan.device}")
-    table.add_row("placement", str(plan.placement))
-    for reason in plan.reasons:
-        table.add_row("", reason)
-    peak = plan.footprint
-    parts = ", ".join(f"{name} {gib(value)}" for name, value in peak.parts.items() if value)
-    table.add_row("peak memory", f"{gib(peak.host)} of {gib(plan.limits.host)} on the host ({parts})")
-    if peak.device:
-        table.add_row("", f"{gib(peak.device)} of {gib(plan.limits.device)} on {plan.device}")
-    if peak.disk:
-        table.add_row("", f"{gib(peak.disk)} of hidden states in {plan.limits.scratch or 'the output folder'}")
-    if plan.seconds:
-        longest = sorted(plan.seconds.items(), key=lambda item: -item[1])[:4]
-        stages = ", ".join(f"{stage.replace('_', ' ')} {seconds:.1f} s" for stage, seconds in longest)
-        table.add_row("time", f"about {sum(plan.seconds.values()):.0f} s once it has begun ({stages}, …)")
-    for note in plan.notes:
-        table.add_row("note", note)
-    for problem in plan.problems:
-        table.add_row(Text("impossible", style="red"), problem)
-    console.print(table)

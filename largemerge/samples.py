@@ -1,17 +1,21 @@
-"""The calibration data of all candidates: outlined, or read."""
+"""The calibration data of all candidates: outlined, read, shared out among ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from largemerge.calibration import ModelNeeds
+from largemerge.calibration import CalibrationSet, ModelNeeds
+from largemerge.calibration.rows import count_rows
 from largemerge.calibration.tokenizer import shared_tokenizers
 from largemerge.config import MergeConfig
 from largemerge.config_calibration import CalibrationConfig
+from largemerge.distributed import Ranks, share_out
 from largemerge.errors import CalibrationError
 from largemerge.inputs import Inputs
+from largemerge.model.rehearsal import Rehearsal
 from largemerge.model.skeleton import Skeleton
 
 Result = TypeVar("Result")
@@ -89,3 +93,51 @@ def for_every_candidate(
     if problems:
         raise CalibrationError(*problems)
     return tuple(results)
+
+
+@dataclass(frozen=True)
+class OwnSamples:
+    """A rank's part of everybody's calibration data.
+
+    Attributes:
+        calibration: By candidate; some may be without batches.
+        row_counts: By candidate and stack: rows that count, on all ranks together.
+        homes: By candidate: the first rank that has some of its batches.
+    """
+
+    calibration: tuple[CalibrationSet, ...]
+    row_counts: tuple[tuple[int, ...], ...]
+    homes: tuple[int, ...]
+
+    @property
+    def mine(self) -> tuple[bool, ...]:
+        """By candidate: whether this rank has some of its batches."""
+        return tuple(bool(data.batches) for data in self.calibration)
+
+
+def share_samples(
+    calibration: Sequence[CalibrationSet], rehearsal: Rehearsal, counted_input: str, ranks: Ranks
+) -> OwnSamples:
+    """Gives every rank its part, so that all have about the same number of tokens.
+
+    Args:
+        calibration: Of all candidates, the same on every rank.
+        rehearsal: Says which tokens count.
+        counted_input: From `loss_tokens`.
+        ranks: That share the merge.
+    """
+    rows = [
+        [[count_rows(batch, stack, counted_input) for stack in rehearsal.stacks] for batch in data.batches]
+        for data in calibration
+    ]
+    shares = share_out([[sum(counts) for counts in batches] for batches in rows], ranks.size)
+    return OwnSamples(
+        calibration=tuple(
+            replace(data, batches=tuple(data.batches[number] for number in numbers))
+            for data, numbers in zip(calibration, shares[ranks.rank], strict=True)
+        ),
+        row_counts=tuple(tuple(map(sum, zip(*batches, strict=True))) for batches in rows),
+        homes=tuple(
+            next(rank for rank, share in enumerate(shares) if share[candidate]) for candidate in range(len(calibration))
+        ),
+    )

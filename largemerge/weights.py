@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.writer import ShardWriter
+from largemerge.distributed import Ranks
 from largemerge.inputs import Inputs
 from largemerge.model.names import NameMap, ReadTensor
 
@@ -24,13 +26,25 @@ class Weights:
         inputs: Opened checkpoints and how their names map to the module's.
         readers: Of the candidates.
         base_reader: Of the base, if there is one.
-        writer: Of the output.
+        output: What is written, by name on disk.
+        writer: Of the output; only on the first rank.
+        ranks: That share the merge.
+        device: That computes.
     """
 
     inputs: Inputs
     readers: Sequence[CheckpointReader]
     base_reader: CheckpointReader | None
-    writer: ShardWriter
+    output: Mapping[str, OutputTensor]
+    writer: ShardWriter | None
+    ranks: Ranks
+    device: torch.device
+
+    @property
+    def own_writer(self) -> ShardWriter:
+        """The writer, on the only rank that may ask for it."""
+        assert self.writer is not None, "only the first rank writes"
+        return self.writer
 
     @property
     def bytes_read(self) -> int:
@@ -52,11 +66,18 @@ class Weights:
         return self._load(self.inputs.base_names, names, self.base_reader.read)
 
     def merged(self, names: Sequence[str]) -> Tensors:
-        """Parameters of the output, rounded or quantised as they were written."""
-        return self._load(self.inputs.reference_names, names, self.writer.read)
+        """Collective: parameters of the output, rounded or quantised as they were written."""
+        return self.ranks.tensors_from_first(
+            lambda: self._load(self.inputs.reference_names, names, self.own_writer.read), self.device
+        )
 
     def store(self, tensors: Tensors) -> int:
-        """Writes parameters of the output in their layout on disk and flushes them; returns the bytes."""
+        """Writes parameters of the output in their layout on disk and flushes them; returns the bytes.
+
+        Only the first rank does so; elsewhere nothing happens.
+        """
+        if self.writer is None:
+            return 0
         names = self.inputs.reference_names
         before = self.writer.bytes_written
         on_disk = {names.on_disk(name): tensor for name, tensor in tensors.items()}
@@ -66,20 +87,20 @@ class Weights:
         return self.writer.bytes_written - before
 
     def as_written(self, tensors: Tensors) -> Tensors:
-        """Parameters that were just stored, as `merged` would read them: other than given if they are quantised."""
+        """Collective: parameters that were just stored, as `merged` would read them: others if they are quantised."""
         quantized = [name for name in tensors if self._quantized_as(name) is not None]
-        return tensors | self.merged(quantized)
+        return tensors | (self.merged(quantized) if quantized else {})
 
     def quantization_errors(self, names: Iterable[str]) -> dict[str, float]:
         """‖written - merged‖ / ‖merged‖ of those of the parameters that were written quantised."""
-        errors = self.writer.quantization_errors
+        errors = self.writer.quantization_errors if self.writer is not None else {}
         return {name: errors[key] for name in names if (key := self._quantized_as(name)) is not None and key in errors}
 
     def _quantized_as(self, name: str) -> str | None:
         """The name on disk of a parameter that is written quantised."""
         names = self.inputs.reference_names
         key = names.renamed.get(names.on_disk(name))
-        return key if key is not None and self.writer.tensors[key].quantization is not None else None
+        return key if key is not None and self.output[key].quantization is not None else None
 
     def stored_bytes(self, index: int, wanted: Sequence[str]) -> int:
         """Bytes on disk of what `candidate` reads."""

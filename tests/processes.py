@@ -9,9 +9,10 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,11 @@ FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 
 
 def start(
-    arguments: Sequence[object], log: Path, kill_at: int | None = None, number: signal.Signals = signal.SIGKILL
+    arguments: Sequence[object],
+    log: Path,
+    kill_at: int | None = None,
+    number: signal.Signals = signal.SIGKILL,
+    environment: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
     """Starts `largemerge ARGUMENTS` in a process of its own.
 
@@ -44,6 +49,7 @@ def start(
         kill_at: Its operations on files are noted in the log; it sends itself the signal right before the n-th,
             counted from 1.
         number: The signal.
+        environment: Variables of the process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["processes"])
@@ -51,7 +57,7 @@ def start(
     os.environ.update(ENVIRONMENT)  # read when the server starts
     try:
         texts = [str(argument) for argument in arguments]
-        process = context.Process(target=_run, args=(texts, str(log), kill_at, number))
+        process = context.Process(target=_run, args=(texts, str(log), kill_at, number, dict(environment or {})))
         process.start()
     finally:
         for name, value in before.items():
@@ -60,6 +66,39 @@ def start(
             else:
                 os.environ[name] = value
     return process
+
+
+def start_ranks(
+    arguments: Sequence[Sequence[object]], folder: Path, kill_at: int | None = None
+) -> list[ForkServerProcess]:
+    """Starts one process for each rank, as a launcher would.
+
+    Args:
+        arguments: Of every rank's command line.
+        folder: For their output, `rank0.log` and so on.
+        kill_at: See `start`; of the first rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = str(len(arguments))
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(
+            own,
+            folder / f"rank{rank}.log",
+            kill_at if rank == 0 else None,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, own in enumerate(arguments)
+    ]
+
+
+def run_ranks(arguments: Sequence[object], folder: Path, size: int) -> None:
+    """Runs one command on some ranks and checks that all end well."""
+    codes = [finish(process) for process in start_ranks([arguments] * size, folder)]
+    logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(size))
+    assert codes == [0] * size, logs
 
 
 def finish(process: ForkServerProcess) -> int:
@@ -89,7 +128,10 @@ def operations(log: Path) -> list[str]:
     return [line for line in log.read_text().splitlines() if line.startswith("operation ")]
 
 
-def _run(arguments: list[str], log: str, kill_at: int | None, number: signal.Signals) -> None:
+def _run(
+    arguments: list[str], log: str, kill_at: int | None, number: signal.Signals, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)

@@ -22,7 +22,7 @@ import largemerge
 from largemerge import CheckpointError, ConfigError, LargemergeError
 from largemerge.checkpoint.index import open_checkpoint
 from largemerge.output import OutputFolder
-from largemerge.report import print_plan, print_report
+from largemerge.tables import print_plan, print_report
 
 METHODS = ("regmean", "regmean_plusplus")
 OUTPUTS: list[dict[str, Any]] = [

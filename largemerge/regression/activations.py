@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from largemerge.calibration.batches import Batch, CalibrationSet, split_batches
 from largemerge.calibration.hidden_states import HiddenStates
-from largemerge.calibration.rows import count_rows, row_mask
+from largemerge.calibration.rows import row_mask
 from largemerge.errors import MergeError
 from largemerge.model.block import block_weights, run_until, watched_linears
 from largemerge.model.forward import Output, original_forward, replaced_forwards, resumed_at
@@ -61,7 +61,8 @@ class Activations:
     Attributes:
         skeleton: Of the model; its parameters are set and taken away here.
         rehearsal: What the rehearsal saw.
-        calibration: By candidate.
+        calibration: By candidate, as far as it is this rank's.
+        row_counts: By candidate and stack: rows that count, on all ranks together.
         weights: Where embeddings and the like are read from.
         hidden_states: Waiting between blocks.
         compute_dtype: Of the forward passes.
@@ -74,6 +75,7 @@ class Activations:
     skeleton: Skeleton
     rehearsal: Rehearsal
     calibration: Sequence[CalibrationSet]
+    row_counts: Sequence[Sequence[int]]
     weights: Weights
     hidden_states: HiddenStates
     compute_dtype: torch.dtype
@@ -82,7 +84,6 @@ class Activations:
     most_samples: int = sys.maxsize
     retries: list[str] = field(default_factory=list)
     _outside_for: tuple[int, bool, int | None] | None = field(init=False, default=None)
-    _num_rows: dict[tuple[int, int], int] = field(init=False, default_factory=dict)
     _idle_shapes: dict[tuple[str, torch.Size], torch.Size] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,12 +93,8 @@ class Activations:
                     module._buffers[key] = buffer.to(self.device)
 
     def num_rows(self, candidate: int, stack: int) -> int:
-        """Rows of a candidate's data that count in a stack."""
-        if (candidate, stack) not in self._num_rows:  # asked for by every group of every block
-            seen = self.rehearsal.stacks[stack]
-            batches = self.calibration[candidate].batches
-            self._num_rows[candidate, stack] = sum(count_rows(batch, seen, self.loss_tokens) for batch in batches)
-        return self._num_rows[candidate, stack]
+        """Rows of a candidate's data that count in a stack, on all ranks together."""
+        return self.row_counts[candidate][stack]
 
     def run(
         self,
@@ -131,7 +128,7 @@ class Activations:
                 visit(path, x, samples.masks)
                 samples.seen.add(path)
 
-        self._set_outside(block, outside_of)
+        self.set_outside(block, outside_of)
         watching = watched_linears(module, watch, see) if visit is not None else nullcontext()
         idle = self.rehearsal.stacks[block.stack].idle if block.index > 0 else ()
         forwards = {self.skeleton.model.get_submodule(name): self._idle_forward(name) for name in idle}
@@ -234,8 +231,11 @@ class Activations:
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, self.compute_dtype if tensor.is_floating_point() else None)
 
-    def _set_outside(self, block: BlockPlan, candidate: int | None) -> None:
-        """Loads what outside the stacks matters on the way to a block, and nothing else."""
+    def set_outside(self, block: BlockPlan, candidate: int | None) -> None:
+        """Loads what outside the stacks matters on the way to a block, and nothing else.
+
+        For the merged weights (no candidate) the first call for a block is collective.
+        """
         wanted_for = (block.stack, block.index == 0, candidate)
         if self._outside_for == wanted_for:
             return

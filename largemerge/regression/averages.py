@@ -7,7 +7,7 @@ The second form gives identical candidates back as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -40,6 +40,11 @@ class RunningAverages:
             elif plan.treatment is Treatment.AVERAGED:
                 difference = tensor.to(GRAM_DTYPE) - self._anchors[plan.name].to(GRAM_DTYPE)
                 self._sums[plan.name].add_(difference, alpha=self._weights[index])
+
+    def visit_sums_(self, visit: Callable[[torch.Tensor], None]) -> None:
+        """Shows all that is added up over candidates, and keeps what becomes of it."""
+        for total in self._sums.values():
+            visit(total)
 
     def finish(self) -> dict[str, torch.Tensor]:
         """The averages, and the copies, in the dtypes of the output."""

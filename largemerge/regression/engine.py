@@ -33,6 +33,7 @@ from largemerge.regression.clock import Clock
 from largemerge.regression.finish import differences, finish_linear
 from largemerge.regression.gram import Scratch, float32_means_float32
 from largemerge.regression.sums import GroupSums, new_sums
+from largemerge.regression.together import Together
 from largemerge.transfer import Transfer
 from largemerge.treatment import BlockPlan, GroupPlan, Treatment
 from largemerge.weights import Tensors, Weights
@@ -80,6 +81,7 @@ class Engine:
     activations: Activations
     watcher: Watcher
     clock: Clock
+    together: Together
     _bytes_read: int = field(init=False, default=0)
     _scratch: Scratch = field(init=False, default_factory=Scratch)
 
@@ -88,7 +90,7 @@ class Engine:
 
         Args:
             finished: Names of blocks that are on disk already.
-            done: Called with each merged block's name and report, once it is written.
+            done: Called on the first rank with each merged block's name and report, once it is written.
         """
         transfer = Transfer(self.activations.device)
 
@@ -105,7 +107,8 @@ class Engine:
                     self._replay(block, blocks_of_candidates)
                     continue
                 report = self._merge_block(block, blocks_of_candidates)
-                done(block.name, report | {"seconds": self.clock.seconds()})
+                if self.together.ranks.is_first:
+                    done(block.name, report | {"seconds": self.clock.seconds()})
 
     def _wanted(self, finished: frozenset[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
         for block in self.blocks:
@@ -115,7 +118,12 @@ class Engine:
                 reads = [tuple(plan.name for plan in block.tensors)]
             else:
                 reads = []
-            yield from ((index, names) for names in reads for index in range(len(self.names)))
+            indices = range(len(self.names))
+            replayed = block.name in finished
+            mine = [
+                index for index in indices if (self.together.mine[index] if replayed else self.together.reads(index))
+            ]
+            yield from ((index, names) for names in reads for index in mine)
 
     def _is_last(self, block: BlockPlan) -> bool:
         """Whether nobody reads what the block computes."""
@@ -127,6 +135,8 @@ class Engine:
         # What Transformers puts together from several tensors must be taken apart from all of them at once.
         names = self.weights.inputs.reference_names
         at_once = any(names.conversion_of(names.on_disk(plan.name)) for plan in block.tensors)
+        if not self.settings.own_stream:
+            self.activations.set_outside(block, None)
         merged: Tensors = {}
         linears: JsonObject = {}
         bytes_written = 0
@@ -141,7 +151,8 @@ class Engine:
             whole = len(passes) == 1 or at_once
             self._forward(block, self.weights.as_written(merged) if whole else self._merged(block))
         errors = self.weights.quantization_errors(plan.name for plan in block.tensors)
-        report = {"linears": linears, "bytes_read": self._bytes_read, "bytes_written": bytes_written}
+        linears, bytes_read = self.together.everybodys(linears, self._bytes_read)
+        report = {"linears": linears, "bytes_read": bytes_read, "bytes_written": bytes_written}
         return report | ({"quantization_errors": errors} if errors else {})
 
     def _merge_pass(
@@ -163,25 +174,43 @@ class Engine:
         averages = RunningAverages(block.tensors if each.averages else (), self.settings.shares)
         anchor: Tensors = {}
         for index in range(len(self.names)):
+            if not self.together.reads(index):
+                self._skip(block, each, index, sums)
+                continue
             with self.clock.stage("wait_for_read"):
                 tensors = next(blocks_of_candidates)
             self._bytes_read += self.weights.stored_bytes(index, each.reads)
             if index == 0:
                 solved = {f"{block.name}.{path}.weight" for group in each.groups for path in group.outputs}
                 anchor = {name: tensor for name, tensor in tensors.items() if name in solved}
-            averages.add(index, tensors)
-            self._collect(block, each, index, tensors, anchor, sums)
+            if index == 0 or self.together.is_home(index):
+                averages.add(index, tensors)
+            if self.together.has_data(index):
+                self._collect(block, each, index, tensors, anchor, sums)
+            else:
+                self._skip(block, each, index, sums)
             del tensors
+        with self.clock.stage("communicate"):
+            self.together.add_up_(each, sums, averages)
         merged |= averages.finish()
         excluded = {plan.name: plan.dtype for plan in block.tensors if plan.treatment is Treatment.BASE}
         for name, tensor in (self.weights.base(list(excluded)) if excluded and each.averages else {}).items():
             merged[name] = tensor.to(device, excluded[name])
         linears: JsonObject = {}
         for group in each.groups:
-            with self.clock.stage("solve"):
-                linears |= self._solve(block, group, sums.pop(group.leader), anchor, merged)
+            if group.leader in sums:
+                with self.clock.stage("solve"):
+                    linears |= self._solve(block, group, sums.pop(group.leader), anchor, merged)
             self.watcher.step(block.name, "solve")
+        with self.clock.stage("communicate"):
+            self.together.spread_(block, each, anchor, merged)
         return linears
+
+    def _skip(self, block: BlockPlan, each: BlockPass, index: int, sums: Mapping[str, GroupSums]) -> None:
+        """Counts a candidate whose data is all on other ranks."""
+        for group in each.groups:
+            stack = block.stack if group.rows is None else group.rows
+            sums[group.leader].skip_candidate(self.activations.num_rows(index, stack))
 
     def _collect(
         self,
@@ -201,7 +230,8 @@ class Engine:
         for group in each.groups:
             tokens = self.activations.num_rows(index, stacks[group.leader])
             difference = None if index == 0 else differences(block, group, tensors, anchor)
-            sums[group.leader].start_candidate(self.settings.shares[index], tokens, difference)
+            home = self.together.is_home(index)
+            sums[group.leader].start_candidate(self.settings.shares[index], tokens, difference, at_home=home)
 
         def add(path: str, x: torch.Tensor, masks: Masks) -> None:
             with self.clock.stage("gram"):
@@ -247,7 +277,8 @@ class Engine:
         return self.weights.merged([plan.name for plan in block.tensors])
 
     def _forward(self, block: BlockPlan, merged: Tensors) -> None:
-        """Runs the merged block on everybody's hidden states, as it will be read from disk."""
+        """Runs the merged block on this rank's hidden states, as it will be read from disk."""
+        self.activations.set_outside(block, None)
         with self.clock.stage("merged_forward"):
             for index, name in enumerate(self.names):
                 for _ in self.activations.run(block, index, merged, outside_of=None, keep=True):
@@ -261,6 +292,8 @@ class Engine:
             return
         with self.clock.stage("candidate_forward"):
             for index, name in enumerate(self.names):
+                if not self.together.has_data(index):
+                    continue
                 tensors = next(blocks_of_candidates)
                 for _ in self.activations.run(block, index, tensors, outside_of=index, keep=True):
                     self.watcher.step(block.name, "forward", name)

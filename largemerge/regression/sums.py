@@ -56,19 +56,38 @@ class GroupSums:
     _share: float = 0.0
     _differences: Differences | None = None
     _by_rows: bool = False
+    _at_home: bool = True
 
-    def start_candidate(self, share: float, tokens: int, differences: Differences | None) -> None:
+    def start_candidate(
+        self, share: float, tokens: int, differences: Differences | None, *, at_home: bool = True
+    ) -> None:
         """Begins the sums of the next candidate.
 
         Args:
             share: c_i / Σ c.
-            tokens: How many rows will be added.
+            tokens: How many rows it has, on all ranks together.
             differences: E_i; `None` for the anchor.
+            at_home: Whether this rank counts what does not depend on the rows.
         """
         self.tokens.append(tokens)
+        self._at_home = at_home
         self._share = share
         self._differences = differences
         self._by_rows = differences is not None and multiplies_by_rows(tokens, self.gram.num_inputs)
+
+    def skip_candidate(self, tokens: int) -> None:
+        """The next candidate's rows are all on other ranks."""
+        self.tokens.append(tokens)
+        self.sketches_BS.append(self.sketcher.empty())
+
+    def visit_sums_(self, visit: Callable[[torch.Tensor], None]) -> None:
+        """Shows all that is added up over candidates, in contiguous pieces, and keeps what becomes of them."""
+        self.gram.visit_sum_(visit)
+        visit(self.rhs_OI)
+        visit(self.mean_OI)
+        sketches_KBS = torch.stack(self.sketches_BS)
+        visit(sketches_KBS)
+        self.sketches_BS = list(sketches_KBS)
 
     def add_rows(self, x_NI: torch.Tensor) -> None:
         """Adds inputs of the present candidate, one row per token."""
@@ -98,8 +117,9 @@ class GroupSums:
                 self.rhs_OI[rows].addcmul_(difference_OI, diagonal_I, value=alpha * (1 - self.off_diagonal_scale))
             else:
                 self.gram.add_candidate_product_(self.rhs_OI[rows], difference_OI, alpha, self.off_diagonal_scale)
-            self.sketcher.add_(sketch_BS, rows, difference_OI)
-            self.mean_OI[rows].add_(difference_OI, alpha=self._share)
+            if self._at_home:
+                self.sketcher.add_(sketch_BS, rows, difference_OI)
+                self.mean_OI[rows].add_(difference_OI, alpha=self._share)
         self.sketches_BS.append(sketch_BS)
         self.gram.finish_candidate(alpha, self.off_diagonal_scale)
         self._differences = None

@@ -1,0 +1,218 @@
+"""Ranks: the processes that share one merge, and what they say to each other.
+
+torchrun, `accelerate launch` and `deepspeed` start the same command many times and tell each process its number.
+Without them there is one rank, every call here returns at once, and the merge is the same code.
+
+Every method that is marked collective must be called by all ranks, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+from largemerge.errors import LargemergeError, ToldError
+
+Value = TypeVar("Value")
+
+_TIMEOUT = timedelta(minutes=30)  # of one collective call: ranks wait there for the slowest
+
+
+@dataclass
+class Ranks:
+    """The ranks of one merge.
+
+    Attributes:
+        rank: Number of this process, from 0. Only rank 0 writes.
+        size: How many there are.
+        local_rank: Number among those of this machine.
+        local_size: How many share this machine.
+        num_bytes: Of the tensors that this rank has given or got in collective calls.
+        seconds: That it spent in them, waiting included.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    num_bytes: int = field(init=False, default=0)
+    seconds: float = field(init=False, default=0.0)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and talks."""
+        return self.rank == 0
+
+    def add_up_(self, tensor: torch.Tensor, owner: int) -> None:
+        """Collective: the owner's tensor becomes the sum of all; the others' are of no use afterwards."""
+        if self.size > 1:
+            with self._counted(tensor):
+                torch.distributed.reduce(tensor, dst=owner)
+
+    def add_up_everywhere_(self, tensor: torch.Tensor) -> None:
+        """Collective: everybody's tensor becomes the sum of all."""
+        if self.size > 1:
+            with self._counted(tensor):
+                torch.distributed.all_reduce(tensor)
+
+    def copy_(self, tensor: torch.Tensor, owner: int) -> None:
+        """Collective: everybody's tensor becomes the owner's."""
+        if self.size > 1:
+            with self._counted(tensor):
+                torch.distributed.broadcast(tensor, src=owner)
+
+    def gather(self, value: Value) -> list[Value]:
+        """Collective: everybody's value, by rank. For small things."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._counted():
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Value) -> Value:
+        """Collective: the first rank's value. For small things."""
+        if self.size == 1:
+            return value
+        values = [value]
+        with self._counted():
+            torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def tensors_from_first(
+        self, load: Callable[[], Mapping[str, torch.Tensor]], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Collective: tensors that only the first rank can load; the others get them on `device`."""
+        if self.size == 1:
+            return dict(load())
+        loaded = {name: tensor.to(device).contiguous() for name, tensor in load().items()} if self.is_first else {}
+        layout = self.from_first([(name, tensor.shape, tensor.dtype) for name, tensor in loaded.items()])
+        for name, shape, dtype in layout:
+            tensor = loaded[name] if self.is_first else torch.empty(shape, dtype=dtype, device=device)
+            self.copy_(tensor, 0)
+            loaded[name] = tensor
+        return loaded
+
+    def agree(self, step: Callable[[], Value]) -> Value:
+        """Collective: runs `step` on every rank; if it fails on one, it fails on all.
+
+        Raises:
+            LargemergeError: On the first rank, with everybody's problems; a `ToldError` on the others.
+        """
+        if self.size == 1:
+            return step()
+        result: Value | None = None
+        problems: tuple[str, ...] = ()
+        try:
+            result = step()
+        except LargemergeError as error:
+            problems = error.problems
+        everybodys = self.gather(problems)
+        if not any(everybodys):
+            return result  # type: ignore[return-value]
+        if not self.is_first:
+            raise ToldError(*everybodys[self.rank])
+        raise LargemergeError(*told_together(everybodys))
+
+    @contextmanager
+    def _counted(self, tensor: torch.Tensor | None = None) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+        self.num_bytes += 0 if tensor is None else tensor.nbytes
+
+
+def told_together(problems: Sequence[tuple[str, ...]]) -> list[str]:
+    """Everybody's problems: as they are where all ranks have them, else with the numbers of those that do."""
+    ranks: dict[str, list[str]] = {}
+    for rank, own in enumerate(problems):
+        for problem in own:
+            ranks.setdefault(problem, []).append(str(rank))
+    everybody = len(problems)
+    return [
+        problem if len(numbers) == everybody else f"rank {', '.join(numbers)}: {problem}"
+        for problem, numbers in ranks.items()
+    ]
+
+
+@contextmanager
+def start_ranks() -> Iterator[Ranks]:
+    """Joins the other ranks, as the launcher's environment describes them, and leaves them in the end."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 and not torch.distributed.is_initialized():
+        yield Ranks()
+        return
+    ours = not torch.distributed.is_initialized()
+    if ours:
+        _initialize()
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size
+    try:
+        yield Ranks(
+            rank=torch.distributed.get_rank(),
+            size=torch.distributed.get_world_size(),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_size=int(local_size),
+        )
+    finally:
+        # After an error the others may wait for this rank: ending the process is what tells them.
+        if ours and sys.exc_info()[0] is None:
+            torch.distributed.destroy_process_group()
+
+
+def _initialize() -> None:
+    """By the launcher that started us: its own way to begin, and torch's engine under all of them."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if "CROSS_SIZE" in os.environ:  # set by DeepSpeed's launcher alone
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
+    elif any(name.startswith("ACCELERATE_") for name in os.environ):
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available(), backend=backend, timeout=_TIMEOUT)
+    else:
+        torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+
+
+def share_out(costs: Sequence[Sequence[int]], size: int) -> list[list[list[int]]]:
+    """Gives every (candidate, batch) to one rank, so that all have about the same to do.
+
+    A rank gets neighbours, so that few candidates are split, and most of their blocks are read by one rank only.
+
+    Args:
+        costs: Of every candidate's batches, in any unit.
+        size: Number of ranks.
+
+    Returns:
+        By rank and candidate: the numbers of its batches.
+    """
+    shares: list[list[list[int]]] = [[[] for _ in costs] for _ in range(size)]
+    total = sum(sum(batches) for batches in costs)
+    before = 0
+    for candidate, batches in enumerate(costs):
+        for number, cost in enumerate(batches):
+            middle = 2 * before + cost  # twice the middle of this batch in the line of all
+            shares[min(size - 1, middle * size // max(1, 2 * total))][candidate].append(number)
+            before += cost
+    return shares
+
+
+def choose_owners(costs: Mapping[str, int], size: int) -> dict[str, int]:
+    """Gives every solve to one rank, the dearest first, each to whoever has least to do so far."""
+    loads = [0] * size
+    owners = {}
+    for name, cost in sorted(costs.items(), key=lambda item: (-item[1], item[0])):
+        owner = loads.index(min(loads))
+        owners[name] = owner
+        loads[owner] += cost
+    return owners

@@ -1,0 +1,90 @@
+"""What the ranks of a merge do together for one block: whose work is what, adding up, spreading what was solved.
+
+    every rank:      its (candidate, batch) items → its part of every group's sums
+    owner of group:  the parts, added up → solved → broadcast
+
+Hidden states never leave their rank. With one rank all of this is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from largemerge.distributed import Ranks, choose_owners
+from largemerge.passes import BlockPass
+from largemerge.regression.averages import RunningAverages
+from largemerge.regression.sums import GroupSums
+from largemerge.treatment import BlockPlan, GroupPlan
+from largemerge.weights import Tensors
+
+
+@dataclass(frozen=True)
+class Together:
+    """Who does what.
+
+    Attributes:
+        ranks: That share the merge.
+        homes: By candidate: the rank that counts what does not depend on its rows.
+        mine: By candidate: whether this rank has some of its batches.
+    """
+
+    ranks: Ranks
+    homes: Sequence[int]
+    mine: Sequence[bool]
+
+    def is_home(self, candidate: int) -> bool:
+        """Whether this rank counts what does not depend on the candidate's rows."""
+        return self.homes[candidate] == self.ranks.rank
+
+    def has_data(self, candidate: int) -> bool:
+        """Whether this rank has some of the candidate's batches."""
+        return self.mine[candidate]
+
+    def reads(self, candidate: int) -> bool:
+        """Whether this rank needs the candidate's blocks; the first candidate's are the anchor of all."""
+        return candidate == 0 or self.mine[candidate]
+
+    def owners(self, groups: Sequence[GroupPlan]) -> dict[str, int]:
+        """Which rank solves which group, by leader."""
+        return choose_owners({group.leader: _operations(group) for group in groups}, self.ranks.size)
+
+    def add_up_(self, each: BlockPass, sums: dict[str, GroupSums], averages: RunningAverages) -> None:
+        """Collective: the sums of every group become complete at its owner, and are gone elsewhere."""
+        if self.ranks.size == 1:
+            return
+        for leader, owner in self.owners(each.groups).items():
+            sums[leader].visit_sums_(partial(self.ranks.add_up_, owner=owner))
+            if owner != self.ranks.rank:
+                del sums[leader]
+        averages.visit_sums_(self.ranks.add_up_everywhere_)
+
+    def spread_(self, block: BlockPlan, each: BlockPass, anchor: Tensors, merged: Tensors) -> None:
+        """Collective: the weights that were solved by their owners become known to all."""
+        if self.ranks.size == 1:
+            return
+        dtypes = {plan.name: plan.dtype for plan in block.tensors}
+        owners = self.owners(each.groups)
+        for group in each.groups:
+            for path in group.outputs:
+                name = f"{block.name}.{path}.weight"
+                if name not in merged:
+                    merged[name] = torch.empty_like(
+                        anchor.pop(name), dtype=dtypes[name], memory_format=torch.contiguous_format
+                    )
+                self.ranks.copy_(merged[name], owners[group.leader])
+
+    def everybodys(self, linears: Mapping[str, Any], bytes_read: int) -> tuple[dict[str, Any], int]:
+        """Collective: the reports of all linears, and the bytes that all ranks have read."""
+        told = self.ranks.gather((dict(linears), bytes_read))
+        joined = {name: report for own, _ in told for name, report in own.items()}
+        return joined, sum(read for _, read in told)
+
+
+def _operations(group: GroupPlan) -> int:
+    """Of a solve."""
+    return group.num_inputs**3 // 3 + 2 * group.num_inputs**2 * sum(group.outputs.values())

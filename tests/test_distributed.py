@@ -1,0 +1,44 @@
+"""Who gets what, and what ranks tell each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from largemerge.distributed import Ranks, choose_owners, share_out, start_ranks, told_together
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_every_batch_has_one_rank_and_ranks_have_neighbours(size: int) -> None:
+    costs = [[5, 3, 1], [4], [2, 2, 2, 2]]
+    shares = share_out(costs, size)
+    items = [(candidate, number) for share in shares for candidate, numbers in enumerate(share) for number in numbers]
+    assert items == [(candidate, number) for candidate, batches in enumerate(costs) for number in range(len(batches))]
+    loads = [sum(costs[c][n] for c, numbers in enumerate(share) for n in numbers) for share in shares]
+    assert max(loads) <= sum(map(sum, costs)) / size + 5, "no rank has more than its part and one batch"
+
+
+def test_whole_candidates_where_that_is_even() -> None:
+    assert share_out([[4], [4], [2, 2], [4]], 2) == [[[0], [0], [], []], [[], [], [0, 1], [0]]]
+
+
+def test_ranks_without_work() -> None:
+    shares = share_out([[8], [8]], 4)
+    assert sum(1 for share in shares if any(share)) == 2
+
+
+def test_solves_are_spread_by_cost() -> None:
+    owners = choose_owners({"down": 64, "q": 8, "o": 8, "gate": 24}, 2)
+    assert owners["down"] == 0 and {owners[name] for name in ("q", "o", "gate")} == {1}
+    assert owners == choose_owners({"gate": 24, "o": 8, "q": 8, "down": 64}, 2), "the order says nothing"
+
+
+def test_problems_say_whose_they_are() -> None:
+    told = told_together([("a", "b"), ("b",), ("b", "c")])
+    assert told == ["rank 0: a", "b", "rank 2: c"]
+
+
+def test_alone_nothing_is_asked_of_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with start_ranks() as ranks:
+        assert ranks == Ranks() and ranks.is_first
+        assert ranks.gather("x") == ["x"] and ranks.agree(lambda: 3) == 3
