@@ -20,6 +20,7 @@ from largemerge.checkpoint.writer import Shard, ShardWriter
 from largemerge.distributed import Ranks
 from largemerge.estimate import Waiting
 from largemerge.merge_plan import Preparation
+from largemerge.node import ALONE, Node, find_node
 from largemerge.output import OutputFolder
 from largemerge.passes import block_passes
 from largemerge.progress import RunProgress
@@ -49,6 +50,8 @@ class Job:
     bytes_read: int = field(init=False, default=0)
     hidden_bytes_on_disk: int = field(init=False, default=0)
     retries: list[str] = field(init=False, default_factory=list)
+    node: Node = field(init=False, default=ALONE)
+    not_shared: str = field(init=False, default="")
 
     def run(self) -> None:
         """Writes what is not in the journal yet."""
@@ -78,10 +81,17 @@ class Job:
             if OUTSIDE not in finished and self.ranks.is_first:
                 self._merge_outside(weights, progress)
             hidden_states = stack.enter_context(self._hidden_states())
+            self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights))
+            stack.callback(self.node.clean_up)
             self._engine(weights, hidden_states, progress).run(finished, self.folder.record)
             self.bytes_read = weights.bytes_read
             if plan.placement.hidden_states is Waiting.DISK:
                 self.hidden_bytes_on_disk = hidden_states.num_bytes
+
+    def _largest_block(self, weights: Weights) -> int:
+        """Bytes on disk."""
+        blocks = self.preparation.plan.blocks
+        return max((weights.stored_bytes(0, [plan.name for plan in block.tensors]) for block in blocks), default=0)
 
     def _hidden_states(self) -> HiddenStates:
         plan = self.preparation.plan
@@ -131,7 +141,7 @@ class Job:
             ),
             watcher=progress,
             clock=self.clock,
-            together=Together(self.ranks, self.samples.homes, self.samples.mine),
+            together=Together(self.ranks, self.samples.holders, self.node),
         )
 
     def _merge_outside(self, weights: Weights, progress: RunProgress) -> None:

@@ -195,6 +195,8 @@ def _report(prepared: _Prepared, job: Job, folder: OutputFolder, peak: MemoryUse
         "bytes_read": job.bytes_read,
         "bytes_communicated": ranks.num_bytes,
         "seconds_communicating": round(ranks.seconds, 3),
+        "reads_shared_with": list(job.node.others) if job.node.prefix else [],
+        "reads_not_shared": job.not_shared,
     }
     everybodys = ranks.gather(own)
     return MergeReport.build(

@@ -102,17 +102,12 @@ class OwnSamples:
     Attributes:
         calibration: By candidate; some may be without batches.
         row_counts: By candidate and stack: rows that count, on all ranks together.
-        homes: By candidate: the first rank that has some of its batches.
+        holders: By candidate: the ranks that have some of its batches.
     """
 
     calibration: tuple[CalibrationSet, ...]
     row_counts: tuple[tuple[int, ...], ...]
-    homes: tuple[int, ...]
-
-    @property
-    def mine(self) -> tuple[bool, ...]:
-        """By candidate: whether this rank has some of its batches."""
-        return tuple(bool(data.batches) for data in self.calibration)
+    holders: tuple[tuple[int, ...], ...]
 
 
 def share_samples(
@@ -137,7 +132,8 @@ def share_samples(
             for data, numbers in zip(calibration, shares[ranks.rank], strict=True)
         ),
         row_counts=tuple(tuple(map(sum, zip(*batches, strict=True))) for batches in rows),
-        homes=tuple(
-            next(rank for rank, share in enumerate(shares) if share[candidate]) for candidate in range(len(calibration))
+        holders=tuple(
+            tuple(rank for rank, share in enumerate(shares) if share[candidate])
+            for candidate in range(len(calibration))
         ),
     )

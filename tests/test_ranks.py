@@ -15,6 +15,7 @@ from cases import Case, load_merged, weights_in, write_case
 from processes import ENVIRONMENT, finish, merging, run_ranks, start_ranks
 
 import largemerge
+from largemerge.node import SHARED_MEMORY
 
 CLOSE = 1e-5
 
@@ -64,6 +65,10 @@ def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, si
     assert len(report["ranks"]) == size
     assert all(rank["bytes_communicated"] > 0 for rank in report["ranks"])
     assert sum(rank["bytes_read"] for rank in report["ranks"]) == report["bytes_read"]
+    blocks = {name: entry["bytes_read"] for name, entry in report["blocks"].items()}
+    assert blocks == {name: entry["bytes_read"] for name, entry in alone.blocks.items()}, "each is read once"
+    assert all(rank["reads_shared_with"] == list(range(size)) for rank in report["ranks"])
+    assert not list(SHARED_MEMORY.glob("largemerge-*")), "nothing may be left in shared memory"
 
 
 def test_more_ranks_than_batches(tmp_path: Path) -> None:

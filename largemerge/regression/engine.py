@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,7 @@ from largemerge.regression.clock import Clock
 from largemerge.regression.finish import differences, finish_linear
 from largemerge.regression.gram import Scratch, float32_means_float32
 from largemerge.regression.sums import GroupSums, new_sums
-from largemerge.regression.together import Together
+from largemerge.regression.together import ReadItem, Together
 from largemerge.transfer import Transfer
 from largemerge.treatment import BlockPlan, GroupPlan, Treatment
 from largemerge.weights import Tensors, Weights
@@ -94,8 +95,9 @@ class Engine:
         """
         transfer = Transfer(self.activations.device)
 
-        def load(item: tuple[int, tuple[str, ...]]) -> Callable[[], Tensors]:
-            return transfer.begin(self.weights.candidate(*item))
+        def load(item: ReadItem) -> Callable[[], Tensors]:
+            read = partial(self.weights.candidate, item.candidate, item.names)
+            return transfer.begin(self.together.load(item, read))
 
         wanted = list(self._wanted(finished))
         ahead = self.settings.prefetch
@@ -110,7 +112,7 @@ class Engine:
                 if self.together.ranks.is_first:
                     done(block.name, report | {"seconds": self.clock.seconds()})
 
-    def _wanted(self, finished: frozenset[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    def _wanted(self, finished: frozenset[str]) -> Iterator[ReadItem]:
         for block in self.blocks:
             if block.name not in finished:
                 reads = [each.reads for each in self.passes[block.name]]
@@ -118,12 +120,11 @@ class Engine:
                 reads = [tuple(plan.name for plan in block.tensors)]
             else:
                 reads = []
-            indices = range(len(self.names))
             replayed = block.name in finished
-            mine = [
-                index for index in indices if (self.together.mine[index] if replayed else self.together.reads(index))
-            ]
-            yield from ((index, names) for names in reads for index in mine)
+            wants = self.together.has_data if replayed else self.together.wants
+            for number, names in enumerate(reads):
+                for index in filter(wants, range(len(self.names))):
+                    yield ReadItem(block.name, number, index, names, replayed)
 
     def _is_last(self, block: BlockPlan) -> bool:
         """Whether nobody reads what the block computes."""
@@ -174,12 +175,13 @@ class Engine:
         averages = RunningAverages(block.tensors if each.averages else (), self.settings.shares)
         anchor: Tensors = {}
         for index in range(len(self.names)):
-            if not self.together.reads(index):
+            if not self.together.wants(index):
                 self._skip(block, each, index, sums)
                 continue
             with self.clock.stage("wait_for_read"):
                 tensors = next(blocks_of_candidates)
-            self._bytes_read += self.weights.stored_bytes(index, each.reads)
+            if self.together.reads(index):
+                self._bytes_read += self.weights.stored_bytes(index, each.reads)
             if index == 0:
                 solved = {f"{block.name}.{path}.weight" for group in each.groups for path in group.outputs}
                 anchor = {name: tensor for name, tensor in tensors.items() if name in solved}
@@ -191,8 +193,7 @@ class Engine:
                 self._skip(block, each, index, sums)
             del tensors
         with self.clock.stage("communicate"):
-            self.together.add_up_(each, sums, averages)
-        merged |= averages.finish()
+            merged |= self.together.add_up_(each, sums, averages)
         excluded = {plan.name: plan.dtype for plan in block.tensors if plan.treatment is Treatment.BASE}
         for name, tensor in (self.weights.base(list(excluded)) if excluded and each.averages else {}).items():
             merged[name] = tensor.to(device, excluded[name])

@@ -8,7 +8,7 @@ Hidden states never leave their rank. With one rank all of this is nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from largemerge.distributed import Ranks, choose_owners
+from largemerge.node import Node
 from largemerge.passes import BlockPass
 from largemerge.regression.averages import RunningAverages
 from largemerge.regression.sums import GroupSums
@@ -24,44 +25,85 @@ from largemerge.weights import Tensors
 
 
 @dataclass(frozen=True)
+class ReadItem:
+    """The tensors of one candidate for one pass over a block.
+
+    Attributes:
+        block: Its name.
+        number: Of the pass.
+        candidate: Whose.
+        names: Of the tensors.
+        replayed: Whether the block was finished by an earlier run.
+    """
+
+    block: str
+    number: int
+    candidate: int
+    names: tuple[str, ...]
+    replayed: bool
+
+    @property
+    def key(self) -> str:
+        """The same on all ranks, and once in a merge."""
+        return f"{self.block}-{self.number}-{self.candidate}"
+
+
+@dataclass(frozen=True)
 class Together:
     """Who does what.
 
     Attributes:
         ranks: That share the merge.
-        homes: By candidate: the rank that counts what does not depend on its rows.
-        mine: By candidate: whether this rank has some of its batches.
+        holders: By candidate: the ranks that have some of its batches, in order.
+        node: Ranks that share this machine.
     """
 
     ranks: Ranks
-    homes: Sequence[int]
-    mine: Sequence[bool]
+    holders: Sequence[Sequence[int]]
+    node: Node
 
     def is_home(self, candidate: int) -> bool:
         """Whether this rank counts what does not depend on the candidate's rows."""
-        return self.homes[candidate] == self.ranks.rank
+        return self.holders[candidate][0] == self.ranks.rank
 
     def has_data(self, candidate: int) -> bool:
         """Whether this rank has some of the candidate's batches."""
-        return self.mine[candidate]
+        return self.ranks.rank in self.holders[candidate]
+
+    def wants(self, candidate: int) -> bool:
+        """Whether this rank needs the candidate's blocks; the first candidate's are the anchor of all."""
+        return candidate == 0 or self.has_data(candidate)
 
     def reads(self, candidate: int) -> bool:
-        """Whether this rank needs the candidate's blocks; the first candidate's are the anchor of all."""
-        return candidate == 0 or self.mine[candidate]
+        """Whether this rank reads the candidate's blocks from disk, maybe for others on its machine."""
+        return self.node.reader(self._wanted_by(candidate, replayed=False)) == self.ranks.rank
+
+    def load(self, item: ReadItem, read: Callable[[], Tensors]) -> Tensors:
+        """A candidate's tensors, from disk or from the rank of this machine that reads them."""
+        return self.node.load(item.key, self._wanted_by(item.candidate, replayed=item.replayed), read)
+
+    def _wanted_by(self, candidate: int, *, replayed: bool) -> Sequence[int]:
+        """The ranks that need a candidate's tensors."""
+        return range(self.ranks.size) if candidate == 0 and not replayed else self.holders[candidate]
 
     def owners(self, groups: Sequence[GroupPlan]) -> dict[str, int]:
         """Which rank solves which group, by leader."""
         return choose_owners({group.leader: _operations(group) for group in groups}, self.ranks.size)
 
-    def add_up_(self, each: BlockPass, sums: dict[str, GroupSums], averages: RunningAverages) -> None:
-        """Collective: the sums of every group become complete at its owner, and are gone elsewhere."""
+    def add_up_(self, each: BlockPass, sums: dict[str, GroupSums], averages: RunningAverages) -> Tensors:
+        """Collective: the sums of every group become complete at its owner, and are gone elsewhere.
+
+        Returns:
+            The averages, on all ranks.
+        """
         if self.ranks.size == 1:
-            return
+            return averages.finish()
         for leader, owner in self.owners(each.groups).items():
             sums[leader].visit_sums_(partial(self.ranks.add_up_, owner=owner))
             if owner != self.ranks.rank:
                 del sums[leader]
         averages.visit_sums_(self.ranks.add_up_everywhere_)
+        return averages.finish()
 
     def spread_(self, block: BlockPlan, each: BlockPass, anchor: Tensors, merged: Tensors) -> None:
         """Collective: the weights that were solved by their owners become known to all."""
