@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from largemerge.errors import LargemergeError, ToldError
+from largemerge.errors import LargemergeError, MergeError, ToldError
+from largemerge.heartbeat import Heartbeat, join_store, open_store
 
 Value = TypeVar("Value")
 
@@ -45,6 +46,8 @@ class Ranks:
     local_size: int = 1
     num_bytes: int = field(init=False, default=0)
     seconds: float = field(init=False, default=0.0)
+    _heartbeat: Heartbeat | None = field(init=False, default=None)
+    _all_know: bool = field(init=False, default=False)
 
     @property
     def is_first(self) -> bool:
@@ -118,6 +121,7 @@ class Ranks:
         everybodys = self.gather(problems)
         if not any(everybodys):
             return result  # type: ignore[return-value]
+        self._all_know = True
         if not self.is_first:
             raise ToldError(*everybodys[self.rank])
         raise LargemergeError(*told_together(everybodys))
@@ -125,9 +129,37 @@ class Ranks:
     @contextmanager
     def _counted(self, tensor: torch.Tensor | None = None) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except RuntimeError:
+            if self._heartbeat is None:
+                raise
+            why = self._heartbeat.why_gone()
+            self._all_know = True
+            kind = MergeError if self.is_first or "rank 0" in why else ToldError
+            raise kind(f"{why}; what is finished is safe: go on with --resume") from None
         self.seconds += time.perf_counter() - start
         self.num_bytes += 0 if tensor is None else tensor.nbytes
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Collective: meanwhile a rank that dies, hangs or fails ends all of them."""
+        if self.size == 1:
+            yield
+            return
+        store = open_store() if self.is_first else None
+        port = self.from_first(store.port if store is not None else 0)
+        heartbeat = Heartbeat(store or join_store(port), self.rank, self.size)
+        self.gather(None)  # now everybody has a beat
+        heartbeat.start()
+        self._heartbeat = heartbeat
+        try:
+            yield
+        except BaseException as error:
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            heartbeat.stop(None if self._all_know else first_line)
+            raise
+        heartbeat.stop()
 
 
 def told_together(problems: Sequence[tuple[str, ...]]) -> list[str]:
@@ -154,13 +186,15 @@ def start_ranks() -> Iterator[Ranks]:
     if ours:
         _initialize()
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size
+    ranks = Ranks(
+        rank=torch.distributed.get_rank(),
+        size=torch.distributed.get_world_size(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(local_size),
+    )
     try:
-        yield Ranks(
-            rank=torch.distributed.get_rank(),
-            size=torch.distributed.get_world_size(),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            local_size=int(local_size),
-        )
+        with ranks.watched():
+            yield ranks
     finally:
         # After an error the others may wait for this rank: ending the process is what tells them.
         if ours and sys.exc_info()[0] is None:

@@ -69,14 +69,14 @@ def start(
 
 
 def start_ranks(
-    arguments: Sequence[Sequence[object]], folder: Path, kill_at: int | None = None
+    arguments: Sequence[Sequence[object]], folder: Path, environment: Mapping[str, str] | None = None
 ) -> list[ForkServerProcess]:
     """Starts one process for each rank, as a launcher would.
 
     Args:
         arguments: Of every rank's command line.
         folder: For their output, `rank0.log` and so on.
-        kill_at: See `start`; of the first rank.
+        environment: More variables of all ranks.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,8 +87,7 @@ def start_ranks(
         start(
             own,
             folder / f"rank{rank}.log",
-            kill_at if rank == 0 else None,
-            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            environment={**common, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, own in enumerate(arguments)
     ]

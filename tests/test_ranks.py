@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +130,23 @@ def test_a_mistake_that_all_have_is_told_once(tmp_path: Path) -> None:
     assert [finish(process) for process in ranks] == [2, 2]
     assert (tmp_path / "rank0.log").read_text().count("does not exist") == 1
     assert (tmp_path / "rank1.log").read_text() == ""
+
+
+@pytest.mark.parametrize(("gone", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_rank_that_is_gone_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int, number: signal.Signals
+) -> None:
+    case = processes.make_long_case(tmp_path)
+    case.write_yaml()
+    ranks = start_ranks([merging(case, tmp_path / "out")] * 2, tmp_path, environment={"LARGEMERGE_RANK_TIMEOUT": "3"})
+    assert processes.wait_until(lambda: len(processes.parts(tmp_path / "out")) >= 2, ranks[0])
+    assert ranks[gone].pid is not None
+    os.kill(ranks[gone].pid, number)
+    assert finish(ranks[1 - gone]) != 0
+    ranks[gone].kill()
+    log = (tmp_path / f"rank{1 - gone}.log").read_text()
+    assert f"rank {gone} " in log and "--resume" in log and "Traceback" not in log, log
+    run_ranks(merging(case, tmp_path / "out", "--resume"), tmp_path, 2)
 
 
 def test_torchrun(tmp_path: Path) -> None:

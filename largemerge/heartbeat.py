@@ -1,0 +1,130 @@
+"""Ranks that watch each other, so that one that dies, hangs or fails ends the merge of all, and is named.
+
+Every rank writes a beat into a store that the first rank keeps, and looks at everybody's. A rank whose beat stands
+still for `beat_limit()` seconds is gone (killed, stopped, its machine lost); one that failed says why. Whoever sees it
+ends its own process: a rank that waits in a collective call for one that is gone would wait for ever. What is finished
+is on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+_INTERVAL_SECONDS = 1.0
+_GRACE_SECONDS = 3.0
+"""For the main thread to end by itself, which often finds a broken connection first."""
+_EXIT_CODE = 1
+_FAILED, _DONE = "failed ", "done"
+
+
+def beat_limit() -> float:
+    """Seconds without a beat after which a rank is given up: `LARGEMERGE_RANK_TIMEOUT`, 30 by default."""
+    return float(os.environ.get("LARGEMERGE_RANK_TIMEOUT", "30"))
+
+
+def open_store() -> Any:
+    """On the first rank: the store, at a free port."""
+    return _store(0, is_first=True)
+
+
+def join_store(port: int) -> Any:
+    """On any other rank: the first one's store."""
+    return _store(port, is_first=False)
+
+
+def _store(port: int, *, is_first: bool) -> Any:
+    distributed: Any = torch.distributed  # its store carries no types
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    patience = timedelta(seconds=max(5.0, beat_limit()))
+    return distributed.TCPStore(host, port, None, is_first, patience, wait_for_workers=False)
+
+
+class Heartbeat:
+    """The beat of this rank, and a look at the others', in a thread.
+
+    Args:
+        store: Of all ranks: from `open_store` on the first, from `join_store` on the others.
+        rank: This one.
+        size: How many there are.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._store, self._rank = store, rank
+        self._others = [other for other in range(size) if other != rank]
+        self._limit = beat_limit()
+        self._stopped = threading.Event()
+        self._gone = threading.Event()
+        self._why = ""
+        self._thread = threading.Thread(target=self._run, name="largemerge-heartbeat", daemon=True)
+        self._store.set(_key(rank), "0")
+
+    def start(self) -> None:
+        """Begins to beat; all ranks must have made theirs by now."""
+        self._thread.start()
+
+    def stop(self, failure: str | None = None) -> None:
+        """Ends the beat: this rank is done, or has failed."""
+        self._stopped.set()
+        self._thread.join(self._limit)
+        try:
+            self._store.set(_key(self._rank), _DONE if failure is None else _FAILED + failure)
+        except RuntimeError:
+            return  # the first rank has left already
+
+    def why_gone(self) -> str:
+        """After a broken connection: which rank has gone and why, once that is known."""
+        self._gone.wait(self._limit + _GRACE_SECONDS + 2 * _INTERVAL_SECONDS)
+        return self._why or "the connection to another rank has broken"
+
+    def _run(self) -> None:
+        seen = {rank: ("", time.monotonic()) for rank in self._others}
+        number = 0
+        while not self._stopped.wait(_INTERVAL_SECONDS):
+            number += 1
+            try:
+                self._store.set(_key(self._rank), str(number))
+                beats = self._store.multi_get([_key(rank) for rank in self._others])
+            except RuntimeError:
+                self._end("rank 0 cannot be reached: it has ended, or the network has")
+                return
+            why = self._look(seen, [beat.decode() for beat in beats])
+            if why is not None:
+                self._end(why)
+                return
+
+    def _look(self, seen: dict[int, tuple[str, float]], beats: list[str]) -> str | None:
+        """Notes what has changed; says which rank has gone, if one has."""
+        now = time.monotonic()
+        for rank, beat in zip(self._others, beats, strict=True):
+            if beat.startswith(_FAILED):
+                return f"rank {rank} has failed: {beat.removeprefix(_FAILED)}"
+            if beat == _DONE or beat != seen[rank][0]:
+                seen[rank] = (beat, now)
+            elif now - seen[rank][1] > self._limit:
+                quiet = f"rank {rank} has not answered for {self._limit:.0f} s"
+                return f"{quiet}: it was killed, was stopped, or is cut off"
+        return None
+
+    def _end(self, why: str) -> None:
+        """Tells the main thread, and ends the process if that does not.
+
+        At the very end of a merge the first rank may leave before this one looks away; this one is done a moment later.
+        """
+        self._why = why
+        self._gone.set()
+        if self._stopped.wait(_GRACE_SECONDS):
+            return
+        if self._rank == 0 or "rank 0" in why:
+            print(f"largemerge: {why}; what is finished is safe: go on with --resume", file=sys.stderr, flush=True)
+        os._exit(_EXIT_CODE)
+
+
+def _key(rank: int) -> str:
+    return f"beat-{rank}"
