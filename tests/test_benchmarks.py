@@ -54,6 +54,15 @@ def test_growth(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "growth.svg").read_text()
 
 
+def test_several_ranks(tmp_path: Path) -> None:
+    run("llama_synthetic.py", *TINY, "--work", tmp_path, "--keep", cwd=tmp_path)
+    (config,) = tmp_path.rglob("merge.yaml")
+    lines = run("ranks.py", config, "--work", tmp_path / "ranks", "--repeats", "1", cwd=tmp_path)
+    one, two = result(lines, "ranks")["rows"]
+    assert two["ranks"] == 2 and two["bytes_communicated"] > 0 and two["difference"] < 1e-2
+    assert two["bytes_read"] == one["bytes_read"]
+
+
 def test_hidden_states_on_disk(tmp_path: Path) -> None:
     found = result(run("hidden_states.py", "--quick", "--work", tmp_path / "hs", cwd=tmp_path), "hidden_states")
     assert found["disk"]["on_disk"]["disk_bytes"] > 0
