@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
     _add_memory_options(plan)
     plan.add_argument("--no-probe", dest="probe", action="store_false", help="no time estimate, no seconds spent on it")
+    plan.add_argument(
+        "--num-ranks", type=int, default=1, metavar="N", help="what each of N processes would hold, move and compute"
+    )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
@@ -135,12 +138,14 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.num_ranks < 1:
+        raise ConfigError(f"--num-ranks {options.num_ranks}: expected 1 or more")
     config = _config(options)
     _quiet_libraries()
     from largemerge.merging import plan
     from largemerge.tables import print_plan
 
-    made = plan(config, device=options.device, probe=options.probe)
+    made = plan(config, device=options.device, probe=options.probe, num_ranks=options.num_ranks)
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:

@@ -16,6 +16,7 @@ from largemerge.estimate import Footprint, Placement
 from largemerge.inputs import Inputs
 from largemerge.model.rehearsal import Rehearsal
 from largemerge.placement import Limits
+from largemerge.rank_plan import RankPlan
 from largemerge.treatment import (
     BlockPlan,
     TensorPlan,
@@ -44,6 +45,7 @@ class MergePlan:
         footprint: Its bytes at the peak.
         limits: That it keeps.
         seconds: By stage, estimated from a probe of this machine; empty if there was none.
+        ranks: What every rank would do, where several were asked for.
         notes: What a user should know.
         problems: What makes it impossible.
     """
@@ -64,6 +66,7 @@ class MergePlan:
     footprint: Footprint
     limits: Limits
     seconds: Mapping[str, float]
+    ranks: tuple[RankPlan, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -130,6 +133,7 @@ class MergePlan:
             },
             "limit_bytes": {"host": self.limits.host, "device": self.limits.device},
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
+            "ranks": [rank.to_json() for rank in self.ranks],
             "notes": list(self.notes),
             "problems": list(self.problems),
         }

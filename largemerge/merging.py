@@ -40,7 +40,7 @@ DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 _MOST_PROBLEMS = 20
 
 
-def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True) -> MergePlan:
+def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True, num_ranks: int = 1) -> MergePlan:
     """Plans a merge from configs and headers alone; of weights and samples it reads none.
 
     Args:
@@ -48,6 +48,7 @@ def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True) -> M
         device: `auto`, `cpu`, `cuda:0`, ….
         probe: Measure this machine for a few seconds (products, copies, some megabytes of a candidate read), so that
             the plan says how long the merge will take.
+        num_ranks: Also say what each of so many ranks would hold, move and compute.
 
     Raises:
         LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
@@ -56,7 +57,7 @@ def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True) -> M
     resolved = load_config(config)
     inputs = open_inputs(resolved)
     outlines = for_every_candidate(resolved, inputs, outline_calibration)
-    return make_plan(resolved, inputs, choose_device(device), outlines, probe=probe).plan
+    return make_plan(resolved, inputs, choose_device(device), outlines, probe=probe, num_ranks=num_ranks).plan
 
 
 def merge(

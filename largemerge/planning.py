@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from largemerge.output import existing_folder
 from largemerge.placement import Choice, Limits, choose_placement, find_limits, waits_on_disk
 from largemerge.probe import measure_rates
 from largemerge.quantization import quantize_output
+from largemerge.rank_plan import plan_ranks
 from largemerge.sizes import gib
 from largemerge.timing import estimate_seconds
 from largemerge.treatment import (
@@ -40,7 +42,7 @@ from largemerge.treatment import (
     tensor_labels,
     treatment_problems,
 )
-from largemerge.workload import BatchShapes, Workload, batch_shapes, measure_workload
+from largemerge.workload import BatchShapes, Workload, batch_shapes, measure_workload, split_shapes
 
 
 def choose_device(device: str) -> torch.device:
@@ -69,6 +71,7 @@ def make_plan(
     out: Path | None = None,
     *,
     probe: bool = False,
+    num_ranks: int = 1,
 ) -> Preparation:
     """Plans a merge.
 
@@ -80,6 +83,7 @@ def make_plan(
         calibration: The data itself, once it has been read: estimates become exact.
         out: The output folder, to see whether the disk has room.
         probe: Measure this machine for some seconds, to say how long the merge will take.
+        num_ranks: Also say what each of so many ranks would do.
 
     Raises:
         ArchitectureError: If the model cannot be run block by block.
@@ -121,6 +125,19 @@ def make_plan(
         footprint=choice.footprint,
         limits=limits,
         seconds=seconds,
+        ranks=(
+            plan_ranks(
+                split_shapes(shapes, choice.placement.samples),
+                rehearsal,
+                partial(_workload, config, inputs, rehearsal, blocks, outside),
+                choice.placement,
+                device,
+                num_ranks,
+                eight_bit=config.memory.hidden_states_8bit,
+            )
+            if num_ranks > 1
+            else ()
+        ),
         notes=tuple(notes),
         problems=tuple(problems),
     )

@@ -112,6 +112,11 @@ def print_plan(plan: MergePlan, console: Console) -> None:
         longest = sorted(plan.seconds.items(), key=lambda item: -item[1])[:4]
         stages = ", ".join(f"{stage.replace('_', ' ')} {seconds:.1f} s" for stage, seconds in longest)
         table.add_row("time", f"about {sum(plan.seconds.values()):.0f} s once it has begun ({stages}, …)")
+    for rank in plan.ranks:
+        held = gib(rank.host) + (f" + {gib(rank.device)} on a GPU" if rank.device else "")
+        work = f"{rank.num_batches} batches of {rank.num_candidates} candidates, {rank.num_rows} rows"
+        moved = f"{rank.operations / 1e12:.2f} TFLOP, {gib(rank.bytes_communicated)} moved"
+        table.add_row(f"rank {rank.rank}", f"{work}; holds {held}; {moved}")
     for note in plan.notes:
         table.add_row("note", note)
     for problem in plan.problems:

@@ -142,13 +142,15 @@ def measure_workload(
             {number: sum(_num_rows(seen, batch) for batch in of_candidate) for number, seen in stacks.items()}
             for of_candidate in shapes
         ),
-        batch_samples=max(_num_samples(batch) for batch in batches),
+        batch_samples=max((_num_samples(batch) for batch in batches), default=1),
         num_batches=len(batches),
         sample_rows={
-            number: max(_num_rows(seen, batch) // _num_samples(batch) for batch in batches)
+            number: max((_num_rows(seen, batch) // _num_samples(batch) for batch in batches), default=0)
             for number, seen in stacks.items()
         },
-        sample_hidden_bytes=max(size // _num_samples(batch) for size, batch in zip(hidden, batches, strict=True)),
+        sample_hidden_bytes=max(
+            (size // _num_samples(batch) for size, batch in zip(hidden, batches, strict=True)), default=0
+        ),
         hidden_bytes=sum(hidden),
         input_bytes=sum(_input_bytes(batch, floating=False) for batch in batches) + (0 if spooled else sum(floating)),
         loading_bytes=max(floating) if spooled else 0,
@@ -156,6 +158,24 @@ def measure_workload(
         * max(sum(state[name].numel() for name in stack.first) for stack in rehearsal.stacks),
         outside_bytes=outside_bytes,
     )
+
+
+def count_rows_of(rehearsal: Rehearsal, batch: BatchShapes) -> int:
+    """Rows of a batch, over all stacks, padding included."""
+    return sum(_num_rows(stack, batch) for stack in rehearsal.stacks)
+
+
+def split_shapes(shapes: Sequence[Sequence[BatchShapes]], most: int) -> list[list[BatchShapes]]:
+    """Batches of at most so many samples."""
+    return [
+        [
+            {name: (min(most, total - start), *shape[1:]) for name, shape in batch.items()}
+            for batch in of_candidate
+            for total in [_num_samples(batch)]
+            for start in range(0, total, most)
+        ]
+        for of_candidate in shapes
+    ]
 
 
 def _kinds(inputs: Inputs, rehearsal: Rehearsal, blocks: Sequence[BlockPlan]) -> tuple[BlockKind, ...]:

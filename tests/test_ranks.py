@@ -73,6 +73,21 @@ def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, si
     assert not list(SHARED_MEMORY.glob("largemerge-*")), "nothing may be left in shared memory"
 
 
+def test_the_plan_says_what_ranks_move_and_hold(tmp_path: Path) -> None:
+    case = make_case(tmp_path, "llama", "regmean_plusplus", num_candidates=2)
+    plan = largemerge.plan(case.config, probe=False, num_ranks=3)
+    assert [rank.rank for rank in plan.ranks] == [0, 1, 2]
+    alone = largemerge.plan(case.config, probe=False)
+    assert alone.ranks == () and alone.to_json()["ranks"] == []
+    run_ranks(merging(case, tmp_path / "out"), tmp_path, 3)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    for planned, measured in zip(plan.ranks, report["ranks"], strict=True):
+        assert planned.bytes_communicated == pytest.approx(measured["bytes_communicated"], rel=0.02)
+    tokens = next(iter(report["blocks"].values()))["linears"].values()
+    assert sum(rank.num_rows for rank in plan.ranks) >= sum(next(iter(tokens))["tokens"].values())
+    assert all(rank.operations < sum(other.operations for other in plan.ranks) for rank in plan.ranks)
+
+
 def test_more_ranks_than_batches(tmp_path: Path) -> None:
     models = [tiny_models.perturbed("llama", seed) for seed in range(2)]
     case = write_case(tmp_path, models, [tiny_models.inputs("text", 6, seed) for seed in range(2)])

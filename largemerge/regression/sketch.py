@@ -53,5 +53,10 @@ class Sketcher:
         return float(own_BS.norm()) / math.sqrt(_COLUMNS)
 
 
+def sketch_bytes(num_linears: int) -> int:
+    """Of one candidate's sketch of a group of linears."""
+    return 4 * _BUCKETS * _COLUMNS * num_linears
+
+
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, 2, shape, generator=generator) * 2.0 - 1

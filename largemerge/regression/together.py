@@ -88,7 +88,7 @@ class Together:
 
     def owners(self, groups: Sequence[GroupPlan]) -> dict[str, int]:
         """Which rank solves which group, by leader."""
-        return choose_owners({group.leader: _operations(group) for group in groups}, self.ranks.size)
+        return choose_owners({group.leader: group.solve_operations for group in groups}, self.ranks.size)
 
     def add_up_(self, each: BlockPass, sums: dict[str, GroupSums], averages: RunningAverages) -> Tensors:
         """Collective: the sums of every group become complete at its owner, and are gone elsewhere.
@@ -125,8 +125,3 @@ class Together:
         told = self.ranks.gather((dict(linears), bytes_read))
         joined = {name: report for own, _ in told for name, report in own.items()}
         return joined, sum(read for _, read in told)
-
-
-def _operations(group: GroupPlan) -> int:
-    """Of a solve."""
-    return group.num_inputs**3 // 3 + 2 * group.num_inputs**2 * sum(group.outputs.values())

@@ -1,0 +1,128 @@
+"""What every rank of a merge would hold, move and compute, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from largemerge.distributed import choose_owners, share_out
+from largemerge.estimate import Placement, footprint
+from largemerge.memory import memory_in_use
+from largemerge.model.rehearsal import Rehearsal
+from largemerge.passes import mean_dtype
+from largemerge.regression.gram import GRAM_DTYPE, panels
+from largemerge.regression.sketch import sketch_bytes
+from largemerge.timing import Rates, estimate_seconds
+from largemerge.treatment import Treatment
+from largemerge.workload import BatchShapes, Workload, count_rows_of
+
+_OPERATIONS = Rates(1.0, 1.0, 1.0, 1.0, math.inf, math.inf, math.inf, 0.0)
+"""With these, what takes a second is one operation, and bytes take no time."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank will do.
+
+    Attributes:
+        rank: Its number.
+        num_candidates: Of which it has calibration data.
+        num_batches: Of calibration data.
+        num_rows: Tokens that count, over all stacks.
+        host: Bytes that it holds at the peak, its libraries included.
+        device: Bytes on a GPU.
+        bytes_communicated: In collective calls, given or got: sums, and merged weights.
+        operations: Multiplications and additions, its solves included.
+    """
+
+    rank: int
+    num_candidates: int
+    num_batches: int
+    num_rows: int
+    host: int
+    device: int
+    bytes_communicated: int
+    operations: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def plan_ranks(
+    shapes: Sequence[Sequence[BatchShapes]],
+    rehearsal: Rehearsal,
+    workload: Callable[[Sequence[Sequence[BatchShapes]]], Workload],
+    placement: Placement,
+    device: torch.device,
+    num_ranks: int,
+    *,
+    eight_bit: bool,
+) -> tuple[RankPlan, ...]:
+    """Shares the work out as a merge would.
+
+    Args:
+        shapes: Of every candidate's batches, as many samples each as run at once.
+        rehearsal: Says how many rows a batch has.
+        workload: Of some of the batches.
+        placement: Of every rank.
+        device: Its kind.
+        num_ranks: How many there are.
+        eight_bit: Hidden states wait in 8 bits.
+    """
+    rows = [[count_rows_of(rehearsal, batch) for batch in batches] for batches in shapes]
+    whole = workload(shapes)
+    before = memory_in_use(device).host_anonymous
+    solves = _solve_operations(whole, num_ranks)
+    moved = _bytes_communicated(whole) if num_ranks > 1 else 0
+    plans = []
+    for rank, numbers in enumerate(share_out(rows, num_ranks)):
+        own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
+        work = workload(own)
+        held = footprint(work, placement, device, before, eight_bit=eight_bit)
+        stages = estimate_seconds(work, placement, _OPERATIONS)
+        plans.append(
+            RankPlan(
+                rank=rank,
+                num_candidates=sum(bool(batches) for batches in own),
+                num_batches=sum(map(len, own)),
+                num_rows=sum(rows[candidate][number] for candidate, mine in enumerate(numbers) for number in mine),
+                host=held.host,
+                device=held.device,
+                bytes_communicated=moved,
+                operations=round(sum(stages.values()) - stages["solve"] + solves[rank]),
+            )
+        )
+    return tuple(plans)
+
+
+def _solve_operations(work: Workload, num_ranks: int) -> list[float]:
+    """By rank, of the solves that it owns."""
+    totals = [0.0] * num_ranks
+    for kind in work.kinds:
+        costs = {group.leader: group.solve_operations for group in kind.block.groups}
+        for leader, owner in choose_owners(costs, num_ranks).items():
+            totals[owner] += kind.count * costs[leader]
+    return totals
+
+
+def _bytes_communicated(work: Workload) -> int:
+    """Of the sums of every group, of the weights that are solved from them, of averages, and of merged embeddings."""
+    total = work.first_bytes
+    for kind in work.kinds:
+        averaged = [plan.name for plan in kind.block.tensors if plan.treatment is Treatment.AVERAGED]
+        total += kind.count * kind.bytes_of(averaged, GRAM_DTYPE)
+        dtypes: Mapping[str, torch.dtype] = {plan.name: plan.dtype for plan in kind.block.tensors}
+        for group in kind.block.groups:
+            size, outputs = group.num_inputs, sum(group.outputs.values())
+            lower_half = sum((size - piece.start) * (piece.stop - piece.start) for piece in panels(size))
+            total += kind.count * GRAM_DTYPE.itemsize * (lower_half + size * outputs)
+            total += kind.count * mean_dtype(kind.block, group).itemsize * size * outputs
+            total += kind.count * work.num_candidates * sketch_bytes(len(group.outputs))
+            for path, rows in group.outputs.items():
+                total += kind.count * dtypes[f"{kind.block.name}.{path}.weight"].itemsize * size * rows
+    return total
