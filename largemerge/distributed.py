@@ -168,15 +168,15 @@ def start_ranks() -> Iterator[Ranks]:
 
 
 def _initialize() -> None:
-    """By the launcher that started us: its own way to begin, and torch's engine under all of them."""
+    """Under Accelerate in its way, which knows MPI, too; else torch's, by the variables of the launcher.
+
+    DeepSpeed's own `init_distributed` would, on CPUs, compile collectives that a merge never calls (a minute, and a
+    compiler), and leave their buffers in shared memory (66 MiB a rank).
+    """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    if "CROSS_SIZE" in os.environ:  # set by DeepSpeed's launcher alone
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
-    elif any(name.startswith("ACCELERATE_") for name in os.environ):
+    if any(name.startswith("ACCELERATE_") for name in os.environ):
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), backend=backend, timeout=_TIMEOUT)

@@ -23,7 +23,7 @@ import transformers as tf
 from cases import Case, files_in, load_merged, weights_in, write_case
 from transformers import LlamaForCausalLM  # imported late otherwise, in every child
 
-import largemerge.merging  # noqa: F401
+import largemerge.merging
 from largemerge.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,12 @@ def start(
     return process
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def start_ranks(
     arguments: Sequence[Sequence[object]], folder: Path, kill_at: int | None = None
 ) -> list[ForkServerProcess]:
@@ -79,11 +85,8 @@ def start_ranks(
         folder: For their output, `rank0.log` and so on.
         kill_at: See `start`; of the first rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     size = str(len(arguments))
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         start(
             own,
@@ -216,3 +219,10 @@ def assert_agree(found: Path, expected: Path) -> None:
     assert set(left) == set(right)
     for name, tensor in right.items():
         assert torch.linalg.vector_norm(left[name] - tensor) <= CLOSE * torch.linalg.vector_norm(tensor), name
+
+
+def check_two_ranks(case: Case, out: Path) -> None:
+    """Two ranks merged the case into `out`, with the result of one process."""
+    assert len(json.loads((out / "merge_report.json").read_text())["ranks"]) == 2
+    largemerge.merge(case.config, case.folder / "alone")
+    assert_agree(out, case.folder / "alone")
