@@ -146,7 +146,7 @@ def told_together(problems: Sequence[tuple[str, ...]]) -> list[str]:
 @contextmanager
 def start_ranks() -> Iterator[Ranks]:
     """Joins the other ranks, as the launcher's environment describes them, and leaves them in the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _world_size()
     if size == 1 and not torch.distributed.is_initialized():
         yield Ranks()
         return
@@ -167,6 +167,19 @@ def start_ranks() -> Iterator[Ranks]:
             torch.distributed.destroy_process_group()
 
 
+def _world_size() -> int:
+    """How many processes the launcher has started; Accelerate may have let MPI start them, which names it otherwise."""
+    if not _started_by_accelerate():
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    from accelerate.utils import get_cpu_distributed_information
+
+    return int(get_cpu_distributed_information().world_size)
+
+
+def _started_by_accelerate() -> bool:
+    return any(name.startswith("ACCELERATE_") for name in os.environ)
+
+
 def _initialize() -> None:
     """Under Accelerate in its way, which knows MPI, too; else torch's, by the variables of the launcher.
 
@@ -176,7 +189,7 @@ def _initialize() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    if any(name.startswith("ACCELERATE_") for name in os.environ):
+    if _started_by_accelerate():
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), backend=backend, timeout=_TIMEOUT)
