@@ -178,7 +178,7 @@ def told_together(problems: Sequence[tuple[str, ...]]) -> list[str]:
 @contextmanager
 def start_ranks() -> Iterator[Ranks]:
     """Joins the other ranks, as the launcher's environment describes them, and leaves them in the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _world_size()
     if size == 1 and not torch.distributed.is_initialized():
         yield Ranks()
         return
@@ -201,16 +201,29 @@ def start_ranks() -> Iterator[Ranks]:
             torch.distributed.destroy_process_group()
 
 
+def _world_size() -> int:
+    """How many processes the launcher has started; Accelerate may have let MPI start them, which names it otherwise."""
+    if not _started_by_accelerate():
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    from accelerate.utils import get_cpu_distributed_information
+
+    return int(get_cpu_distributed_information().world_size)
+
+
+def _started_by_accelerate() -> bool:
+    return any(name.startswith("ACCELERATE_") for name in os.environ)
+
+
 def _initialize() -> None:
-    """By the launcher that started us: its own way to begin, and torch's engine under all of them."""
+    """Under Accelerate in its way, which knows MPI, too; else torch's, by the variables of the launcher.
+
+    DeepSpeed's own `init_distributed` would, on CPUs, compile collectives that a merge never calls (a minute, and a
+    compiler), and leave their buffers in shared memory (66 MiB a rank).
+    """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    if "CROSS_SIZE" in os.environ:  # set by DeepSpeed's launcher alone
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
-    elif any(name.startswith("ACCELERATE_") for name in os.environ):
+    if _started_by_accelerate():
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), backend=backend, timeout=_TIMEOUT)

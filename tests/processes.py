@@ -20,10 +20,10 @@ from typing import Any
 import tiny_models
 import torch
 import transformers as tf
-from cases import Case, files_in, load_merged, write_case
+from cases import Case, files_in, load_merged, weights_in, write_case
 from transformers import LlamaForCausalLM  # imported late otherwise, in every child
 
-import largemerge.merging  # noqa: F401
+import largemerge.merging
 from largemerge.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,7 @@ ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_
 NUM_BLOCKS = 5
 PARTS = ["outside", *(f"model.layers.{index}" for index in range(NUM_BLOCKS))]
 SHARD = 20_000
+CLOSE = 1e-5  # of a result to that of other ranks
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
@@ -68,6 +69,12 @@ def start(
     return process
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def start_ranks(
     arguments: Sequence[Sequence[object]], folder: Path, environment: Mapping[str, str] | None = None
 ) -> list[ForkServerProcess]:
@@ -78,11 +85,8 @@ def start_ranks(
         folder: For their output, `rank0.log` and so on.
         environment: More variables of all ranks.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     size = str(len(arguments))
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         start(
             own,
@@ -170,6 +174,16 @@ def make_long_case(folder: Path, method: str = "regmean_plusplus") -> Case:
     return write_case(folder, models, [tiny_models.inputs("text", 40, seed) for seed in range(2)], method=method)
 
 
+def make_uneven_case(folder: Path, architecture: str, method: str, num_candidates: int = 3) -> Case:
+    """Batches of unlike sizes, several for each candidate."""
+    kind = tiny_models.ARCHITECTURES[architecture].kind
+    models = [tiny_models.perturbed(architecture, seed) for seed in range(num_candidates)]
+    inputs = [tiny_models.inputs(kind, 9 + 4 * seed, seed) for seed in range(num_candidates)]
+    case = write_case(folder, models, inputs, method=method, batch_size=4, weights=[1.0, 2.0, 0.5][:num_candidates])
+    case.write_yaml()
+    return case
+
+
 def merging(case: Case, out: Path, *options: object) -> list[object]:
     return ["merge", case.folder / "config.yaml", out, "--quiet", "--max-shard-size", str(SHARD), *options]
 
@@ -196,3 +210,18 @@ def check_unbroken(case: Case, out: Path) -> None:
     report = json.loads((out / "merge_report.json").read_text())
     assert list(report["blocks"]) == PARTS[1:]
     load_merged(case, out)
+
+
+def assert_agree(found: Path, expected: Path) -> None:
+    """The weights of two outputs are the same up to rounding."""
+    left, right = weights_in(found), weights_in(expected)
+    assert set(left) == set(right)
+    for name, tensor in right.items():
+        assert torch.linalg.vector_norm(left[name] - tensor) <= CLOSE * torch.linalg.vector_norm(tensor), name
+
+
+def check_two_ranks(case: Case, out: Path) -> None:
+    """Two ranks merged the case into `out`, with the result of one process."""
+    assert len(json.loads((out / "merge_report.json").read_text())["ranks"]) == 2
+    largemerge.merge(case.config, case.folder / "alone")
+    assert_agree(out, case.folder / "alone")

@@ -5,38 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import processes
 import pytest
 import tiny_models
 import torch
-from cases import Case, load_merged, weights_in, write_case
-from processes import ENVIRONMENT, finish, merging, run_ranks, start_ranks
+from cases import load_merged, weights_in, write_case
+from processes import assert_agree, finish, make_uneven_case, merging, run_ranks, start_ranks
 
 import largemerge
 from largemerge.node import SHARED_MEMORY
-
-CLOSE = 1e-5
-
-
-def make_case(folder: Path, architecture: str, method: str, num_candidates: int = 3) -> Case:
-    """Batches of unlike sizes, several for each candidate."""
-    kind = tiny_models.ARCHITECTURES[architecture].kind
-    models = [tiny_models.perturbed(architecture, seed) for seed in range(num_candidates)]
-    inputs = [tiny_models.inputs(kind, 9 + 4 * seed, seed) for seed in range(num_candidates)]
-    case = write_case(folder, models, inputs, method=method, batch_size=4, weights=[1.0, 2.0, 0.5][:num_candidates])
-    case.write_yaml()
-    return case
-
-
-def assert_agree(found: Path, expected: Path) -> None:
-    left, right = weights_in(found), weights_in(expected)
-    assert set(left) == set(right)
-    for name, tensor in right.items():
-        assert torch.linalg.vector_norm(left[name] - tensor) <= CLOSE * torch.linalg.vector_norm(tensor), name
 
 
 @pytest.mark.parametrize(
@@ -52,7 +31,7 @@ def assert_agree(found: Path, expected: Path) -> None:
     ],
 )
 def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, size: int) -> None:
-    case = make_case(tmp_path, architecture, method)
+    case = make_uneven_case(tmp_path, architecture, method)
     alone = largemerge.merge(case.config, tmp_path / "alone")
     run_ranks(merging(case, tmp_path / "out"), tmp_path, size)
     assert_agree(tmp_path / "out", tmp_path / "alone")
@@ -74,7 +53,7 @@ def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, si
 
 
 def test_the_plan_says_what_ranks_move_and_hold(tmp_path: Path) -> None:
-    case = make_case(tmp_path, "llama", "regmean_plusplus", num_candidates=2)
+    case = make_uneven_case(tmp_path, "llama", "regmean_plusplus", num_candidates=2)
     plan = largemerge.plan(case.config, probe=False, num_ranks=3)
     assert [rank.rank for rank in plan.ranks] == [0, 1, 2]
     alone = largemerge.plan(case.config, probe=False)
@@ -98,7 +77,7 @@ def test_more_ranks_than_batches(tmp_path: Path) -> None:
 
 
 def test_the_same_ranks_give_the_same_bits(tmp_path: Path) -> None:
-    case = make_case(tmp_path, "llama", "regmean_plusplus")
+    case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")
     for name in ("one", "two"):
         run_ranks(merging(case, tmp_path / name), tmp_path, 3)
     one, two = weights_in(tmp_path / "one"), weights_in(tmp_path / "two")
@@ -125,7 +104,7 @@ def test_killed_ranks_are_resumed_by_others(tmp_path: Path, method: str) -> None
 
 
 def test_ranks_with_different_configs_are_told_so(tmp_path: Path) -> None:
-    case = make_case(tmp_path, "llama", "regmean_plusplus")
+    case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")
     case.config["parameters"]["ridge"] = 0.5
     other = case.write_yaml("other.yaml")
     command = merging(case, tmp_path / "out")
@@ -138,7 +117,7 @@ def test_ranks_with_different_configs_are_told_so(tmp_path: Path) -> None:
 
 
 def test_a_mistake_that_all_have_is_told_once(tmp_path: Path) -> None:
-    case = make_case(tmp_path, "llama", "regmean_plusplus")
+    case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")
     case.config["models"][1]["model"] = str(tmp_path / "nowhere")
     case.write_yaml()
     ranks = start_ranks([merging(case, tmp_path / "out")] * 2, tmp_path)
@@ -162,29 +141,3 @@ def test_a_rank_that_is_gone_ends_the_others(
     log = (tmp_path / f"rank{1 - gone}.log").read_text()
     assert f"rank {gone} " in log and "--resume" in log and "Traceback" not in log, log
     run_ranks(merging(case, tmp_path / "out", "--resume"), tmp_path, 2)
-
-
-def test_torchrun(tmp_path: Path) -> None:
-    case = make_case(tmp_path, "llama", "regmean_plusplus")
-    largemerge.merge(case.config, tmp_path / "alone")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [*launcher, "largemerge", *map(str, merging(case, tmp_path / "out"))]
-    done = subprocess.run(command, env={**ENVIRONMENT, "PATH": ""}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert_agree(tmp_path / "out", tmp_path / "alone")
-
-
-def test_a_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
-    case = make_case(tmp_path, "llama", "regmean_plusplus", num_candidates=2)
-    broken = case.models[1]
-    with torch.no_grad():
-        broken.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
-    broken.save_pretrained(tmp_path / "model1")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [*launcher, "largemerge", *map(str, merging(case, tmp_path / "out"))]
-    done = subprocess.run(
-        command, env={**ENVIRONMENT, "PATH": ""}, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode != 0
-    assert "largemerge: rank 1: model.layers.1" in done.stderr and "not finite" in done.stderr
-    assert (tmp_path / "out" / ".largemerge" / "manifest.json").exists(), "there is something to resume"

@@ -1,0 +1,70 @@
+"""One merge on two hosts is the merge by one process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import ENVIRONMENT, ROOT, check_two_ranks, make_uneven_case, merging, wait_until
+
+SCRIPT = ROOT / "scripts" / "two_nodes"
+
+
+def hosts() -> list[str]:
+    """The network namespaces that there are."""
+    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    return sorted(line.split()[0] for line in done.stdout.splitlines())
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [SCRIPT, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env={**ENVIRONMENT, "PATH": path}, **pipes)
+
+
+@pytest.fixture(autouse=True)
+def _namespaces() -> None:
+    """Tries to make one, which wants Linux, iproute2 and root."""
+    if shutil.which("ip") is None:
+        pytest.skip("there is no `ip` (iproute2)")
+    probe = f"probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "delete", probe], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"no network namespaces: {made.stderr.strip()}")
+
+
+@pytest.mark.parametrize("options", [[], ["--deepspeed"]], ids=["torchrun", "deepspeed"])
+def test_two_nodes(tmp_path: Path, options: list[str]) -> None:
+    case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")
+    before = hosts()
+    nodes = start(*options, *merging(case, tmp_path / "out")[1:])
+    output, _ = nodes.communicate(timeout=120)
+    assert nodes.returncode == 0, output
+    check_two_ranks(case, tmp_path / "out")
+    assert hosts() == before
+
+
+def test_a_mistake_fails_on_both(tmp_path: Path) -> None:
+    before = hosts()
+    nodes = start(tmp_path / "nowhere.yaml", tmp_path / "out")
+    output, _ = nodes.communicate(timeout=120)
+    assert nodes.returncode == 1, "as torchrun says it"
+    assert "nowhere.yaml" in output
+    assert hosts() == before
+
+
+def test_nothing_is_left_when_it_is_stopped(tmp_path: Path) -> None:
+    before = hosts()
+    nodes = start(tmp_path / "nowhere.yaml", tmp_path / "out")
+    wait_until(lambda: len(hosts()) == len(before) + 2)
+    nodes.terminate()
+    nodes.communicate(timeout=60)
+    assert nodes.returncode == 128 + signal.SIGTERM
+    assert hosts() == before
