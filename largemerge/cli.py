@@ -9,12 +9,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from largemerge.config import MergeConfig, load_config
 from largemerge.errors import EXIT_CODE, ConfigError, LargemergeError, ToldError
 from largemerge.sizes import parse_size
 
+if TYPE_CHECKING:
+    from largemerge.merge_plan import MergePlan
+
 _INTERRUPTED = 130
+_MOST_REUSING_BYTES = 2 << 30
+"""Larger merges spend little of their time on fresh pages, and holes between reused ones cost them more memory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,7 +118,11 @@ def _merge(options: argparse.Namespace) -> int:
     from largemerge.output import WORKING_FOLDER
     from largemerge.tables import print_report
 
-    reuse_freed_memory(sparingly=config.memory.host is not None)
+    def planned(made: MergePlan) -> None:
+        limited = config.memory.host is not None
+        reuse_freed_memory(sparingly=limited or made.footprint.host > _MOST_REUSING_BYTES)
+
+    reuse_freed_memory(sparingly=True)
     try:
         report = merge(
             config,
@@ -122,6 +132,7 @@ def _merge(options: argparse.Namespace) -> int:
             force=options.force,
             max_shard_bytes=max_shard_bytes,
             quiet=options.quiet,
+            planned=planned,
         )
     except KeyboardInterrupt:
         if not _own_rank() and (options.out / WORKING_FOLDER / "manifest.json").exists():

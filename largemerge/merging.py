@@ -69,6 +69,7 @@ def merge(
     force: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     quiet: bool = True,
+    planned: Callable[[MergePlan], None] | None = None,
 ) -> MergeReport:
     """Merges the candidates of a configuration into one checkpoint.
 
@@ -80,6 +81,7 @@ def merge(
         force: Replace what is in `out`, once the merge is finished.
         max_shard_bytes: Size of a shard, unless one tensor is larger.
         quiet: Show no progress.
+        planned: Called with the plan before the long work.
 
     Returns:
         What happened; the same is in `out/merge_report.json`.
@@ -93,6 +95,8 @@ def merge(
         target = choose_device(_device_of_rank(device, ranks))
         with MemoryWatch(target) as watch:
             prepared = _prepare(resolved, target, Path(out), ranks, resume=resume, force=force)
+            if planned is not None:
+                planned(prepared.preparation.plan)
             shards = layout_shards(prepared.preparation.plan.output, max_shard_bytes)
             with _open_output(prepared, shards, Path(out), ranks, resume=resume, force=force) as folder:
                 job = Job(prepared.preparation, prepared.samples, shards, folder, ranks, quiet, Clock(start))
