@@ -45,9 +45,9 @@ class MergePlan:
         footprint: Its bytes at the peak.
         limits: That it keeps.
         seconds: By stage, estimated from a probe of this machine; empty if there was none.
-        ranks: What every rank would do, where several were asked for.
         notes: What a user should know.
         problems: What makes it impossible.
+        ranks: What every rank would do, where several were asked for.
     """
 
     config: MergeConfig
@@ -66,9 +66,9 @@ class MergePlan:
     footprint: Footprint
     limits: Limits
     seconds: Mapping[str, float]
-    ranks: tuple[RankPlan, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    ranks: tuple[RankPlan, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:

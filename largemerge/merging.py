@@ -29,7 +29,7 @@ from largemerge.memory import MemoryUse, MemoryWatch
 from largemerge.merge_plan import MergePlan, Preparation
 from largemerge.output import OutputFolder, changes, check_output, existing_folder, open_output
 from largemerge.placement import waits_on_disk
-from largemerge.planning import choose_device, make_plan
+from largemerge.planning import choose_device, make_plan, plan_for_ranks
 from largemerge.regression.clock import Clock
 from largemerge.report import MergeReport, versions
 from largemerge.samples import OwnSamples, for_every_candidate, loss_tokens, model_needs, share_samples
@@ -57,7 +57,8 @@ def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True, num_
     resolved = load_config(config)
     inputs = open_inputs(resolved)
     outlines = for_every_candidate(resolved, inputs, outline_calibration)
-    return make_plan(resolved, inputs, choose_device(device), outlines, probe=probe, num_ranks=num_ranks).plan
+    prepared = make_plan(resolved, inputs, choose_device(device), outlines, probe=probe)
+    return prepared.plan if num_ranks == 1 else plan_for_ranks(prepared, outlines, num_ranks)
 
 
 def merge(

@@ -18,6 +18,7 @@ import torch
 
 from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
 from largemerge.errors import LargemergeError
 from largemerge.inputs import Inputs
@@ -71,7 +72,6 @@ def make_plan(
     out: Path | None = None,
     *,
     probe: bool = False,
-    num_ranks: int = 1,
 ) -> Preparation:
     """Plans a merge.
 
@@ -83,7 +83,6 @@ def make_plan(
         calibration: The data itself, once it has been read: estimates become exact.
         out: The output folder, to see whether the disk has room.
         probe: Measure this machine for some seconds, to say how long the merge will take.
-        num_ranks: Also say what each of so many ranks would do.
 
     Raises:
         ArchitectureError: If the model cannot be run block by block.
@@ -100,12 +99,8 @@ def make_plan(
     work = _workload(config, inputs, rehearsal, blocks, outside, shapes)
     limits = find_limits(config.memory, device, out)
     choice = _choose(config, work, limits, device, calibration is not None)
-    bytes_written = sum(tensor.num_bytes for tensor in output.values())
-    problems += [*choice.problems, *_disk_problems(bytes_written, choice, limits, out)]
-    seconds: Mapping[str, float] = {}
-    if probe and not problems:
-        rates = measure_rates(work, inputs.candidates[0], limits.scratch, device, choice.placement.samples)
-        seconds = estimate_seconds(work, choice.placement, rates)
+    problems += [*choice.problems, *_disk_problems(output, choice, limits, out)]
+    seconds = _seconds(work, inputs, device, choice, limits) if probe and not problems else {}
     if not any(plan.treatment is Treatment.SOLVED for plan in tensors):
         problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
     plan = MergePlan(
@@ -125,23 +120,31 @@ def make_plan(
         footprint=choice.footprint,
         limits=limits,
         seconds=seconds,
-        ranks=(
-            plan_ranks(
-                split_shapes(shapes, choice.placement.samples),
-                rehearsal,
-                partial(_workload, config, inputs, rehearsal, blocks, outside),
-                choice.placement,
-                device,
-                num_ranks,
-                eight_bit=config.memory.hidden_states_8bit,
-            )
-            if num_ranks > 1
-            else ()
-        ),
         notes=tuple(notes),
         problems=tuple(problems),
     )
     return Preparation(plan, inputs, rehearsal)
+
+
+def plan_for_ranks(prepared: Preparation, outlines: Sequence[CalibrationOutline], num_ranks: int) -> MergePlan:
+    """The plan, and what each of several ranks would hold, move and compute."""
+    plan = prepared.plan
+    ranks = plan_ranks(
+        split_shapes(batch_shapes(outlines, None), plan.placement.samples),
+        prepared.rehearsal,
+        partial(_workload, plan.config, prepared.inputs, prepared.rehearsal, plan.blocks, plan.outside),
+        plan.placement,
+        plan.device,
+        num_ranks,
+        eight_bit=plan.config.memory.hidden_states_8bit,
+    )
+    return replace(plan, ranks=ranks)
+
+
+def _seconds(work: Workload, inputs: Inputs, device: torch.device, choice: Choice, limits: Limits) -> dict[str, float]:
+    """By stage, from a probe of this machine."""
+    rates = measure_rates(work, inputs.candidates[0], limits.scratch, device, choice.placement.samples)
+    return estimate_seconds(work, choice.placement, rates)
 
 
 def _workload(
@@ -182,11 +185,12 @@ def _choose(config: MergeConfig, work: Workload, limits: Limits, device: torch.d
     return choice
 
 
-def _disk_problems(bytes_written: int, choice: Choice, limits: Limits, out: Path | None) -> list[str]:
+def _disk_problems(output: Mapping[str, OutputTensor], choice: Choice, limits: Limits, out: Path | None) -> list[str]:
     """The output's room, together with that of hidden states where they are on the same disk."""
     if out is None:
         return []
     free = shutil.disk_usage(existing_folder(out)).free
+    bytes_written = sum(tensor.num_bytes for tensor in output.values())
     needed = bytes_written + (choice.footprint.disk if limits.scratch == out else 0)
     return [f"{out}: needs {gib(needed)} of disk, {gib(free)} are free"] if needed > free else []
 
