@@ -127,9 +127,7 @@ def test_a_mistake_that_all_have_is_told_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("gone", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_a_rank_that_is_gone_ends_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int, number: signal.Signals
-) -> None:
+def test_a_rank_that_is_gone_ends_the_others(tmp_path: Path, gone: int, number: signal.Signals) -> None:
     case = processes.make_long_case(tmp_path)
     case.write_yaml()
     ranks = start_ranks([merging(case, tmp_path / "out")] * 2, tmp_path, environment={"LARGEMERGE_RANK_TIMEOUT": "3"})
