@@ -81,8 +81,9 @@ class Job:
             if OUTSIDE not in finished and self.ranks.is_first:
                 self._merge_outside(weights, progress)
             hidden_states = stack.enter_context(self._hidden_states())
-            self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights))
-            stack.callback(self.node.clean_up)
+            if self.ranks.size > 1:
+                self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights))
+                stack.callback(self.node.clean_up)
             self._engine(weights, hidden_states, progress).run(finished, self.folder.record)
             self.bytes_read = weights.bytes_read
             if plan.placement.hidden_states is Waiting.DISK:

@@ -25,6 +25,7 @@ import torch
 
 from largemerge.distributed import Ranks
 from largemerge.dtypes import dtype_name
+from largemerge.weights import Tensors
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "largemerge-"
@@ -32,8 +33,6 @@ _ALIGNMENT = 64
 _POLL_SECONDS = 0.001
 _ABANDONED_SECONDS = 24 * 3600
 _MOST_SHARE = 0.9  # of what is free when the merge begins
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
