@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from largemerge.merge_plan import MergePlan
 
 _INTERRUPTED = 130
-_MOST_REUSING_BYTES = 2 << 30
-"""Larger merges spend little of their time on fresh pages, and holes between reused ones cost them more memory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,8 +117,7 @@ def _merge(options: argparse.Namespace) -> int:
     from largemerge.tables import print_report
 
     def planned(made: MergePlan) -> None:
-        limited = config.memory.host is not None
-        reuse_freed_memory(sparingly=limited or made.footprint.host > _MOST_REUSING_BYTES)
+        reuse_freed_memory(sparingly=made.footprint.sparing)
 
     reuse_freed_memory(sparingly=True)
     try:

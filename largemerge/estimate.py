@@ -19,7 +19,9 @@ from largemerge.regression.sums import CHUNK_BYTES, sums_bytes
 from largemerge.workload import BlockKind, Workload
 
 _BITSANDBYTES_BITS = 8.5  # a byte, and a float32 scale for every 64
-_ALLOCATOR_SHARE = 0.04  # of everything: what the allocator keeps between two uses
+_SPARING_SHARE, _REUSING_SHARE = 0.04, 0.2  # of everything: what the allocator keeps between two uses
+_MOST_REUSING_BYTES = 2 << 30
+"""Larger merges spend little of their time on fresh pages, and holes between reused ones cost them more memory."""
 _LIBRARIES_BYTES = 48 << 20  # work space of matrix products, stacks of threads, shared libraries touched on the way
 
 
@@ -63,15 +65,19 @@ class Footprint:
         device: 0 on the CPU.
         disk: Hidden states; the output comes on top.
         parts: What makes up the larger of host and device, at the moment of its peak.
+        sparing: Whether freed host memory goes back to the system at once (see `memory.reuse_freed_memory`).
     """
 
     host: int
     device: int
     disk: int
     parts: Mapping[str, int]
+    sparing: bool
 
 
-def footprint(work: Workload, placement: Placement, device: torch.device, before: int, *, eight_bit: bool) -> Footprint:
+def footprint(
+    work: Workload, placement: Placement, device: torch.device, before: int, *, eight_bit: bool, limited: bool
+) -> Footprint:
     """What a placement holds.
 
     Args:
@@ -80,6 +86,7 @@ def footprint(work: Workload, placement: Placement, device: torch.device, before
         device: That computes.
         before: Bytes that the process holds before it starts.
         eight_bit: Hidden states wait in 8 bits.
+        limited: The user has set the most host memory.
     """
     moments = [
         moment | {"embeddings": work.first_bytes if kind.block.index == 0 else 0}
@@ -101,21 +108,24 @@ def footprint(work: Workload, placement: Placement, device: torch.device, before
     host["hidden states"] = hidden if waiting is Waiting.HOST else buffers
     on_disk = hidden if waiting is Waiting.DISK else 0
     if device.type == "cpu":
-        parts = _with_allocator(host | max(computing, *before_blocks, key=_total))
-        return Footprint(_total(parts), 0, on_disk, parts)
+        parts, sparing = _with_allocator(host | max(computing, *before_blocks, key=_total), limited)
+        return Footprint(_total(parts), 0, on_disk, parts, sparing)
     in_transit = {"blocks in transit": 2 * max(_largest_read(work, placement.passes), work.first_bytes)}
-    in_host = _with_allocator(host | max(in_transit, *before_blocks, key=_total))
-    parts = _with_allocator(computing | {"hidden states": hidden if waiting is Waiting.DEVICE else 0})
-    return Footprint(_total(in_host), _total(parts), on_disk, max(parts, in_host, key=_total))
+    in_host, sparing = _with_allocator(host | max(in_transit, *before_blocks, key=_total), limited)
+    # On the device, torch's own allocator.
+    parts, _ = _with_allocator(computing | {"hidden states": hidden if waiting is Waiting.DEVICE else 0}, True)
+    return Footprint(_total(in_host), _total(parts), on_disk, max(parts, in_host, key=_total), sparing)
 
 
 def _total(parts: Mapping[str, int]) -> int:
     return sum(parts.values())
 
 
-def _with_allocator(parts: Mapping[str, int]) -> dict[str, int]:
-    share = sum(value for name, value in parts.items() if name != "process") * _ALLOCATOR_SHARE
-    return {**parts, "allocator": round(share)}
+def _with_allocator(parts: Mapping[str, int], limited: bool) -> tuple[dict[str, int], bool]:
+    """With what the allocator keeps, and whether it is to keep little."""
+    ours = sum(value for name, value in parts.items() if name != "process")
+    sparing = limited or _total(parts) > _MOST_REUSING_BYTES
+    return {**parts, "allocator": round(ours * (_SPARING_SHARE if sparing else _REUSING_SHARE))}, sparing
 
 
 def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placement) -> list[dict[str, int]]:

@@ -71,7 +71,10 @@ def choose_placement(work: Workload, limits: Limits, device: torch.device, befor
     """The fastest placement that keeps the limits."""
     ranked = sorted(
         (
-            (placement, footprint(work, placement, device, before, eight_bit=eight_bit))
+            (
+                placement,
+                footprint(work, placement, device, before, eight_bit=eight_bit, limited=limits.host_is_set),
+            )
             for placement in _placements(work, device)
         ),
         key=lambda item: _cost(work, item[0]),

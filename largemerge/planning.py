@@ -137,6 +137,7 @@ def plan_for_ranks(prepared: Preparation, outlines: Sequence[CalibrationOutline]
         plan.device,
         num_ranks,
         eight_bit=plan.config.memory.hidden_states_8bit,
+        limited=plan.config.memory.host is not None,
     )
     return replace(plan, ranks=ranks)
 

@@ -62,6 +62,7 @@ def plan_ranks(
     num_ranks: int,
     *,
     eight_bit: bool,
+    limited: bool,
 ) -> tuple[RankPlan, ...]:
     """Shares the work out as a merge would.
 
@@ -73,6 +74,7 @@ def plan_ranks(
         device: Its kind.
         num_ranks: How many there are.
         eight_bit: Hidden states wait in 8 bits.
+        limited: The user has set the most host memory.
     """
     rows = [[count_rows_of(rehearsal, batch) for batch in batches] for batches in shapes]
     whole = workload(shapes)
@@ -83,7 +85,7 @@ def plan_ranks(
     for rank, numbers in enumerate(share_out(rows, num_ranks)):
         own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
         work = workload(own)
-        held = footprint(work, placement, device, before, eight_bit=eight_bit)
+        held = footprint(work, placement, device, before, eight_bit=eight_bit, limited=limited)
         stages = estimate_seconds(work, placement, _OPERATIONS)
         plans.append(
             RankPlan(

@@ -172,10 +172,12 @@ def test_what_is_loaded_first_is_no_memory_of_the_gpu(tmp_path: Path, monkeypatc
     monkeypatch.setattr(planning, "choose_placement", seen)
     largemerge.plan(wide_case(tmp_path).config, probe=False)
     placement = Placement(Waiting.DEVICE, passes=1, prefetch=True, samples=1)
-    on_gpu = footprint(works[0], placement, torch.device("cuda"), 0, eight_bit=False)
+    on_gpu = footprint(works[0], placement, torch.device("cuda"), 0, eight_bit=False, limited=False)
     assert on_gpu.device < 1 << 40 < on_gpu.host
     assert on_gpu.parts["loading of calibration inputs"] == 1 << 40, "the parts are those of the larger one"
-    idle = footprint(replace(works[0], loading_bytes=0), placement, torch.device("cuda"), 0, eight_bit=False)
+    idle = footprint(
+        replace(works[0], loading_bytes=0), placement, torch.device("cuda"), 0, eight_bit=False, limited=False
+    )
     assert idle.device == on_gpu.device >= works[0].hidden_bytes
 
 
