@@ -1,11 +1,13 @@
 """One merge by several processes of one thread each, beside one process of one thread.
 
-    python benchmarks/ranks.py CONFIG --work DIR [--ranks 1 2 4] [--repeats 2]
+    python benchmarks/ranks.py CONFIG --work DIR [--ranks 1 2 4] [--repeats 2] [--ceiling]
 
 Every merge is started by torchrun, the one of a single rank too, and takes place on the CPU. Preparation (imports,
 reading calibration data, planning) is left out, as every rank does it alike: times are from the first tensor that is
 read to the report. The order is reversed every other round; the shortest time counts. The merged weights are compared
-with those of a single rank. Prints a table and one line of JSON.
+with those of a single rank. With --ceiling, as many whole merges of one rank as there would be ranks run side by side:
+n merges in the time t(n) are n t(1) / t(n) times as fast as one after the other, which is as much as n processes that
+share cores, caches and memory could gain if they had nothing to tell each other. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,21 @@ def main() -> None:
     sizes: list[int] = sorted({1, *arguments.ranks})
     arguments.work.mkdir(parents=True, exist_ok=True)
     reports: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
+    beside: dict[int, list[float]] = {size: [] for size in sizes}
     for number in range(arguments.repeats):
         for size in sizes if number % 2 == 0 else reversed(sizes):
-            reports[size].append(_merge(arguments.config, arguments.work, size))
+            reports[size].append(_merge(arguments.config, arguments.work / f"ranks-{size}", size))
             print(f"round {number + 1}, {size} ranks: {_seconds(reports[size][-1]):.1f} s", flush=True)
+            if arguments.ceiling and size > 1:
+                beside[size].append(_side_by_side(arguments.config, arguments.work, size))
+                print(f"round {number + 1}, {size} merges side by side: {beside[size][-1]:.1f} s", flush=True)
     alone = arguments.work / "ranks-1"
     best = {size: min(reports[size], key=_seconds) for size in sizes}
-    rows = [_row(size, best[size], _seconds(best[1]), alone, arguments.work / f"ranks-{size}") for size in sizes]
+    rows = [
+        _row(size, best[size], _seconds(best[1]), alone, arguments.work / f"ranks-{size}")
+        | {"ceiling": size * _seconds(best[1]) / min(beside[size]) if beside[size] else None}
+        for size in sizes
+    ]
     _print(rows)
     print("\nmachine:", ", ".join(f"{name} {value}" for name, value in machine().items()))
     print(f"config: {arguments.config.name}, one thread per rank, best of {arguments.repeats}\n")
@@ -50,18 +61,28 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for the merges")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes (default: 1 2)")
     parser.add_argument("--repeats", type=int, default=2, help="merges for each (%(default)s)")
+    parser.add_argument("--ceiling", action="store_true", help="also run whole merges side by side")
     parser.add_argument("--keep", action="store_true", help="do not delete the merges")
     return parser.parse_args()
 
 
-def _merge(config: Path, work: Path, size: int) -> dict[str, Any]:
-    out = work / f"ranks-{size}"
+def _merge(config: Path, out: Path, size: int) -> dict[str, Any]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     os.environ["OMP_NUM_THREADS"] = "1"
     merge = ["-m", "largemerge", "merge", str(config), str(out), "--force", "--quiet", "--device", "cpu"]
-    run_measured([*launcher, *merge], work / f"ranks-{size}.log")
+    run_measured([*launcher, *merge], out.with_suffix(".log"))
     report: dict[str, Any] = json.loads((out / "merge_report.json").read_text())
     return report
+
+
+def _side_by_side(config: Path, work: Path, count: int) -> float:
+    """Seconds of the slowest of some merges that have nothing to do with each other."""
+    outs = [work / f"beside-{number}" for number in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        reports = list(pool.map(lambda out: _merge(config, out, 1), outs))
+    for out in outs:
+        shutil.rmtree(out)
+    return max(map(_seconds, reports))
 
 
 def _seconds(report: dict[str, Any]) -> float:
@@ -85,14 +106,26 @@ def _row(size: int, report: dict[str, Any], alone_seconds: float, alone: Path, o
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print("\n| ranks | merge | speed-up | a rank's peak, anonymous | moved by a rank | waiting included | difference |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
+    titles = [
+        "ranks",
+        "merge",
+        "speed-up",
+        "ceiling",
+        "a rank's peak, anonymous",
+        "moved by a rank",
+        "waiting included",
+    ]
+    print(f"\n| {' | '.join([*titles, 'difference'])} |\n{'|---:' * (len(titles) + 1)}|")
     for row in rows:
         print(
-            f"| {row['ranks']} | {row['seconds']:.1f} s | {row['speed_up']:.2f} "
+            f"| {row['ranks']} | {row['seconds']:.1f} s | {row['speed_up']:.2f} | {_text(row['ceiling'])} "
             f"| {row['peak_anonymous_bytes'] / 2**30:.2f} GiB | {row['bytes_communicated'] / 1e9:.2f} GB "
             f"| {row['seconds_communicating']:.1f} s | {row['difference']:.1e} |"
         )
+
+
+def _text(ceiling: float | None) -> str:
+    return "" if ceiling is None else f"{ceiling:.2f}"
 
 
 if __name__ == "__main__":

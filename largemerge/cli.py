@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from largemerge.config import MergeConfig, load_config
 from largemerge.errors import EXIT_CODE, ConfigError, LargemergeError, ToldError
 from largemerge.sizes import parse_size
 
 if TYPE_CHECKING:
+    from largemerge.cluster import Cluster
     from largemerge.merge_plan import MergePlan
 
 _INTERRUPTED = 130
@@ -26,23 +29,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     options.given = given
+    with contextlib.redirect_stderr(_numbered(sys.stderr)):
+        sys.exit(_run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         code = {"merge": _merge, "plan": _plan, "demo": _demo}[options.command](options)
     except ToldError:
         code = EXIT_CODE
     except LargemergeError as error:
-        print(f"largemerge: {_own_rank()}{error}", file=sys.stderr)
+        print(f"largemerge: {error}", file=sys.stderr)
         code = EXIT_CODE
     except KeyboardInterrupt:
         print("\nlargemerge: interrupted", file=sys.stderr)
         code = _INTERRUPTED
-    sys.exit(code)
+    return code
 
 
-def _own_rank() -> str:
-    """Who talks, where it is not the first rank."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"rank {rank}: "
+def _own_rank() -> int:
+    """As the launcher says; MPI, which Accelerate knows too, names it otherwise."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
+
+
+class _Numbered(io.TextIOBase):
+    """A stream whose lines begin with the rank: what several processes say goes to one terminal."""
+
+    def __init__(self, stream: TextIO, rank: int) -> None:
+        self._stream, self._prefix, self._begins = stream, f"[rank {rank}] ", True
+
+    def write(self, text: str) -> int:
+        """Writes it, each line with the prefix."""
+        for line in text.splitlines(keepends=True):
+            self._stream.write(self._prefix + line if self._begins else line)
+            self._begins = line.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream behind it."""
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        """Of the stream behind it."""
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        """Never: only the first rank draws."""
+        return False
+
+
+def _numbered(stream: TextIO) -> TextIO:
+    """The stream itself on the first rank."""
+    rank = _own_rank()
+    return cast(TextIO, _Numbered(stream, rank)) if rank else stream
 
 
 def _size(text: str, option: str) -> int:
@@ -76,6 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--num-ranks", type=int, default=1, metavar="N", help="what each of N processes would hold, move and compute"
     )
+    plan.add_argument(
+        "--from-config", action="store_true", help="look at config.json files alone: no weights, no calibration data"
+    )
+    elsewhere = plan.add_argument_group("machines that are not here, by their data sheets")
+    elsewhere.add_argument("--num-nodes", type=int, metavar="N", help="plan for so many nodes (default: 1)")
+    elsewhere.add_argument("--gpus-per-node", type=int, metavar="N", help="plan for so many GPUs in each (default: 8)")
+    elsewhere.add_argument("--gpu", metavar="NAME", help="a100, h100 (default), h200, b200, l40s or rtx4090")
+    elsewhere.add_argument("--interconnect", metavar="RATE", help="between nodes, each way (default: 400Gbit)")
+    elsewhere.add_argument("--disk-rate", metavar="RATE", help="at which a node reads (default: 2GB/s)")
+    elsewhere.add_argument("--node-memory", metavar="SIZE", help="host memory of a node (default: 1TiB)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
@@ -132,7 +182,7 @@ def _merge(options: argparse.Namespace) -> int:
             planned=planned,
         )
     except KeyboardInterrupt:
-        if not _own_rank() and (options.out / WORKING_FOLDER / "manifest.json").exists():
+        if _own_rank() == 0 and (options.out / WORKING_FOLDER / "manifest.json").exists():
             kept = [argument for argument in options.given if argument not in ("--force", "--resume")]
             command = shlex.join(["largemerge", *kept, "--resume"])
             print(
@@ -153,7 +203,14 @@ def _plan(options: argparse.Namespace) -> int:
     from largemerge.merging import plan
     from largemerge.tables import print_plan
 
-    made = plan(config, device=options.device, probe=options.probe, num_ranks=options.num_ranks)
+    made = plan(
+        config,
+        device=options.device,
+        probe=options.probe,
+        num_ranks=options.num_ranks,
+        cluster=_cluster(options),
+        from_config=options.from_config,
+    )
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:
@@ -161,6 +218,30 @@ def _plan(options: argparse.Namespace) -> int:
 
         print_plan(made, Console(markup=False, emoji=False))
     return EXIT_CODE if made.problems else 0
+
+
+def _cluster(options: argparse.Namespace) -> Cluster | None:
+    """The machines to plan for, if any option names them."""
+    asked = ("num_nodes", "gpus_per_node", "gpu", "interconnect", "disk_rate", "node_memory")
+    if all(getattr(options, name) is None for name in asked):
+        return None
+    from largemerge.cluster import Cluster, find_gpu, parse_rate
+
+    num_nodes = 1 if options.num_nodes is None else options.num_nodes
+    gpus = 8 if options.gpus_per_node is None else options.gpus_per_node
+    for option, number in (("--num-nodes", num_nodes), ("--gpus-per-node", gpus)):
+        if number < 1:
+            raise ConfigError(f"{option} {number}: expected 1 or more")
+    if options.num_ranks != 1:
+        raise ConfigError("--num-ranks is for this machine; with other machines there is a rank for every GPU")
+    return Cluster(
+        num_nodes=num_nodes,
+        gpus_per_node=gpus,
+        gpu=find_gpu(options.gpu or "h100"),
+        interconnect=parse_rate(options.interconnect or "400Gbit", "--interconnect"),
+        disk=parse_rate(options.disk_rate or "2GB/s", "--disk-rate"),
+        host_memory=_size(options.node_memory or "1TiB", "--node-memory"),
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:

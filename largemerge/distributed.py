@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import torch
 
 from largemerge.errors import LargemergeError, MergeError, ToldError
 from largemerge.heartbeat import Heartbeat, join_store, open_store
+from largemerge.stall import StallWatch
 
 Value = TypeVar("Value")
 
@@ -47,6 +48,7 @@ class Ranks:
     num_bytes: int = field(init=False, default=0)
     seconds: float = field(init=False, default=0.0)
     _heartbeat: Heartbeat | None = field(init=False, default=None)
+    _watch: StallWatch | None = field(init=False, default=None)
     _all_know: bool = field(init=False, default=False)
 
     @property
@@ -127,14 +129,28 @@ class Ranks:
         raise LargemergeError(*told_together(everybodys))
 
     @contextmanager
+    def works(self) -> Iterator[None]:
+        """Meanwhile this rank has something to do: that it hangs is found out."""
+        with self._watch.works() if self._watch is not None else nullcontext():
+            yield
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Meanwhile this rank does nothing for a good reason: it waits for another one, or for the disk."""
+        with self._watch.waits() if self._watch is not None else nullcontext():
+            yield
+
+    @contextmanager
     def _counted(self, tensor: torch.Tensor | None = None) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with self.waits():
+                yield
         except RuntimeError:
             if self._heartbeat is None:
                 raise
-            why = self._heartbeat.why_gone()
+            with self.waits():
+                why = self._heartbeat.why_gone()
             self._all_know = True
             kind = MergeError if self.is_first or "rank 0" in why else ToldError
             raise kind(f"{why}; what is finished is safe: go on with --resume") from None
@@ -149,7 +165,8 @@ class Ranks:
             return
         store = open_store() if self.is_first else None
         port = self.from_first(store.port if store is not None else 0)
-        heartbeat = Heartbeat(store or join_store(port), self.rank, self.size)
+        self._watch = StallWatch()
+        heartbeat = Heartbeat(store or join_store(port), self.rank, self.size, self._watch)
         self.gather(None)  # now everybody has a beat
         heartbeat.start()
         self._heartbeat = heartbeat
@@ -231,35 +248,16 @@ def _initialize() -> None:
         torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
 
 
-def share_out(costs: Sequence[Sequence[int]], size: int) -> list[list[list[int]]]:
-    """Gives every (candidate, batch) to one rank, so that all have about the same to do.
-
-    A rank gets neighbours, so that few candidates are split, and most of their blocks are read by one rank only.
-
-    Args:
-        costs: Of every candidate's batches, in any unit.
-        size: Number of ranks.
-
-    Returns:
-        By rank and candidate: the numbers of its batches.
-    """
-    shares: list[list[list[int]]] = [[[] for _ in costs] for _ in range(size)]
-    total = sum(sum(batches) for batches in costs)
-    before = 0
-    for candidate, batches in enumerate(costs):
-        for number, cost in enumerate(batches):
-            middle = 2 * before + cost  # twice the middle of this batch in the line of all
-            shares[min(size - 1, middle * size // max(1, 2 * total))][candidate].append(number)
-            before += cost
-    return shares
+def too_many_threads(ranks: Ranks, device: torch.device) -> Iterator[str]:
+    """Tells of processes of one machine that compute with more threads than it has cores."""
+    threads, cores = torch.get_num_threads(), _num_cores()
+    if device.type == "cpu" and ranks.local_size > 1 and ranks.local_size * threads > cores:
+        yield (
+            f"{ranks.local_size} ranks of {threads} threads each share {cores} cores, and slow each other down: "
+            f"OMP_NUM_THREADS={max(1, cores // ranks.local_size)} would give each its part"
+        )
 
 
-def choose_owners(costs: Mapping[str, int], size: int) -> dict[str, int]:
-    """Gives every solve to one rank, the dearest first, each to whoever has least to do so far."""
-    loads = [0] * size
-    owners = {}
-    for name, cost in sorted(costs.items(), key=lambda item: (-item[1], item[0])):
-        owner = loads.index(min(loads))
-        owners[name] = owner
-        loads[owner] += cost
-    return owners
+def _num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

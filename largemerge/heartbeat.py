@@ -1,9 +1,9 @@
 """Ranks that watch each other, so that one that dies, hangs or fails ends the merge of all, and is named.
 
 Every rank writes a beat into a store that the first rank keeps, and looks at everybody's. A rank whose beat stands
-still for `beat_limit()` seconds is gone (killed, stopped, its machine lost); one that failed says why. Whoever sees it
-ends its own process: a rank that waits in a collective call for one that is gone would wait for ever. What is finished
-is on disk.
+still for `beat_limit()` seconds is gone (killed, stopped, its machine lost); one that failed, or finds that it does
+nothing any more, says why. Whoever sees it ends its own process: a rank that waits in a collective call for one that is
+gone would wait for ever. What is finished is on disk.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
+
+from largemerge.stall import StallWatch
 
 _INTERVAL_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
@@ -53,10 +56,11 @@ class Heartbeat:
         store: Of all ranks: from `open_store` on the first, from `join_store` on the others.
         rank: This one.
         size: How many there are.
+        watch: Of this process.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self._store, self._rank = store, rank
+    def __init__(self, store: Any, rank: int, size: int, watch: StallWatch) -> None:
+        self._store, self._rank, self._watch = store, rank, watch
         self._others = [other for other in range(size) if other != rank]
         self._limit = beat_limit()
         self._stopped = threading.Event()
@@ -94,10 +98,23 @@ class Heartbeat:
             except RuntimeError:
                 self._end("rank 0 cannot be reached: it has ended, or the network has")
                 return
+            if self._watch.idle_seconds() > self._limit:
+                self._hangs()
             why = self._look(seen, [beat.decode() for beat in beats])
             if why is not None:
                 self._end(why)
                 return
+
+    def _hangs(self) -> None:
+        """Ends this process, which would wait for ever; the others are told."""
+        why = f"hangs: for {self._limit:.0f} s it has computed, read and written nothing, in {self._watch.where()}"
+        with suppress(RuntimeError):
+            self._store.set(_key(self._rank), _FAILED + why)
+        print(f"largemerge: rank {self._rank} {why}; what is finished is safe: go on with --resume", file=sys.stderr)
+        sys.stderr.flush()
+        if self._rank == 0:  # the store goes with this process
+            time.sleep(2 * _INTERVAL_SECONDS)
+        os._exit(_EXIT_CODE)
 
     def _look(self, seen: dict[int, tuple[str, float]], beats: list[str]) -> str | None:
         """Notes what has changed; says which rank has gone, if one has."""

@@ -21,6 +21,7 @@ from largemerge.dtypes import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.model.names import NameMap, map_names
 from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, weight_is_transposed
+from largemerge.model.sketch import sketch_checkpoint
 
 _UNIMPORTANT_CONFIG_KEYS = frozenset(
     [
@@ -75,18 +76,24 @@ class Inputs:
         return {checkpoint.name: checkpoint.quantized() for checkpoint in checkpoints if checkpoint.quantized()}
 
 
-def open_inputs(config: MergeConfig) -> Inputs:
+def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     """Locates and opens all checkpoints and maps their names.
+
+    Args:
+        config: From `load_config`.
+        from_config: Look at each checkpoint's `config.json` alone, as if its weights were what the class would save.
 
     Raises:
         CheckpointError: With all problems of all checkpoints.
         ArchitectureError: If the model class is unknown or has no stacks.
     """
-    candidates, base = _open_all(config)
+    candidates, base = _open_all(config, from_config)
     classes = {checkpoint.name: _class_name(checkpoint) for checkpoint in candidates}
     if len(set(classes.values())) > 1:
         raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
     notes = list(_config_differences(candidates))
+    if from_config:
+        notes.append("planned from each config.json alone: weights and calibration data have not been looked at")
     from_base = base is not None and _class_name(base) == _class_name(candidates[0])
     if base is not None and not from_base:
         notes.append(
@@ -115,12 +122,15 @@ def open_inputs(config: MergeConfig) -> Inputs:
     return Inputs(candidates, base, reference, skeleton, candidate_names, base_names, reference_names, tuple(notes))
 
 
-def _open_all(config: MergeConfig) -> tuple[tuple[Checkpoint, ...], Checkpoint | None]:
+def _open_all(config: MergeConfig, from_config: bool) -> tuple[tuple[Checkpoint, ...], Checkpoint | None]:
     problems: list[str] = []
 
     def attempt(reference: str, name: str) -> Checkpoint | None:
         try:
-            return open_checkpoint(locate_checkpoint(reference, name), name)
+            folder = locate_checkpoint(reference, name, weights=not from_config)
+            if from_config:
+                return sketch_checkpoint(folder, name, trust_remote_code=config.trust_remote_code)
+            return open_checkpoint(folder, name)
         except LargemergeError as error:
             problems.extend(error.problems)
             return None

@@ -61,6 +61,7 @@ class Job:
         if finished == {OUTSIDE, *(block.name for block in plan.blocks)}:
             return
         with ExitStack() as stack:
+            stack.enter_context(self.ranks.works())
             weights = Weights(
                 inputs=inputs,
                 readers=[stack.enter_context(CheckpointReader(candidate)) for candidate in inputs.candidates],
@@ -78,6 +79,8 @@ class Job:
             progress = stack.enter_context(
                 RunProgress(self._num_steps(finished), len(plan.blocks), plan.device, quiet=quiet)
             )
+            for note in plan.notes:
+                progress.tell(f"note: {note}")
             if OUTSIDE not in finished and self.ranks.is_first:
                 self._merge_outside(weights, progress)
             hidden_states = stack.enter_context(self._hidden_states())
@@ -133,6 +136,7 @@ class Job:
                 rehearsal=rehearsal,
                 calibration=self.samples.calibration,
                 row_counts=self.samples.row_counts,
+                own_row_counts=self.samples.own_row_counts,
                 weights=weights,
                 hidden_states=hidden_states,
                 compute_dtype=plan.compute_dtype,
@@ -150,7 +154,8 @@ class Job:
         self.clock.begin("")
         with self.clock.stage(OUTSIDE):
             merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
-            weights.own_writer.flush()
+            with self.ranks.waits():
+                weights.own_writer.flush()
         errors = weights.quantization_errors(tensor.name for tensor in plan.outside)
         entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}

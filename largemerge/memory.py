@@ -15,7 +15,7 @@ from types import TracebackType
 import psutil
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 _INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
 
 
@@ -55,8 +55,9 @@ def reuse_freed_memory(*, sparingly: bool) -> None:
 
     Pieces that come and go, an activation or a block's weights, are fastest when the next one takes the same place: a
     fresh page costs the system more time than the model's own operations on it. But pieces of changing sizes leave
-    holes, and a merge then holds more than it uses, up to a third for wide models. It is a setting of the whole
-    process: for a program of ours, not for somebody's who imports us.
+    holes, and a merge then holds more than it uses, up to a third for wide models. Blocks are read by one thread and
+    given back by another: both share one arena. It is a setting of the whole process: for a program of ours, not for
+    somebody's who imports us.
 
     Args:
         sparingly: Give even medium pieces back to the system at once: for merges that must stay within little memory.
@@ -66,6 +67,7 @@ def reuse_freed_memory(*, sparingly: bool) -> None:
     except (AttributeError, OSError, TypeError):
         return
     largest_reused = (8 if sparingly else 32) << 20  # glibc takes no more than 32 MiB
+    mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_THRESHOLD, largest_reused)
     mallopt(_M_TRIM_THRESHOLD, 4 * largest_reused)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,9 +44,10 @@ class MergePlan:
         reasons: Why this placement.
         footprint: Its bytes at the peak.
         limits: That it keeps.
-        seconds: By stage, estimated from a probe of this machine; empty if there was none.
         notes: What a user should know.
         problems: What makes it impossible.
+        seconds: By stage, estimated from a probe of this machine or from data sheets; empty if nobody asked.
+        measured: Whether the rates behind the seconds were measured here.
         ranks: What every rank would do, where several were asked for.
     """
 
@@ -65,9 +66,10 @@ class MergePlan:
     reasons: tuple[str, ...]
     footprint: Footprint
     limits: Limits
-    seconds: Mapping[str, float]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    measured: bool = True
     ranks: tuple[RankPlan, ...] = ()
 
     @property
@@ -133,6 +135,7 @@ class MergePlan:
             },
             "limit_bytes": {"host": self.limits.host, "device": self.limits.device},
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
+            "seconds_are_measured": self.measured,
             "ranks": [rank.to_json() for rank in self.ranks],
             "notes": list(self.notes),
             "problems": list(self.problems),

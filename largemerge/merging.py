@@ -15,24 +15,27 @@ from typing import Any
 
 import torch
 
-from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration
+from largemerge.calibration import CalibrationSet, assume_calibration, load_calibration, outline_calibration
 from largemerge.calibration.batches import split_batches
 from largemerge.calibration.fit import sample_problems
 from largemerge.calibration.spool import spooled
 from largemerge.checkpoint.writer import Shard, layout_shards
+from largemerge.cluster import Cluster
 from largemerge.config import MergeConfig, load_config
-from largemerge.distributed import Ranks, start_ranks
+from largemerge.distributed import Ranks, start_ranks, too_many_threads
 from largemerge.errors import CalibrationError, LargemergeError
+from largemerge.forecast import forecast
 from largemerge.inputs import Inputs, open_inputs
 from largemerge.job import Job
 from largemerge.memory import MemoryUse, MemoryWatch
 from largemerge.merge_plan import MergePlan, Preparation
 from largemerge.output import OutputFolder, changes, check_output, existing_folder, open_output
 from largemerge.placement import waits_on_disk
-from largemerge.planning import choose_device, make_plan, plan_for_ranks
+from largemerge.planning import Machines, choose_device, make_plan
 from largemerge.regression.clock import Clock
 from largemerge.report import MergeReport, versions
 from largemerge.samples import OwnSamples, for_every_candidate, loss_tokens, model_needs, share_samples
+from largemerge.sharing import samples_at_once
 from largemerge.side_files import config_text, write_side_files
 
 ConfigSource = str | Path | Mapping[str, Any] | MergeConfig
@@ -40,7 +43,15 @@ DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 _MOST_PROBLEMS = 20
 
 
-def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True, num_ranks: int = 1) -> MergePlan:
+def plan(
+    config: ConfigSource,
+    *,
+    device: str = "auto",
+    probe: bool = True,
+    num_ranks: int = 1,
+    cluster: Cluster | None = None,
+    from_config: bool = False,
+) -> MergePlan:
     """Plans a merge from configs and headers alone; of weights and samples it reads none.
 
     Args:
@@ -48,17 +59,23 @@ def plan(config: ConfigSource, *, device: str = "auto", probe: bool = True, num_
         device: `auto`, `cpu`, `cuda:0`, ….
         probe: Measure this machine for a few seconds (products, copies, some megabytes of a candidate read), so that
             the plan says how long the merge will take.
-        num_ranks: Also say what each of so many ranks would hold, move and compute.
+        num_ranks: As many ranks share this machine: also say what each would hold, move and compute.
+        cluster: Plan for these machines instead, one rank for each of their GPUs, by their data sheets.
+        from_config: Each checkpoint's `config.json` is all there is: no weights, no tokenizer, no calibration data.
 
     Raises:
         LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
             plan's `problems`.
     """
     resolved = load_config(config)
-    inputs = open_inputs(resolved)
-    outlines = for_every_candidate(resolved, inputs, outline_calibration)
-    prepared = make_plan(resolved, inputs, choose_device(device), outlines, probe=probe)
-    return prepared.plan if num_ranks == 1 else plan_for_ranks(prepared, outlines, num_ranks)
+    if cluster is not None:
+        machines = Machines(torch.device("cuda"), cluster.num_ranks, cluster.gpus_per_node, cluster)
+    else:
+        machines = Machines(choose_device(device), num_ranks, num_ranks)
+    inputs = open_inputs(resolved, from_config=from_config)
+    outlines = for_every_candidate(resolved, inputs, assume_calibration if from_config else outline_calibration)
+    prepared = make_plan(resolved, inputs, machines, outlines)
+    return forecast(prepared, outlines, machines, probe=probe and not from_config)
 
 
 def merge(
@@ -147,17 +164,18 @@ def _prepare(
         input_paths = _input_paths(config, inputs)
         if ranks.is_first:
             check_output(out, input_paths, resume=resume, force=force)
-        return *_plan_with_data(config, inputs, device, out), input_paths
+        return *_plan_with_data(config, inputs, device, out, ranks), input_paths
 
     preparation, calibration, input_paths = ranks.agree(plan_it)
     # Free memory differs from moment to moment, but all must cut the work alike.
     placement = ranks.from_first(preparation.plan.placement)
     preparation = replace(preparation, plan=replace(preparation.plan, placement=placement))
-    split = tuple(replace(data, batches=split_batches(data.batches, placement.samples)) for data in calibration)
+    most = samples_at_once(placement.samples, sum(data.num_samples for data in calibration), ranks.size)
+    split = tuple(replace(data, batches=split_batches(data.batches, most)) for data in calibration)
     counted = loss_tokens(model_needs(preparation.inputs.skeleton))
     return _Prepared(
         preparation,
-        share_samples(split, preparation.rehearsal, counted, ranks),
+        share_samples(split, preparation.plan.blocks, preparation.rehearsal, counted, ranks),
         {data.name: {"num_samples": data.num_samples, "sha256": data.fingerprint} for data in calibration},
         input_paths,
     )
@@ -230,11 +248,14 @@ def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
 
 
 def _plan_with_data(
-    config: MergeConfig, inputs: Inputs, device: torch.device, out: Path
+    config: MergeConfig, inputs: Inputs, device: torch.device, out: Path, ranks: Ranks
 ) -> tuple[Preparation, tuple[CalibrationSet, ...]]:
     outlines = for_every_candidate(config, inputs, outline_calibration)
     calibration = for_every_candidate(config, inputs, load_calibration, _keep(config, out))
-    preparation = make_plan(config, inputs, device, outlines, calibration, out)
+    machines = Machines(device, ranks.size, ranks.local_size)
+    preparation = make_plan(config, inputs, machines, outlines, calibration, out)
+    notes = (*preparation.plan.notes, *too_many_threads(ranks, device))
+    preparation = replace(preparation, plan=replace(preparation.plan, notes=notes))
     misfits = sample_problems(inputs.skeleton, preparation.rehearsal, calibration)
     if misfits:
         raise CalibrationError(*misfits)

@@ -54,10 +54,12 @@ class Choice:
     problems: tuple[str, ...]
 
 
-def find_limits(memory: MemoryConfig, device: torch.device, out: Path | None) -> Limits:
-    """What the user allows, else what this machine has free."""
-    free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    free_host = psutil.virtual_memory().available + memory_in_use(device).host_anonymous
+def find_limits(memory: MemoryConfig, device: torch.device, out: Path | None, local_ranks: int = 1) -> Limits:
+    """What the user allows every process, else its part of what this machine has free for `local_ranks` of them."""
+    free_device = 0
+    if device.type == "cuda":
+        free_device = torch.cuda.mem_get_info(device)[0] // -(-local_ranks // torch.cuda.device_count())
+    free_host = psutil.virtual_memory().available // local_ranks + memory_in_use(device).host_anonymous
     return Limits(
         host=memory.host if memory.host is not None else int(free_host * _MARGIN),
         device=memory.device if memory.device is not None else int(free_device * _MARGIN),

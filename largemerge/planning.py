@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
+from largemerge.cluster import Cluster
 from largemerge.config import MergeConfig
 from largemerge.errors import LargemergeError
 from largemerge.inputs import Inputs
@@ -28,11 +29,9 @@ from largemerge.model.names import NameMap
 from largemerge.model.rehearsal import Rehearsal, rehearse
 from largemerge.output import existing_folder
 from largemerge.placement import Choice, Limits, choose_placement, find_limits, waits_on_disk
-from largemerge.probe import measure_rates
 from largemerge.quantization import quantize_output
-from largemerge.rank_plan import plan_ranks
+from largemerge.rank_plan import share_work
 from largemerge.sizes import gib
-from largemerge.timing import estimate_seconds
 from largemerge.treatment import (
     BlockPlan,
     TensorPlan,
@@ -43,7 +42,7 @@ from largemerge.treatment import (
     tensor_labels,
     treatment_problems,
 )
-from largemerge.workload import BatchShapes, Workload, batch_shapes, measure_workload, split_shapes
+from largemerge.workload import BatchShapes, Workload, batch_shapes, measure_workload
 
 
 def choose_device(device: str) -> torch.device:
@@ -63,26 +62,40 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+@dataclass(frozen=True)
+class Machines:
+    """What a merge runs on.
+
+    Attributes:
+        device: Every rank's kind.
+        num_ranks: How many share the merge.
+        local_ranks: How many of them share this machine.
+        cluster: Other machines than this one.
+    """
+
+    device: torch.device
+    num_ranks: int = 1
+    local_ranks: int = 1
+    cluster: Cluster | None = None
+
+
 def make_plan(
     config: MergeConfig,
     inputs: Inputs,
-    device: torch.device,
+    machines: Machines,
     outlines: Sequence[CalibrationOutline],
     calibration: Sequence[CalibrationSet] | None = None,
     out: Path | None = None,
-    *,
-    probe: bool = False,
 ) -> Preparation:
     """Plans a merge.
 
     Args:
         config: From `load_config`.
         inputs: From `open_inputs`.
-        device: That will compute.
+        machines: That will compute; what is held is planned for the rank that has most to do.
         outlines: Of every candidate's calibration data.
         calibration: The data itself, once it has been read: estimates become exact.
         out: The output folder, to see whether the disk has room.
-        probe: Measure this machine for some seconds, to say how long the merge will take.
 
     Raises:
         ArchitectureError: If the model cannot be run block by block.
@@ -95,18 +108,17 @@ def make_plan(
     problems = treatment_problems(inputs, tensors)
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
-    notes = [*inputs.notes, *_notes(config, inputs, tensors)]
-    work = _workload(config, inputs, rehearsal, blocks, outside, shapes)
-    limits = find_limits(config.memory, device, out)
-    choice = _choose(config, work, limits, device, calibration is not None)
+    workload = partial(workload_of, config, inputs, rehearsal, blocks, outside)
+    works = share_work(shapes, blocks, rehearsal, workload, machines.num_ranks)
+    limits = _limits(config, machines, out)
+    choice = _choose(config, max(works, key=lambda each: each.num_rows).work, limits, machines, calibration is not None)
     problems += [*choice.problems, *_disk_problems(output, choice, limits, out)]
-    seconds = _seconds(work, inputs, device, choice, limits) if probe and not problems else {}
     if not any(plan.treatment is Treatment.SOLVED for plan in tensors):
         problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
     plan = MergePlan(
         config=config,
         class_name=inputs.skeleton.class_name,
-        device=device,
+        device=machines.device,
         compute_dtype=inputs.skeleton.dtype,
         stacks=tuple((stack.name, len(stack.blocks)) for stack in (inputs.skeleton.stacks[i] for i in rehearsal.order)),
         blocks=blocks,
@@ -119,36 +131,13 @@ def make_plan(
         reasons=choice.reasons,
         footprint=choice.footprint,
         limits=limits,
-        seconds=seconds,
-        notes=tuple(notes),
+        notes=(*inputs.notes, *_notes(config, inputs, tensors)),
         problems=tuple(problems),
     )
     return Preparation(plan, inputs, rehearsal)
 
 
-def plan_for_ranks(prepared: Preparation, outlines: Sequence[CalibrationOutline], num_ranks: int) -> MergePlan:
-    """The plan, and what each of several ranks would hold, move and compute."""
-    plan = prepared.plan
-    ranks = plan_ranks(
-        split_shapes(batch_shapes(outlines, None), plan.placement.samples),
-        prepared.rehearsal,
-        partial(_workload, plan.config, prepared.inputs, prepared.rehearsal, plan.blocks, plan.outside),
-        plan.placement,
-        plan.device,
-        num_ranks,
-        eight_bit=plan.config.memory.hidden_states_8bit,
-        limited=plan.config.memory.host is not None,
-    )
-    return replace(plan, ranks=ranks)
-
-
-def _seconds(work: Workload, inputs: Inputs, device: torch.device, choice: Choice, limits: Limits) -> dict[str, float]:
-    """By stage, from a probe of this machine."""
-    rates = measure_rates(work, inputs.candidates[0], limits.scratch, device, choice.placement.samples)
-    return estimate_seconds(work, choice.placement, rates)
-
-
-def _workload(
+def workload_of(
     config: MergeConfig,
     inputs: Inputs,
     rehearsal: Rehearsal,
@@ -156,6 +145,7 @@ def _workload(
     outside: Sequence[TensorPlan],
     shapes: Sequence[Sequence[BatchShapes]],
 ) -> Workload:
+    """What some calibration batches, by candidate, make of a merge."""
     state = inputs.skeleton.model.state_dict()
     return measure_workload(
         inputs,
@@ -177,10 +167,27 @@ def _num_samples(inputs: Inputs, shapes: Sequence[Sequence[BatchShapes]]) -> dic
     }
 
 
-def _choose(config: MergeConfig, work: Workload, limits: Limits, device: torch.device, has_data: bool) -> Choice:
-    before = memory_in_use(device).host_anonymous - (work.input_bytes if has_data else 0)
-    choice = choose_placement(work, limits, device, max(0, before), eight_bit=config.memory.hidden_states_8bit)
-    if config.memory.hidden_states_8bit and find_spec("bitsandbytes") is None:
+def _limits(config: MergeConfig, machines: Machines, out: Path | None) -> Limits:
+    if machines.cluster is not None:
+        return machines.cluster.limits()
+    return find_limits(config.memory, machines.device, out, machines.local_ranks)
+
+
+def process_bytes(machines: Machines) -> int:
+    """Anonymous host memory of a process before the work."""
+    if machines.cluster is not None:
+        return machines.cluster.process_bytes
+    return memory_in_use(machines.device).host_anonymous
+
+
+def _choose(config: MergeConfig, work: Workload, limits: Limits, machines: Machines, has_data: bool) -> Choice:
+    before = max(0, process_bytes(machines) - (work.input_bytes if has_data else 0))
+    eight_bit = config.memory.hidden_states_8bit
+    choice = choose_placement(work, limits, machines.device, before, eight_bit=eight_bit)
+    if machines.cluster is not None:  # what would help here does not help there
+        problems = tuple(f"{problem.split(';')[0]}: expected GPUs with more memory" for problem in choice.problems)
+        return replace(choice, problems=problems)
+    if eight_bit and find_spec("bitsandbytes") is None:
         problem = "memory.hidden_states_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
         return replace(choice, problems=(*choice.problems, problem))
     return choice

@@ -5,10 +5,13 @@ Every kind of product is timed at the model's own shapes, cut down where they ar
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +32,13 @@ _BATCH_SECONDS = 2e-3  # of Python and small operations on the way to a block
 
 
 def measure_rates(
-    work: Workload, checkpoint: Checkpoint, scratch: Path | None, device: torch.device, samples: int
+    work: Workload,
+    checkpoint: Checkpoint,
+    scratch: Path | None,
+    device: torch.device,
+    samples: int,
+    *,
+    at_once: int = 1,
 ) -> Rates:
     """Times products, copies, reads and writes.
 
@@ -39,7 +48,24 @@ def measure_rates(
         scratch: A folder to write a temporary file to; `None` for the system's.
         device: That computes.
         samples: That run at once.
+        at_once: As many ranks compute side by side, each with its part of the cores; the rates are those of one.
     """
+    read, write = _read_rate(checkpoint), _write_rate(scratch)
+    if at_once == 1 or device.type != "cpu":
+        return replace(_compute_rates(work, device, samples), read=read, write=write)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // at_once))
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            each = list(pool.map(lambda _: _compute_rates(work, device, samples), range(at_once)))
+    finally:
+        torch.set_num_threads(threads)
+    mean = {name: sum(getattr(rates, name) for rates in each) / at_once for name in vars(each[0])}
+    return Rates(**mean | {"read": read, "write": write})
+
+
+def _compute_rates(work: Workload, device: torch.device, samples: int) -> Rates:
+    """All but those of the disk."""
     kind = max(work.kinds, key=lambda kind: sum(kind.sizes.values()) * kind.count)
     rows = min(_MOST_ROWS, samples * work.sample_rows[kind.block.stack])
     inputs, outputs = max(kind.linears.values(), key=lambda shape: shape[0] * shape[1])
@@ -59,8 +85,8 @@ def measure_rates(
             product=2 * size**3 / _seconds(lambda: torch.mm(left_SS, left_SS, out=work_SS), device),
             cholesky=size**3 / 3 / _seconds(lambda: cholesky_(work_SS.copy_(system_SS)), device),
             memory=2 * large.nbytes / _seconds(lambda: large.clone(), device),
-            read=_read_rate(checkpoint),
-            write=_write_rate(scratch),
+            read=math.inf,
+            write=math.inf,
             batch_seconds=_BATCH_SECONDS,
         )
 

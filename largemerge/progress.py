@@ -59,6 +59,10 @@ class RunProgress:
         if self._live:
             self._bar.stop()
 
+    def tell(self, text: str) -> None:
+        """Shows a line of its own."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
     def step(self, block: str, stage: str, candidate: str | None = None) -> None:
         """One step of `stage` has been done."""
         self._done += 1

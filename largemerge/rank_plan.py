@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from largemerge.distributed import choose_owners, share_out
-from largemerge.estimate import Placement, footprint
-from largemerge.memory import memory_in_use
+from largemerge.estimate import Footprint, Placement
 from largemerge.model.rehearsal import Rehearsal
 from largemerge.passes import mean_dtype
 from largemerge.regression.gram import GRAM_DTYPE, panels
 from largemerge.regression.sketch import sketch_bytes
-from largemerge.timing import Rates, estimate_seconds
-from largemerge.treatment import Treatment
+from largemerge.sharing import choose_owners, share_out
+from largemerge.timing import Rates, batch_costs, estimate_seconds
+from largemerge.treatment import BlockPlan, Treatment
 from largemerge.workload import BatchShapes, Workload, count_rows_of
 
 _OPERATIONS = Rates(1.0, 1.0, 1.0, 1.0, math.inf, math.inf, math.inf, 0.0)
@@ -53,48 +52,76 @@ class RankPlan:
         return asdict(self)
 
 
-def plan_ranks(
+@dataclass(frozen=True)
+class RankWork:
+    """One rank's part of a merge.
+
+    Attributes:
+        num_candidates: Of which it has calibration data.
+        num_batches: Of calibration data.
+        num_rows: Tokens, padding included, over all stacks.
+        work: What it does.
+    """
+
+    num_candidates: int
+    num_batches: int
+    num_rows: int
+    work: Workload
+
+
+def share_work(
     shapes: Sequence[Sequence[BatchShapes]],
+    blocks: Sequence[BlockPlan],
     rehearsal: Rehearsal,
     workload: Callable[[Sequence[Sequence[BatchShapes]]], Workload],
-    placement: Placement,
-    device: torch.device,
     num_ranks: int,
-    *,
-    eight_bit: bool,
-    limited: bool,
-) -> tuple[RankPlan, ...]:
+) -> list[RankWork]:
     """Shares the work out as a merge would.
 
     Args:
         shapes: Of every candidate's batches, as many samples each as run at once.
+        blocks: Of the model.
         rehearsal: Says how many rows a batch has.
         workload: Of some of the batches.
-        placement: Of every rank.
-        device: Its kind.
         num_ranks: How many there are.
-        eight_bit: Hidden states wait in 8 bits.
-        limited: The user has set the most host memory.
     """
     rows = [[count_rows_of(rehearsal, batch) for batch in batches] for batches in shapes]
-    whole = workload(shapes)
-    before = memory_in_use(device).host_anonymous
-    solves = _solve_operations(whole, num_ranks)
-    moved = _bytes_communicated(whole) if num_ranks > 1 else 0
-    plans = []
-    for rank, numbers in enumerate(share_out(rows, num_ranks)):
+    works = []
+    costs, split_costs = batch_costs(blocks, rows)
+    for numbers in share_out(costs, num_ranks, split_costs):
         own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
-        work = workload(own)
-        held = footprint(work, placement, device, before, eight_bit=eight_bit, limited=limited)
-        stages = estimate_seconds(work, placement, _OPERATIONS)
+        num_rows = sum(rows[candidate][number] for candidate, mine in enumerate(numbers) for number in mine)
+        works.append(RankWork(sum(map(bool, own)), sum(map(len, own)), num_rows, workload(own)))
+    # Every rank reads all of the calibration data, and keeps its part.
+    loading = workload(shapes).loading_bytes
+    return [replace(each, work=replace(each.work, loading_bytes=loading)) for each in works]
+
+
+def plan_ranks(
+    whole: Workload, works: Sequence[RankWork], held: Callable[[Workload], Footprint], placement: Placement
+) -> tuple[RankPlan, ...]:
+    """Says what every rank does.
+
+    Args:
+        whole: The work of all.
+        works: From `share_work`.
+        held: What a rank with some work holds.
+        placement: Of every rank.
+    """
+    solves = _solve_operations(whole, len(works))
+    moved = bytes_communicated(whole) if len(works) > 1 else 0
+    plans = []
+    for rank, each in enumerate(works):
+        footprint = held(each.work)
+        stages = estimate_seconds(each.work, placement, _OPERATIONS)
         plans.append(
             RankPlan(
                 rank=rank,
-                num_candidates=sum(bool(batches) for batches in own),
-                num_batches=sum(map(len, own)),
-                num_rows=sum(rows[candidate][number] for candidate, mine in enumerate(numbers) for number in mine),
-                host=held.host,
-                device=held.device,
+                num_candidates=each.num_candidates,
+                num_batches=each.num_batches,
+                num_rows=each.num_rows,
+                host=footprint.host,
+                device=footprint.device,
                 bytes_communicated=moved,
                 operations=round(sum(stages.values()) - stages["solve"] + solves[rank]),
             )
@@ -112,7 +139,7 @@ def _solve_operations(work: Workload, num_ranks: int) -> list[float]:
     return totals
 
 
-def _bytes_communicated(work: Workload) -> int:
+def bytes_communicated(work: Workload) -> int:
     """Of the sums of every group, of the weights that are solved from them, of averages, and of merged embeddings."""
     total = work.first_bytes
     for kind in work.kinds:

@@ -12,11 +12,14 @@ from largemerge.calibration.rows import count_rows
 from largemerge.calibration.tokenizer import shared_tokenizers
 from largemerge.config import MergeConfig
 from largemerge.config_calibration import CalibrationConfig
-from largemerge.distributed import Ranks, share_out
+from largemerge.distributed import Ranks
 from largemerge.errors import CalibrationError
 from largemerge.inputs import Inputs
 from largemerge.model.rehearsal import Rehearsal
 from largemerge.model.skeleton import Skeleton
+from largemerge.sharing import share_out
+from largemerge.timing import batch_costs
+from largemerge.treatment import BlockPlan
 
 Result = TypeVar("Result")
 Read = TypeVar("Read", covariant=True)
@@ -102,21 +105,28 @@ class OwnSamples:
     Attributes:
         calibration: By candidate; some may be without batches.
         row_counts: By candidate and stack: rows that count, on all ranks together.
+        own_row_counts: Those of them that this rank has.
         holders: By candidate: the ranks that have some of its batches.
     """
 
     calibration: tuple[CalibrationSet, ...]
     row_counts: tuple[tuple[int, ...], ...]
+    own_row_counts: tuple[tuple[int, ...], ...]
     holders: tuple[tuple[int, ...], ...]
 
 
 def share_samples(
-    calibration: Sequence[CalibrationSet], rehearsal: Rehearsal, counted_input: str, ranks: Ranks
+    calibration: Sequence[CalibrationSet],
+    blocks: Sequence[BlockPlan],
+    rehearsal: Rehearsal,
+    counted_input: str,
+    ranks: Ranks,
 ) -> OwnSamples:
-    """Gives every rank its part, so that all have about the same number of tokens.
+    """Gives every rank its part, so that all have about the same to do.
 
     Args:
         calibration: Of all candidates, the same on every rank.
+        blocks: Of the model; they say what a token costs.
         rehearsal: Says which tokens count.
         counted_input: From `loss_tokens`.
         ranks: That share the merge.
@@ -125,13 +135,18 @@ def share_samples(
         [[count_rows(batch, stack, counted_input) for stack in rehearsal.stacks] for batch in data.batches]
         for data in calibration
     ]
-    shares = share_out([[sum(counts) for counts in batches] for batches in rows], ranks.size)
+    costs, split_costs = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows])
+    shares = share_out(costs, ranks.size, split_costs)
     return OwnSamples(
         calibration=tuple(
             replace(data, batches=tuple(data.batches[number] for number in numbers))
             for data, numbers in zip(calibration, shares[ranks.rank], strict=True)
         ),
         row_counts=tuple(tuple(map(sum, zip(*batches, strict=True))) for batches in rows),
+        own_row_counts=tuple(
+            tuple(sum(batches[number][stack] for number in numbers) for stack in range(len(rehearsal.stacks)))
+            for batches, numbers in zip(rows, shares[ranks.rank], strict=True)
+        ),
         holders=tuple(
             tuple(rank for rank, share in enumerate(shares) if share[candidate])
             for candidate in range(len(calibration))

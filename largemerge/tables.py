@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from largemerge.merge_plan import MergePlan
+from largemerge.rank_plan import RankPlan
 from largemerge.report import MergeReport
 from largemerge.sizes import gib
+
+_MOST_RANK_ROWS = 8
 
 
 def print_report(report: MergeReport, out: str, console: Console) -> None:
@@ -59,6 +62,8 @@ def print_report(report: MergeReport, out: str, console: Console) -> None:
         )
     for retry in report.retries:
         table.add_row("retry", retry)
+    for note in report.plan.notes:
+        table.add_row("note", note)
     console.print(table)
 
 
@@ -80,6 +85,23 @@ def _mean_distances(report: MergeReport) -> str:
         distance = sum(entry["relative_distance_to_candidates"][name] for entry in entries) / len(entries)
         parts.append(f"{name} {distance:.4f}")
     return "mean over linears, relative: " + ", ".join(parts)
+
+
+def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
+    """One for each of a few ranks; for many, what the least and the most busy one have."""
+    if len(ranks) <= _MOST_RANK_ROWS:
+        for rank in ranks:
+            held = gib(rank.host) + (f" + {gib(rank.device)} on a GPU" if rank.device else "")
+            work = f"{rank.num_batches} batches of {rank.num_candidates} candidates, {rank.num_rows} rows"
+            moved = f"{rank.operations / 1e12:.2f} TFLOP, {gib(rank.bytes_communicated)} moved"
+            yield f"rank {rank.rank}", f"{work}; holds {held}; {moved}"
+        return
+    least, most = (choose(ranks, key=lambda rank: rank.operations) for choose in (min, max))
+    host, device = max(rank.host for rank in ranks), max(rank.device for rank in ranks)
+    held = gib(host) + (f" + {gib(device)} on a GPU" if device else "")
+    work = f"{least.num_batches} to {most.num_batches} batches, {least.num_rows} to {most.num_rows} rows"
+    operations = f"{least.operations / 1e12:.0f} to {most.operations / 1e12:.0f} TFLOP"
+    yield f"{len(ranks)} ranks", f"each {work}, {operations}; hold up to {held}; {gib(most.bytes_communicated)} moved"
 
 
 def print_plan(plan: MergePlan, console: Console) -> None:
@@ -111,12 +133,10 @@ def print_plan(plan: MergePlan, console: Console) -> None:
     if plan.seconds:
         longest = sorted(plan.seconds.items(), key=lambda item: -item[1])[:4]
         stages = ", ".join(f"{stage.replace('_', ' ')} {seconds:.1f} s" for stage, seconds in longest)
-        table.add_row("time", f"about {sum(plan.seconds.values()):.0f} s once it has begun ({stages}, …)")
-    for rank in plan.ranks:
-        held = gib(rank.host) + (f" + {gib(rank.device)} on a GPU" if rank.device else "")
-        work = f"{rank.num_batches} batches of {rank.num_candidates} candidates, {rank.num_rows} rows"
-        moved = f"{rank.operations / 1e12:.2f} TFLOP, {gib(rank.bytes_communicated)} moved"
-        table.add_row(f"rank {rank.rank}", f"{work}; holds {held}; {moved}")
+        source = "" if plan.measured else ", by data sheets: nothing of this has been measured"
+        table.add_row("time", f"about {sum(plan.seconds.values()):.0f} s once it has begun ({stages}, …){source}")
+    for label, text in _rank_rows(plan.ranks):
+        table.add_row(label, text)
     for note in plan.notes:
         table.add_row("note", note)
     for problem in plan.problems:

@@ -12,11 +12,14 @@ Shapes: N rows of one candidate, T rows of one sample, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from largemerge.estimate import Placement, Waiting
 from largemerge.passes import BlockPass
 from largemerge.regression.sums import multiplies_by_rows
+from largemerge.treatment import BlockPlan, GroupPlan
 from largemerge.workload import BlockKind, Workload
 
 
@@ -85,14 +88,51 @@ def _pass_seconds(
             gram += rows[stack] * size**2 / rates.gram
             by_rows = multiplies_by_rows(rows[stack], size)
             rhs += (number > 0) * (4 * rows[stack] if by_rows else 2 * size) * size * outputs / rates.product
-        solve += size**3 / 3 / rates.cholesky + 2 * size**2 * outputs / rates.product
-        solve += 12 * size * (outputs + size) * 4 / rates.memory
+        solve += solve_seconds(group, rates)
     return {
         "candidate_forward": _forward_seconds(work, kind, until, placement, rates) if each.groups or keep else 0.0,
         "gram": gram,
         "right_hand_side": rhs,
         "solve": solve,
     }
+
+
+def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
+    """What every candidate's batches cost, to share them out evenly, in nanoseconds of no machine in particular.
+
+    Args:
+        blocks: All of them.
+        rows: By candidate and batch.
+
+    Returns:
+        By candidate and batch; and by candidate, what each further rank that has some of its batches does once more:
+        its right-hand sides, which the first candidate has none of.
+    """
+    groups = Counter((group.num_inputs, sum(group.outputs.values())) for block in blocks for group in block.groups)
+    rates = NOMINAL_RATES
+    of_row = sum(
+        n * (size**2 / rates.gram + 4 * size * outputs / rates.linear) for (size, outputs), n in groups.items()
+    )
+    costs, split_costs = [], []
+    for number, batches in enumerate(rows):
+        total = max(1, sum(batches))
+        by_rows = whole = 0.0
+        for (size, outputs), count in groups.items() if number > 0 else ():
+            weights = count * size * outputs / rates.product
+            if multiplies_by_rows(total, size):
+                by_rows += 4 * total * weights
+            else:
+                whole += 2 * size * weights
+        costs.append([round(1e9 * count * (of_row + (by_rows + whole) / total)) for count in batches])
+        split_costs.append(round(1e9 * whole))
+    return costs, split_costs
+
+
+def solve_seconds(group: GroupPlan, rates: Rates) -> float:
+    """Of one Gram's factorisation, the triangular solves, and what is copied and rounded around them."""
+    size, outputs = group.num_inputs, sum(group.outputs.values())
+    products = size**3 / 3 / rates.cholesky + 2 * size**2 * outputs / rates.product
+    return products + 12 * size * (outputs + size) * 4 / rates.memory
 
 
 def _forward_seconds(work: Workload, kind: BlockKind, until: str | None, placement: Placement, rates: Rates) -> float:

@@ -83,7 +83,8 @@ class Weights:
         on_disk = {names.on_disk(name): tensor for name, tensor in tensors.items()}
         for key, tensor in names.store(self.inputs.skeleton.model, on_disk).items():
             self.writer.write(key, tensor)
-        self.writer.flush()
+        with self.ranks.waits():
+            self.writer.flush()
         return self.writer.bytes_written - before
 
     def as_written(self, tensors: Tensors) -> Tensors:

@@ -25,6 +25,8 @@ from transformers import LlamaForCausalLM  # imported late otherwise, in every c
 
 import largemerge.merging
 from largemerge.cli import main
+from largemerge.regression.engine import Engine
+from largemerge.treatment import BlockPlan
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
@@ -32,6 +34,8 @@ NUM_BLOCKS = 5
 PARTS = ["outside", *(f"model.layers.{index}" for index in range(NUM_BLOCKS))]
 SHARD = 20_000
 CLOSE = 1e-5  # of a result to that of other ranks
+HANGS_AT = "TEST_HANGS_AT"
+"""Variable of a process: at this block it does nothing for an hour."""
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
@@ -76,7 +80,10 @@ def free_port() -> int:
 
 
 def start_ranks(
-    arguments: Sequence[Sequence[object]], folder: Path, environment: Mapping[str, str] | None = None
+    arguments: Sequence[Sequence[object]],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    hanging: Mapping[int, str] | None = None,
 ) -> list[ForkServerProcess]:
     """Starts one process for each rank, as a launcher would.
 
@@ -84,14 +91,19 @@ def start_ranks(
         arguments: Of every rank's command line.
         folder: For their output, `rank0.log` and so on.
         environment: More variables of all ranks.
+        hanging: By rank: the block at which it hangs.
     """
+    hangs = {rank: {HANGS_AT: block} for rank, block in (hanging or {}).items()}
     size = str(len(arguments))
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         start(
             own,
             folder / f"rank{rank}.log",
-            environment={**common, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            environment=common
+            | dict(environment or {})
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            | hangs.get(rank, {}),
         )
         for rank, own in enumerate(arguments)
     ]
@@ -141,7 +153,20 @@ def _run(
     if kill_at is not None:
         sys.dont_write_bytecode = True
         _signal_before_operation(kill_at, arguments[2], number)
+    if HANGS_AT in environment:
+        _hang_at(environment[HANGS_AT])
     main(arguments)
+
+
+def _hang_at(block: str) -> None:
+    collect = Engine._collect
+
+    def hang(engine: Engine, plan: BlockPlan, *rest: Any) -> None:
+        if plan.name == block:
+            time.sleep(3600)
+        collect(engine, plan, *rest)
+
+    Engine._collect = hang  # type: ignore[method-assign]
 
 
 def _signal_before_operation(kill_at: int, out: str, number: signal.Signals) -> None:

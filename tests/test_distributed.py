@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from largemerge.distributed import Ranks, choose_owners, share_out, start_ranks, told_together
+from largemerge.distributed import Ranks, start_ranks, told_together
+from largemerge.sharing import choose_owners, share_out
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
@@ -19,6 +20,12 @@ def test_every_batch_has_one_rank_and_ranks_have_neighbours(size: int) -> None:
 
 def test_whole_candidates_where_that_is_even() -> None:
     assert share_out([[4], [4], [2, 2], [4]], 2) == [[[0], [0], [], []], [[], [], [0, 1], [0]]]
+
+
+def test_a_candidate_is_kept_whole_where_splitting_it_costs_more() -> None:
+    costs = [[20, 20], [25, 25], [25, 25], [25, 25]]  # the first one has no right-hand sides
+    assert share_out(costs, 2, [0, 20, 20, 20])[1][:2] == [[], []]
+    assert share_out([[30] * 2, [40] * 4], 2, [0, 5])[0][1] == [0], "but not where that would be too uneven"
 
 
 def test_ranks_without_work() -> None:

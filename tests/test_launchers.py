@@ -55,5 +55,5 @@ def test_a_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
     broken.save_pretrained(tmp_path / "model1")
     done = launch(TORCHRUN, case, tmp_path / "out")
     assert done.returncode != 0
-    assert "largemerge: rank 1: model.layers.1" in done.stderr and "not finite" in done.stderr
+    assert "[rank 1] largemerge: model.layers.1" in done.stderr and "not finite" in done.stderr
     assert (tmp_path / "out" / ".largemerge" / "manifest.json").exists(), "there is something to resume"

@@ -141,3 +141,18 @@ def test_a_rank_that_is_gone_ends_the_others(tmp_path: Path, gone: int, number: 
     log = (tmp_path / f"rank{1 - gone}.log").read_text()
     assert f"rank {gone} " in log and "--resume" in log and "Traceback" not in log, log
     run_ranks(merging(case, tmp_path / "out", "--resume"), tmp_path, 2)
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_rank_that_hangs_ends_the_others(tmp_path: Path, hanging: int) -> None:
+    case = processes.make_long_case(tmp_path)
+    case.write_yaml()
+    command = merging(case, tmp_path / "out")
+    limit = {"LARGEMERGE_RANK_TIMEOUT": "3"}
+    ranks = start_ranks([command] * 2, tmp_path, limit, hanging={hanging: "model.layers.3"})
+    assert all(finish(process) not in (None, 0) for process in ranks)
+    assert "hangs: for 3 s it has" in (tmp_path / f"rank{hanging}.log").read_text()
+    logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    assert f"rank {hanging} " in logs[0] and "processes.hang, line" in logs[0] and "Traceback" not in logs[0]
+    assert "model.layers.2" in processes.parts(tmp_path / "out") and "--resume" in logs[0]
+    run_ranks(merging(case, tmp_path / "out", "--resume"), tmp_path, 2)

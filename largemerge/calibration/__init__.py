@@ -13,10 +13,12 @@ reading it, how large it will be.
     text.py           tokens (chat.py: of conversations)
     images.py         pixels
     tensors.py        .safetensors files, used as they are
+    assumed.py        the size of data that is not at hand
 
 What becomes of them in a merge: `rows.py` (which tokens count), `hidden_states.py` (where they wait).
 """
 
+from largemerge.calibration.assumed import assume_calibration
 from largemerge.calibration.batches import Batch, CalibrationOutline, CalibrationSet, ModelNeeds
 from largemerge.calibration.load import load_calibration, outline_calibration
 
@@ -25,6 +27,7 @@ __all__ = [
     "CalibrationOutline",
     "CalibrationSet",
     "ModelNeeds",
+    "assume_calibration",
     "load_calibration",
     "outline_calibration",
 ]

@@ -9,14 +9,16 @@ from largemerge.errors import CheckpointError
 
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.bin"]
 _PATTERNS_WITHOUT_PICKLE = _PATTERNS[:-1]
+_CODE_PATTERNS = ["*.json", "*.py"]
 
 
-def locate_checkpoint(reference: str, name: str) -> Path:
+def locate_checkpoint(reference: str, name: str, *, weights: bool = True) -> Path:
     """The local folder of a checkpoint; fetched from the Hub (or its cache) if it is no folder.
 
     Args:
         reference: A folder, or a Hub id, with `@revision` if wanted.
         name: What the user calls it, for messages.
+        weights: Fetch them, too, not only the config.
 
     Raises:
         CheckpointError: If there is no such folder and the Hub does not have it or cannot be reached.
@@ -31,14 +33,16 @@ def locate_checkpoint(reference: str, name: str) -> Path:
         raise CheckpointError(
             f"{name}: {reference} does not exist; expected a checkpoint folder or a Hub id (owner/name)"
         )
-    return _from_hub(repository, revision or None, name)
+    return _from_hub(repository, revision or None, name, weights)
 
 
-def _from_hub(repository: str, revision: str | None, name: str) -> Path:
+def _from_hub(repository: str, revision: str | None, name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if not weights:
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=_CODE_PATTERNS))
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS_WITHOUT_PICKLE))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS))

@@ -63,6 +63,7 @@ class Activations:
         rehearsal: What the rehearsal saw.
         calibration: By candidate, as far as it is this rank's.
         row_counts: By candidate and stack: rows that count, on all ranks together.
+        own_row_counts: Those of them that this rank has.
         weights: Where embeddings and the like are read from.
         hidden_states: Waiting between blocks.
         compute_dtype: Of the forward passes.
@@ -76,6 +77,7 @@ class Activations:
     rehearsal: Rehearsal
     calibration: Sequence[CalibrationSet]
     row_counts: Sequence[Sequence[int]]
+    own_row_counts: Sequence[Sequence[int]]
     weights: Weights
     hidden_states: HiddenStates
     compute_dtype: torch.dtype
@@ -95,6 +97,10 @@ class Activations:
     def num_rows(self, candidate: int, stack: int) -> int:
         """Rows of a candidate's data that count in a stack, on all ranks together."""
         return self.row_counts[candidate][stack]
+
+    def num_own_rows(self, candidate: int, stack: int) -> int:
+        """Those of them that this rank has."""
+        return self.own_row_counts[candidate][stack]
 
     def run(
         self,

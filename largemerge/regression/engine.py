@@ -231,8 +231,13 @@ class Engine:
         for group in each.groups:
             tokens = self.activations.num_rows(index, stacks[group.leader])
             difference = None if index == 0 else differences(block, group, tensors, anchor)
-            home = self.together.is_home(index)
-            sums[group.leader].start_candidate(self.settings.shares[index], tokens, difference, at_home=home)
+            sums[group.leader].start_candidate(
+                self.settings.shares[index],
+                tokens,
+                difference,
+                own_tokens=self.activations.num_own_rows(index, stacks[group.leader]),
+                at_home=self.together.is_home(index),
+            )
 
         def add(path: str, x: torch.Tensor, masks: Masks) -> None:
             with self.clock.stage("gram"):

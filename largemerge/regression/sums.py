@@ -59,7 +59,13 @@ class GroupSums:
     _at_home: bool = True
 
     def start_candidate(
-        self, share: float, tokens: int, differences: Differences | None, *, at_home: bool = True
+        self,
+        share: float,
+        tokens: int,
+        differences: Differences | None,
+        *,
+        own_tokens: int | None = None,
+        at_home: bool = True,
     ) -> None:
         """Begins the sums of the next candidate.
 
@@ -67,13 +73,15 @@ class GroupSums:
             share: c_i / Σ c.
             tokens: How many rows it has, on all ranks together.
             differences: E_i; `None` for the anchor.
+            own_tokens: How many of the rows come here; all where not given.
             at_home: Whether this rank counts what does not depend on the rows.
         """
         self.tokens.append(tokens)
         self._at_home = at_home
         self._share = share
         self._differences = differences
-        self._by_rows = differences is not None and multiplies_by_rows(tokens, self.gram.num_inputs)
+        own = tokens if own_tokens is None else own_tokens
+        self._by_rows = differences is not None and multiplies_by_rows(own, self.gram.num_inputs)
 
     def skip_candidate(self, tokens: int) -> None:
         """The next candidate's rows are all on other ranks."""

@@ -9,17 +9,19 @@ Hidden states never leave their rank. With one rank all of this is nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from largemerge.distributed import Ranks, choose_owners
+from largemerge.distributed import Ranks
 from largemerge.node import Node
 from largemerge.passes import BlockPass
 from largemerge.regression.averages import RunningAverages
 from largemerge.regression.sums import GroupSums
+from largemerge.sharing import choose_owners
 from largemerge.treatment import BlockPlan, GroupPlan
 from largemerge.weights import Tensors
 
@@ -80,7 +82,10 @@ class Together:
 
     def load(self, item: ReadItem, read: Callable[[], Tensors]) -> Tensors:
         """A candidate's tensors, from disk or from the rank of this machine that reads them."""
-        return self.node.load(item.key, self._wanted_by(item.candidate, replayed=item.replayed), read)
+        wanted_by = self._wanted_by(item.candidate, replayed=item.replayed)
+        reads = self.node.reader(wanted_by) == self.ranks.rank
+        with nullcontext() if reads else self.ranks.waits():
+            return self.node.load(item.key, wanted_by, read)
 
     def _wanted_by(self, candidate: int, *, replayed: bool) -> Sequence[int]:
         """The ranks that need a candidate's tensors."""

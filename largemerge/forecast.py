@@ -1,0 +1,81 @@
+"""What a planned merge will take: seconds by stage, and what each of its ranks will hold, move and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from largemerge.calibration import CalibrationOutline
+from largemerge.cluster import Links
+from largemerge.estimate import footprint
+from largemerge.merge_plan import MergePlan, Preparation
+from largemerge.planning import Machines, process_bytes, workload_of
+from largemerge.probe import measure_rates
+from largemerge.rank_plan import bytes_communicated, plan_ranks, share_work
+from largemerge.rank_timing import estimate_rank_seconds
+from largemerge.sharing import samples_at_once
+from largemerge.timing import Rates, estimate_seconds
+from largemerge.workload import Workload, batch_shapes, split_shapes
+
+_LOCAL_BANDWIDTH, _LOCAL_LATENCY = 1.0e9, 0.3e-3  # between processes of one machine
+
+
+def forecast(
+    prepared: Preparation, outlines: Sequence[CalibrationOutline], machines: Machines, *, probe: bool
+) -> MergePlan:
+    """The plan, with times and ranks.
+
+    Args:
+        prepared: From `make_plan`, for the same machines.
+        outlines: Of every candidate's calibration data.
+        machines: That will compute.
+        probe: Measure this machine for some seconds; without, only a cluster's times are told.
+    """
+    plan = prepared.plan
+    workload = partial(workload_of, plan.config, prepared.inputs, prepared.rehearsal, plan.blocks, plan.outside)
+    shapes = batch_shapes(outlines, None)
+    whole = workload(shapes)
+    timed = not plan.problems and (probe or machines.cluster is not None)
+    if machines.num_ranks == 1 and machines.cluster is None:
+        rates = _rates(prepared, machines, whole) if timed else None
+        return replace(plan, seconds=estimate_seconds(whole, plan.placement, rates)) if rates is not None else plan
+    batches = split_shapes(
+        shapes, samples_at_once(plan.placement.samples, sum(plan.num_samples.values()), machines.num_ranks)
+    )
+    works = share_work(batches, plan.blocks, prepared.rehearsal, workload, machines.num_ranks)
+    held = partial(
+        footprint,
+        placement=plan.placement,
+        device=plan.device,
+        before=process_bytes(machines),
+        eight_bit=plan.config.memory.hidden_states_8bit,
+        limited=plan.config.memory.host is not None,
+    )
+    plan = replace(plan, ranks=plan_ranks(whole, works, held, plan.placement))
+    if not timed:
+        return plan
+    rates = _rates(prepared, machines, whole)
+    parts = [each.work for each in works]
+    moved = bytes_communicated(whole) if len(parts) > 1 else 0
+    return replace(plan, seconds=estimate_rank_seconds(whole, parts, plan.placement, rates, _links(machines), moved))
+
+
+def _rates(prepared: Preparation, machines: Machines, work: Workload) -> Rates:
+    plan = prepared.plan
+    if machines.cluster is not None:
+        return machines.cluster.rates(plan.compute_dtype)
+    return measure_rates(
+        work,
+        prepared.inputs.candidates[0],
+        plan.limits.scratch,
+        plan.device,
+        plan.placement.samples,
+        at_once=machines.num_ranks,
+    )
+
+
+def _links(machines: Machines) -> Links:
+    if machines.cluster is not None:
+        return machines.cluster.links()
+    return Links(_LOCAL_BANDWIDTH, _LOCAL_LATENCY, machines.num_ranks)
