@@ -7,7 +7,8 @@ reading calibration data, planning) is left out, as every rank does it alike: ti
 read to the report. The order is reversed every other round; the shortest time counts. The merged weights are compared
 with those of a single rank. With --ceiling, as many whole merges of one rank as there would be ranks run side by side:
 n merges in the time t(n) are n t(1) / t(n) times as fast as one after the other, which is as much as n processes that
-share cores, caches and memory could gain if they had nothing to tell each other. Prints a table and one line of JSON.
+share cores, caches and memory could gain if they had nothing to tell each other. Beside each time stands what
+`largemerge plan --num-ranks` expects. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +45,7 @@ def main() -> None:
     best = {size: min(reports[size], key=_seconds) for size in sizes}
     rows = [
         _row(size, best[size], _seconds(best[1]), alone, arguments.work / f"ranks-{size}")
+        | {"planned_seconds": _planned(arguments.config, size)}
         | {"ceiling": size * _seconds(best[1]) / min(beside[size]) if beside[size] else None}
         for size in sizes
     ]
@@ -73,6 +76,14 @@ def _merge(config: Path, out: Path, size: int) -> dict[str, Any]:
     run_measured([*launcher, *merge], out.with_suffix(".log"))
     report: dict[str, Any] = json.loads((out / "merge_report.json").read_text())
     return report
+
+
+def _planned(config: Path, size: int) -> float:
+    """Seconds that the plan says."""
+    command = [sys.executable, "-m", "largemerge", "plan", str(config), "--device", "cpu", "--json"]
+    done = subprocess.run([*command, "--num-ranks", str(size)], capture_output=True, check=True, text=True)
+    seconds: dict[str, float] = json.loads(done.stdout)["seconds"]
+    return sum(seconds.values())
 
 
 def _side_by_side(config: Path, work: Path, count: int) -> float:
@@ -118,7 +129,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print(f"\n| {' | '.join([*titles, 'difference'])} |\n{'|---:' * (len(titles) + 1)}|")
     for row in rows:
         print(
-            f"| {row['ranks']} | {row['seconds']:.1f} s | {row['speed_up']:.2f} | {_text(row['ceiling'])} "
+            f"| {row['ranks']} | {row['seconds']:.1f} s | {row['planned_seconds']:.1f} s | {row['speed_up']:.2f} "
+            f"| {_text(row['ceiling'])} "
             f"| {row['peak_anonymous_bytes'] / 2**30:.2f} GiB | {row['bytes_communicated'] / 1e9:.2f} GB "
             f"| {row['seconds_communicating']:.1f} s | {row['difference']:.1e} |"
         )

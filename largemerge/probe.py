@@ -21,6 +21,7 @@ from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.output import existing_folder
 from largemerge.regression.factor import cholesky_
 from largemerge.regression.gram import Gram, float32_means_float32
+from largemerge.regression.product import product
 from largemerge.timing import Rates
 from largemerge.workload import Workload
 
@@ -80,9 +81,9 @@ def _compute_rates(work: Workload, device: torch.device, samples: int) -> Rates:
     large = torch.empty(16 << 20, dtype=torch.uint8, device=device)
     with float32_means_float32():
         return Rates(
-            linear=2 * rows * inputs * outputs / _seconds(lambda: x_NI @ weight_OI.T, device),
+            linear=2 * rows * inputs * outputs / _seconds(lambda: product(x_NI, weight_OI), device),
             gram=rows * size**2 / _seconds(lambda: gram.add_rows(x_NS), device),
-            product=2 * size**3 / _seconds(lambda: torch.mm(left_SS, left_SS, out=work_SS), device),
+            product=2 * size**3 / _seconds(lambda: product(left_SS, system_SS), device),
             cholesky=size**3 / 3 / _seconds(lambda: cholesky_(work_SS.copy_(system_SS)), device),
             memory=2 * large.nbytes / _seconds(lambda: large.clone(), device),
             read=math.inf,
