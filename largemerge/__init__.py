@@ -25,8 +25,10 @@ from largemerge.errors import (
 )
 
 if TYPE_CHECKING:
+    from largemerge.api import merge, plan
+    from largemerge.datafree.plan import DataFreePlan
+    from largemerge.datafree.report import DataFreeReport
     from largemerge.merge_plan import MergePlan
-    from largemerge.merging import merge, plan
     from largemerge.report import MergeReport
 
 __version__ = "0.1.0"
@@ -36,6 +38,8 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "DataFreePlan",
+    "DataFreeReport",
     "LargemergeError",
     "MergeConfig",
     "MergeError",
@@ -49,7 +53,8 @@ __all__ = [
 ]
 
 _LAZY = {"MergePlan": "largemerge.merge_plan", "MergeReport": "largemerge.report"}
-_LAZY |= {"merge": "largemerge.merging", "plan": "largemerge.merging"}
+_LAZY |= {"DataFreePlan": "largemerge.datafree.plan", "DataFreeReport": "largemerge.datafree.report"}
+_LAZY |= {"merge": "largemerge.api", "plan": "largemerge.api"}
 
 
 def __getattr__(name: str) -> Any:

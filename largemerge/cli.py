@@ -156,32 +156,14 @@ def _config(options: argparse.Namespace) -> MergeConfig:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from rich.console import Console
+    from largemerge.datafree.dispatch import is_data_free
 
-    max_shard_bytes = _size(options.max_shard_size, "--max-shard-size")
-    config = _config(options)
-    _quiet_libraries()
-    from largemerge.memory import reuse_freed_memory
-    from largemerge.merging import merge
-    from largemerge.output import WORKING_FOLDER
-    from largemerge.tables import print_report
-
-    def planned(made: MergePlan) -> None:
-        reuse_freed_memory(sparingly=made.footprint.sparing)
-
-    reuse_freed_memory(sparingly=True)
+    run = _merge_data_free if is_data_free(options.config) else _merge_by_regression
     try:
-        report = merge(
-            config,
-            options.out,
-            device=options.device,
-            resume=options.resume,
-            force=options.force,
-            max_shard_bytes=max_shard_bytes,
-            quiet=options.quiet,
-            planned=planned,
-        )
+        return run(options, _size(options.max_shard_size, "--max-shard-size"))
     except KeyboardInterrupt:
+        from largemerge.output import WORKING_FOLDER
+
         if _own_rank() == 0 and (options.out / WORKING_FOLDER / "manifest.json").exists():
             kept = [argument for argument in options.given if argument not in ("--force", "--resume")]
             command = shlex.join(["largemerge", *kept, "--resume"])
@@ -190,20 +172,80 @@ def _merge(options: argparse.Namespace) -> int:
             )
             return _INTERRUPTED
         raise
+
+
+def _merge_by_regression(options: argparse.Namespace, max_shard_bytes: int) -> int:
+    from rich.console import Console
+
+    config = _config(options)
+    _quiet_libraries()
+    from largemerge.memory import reuse_freed_memory
+    from largemerge.merging import merge_by_regression
+    from largemerge.tables import print_report
+
+    def planned(made: MergePlan) -> None:
+        reuse_freed_memory(sparingly=made.footprint.sparing)
+
+    reuse_freed_memory(sparingly=True)
+    report = merge_by_regression(
+        config,
+        options.out,
+        device=options.device,
+        resume=options.resume,
+        force=options.force,
+        max_shard_bytes=max_shard_bytes,
+        quiet=options.quiet,
+        planned=planned,
+    )
     if not options.quiet:
         print_report(report, str(options.out), Console(stderr=True, markup=False, emoji=False))
     return 0
 
 
+def _merge_data_free(options: argparse.Namespace, max_shard_bytes: int) -> int:
+    from rich.console import Console
+
+    _check_no_limits(options)
+    from largemerge.datafree.merge import merge_data_free
+    from largemerge.datafree.tables import print_report
+    from largemerge.memory import reuse_freed_memory
+
+    reuse_freed_memory(sparingly=False)
+    report = merge_data_free(
+        options.config,
+        options.out,
+        device=options.device,
+        resume=options.resume,
+        force=options.force,
+        max_shard_bytes=max_shard_bytes,
+        quiet=options.quiet,
+    )
+    if not options.quiet:
+        print_report(report, str(options.out), Console(stderr=True, markup=False, emoji=False))
+    return 0
+
+
+def _check_no_limits(options: argparse.Namespace) -> None:
+    limits = [f"--memory-{key}" for key in ("device", "host", "disk") if getattr(options, f"memory_{key}") is not None]
+    if limits:
+        raise ConfigError(f"{', '.join(limits)}: not for data-free methods, which hold a few tensors at a time")
+
+
 def _plan(options: argparse.Namespace) -> int:
+    from largemerge.datafree.dispatch import is_data_free
+
+    return _plan_data_free(options) if is_data_free(options.config) else _plan_regression(options)
+
+
+def _plan_regression(options: argparse.Namespace) -> int:
     if options.num_ranks < 1:
         raise ConfigError(f"--num-ranks {options.num_ranks}: expected 1 or more")
     config = _config(options)
     _quiet_libraries()
-    from largemerge.merging import plan
+    from largemerge.merging import plan_regression
     from largemerge.tables import print_plan
 
-    made = plan(
+    made = plan_regression(
         config,
         device=options.device,
         probe=options.probe,
@@ -211,6 +253,23 @@ def _plan(options: argparse.Namespace) -> int:
         cluster=_cluster(options),
         from_config=options.from_config,
     )
+    if options.json:
+        print(json.dumps(made.to_json(), indent=2))
+    else:
+        from rich.console import Console
+
+        print_plan(made, Console(markup=False, emoji=False))
+    return EXIT_CODE if made.problems else 0
+
+
+def _plan_data_free(options: argparse.Namespace) -> int:
+    _check_no_limits(options)
+    if options.num_ranks != 1 or options.from_config or _cluster(options) is not None:
+        raise ConfigError("ranks, other machines and --from-config are for regression methods")
+    from largemerge.datafree.plan import plan_data_free
+    from largemerge.datafree.tables import print_plan
+
+    made = plan_data_free(options.config)
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:

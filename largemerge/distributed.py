@@ -195,7 +195,7 @@ def told_together(problems: Sequence[tuple[str, ...]]) -> list[str]:
 @contextmanager
 def start_ranks() -> Iterator[Ranks]:
     """Joins the other ranks, as the launcher's environment describes them, and leaves them in the end."""
-    size = _world_size()
+    size = world_size()
     if size == 1 and not torch.distributed.is_initialized():
         yield Ranks()
         return
@@ -218,7 +218,7 @@ def start_ranks() -> Iterator[Ranks]:
             torch.distributed.destroy_process_group()
 
 
-def _world_size() -> int:
+def world_size() -> int:
     """How many processes the launcher has started; Accelerate may have let MPI start them, which names it otherwise."""
     if not _started_by_accelerate():
         return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""The public API: a merge as a list of steps.
+"""A regression merge as a list of steps.
 
 config → open inputs → read calibration data → plan → output folder → tensors outside the blocks
 → block after block → side files, index, config → report
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from largemerge.api import DEFAULT_MAX_SHARD_BYTES
 from largemerge.calibration import CalibrationSet, assume_calibration, load_calibration, outline_calibration
 from largemerge.calibration.batches import split_batches
 from largemerge.calibration.fit import sample_problems
@@ -23,6 +24,7 @@ from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.cluster import Cluster
 from largemerge.config import MergeConfig, load_config
 from largemerge.distributed import Ranks, start_ranks, too_many_threads
+from largemerge.environment import versions
 from largemerge.errors import CalibrationError, LargemergeError
 from largemerge.forecast import forecast
 from largemerge.inputs import Inputs, open_inputs
@@ -33,17 +35,16 @@ from largemerge.output import OutputFolder, changes, check_output, existing_fold
 from largemerge.placement import waits_on_disk
 from largemerge.planning import Machines, choose_device, make_plan
 from largemerge.regression.clock import Clock
-from largemerge.report import MergeReport, versions
+from largemerge.report import MergeReport
 from largemerge.samples import OwnSamples, for_every_candidate, loss_tokens, model_needs, share_samples
 from largemerge.sharing import samples_at_once
 from largemerge.side_files import config_text, write_side_files
 
 ConfigSource = str | Path | Mapping[str, Any] | MergeConfig
-DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 _MOST_PROBLEMS = 20
 
 
-def plan(
+def plan_regression(
     config: ConfigSource,
     *,
     device: str = "auto",
@@ -52,21 +53,7 @@ def plan(
     cluster: Cluster | None = None,
     from_config: bool = False,
 ) -> MergePlan:
-    """Plans a merge from configs and headers alone; of weights and samples it reads none.
-
-    Args:
-        config: A path, a mapping or a `MergeConfig`.
-        device: `auto`, `cpu`, `cuda:0`, ….
-        probe: Measure this machine for a few seconds (products, copies, some megabytes of a candidate read), so that
-            the plan says how long the merge will take.
-        num_ranks: As many ranks share this machine: also say what each would hold, move and compute.
-        cluster: Plan for these machines instead, one rank for each of their GPUs, by their data sheets.
-        from_config: Each checkpoint's `config.json` is all there is: no weights, no tokenizer, no calibration data.
-
-    Raises:
-        LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
-            plan's `problems`.
-    """
+    """`largemerge.plan` for the regression methods."""
     resolved = load_config(config)
     if cluster is not None:
         machines = Machines(torch.device("cuda"), cluster.num_ranks, cluster.gpus_per_node, cluster)
@@ -78,7 +65,7 @@ def plan(
     return forecast(prepared, outlines, machines, probe=probe and not from_config)
 
 
-def merge(
+def merge_by_regression(
     config: ConfigSource,
     out: str | Path,
     *,
@@ -89,23 +76,9 @@ def merge(
     quiet: bool = True,
     planned: Callable[[MergePlan], None] | None = None,
 ) -> MergeReport:
-    """Merges the candidates of a configuration into one checkpoint.
+    """`largemerge.merge` for the regression methods.
 
-    Args:
-        config: A path, a mapping or a `MergeConfig`.
-        out: The output folder; new or empty unless `resume` or `force`.
-        device: `auto`, `cpu`, `cuda:0`, ….
-        resume: Go on with an interrupted merge; the result is bit for bit that of an unbroken run.
-        force: Replace what is in `out`, once the merge is finished.
-        max_shard_bytes: Size of a shard, unless one tensor is larger.
-        quiet: Show no progress.
-        planned: Called with the plan before the long work.
-
-    Returns:
-        What happened; the same is in `out/merge_report.json`.
-
-    Raises:
-        LargemergeError: For anything wrong with config, inputs, data or output, before the long work.
+    `planned` is called with the plan before the long work.
     """
     start = time.perf_counter()
     resolved = load_config(config)

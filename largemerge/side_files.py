@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
+from largemerge.environment import versions
 from largemerge.merge_plan import Preparation
 from largemerge.quantization import quantization_settings
-from largemerge.report import MergeReport, config_yaml, versions
+from largemerge.report import MergeReport, config_yaml
 
 
 def config_text(preparation: Preparation) -> str:

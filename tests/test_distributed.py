@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from largemerge.distributed import Ranks, start_ranks, told_together
-from largemerge.sharing import choose_owners, share_out
+from largemerge import distributed
+from largemerge.distributed import Ranks, start_ranks, told_together, too_many_threads
+from largemerge.sharing import choose_owners, samples_at_once, share_out
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
@@ -37,6 +39,21 @@ def test_solves_are_spread_by_cost() -> None:
     owners = choose_owners({"down": 64, "q": 8, "o": 8, "gate": 24}, 2)
     assert owners["down"] == 0 and {owners[name] for name in ("q", "o", "gate")} == {1}
     assert owners == choose_owners({"gate": 24, "o": 8, "q": 8, "down": 64}, 2), "the order says nothing"
+
+
+def test_too_many_threads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_num_cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    cpu = torch.device("cpu")
+    assert not list(too_many_threads(Ranks(size=2, local_size=2), cpu))
+    (text,) = too_many_threads(Ranks(size=8, local_size=4), cpu)
+    assert "4 ranks of 3 threads each share 8 cores" in text and "OMP_NUM_THREADS=2" in text
+    assert not list(too_many_threads(Ranks(size=4, local_size=4), torch.device("cuda")))
+
+
+def test_every_rank_gets_batches() -> None:
+    assert samples_at_once(8, 1000, 1) == 8 and samples_at_once(8, 1000, 4) == 8
+    assert samples_at_once(8, 96, 8) == 3 and samples_at_once(8, 5, 64) == 1
 
 
 def test_problems_say_whose_they_are() -> None:

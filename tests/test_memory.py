@@ -13,9 +13,10 @@ from cases import Case, MakeCase, assert_close, merge_and_load, report_of, weigh
 
 import largemerge
 from largemerge import LargemergeError, planning
+from largemerge.config import MemoryConfig
 from largemerge.estimate import Placement, Waiting, footprint
 from largemerge.model import block as block_module
-from largemerge.placement import Choice
+from largemerge.placement import Choice, find_limits
 from largemerge.regression import activations
 from largemerge.workload import Workload
 
@@ -224,3 +225,19 @@ def test_hidden_states_in_eight_bits(make_case: MakeCase) -> None:
 def test_a_placement_reads_in_one_line() -> None:
     text = str(Placement(Waiting.DISK, 2, False, 4))
     assert text == ("hidden states on disk, a block's linears in 2 passes, no block read ahead, 4 samples at once")
+
+
+def test_ranks_of_one_machine_divide_what_is_free() -> None:
+    alone, one_of_four = (find_limits(MemoryConfig(), torch.device("cpu"), None, ranks) for ranks in (1, 4))
+    assert one_of_four.host < 0.5 * alone.host
+    told = find_limits(MemoryConfig(host=1 << 30), torch.device("cpu"), None, 4)
+    assert told.host == 1 << 30, "what the user says is for every process"
+
+
+def test_a_rank_holds_its_part_of_the_hidden_states(tmp_path: Path) -> None:
+    config = wide_case(tmp_path).config
+    alone = largemerge.plan(config, probe=False)
+    half = largemerge.plan(config, probe=False, num_ranks=2)
+    hidden = [plan.footprint.parts["hidden states"] for plan in (alone, half)]
+    assert hidden[1] == pytest.approx(hidden[0] / 2, rel=0.1)
+    assert max(rank.host for rank in half.ranks) <= alone.footprint.host

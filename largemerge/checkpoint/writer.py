@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ class ShardWriter:
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
         self._descriptors: dict[str, int] = {}
         self._dirty: set[str] = set()
+        self._lock = threading.Lock()  # several threads may write
 
     def __enter__(self) -> ShardWriter:
         for shard in self.shards:
@@ -151,8 +153,9 @@ class ShardWriter:
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptors[shard.file_name], data[done : done + (1 << 30)], offset + done)
-        self.bytes_written += len(data)
-        self._dirty.add(shard.file_name)
+        with self._lock:
+            self.bytes_written += len(data)
+            self._dirty.add(shard.file_name)
 
     def read(self, name: str) -> torch.Tensor:
         """Reads back a tensor written earlier; a quantised one as any reader will see it."""
@@ -167,10 +170,11 @@ class ShardWriter:
         return read_tensor(self._descriptors[shard.file_name], shard.offsets[name], stored.dtype, stored.shape)
 
     def flush(self) -> None:
-        """Forces everything written so far onto the disk."""
-        for file_name in sorted(self._dirty):
+        """Forces everything written so far onto the disk; what other threads write meanwhile may have to wait."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        for file_name in sorted(dirty):
             os.fsync(self._descriptors[file_name])
-        self._dirty.clear()
 
 
 def weight_index(shards: tuple[Shard, ...]) -> str | None:

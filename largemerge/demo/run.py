@@ -29,7 +29,7 @@ from largemerge.demo.picture import losses_svg
 from largemerge.demo.settings import DemoSettings
 from largemerge.demo.train import train_all
 from largemerge.errors import OutputError
-from largemerge.merging import merge
+from largemerge.merging import merge_by_regression
 
 METHODS = {"RegMean": "regmean", "RegMean++": "regmean_plusplus"}
 """Label to `merge_method`."""
@@ -80,7 +80,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> None:
         _write_inputs(out, corpora, settings)
         for label, method in METHODS.items():
             start = time.perf_counter()
-            merge(_config(out, method), _merged(out, method), device="cpu", force=True, quiet=False)
+            merge_by_regression(_config(out, method), _merged(out, method), device="cpu", force=True, quiet=False)
             _say(console, "merged", f"{_merged(out, method)} ({label}, {time.perf_counter() - start:.1f} s)")
         losses = measure(
             out / "base",

@@ -1,0 +1,93 @@
+"""The public functions: each looks at the method of a configuration, and calls those who know it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largemerge.config import MergeConfig
+from largemerge.datafree.config import DataFreeConfig
+from largemerge.datafree.dispatch import is_data_free
+
+if TYPE_CHECKING:
+    from largemerge.cluster import Cluster
+    from largemerge.datafree.plan import DataFreePlan
+    from largemerge.datafree.report import DataFreeReport
+    from largemerge.merge_plan import MergePlan
+    from largemerge.report import MergeReport
+
+Source = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+
+
+def merge(
+    config: Source,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    quiet: bool = True,
+) -> MergeReport | DataFreeReport:
+    """Merges the models of a configuration into one checkpoint.
+
+    Args:
+        config: A path, a mapping, or a configuration that has been read.
+        out: The output folder; new or empty unless `resume` or `force`.
+        device: `auto`, `cpu`, `cuda:0`, ….
+        resume: Go on with an interrupted merge; the result is bit for bit that of an unbroken run.
+        force: Replace what is in `out`, once the merge is finished.
+        max_shard_bytes: Size of a shard, unless one tensor is larger.
+        quiet: Show no progress.
+
+    Returns:
+        What happened; the same is in `out/merge_report.json`.
+
+    Raises:
+        LargemergeError: For anything wrong with config, inputs, data or output, before the long work.
+    """
+    options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
+    options["max_shard_bytes"] = max_shard_bytes
+    if isinstance(config, DataFreeConfig) or is_data_free(config):
+        from largemerge.datafree.merge import merge_data_free
+
+        return merge_data_free(config, out, **options)
+    from largemerge.merging import merge_by_regression
+
+    return merge_by_regression(config, out, **options)
+
+
+def plan(
+    config: Source,
+    *,
+    device: str = "auto",
+    probe: bool = True,
+    num_ranks: int = 1,
+    cluster: Cluster | None = None,
+    from_config: bool = False,
+) -> MergePlan | DataFreePlan:
+    """Plans a merge from configs and headers alone; of weights and samples it reads none.
+
+    Args:
+        config: A path, a mapping, or a configuration that has been read.
+        device: `auto`, `cpu`, `cuda:0`, ….
+        probe: Measure this machine for a few seconds, so that the plan says how long the merge will take.
+        num_ranks: As many ranks share this machine: also say what each would hold, move and compute.
+        cluster: Plan for these machines instead, one rank for each of their GPUs, by their data sheets.
+        from_config: Each checkpoint's `config.json` is all there is: no weights, no tokenizer, no calibration data.
+
+    Raises:
+        LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
+            plan's `problems`.
+    """
+    if isinstance(config, DataFreeConfig) or is_data_free(config):
+        from largemerge.datafree.plan import plan_data_free
+
+        return plan_data_free(config)
+    from largemerge.merging import plan_regression
+
+    return plan_regression(
+        config, device=device, probe=probe, num_ranks=num_ranks, cluster=cluster, from_config=from_config
+    )

@@ -1,0 +1,33 @@
+"""Methods that look at one element of every model, and at nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from largemerge.datafree.pieces import Piece
+
+
+def weights_like(piece: Piece, name: str = "weight") -> torch.Tensor:
+    """A parameter of every model in the dtype of the tensors, `[K, 1, …]`."""
+    tensor = piece.tensors[0]
+    return torch.tensor(piece.each[name], dtype=tensor.dtype).view(-1, *[1] * tensor.dim())
+
+
+def linear(piece: Piece) -> torch.Tensor:
+    """Σ w_i W_i, divided by Σ w_i unless `normalize` is off. Model soups, arXiv 2203.05482."""
+    weights = weights_like(piece)
+    total = torch.stack(piece.tensors).mul_(weights).sum(dim=0)
+    return total.div_(weights.sum(dim=0)) if piece.options["normalize"] else total
+
+
+def passthrough(piece: Piece) -> torch.Tensor:
+    """The tensor of a single model, times `scale` where one is given."""
+    scale = piece.each["scale"][0]
+    return piece.tensors[0] if scale is None else piece.tensors[0] * scale
+
+
+def nearswap(piece: Piece) -> torch.Tensor:
+    """A + w (B - A) with w = min(1, t / |A - B|): the base where models differ much, the other where they are near."""
+    base, other = piece.origin, piece.tensors[0]
+    share: torch.Tensor = (piece.options["t"] / (base - other).abs_().clamp_(min=1e-6)).clamp_(0, 1)
+    return share * other + (1 - share) * base

@@ -1,0 +1,215 @@
+"""The configuration of a data-free merge: mergekit's YAML, as strict, typed models.
+
+What mergekit knows and this does not yet is an error that names the key. Paths come out absolute.
+"""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from largemerge.config_calibration import MergeMethod, Strict
+from largemerge.config_file import explain, nearest, read_yaml, to_json
+from largemerge.datafree.settings import Setting, setting_problems
+from largemerge.errors import ConfigError
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Parameters = dict[str, Setting]
+
+
+def _reference(value: object) -> object:
+    """`{model: {path: …, revision: …}}` becomes `path@revision`."""
+    if isinstance(value, Mapping) and isinstance(value.get("model"), Mapping):
+        if value.get("lora") is not None or value.get("override_architecture") is not None:
+            raise ValueError("'lora' and 'override_architecture' are not supported; merge adapters first")
+        value = value["model"]
+    if isinstance(value, Mapping):
+        unknown = set(value) - {"path", "revision"}
+        if unknown or not isinstance(value.get("path"), str):
+            raise ValueError(f"expected a path, or path and revision, found {dict(value)!r}")
+        return value["path"] + (f"@{value['revision']}" if value.get("revision") else "")
+    if isinstance(value, str) and "+" in value and not Path(value).exists():
+        raise ValueError("an adapter (model+lora) is not supported; merge it into its model first")
+    return value
+
+
+Reference = Annotated[str, pydantic.BeforeValidator(_reference), Field(min_length=1)]
+"""A folder, or a Hub id, with `@revision` if wanted."""
+
+
+class ModelEntry(Strict):
+    """One of the models, with its parameters."""
+
+    model: Reference
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class SliceSource(ModelEntry):
+    """Some layers of a model."""
+
+    layer_range: tuple[int, int]
+
+    @property
+    def layers(self) -> range:
+        """Their numbers."""
+        return range(*self.layer_range)
+
+
+class OutputSlice(Strict):
+    """Layers of the output, from the same number of layers of some models."""
+
+    sources: tuple[SliceSource, ...] = Field(min_length=1)
+    base_model: Reference | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class Module(Strict):
+    """A stack of layers of the output, for models that have several."""
+
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[OutputSlice, ...] = ()
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class DataFreeConfig(Strict):
+    """A whole merge."""
+
+    merge_method: str
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[OutputSlice, ...] = ()
+    modules: dict[str, Module] = Field(default_factory=dict)
+    base_model: Reference | None = None
+    parameters: Parameters = Field(default_factory=dict)
+    dtype: DtypeName | None = None
+    """In which it is computed; default: in which the weights are stored."""
+    out_dtype: DtypeName | None = None
+    """In which it is written; default: as computed."""
+    tokenizer_source: str | None = None
+    """`base`, or one of the models; default: the base's where there is one, else the first model's."""
+    tokenizer: Any = None
+    chat_template: str | None = None
+    seed: int = Field(0, ge=0)
+    """Of random methods."""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All models, in the order in which the file names them, the base last if it is named nowhere else."""
+        sources: list[str] = [entry.model for entry in self.models]
+        for module in (Module(slices=self.slices), *self.modules.values()):
+            sources += [entry.model for entry in module.models]
+            sources += [source.model for piece in module.slices for source in piece.sources]
+            sources += [piece.base_model for piece in module.slices if piece.base_model is not None]
+        return tuple(dict.fromkeys([*sources, *([self.base_model] if self.base_model is not None else [])]))
+
+
+def load_data_free(source: str | Path | Mapping[str, Any]) -> DataFreeConfig:
+    """Reads and checks a configuration.
+
+    Args:
+        source: Path of a YAML file, or a mapping of the same shape. Relative paths inside a file are looked up beside
+            that file first, then in the working directory.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    folders = [Path.cwd()]
+    if isinstance(source, Mapping):
+        raw: Any = dict(source)
+    else:
+        raw = read_yaml(Path(source))
+        folders.insert(0, Path(source).resolve().parent)
+    _check_method(raw.get("merge_method"))
+    try:
+        config = DataFreeConfig.model_validate_json(to_json(raw))
+    except pydantic.ValidationError as error:
+        raise ConfigError(*explain(error, DataFreeConfig)) from None
+    problems = list(_problems(config))
+    if problems:
+        raise ConfigError(*problems)
+    return DataFreeConfig.model_validate(_absolute(config.model_dump(), folders))
+
+
+def _check_method(name: object) -> None:
+    """First of all: the keys that are right depend on it."""
+    from largemerge.datafree.registry import METHODS
+
+    known = sorted([*METHODS, *typing.get_args(MergeMethod)])
+    if name not in known:
+        hint = nearest(str(name), known) or f"; expected one of {known}"
+        raise ConfigError(f"merge_method: {name!r} is not known{hint}")
+
+
+def _problems(config: DataFreeConfig) -> Iterator[str]:
+    from largemerge.datafree.registry import METHODS, REQUIRED, Base
+
+    method = METHODS[config.merge_method]
+    given = [key for key in ("models", "slices", "modules") if getattr(config, key)]
+    if len(given) != 1:
+        yield f"expected one of 'models', 'slices' and 'modules', found {' and '.join(map(repr, given)) or 'none'}"
+    for name, module in config.modules.items():
+        if bool(module.models) == bool(module.slices):
+            yield f"modules.{name}: expected one of 'models' and 'slices'"
+    if config.tokenizer is not None:
+        yield "tokenizer: not supported yet; tokenizer_source copies the tokenizer of one model"
+    if config.tokenizer_source == "union":
+        yield "tokenizer_source: 'union' is not supported yet; expected 'base' or one of the models"
+    if config.tokenizer_source == "base" and config.base_model is None:
+        yield "tokenizer_source: 'base' needs a 'base_model'"
+    if config.chat_template not in (None, "auto"):
+        yield f"chat_template: {config.chat_template!r} is not supported yet; the tokenizer's own is copied"
+    own_bases = bool(config.slices) and all(piece.base_model for piece in config.slices)
+    if method.base is Base.REQUIRED and config.base_model is None and not own_bases:
+        yield f"base_model: {config.merge_method} needs one"
+    known = {*method.options, *method.each}
+    required = {name for name, default in method.options.items() if default is REQUIRED}
+    found: set[str] = set()
+    for where, parameters in _all_parameters(config):
+        found |= set(parameters)
+        for name, setting in parameters.items():
+            if name not in known:
+                hint = nearest(name, known) or f"; {config.merge_method} has {sorted(known) or 'none'}"
+                yield f"{where}.{name}: unknown parameter{hint}"
+            else:
+                yield from (f"{where}.{name}: {problem}" for problem in setting_problems(setting))
+    for name in sorted(required - found):
+        yield f"parameters.{name}: {config.merge_method} needs it"
+
+
+def _all_parameters(config: DataFreeConfig) -> Iterator[tuple[str, Parameters]]:
+    """All of them, with their places in the file."""
+
+    def of_slices(slices: Iterable[OutputSlice], prefix: str) -> Iterator[tuple[str, Parameters]]:
+        for number, piece in enumerate(slices):
+            yield f"{prefix}slices[{number}].parameters", piece.parameters
+            for index, source in enumerate(piece.sources):
+                yield f"{prefix}slices[{number}].sources[{index}].parameters", source.parameters
+
+    yield "parameters", config.parameters
+    for index, entry in enumerate(config.models):
+        yield f"models[{index}].parameters", entry.parameters
+    yield from of_slices(config.slices, "")
+    for name, module in config.modules.items():
+        yield f"modules.{name}.parameters", module.parameters
+        for index, entry in enumerate(module.models):
+            yield f"modules.{name}.models[{index}].parameters", entry.parameters
+        yield from of_slices(module.slices, f"modules.{name}.")
+
+
+def _absolute(value: Any, folders: list[Path], key: str = "") -> Any:
+    """Paths of models that lie in one of the folders, made absolute."""
+    if isinstance(value, dict):
+        return {name: _absolute(inner, folders, name) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_absolute(inner, folders, key) for inner in value)
+    if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source"):
+        for folder in folders:
+            path = folder / os.path.expanduser(value)
+            if path.is_dir():
+                return str(path.resolve())
+    return value

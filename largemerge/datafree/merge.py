@@ -1,0 +1,162 @@
+"""A data-free merge as a list of steps.
+
+config → headers of all models → tasks → output folder → workers → side files, index, config → report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
+from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
+from largemerge.datafree.layout import Task
+from largemerge.datafree.plan import CPU, DataFreePlan, DataFreeSource, plan_data_free
+from largemerge.datafree.registry import METHODS
+from largemerge.datafree.report import DataFreeReport
+from largemerge.datafree.stream import Merger, parts, run_parts
+from largemerge.distributed import world_size
+from largemerge.environment import versions
+from largemerge.errors import LargemergeError
+from largemerge.memory import MemoryWatch
+from largemerge.output import OutputFolder, check_output, open_output
+from largemerge.progress import RunProgress
+
+
+def merge_data_free(
+    source: DataFreeSource,
+    out: str | Path,
+    *,
+    device: str,
+    resume: bool,
+    force: bool,
+    max_shard_bytes: int,
+    quiet: bool,
+) -> DataFreeReport:
+    """Merges without data; the arguments are those of `largemerge.merge`.
+
+    Raises:
+        LargemergeError: For anything wrong with config, inputs or output, before the long work.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    if torch.device("cpu" if device == "auto" else device).type != "cpu":
+        raise LargemergeError(f"--device {device}: data-free methods run on the CPU, at the speed of the disk")
+    if world_size() > 1:
+        raise LargemergeError("data-free methods use all cores of one process: start it once, without a launcher")
+    with MemoryWatch(CPU) as watch:
+        plan = plan_data_free(source)
+        if plan.layout.problems:
+            raise LargemergeError(*plan.layout.problems)
+        shards = layout_shards(plan.output, max_shard_bytes)
+        folders = [checkpoint.folder for checkpoint in plan.checkpoints.values()]
+        check_output(out, folders, resume=resume, force=force)
+        with open_output(out, _manifest(plan, shards), folders, resume=resume, force=force) as folder:
+            prepared = time.perf_counter() - start
+            resumed = len(folder.entries)
+            bytes_read = _run(plan, shards, folder, quiet)
+            seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
+            report = DataFreeReport(plan, seconds, bytes_read, resumed, watch.peak())
+            folder.finish(shards, lambda path: _write_side_files(path, report), _config_text(plan))
+    return report
+
+
+def _run(plan: DataFreePlan, shards: tuple[Shard, ...], folder: OutputFolder, quiet: bool) -> int:
+    """Merges what is not in the journal yet; returns the bytes read."""
+    all_parts = parts(plan.layout.tasks)
+    numbers = [number for number in range(len(all_parts)) if _part_name(number) not in folder.entries]
+    if not numbers:
+        return 0
+    with ExitStack() as stack:
+        readers = {
+            name: stack.enter_context(CheckpointReader(checkpoint)) for name, checkpoint in plan.checkpoints.items()
+        }
+        writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
+        merger = Merger(plan.config.merge_method, plan.config.seed, readers, writer)
+        num_tasks = sum(len(all_parts[number]) for number in numbers)
+        progress = stack.enter_context(RunProgress(num_tasks, num_tasks, CPU, quiet=quiet))
+        for note in plan.layout.notes:
+            progress.tell(f"note: {note}")
+
+        def work(task: Task) -> None:
+            merger(task)
+            progress.step(task.name, plan.config.merge_method)
+
+        def done(index: int) -> None:
+            writer.flush()
+            folder.record(_part_name(numbers[index]), {"tensors": len(all_parts[numbers[index]])})
+
+        run_parts([all_parts[number] for number in numbers], work, done, num_workers=plan.num_workers)
+        return sum(reader.bytes_read for reader in readers.values())
+
+
+def _part_name(number: int) -> str:
+    return f"part {number}"
+
+
+def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
+    """What a merge and its continuation must have in common."""
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "inputs": {name: dict(checkpoint.fingerprint) for name, checkpoint in plan.checkpoints.items()},
+        "versions": versions(),
+        "shards": {shard.file_name: shard.num_bytes for shard in shards},
+    }
+
+
+def _config_text(plan: DataFreePlan) -> str:
+    """The reference's config, with the output's dtype and number of layers."""
+    sizes: dict[torch.dtype, int] = {}
+    for task in plan.layout.tasks:
+        if task.out_dtype.is_floating_point:
+            sizes[task.out_dtype] = sizes.get(task.out_dtype, 0) + task.num_elements
+    dtype = max(sizes, key=lambda each: sizes[each])
+    config = json.loads(output_config(plan.checkpoints[plan.reference], dtype))
+    if plan.config.slices and len(plan.layout.layers) == 1:
+        (layers,) = plan.layout.layers.values()
+        _set_layers(config, layers)
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _set_layers(config: dict[str, Any], layers: list[int]) -> None:
+    """Writes the number of layers wherever it stands, and lists with an entry for every layer."""
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        counts = [key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in part]
+        for key in counts:
+            before = part[key]
+            for name, value in part.items():
+                if isinstance(value, list) and len(value) == before and name.endswith(("layers", "_types")):
+                    part[name] = [value[layer] for layer in layers]
+            part[key] = len(layers)
+
+
+def _write_side_files(path: Path, report: DataFreeReport) -> None:
+    plan, config = report.plan, report.plan.config
+    folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
+    preferred = [folders[plan.reference], *folders.values()]
+    source = config.base_model if config.tokenizer_source == "base" else config.tokenizer_source
+    tokenizer = folders[source] if source in folders else find_tokenizer(*preferred)
+    copy_side_files(path, folders[plan.reference], tokenizer, find_processor(*preferred), with_code=False)
+    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")
+    weights = {entry.model: entry.parameters.get("weight", 1.0) for entry in config.models}
+    numbers = {name: value for name, value in weights.items() if isinstance(value, int | float)}
+    card = model_card(
+        method=METHODS[config.merge_method].title,
+        class_name=(plan.checkpoints[plan.reference].config.get("architectures") or ["AutoModel"])[0],
+        models=[
+            {"name": Path(name).name, "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in folders
+        ],
+        base=config.base_model,
+        config_yaml=text,
+        version=versions()["largemerge"],
+    )
+    (path / "README.md").write_text(card, encoding="utf-8")
+    (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,111 @@
+"""What a data-free merge will do, from the configuration and the checkpoints' headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint, open_checkpoint
+from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.tensor_info import OutputTensor
+from largemerge.config import MergeConfig
+from largemerge.datafree.config import DataFreeConfig, load_data_free
+from largemerge.datafree.layout import Layout, lay_out
+from largemerge.datafree.stream import worker_bytes
+from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.memory import memory_in_use
+
+CPU = torch.device("cpu")
+DataFreeSource = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
+"""Never a `MergeConfig` in truth: see `is_data_free`."""
+
+
+@dataclass(frozen=True)
+class DataFreePlan:
+    """What a data-free merge will do.
+
+    Attributes:
+        config: Resolved.
+        checkpoints: By model.
+        reference: The model whose names and config the output has.
+        layout: All tensors of the output.
+        num_workers: That work side by side.
+    """
+
+    config: DataFreeConfig
+    checkpoints: Mapping[str, Checkpoint]
+    reference: str
+    layout: Layout
+    num_workers: int
+
+    @property
+    def problems(self) -> list[str]:
+        """What makes it impossible."""
+        return self.layout.problems
+
+    @property
+    def output(self) -> dict[str, OutputTensor]:
+        """What is written, by name."""
+        return {task.name: OutputTensor(task.out_dtype, task.shape) for task in self.layout.tasks}
+
+    @property
+    def bytes_read(self) -> int:
+        """From checkpoints, each tensor counted once."""
+        return sum(
+            self.checkpoints[model].tensors[key].num_bytes for task in self.layout.tasks for model, key in task.inputs
+        )
+
+    @property
+    def bytes_written(self) -> int:
+        """Of all tensors of the output."""
+        return sum(tensor.num_bytes for tensor in self.output.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Anonymous memory, libraries included: the process as it is, and all workers at their largest tasks."""
+        largest = sorted((worker_bytes(self.config.merge_method, task) for task in self.layout.tasks), reverse=True)
+        return memory_in_use(CPU).host_anonymous + sum(largest[: self.num_workers])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "merge_method": self.config.merge_method,
+            "models": list(self.checkpoints),
+            "reference": self.reference,
+            "tensors": len(self.layout.tasks),
+            "copied": {task.name: task.copied for task in self.layout.tasks if task.copied},
+            "layers": self.layout.layers,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_bytes": self.peak_bytes,
+            "num_workers": self.num_workers,
+            "notes": self.layout.notes,
+            "problems": self.layout.problems,
+        }
+
+
+def plan_data_free(source: DataFreeSource) -> DataFreePlan:
+    """Plans a data-free merge from the configuration and the checkpoints' headers.
+
+    Raises:
+        LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
+            layout's `problems`.
+    """
+    assert not isinstance(source, MergeConfig)
+    config = source if isinstance(source, DataFreeConfig) else load_data_free(source)
+    problems: list[str] = []
+    checkpoints: dict[str, Checkpoint] = {}
+    for reference in config.references:
+        try:
+            checkpoints[reference] = open_checkpoint(locate_checkpoint(reference, reference), reference)
+        except LargemergeError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CheckpointError(*problems)
+    reference = config.base_model if config.base_model is not None else config.references[0]
+    layout = lay_out(config, checkpoints, reference)
+    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads())

@@ -1,0 +1,58 @@
+"""What a data-free merge did, as `merge_report.json` tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from largemerge.datafree.layout import Task
+from largemerge.datafree.plan import CPU, DataFreePlan
+from largemerge.environment import machine, versions
+from largemerge.memory import MemoryUse
+
+
+@dataclass(frozen=True)
+class DataFreeReport:
+    """What a data-free merge did; `to_json` is what `merge_report.json` holds.
+
+    Attributes:
+        plan: That was run.
+        seconds: Total, and of the preparation.
+        bytes_read: In this run; tensors that are read twice count twice.
+        resumed_parts: How many parts an earlier run had finished.
+        peak: Measured.
+    """
+
+    plan: DataFreePlan
+    seconds: Mapping[str, float]
+    bytes_read: int
+    resumed_parts: int
+    peak: MemoryUse
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        checkpoints = self.plan.checkpoints.items()
+        return {
+            "versions": versions(),
+            "machine": machine(CPU),
+            "config": self.plan.config.model_dump(mode="json", exclude_defaults=True),
+            "inputs": {
+                name: {"folder": str(checkpoint.folder), "files": dict(checkpoint.fingerprint)}
+                for name, checkpoint in checkpoints
+            },
+            "plan": self.plan.to_json(),
+            "seconds": dict(self.seconds),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.plan.bytes_written,
+            "resumed_parts": self.resumed_parts,
+            "peak_bytes": {"host_anonymous": self.peak.host_anonymous, "host_total": self.peak.host_total},
+            "tensors": {task.name: _described(task) for task in self.plan.layout.tasks},
+        }
+
+
+def _described(task: Task) -> dict[str, Any]:
+    described: dict[str, Any] = {"from": [f"{model}: {key}" for model, key in task.inputs]}
+    if task.copied:
+        return described | {"copied": task.copied}
+    return described | {"each": {name: list(values) for name, values in task.each.items()}, **dict(task.options)}

@@ -1,0 +1,46 @@
+"""The tables on the terminal, for data-free merges."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from largemerge.datafree.plan import DataFreePlan
+from largemerge.datafree.report import DataFreeReport
+from largemerge.sizes import gib
+
+
+def print_plan(plan: DataFreePlan, console: Console) -> None:
+    """What `largemerge plan` shows of a data-free merge."""
+    table = Table(title=f"{plan.config.merge_method} of {len(plan.checkpoints)} models", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    _add_data_free_rows(table, plan)
+    table.add_row("peak memory", f"{gib(plan.peak_bytes)} on the host, {plan.num_workers} workers")
+    for problem in plan.problems:
+        table.add_row(Text("impossible", style="red"), problem)
+    console.print(table)
+
+
+def print_report(report: DataFreeReport, out: str, console: Console) -> None:
+    """The closing table of a data-free merge."""
+    plan = report.plan
+    table = Table(title=f"{plan.config.merge_method}: {len(plan.checkpoints)} models → {out}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    _add_data_free_rows(table, plan)
+    total = report.seconds["total"]
+    table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
+    table.add_row("peak memory", f"{gib(report.peak.host_anonymous)} anonymous (planned {gib(plan.peak_bytes)})")
+    console.print(table)
+
+
+def _add_data_free_rows(table: Table, plan: DataFreePlan) -> None:
+    table.add_row("models", "\n".join(plan.checkpoints))
+    copied = [task for task in plan.layout.tasks if task.copied]
+    counts = f"{len(plan.layout.tasks) - len(copied)} merged"
+    table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
+    table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
+    for note in plan.layout.notes:
+        table.add_row("note", note)
