@@ -14,10 +14,12 @@ def weights_like(piece: Piece, name: str = "weight") -> torch.Tensor:
 
 
 def linear(piece: Piece) -> torch.Tensor:
-    """Σ w_i W_i, divided by Σ w_i unless `normalize` is off. Model soups, arXiv 2203.05482."""
-    weights = weights_like(piece)
-    total = torch.stack(piece.tensors).mul_(weights).sum(dim=0)
-    return total.div_(weights.sum(dim=0)) if piece.options["normalize"] else total
+    """Σ w_i W_i, divided by Σ w_i unless `normalize` is off, in float32. Model soups, arXiv 2203.05482."""
+    weights = torch.tensor(piece.each["weight"], dtype=torch.float32)
+    total = torch.zeros_like(piece.tensors[0], dtype=torch.float32)
+    for tensor, weight in zip(piece.tensors, weights, strict=True):
+        total.addcmul_(tensor.float(), weight)
+    return total.div_(weights.sum()) if piece.options["normalize"] else total
 
 
 def passthrough(piece: Piece) -> torch.Tensor:

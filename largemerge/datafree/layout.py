@@ -18,7 +18,7 @@ from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.datafree.config import DataFreeConfig, Module, OutputSlice, SliceSource
 from largemerge.datafree.registry import METHODS, REQUIRED, Base
 from largemerge.datafree.settings import Levels
-from largemerge.dtypes import torch_dtype
+from largemerge.dtypes import dtype_name, torch_dtype
 
 _LAYER = re.compile(r"^(?P<stack>[^\d]*?[^\d.]+)\.(?P<number>\d+)\.(?P<rest>.+)$")
 _BEFORE = ("embed", "wte", "wpe", "patch", "position", "token_type", "cls_token", "class_embedding")
@@ -255,12 +255,14 @@ class _Planner:
             return anchor.dtype
         if self.config.dtype is not None:
             return torch_dtype(self.config.dtype)
-        others = {info.dtype for info in infos.values()} - {anchor.dtype}
-        if others:
-            note = f"models are stored in unlike dtypes; computed in {anchor.dtype}, that of the base or first model"
+        dtype = anchor.dtype
+        for info in infos.values():
+            dtype = torch.promote_types(dtype, info.dtype)
+        if any(info.dtype != dtype for info in infos.values()):
+            note = f"models are stored in unlike dtypes; computed in {dtype_name(dtype)}, which holds them all"
             if note not in self.layout.notes:
                 self.layout.notes.append(note)
-        return anchor.dtype
+        return dtype
 
     def _check(
         self,

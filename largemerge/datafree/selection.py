@@ -52,8 +52,9 @@ def order_statistics(pieces: Pieces, ranks: Sequence[int]) -> list[OrderStatisti
 
 
 def bits(numbers: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of numbers that are not negative."""
-    return numbers.reshape(-1).view(_INTEGERS[numbers.dtype])
+    """Integers in the order of numbers that are not negative (but may be -0)."""
+    integers = _INTEGERS[numbers.dtype]
+    return numbers.reshape(-1).view(integers) & torch.iinfo(integers).max
 
 
 def _histogram(pieces: Pieces, upper: int | None) -> tuple[int, torch.Tensor]:

@@ -52,7 +52,7 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Any:
         return None
     place = t * (len(setting) - 1)
     first = int(place)
-    if not all(isinstance(entry, int | float) for entry in setting):
+    if not all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in setting):
         return setting[first]
     second = min(len(setting) - 1, first + 1)
     share = place - first

@@ -72,7 +72,7 @@ class Band:
         return keep
 
 
-EVERYTHING = Band(None, 0, True)
+NOTHING = Band(None, 0, True, OrderStatistic(0.0, 0, 0), 0)
 
 
 @dataclass
@@ -89,14 +89,8 @@ class Sparsified:
 
 
 def largest(magnitudes: Callable[[], Iterable[torch.Tensor]], num_elements: int, density: float) -> Band:
-    """The k = density · n largest.
-
-    Raises:
-        FloatingPointError: If that is none at all.
-    """
-    count = int(density * num_elements)
-    if count == 0:
-        raise FloatingPointError(f"density {density} keeps none of {num_elements} elements; expected a larger one")
+    """The k = density · n largest, at least one."""
+    count = max(1, int(density * num_elements))
     (low,) = order_statistics(magnitudes, [num_elements - count])
     num_larger = num_elements - low.num_below - low.num_equal
     return Band(low, count - num_larger, low_first=True)
@@ -110,6 +104,8 @@ def without_outliers(
     num_bottom = num_elements - count - num_top
     if num_bottom < 0:
         num_top, num_bottom = num_top + num_bottom, 0
+    if count == 0:
+        return NOTHING
     low, high = order_statistics(magnitudes, [min(num_bottom, num_elements - 1), num_elements - max(1, num_top)])
     # A stable sort, smallest first, has the first of some equals lowest: those go first.
     band = Band(low, low.num_equal - (num_bottom - low.num_below), low_first=False)
@@ -171,11 +167,11 @@ def _masks(
 
     if density >= 1:
         return Sparsified(lambda: lambda _, delta: torch.ones_like(delta, dtype=torch.bool))
+    if density <= 0:
+        return Sparsified(lambda: lambda _, delta: torch.zeros_like(delta, dtype=torch.bool))
     if method == "random":
         return Sparsified(lambda: lambda piece, _: piece.uniform(model) < density)
     if method == "ranks":
-        if density <= 0:
-            return Sparsified(lambda: lambda _, delta: torch.zeros_like(delta, dtype=torch.bool))
         epsilon = each["epsilon"]
         if density + epsilon >= 1 or density - epsilon <= 0:
             raise FloatingPointError(f"density {density} ± epsilon {epsilon} leaves the range from 0 to 1")

@@ -59,7 +59,8 @@ def slerp(piece: Piece, products_KK: torch.Tensor) -> torch.Tensor:
     else:
         theta = math.acos(cosine)
         first, second = math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
-    return base.float().mul(first).add_(other.float(), alpha=second).to(base.dtype)
+    merged: torch.Tensor = base.float() * first
+    return merged.add_(other.float() * second).to(base.dtype)
 
 
 def nuslerp(piece: Piece, products_KK: torch.Tensor | None) -> torch.Tensor:

@@ -10,6 +10,8 @@ import torch
 from largemerge.datafree.pieces import Piece, Pieces
 from largemerge.datafree.selection import order_statistics
 
+_SINGULAR = 1e-6
+
 
 def model_stock(piece: Piece, products_KK: torch.Tensor | None) -> torch.Tensor:
     """T W̄ + (1-t) W_0 with t = K cos θ / (1 + (K-1) cos θ), θ the mean angle between task vectors.
@@ -20,9 +22,9 @@ def model_stock(piece: Piece, products_KK: torch.Tensor | None) -> torch.Tensor:
     count = len(piece.tensors)
     pairs = list(itertools.combinations(range(count), 2))
     if products_KK is not None:
-        norms = products_KK.diagonal().sqrt()
-        each = [products_KK[i, j] / (norms[i] * norms[j]).clamp(min=1e-6) for i, j in pairs]
-        cosine = torch.stack(each).clamp(-1, 1).mean().to(base.dtype)
+        norms, products = products_KK.diagonal().sqrt().to(base.dtype), products_KK.to(base.dtype)
+        each = [products[i, j] / (norms[i] * norms[j]).clamp(min=1e-6) for i, j in pairs]
+        cosine = torch.stack(each).clamp(-1, 1).mean()
     else:
         offsets = [tensor - base for tensor in piece.tensors]
         offsets = [offset if offset.dim() > 1 else offset[None] for offset in offsets]
@@ -30,7 +32,9 @@ def model_stock(piece: Piece, products_KK: torch.Tensor | None) -> torch.Tensor:
         each = [(offsets[i] * offsets[j]).sum(dim=-1) / (lengths[i] * lengths[j]).clamp(min=1e-6) for i, j in pairs]
         cosine = torch.stack([value.clamp(-1, 1) for value in each]).mean(dim=0)[..., None]
         cosine = cosine if base.dim() > 1 else cosine.reshape(1)
-    t = count * cosine / (1 + (count - 1) * cosine)
+    divisor = 1 + (count - 1) * cosine
+    singular = divisor.abs() < _SINGULAR  # task vectors that cancel out: the base stays
+    t = torch.where(singular, 0, count * cosine / divisor.masked_fill(singular, 1))
     average = sum(piece.tensors[1:], start=piece.tensors[0]) / count
     return t * average + (1 - t) * base
 

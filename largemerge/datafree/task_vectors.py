@@ -117,10 +117,10 @@ def survey_sce(pieces: Pieces) -> Selected:
         kept = keep(_variances(piece)) if keep is not None else None
         for model, delta in enumerate(task_vectors(piece)):
             chosen = delta if kept is None else delta * kept
-            squares[model] += chosen.double().square().sum()
-    means = squares / num_elements
-    total = means.sum().item()
-    shares = torch.full_like(means, 1 / len(means)) if abs(total) < 1e-6 else means / total
+            squares[model] += chosen.square().sum(dtype=torch.float64)
+    means = (squares / num_elements).to(first.origin.dtype)
+    total = means.sum()
+    shares = torch.full_like(means, 1 / len(means)) if total.abs() < 1e-6 else means / total
     return Selected(band, shares)
 
 
