@@ -7,12 +7,6 @@ import torch
 from largemerge.datafree.pieces import Piece
 
 
-def weights_like(piece: Piece, name: str = "weight") -> torch.Tensor:
-    """A parameter of every model in the dtype of the tensors, `[K, 1, …]`."""
-    tensor = piece.tensors[0]
-    return torch.tensor(piece.each[name], dtype=tensor.dtype).view(-1, *[1] * tensor.dim())
-
-
 def linear(piece: Piece) -> torch.Tensor:
     """Σ w_i W_i, divided by Σ w_i unless `normalize` is off, in float32. Model soups, arXiv 2203.05482."""
     weights = torch.tensor(piece.each["weight"], dtype=torch.float32)

@@ -55,12 +55,13 @@ class Piece:
         assert self.base is not None, "the configuration is checked before"
         return self.base
 
-    def uniform(self, model: int) -> torch.Tensor:
-        """Random numbers in [0, 1), float32, in the shape of the piece; the same whenever asked for."""
+    def random(self, model: int) -> np.ndarray:
+        """Random integers from 0 to 65535, in the shape of the piece; the same whenever asked for."""
         seed = hashlib.sha256(f"{self.key} {model}".encode()).digest()
-        generator = np.random.Generator(np.random.SFC64(list(np.frombuffer(seed, dtype=np.uint32))))
-        shape = tuple(self.tensors[model].shape)
-        return torch.from_numpy(generator.random(shape, dtype=np.float32))
+        generator = np.random.SFC64(list(np.frombuffer(seed, dtype=np.uint32)))
+        shape = self.tensors[model].shape
+        raw = generator.random_raw(-(-shape.numel() // 4))
+        return np.frombuffer(raw, dtype=np.uint16)[: shape.numel()].reshape(shape)
 
 
 Pieces = Callable[[], Iterator[Piece]]

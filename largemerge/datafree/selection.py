@@ -1,6 +1,6 @@
-"""Order statistics of very many numbers without sorting them: histograms over their bit patterns.
+"""Order statistics of very many magnitudes without sorting them: histograms over their bit patterns.
 
-The bits of a number that is not negative, read as an integer, are in the order of the numbers. Those of 16 bits
+The bits of a number without its sign, read as an integer, are in the order of the magnitudes. Those of 16 bits
 have 2^15 patterns: one histogram says how many numbers lie below any of them. For 32 bits, a first pass counts the
 upper halves, a second one the lower halves of those numbers whose upper half is the one that is looked for. This is
 exact, takes a fixed amount of memory, and reads the numbers once or twice, piece by piece.
@@ -13,65 +13,62 @@ from dataclasses import dataclass
 
 import torch
 
-_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+from largemerge.datafree.bits import magnitudes
+
 _HALF = 16
 _PATTERNS = 1 << _HALF
 
-Pieces = Callable[[], Iterable[torch.Tensor]]
-"""The numbers, not negative, piece by piece; may be called again."""
+Numbers = Callable[[], Iterable[torch.Tensor]]
+"""Piece by piece; may be called again."""
 
 
 @dataclass(frozen=True)
 class OrderStatistic:
-    """The number of some rank.
+    """The magnitude of some rank.
 
     Attributes:
+        pattern: Its bits.
         value: The number itself.
-        num_below: How many numbers are smaller.
+        num_below: How many are smaller.
         num_equal: How many are equal.
     """
 
+    pattern: int
     value: float
     num_below: int
     num_equal: int
 
 
-def order_statistics(pieces: Pieces, ranks: Sequence[int]) -> list[OrderStatistic]:
-    """The numbers that would stand at some places (from 0) if all were sorted, smallest first."""
-    pattern_bits, counts = _histogram(pieces, None)
+def order_statistics(numbers: Numbers, ranks: Sequence[int]) -> list[OrderStatistic]:
+    """The magnitudes that would stand at some places (from 0) if all were sorted, smallest first."""
+    counts, dtype = _histogram(numbers, None)
     found = []
     for rank in ranks:
         pattern, below = _locate(counts, rank)
         equal = int(counts[pattern])
-        if pattern_bits == 2 * _HALF:
-            _, lower = _histogram(pieces, pattern)
+        integers = torch.int16
+        if dtype is torch.float32:
+            lower, _ = _histogram(numbers, pattern)
             low, below_low = _locate(lower, rank - below)
             pattern, below, equal = pattern << _HALF | low, below + below_low, int(lower[low])
-        found.append(OrderStatistic(_value(pattern, pattern_bits, pieces), below, equal))
+            integers = torch.int32
+        value = float(torch.tensor([pattern], dtype=integers).view(dtype))
+        found.append(OrderStatistic(pattern, value, below, equal))
     return found
 
 
-def bits(numbers: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of numbers that are not negative (but may be -0)."""
-    integers = _INTEGERS[numbers.dtype]
-    return numbers.reshape(-1).view(integers) & torch.iinfo(integers).max
-
-
-def _histogram(pieces: Pieces, upper: int | None) -> tuple[int, torch.Tensor]:
-    """Counts of all patterns of 16 bits; of 32 bits: of upper halves, or of lower halves below one upper half."""
+def _histogram(numbers: Numbers, upper: int | None) -> tuple[torch.Tensor, torch.dtype]:
+    """Counts of all patterns of 16 bits; of 32 bits: of upper halves, or of the lower halves below one upper half."""
     counts = torch.zeros(_PATTERNS, dtype=torch.int64)
-    width = _HALF
-    for piece in pieces():
-        patterns = bits(piece)
-        width = 8 * patterns.element_size()
-        if width == _HALF:
-            counts += torch.bincount(patterns.to(torch.int32), minlength=_PATTERNS)
-        elif upper is None:
-            counts += torch.bincount(patterns >> _HALF, minlength=_PATTERNS)
-        else:
-            chosen = patterns[patterns >> _HALF == upper] & (_PATTERNS - 1)
-            counts += torch.bincount(chosen, minlength=_PATTERNS)
-    return width, counts
+    dtype = torch.float32
+    for piece in numbers():
+        dtype = piece.dtype
+        patterns = magnitudes(piece).reshape(-1)
+        if dtype is torch.float32:
+            halves = patterns >> _HALF
+            patterns = halves if upper is None else patterns[halves == upper] & (_PATTERNS - 1)
+        counts += torch.bincount(patterns, minlength=_PATTERNS)
+    return counts, dtype
 
 
 def _locate(counts: torch.Tensor, rank: int) -> tuple[int, int]:
@@ -79,9 +76,3 @@ def _locate(counts: torch.Tensor, rank: int) -> tuple[int, int]:
     totals = counts.cumsum(0)
     pattern = int(torch.searchsorted(totals, rank, right=True))
     return pattern, int(totals[pattern] - counts[pattern])
-
-
-def _value(pattern: int, width: int, pieces: Pieces) -> float:
-    integers = torch.int16 if width == _HALF else torch.int32
-    dtype = next(iter(pieces())).dtype
-    return float(torch.tensor([pattern], dtype=integers).view(dtype))

@@ -3,21 +3,22 @@
     Δ_i = sparsified(W_i - W_0)        W = W_0 + λ · Σ w_i Δ_i m_i / Σ w_i m_i
 
 m_i is 1, or, for methods that elect a sign for every element, whether w_i Δ_i has the sign of Σ w_i Δ_i. The divisor is
-left out unless `normalize` is on. A negative weight takes a task away (arXiv 2212.04089).
+left out unless `normalize` is on. A negative weight takes a task away (arXiv 2212.04089). Differences and products are
+rounded to the dtype of the tensors, sums are made in float32 and then rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from largemerge.datafree.averages import weights_like
+from largemerge.datafree.band import Band, largest_of
+from largemerge.datafree.bits import above, integers, keep_, magnitudes, negative
 from largemerge.datafree.pieces import Piece, Pieces
-from largemerge.datafree.selection import OrderStatistic, order_statistics
-from largemerge.datafree.sparsify import Band, Sparsified, survey_sparsified
+from largemerge.datafree.sparsify import Sparsified, survey_sparsified
 
 _SMALLEST_DIVISOR = 1e-8
 
@@ -49,36 +50,66 @@ def merge_task_vectors(elects_sign: bool) -> Callable[[list[Sparsified] | None],
         def merge(piece: Piece) -> torch.Tensor:
             deltas = task_vectors(piece)
             for delta, (mask, scale) in zip(deltas, masks, strict=False):  # without masks, all is kept
-                delta.mul_(mask(piece, delta))
+                keep_(delta, mask(piece, delta))
                 if scale is not None:
                     delta.mul_(scale)
-            return _combine(piece, torch.stack(deltas), elects_sign)
+            return _combine(piece, deltas, elects_sign)
 
         return merge
 
     return begin
 
 
-def _combine(piece: Piece, deltas: torch.Tensor, elects_sign: bool) -> torch.Tensor:
-    base, weights = piece.origin, weights_like(piece)
-    deltas = deltas.mul_(weights)
+def _combine(piece: Piece, deltas: list[torch.Tensor], elects_sign: bool) -> torch.Tensor:
+    """Adds up; the task vectors are used up."""
+    base = piece.origin
+    weights = torch.tensor(piece.each["weight"], dtype=base.dtype)
+    for delta, weight in zip(deltas, weights, strict=True):
+        delta.mul_(weight)
+    normalize = piece.options["normalize"]
     if elects_sign:
-        agree = deltas.sign() == _elected(deltas)
-        total, divisor = (deltas * agree).sum(dim=0), (weights * agree).sum(dim=0)
-        divisor = divisor.masked_fill_(divisor == 0, 1)
+        total, divisor = _agreed(deltas, weights if normalize else None)
     else:
-        total, divisor = deltas.sum(dim=0), weights.sum(dim=0)
-        divisor = divisor.masked_fill_(divisor.abs() < _SMALLEST_DIVISOR, 1)
-    if piece.options["normalize"]:
-        total = total / divisor
+        total, divisor = _sum(deltas), weights.float().sum()
+        divisor = divisor if divisor.abs() >= _SMALLEST_DIVISOR else torch.ones(())
+    merged = total.to(base.dtype)
+    if normalize:
+        merged.div_(divisor.to(base.dtype))
     if piece.options["lambda"] != 1:
-        total = total * piece.options["lambda"]
-    return base + total
+        merged.mul_(piece.options["lambda"])
+    return merged.add_(base)
 
 
-def _elected(deltas: torch.Tensor) -> torch.Tensor:
-    """+1 where the sum over models is not negative, else -1."""
-    return (deltas.sum(dim=0) >= 0).to(deltas.dtype).mul_(2).sub_(1)
+def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """In float32."""
+    remaining = iter(tensors)
+    total = next(remaining).to(torch.float32, copy=True)
+    for tensor in remaining:
+        total.add_(tensor)
+    return total
+
+
+def agreement(deltas: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Masks of the elements that have the sign of the sum over models; 0 has none, a sum of 0 counts as positive."""
+    elected = negative(_sum(deltas).add_(0.0))  # not of -0
+    elected = elected.to(integers(deltas[0]).dtype).bitwise_not_()
+    return [negative(delta).bitwise_xor_(elected).bitwise_and_(above(magnitudes(delta), 0)) for delta in deltas]
+
+
+def _agreed(deltas: list[torch.Tensor], weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of those that agree, and of their weights (1 where there are none), float32."""
+    masks = agreement(deltas)
+    divisor = torch.ones(())
+    if weights is not None:
+        divisor = torch.zeros_like(deltas[0], dtype=torch.float32)
+        for mask, weight in zip(masks, weights.tolist(), strict=True):
+            divisor.add_(mask.float(), alpha=-weight)
+        divisor = _ones_for_zeros_(divisor)
+    return _sum(keep_(delta, mask) for delta, mask in zip(deltas, masks, strict=True)), divisor
+
+
+def _ones_for_zeros_(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.add_(torch.from_numpy(numbers.numpy() == 0))
 
 
 # SCE, arXiv 2408.07990: select by variance, calculate weights, erase minorities
@@ -89,14 +120,12 @@ class Selected:
     """What `sce` has to know beforehand.
 
     Attributes:
-        band: Which elements are kept, by their variance over models; `None`: all, `empty`: none.
+        band: Which elements are kept, by their variance over models; `None`: all.
         shares: Σ Δ_i² / Σ Σ Δ_j², `[K]`.
-        empty: Whether none is kept.
     """
 
     band: Band | None
     shares: torch.Tensor
-    empty: bool = False
 
 
 def survey_sce(pieces: Pieces) -> Selected:
@@ -106,18 +135,14 @@ def survey_sce(pieces: Pieces) -> Selected:
     band = None
     if density < 1:
         count = int(sum(int(_variances(piece).count_nonzero()) for piece in pieces()) * density) if density > 0 else 0
-        if count == 0:
-            return Selected(None, torch.full((len(first.tensors),), 1 / len(first.tensors)), empty=True)
-        low: OrderStatistic
-        (low,) = order_statistics(lambda: (_variances(piece) for piece in pieces()), [num_elements - count])
-        band = Band(low, count - (num_elements - low.num_below - low.num_equal), low_first=True)
+        band = Band(empty=True)
+        if count > 0:
+            band = largest_of(lambda: (_variances(piece) for piece in pieces()), num_elements, count)
     squares = torch.zeros(len(first.tensors), dtype=torch.float64)
-    keep = band.new() if band is not None else None
+    keep = _keeper(band)
     for piece in pieces():
-        kept = keep(_variances(piece)) if keep is not None else None
-        for model, delta in enumerate(task_vectors(piece)):
-            chosen = delta if kept is None else delta * kept
-            squares[model] += chosen.square().sum(dtype=torch.float64)
+        for model, delta in enumerate(keep(piece)):
+            squares[model] += delta.square().sum(dtype=torch.float64)
     means = (squares / num_elements).to(first.origin.dtype)
     total = means.sum()
     shares = torch.full_like(means, 1 / len(means)) if total.abs() < 1e-6 else means / total
@@ -126,19 +151,34 @@ def survey_sce(pieces: Pieces) -> Selected:
 
 def sce(selected: Selected) -> Callable[[Piece], torch.Tensor]:
     """W_0 + Σ s_i Δ_i m_i / Σ s_i m_i over the elements that vary most, s_i by squared length, m_i by elected sign."""
-    keep = selected.band.new() if selected.band is not None else None
+    keep = _keeper(selected.band)
 
     def merge(piece: Piece) -> torch.Tensor:
-        if selected.empty:
-            return piece.origin
-        kept = keep(_variances(piece)) if keep is not None else None
-        deltas = torch.stack(task_vectors(piece))
-        deltas = deltas if kept is None else deltas.mul_(kept)
-        agree = deltas.sign() == _elected(deltas)
-        shares = selected.shares.to(deltas.dtype).view(-1, *[1] * (deltas.dim() - 1)) * agree
-        return piece.origin + (deltas * shares).sum(dim=0) / shares.sum(dim=0).clamp_(min=1e-6)
+        deltas = keep(piece)
+        masks = agreement(deltas)
+        divisor = torch.zeros_like(piece.origin, dtype=torch.float32)
+        for delta, mask, share in zip(deltas, masks, selected.shares.tolist(), strict=True):
+            keep_(delta, mask).mul_(share)
+            divisor.add_(mask.float(), alpha=-share)
+        merged = _sum(deltas).to(piece.origin.dtype)
+        return merged.div_(divisor.to(merged.dtype).clamp_(min=1e-6)).add_(piece.origin)
 
     return merge
+
+
+def _keeper(band: Band | None) -> Callable[[Piece], list[torch.Tensor]]:
+    """A function to the task vectors of one piece after the other, as far as they are kept."""
+    keep = band.new() if band is not None else None
+
+    def kept(piece: Piece) -> list[torch.Tensor]:
+        deltas = task_vectors(piece)
+        if keep is not None:
+            mask = keep(magnitudes(_variances(piece)))
+            for delta in deltas:
+                keep_(delta, mask)
+        return deltas
+
+    return kept
 
 
 def _variances(piece: Piece) -> torch.Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from largemerge.datafree.band import largest, without_outliers
+from largemerge.datafree.bits import magnitudes as patterns
 from largemerge.datafree.selection import order_statistics
-from largemerge.datafree.sparsify import largest, row_ranks, without_outliers
+from largemerge.datafree.sparsify import row_ranks
 
 
 def magnitudes(dtype: torch.dtype, *, coarse: bool, count: int = 4001) -> torch.Tensor:
@@ -35,7 +37,7 @@ def test_the_largest_are_those_of_a_stable_sort(dtype: torch.dtype, coarse: bool
     expected = torch.zeros(len(numbers), dtype=torch.bool)
     expected[numbers.float().argsort(descending=True, stable=True)[: int(density * len(numbers))]] = True
     keep = largest(lambda: numbers.split(700), len(numbers), density).new()
-    assert torch.equal(torch.cat([keep(piece) for piece in numbers.split(700)]), expected)
+    assert torch.equal(torch.cat([keep(patterns(piece)) for piece in numbers.split(700)]) == -1, expected)
 
 
 @pytest.mark.parametrize("coarse", [False, True])
@@ -48,7 +50,7 @@ def test_outliers_go_as_in_a_stable_sort(coarse: bool, density: float, gamma: fl
     expected = torch.zeros(len(numbers), dtype=torch.bool)
     expected[numbers.sort(stable=True).indices[bottom : len(numbers) - top]] = True
     keep = without_outliers(lambda: numbers.split(700), len(numbers), density, gamma).new()
-    found = torch.cat([keep(piece) for piece in numbers.split(700)])
+    found = torch.cat([keep(patterns(piece)) for piece in numbers.split(700)]) == -1
     assert int(found.sum()) == count and torch.equal(found, expected)
 
 
@@ -56,21 +58,21 @@ def test_outliers_go_as_in_a_stable_sort(coarse: bool, density: float, gamma: fl
 def test_all_equal(value: float) -> None:
     numbers = torch.full((1000,), value)
     keep = largest(lambda: numbers.split(300), 1000, 0.25).new()
-    found = torch.cat([keep(piece) for piece in numbers.split(300)])
+    found = torch.cat([keep(patterns(piece)) for piece in numbers.split(300)]) == -1
     assert found[:250].all() and not found[250:].any()
     keep = without_outliers(lambda: numbers.split(300), 1000, 0.5, 0.1).new()
-    found = torch.cat([keep(piece) for piece in numbers.split(300)])
+    found = torch.cat([keep(patterns(piece)) for piece in numbers.split(300)]) == -1
     assert found.nonzero().flatten().tolist() == list(range(400, 900))
 
 
 def test_at_least_one_is_kept_of_the_largest_but_none_without_outliers() -> None:
     numbers = torch.tensor([1.0, 3.0, 2.0])
-    assert largest(lambda: [numbers], 3, 0.1).new()(numbers).tolist() == [False, True, False]
-    assert not without_outliers(lambda: [numbers], 3, 0.1, 0.5).new()(numbers).any()
+    assert largest(lambda: [numbers], 3, 0.1).new()(patterns(numbers)).tolist() == [0, -1, 0]
+    assert not without_outliers(lambda: [numbers], 3, 0.1, 0.5).new()(patterns(numbers)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ranks_in_rows(dtype: torch.dtype) -> None:
     numbers = magnitudes(dtype, coarse=True, count=4000).view(8, 500)
     expected = numbers.argsort(dim=1, stable=True).argsort(dim=1)
-    assert torch.equal(row_ranks(numbers), expected)
+    assert torch.equal(row_ranks(-numbers).long(), expected), "signs do not count"
