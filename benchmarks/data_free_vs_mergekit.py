@@ -30,7 +30,7 @@ import yaml
 from safetensors import safe_open
 
 from environments import OWN_TORCH, make_environment
-from largemerge.datafree.registry import METHODS, REQUIRED, Base
+from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
 from measure import Measured, machine, run_measured
 from synthetic_llama import GEOMETRIES, Inputs, write_inputs
 

@@ -26,8 +26,8 @@ from largemerge.errors import (
 
 if TYPE_CHECKING:
     from largemerge.api import merge, plan
-    from largemerge.datafree.plan import DataFreePlan
-    from largemerge.datafree.report import DataFreeReport
+    from largemerge.arithmetic.plan import DataFreePlan
+    from largemerge.arithmetic.report import DataFreeReport
     from largemerge.merge_plan import MergePlan
     from largemerge.report import MergeReport
 
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 _LAZY = {"MergePlan": "largemerge.merge_plan", "MergeReport": "largemerge.report"}
-_LAZY |= {"DataFreePlan": "largemerge.datafree.plan", "DataFreeReport": "largemerge.datafree.report"}
+_LAZY |= {"DataFreePlan": "largemerge.arithmetic.plan", "DataFreeReport": "largemerge.arithmetic.report"}
 _LAZY |= {"merge": "largemerge.api", "plan": "largemerge.api"}
 
 

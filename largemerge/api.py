@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from largemerge.arithmetic.config import DataFreeConfig
+from largemerge.arithmetic.dispatch import is_data_free
 from largemerge.config import MergeConfig
-from largemerge.datafree.config import DataFreeConfig
-from largemerge.datafree.dispatch import is_data_free
 
 if TYPE_CHECKING:
+    from largemerge.arithmetic.plan import DataFreePlan
+    from largemerge.arithmetic.report import DataFreeReport
     from largemerge.cluster import Cluster
-    from largemerge.datafree.plan import DataFreePlan
-    from largemerge.datafree.report import DataFreeReport
     from largemerge.merge_plan import MergePlan
     from largemerge.report import MergeReport
 
@@ -51,7 +51,7 @@ def merge(
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
     options["max_shard_bytes"] = max_shard_bytes
     if isinstance(config, DataFreeConfig) or is_data_free(config):
-        from largemerge.datafree.merge import merge_data_free
+        from largemerge.arithmetic.merge import merge_data_free
 
         return merge_data_free(config, out, **options)
     from largemerge.merging import merge_by_regression
@@ -83,7 +83,7 @@ def plan(
             plan's `problems`.
     """
     if isinstance(config, DataFreeConfig) or is_data_free(config):
-        from largemerge.datafree.plan import plan_data_free
+        from largemerge.arithmetic.plan import plan_data_free
 
         return plan_data_free(config)
     from largemerge.merging import plan_regression

@@ -156,7 +156,7 @@ def _config(options: argparse.Namespace) -> MergeConfig:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from largemerge.datafree.dispatch import is_data_free
+    from largemerge.arithmetic.dispatch import is_data_free
 
     run = _merge_data_free if is_data_free(options.config) else _merge_by_regression
     try:
@@ -206,8 +206,8 @@ def _merge_data_free(options: argparse.Namespace, max_shard_bytes: int) -> int:
     from rich.console import Console
 
     _check_no_limits(options)
-    from largemerge.datafree.merge import merge_data_free
-    from largemerge.datafree.tables import print_report
+    from largemerge.arithmetic.merge import merge_data_free
+    from largemerge.arithmetic.tables import print_report
     from largemerge.memory import reuse_freed_memory
 
     reuse_freed_memory(sparingly=False)
@@ -232,7 +232,7 @@ def _check_no_limits(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from largemerge.datafree.dispatch import is_data_free
+    from largemerge.arithmetic.dispatch import is_data_free
 
     return _plan_data_free(options) if is_data_free(options.config) else _plan_regression(options)
 
@@ -266,8 +266,8 @@ def _plan_data_free(options: argparse.Namespace) -> int:
     _check_no_limits(options)
     if options.num_ranks != 1 or options.from_config or _cluster(options) is not None:
         raise ConfigError("ranks, other machines and --from-config are for regression methods")
-    from largemerge.datafree.plan import plan_data_free
-    from largemerge.datafree.tables import print_plan
+    from largemerge.arithmetic.plan import plan_data_free
+    from largemerge.arithmetic.tables import print_plan
 
     made = plan_data_free(options.config)
     if options.json:

@@ -24,6 +24,7 @@ from cases import Case, files_in, load_merged, weights_in, write_case
 from transformers import LlamaForCausalLM  # imported late otherwise, in every child
 
 import largemerge.merging
+from largemerge.arithmetic import stream as data_free
 from largemerge.cli import main
 from largemerge.regression.engine import Engine
 from largemerge.treatment import BlockPlan
@@ -36,6 +37,8 @@ SHARD = 20_000
 CLOSE = 1e-5  # of a result to that of other ranks
 HANGS_AT = "TEST_HANGS_AT"
 """Variable of a process: at this block it does nothing for an hour."""
+PART_BYTES = "TEST_PART_BYTES"
+"""Variable of a process: the size of a data-free merge's parts."""
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
@@ -153,6 +156,8 @@ def _run(
     if kill_at is not None:
         sys.dont_write_bytecode = True
         _signal_before_operation(kill_at, arguments[2], number)
+    if PART_BYTES in environment:
+        data_free.PART_BYTES = int(environment[PART_BYTES])
     if HANGS_AT in environment:
         _hang_at(environment[HANGS_AT])
     main(arguments)

@@ -85,3 +85,9 @@ def test_timeline(tmp_path: Path, merge_yaml: Path) -> None:
     found = result(run("timeline.py", merge_yaml, tmp_path / "out", "--plot", plot, cwd=tmp_path), "timeline")
     assert {"collect", "solve", "forward"} <= set(found["seconds_by_stage"])
     assert "</svg>" in plot.read_text()
+
+
+def test_data_free_methods(tmp_path: Path) -> None:
+    small = ("--geometry", "tiny", "--methods", "linear", "ties", "--no-peer")
+    found = result(run("data_free_vs_mergekit.py", *small, "--work", tmp_path, cwd=tmp_path), "data_free_vs_mergekit")
+    assert [row["method"] for row in found["rows"]] == ["linear", "ties"] and found["copy_seconds"] > 0

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 
 import torch
 
+from largemerge.arithmetic.layout import Task
+from largemerge.arithmetic.pieces import Piece, rows_of_pieces
+from largemerge.arithmetic.registry import METHODS, Way
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import ShardWriter
-from largemerge.datafree.layout import Task
-from largemerge.datafree.pieces import Piece, rows_of_pieces
-from largemerge.datafree.registry import METHODS, Way
 from largemerge.errors import MergeError
 
 PART_BYTES = 256 << 20

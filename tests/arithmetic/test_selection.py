@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from largemerge.datafree.band import largest, without_outliers
-from largemerge.datafree.bits import magnitudes as patterns
-from largemerge.datafree.selection import order_statistics
-from largemerge.datafree.sparsify import row_ranks
+from largemerge.arithmetic.band import largest, without_outliers
+from largemerge.arithmetic.bits import magnitudes as patterns
+from largemerge.arithmetic.selection import order_statistics
+from largemerge.arithmetic.sparsify import row_ranks
 
 
 def magnitudes(dtype: torch.dtype, *, coarse: bool, count: int = 4001) -> torch.Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from largemerge.datafree import pieces as pieces_module
-from largemerge.datafree.registry import METHODS, REQUIRED, Base, merge_tensors
+from largemerge.arithmetic import pieces as pieces_module
+from largemerge.arithmetic.registry import METHODS, REQUIRED, Base, merge_tensors
 
 SHAPE = (37, 24)
 WEIGHTS = [0.5, 0.8, -0.3]

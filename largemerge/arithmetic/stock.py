@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from largemerge.datafree.pieces import Piece, Pieces
-from largemerge.datafree.selection import order_statistics
+from largemerge.arithmetic.pieces import Piece, Pieces
+from largemerge.arithmetic.selection import order_statistics
 
 _SINGULAR = 1e-6
 

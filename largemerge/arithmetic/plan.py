@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from largemerge.arithmetic.config import DataFreeConfig, load_data_free
+from largemerge.arithmetic.layout import Layout, lay_out
+from largemerge.arithmetic.stream import worker_bytes
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
-from largemerge.datafree.config import DataFreeConfig, load_data_free
-from largemerge.datafree.layout import Layout, lay_out
-from largemerge.datafree.stream import worker_bytes
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.memory import memory_in_use
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from largemerge.arithmetic.settings import Setting, setting_problems
 from largemerge.config_calibration import MergeMethod, Strict
 from largemerge.config_file import explain, nearest, read_yaml, to_json
-from largemerge.datafree.settings import Setting, setting_problems
 from largemerge.errors import ConfigError
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -137,7 +137,7 @@ def load_data_free(source: str | Path | Mapping[str, Any]) -> DataFreeConfig:
 
 def _check_method(name: object) -> None:
     """First of all: the keys that are right depend on it."""
-    from largemerge.datafree.registry import METHODS
+    from largemerge.arithmetic.registry import METHODS
 
     known = sorted([*METHODS, *typing.get_args(MergeMethod)])
     if name not in known:
@@ -146,7 +146,7 @@ def _check_method(name: object) -> None:
 
 
 def _problems(config: DataFreeConfig) -> Iterator[str]:
-    from largemerge.datafree.registry import METHODS, REQUIRED, Base
+    from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
 
     method = METHODS[config.merge_method]
     given = [key for key in ("models", "slices", "modules") if getattr(config, key)]

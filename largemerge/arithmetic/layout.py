@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from largemerge.arithmetic.config import DataFreeConfig, Module, OutputSlice, SliceSource
+from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
+from largemerge.arithmetic.settings import Levels
 from largemerge.checkpoint.index import Checkpoint, natural_key
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.datafree.config import DataFreeConfig, Module, OutputSlice, SliceSource
-from largemerge.datafree.registry import METHODS, REQUIRED, Base
-from largemerge.datafree.settings import Levels
 from largemerge.dtypes import dtype_name, torch_dtype
 
 _LAYER = re.compile(r"^(?P<stack>[^\d]*?[^\d.]+)\.(?P<number>\d+)\.(?P<rest>.+)$")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from largemerge.datafree.pieces import Piece
+from largemerge.arithmetic.pieces import Piece
 
 
 def linear(piece: Piece) -> torch.Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from largemerge.arithmetic.config import DataFreeConfig
 from largemerge.config import MergeConfig, MergeMethod
 from largemerge.config_file import read_yaml
-from largemerge.datafree.config import DataFreeConfig
 
 REGRESSION_METHODS: tuple[str, ...] = typing.get_args(MergeMethod)
 

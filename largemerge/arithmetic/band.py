@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from largemerge.datafree.bits import above, below, count_equal, equal_places
-from largemerge.datafree.selection import Numbers, OrderStatistic, order_statistics
+from largemerge.arithmetic.bits import above, below, count_equal, equal_places
+from largemerge.arithmetic.selection import Numbers, OrderStatistic, order_statistics
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import yaml
 
+from largemerge.arithmetic.layout import Task
+from largemerge.arithmetic.plan import CPU, DataFreePlan, DataFreeSource, plan_data_free
+from largemerge.arithmetic.registry import METHODS
+from largemerge.arithmetic.report import DataFreeReport
+from largemerge.arithmetic.stream import Merger, parts, run_parts
 from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
-from largemerge.datafree.layout import Task
-from largemerge.datafree.plan import CPU, DataFreePlan, DataFreeSource, plan_data_free
-from largemerge.datafree.registry import METHODS
-from largemerge.datafree.report import DataFreeReport
-from largemerge.datafree.stream import Merger, parts, run_parts
 from largemerge.distributed import world_size
 from largemerge.environment import versions
 from largemerge.errors import LargemergeError

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from largemerge.datafree import averages, spheres, stock, task_vectors
-from largemerge.datafree.pieces import Cut, Piece, Pieces, rows_of_pieces
+from largemerge.arithmetic import averages, spheres, stock, task_vectors
+from largemerge.arithmetic.pieces import Cut, Piece, Pieces, rows_of_pieces
 
 REQUIRED = object()
 """In the place of a default: there is none."""

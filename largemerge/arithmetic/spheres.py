@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
-from largemerge.datafree.pieces import Piece, Pieces
+from largemerge.arithmetic.pieces import Piece, Pieces
 
 _COLINEAR = 0.9995  # cosine from which on slerp interpolates on the line
 _EPS = 1e-8

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from largemerge.datafree.plan import DataFreePlan
-from largemerge.datafree.report import DataFreeReport
+from largemerge.arithmetic.plan import DataFreePlan
+from largemerge.arithmetic.report import DataFreeReport
 from largemerge.sizes import gib
 
 

@@ -15,10 +15,10 @@ from functools import partial
 
 import torch
 
-from largemerge.datafree.band import Band, largest_of
-from largemerge.datafree.bits import above, integers, keep_, magnitudes, negative
-from largemerge.datafree.pieces import Piece, Pieces
-from largemerge.datafree.sparsify import Sparsified, survey_sparsified
+from largemerge.arithmetic.band import Band, largest_of
+from largemerge.arithmetic.bits import above, integers, keep_, magnitudes, negative
+from largemerge.arithmetic.pieces import Piece, Pieces
+from largemerge.arithmetic.sparsify import Sparsified, survey_sparsified
 
 _SMALLEST_DIVISOR = 1e-8
 

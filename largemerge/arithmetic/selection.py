@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from largemerge.datafree.bits import magnitudes
+from largemerge.arithmetic.bits import magnitudes
 
 _HALF = 16
 _PATTERNS = 1 << _HALF

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from largemerge.datafree.band import largest, without_outliers
-from largemerge.datafree.bits import keep_, magnitudes, mask_of
-from largemerge.datafree.pieces import Piece, Pieces
+from largemerge.arithmetic.band import largest, without_outliers
+from largemerge.arithmetic.bits import keep_, magnitudes, mask_of
+from largemerge.arithmetic.pieces import Piece, Pieces
 
 _SMALLEST_NORM = 1e-7  # below it nothing is scaled
 _STEPS = 1 << 16  # of probabilities

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from largemerge.datafree.layout import Task
-from largemerge.datafree.plan import CPU, DataFreePlan
+from largemerge.arithmetic.layout import Task
+from largemerge.arithmetic.plan import CPU, DataFreePlan
 from largemerge.environment import machine, versions
 from largemerge.memory import MemoryUse
 
