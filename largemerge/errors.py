@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-EXIT_CODE = 2
+EXIT_CODE, INTERRUPTED = 2, 130
 
 
 class LargemergeError(Exception):

@@ -7,8 +7,7 @@ config → open inputs → read calibration data → plan → output folder → 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,10 @@ from largemerge.inputs import Inputs, open_inputs
 from largemerge.job import Job
 from largemerge.memory import MemoryUse, MemoryWatch
 from largemerge.merge_plan import MergePlan, Preparation
-from largemerge.output import OutputFolder, changes, check_output, existing_folder, open_output
+from largemerge.output import OutputFolder, check_output, existing_folder
 from largemerge.placement import waits_on_disk
 from largemerge.planning import Machines, choose_device, make_plan
+from largemerge.rank_output import open_for_ranks
 from largemerge.regression.clock import Clock
 from largemerge.report import MergeReport
 from largemerge.samples import OwnSamples, for_every_candidate, loss_tokens, model_needs, share_samples
@@ -41,7 +41,6 @@ from largemerge.sharing import samples_at_once
 from largemerge.side_files import config_text, write_side_files
 
 ConfigSource = str | Path | Mapping[str, Any] | MergeConfig
-_MOST_PROBLEMS = 20
 
 
 def plan_regression(
@@ -89,7 +88,8 @@ def merge_by_regression(
             if planned is not None:
                 planned(prepared.preparation.plan)
             shards = layout_shards(prepared.preparation.plan.output, max_shard_bytes)
-            with _open_output(prepared, shards, Path(out), ranks, resume=resume, force=force) as folder:
+            manifest = _manifest(prepared, shards)
+            with open_for_ranks(Path(out), manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
                 job = Job(prepared.preparation, prepared.samples, shards, folder, ranks, quiet, Clock(start))
                 job.run()
                 report = _report(prepared, job, folder, watch.peak(), start)
@@ -152,34 +152,6 @@ def _prepare(
         {data.name: {"num_samples": data.num_samples, "sha256": data.fingerprint} for data in calibration},
         input_paths,
     )
-
-
-@contextmanager
-def _open_output(
-    prepared: _Prepared, shards: Sequence[Shard], out: Path, ranks: Ranks, *, resume: bool, force: bool
-) -> Iterator[OutputFolder]:
-    """The output folder: the first rank's own; for the others, what is finished in it."""
-    manifest = _manifest(prepared, shards)
-    first = ranks.from_first(manifest)
-
-    def check() -> None:
-        unlike = changes(first, manifest)
-        problems = [f"{change} here; expected the same config, files and versions everywhere" for change in unlike]
-        if problems:
-            raise LargemergeError(*problems[:_MOST_PROBLEMS])
-
-    ranks.agree(check)
-    with ExitStack() as stack:
-
-        def open_it() -> OutputFolder:
-            if not ranks.is_first:
-                return OutputFolder(out, replaces=False)
-            arguments = {"resume": resume, "force": force}
-            return stack.enter_context(open_output(out, manifest, prepared.input_paths, **arguments))
-
-        folder = ranks.agree(open_it)
-        folder.entries = ranks.from_first(folder.entries)
-        yield folder
 
 
 def _report(prepared: _Prepared, job: Job, folder: OutputFolder, peak: MemoryUse, start: float) -> MergeReport:

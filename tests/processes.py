@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM  # imported late otherwise, in every c
 
 import largemerge.merging
 from largemerge.arithmetic import stream as data_free
+from largemerge.arithmetic.layout import Task
 from largemerge.cli import main
 from largemerge.regression.engine import Engine
 from largemerge.treatment import BlockPlan
@@ -36,7 +37,7 @@ PARTS = ["outside", *(f"model.layers.{index}" for index in range(NUM_BLOCKS))]
 SHARD = 20_000
 CLOSE = 1e-5  # of a result to that of other ranks
 HANGS_AT = "TEST_HANGS_AT"
-"""Variable of a process: at this block it does nothing for an hour."""
+"""Variable of a process: at this block, or tensor, it does nothing for an hour."""
 PART_BYTES = "TEST_PART_BYTES"
 """Variable of a process: the size of a data-free merge's parts."""
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
@@ -112,9 +113,11 @@ def start_ranks(
     ]
 
 
-def run_ranks(arguments: Sequence[object], folder: Path, size: int) -> None:
+def run_ranks(
+    arguments: Sequence[object], folder: Path, size: int, environment: Mapping[str, str] | None = None
+) -> None:
     """Runs one command on some ranks and checks that all end well."""
-    codes = [finish(process) for process in start_ranks([arguments] * size, folder)]
+    codes = [finish(process) for process in start_ranks([arguments] * size, folder, environment)]
     logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(size))
     assert codes == [0] * size, logs
 
@@ -172,6 +175,14 @@ def _hang_at(block: str) -> None:
         collect(engine, plan, *rest)
 
     Engine._collect = hang  # type: ignore[method-assign]
+    merge_one = data_free.Merger.__call__
+
+    def hang_at_tensor(merger: data_free.Merger, task: Task) -> None:
+        if task.name == block:
+            time.sleep(3600)
+        merge_one(merger, task)
+
+    data_free.Merger.__call__ = hang_at_tensor  # type: ignore[method-assign]
 
 
 def _signal_before_operation(kill_at: int, out: str, number: signal.Signals) -> None:

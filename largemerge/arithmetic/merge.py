@@ -1,12 +1,15 @@
 """A data-free merge as a list of steps.
 
 config → headers of all models → tasks → output folder → workers → side files, index, config → report
+
+Several ranks share the tensors of every part, and write them to their places in the same files.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,14 @@ from largemerge.arithmetic.stream import Merger, parts, run_parts
 from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
-from largemerge.distributed import world_size
+from largemerge.distributed import Ranks, start_ranks, too_many_threads
 from largemerge.environment import versions
 from largemerge.errors import LargemergeError
 from largemerge.memory import MemoryWatch
-from largemerge.output import OutputFolder, check_output, open_output
+from largemerge.output import OutputFolder, check_output
 from largemerge.progress import RunProgress
+from largemerge.rank_output import open_for_ranks
+from largemerge.sharing import choose_owners
 
 
 def merge_data_free(
@@ -49,40 +54,57 @@ def merge_data_free(
     out = Path(out)
     if torch.device("cpu" if device == "auto" else device).type != "cpu":
         raise LargemergeError(f"--device {device}: data-free methods run on the CPU, at the speed of the disk")
-    if world_size() > 1:
-        raise LargemergeError("data-free methods use all cores of one process: start it once, without a launcher")
-    with MemoryWatch(CPU) as watch:
-        plan = plan_data_free(source)
-        if plan.layout.problems:
-            raise LargemergeError(*plan.layout.problems)
-        shards = layout_shards(plan.output, max_shard_bytes)
-        folders = [checkpoint.folder for checkpoint in plan.checkpoints.values()]
-        check_output(out, folders, resume=resume, force=force)
-        with open_output(out, _manifest(plan, shards), folders, resume=resume, force=force) as folder:
-            prepared = time.perf_counter() - start
-            resumed = len(folder.entries)
-            bytes_read = _run(plan, shards, folder, quiet)
-            seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
-            report = DataFreeReport(plan, seconds, bytes_read, resumed, watch.peak())
-            folder.finish(shards, lambda path: _write_side_files(path, report), _config_text(plan))
+    with start_ranks() as ranks:
+        with MemoryWatch(CPU) as watch:
+
+            def plan_it() -> tuple[DataFreePlan, list[Path]]:
+                plan = plan_data_free(source)
+                if plan.layout.problems:
+                    raise LargemergeError(*plan.layout.problems)
+                folders = [checkpoint.folder for checkpoint in plan.checkpoints.values()]
+                if ranks.is_first:
+                    check_output(out, folders, resume=resume, force=force)
+                return plan, folders
+
+            plan, folders = ranks.agree(plan_it)
+            shards = layout_shards(plan.output, max_shard_bytes)
+            with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
+                ranks.agree(lambda: _check_shared(folder))
+                prepared = time.perf_counter() - start
+                resumed = len(folder.entries)
+                bytes_read = sum(ranks.gather(_run(plan, shards, folder, ranks, quiet or not ranks.is_first)))
+                seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
+                peaks = tuple(ranks.gather(watch.peak()))
+                report = DataFreeReport(plan, seconds, bytes_read, resumed, peaks)
+                if ranks.is_first:
+                    folder.finish(shards, lambda path: _write_side_files(path, report), _config_text(plan))
+        ranks.gather(None)  # nobody says that the merge is done before it is
     return report
 
 
-def _run(plan: DataFreePlan, shards: tuple[Shard, ...], folder: OutputFolder, quiet: bool) -> int:
-    """Merges what is not in the journal yet; returns the bytes read."""
+def _check_shared(folder: OutputFolder) -> None:
+    """Every rank writes what it has merged."""
+    if not folder.working.is_dir():
+        raise LargemergeError(f"{folder.path} is not there on this machine; expected a folder that all ranks share")
+
+
+def _run(plan: DataFreePlan, shards: tuple[Shard, ...], folder: OutputFolder, ranks: Ranks, quiet: bool) -> int:
+    """Collective: merges what is not in the journal yet; returns the bytes that this rank has read."""
     all_parts = parts(plan.layout.tasks)
     numbers = [number for number in range(len(all_parts)) if _part_name(number) not in folder.entries]
+    own = [_own(all_parts[number], ranks) for number in numbers]
     if not numbers:
         return 0
     with ExitStack() as stack:
+        stack.enter_context(ranks.works())
         readers = {
             name: stack.enter_context(CheckpointReader(checkpoint)) for name, checkpoint in plan.checkpoints.items()
         }
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
         merger = Merger(plan.config.merge_method, plan.config.seed, readers, writer)
-        num_tasks = sum(len(all_parts[number]) for number in numbers)
+        num_tasks = sum(map(len, own))
         progress = stack.enter_context(RunProgress(num_tasks, num_tasks, CPU, quiet=quiet))
-        for note in plan.layout.notes:
+        for note in (*plan.layout.notes, *too_many_threads(ranks, CPU)):
             progress.tell(f"note: {note}")
 
         def work(task: Task) -> None:
@@ -90,11 +112,20 @@ def _run(plan: DataFreePlan, shards: tuple[Shard, ...], folder: OutputFolder, qu
             progress.step(task.name, plan.config.merge_method)
 
         def done(index: int) -> None:
-            writer.flush()
-            folder.record(_part_name(numbers[index]), {"tensors": len(all_parts[numbers[index]])})
+            with ranks.waits():
+                writer.flush()
+            ranks.gather(None)  # now everybody's tensors of this part are on the disk
+            if ranks.is_first:
+                folder.record(_part_name(numbers[index]), {"tensors": len(all_parts[numbers[index]])})
 
-        run_parts([all_parts[number] for number in numbers], work, done, num_workers=plan.num_workers)
+        run_parts(own, work, done, num_workers=plan.num_workers)
         return sum(reader.bytes_read for reader in readers.values())
+
+
+def _own(part: Sequence[Task], ranks: Ranks) -> list[Task]:
+    """This rank's tensors of a part."""
+    owners = choose_owners({task.name: task.num_elements for task in part}, ranks.size)
+    return [task for task in part if owners[task.name] == ranks.rank]
 
 
 def _part_name(number: int) -> str:

@@ -21,14 +21,19 @@ class DataFreeReport:
         seconds: Total, and of the preparation.
         bytes_read: In this run; tensors that are read twice count twice.
         resumed_parts: How many parts an earlier run had finished.
-        peak: Measured.
+        peaks: Measured, by rank.
     """
 
     plan: DataFreePlan
     seconds: Mapping[str, float]
     bytes_read: int
     resumed_parts: int
-    peak: MemoryUse
+    peaks: tuple[MemoryUse, ...]
+
+    @property
+    def peak(self) -> MemoryUse:
+        """That of the rank that held most."""
+        return max(self.peaks, key=lambda peak: peak.host_anonymous)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -47,6 +52,7 @@ class DataFreeReport:
             "bytes_written": self.plan.bytes_written,
             "resumed_parts": self.resumed_parts,
             "peak_bytes": {"host_anonymous": self.peak.host_anonymous, "host_total": self.peak.host_total},
+            "ranks": [{"host_anonymous": peak.host_anonymous} for peak in self.peaks] if len(self.peaks) > 1 else [],
             "tensors": {task.name: _described(task) for task in self.plan.layout.tasks},
         }
 

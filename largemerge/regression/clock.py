@@ -5,8 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 _SHORTEST_SECONDS = 0.001  # the timeline leaves out what is shorter
+
+
+class Watcher(Protocol):
+    """Is told how far the work is."""
+
+    def step(self, block: str, stage: str, candidate: str | None = None) -> None:
+        """One batch or one solve has been done."""
 
 
 class Clock:

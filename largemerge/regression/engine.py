@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,7 +30,7 @@ from largemerge.errors import MergeError
 from largemerge.passes import BlockPass, mean_dtype
 from largemerge.regression.activations import Activations, Masks, counted_rows
 from largemerge.regression.averages import RunningAverages
-from largemerge.regression.clock import Clock
+from largemerge.regression.clock import Clock, Watcher
 from largemerge.regression.finish import differences, finish_linear
 from largemerge.regression.gram import Scratch, float32_means_float32
 from largemerge.regression.sums import GroupSums, new_sums
@@ -42,13 +42,6 @@ from largemerge.weights import Tensors, Weights
 JsonObject = dict[str, Any]
 BlocksOfCandidates = Iterator[Tensors]
 """The tensors of every pass of every block of every candidate, in the order in which they are wanted."""
-
-
-class Watcher(Protocol):
-    """Is told how far the work is."""
-
-    def step(self, block: str, stage: str, candidate: str | None = None) -> None:
-        """One batch or one solve has been done."""
 
 
 @dataclass(frozen=True)

@@ -348,8 +348,29 @@ def test_options_of_other_methods_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert done.value.code == 0 and "to write" in capsys.readouterr().out
 
 
-def test_a_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "size"), [("ties", 2), ("dare_ties", 3), ("linear", 4)])
+def test_ranks_share_the_tensors(tmp_path: Path, method: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(LargemergeError, match="start it once, without a launcher"):
-        largemerge.merge(weighted(tmp_path), tmp_path / "out")
+    config = weighted(tmp_path, method, **({} if method == "linear" else {"base_model": str(tmp_path / "model0")}))
+    config["parameters"] = {} if method == "linear" else {"density": 0.5}
+    path = tmp_path / "merge.yml"
+    path.write_text(yaml.safe_dump(config))
+    command = ["merge", path, tmp_path / "out", "--quiet", "--max-shard-size", "20KB"]
+    processes.run_ranks(command, tmp_path, size, {processes.PART_BYTES: "9000"})
+    monkeypatch.setattr(stream, "PART_BYTES", 9000)
+    alone = largemerge.merge(path, tmp_path / "alone", max_shard_bytes=20_000)
+    assert processes.lasting(tmp_path / "out") == processes.lasting(tmp_path / "alone"), "bit for bit"
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert len(report["ranks"]) == size and report["bytes_read"] == alone.bytes_read
+
+
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
+    path = long_config(tmp_path)
+    command = ["merge", path, tmp_path / "out", "--quiet", "--max-shard-size", "1MB"]
+    small = {processes.PART_BYTES: "200000", "LARGEMERGE_RANK_TIMEOUT": "3"}
+    ranks = processes.start_ranks([command] * 2, tmp_path, small, hanging={1: "model.layers.12.mlp.up_proj.weight"})
+    assert all(processes.finish(process) != 0 for process in ranks)
+    log = (tmp_path / "rank0.log").read_text()
+    assert "rank 1 has failed: hangs" in log and "--resume" in log and "Traceback" not in log
+    processes.run_ranks([*command, "--resume"], tmp_path, 3, small)
+    load(tmp_path / "out")
