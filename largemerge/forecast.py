@@ -58,7 +58,8 @@ def forecast(
     rates = _rates(prepared, machines, whole)
     parts = [each.work for each in works]
     moved = bytes_communicated(whole) if len(parts) > 1 else 0
-    return replace(plan, seconds=estimate_rank_seconds(whole, parts, plan.placement, rates, _links(machines), moved))
+    seconds = estimate_rank_seconds(whole, parts, plan.placement, rates, _links(machines), moved)
+    return replace(plan, seconds=seconds, measured=machines.cluster is None)
 
 
 def _rates(prepared: Preparation, machines: Machines, work: Workload) -> Rates:

@@ -285,3 +285,14 @@ def test_a_quiet_merge_of_a_real_process_prints_nothing(case: Case) -> None:
 def test_the_version_is_that_of_the_package() -> None:
     setup = (Path(__file__).parents[1] / "setup.cfg").read_text()
     assert f"version = {__version__}\n" in setup
+
+
+@pytest.mark.parametrize("variable", ["RANK", "PMI_RANK"])
+def test_lines_of_other_ranks_begin_with_their_number(
+    command: Command, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "2")
+    outcome = command("plan", "nowhere.yaml")
+    assert outcome.code == 2 and outcome.err.startswith("[rank 2] largemerge: nowhere.yaml: no such")
+    monkeypatch.setenv(variable, "0")
+    assert command("plan", "nowhere.yaml").err.startswith("largemerge: ")
