@@ -11,6 +11,9 @@ import pytest
 import yaml
 
 from largemerge import ConfigError, MergeConfig, load_config
+from largemerge.arithmetic.config import load_data_free
+from largemerge.arithmetic.dispatch import is_data_free
+from largemerge.arithmetic.registry import METHODS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.y*ml"))
 
@@ -408,5 +411,8 @@ def test_loading_a_loaded_configuration_changes_nothing(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
+    if is_data_free(path):
+        assert load_data_free(path).merge_method in METHODS
+        return
     config = load_config(path)
     assert load_config(config) == config
