@@ -7,10 +7,11 @@
 
 Both read the same YAML, written for every method: K = 3 models of equal weights and a base where the method has one,
 without `dtype`, as most people write it, or with `--dtype float32` (written in bfloat16). Each merge is a process of
-its own, ours first for every other method. Of the rates, the disk's is that of a plain copy of the same bytes: all
-inputs read and the output written, with fsync. Agreement is after rounding to bfloat16: the shares of elements that
-are the same, and that are one unit in the last place away. mergekit gets a virtual environment of its own; random
-methods are compared by the mean and the spread of their distance to the base alone. Ends with one line of JSON.
+its own, ours first for every other method, and begins with no input in the system's cache. Of the rates, the disk's is
+that of a plain copy of the same bytes: all inputs read and the output written, with fsync. Agreement is after rounding
+to bfloat16: the shares of elements that are the same, and that are one unit in the last place away. mergekit gets a
+virtual environment of its own; random methods are compared by their distance to the base, and by how many elements
+have moved. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from safetensors import safe_open
 
 from environments import OWN_TORCH, make_environment
 from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
-from measure import Measured, machine, run_measured
+from measure import Measured, drop_from_cache, machine, run_measured
 from synthetic_llama import GEOMETRIES, Inputs, write_inputs
 
 PEER = "mergekit"
@@ -120,6 +121,7 @@ def _measure(
         commands.append(("peer", [str(python.parent / "mergekit-yaml"), str(config), str(theirs), "--allow-crimes"]))
     measured: dict[str, Measured] = {}
     for name, command in reversed(commands) if peer_first else commands:
+        drop_from_cache([path for model in models for path in model.glob("*.safetensors")])
         measured[name] = run_measured(command, work / f"{name}.log")
     report = json.loads((ours / "merge_report.json").read_text())
     row: dict[str, Any] = {
@@ -188,6 +190,7 @@ def _distances(ours: Path, theirs: Path, base: Path) -> dict[str, Any]:
 def _copy_seconds(models: Sequence[Path], target: Path) -> float:
     """Of reading what `linear` reads, and writing and syncing as much as it writes."""
     buffer = bytearray(COPY_BYTES)
+    drop_from_cache([path for model in models for path in model.glob("*.safetensors")])
     start = time.perf_counter()
     for model in models[1:]:
         for path in sorted(model.glob("*.safetensors")):

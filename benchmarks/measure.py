@@ -58,6 +58,13 @@ def _status(pid: int) -> dict[str, int]:
     return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
+def drop_from_cache(files: Sequence[Path]) -> None:
+    """Asks the kernel to forget clean pages of these files; it may keep some."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def machine() -> dict[str, str | int | float]:
     """What a reader has to know to compare numbers."""
     match = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -29,7 +29,7 @@ import largemerge
 from floor import Kernel, Work, mandatory_work
 from kernel_times import operations, time_kernel
 from largemerge.dtypes import dtype_name
-from measure import machine, run_measured
+from measure import drop_from_cache, machine, run_measured
 
 MOST_RATIO = 1.3
 """Target for the whole merge."""
@@ -99,7 +99,7 @@ def main() -> None:
     process_seconds = others_in_merge = None
     others = Others()
     if arguments.report is None:
-        _drop_from_cache(files)
+        drop_from_cache(files)
         process_seconds = _merge(arguments.config, arguments.out, force=arguments.force)
         others_in_merge, others = others.share(), Others()
         arguments.report = arguments.out / "merge_report.json"
@@ -163,17 +163,10 @@ def _config(plan: largemerge.MergePlan) -> dict[str, Any]:
     }
 
 
-def _drop_from_cache(files: Sequence[Path]) -> None:
-    """Asks the kernel to forget clean pages of these files; it may keep some."""
-    for path in files:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def _measure_disk(files: Sequence[Path], folder: Path, *, cold: bool) -> Disk:
     """Reads the candidates' files, and writes a scratch file beside the output."""
     if cold:
-        _drop_from_cache(files)
+        drop_from_cache(files)
     buffer = bytearray(CHUNK_BYTES)
     done = 0
     start = time.perf_counter()
