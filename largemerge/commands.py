@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from largemerge.config import MergeConfig, load_config
 from largemerge.errors import EXIT_CODE, INTERRUPTED, ConfigError
@@ -77,14 +77,7 @@ def _merge_by_regression(options: argparse.Namespace, max_shard_bytes: int) -> i
 
     reuse_freed_memory(sparingly=True)
     report = merge_by_regression(
-        config,
-        options.out,
-        device=options.device,
-        resume=options.resume,
-        force=options.force,
-        max_shard_bytes=max_shard_bytes,
-        quiet=options.quiet,
-        planned=planned,
+        config, options.out, max_shard_bytes=max_shard_bytes, planned=planned, **_merge_options(options)
     )
     if not options.quiet:
         print_report(report, str(options.out), Console(stderr=True, markup=False, emoji=False))
@@ -100,18 +93,14 @@ def _merge_data_free(options: argparse.Namespace, max_shard_bytes: int) -> int:
     from largemerge.memory import reuse_freed_memory
 
     reuse_freed_memory(sparingly=False)
-    report = merge_data_free(
-        options.config,
-        options.out,
-        device=options.device,
-        resume=options.resume,
-        force=options.force,
-        max_shard_bytes=max_shard_bytes,
-        quiet=options.quiet,
-    )
+    report = merge_data_free(options.config, options.out, max_shard_bytes=max_shard_bytes, **_merge_options(options))
     if not options.quiet:
         print_report(report, str(options.out), Console(stderr=True, markup=False, emoji=False))
     return 0
+
+
+def _merge_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("device", "resume", "force", "quiet")}
 
 
 def _check_no_limits(options: argparse.Namespace) -> None:

@@ -8,9 +8,6 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-MergeMethod = Literal["regmean", "regmean_plusplus"]
-DtypeName = Literal["float32", "bfloat16", "float16"]
-
 
 def template_columns(template: str) -> list[str]:
     r"""The columns that a text template names: `["query", "response"]` for `"{query}\n{response}"`.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from largemerge.api import DEFAULT_MAX_SHARD_BYTES
 from largemerge.calibration import CalibrationSet, assume_calibration, load_calibration, outline_calibration
 from largemerge.calibration.batches import split_batches
 from largemerge.calibration.fit import sample_problems
@@ -46,11 +45,11 @@ ConfigSource = str | Path | Mapping[str, Any] | MergeConfig
 def plan_regression(
     config: ConfigSource,
     *,
-    device: str = "auto",
-    probe: bool = True,
-    num_ranks: int = 1,
-    cluster: Cluster | None = None,
-    from_config: bool = False,
+    device: str,
+    probe: bool,
+    num_ranks: int,
+    cluster: Cluster | None,
+    from_config: bool,
 ) -> MergePlan:
     """`largemerge.plan` for the regression methods."""
     resolved = load_config(config)
@@ -68,11 +67,11 @@ def merge_by_regression(
     config: ConfigSource,
     out: str | Path,
     *,
-    device: str = "auto",
-    resume: bool = False,
-    force: bool = False,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    quiet: bool = True,
+    device: str,
+    resume: bool,
+    force: bool,
+    max_shard_bytes: int,
+    quiet: bool,
     planned: Callable[[MergePlan], None] | None = None,
 ) -> MergeReport:
     """`largemerge.merge` for the regression methods.

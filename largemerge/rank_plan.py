@@ -92,6 +92,8 @@ def share_work(
         own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
         num_rows = sum(rows[candidate][number] for candidate, mine in enumerate(numbers) for number in mine)
         works.append(RankWork(sum(map(bool, own)), sum(map(len, own)), num_rows, workload(own)))
+    if num_ranks == 1:
+        return works
     # Every rank reads all of the calibration data, and keeps its part.
     loading = workload(shapes).loading_bytes
     return [replace(each, work=replace(each.work, loading_bytes=loading)) for each in works]

@@ -9,17 +9,17 @@ import os
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
 
 from largemerge.arithmetic.settings import Setting, setting_problems
-from largemerge.config_calibration import MergeMethod, Strict
+from largemerge.config import DtypeName, MergeMethod
+from largemerge.config_calibration import Strict
 from largemerge.config_file import explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
 
-DtypeName = Literal["float32", "bfloat16", "float16"]
 Parameters = dict[str, Setting]
 
 

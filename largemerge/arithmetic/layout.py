@@ -27,6 +27,9 @@ _OUTPUT_EMBEDDINGS, _INPUT_EMBEDDINGS = (
     ("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
 )
 
+Depths = Mapping[str, Mapping[str, int]]
+"""By model and stack: how many layers there are."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -101,11 +104,12 @@ def lay_out(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], refer
         reference: The model whose names the output has.
     """
     layout = Layout()
-    stacks = find_stacks(checkpoints[reference])
-    modules = _modules(config, checkpoints, stacks, layout)
+    depths = {model: find_stacks(checkpoint) for model, checkpoint in checkpoints.items()}
+    stacks = depths[reference]
+    modules = _modules(config, depths, stacks, layout)
     if layout.problems:
         return layout
-    planner = _Planner(config, checkpoints, reference, layout)
+    planner = _Planner(config, checkpoints, layout)
     outside = [name for name in checkpoints[reference].tensors if _stack_of(name, stacks) is None]
     first, last = next(iter(modules.values())), list(modules.values())[-1]
     for name in outside:
@@ -134,9 +138,7 @@ def _add_layer(planner: _Planner, stack: str, number: int, piece: OutputSlice, m
             planner.add(f"{stack}.{number}.{rest}", keyed, piece, module, t)
 
 
-def _modules(
-    config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], stacks: Mapping[str, int], layout: Layout
-) -> dict[str, Module]:
+def _modules(config: DataFreeConfig, depths: Depths, stacks: Mapping[str, int], layout: Layout) -> dict[str, Module]:
     """By stack, everything as slices."""
     if config.modules:
         given = dict(config.modules)
@@ -153,13 +155,13 @@ def _modules(
         given = {next(iter(stacks)): Module(slices=config.slices)}
     else:
         given = {stack: Module(models=config.models) for stack in stacks or {"": 0}}
-    modules = {stack: _as_slices(config, checkpoints, stack, module) for stack, module in given.items()}
+    modules = {stack: _as_slices(config, depths, stack, module) for stack, module in given.items()}
     for stack, module in modules.items():
-        layout.problems.extend(_slice_problems(checkpoints, stack, module))
+        layout.problems.extend(_slice_problems(depths, stack, module))
     return modules
 
 
-def _as_slices(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], stack: str, module: Module) -> Module:
+def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Module) -> Module:
     if module.slices:
         return module
     sources = [(entry.model, entry.parameters) for entry in module.models]
@@ -167,23 +169,21 @@ def _as_slices(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], st
         sources.append((config.base_model, {}))
     piece = OutputSlice(
         sources=tuple(
-            SliceSource(
-                model=model, parameters=parameters, layer_range=(0, find_stacks(checkpoints[model]).get(stack, 0))
-            )
+            SliceSource(model=model, parameters=parameters, layer_range=(0, depths[model].get(stack, 0)))
             for model, parameters in sources
         )
     )
     return module.model_copy(update={"models": (), "slices": (piece,)})
 
 
-def _slice_problems(checkpoints: Mapping[str, Checkpoint], stack: str, module: Module) -> Iterator[str]:
+def _slice_problems(depths: Depths, stack: str, module: Module) -> Iterator[str]:
     for number, piece in enumerate(module.slices):
         where = f"slices[{number}]"
         lengths = {source.model: len(source.layers) for source in piece.sources}
         if len(set(lengths.values())) > 1:
             yield f"{where}: models have unlike numbers of layers here: {lengths}"
         for source in piece.sources:
-            num_layers = find_stacks(checkpoints[source.model]).get(stack, 0)
+            num_layers = depths[source.model].get(stack, 0)
             start, stop = source.layer_range
             if not 0 <= start <= stop <= num_layers or (start == stop and num_layers):
                 yield f"{where}: layer_range {[start, stop]} of {source.model}: expected some of [0, {num_layers}]"
@@ -192,10 +192,8 @@ def _slice_problems(checkpoints: Mapping[str, Checkpoint], stack: str, module: M
 class _Planner:
     """Makes tasks, and notes what is wrong with them."""
 
-    def __init__(
-        self, config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], reference: str, layout: Layout
-    ) -> None:
-        self.config, self.checkpoints, self.reference, self.layout = config, checkpoints, reference, layout
+    def __init__(self, config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], layout: Layout) -> None:
+        self.config, self.checkpoints, self.layout = config, checkpoints, layout
         self.method = METHODS[config.merge_method]
 
     def add(self, name: str, keyed: Sequence[tuple[str, str]], piece: OutputSlice, module: Module, t: float) -> None:

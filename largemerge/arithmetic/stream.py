@@ -111,9 +111,7 @@ class _Loader:
     def __init__(self, task: Task, way: Way, readers: Mapping[str, CheckpointReader], seed: int) -> None:
         self._task, self._readers, self._seed = task, readers, seed
         self.cuts = rows_of_pieces(task.shape, way.cut)
-        num_bytes = task.num_elements * task.dtype.itemsize * len(task.inputs)
-        keeps = way.survey is not None and num_bytes <= KEPT_BYTES
-        self._kept = [self._read(*source, None) for source in task.inputs] if keeps else None
+        self._kept = [self._read(*source, None) for source in task.inputs] if _kept_bytes(task, way) else None
 
     def pieces(self) -> Iterator[Piece]:
         """All of them, in order."""
@@ -146,6 +144,10 @@ def worker_bytes(method: str, task: Task) -> int:
     num_rows = task.shape[0] if task.shape else 1
     rows = max((rows.stop - rows.start for rows in rows_of_pieces(task.shape, way.cut)), default=0)
     elements = rows * task.num_elements // max(1, num_rows)
-    kept = task.num_elements * task.dtype.itemsize * len(task.inputs)
-    keeps = way.survey is not None and kept <= KEPT_BYTES
-    return (kept if keeps else 0) + _PIECE_COPIES * elements * len(task.inputs) * _WIDEST
+    return _kept_bytes(task, way) + _PIECE_COPIES * elements * len(task.inputs) * _WIDEST
+
+
+def _kept_bytes(task: Task, way: Way) -> int:
+    """Of a task's tensors, where they are read more than once and small enough to be kept; else 0."""
+    num_bytes = task.num_elements * task.dtype.itemsize * len(task.inputs)
+    return num_bytes if way.survey is not None and num_bytes <= KEPT_BYTES else 0

@@ -23,13 +23,13 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from largemerge.api import merge
 from largemerge.demo.corpora import Corpus, load_corpora
 from largemerge.demo.measure import AVERAGE, losses_table, measure
 from largemerge.demo.picture import losses_svg
 from largemerge.demo.settings import DemoSettings
 from largemerge.demo.train import train_all
 from largemerge.errors import OutputError
-from largemerge.merging import merge_by_regression
 
 METHODS = {"RegMean": "regmean", "RegMean++": "regmean_plusplus"}
 """Label to `merge_method`."""
@@ -80,7 +80,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> None:
         _write_inputs(out, corpora, settings)
         for label, method in METHODS.items():
             start = time.perf_counter()
-            merge_by_regression(_config(out, method), _merged(out, method), device="cpu", force=True, quiet=False)
+            merge(_config(out, method), _merged(out, method), device="cpu", force=True, quiet=False)
             _say(console, "merged", f"{_merged(out, method)} ({label}, {time.perf_counter() - start:.1f} s)")
         losses = measure(
             out / "base",
