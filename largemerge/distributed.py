@@ -56,30 +56,12 @@ class Ranks:
         """Whether this is the rank that writes and talks."""
         return self.rank == 0
 
-    def add_up_(self, tensor: torch.Tensor, owner: int) -> None:
-        """Collective: the owner's tensor becomes the sum of all; the others' are of no use afterwards."""
-        if self.size > 1:
-            with self._counted(tensor):
-                torch.distributed.reduce(tensor, dst=owner)
-
-    def add_up_everywhere_(self, tensor: torch.Tensor) -> None:
-        """Collective: everybody's tensor becomes the sum of all."""
-        if self.size > 1:
-            with self._counted(tensor):
-                torch.distributed.all_reduce(tensor)
-
-    def copy_(self, tensor: torch.Tensor, owner: int) -> None:
-        """Collective: everybody's tensor becomes the owner's."""
-        if self.size > 1:
-            with self._counted(tensor):
-                torch.distributed.broadcast(tensor, src=owner)
-
     def gather(self, value: Value) -> list[Value]:
         """Collective: everybody's value, by rank. For small things."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._counted():
+        with self.waits(), self.counted():
             torch.distributed.all_gather_object(values, value)
         return values
 
@@ -88,7 +70,7 @@ class Ranks:
         if self.size == 1:
             return value
         values = [value]
-        with self._counted():
+        with self.waits(), self.counted():
             torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -102,7 +84,8 @@ class Ranks:
         layout = self.from_first([(name, tensor.shape, tensor.dtype) for name, tensor in loaded.items()])
         for name, shape, dtype in layout:
             tensor = loaded[name] if self.is_first else torch.empty(shape, dtype=dtype, device=device)
-            self.copy_(tensor, 0)
+            with self.waits(), self.counted(tensor.nbytes):
+                torch.distributed.broadcast(tensor, src=0)
             loaded[name] = tensor
         return loaded
 
@@ -141,11 +124,15 @@ class Ranks:
             yield
 
     @contextmanager
-    def _counted(self, tensor: torch.Tensor | None = None) -> Iterator[None]:
+    def counted(self, num_bytes: int = 0) -> Iterator[None]:
+        """Around collective calls: counts their bytes and seconds; says who is gone where a connection breaks.
+
+        Raises:
+            MergeError: Another rank is gone.
+        """
         start = time.perf_counter()
         try:
-            with self.waits():
-                yield
+            yield
         except RuntimeError:
             if self._heartbeat is None:
                 raise
@@ -155,7 +142,7 @@ class Ranks:
             kind = MergeError if self.is_first or "rank 0" in why else ToldError
             raise kind(f"{why}; what is finished is safe: go on with --resume") from None
         self.seconds += time.perf_counter() - start
-        self.num_bytes += 0 if tensor is None else tensor.nbytes
+        self.num_bytes += num_bytes
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from largemerge.sharing import samples_at_once
 from largemerge.timing import Rates, estimate_seconds
 from largemerge.workload import Workload, batch_shapes, split_shapes
 
-_LOCAL_BANDWIDTH, _LOCAL_LATENCY = 1.0e9, 0.3e-3  # between processes of one machine
+_MEMORY_TRIPS, _LOCAL_LATENCY = 5, 0.5e-3  # of a byte between processes of one machine: copied, and added up
 
 
 def forecast(
@@ -58,7 +58,7 @@ def forecast(
     rates = _rates(prepared, machines, whole)
     parts = [each.work for each in works]
     moved = bytes_communicated(whole) if len(parts) > 1 else 0
-    seconds = estimate_rank_seconds(whole, parts, plan.placement, rates, _links(machines), moved)
+    seconds = estimate_rank_seconds(whole, parts, plan.placement, rates, _links(machines, rates), moved)
     return replace(plan, seconds=seconds, measured=machines.cluster is None)
 
 
@@ -76,7 +76,7 @@ def _rates(prepared: Preparation, machines: Machines, work: Workload) -> Rates:
     )
 
 
-def _links(machines: Machines) -> Links:
+def _links(machines: Machines, rates: Rates) -> Links:
     if machines.cluster is not None:
         return machines.cluster.links()
-    return Links(_LOCAL_BANDWIDTH, _LOCAL_LATENCY, machines.num_ranks)
+    return Links(rates.memory / _MEMORY_TRIPS, _LOCAL_LATENCY, machines.num_ranks)

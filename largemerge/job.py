@@ -19,6 +19,7 @@ from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter
 from largemerge.distributed import Ranks
 from largemerge.estimate import Waiting
+from largemerge.exchange import Exchange, open_exchange
 from largemerge.merge_plan import Preparation
 from largemerge.node import ALONE, Node, find_node
 from largemerge.output import OutputFolder
@@ -26,7 +27,8 @@ from largemerge.passes import block_passes
 from largemerge.progress import RunProgress
 from largemerge.regression.activations import Activations
 from largemerge.regression.clock import Clock
-from largemerge.regression.engine import Engine, Settings
+from largemerge.regression.collect import Settings
+from largemerge.regression.engine import Engine
 from largemerge.regression.together import Together
 from largemerge.samples import OwnSamples, loss_tokens, model_needs
 from largemerge.weights import Weights
@@ -87,7 +89,8 @@ class Job:
             if self.ranks.size > 1:
                 self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights))
                 stack.callback(self.node.clean_up)
-            self._engine(weights, hidden_states, progress).run(finished, self.folder.record)
+            exchange = stack.enter_context(open_exchange(self.ranks, self.node, plan.device))
+            self._engine(weights, hidden_states, progress, exchange).run(finished, self.folder.record)
             self.bytes_read = weights.bytes_read
             if plan.placement.hidden_states is Waiting.DISK:
                 self.hidden_bytes_on_disk = hidden_states.num_bytes
@@ -107,7 +110,9 @@ class Job:
             store = MemoryStore(plan.device if waiting is Waiting.DEVICE else torch.device("cpu"), plan.device)
         return HiddenStates(store, eight_bit=plan.config.memory.hidden_states_8bit)
 
-    def _engine(self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress) -> Engine:
+    def _engine(
+        self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress, exchange: Exchange | None
+    ) -> Engine:
         plan, inputs, rehearsal = self.preparation.plan, self.preparation.inputs, self.preparation.rehearsal
         parameters, placement = plan.config.parameters, plan.placement
         own_stream = plan.config.merge_method == "regmean"
@@ -146,7 +151,7 @@ class Job:
             ),
             watcher=progress,
             clock=self.clock,
-            together=Together(self.ranks, self.samples.holders, self.node),
+            together=Together(self.ranks, self.samples.holders, self.node, exchange),
         )
 
     def _merge_outside(self, weights: Weights, progress: RunProgress) -> None:

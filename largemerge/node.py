@@ -65,13 +65,17 @@ class Node:
         here = [rank for rank in wanted_by if rank in self.others]
         if len(here) < 2 or not self.prefix:
             return read()
-        path = SHARED_MEMORY / f"{self.prefix}{key}"
+        path = self.shared_file(key)
         if self.rank != min(here):
             return _map(_waited_for(_link(path, self.rank)))
         _write(path, read())
         for rank in here[1:]:
             os.link(path, _link(path, rank))
         return _map(path)
+
+    def shared_file(self, name: str) -> Path:
+        """A file that all ranks of this machine see."""
+        return SHARED_MEMORY / f"{self.prefix}{name}"
 
     def clean_up(self) -> None:
         """Takes away what is left of this merge in shared memory, after an error too."""

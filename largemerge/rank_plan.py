@@ -146,7 +146,7 @@ def bytes_communicated(work: Workload) -> int:
     total = work.first_bytes
     for kind in work.kinds:
         averaged = [plan.name for plan in kind.block.tensors if plan.treatment is Treatment.AVERAGED]
-        total += kind.count * kind.bytes_of(averaged, GRAM_DTYPE)
+        total += 2 * kind.count * kind.bytes_of(averaged, GRAM_DTYPE)  # added up at one rank, copied to all
         dtypes: Mapping[str, torch.dtype] = {plan.name: plan.dtype for plan in kind.block.tensors}
         for group in kind.block.groups:
             size, outputs = group.num_inputs, sum(group.outputs.values())

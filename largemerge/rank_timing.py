@@ -62,8 +62,8 @@ def _longest_solves(work: Workload, rates: Rates, num_ranks: int) -> float:
 
 
 def _num_exchanges(work: Workload) -> int:
-    """About four tensors for every group (its Gram in panels), and one for every weight."""
-    return sum(kind.count * sum(4 + len(group.outputs) for group in kind.block.groups) for kind in work.kinds)
+    """The sums and the weights of every group, and averages, there and back."""
+    return sum(kind.count * (2 * len(kind.block.groups) + 2) for kind in work.kinds)
 
 
 def _most_read(whole: Workload, own: Sequence[Workload], placement: Placement, links: Links) -> int:

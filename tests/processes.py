@@ -24,10 +24,11 @@ from cases import Case, files_in, load_merged, weights_in, write_case
 from transformers import LlamaForCausalLM  # imported late otherwise, in every child
 
 import largemerge.merging
+from largemerge import node
 from largemerge.arithmetic import stream as data_free
 from largemerge.arithmetic.layout import Task
 from largemerge.cli import main
-from largemerge.regression.engine import Engine
+from largemerge.regression.collect import Collector
 from largemerge.treatment import BlockPlan
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,8 @@ HANGS_AT = "TEST_HANGS_AT"
 """Variable of a process: at this block, or tensor, it does nothing for an hour."""
 PART_BYTES = "TEST_PART_BYTES"
 """Variable of a process: the size of a data-free merge's parts."""
+NOTHING_SHARED = "TEST_NOTHING_SHARED"
+"""Variable of a process: it has no memory in common with others."""
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
@@ -161,20 +164,22 @@ def _run(
         _signal_before_operation(kill_at, arguments[2], number)
     if PART_BYTES in environment:
         data_free.PART_BYTES = int(environment[PART_BYTES])
+    if NOTHING_SHARED in environment:
+        node.SHARED_MEMORY = Path("/nonexistent")
     if HANGS_AT in environment:
         _hang_at(environment[HANGS_AT])
     main(arguments)
 
 
 def _hang_at(block: str) -> None:
-    collect = Engine._collect
+    run = Collector._run
 
-    def hang(engine: Engine, plan: BlockPlan, *rest: Any) -> None:
+    def hang(collector: Collector, plan: BlockPlan, *rest: Any, **options: Any) -> None:
         if plan.name == block:
             time.sleep(3600)
-        collect(engine, plan, *rest)
+        run(collector, plan, *rest, **options)
 
-    Engine._collect = hang  # type: ignore[method-assign]
+    Collector._run = hang  # type: ignore[method-assign]
     merge_one = data_free.Merger.__call__
 
     def hang_at_tensor(merger: data_free.Merger, task: Task) -> None:

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 from cases import load_merged, weights_in, write_case
-from processes import assert_agree, finish, make_uneven_case, merging, run_ranks, start_ranks
+from processes import NOTHING_SHARED, assert_agree, finish, make_uneven_case, merging, run_ranks, start_ranks
 
 import largemerge
 from largemerge.node import SHARED_MEMORY
@@ -67,6 +67,16 @@ def test_the_plan_says_what_ranks_move_and_hold(tmp_path: Path) -> None:
     tokens = next(iter(report["blocks"].values()))["linears"].values()
     assert sum(rank.num_rows for rank in plan.ranks) >= sum(next(iter(tokens))["tokens"].values())
     assert all(rank.operations < sum(other.operations for other in plan.ranks) for rank in plan.ranks)
+
+
+def test_ranks_that_share_no_memory(tmp_path: Path) -> None:
+    case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")
+    case.write_yaml()
+    largemerge.merge(case.config, tmp_path / "alone")
+    run_ranks(merging(case, tmp_path / "out"), tmp_path, 3, {NOTHING_SHARED: "1"})
+    assert_agree(tmp_path / "out", tmp_path / "alone")
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert all(rank["reads_shared_with"] == [] for rank in report["ranks"])
 
 
 def test_more_ranks_than_batches(tmp_path: Path) -> None:

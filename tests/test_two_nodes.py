@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -48,6 +49,8 @@ def test_two_nodes(tmp_path: Path, options: list[str]) -> None:
     output, _ = nodes.communicate(timeout=120)
     assert nodes.returncode == 0, output
     check_two_ranks(case, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert all(rank["reads_shared_with"] == [] for rank in report["ranks"]), "hosts have no memory in common"
     assert hosts() == before
 
 

@@ -7,7 +7,7 @@ The second form gives identical candidates back as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -41,10 +41,9 @@ class RunningAverages:
                 difference = tensor.to(GRAM_DTYPE) - self._anchors[plan.name].to(GRAM_DTYPE)
                 self._sums[plan.name].add_(difference, alpha=self._weights[index])
 
-    def visit_sums_(self, visit: Callable[[torch.Tensor], None]) -> None:
-        """Shows all that is added up over candidates, and keeps what becomes of it."""
-        for total in self._sums.values():
-            visit(total)
+    def views(self) -> list[torch.Tensor]:
+        """All that is added up over candidates."""
+        return list(self._sums.values())
 
     def finish(self) -> dict[str, torch.Tensor]:
         """The averages, and the copies, in the dtypes of the output."""

@@ -12,7 +12,8 @@ RegMean (arXiv 2212.09849) differs in one point: a candidate's hidden states com
 move on in the first step, and embeddings are the candidate's own. In RegMean++ (arXiv 2508.03121) they come
 from the merged blocks before.
 
-Where activations come from is in `activations.py`, what is accumulated in `sums.py`, how it is solved in `solve.py`.
+The first line is `collect.py`: where activations come from is in `activations.py`, what is accumulated in `sums.py`.
+How it is solved is in `solve.py`.
 """
 
 from __future__ import annotations
@@ -22,45 +23,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-
 from largemerge.checkpoint.prefetch import prefetched
-from largemerge.dtypes import dtype_name
 from largemerge.errors import MergeError
-from largemerge.passes import BlockPass, mean_dtype
-from largemerge.regression.activations import Activations, Masks, counted_rows
-from largemerge.regression.averages import RunningAverages
+from largemerge.passes import BlockPass
+from largemerge.regression.activations import Activations
 from largemerge.regression.clock import Clock, Watcher
-from largemerge.regression.finish import differences, finish_linear
-from largemerge.regression.gram import Scratch, float32_means_float32
-from largemerge.regression.sums import GroupSums, new_sums
+from largemerge.regression.collect import BlocksOfCandidates, Collector, Settings
+from largemerge.regression.finish import finish_linear
+from largemerge.regression.gram import float32_means_float32
+from largemerge.regression.sums import GroupSums
 from largemerge.regression.together import ReadItem, Together
 from largemerge.transfer import Transfer
 from largemerge.treatment import BlockPlan, GroupPlan, Treatment
 from largemerge.weights import Tensors, Weights
 
 JsonObject = dict[str, Any]
-BlocksOfCandidates = Iterator[Tensors]
-"""The tensors of every pass of every block of every candidate, in the order in which they are wanted."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The method's settings.
-
-    Attributes:
-        own_stream: RegMean: hidden states come from a candidate's own blocks.
-        shares: c_i / Σ c, by candidate.
-        off_diagonal_scale: s.
-        ridge: λ as a fraction of the mean diagonal.
-        prefetch: Read the next block while the present one computes.
-    """
-
-    own_stream: bool
-    shares: tuple[float, ...]
-    off_diagonal_scale: float
-    ridge: float
-    prefetch: bool = True
 
 
 @dataclass
@@ -76,8 +53,13 @@ class Engine:
     watcher: Watcher
     clock: Clock
     together: Together
+    _collector: Collector = field(init=False)
     _bytes_read: int = field(init=False, default=0)
-    _scratch: Scratch = field(init=False, default_factory=Scratch)
+
+    def __post_init__(self) -> None:
+        self._collector = Collector(
+            self.settings, self.names, self.weights, self.activations, self.watcher, self.clock, self.together
+        )
 
     def run(self, finished: frozenset[str], done: Callable[[str, JsonObject], None]) -> None:
         """Merges every block that is not in `finished`; those are only run forward, to rebuild hidden states.
@@ -123,6 +105,10 @@ class Engine:
         """Whether nobody reads what the block computes."""
         return block is self.blocks[-1]
 
+    def _keeps(self, block: BlockPlan, each: BlockPass) -> bool:
+        """Whether a candidate's hidden states move on while its Gram matrices are built."""
+        return self.settings.own_stream and each.last and not self._is_last(block)
+
     def _merge_block(self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates) -> JsonObject:
         self._bytes_read = 0
         passes = self.passes[block.name]
@@ -153,108 +139,27 @@ class Engine:
         self, block: BlockPlan, each: BlockPass, blocks_of_candidates: BlocksOfCandidates, merged: Tensors
     ) -> JsonObject:
         """Adds what one pass makes to `merged`; returns the report of its linears."""
-        device = self.activations.device
-        sums = {
-            group.leader: new_sums(
-                group.outputs,
-                group.num_inputs,
-                self.settings.off_diagonal_scale,
-                mean_dtype(block, group),
-                device,
-                self._scratch,
-            )
-            for group in each.groups
-        }
-        averages = RunningAverages(block.tensors if each.averages else (), self.settings.shares)
-        anchor: Tensors = {}
-        for index in range(len(self.names)):
-            if not self.together.wants(index):
-                self._skip(block, each, index, sums)
-                continue
-            with self.clock.stage("wait_for_read"):
-                tensors = next(blocks_of_candidates)
-            if self.together.reads(index):
-                self._bytes_read += self.weights.stored_bytes(index, each.reads)
-            if index == 0:
-                solved = {f"{block.name}.{path}.weight" for group in each.groups for path in group.outputs}
-                anchor = {name: tensor for name, tensor in tensors.items() if name in solved}
-            if index == 0 or self.together.is_home(index):
-                averages.add(index, tensors)
-            if self.together.has_data(index):
-                self._collect(block, each, index, tensors, anchor, sums)
-            else:
-                self._skip(block, each, index, sums)
-            del tensors
-        with self.clock.stage("communicate"):
-            merged |= self.together.add_up_(each, sums, averages)
+        exchange = self.together.begin(each.groups)
+        collected = self._collector.collect(block, each, blocks_of_candidates, exchange, keep=self._keeps(block, each))
+        self._bytes_read += collected.bytes_read
         excluded = {plan.name: plan.dtype for plan in block.tensors if plan.treatment is Treatment.BASE}
         for name, tensor in (self.weights.base(list(excluded)) if excluded and each.averages else {}).items():
-            merged[name] = tensor.to(device, excluded[name])
+            merged[name] = tensor.to(self.activations.device, excluded[name])
         linears: JsonObject = {}
         for group in each.groups:
-            if group.leader in sums:
-                with self.clock.stage("solve"):
-                    linears |= self._solve(block, group, sums.pop(group.leader), anchor, merged)
+            with self.clock.stage("communicate"):
+                exchange.wait_for_sums(group.leader)
+            with self.clock.stage("solve"):
+                complete = collected.sums.pop(group.leader)
+                if exchange.owns(group.leader):
+                    linears |= self._solve(block, group, complete, collected.anchor, merged)
+                del complete
+            exchange.spread(block, group, collected.anchor, merged)
             self.watcher.step(block.name, "solve")
         with self.clock.stage("communicate"):
-            self.together.spread_(block, each, anchor, merged)
+            exchange.wait()
+        merged |= collected.averages.finish()
         return linears
-
-    def _skip(self, block: BlockPlan, each: BlockPass, index: int, sums: Mapping[str, GroupSums]) -> None:
-        """Counts a candidate whose data is all on other ranks."""
-        for group in each.groups:
-            stack = block.stack if group.rows is None else group.rows
-            sums[group.leader].skip_candidate(self.activations.num_rows(index, stack))
-
-    def _collect(
-        self,
-        block: BlockPlan,
-        each: BlockPass,
-        index: int,
-        tensors: Tensors,
-        anchor: Tensors,
-        sums: Mapping[str, GroupSums],
-    ) -> None:
-        """Runs one candidate's block on its own data and adds it to the sums."""
-        own = self.settings.own_stream
-        keep = own and each.last and not self._is_last(block)
-        if not each.groups and not keep:
-            return
-        stacks = {group.leader: block.stack if group.rows is None else group.rows for group in each.groups}
-        for group in each.groups:
-            tokens = self.activations.num_rows(index, stacks[group.leader])
-            difference = None if index == 0 else differences(block, group, tensors, anchor)
-            sums[group.leader].start_candidate(
-                self.settings.shares[index],
-                tokens,
-                difference,
-                own_tokens=self.activations.num_own_rows(index, stacks[group.leader]),
-                at_home=self.together.is_home(index),
-            )
-
-        def add(path: str, x: torch.Tensor, masks: Masks) -> None:
-            with self.clock.stage("gram"):
-                sums[path].add_rows(counted_rows(x, masks[stacks[path]] if rows[path] is not None else None))
-
-        rows = {group.leader: group.rows for group in each.groups}
-        with self.clock.stage("candidate_forward"):
-            for _ in self.activations.run(
-                block, index, tensors, outside_of=index if own else None, keep=keep, watch=list(rows), visit=add
-            ):
-                self.watcher.step(block.name, "collect", self.names[index])
-        for group in each.groups:
-            with self.clock.stage("right_hand_side"):
-                try:
-                    sums[group.leader].finish_candidate()
-                except FloatingPointError as error:
-                    raise MergeError(self._not_finite(block, group, index, error)) from None
-
-    def _not_finite(self, block: BlockPlan, group: GroupPlan, index: int, error: FloatingPointError) -> str:
-        dtype = dtype_name(self.activations.compute_dtype)
-        return (
-            f"{block.name}.{group.leader}: {error} for candidate {self.names[index]}, computed in {dtype}; "
-            "try compute_dtype: float32, and check that the candidate's weights are finite"
-        )
 
     def _solve(
         self, block: BlockPlan, group: GroupPlan, sums: GroupSums, anchor: Tensors, merged: Tensors

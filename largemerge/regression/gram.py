@@ -22,7 +22,7 @@ Shapes: N tokens, I inputs of a linear, O outputs, P rows of a panel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,17 +161,10 @@ class Gram:
                 self.halves_II[rows.stop :, rows].add_(self.halves_II[rows, rows.stop :].T, alpha=scale)
         self._empty = True
 
-    def visit_sum_(self, visit: Callable[[torch.Tensor], None]) -> None:
-        """Shows Σ G̃_i in pieces, which together are its lower half, and keeps what becomes of them.
-
-        No candidate may be under way.
-        """
-        for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
-            below_IP = self.halves_II[rows.stop :, rows]
-            piece_IP = torch.cat([block_PP, below_IP])
-            visit(piece_IP)
-            block_PP.copy_(piece_IP[: rows.stop - rows.start])
-            below_IP.copy_(piece_IP[rows.stop - rows.start :])
+    def sum_views(self) -> list[torch.Tensor]:
+        """Σ G̃_i as views, which together are its lower half; no candidate may be under way."""
+        below = [self.halves_II[rows.stop :, rows] for rows in self._panels]
+        return [view for both in zip(self._sum_blocks, below, strict=True) for view in both]
 
     def diagonal(self) -> torch.Tensor:
         """diag(Σ G̃_i) `[I]`, a copy."""

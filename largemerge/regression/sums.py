@@ -88,14 +88,11 @@ class GroupSums:
         self.tokens.append(tokens)
         self.sketches_BS.append(self.sketcher.empty())
 
-    def visit_sums_(self, visit: Callable[[torch.Tensor], None]) -> None:
-        """Shows all that is added up over candidates, in contiguous pieces, and keeps what becomes of them."""
-        self.gram.visit_sum_(visit)
-        visit(self.rhs_OI)
-        visit(self.mean_OI)
+    def views(self) -> list[torch.Tensor]:
+        """All that is added up over candidates, after the last one."""
         sketches_KBS = torch.stack(self.sketches_BS)
-        visit(sketches_KBS)
         self.sketches_BS = list(sketches_KBS)
+        return [*self.gram.sum_views(), self.rhs_OI, sketches_KBS, self.mean_OI]
 
     def add_rows(self, x_NI: torch.Tensor) -> None:
         """Adds inputs of the present candidate, one row per token."""

@@ -1,24 +1,25 @@
 """What the ranks of a merge do together for one block: whose work is what, adding up, spreading what was solved.
 
     every rank:      its (candidate, batch) items → its part of every group's sums
-    owner of group:  the parts, added up → solved → broadcast
+    owner of group:  the parts, added up → solved → copied to all
 
-Hidden states never leave their rank. With one rank all of this is nothing.
+Sums travel while others are still collected, and merged weights while others are solved. Hidden states never leave
+their rank. With one rank all of this is nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from largemerge.distributed import Ranks
+from largemerge.exchange import Exchange
 from largemerge.node import Node
-from largemerge.passes import BlockPass
 from largemerge.regression.averages import RunningAverages
 from largemerge.regression.sums import GroupSums
 from largemerge.sharing import choose_owners
@@ -58,11 +59,13 @@ class Together:
         ranks: That share the merge.
         holders: By candidate: the ranks that have some of its batches, in order.
         node: Ranks that share this machine.
+        exchange: Between the ranks; `None` where there is one.
     """
 
     ranks: Ranks
     holders: Sequence[Sequence[int]]
     node: Node
+    exchange: Exchange | None
 
     def is_home(self, candidate: int) -> bool:
         """Whether this rank counts what does not depend on the candidate's rows."""
@@ -71,6 +74,11 @@ class Together:
     def has_data(self, candidate: int) -> bool:
         """Whether this rank has some of the candidate's batches."""
         return self.ranks.rank in self.holders[candidate]
+
+    @property
+    def last(self) -> int:
+        """The last candidate that adds something here; the first one, if none does."""
+        return max(filter(self.has_data, range(len(self.holders))), default=0)
 
     def wants(self, candidate: int) -> bool:
         """Whether this rank needs the candidate's blocks; the first candidate's are the anchor of all."""
@@ -91,42 +99,66 @@ class Together:
         """The ranks that need a candidate's tensors."""
         return range(self.ranks.size) if candidate == 0 and not replayed else self.holders[candidate]
 
-    def owners(self, groups: Sequence[GroupPlan]) -> dict[str, int]:
-        """Which rank solves which group, by leader."""
-        return choose_owners({group.leader: group.solve_operations for group in groups}, self.ranks.size)
-
-    def add_up_(self, each: BlockPass, sums: dict[str, GroupSums], averages: RunningAverages) -> Tensors:
-        """Collective: the sums of every group become complete at its owner, and are gone elsewhere.
-
-        Returns:
-            The averages, on all ranks.
-        """
-        if self.ranks.size == 1:
-            return averages.finish()
-        for leader, owner in self.owners(each.groups).items():
-            sums[leader].visit_sums_(partial(self.ranks.add_up_, owner=owner))
-            if owner != self.ranks.rank:
-                del sums[leader]
-        averages.visit_sums_(self.ranks.add_up_everywhere_)
-        return averages.finish()
-
-    def spread_(self, block: BlockPlan, each: BlockPass, anchor: Tensors, merged: Tensors) -> None:
-        """Collective: the weights that were solved by their owners become known to all."""
-        if self.ranks.size == 1:
-            return
-        dtypes = {plan.name: plan.dtype for plan in block.tensors}
-        owners = self.owners(each.groups)
-        for group in each.groups:
-            for path in group.outputs:
-                name = f"{block.name}.{path}.weight"
-                if name not in merged:
-                    merged[name] = torch.empty_like(
-                        anchor.pop(name), dtype=dtypes[name], memory_format=torch.contiguous_format
-                    )
-                self.ranks.copy_(merged[name], owners[group.leader])
+    def begin(self, groups: Sequence[GroupPlan]) -> PassExchange:
+        """For one pass over a block."""
+        costs = {group.leader: group.solve_operations for group in groups}
+        return PassExchange(self, choose_owners(costs, self.ranks.size))
 
     def everybodys(self, linears: Mapping[str, Any], bytes_read: int) -> tuple[dict[str, Any], int]:
         """Collective: the reports of all linears, and the bytes that all ranks have read."""
         told = self.ranks.gather((dict(linears), bytes_read))
         joined = {name: report for own, _ in told for name, report in own.items()}
         return joined, sum(read for _, read in told)
+
+
+@dataclass
+class PassExchange:
+    """What is exchanged in one pass over a block. All ranks complete its groups in the same order, and spread them so.
+
+    Attributes:
+        together: The ranks.
+        owners: By group.
+    """
+
+    together: Together
+    owners: Mapping[str, int]
+    _adding: dict[str, Future[Any]] = field(default_factory=dict)
+    _others: list[Future[Any]] = field(default_factory=list)
+
+    def owns(self, leader: str) -> bool:
+        """Whether this rank solves the group."""
+        return self.owners[leader] == self.together.ranks.rank
+
+    def complete(self, leader: str, sums: GroupSums) -> None:
+        """Collective: this rank has added all that it has to the sums of a group."""
+        if self.together.exchange is not None:
+            self._adding[leader] = self.together.exchange.add_up(sums.views(), self.owners[leader])
+
+    def complete_averages(self, averages: RunningAverages) -> None:
+        """Collective: as with a group's sums; all ranks get the averages."""
+        exchange, views = self.together.exchange, averages.views()
+        if exchange is not None and views:
+            exchange.add_up(views, 0)
+            self._others.append(exchange.copy(views, 0))
+
+    def wait_for_sums(self, leader: str) -> None:
+        """Until a group's sums are those of all ranks at its owner, and no longer needed elsewhere."""
+        if self.together.exchange is not None:
+            self.together.exchange.wait(self._adding.pop(leader))
+
+    def spread(self, block: BlockPlan, group: GroupPlan, anchor: Tensors, merged: Tensors) -> None:
+        """Collective: the weights that a group's owner has solved are to become known to all."""
+        exchange = self.together.exchange
+        if exchange is None:
+            return
+        dtypes = {plan.name: plan.dtype for plan in block.tensors}
+        names = [f"{block.name}.{path}.weight" for path in group.outputs]
+        for name in names if not self.owns(group.leader) else ():
+            like = anchor.pop(name)
+            merged[name] = torch.empty_like(like, dtype=dtypes[name], memory_format=torch.contiguous_format)
+        self._others.append(exchange.copy([merged[name] for name in names], self.owners[group.leader]))
+
+    def wait(self) -> None:
+        """Until everything is everywhere."""
+        while self._others and self.together.exchange is not None:
+            self.together.exchange.wait(self._others.pop(0))

@@ -1,0 +1,287 @@
+"""Sums that are added up, and weights that are spread, among ranks, while they compute.
+
+    views of tensors → pieces of some megabytes → shared memory, gloo or NCCL → the owner's views, or everybody's
+
+A thread does it, one order after the other, the same on all ranks, while the main thread goes on. Ranks that all share
+a machine's memory exchange through it: each writes its piece where the others see it, and the owner adds them up.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from largemerge.distributed import Ranks
+from largemerge.node import Node
+
+PIECE_BYTES = 8 << 20
+"""That travel at once. Through shared memory every rank holds two such pieces there, else one beside its tensors."""
+GPU_PIECE_BYTES = 64 << 20
+"""The same on a GPU, where every call costs a launch."""
+
+_cuda: Any = torch.cuda  # its streams and events carry no types
+_distributed: Any = torch.distributed
+
+Piece = Sequence[torch.Tensor]
+"""Views of one dtype that travel together."""
+
+
+class Carrier(Protocol):
+    """A way between ranks; every call is collective."""
+
+    def add_up_(self, piece: Piece, owner: int) -> None:
+        """The owner's views become the sum of all; the others' are of no use afterwards."""
+
+    def copy_(self, piece: Piece, owner: int) -> None:
+        """Everybody's views become the owner's."""
+
+
+class Collectives:
+    """Through torch.distributed: gloo or NCCL.
+
+    Args:
+        ranks: All of them.
+        group: Of these calls alone.
+        device: Of the tensors.
+    """
+
+    def __init__(self, ranks: Ranks, group: Any, device: torch.device) -> None:
+        self._ranks, self._group, self._device = ranks, group, device
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def add_up_(self, piece: Piece, owner: int) -> None:
+        """See `Carrier`."""
+        flat = self._flat(piece)
+        _distributed.reduce(flat, dst=owner, group=self._group)
+        if self._ranks.rank == owner:
+            _unpack(flat, piece)
+
+    def copy_(self, piece: Piece, owner: int) -> None:
+        """See `Carrier`."""
+        flat = self._flat(piece)
+        _distributed.broadcast(flat, src=owner, group=self._group)
+        if self._ranks.rank != owner:
+            _unpack(flat, piece)
+
+    def _flat(self, piece: Piece) -> torch.Tensor:
+        """All views as one vector: themselves, where they are one already."""
+        if len(piece) == 1 and piece[0].is_contiguous():
+            return piece[0].view(-1)
+        if not len(self._memory):
+            self._memory = torch.empty(piece_bytes(self._device), dtype=torch.uint8, device=self._device)
+        flat = self._memory[: sum(view.nbytes for view in piece)].view(piece[0].dtype)
+        _pack(piece, flat)
+        return flat
+
+
+class SharedMemory:
+    """Through memory that all ranks see.
+
+    Of the two halves of a rank's buffer one is written while the other may still be read: a rank that has met the
+    others for the next piece has read the one before.
+
+    Args:
+        ranks: All of them.
+        node: That they share.
+        meet: Collective: returns when all ranks have called it.
+    """
+
+    def __init__(self, ranks: Ranks, node: Node, meet: Callable[[], None]) -> None:
+        self._ranks, self._meet, self._half = ranks, meet, 0
+        paths = [node.shared_file(f"exchange-{rank}") for rank in range(ranks.size)]
+        with paths[ranks.rank].open("xb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, 2 * PIECE_BYTES)  # too little room shows here, not as a signal
+        meet()
+        self._buffers = []
+        for path in paths:
+            with path.open("r+b") as stream:
+                self._buffers.append(torch.frombuffer(mmap.mmap(stream.fileno(), 0), dtype=torch.uint8))
+        meet()
+        paths[ranks.rank].unlink()
+
+    def add_up_(self, piece: Piece, owner: int) -> None:
+        """See `Carrier`."""
+        half = self._next_half()
+        if self._ranks.rank != owner:
+            _pack(piece, self._seen(self._ranks.rank, half, piece))
+        self._meet()
+        if self._ranks.rank == owner:
+            for other in range(self._ranks.size):
+                if other != owner:
+                    _unpack(self._seen(other, half, piece), piece, adds=True)
+
+    def copy_(self, piece: Piece, owner: int) -> None:
+        """See `Carrier`."""
+        half = self._next_half()
+        if self._ranks.rank == owner:
+            _pack(piece, self._seen(owner, half, piece))
+        self._meet()
+        if self._ranks.rank != owner:
+            _unpack(self._seen(owner, half, piece), piece)
+
+    def _next_half(self) -> int:
+        self._half = 1 - self._half
+        return self._half
+
+    def _seen(self, rank: int, half: int, piece: Piece) -> torch.Tensor:
+        start = half * PIECE_BYTES
+        return self._buffers[rank][start : start + sum(view.nbytes for view in piece)].view(piece[0].dtype)
+
+
+class Exchange:
+    """Carries out orders in the background; all ranks give the same orders, one after the other.
+
+    Args:
+        ranks: All of them.
+        carrier: The way.
+        device: Of the tensors.
+    """
+
+    def __init__(self, ranks: Ranks, carrier: Carrier, device: torch.device) -> None:
+        self._ranks, self._carrier, self._device = ranks, carrier, device
+        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._stream = _cuda.Stream(device) if device.type == "cuda" else None
+        # Where another rank is gone, this thread may stand still for ever; the process ends all the same.
+        self._thread = threading.Thread(target=self._run, name="largemerge-exchange", daemon=True)
+        self._thread.start()
+
+    def add_up(self, views: Sequence[torch.Tensor], owner: int) -> Future[Any]:
+        """Collective: the owner's tensors become the sums of all; the others' are of no use afterwards."""
+        return self._order(views, lambda piece: self._carrier.add_up_(piece, owner))
+
+    def copy(self, views: Sequence[torch.Tensor], owner: int) -> Future[Any]:
+        """Collective: everybody's tensors become the owner's."""
+        return self._order(views, lambda piece: self._carrier.copy_(piece, owner))
+
+    def wait(self, order: Future[Any]) -> None:
+        """Until it is carried out: nobody may touch its tensors before."""
+        with self._ranks.waits():
+            arrived = order.result()
+        if arrived is not None:
+            _cuda.current_stream(self._device).wait_event(arrived)
+
+    def close(self) -> None:
+        """After the last order."""
+        self._orders.put(None)
+        self._thread.join()
+
+    def _order(self, views: Sequence[torch.Tensor], carry: Callable[[Piece], None]) -> Future[Any]:
+        ready = None
+        if self._stream is not None:
+            ready = _cuda.Event()
+            ready.record(_cuda.current_stream(self._device))
+
+        def work() -> Any:
+            with self._on_stream(ready), self._ranks.counted(sum(view.nbytes for view in views)):
+                for piece in cut(views, piece_bytes(self._device)):
+                    carry(piece)
+            if self._stream is None:
+                return None
+            arrived = _cuda.Event()
+            arrived.record(self._stream)
+            return arrived
+
+        order: Future[Any] = Future()
+        self._orders.put((work, order))
+        return order
+
+    @contextmanager
+    def _on_stream(self, ready: Any) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with _cuda.device(self._device), _cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            yield
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        while (order := self._orders.get()) is not None:
+            work, result = order
+            try:
+                if failure is not None:  # the ranks are no longer at the same order
+                    raise failure
+                result.set_result(work())
+            except BaseException as error:
+                failure = error
+                result.set_exception(error)
+
+
+@contextmanager
+def open_exchange(ranks: Ranks, node: Node, device: torch.device) -> Iterator[Exchange | None]:
+    """Collective: between all ranks, `None` for a single one."""
+    if ranks.size == 1:
+        yield None
+        return
+    group = _distributed.new_group()
+    carrier: Carrier = Collectives(ranks, group, device)
+    if node.prefix and len(node.others) == ranks.size and device.type == "cpu":
+        token = torch.zeros(1)
+
+        def meet() -> None:
+            _distributed.all_reduce(token, group=group)
+
+        carrier = SharedMemory(ranks, node, meet)
+    exchange = Exchange(ranks, carrier, device)
+    yield exchange
+    exchange.close()  # not after an error: the others may be gone
+
+
+def piece_bytes(device: torch.device) -> int:
+    """That travel at once."""
+    return PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES
+
+
+def cut(views: Sequence[torch.Tensor], most: int) -> Iterator[Piece]:
+    """Parts of the views, in order, as many together as are of one dtype and have `most` bytes at most."""
+    piece: list[torch.Tensor] = []
+    filled = 0
+    for part in (part for view in views for part in _split(view, most)):
+        if piece and (filled + part.nbytes > most or part.dtype != piece[0].dtype):
+            yield piece
+            piece, filled = [], 0
+        piece.append(part)
+        filled += part.nbytes
+    if piece:
+        yield piece
+
+
+def _split(view: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """Rows of a tensor, as many together as have `most` bytes at most."""
+    if view.nbytes <= most:
+        if view.numel():
+            yield view
+        return
+    row_bytes = view.nbytes // len(view)
+    if row_bytes > most:
+        for row in view:
+            yield from _split(row, most)
+        return
+    step = most // row_bytes
+    yield from (view[start : start + step] for start in range(0, len(view), step))
+
+
+def _pack(piece: Piece, flat: torch.Tensor) -> None:
+    start = 0
+    for view in piece:
+        flat[start : start + view.numel()].view(view.shape).copy_(view)
+        start += view.numel()
+
+
+def _unpack(flat: torch.Tensor, piece: Piece, *, adds: bool = False) -> None:
+    start = 0
+    for view in piece:
+        part = flat[start : start + view.numel()].view(view.shape)
+        if adds:
+            view.add_(part)
+        elif part.data_ptr() != view.data_ptr():
+            view.copy_(part)
+        start += view.numel()
