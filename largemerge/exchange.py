@@ -48,27 +48,27 @@ class Collectives:
     """Through torch.distributed: gloo or NCCL.
 
     Args:
-        ranks: All of them.
+        rank: This one.
         group: Of these calls alone.
         device: Of the tensors.
     """
 
-    def __init__(self, ranks: Ranks, group: Any, device: torch.device) -> None:
-        self._ranks, self._group, self._device = ranks, group, device
+    def __init__(self, rank: int, group: Any, device: torch.device) -> None:
+        self._rank, self._group, self._device = rank, group, device
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def add_up_(self, piece: Piece, owner: int) -> None:
         """See `Carrier`."""
         flat = self._flat(piece)
         _distributed.reduce(flat, dst=owner, group=self._group)
-        if self._ranks.rank == owner:
+        if self._rank == owner:
             _unpack(flat, piece)
 
     def copy_(self, piece: Piece, owner: int) -> None:
         """See `Carrier`."""
         flat = self._flat(piece)
         _distributed.broadcast(flat, src=owner, group=self._group)
-        if self._ranks.rank != owner:
+        if self._rank != owner:
             _unpack(flat, piece)
 
     def _flat(self, piece: Piece) -> torch.Tensor:
@@ -89,42 +89,43 @@ class SharedMemory:
     others for the next piece has read the one before.
 
     Args:
-        ranks: All of them.
+        rank: This one.
+        members: The ranks that exchange.
         node: That they share.
-        meet: Collective: returns when all ranks have called it.
+        meet: Collective: returns when all members have called it.
     """
 
-    def __init__(self, ranks: Ranks, node: Node, meet: Callable[[], None]) -> None:
-        self._ranks, self._meet, self._half = ranks, meet, 0
-        paths = [node.shared_file(f"exchange-{rank}") for rank in range(ranks.size)]
-        with paths[ranks.rank].open("xb") as stream:
+    def __init__(self, rank: int, members: Sequence[int], node: Node, meet: Callable[[], None]) -> None:
+        self._rank, self._meet, self._half = rank, meet, 0
+        paths = {member: node.shared_file(f"exchange-{member}") for member in members}
+        with paths[rank].open("xb") as stream:
             os.posix_fallocate(stream.fileno(), 0, 2 * PIECE_BYTES)  # too little room shows here, not as a signal
         meet()
-        self._buffers = []
-        for path in paths:
+        self._buffers: dict[int, torch.Tensor] = {}
+        for member, path in paths.items():
             with path.open("r+b") as stream:
-                self._buffers.append(torch.frombuffer(mmap.mmap(stream.fileno(), 0), dtype=torch.uint8))
+                self._buffers[member] = torch.frombuffer(mmap.mmap(stream.fileno(), 0), dtype=torch.uint8)
         meet()
-        paths[ranks.rank].unlink()
+        paths[rank].unlink()
 
     def add_up_(self, piece: Piece, owner: int) -> None:
         """See `Carrier`."""
         half = self._next_half()
-        if self._ranks.rank != owner:
-            _pack(piece, self._seen(self._ranks.rank, half, piece))
+        if self._rank != owner:
+            _pack(piece, self._seen(self._rank, half, piece))
         self._meet()
-        if self._ranks.rank == owner:
-            for other in range(self._ranks.size):
+        if self._rank == owner:
+            for other in self._buffers:
                 if other != owner:
                     _unpack(self._seen(other, half, piece), piece, adds=True)
 
     def copy_(self, piece: Piece, owner: int) -> None:
         """See `Carrier`."""
         half = self._next_half()
-        if self._ranks.rank == owner:
+        if self._rank == owner:
             _pack(piece, self._seen(owner, half, piece))
         self._meet()
-        if self._ranks.rank != owner:
+        if self._rank != owner:
             _unpack(self._seen(owner, half, piece), piece)
 
     def _next_half(self) -> int:
@@ -141,12 +142,19 @@ class Exchange:
 
     Args:
         ranks: All of them.
-        carrier: The way.
+        carrier: The way between all.
         device: Of the tensors.
+        team: This rank's, and the way between its members, if it has one.
     """
 
-    def __init__(self, ranks: Ranks, carrier: Carrier, device: torch.device) -> None:
-        self._ranks, self._carrier, self._device = ranks, carrier, device
+    def __init__(
+        self,
+        ranks: Ranks,
+        carrier: Carrier,
+        device: torch.device,
+        team: tuple[Sequence[int], Carrier] | None = None,
+    ) -> None:
+        self._ranks, self._carrier, self._device, self._team = ranks, carrier, device, team
         self._orders: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._stream = _cuda.Stream(device) if device.type == "cuda" else None
         # Where another rank is gone, this thread may stand still for ever; the process ends all the same.
@@ -161,6 +169,17 @@ class Exchange:
         """Collective: everybody's tensors become the owner's."""
         return self._order(views, lambda piece: self._carrier.copy_(piece, owner))
 
+    def share(self, views: Sequence[torch.Tensor]) -> Future[Any]:
+        """Collective in this rank's team: everybody's tensors become the sums of all."""
+        assert self._team is not None
+        members, carrier = self._team
+
+        def carry(piece: Piece) -> None:
+            carrier.add_up_(piece, members[0])
+            carrier.copy_(piece, members[0])
+
+        return self._order(views, carry, times=2)
+
     def wait(self, order: Future[Any]) -> None:
         """Until it is carried out: nobody may touch its tensors before."""
         with self._ranks.waits():
@@ -173,14 +192,14 @@ class Exchange:
         self._orders.put(None)
         self._thread.join()
 
-    def _order(self, views: Sequence[torch.Tensor], carry: Callable[[Piece], None]) -> Future[Any]:
+    def _order(self, views: Sequence[torch.Tensor], carry: Callable[[Piece], None], *, times: int = 1) -> Future[Any]:
         ready = None
         if self._stream is not None:
             ready = _cuda.Event()
             ready.record(_cuda.current_stream(self._device))
 
         def work() -> Any:
-            with self._on_stream(ready), self._ranks.counted(sum(view.nbytes for view in views)):
+            with self._on_stream(ready), self._ranks.counted(times * sum(view.nbytes for view in views)):
                 for piece in cut(views, piece_bytes(self._device)):
                     carry(piece)
             if self._stream is None:
@@ -216,23 +235,37 @@ class Exchange:
 
 
 @contextmanager
-def open_exchange(ranks: Ranks, node: Node, device: torch.device) -> Iterator[Exchange | None]:
-    """Collective: between all ranks, `None` for a single one."""
+def open_exchange(
+    ranks: Ranks, node: Node, device: torch.device, teams: Sequence[Sequence[int]]
+) -> Iterator[Exchange | None]:
+    """Collective: between all ranks, and between those of every team; `None` for a single one."""
     if ranks.size == 1:
         yield None
         return
-    group = _distributed.new_group()
-    carrier: Carrier = Collectives(ranks, group, device)
-    if node.prefix and len(node.others) == ranks.size and device.type == "cpu":
-        token = torch.zeros(1)
-
-        def meet() -> None:
-            _distributed.all_reduce(token, group=group)
-
-        carrier = SharedMemory(ranks, node, meet)
-    exchange = Exchange(ranks, carrier, device)
+    everybody = _carrier(ranks.rank, range(ranks.size), node, device)
+    assert everybody is not None
+    team = None
+    for members in teams:
+        own = _carrier(ranks.rank, members, node, device) if len(members) > 1 else None
+        team = (members, own) if own is not None else team
+    exchange = Exchange(ranks, everybody, device, team)
     yield exchange
     exchange.close()  # not after an error: the others may be gone
+
+
+def _carrier(rank: int, members: Sequence[int], node: Node, device: torch.device) -> Carrier | None:
+    """Collective: between some ranks, `None` for all others."""
+    group = _distributed.new_group(list(members))
+    if rank not in members:
+        return None
+    if device.type != "cpu" or not node.prefix or not set(members) <= set(node.others):
+        return Collectives(rank, group, device)
+    token = torch.zeros(1)
+
+    def meet() -> None:
+        _distributed.all_reduce(token, group=group)
+
+    return SharedMemory(rank, members, node, meet)
 
 
 def piece_bytes(device: torch.device) -> int:

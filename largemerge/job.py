@@ -89,7 +89,8 @@ class Job:
             if self.ranks.size > 1:
                 self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights))
                 stack.callback(self.node.clean_up)
-            exchange = stack.enter_context(open_exchange(self.ranks, self.node, plan.device))
+            teams = self.samples.shares.teams[1:]  # the first candidate is the anchor: it has no right-hand side
+            exchange = stack.enter_context(open_exchange(self.ranks, self.node, plan.device, teams))
             self._engine(weights, hidden_states, progress, exchange).run(finished, self.folder.record)
             self.bytes_read = weights.bytes_read
             if plan.placement.hidden_states is Waiting.DISK:
@@ -151,7 +152,7 @@ class Job:
             ),
             watcher=progress,
             clock=self.clock,
-            together=Together(self.ranks, self.samples.holders, self.node, exchange),
+            together=Together(self.ranks, self.samples.shares, self.node, exchange),
         )
 
     def _merge_outside(self, weights: Weights, progress: RunProgress) -> None:

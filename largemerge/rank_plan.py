@@ -14,6 +14,7 @@ from largemerge.model.rehearsal import Rehearsal
 from largemerge.passes import mean_dtype
 from largemerge.regression.gram import GRAM_DTYPE, panels
 from largemerge.regression.sketch import sketch_bytes
+from largemerge.regression.sums import multiplies_by_rows
 from largemerge.sharing import choose_owners, share_out
 from largemerge.timing import Rates, batch_costs, estimate_seconds
 from largemerge.treatment import BlockPlan, Treatment
@@ -87,16 +88,20 @@ def share_work(
     """
     rows = [[count_rows_of(rehearsal, batch) for batch in batches] for batches in shapes]
     works = []
-    costs, split_costs = batch_costs(blocks, rows)
-    for numbers in share_out(costs, num_ranks, split_costs):
+    costs, right_hand_sides = batch_costs(blocks, rows)
+    shares = share_out(costs, num_ranks, right_hand_sides)
+    whole, teams = workload(shapes), shares.teams
+    for rank, numbers in enumerate(shares.batches):
         own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
         num_rows = sum(rows[candidate][number] for candidate, mine in enumerate(numbers) for number in mine)
-        works.append(RankWork(sum(map(bool, own)), sum(map(len, own)), num_rows, workload(own)))
-    if num_ranks == 1:
-        return works
-    # Every rank reads all of the calibration data, and keeps its part.
-    loading = workload(shapes).loading_bytes
-    return [replace(each, work=replace(each.work, loading_bytes=loading)) for each in works]
+        work = replace(
+            workload(own),
+            loading_bytes=whole.loading_bytes,  # every rank reads all of the calibration data, and keeps its part
+            total_rows=whole.rows,
+            team_sizes=tuple(len(team) if rank in team else 1 for team in teams),
+        )
+        works.append(RankWork(sum(map(bool, own)), sum(map(len, own)), num_rows, work))
+    return works
 
 
 def plan_ranks(
@@ -124,7 +129,7 @@ def plan_ranks(
                 num_rows=each.num_rows,
                 host=footprint.host,
                 device=footprint.device,
-                bytes_communicated=moved,
+                bytes_communicated=moved + team_bytes(each.work),
                 operations=round(sum(stages.values()) - stages["solve"] + solves[rank]),
             )
         )
@@ -141,6 +146,23 @@ def _solve_operations(work: Workload, num_ranks: int) -> list[float]:
     return totals
 
 
+def team_bytes(work: Workload) -> int:
+    """Of the Gram matrices that a rank adds up with others of its team, there and back."""
+    teams = [number for number, size in enumerate(work.team_sizes) if size > 1 and number > 0]
+    total = 0
+    for kind in work.kinds if teams else ():
+        for group in kind.block.groups:
+            stack = kind.block.stack if group.rows is None else group.rows
+            by_teams = sum(not multiplies_by_rows(work.total_rows[number][stack], group.num_inputs) for number in teams)
+            total += 2 * kind.count * by_teams * GRAM_DTYPE.itemsize * _half(group.num_inputs)
+    return total
+
+
+def _half(size: int) -> int:
+    """Elements of a Gram matrix that travel."""
+    return sum((size - piece.start) * (piece.stop - piece.start) for piece in panels(size))
+
+
 def bytes_communicated(work: Workload) -> int:
     """Of the sums of every group, of the weights that are solved from them, of averages, and of merged embeddings."""
     total = work.first_bytes
@@ -150,8 +172,7 @@ def bytes_communicated(work: Workload) -> int:
         dtypes: Mapping[str, torch.dtype] = {plan.name: plan.dtype for plan in kind.block.tensors}
         for group in kind.block.groups:
             size, outputs = group.num_inputs, sum(group.outputs.values())
-            lower_half = sum((size - piece.start) * (piece.stop - piece.start) for piece in panels(size))
-            total += kind.count * GRAM_DTYPE.itemsize * (lower_half + size * outputs)
+            total += kind.count * GRAM_DTYPE.itemsize * (_half(size) + size * outputs)
             total += kind.count * mean_dtype(kind.block, group).itemsize * size * outputs
             total += kind.count * work.num_candidates * sketch_bytes(len(group.outputs))
             for path, rows in group.outputs.items():

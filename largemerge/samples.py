@@ -17,7 +17,7 @@ from largemerge.errors import CalibrationError
 from largemerge.inputs import Inputs
 from largemerge.model.rehearsal import Rehearsal
 from largemerge.model.skeleton import Skeleton
-from largemerge.sharing import share_out
+from largemerge.sharing import Shares, share_out
 from largemerge.timing import batch_costs
 from largemerge.treatment import BlockPlan
 
@@ -106,13 +106,13 @@ class OwnSamples:
         calibration: By candidate; some may be without batches.
         row_counts: By candidate and stack: rows that count, on all ranks together.
         own_row_counts: Those of them that this rank has.
-        holders: By candidate: the ranks that have some of its batches.
+        shares: Who has what.
     """
 
     calibration: tuple[CalibrationSet, ...]
     row_counts: tuple[tuple[int, ...], ...]
     own_row_counts: tuple[tuple[int, ...], ...]
-    holders: tuple[tuple[int, ...], ...]
+    shares: Shares
 
 
 def share_samples(
@@ -135,20 +135,18 @@ def share_samples(
         [[count_rows(batch, stack, counted_input) for stack in rehearsal.stacks] for batch in data.batches]
         for data in calibration
     ]
-    costs, split_costs = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows])
-    shares = share_out(costs, ranks.size, split_costs)
+    costs, right_hand_sides = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows])
+    shares = share_out(costs, ranks.size, right_hand_sides)
+    own = shares.batches[ranks.rank]
     return OwnSamples(
         calibration=tuple(
             replace(data, batches=tuple(data.batches[number] for number in numbers))
-            for data, numbers in zip(calibration, shares[ranks.rank], strict=True)
+            for data, numbers in zip(calibration, own, strict=True)
         ),
         row_counts=tuple(tuple(map(sum, zip(*batches, strict=True))) for batches in rows),
         own_row_counts=tuple(
             tuple(sum(batches[number][stack] for number in numbers) for stack in range(len(rehearsal.stacks)))
-            for batches, numbers in zip(rows, shares[ranks.rank], strict=True)
+            for batches, numbers in zip(rows, own, strict=True)
         ),
-        holders=tuple(
-            tuple(rank for rank, share in enumerate(shares) if share[candidate])
-            for candidate in range(len(calibration))
-        ),
+        shares=shares,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 _MOST_UNEVEN = 0.25  # of a rank's part, to keep a candidate whole
 _BATCHES_PER_RANK = 4  # at least, where there are samples enough: whole batches are shared out
@@ -15,34 +16,98 @@ def samples_at_once(most: int, num_samples: int, size: int) -> int:
     return most if size == 1 else max(1, min(most, -(-num_samples // (_BATCHES_PER_RANK * size))))
 
 
-def share_out(
-    costs: Sequence[Sequence[int]], size: int, split_costs: Sequence[int] | None = None
-) -> list[list[list[int]]]:
+@dataclass(frozen=True)
+class Shares:
+    """Who has which calibration batches.
+
+    Attributes:
+        batches: By rank and candidate: their numbers. A rank takes candidates in order.
+    """
+
+    batches: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def holders(self) -> tuple[tuple[int, ...], ...]:
+        """By candidate: the ranks that have some of its batches, in order."""
+        return tuple(
+            tuple(rank for rank, own in enumerate(self.batches) if own[candidate])
+            for candidate in range(len(self.batches[0]))
+        )
+
+    @property
+    def teams(self) -> tuple[tuple[int, ...], ...]:
+        """By candidate: the ranks that it is the last one of, all at the same time: they share its right-hand sides."""
+        holders = self.holders
+        last = [max((number for number, batches in enumerate(own) if batches), default=-1) for own in self.batches]
+        return tuple(tuple(rank for rank in ranks if last[rank] == number) for number, ranks in enumerate(holders))
+
+
+def share_out(costs: Sequence[Sequence[float]], size: int, right_hand_sides: Sequence[float] | None = None) -> Shares:
     """Gives every (candidate, batch) to one rank, so that all have about the same to do.
 
     A rank gets neighbours, so that few candidates are split, and most of their blocks are read by one rank only.
+    Where there are several ranks for every candidate, none of them may have two: what is better is taken.
 
     Args:
         costs: Of every candidate's batches, in any unit.
         size: Number of ranks.
-        split_costs: By candidate: what is done once more where it is split between two ranks. A cut that would come
-            so near to a candidate's end is made there.
-
-    Returns:
-        By rank and candidate: the numbers of its batches.
+        right_hand_sides: By candidate: its team does them together; a rank that has some of its batches but is not of
+            the team does them once more, for its own.
     """
-    cuts = _cuts([sum(batches) for batches in costs], size, split_costs or [0] * len(costs))
+    more = list(right_hand_sides or [0.0] * len(costs))
+    spread = [[cost + extra / len(batches) for cost in batches] for batches, extra in zip(costs, more, strict=True)]
+    ways = [_along_a_line(spread, size, more)]
+    if size >= len(costs):
+        ways.append(_whole_ranks(spread, size))
+    return min(ways, key=lambda shares: max(_loads(shares, costs, more)))
+
+
+def _loads(shares: Shares, costs: Sequence[Sequence[float]], right_hand_sides: Sequence[float]) -> list[float]:
+    """What every rank has to do."""
+    teams = shares.teams
+    loads = []
+    for rank, own in enumerate(shares.batches):
+        load = 0.0
+        for candidate, numbers in enumerate(own):
+            load += sum(costs[candidate][number] for number in numbers)
+            if numbers:
+                load += right_hand_sides[candidate] / (len(teams[candidate]) if rank in teams[candidate] else 1)
+        loads.append(load)
+    return loads
+
+
+def _along_a_line(costs: Sequence[Sequence[float]], size: int, split_costs: Sequence[float]) -> Shares:
+    """All batches in one line, cut into even parts; near a candidate's end there."""
+    cuts = _cuts([sum(batches) for batches in costs], size, split_costs)
     shares: list[list[list[int]]] = [[[] for _ in costs] for _ in range(size)]
-    before = 0
+    before = 0.0
     for candidate, batches in enumerate(costs):
         for number, cost in enumerate(batches):
             middle = before + cost / 2
             shares[sum(cut <= middle for cut in cuts)][candidate].append(number)
             before += cost
-    return shares
+    return _frozen(shares)
 
 
-def _cuts(totals: Sequence[int], size: int, split_costs: Sequence[int]) -> list[float]:
+def _whole_ranks(costs: Sequence[Sequence[float]], size: int) -> Shares:
+    """Every candidate has some ranks of its own."""
+    totals = [sum(batches) for batches in costs]
+    counts = [1] * len(totals)
+    for _ in range(size - len(totals)):  # one after the other to the candidate whose ranks have most to do
+        loads = [total / count for total, count in zip(totals, counts, strict=True)]
+        counts[loads.index(max(loads))] += 1
+    shares: list[list[list[int]]] = []
+    for candidate, (batches, count) in enumerate(zip(costs, counts, strict=True)):
+        for (own,) in _along_a_line([batches], count, [0.0]).batches:
+            shares.append([list(own) if number == candidate else [] for number in range(len(costs))])
+    return _frozen(shares)
+
+
+def _frozen(shares: Sequence[Sequence[Sequence[int]]]) -> Shares:
+    return Shares(tuple(tuple(tuple(numbers) for numbers in own) for own in shares))
+
+
+def _cuts(totals: Sequence[float], size: int, split_costs: Sequence[float]) -> list[float]:
     """Where each rank but the first begins, in the line of all batches."""
     part = sum(totals) / size
     ends = list(itertools.accumulate(totals, initial=0))

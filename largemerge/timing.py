@@ -86,8 +86,7 @@ def _pass_seconds(
         stack = kind.block.stack if group.rows is None else group.rows
         for number, rows in enumerate(work.rows):
             gram += rows[stack] * size**2 / rates.gram
-            by_rows = multiplies_by_rows(rows[stack], size)
-            rhs += (number > 0) * (4 * rows[stack] if by_rows else 2 * size) * size * outputs / rates.product
+            rhs += (number > 0) * _times_rows(work, number, stack, size) * size * outputs / rates.product
         solve += solve_seconds(group, rates)
     return {
         "candidate_forward": _forward_seconds(work, kind, until, placement, rates) if each.groups or keep else 0.0,
@@ -97,23 +96,32 @@ def _pass_seconds(
     }
 
 
-def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-    """What every candidate's batches cost, to share them out evenly, in nanoseconds of no machine in particular.
+def _times_rows(work: Workload, number: int, stack: int, size: int) -> float:
+    """Operations of a candidate's right-hand side for every input and output."""
+    rows = work.rows[number][stack]
+    total = work.total_rows[number][stack] if work.total_rows else rows
+    if rows and work.team_sizes and work.team_sizes[number] > 1 and not multiplies_by_rows(total, size):
+        return 2 * size / work.team_sizes[number]
+    return 4 * rows if multiplies_by_rows(rows, size) else 2 * size
+
+
+def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> tuple[list[list[float]], list[float]]:
+    """What every candidate's batches cost, to share them out evenly, in seconds of no machine in particular.
 
     Args:
         blocks: All of them.
         rows: By candidate and batch.
 
     Returns:
-        By candidate and batch; and by candidate, what each further rank that has some of its batches does once more:
-        its right-hand sides, which the first candidate has none of.
+        By candidate and batch; and by candidate, what does not depend on how many rows there are: its right-hand
+        sides, unless they are made row by row. The first candidate has none.
     """
     groups = Counter((group.num_inputs, sum(group.outputs.values())) for block in blocks for group in block.groups)
     rates = NOMINAL_RATES
     of_row = sum(
         n * (size**2 / rates.gram + 4 * size * outputs / rates.linear) for (size, outputs), n in groups.items()
     )
-    costs, split_costs = [], []
+    costs, right_hand_sides = [], []
     for number, batches in enumerate(rows):
         total = max(1, sum(batches))
         by_rows = whole = 0.0
@@ -123,9 +131,9 @@ def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> t
                 by_rows += 4 * total * weights
             else:
                 whole += 2 * size * weights
-        costs.append([round(1e9 * count * (of_row + (by_rows + whole) / total)) for count in batches])
-        split_costs.append(round(1e9 * whole))
-    return costs, split_costs
+        costs.append([count * (of_row + by_rows / total) for count in batches])
+        right_hand_sides.append(whole)
+    return costs, right_hand_sides
 
 
 def solve_seconds(group: GroupPlan, rates: Rates) -> float:

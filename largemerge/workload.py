@@ -78,6 +78,8 @@ class Workload:
         loading_bytes: Of those that are held only until they are on disk.
         first_bytes: Of the tensors outside the stacks that the first block needs, in the compute dtype.
         outside_bytes: Of all tensors outside the stacks, as they are written.
+        total_rows: Of one rank's work: like `rows`, of all ranks; empty where one does everything.
+        team_sizes: Of one rank's work: how many ranks share each candidate's right-hand sides with it, itself counted.
     """
 
     num_candidates: int
@@ -95,6 +97,8 @@ class Workload:
     loading_bytes: int
     first_bytes: int
     outside_bytes: int
+    total_rows: tuple[Mapping[int, int], ...] = ()
+    team_sizes: tuple[int, ...] = ()
 
 
 def batch_shapes(

@@ -59,7 +59,8 @@ def on_ranks(size: int, work: Callable[[Ranks, Exchange], None]) -> None:
         ranks = Ranks(rank=rank, size=size)
         try:
             shared = Node(rank, tuple(range(size)), "largemerge-1-")
-            between = Exchange(ranks, SharedMemory(ranks, shared, lambda: barrier.wait() and None), CPU)
+            way = SharedMemory(rank, range(size), shared, lambda: barrier.wait() and None)
+            between = Exchange(ranks, way, CPU, (range(size), way))
             work(ranks, between)
             between.close()
         except BaseException as error:
@@ -77,8 +78,9 @@ def on_ranks(size: int, work: Callable[[Ranks, Exchange], None]) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_shared_memory_adds_up_and_copies(size: int, tmp_path: Path) -> None:
-    given = [[some_views() for _ in range(size)] for _ in range(4)]
+    given = [[some_views() for _ in range(size)] for _ in range(5)]
     expected = [[sum(view.float() for view in views) for views in zip(*each, strict=True)] for each in given]
+    last = given.pop()
 
     def work(ranks: Ranks, between: Exchange) -> None:
         orders = []
@@ -86,12 +88,13 @@ def test_shared_memory_adds_up_and_copies(size: int, tmp_path: Path) -> None:
             owner = (number * 2) % size
             orders.append(between.add_up(each[ranks.rank], owner))
             orders.append(between.copy(each[ranks.rank], owner))
+        orders.append(between.share(last[ranks.rank]))
         for order in orders:
             between.wait(order)
-        assert ranks.num_bytes == 2 * sum(view.nbytes for each in given for view in each[ranks.rank])
+        assert ranks.num_bytes == 2 * sum(view.nbytes for each in (*given, last) for view in each[ranks.rank])
 
     on_ranks(size, work)
-    for each, totals in zip(given, expected, strict=True):
+    for each, totals in zip((*given, last), expected, strict=True):
         for views in each:
             for view, first, total in zip(views, each[0], totals, strict=True):
                 assert torch.equal(view, first), "the same bits on all ranks"

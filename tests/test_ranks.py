@@ -56,11 +56,15 @@ def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, si
 
 def test_the_plan_says_what_ranks_move_and_hold(tmp_path: Path) -> None:
     case = make_uneven_case(tmp_path, "llama", "regmean_plusplus", num_candidates=2)
-    plan = largemerge.plan(case.config, probe=False, num_ranks=3)
-    assert [rank.rank for rank in plan.ranks] == [0, 1, 2]
+    plan = largemerge.plan(case.config, probe=False, num_ranks=4)
+    assert [rank.rank for rank in plan.ranks] == [0, 1, 2, 3]
+    first, *_, last = plan.ranks
+    assert last.bytes_communicated > first.bytes_communicated, "the second candidate's ranks add up its Grams first"
     alone = largemerge.plan(case.config, probe=False)
     assert alone.ranks == () and alone.to_json()["ranks"] == []
-    run_ranks(merging(case, tmp_path / "out"), tmp_path, 3)
+    run_ranks(merging(case, tmp_path / "out"), tmp_path, 4)
+    largemerge.merge(case.config, tmp_path / "alone")
+    assert_agree(tmp_path / "out", tmp_path / "alone")
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     for planned, measured in zip(plan.ranks, report["ranks"], strict=True):
         assert planned.bytes_communicated == pytest.approx(measured["bytes_communicated"], rel=0.02)

@@ -1,7 +1,8 @@
 """What one pass over a block collects: every candidate's block runs on its data, Grams are built, sums are added to.
 
-Where several ranks share the work, a group's sums are on their way to the rank that solves it as soon as this rank's
-last candidate is done with them, while the next group's are finished.
+Where several ranks share the work, those that have parts of the same last candidate add up its Grams, and each
+computes some rows of the right-hand sides. A group's sums are on their way to the rank that solves it as soon as this
+rank's last candidate is done with them, while the next group's are finished.
 """
 
 from __future__ import annotations
@@ -105,7 +106,12 @@ class Collector:
                 averages.add(index, tensors)
             if self.together.has_data(index) and (each.groups or keep):
                 self._run(block, each, index, tensors, anchor, sums, keep=keep)
+                for group in each.groups:
+                    if sums[group.leader].shares_gram:
+                        exchange.share_gram(group.leader, sums[group.leader])
             for group in each.groups:
+                with self.clock.stage("communicate"):
+                    exchange.wait_for_gram(group.leader)
                 self._finish_candidate(block, group, index, sums[group.leader])
                 if index == self.together.last:  # its sums travel while the next group's are finished
                     self._skip(block, group, range(index + 1, len(self.names)), sums[group.leader])
@@ -146,8 +152,7 @@ class Collector:
                 self.settings.shares[index],
                 tokens,
                 difference,
-                own_tokens=self.activations.num_own_rows(index, stacks[group.leader]),
-                at_home=self.together.is_home(index),
+                self.together.part(index, self.activations.num_own_rows(index, stacks[group.leader])),
             )
 
         def add(path: str, x: torch.Tensor, masks: Masks) -> None:

@@ -161,6 +161,19 @@ class Gram:
                 self.halves_II[rows.stop :, rows].add_(self.halves_II[rows, rows.stop :].T, alpha=scale)
         self._empty = True
 
+    def candidate_views(self) -> list[torch.Tensor]:
+        """XᵀX of the present candidate as views, which together are its upper half."""
+        views = [self.halves_II[rows, rows.start :] for rows in self._panels]
+        if self._empty:
+            for view in views:
+                view.zero_()
+            self._empty = False
+        return views
+
+    def drop_candidate(self) -> None:
+        """The present candidate is not added to the sum: another rank does it."""
+        self._empty = True
+
     def sum_views(self) -> list[torch.Tensor]:
         """Σ G̃_i as views, which together are its lower half; no candidate may be under way."""
         below = [self.halves_II[rows.stop :, rows] for rows in self._panels]

@@ -7,7 +7,8 @@ The first candidate is the anchor A, so its term of R is zero and costs nothing.
 tensor share G; their R lie below one another. Everything is linear in the tokens.
 
 E_i G̃_i is computed the cheaper way: `E G` once for a candidate (2·I²·O operations), or, where it has fewer tokens
-than half the inputs, `(E Xᵀ) X` with every batch (4·N·I·O).
+than half the inputs, `(E Xᵀ) X` with every batch (4·N·I·O). Ranks that have parts of one candidate may add up its Gram
+first, and compute some rows of `E G` each.
 
 Shapes: N tokens, I inputs, O outputs of all linears of a group, B and S rows and columns of a sketch.
 """
@@ -30,6 +31,23 @@ CHUNK_BYTES = 48 << 20
 
 Differences = Callable[[slice], torch.Tensor]
 """Some rows `[O, I]` of E_i, float32, of all linears of a group below one another; may be overwritten."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank counts of a candidate.
+
+    Attributes:
+        own_tokens: How many of its rows come here.
+        at_home: Whether this rank counts what does not depend on the rows.
+        place: Number of this rank among those that add up the candidate's Gram and share its right-hand side.
+        team_size: How many these are.
+    """
+
+    own_tokens: int
+    at_home: bool = True
+    place: int = 0
+    team_size: int = 1
 
 
 @dataclass
@@ -56,16 +74,14 @@ class GroupSums:
     _share: float = 0.0
     _differences: Differences | None = None
     _by_rows: bool = False
-    _at_home: bool = True
+    _part: Part = field(default_factory=lambda: Part(0))
 
     def start_candidate(
         self,
         share: float,
         tokens: int,
         differences: Differences | None,
-        *,
-        own_tokens: int | None = None,
-        at_home: bool = True,
+        part: Part | None = None,
     ) -> None:
         """Begins the sums of the next candidate.
 
@@ -73,15 +89,19 @@ class GroupSums:
             share: c_i / Σ c.
             tokens: How many rows it has, on all ranks together.
             differences: E_i; `None` for the anchor.
-            own_tokens: How many of the rows come here; all where not given.
-            at_home: Whether this rank counts what does not depend on the rows.
+            part: What of it this rank counts; everything where not given.
         """
         self.tokens.append(tokens)
-        self._at_home = at_home
+        self._part = part if part is not None else Part(tokens)
         self._share = share
         self._differences = differences
-        own = tokens if own_tokens is None else own_tokens
-        self._by_rows = differences is not None and multiplies_by_rows(own, self.gram.num_inputs)
+        rows = tokens if self._part.team_size > 1 else self._part.own_tokens
+        self._by_rows = differences is not None and multiplies_by_rows(rows, self.gram.num_inputs)
+
+    @property
+    def shares_gram(self) -> bool:
+        """Whether the present candidate's Gram must be that of all of its team before `finish_candidate`."""
+        return self._part.team_size > 1 and self._differences is not None and not self._by_rows
 
     def skip_candidate(self, tokens: int) -> None:
         """The next candidate's rows are all on other ranks."""
@@ -115,19 +135,30 @@ class GroupSums:
             raise FloatingPointError("activations are not finite")
         alpha = self._share / self.tokens[-1]
         sketch_BS = self.sketcher.empty()
-        for rows in self._chunks() if self._differences is not None else ():
+        for rows in self._chunks(self._own_rows()) if self._differences is not None else ():
             assert self._differences is not None
             difference_OI = self._differences(rows)
             if self._by_rows:
                 self.rhs_OI[rows].addcmul_(difference_OI, diagonal_I, value=alpha * (1 - self.off_diagonal_scale))
             else:
                 self.gram.add_candidate_product_(self.rhs_OI[rows], difference_OI, alpha, self.off_diagonal_scale)
-            if self._at_home:
+            if self._part.at_home or self.shares_gram:
                 self.sketcher.add_(sketch_BS, rows, difference_OI)
                 self.mean_OI[rows].add_(difference_OI, alpha=self._share)
         self.sketches_BS.append(sketch_BS)
-        self.gram.finish_candidate(alpha, self.off_diagonal_scale)
+        if self.shares_gram and self._part.place > 0:
+            self.gram.drop_candidate()
+        else:
+            self.gram.finish_candidate(alpha, self.off_diagonal_scale)
         self._differences = None
+
+    def _own_rows(self) -> slice:
+        """Of the present candidate's right-hand side."""
+        total = self.rhs_OI.shape[0]
+        if not self.shares_gram:
+            return slice(0, total)
+        place, size = self._part.place, self._part.team_size
+        return slice(total * place // size, total * (place + 1) // size)
 
     def solve(self, ridge: float) -> Solution:
         """X for all linears of the group at once, in the place of R."""

@@ -1,6 +1,7 @@
 """What the ranks of a merge do together for one block: whose work is what, adding up, spreading what was solved.
 
     every rank:      its (candidate, batch) items → its part of every group's sums
+    team:            ranks that have parts of the same last candidate: its Gram, added up → some right-hand sides each
     owner of group:  the parts, added up → solved → copied to all
 
 Sums travel while others are still collected, and merged weights while others are solved. Hidden states never leave
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ from largemerge.distributed import Ranks
 from largemerge.exchange import Exchange
 from largemerge.node import Node
 from largemerge.regression.averages import RunningAverages
-from largemerge.regression.sums import GroupSums
-from largemerge.sharing import choose_owners
+from largemerge.regression.sums import GroupSums, Part
+from largemerge.sharing import Shares, choose_owners
 from largemerge.treatment import BlockPlan, GroupPlan
 from largemerge.weights import Tensors
 
@@ -57,13 +59,13 @@ class Together:
 
     Attributes:
         ranks: That share the merge.
-        holders: By candidate: the ranks that have some of its batches, in order.
+        shares: Who has what.
         node: Ranks that share this machine.
         exchange: Between the ranks; `None` where there is one.
     """
 
     ranks: Ranks
-    holders: Sequence[Sequence[int]]
+    shares: Shares
     node: Node
     exchange: Exchange | None
 
@@ -74,6 +76,22 @@ class Together:
     def has_data(self, candidate: int) -> bool:
         """Whether this rank has some of the candidate's batches."""
         return self.ranks.rank in self.holders[candidate]
+
+    @cached_property
+    def holders(self) -> Sequence[Sequence[int]]:
+        """By candidate: the ranks that have some of its batches, in order."""
+        return self.shares.holders
+
+    def part(self, candidate: int, own_tokens: int) -> Part:
+        """What this rank counts of a candidate."""
+        team = self._teams[candidate]
+        if len(team) < 2 or self.ranks.rank not in team:
+            return Part(own_tokens, self.is_home(candidate))
+        return Part(own_tokens, self.is_home(candidate), team.index(self.ranks.rank), len(team))
+
+    @cached_property
+    def _teams(self) -> Sequence[Sequence[int]]:
+        return self.shares.teams
 
     @property
     def last(self) -> int:
@@ -123,11 +141,22 @@ class PassExchange:
     together: Together
     owners: Mapping[str, int]
     _adding: dict[str, Future[Any]] = field(default_factory=dict)
+    _sharing: dict[str, Future[Any]] = field(default_factory=dict)
     _others: list[Future[Any]] = field(default_factory=list)
 
     def owns(self, leader: str) -> bool:
         """Whether this rank solves the group."""
         return self.owners[leader] == self.together.ranks.rank
+
+    def share_gram(self, leader: str, sums: GroupSums) -> None:
+        """Collective in a team: its present candidate's Gram becomes that of all of its ranks."""
+        if self.together.exchange is not None:
+            self._sharing[leader] = self.together.exchange.share(sums.gram.candidate_views())
+
+    def wait_for_gram(self, leader: str) -> None:
+        """Until it is, if it is shared."""
+        if leader in self._sharing and self.together.exchange is not None:
+            self.together.exchange.wait(self._sharing.pop(leader))
 
     def complete(self, leader: str, sums: GroupSums) -> None:
         """Collective: this rank has added all that it has to the sums of a group."""
