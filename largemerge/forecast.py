@@ -12,7 +12,7 @@ from largemerge.estimate import footprint
 from largemerge.merge_plan import MergePlan, Preparation
 from largemerge.planning import Machines, process_bytes, workload_of
 from largemerge.probe import measure_rates
-from largemerge.rank_plan import bytes_communicated, plan_ranks, share_work, team_bytes
+from largemerge.rank_plan import plan_ranks, share_work
 from largemerge.rank_timing import estimate_rank_seconds
 from largemerge.sharing import samples_at_once
 from largemerge.timing import Rates, estimate_seconds
@@ -57,7 +57,7 @@ def forecast(
         return plan
     rates = _rates(prepared, machines, whole)
     parts = [each.work for each in works]
-    moved = bytes_communicated(whole) + max(map(team_bytes, parts)) if len(parts) > 1 else 0
+    moved = max(rank.bytes_communicated for rank in plan.ranks)
     seconds = estimate_rank_seconds(whole, parts, plan.placement, rates, _links(machines, rates), moved)
     return replace(plan, seconds=seconds, measured=machines.cluster is None)
 
