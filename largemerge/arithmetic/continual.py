@@ -15,6 +15,8 @@ from largemerge.arithmetic.method import Unscaled
 from largemerge.arithmetic.pieces import Piece
 from largemerge.arithmetic.singular import task_vector
 
+_ROUNDING = 1 + 1e-12  # so that `alpha: 1` is all of them
+
 
 def opcm_matrix(piece: Piece) -> Unscaled:
     """Orthogonal projection-based continual merging, before the last factor. Tang et al., arXiv 2501.09522.
@@ -61,7 +63,7 @@ def _project_(delta_OI: torch.Tensor, merged_OI: torch.Tensor, alpha: float) -> 
     u_OR, s_R, v_IR = singular_vectors(merged_OI)
     if len(s_R) == 0:
         return delta_OI
-    count = int((s_R.cumsum(0) <= alpha * s_R.sum()).sum())
+    count = int((s_R.cumsum(0) <= alpha * s_R.sum() * _ROUNDING).sum())
     rows_RI = u_OR.T @ delta_OI
     # Uᵀ Δ, of which what C keeps is put in its place: C Vᵀ.
     block = rows_RI[:count] @ v_IR[:, :count]

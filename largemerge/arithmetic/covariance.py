@@ -17,7 +17,7 @@ from largemerge.arithmetic.factors import FACTOR_DTYPE, singular_vectors
 from largemerge.arithmetic.pieces import Piece
 from largemerge.arithmetic.singular import task_vector
 
-_RIDGE = 1e-10  # of the mean diagonal element: what makes the minimum unique where it is not
+_RIDGE = 1e-11  # of the mean diagonal element: what makes the minimum unique where it is not
 _SMALLEST = 1e-12  # of the largest eigenvalue: smaller ones count as 0
 _TINY = 1e-12
 
@@ -52,15 +52,18 @@ def wudi(piece: Piece) -> torch.Tensor:
 def _solve_symmetric(right_OI: torch.Tensor, sums_II: torch.Tensor) -> torch.Tensor:
     """B · A⁺, A the sums, where the rows of B, on the right side, lie in the range of A.
 
-    Cholesky with a ridge of 1e-10: in directions that A does not know, B is 0, and so is the quotient. The same from
-    eigenvalues where rounding has made A indefinite.
+    B A (A + λ)⁻² by Cholesky, λ = 1e-11 of A's mean diagonal element: in directions that A does not know, the first
+    division makes little of B's rounding errors, the second one nothing. Where rounding has made A indefinite, the same
+    from its eigenvalues.
     """
     mean = sums_II.diagonal().mean()
     if mean == 0:
         return torch.zeros_like(right_OI)
-    lower_II, failed = torch.linalg.cholesky_ex(sums_II + torch.eye(len(sums_II), dtype=FACTOR_DTYPE) * (_RIDGE * mean))
+    ridge = _RIDGE * mean
+    lower_II, failed = torch.linalg.cholesky_ex(sums_II + torch.eye(len(sums_II), dtype=FACTOR_DTYPE) * ridge)
     if not failed:
-        return torch.cholesky_solve(right_OI.T, lower_II).T
+        once_IO = torch.cholesky_solve(right_OI.T, lower_II)
+        return once_IO.sub_(torch.cholesky_solve(once_IO, lower_II).mul_(ridge)).T
     values_I, vectors_II = torch.linalg.eigh(sums_II)
     known = values_I > _SMALLEST * values_I[-1]
     vectors_II = vectors_II[:, known]

@@ -176,9 +176,8 @@ class TaskPlanner:
             if info is None:
                 self._problem(f"{path} has no tensor {key}; expected one for every tensor of {model}")
             elif info.shape != task.shape:
-                self._problem(
-                    f"{path}: {key} is {list(info.shape)}, that of {model} {list(task.shape)}; expected the same"
-                )
+                shape, expected = list(info.shape), list(task.shape)
+                self._problem(f"{path}: {key} is {shape}; expected {expected}, as in {model}")
             elif not info.dtype.is_floating_point:
                 self._problem(f"{path}: {key} is {dtype_name(info.dtype)}; expected a floating-point dtype")
             found.append((path, key))
