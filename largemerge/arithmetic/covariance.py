@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from largemerge.arithmetic.factors import FACTOR_DTYPE, singular_vectors
+from largemerge.arithmetic.factors import FACTOR_DTYPE, gram, singular_vectors
 from largemerge.arithmetic.pieces import Piece
 from largemerge.arithmetic.singular import task_vector
 
@@ -41,11 +41,12 @@ def wudi(piece: Piece) -> torch.Tensor:
         square = delta.square().sum()
         if square == 0:
             continue
-        sums_II.addmm_(delta.T, delta / square)
-        if outputs < inputs:
-            right_OI.addmm_(delta @ delta.T, delta / square)
+        gram_II = gram(delta).div_(square)
+        sums_II += gram_II
+        if 2 * outputs < inputs:
+            right_OI.addmm_(gram(delta.T), delta / square)
         else:
-            right_OI.addmm_(delta, delta.T @ (delta / square))
+            right_OI.addmm_(delta, gram_II)
     return _solve_symmetric(right_OI, sums_II).to(torch.float32).add_(piece.origin)
 
 
@@ -93,7 +94,7 @@ def ace(piece: Piece) -> torch.Tensor:
     for model in range(count):
         delta = task_vector(piece, model).to(FACTOR_DTYPE)
         centred = delta - delta.mean(dim=0, keepdim=True)
-        gram_II = centred.T @ centred
+        gram_II = gram(centred)
         trace = gram_II.trace().item() + _TINY
         ridge = options["eps"] / trace if unlike else options["eps"]
         if unlike:

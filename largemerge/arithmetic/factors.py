@@ -36,6 +36,12 @@ def upper_gram(x_NI: torch.Tensor) -> torch.Tensor:
     return gram_II
 
 
+def gram(x_NI: torch.Tensor) -> torch.Tensor:
+    """XᵀX, float64. `[I, I]`."""
+    upper_II = upper_gram(x_NI).triu_()
+    return upper_II.add_(upper_II.triu(1).T)
+
+
 def singular_vectors(x_OI: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U `[O, R]`, S `[R]`, V `[I, R]` of the largest singular values, largest first; float32, S float64.
 
