@@ -91,3 +91,10 @@ def test_data_free_methods(tmp_path: Path) -> None:
     small = ("--geometry", "tiny", "--methods", "linear", "ties", "--no-peer")
     found = result(run("data_free_vs_mergekit.py", *small, "--work", tmp_path, cwd=tmp_path), "data_free_vs_mergekit")
     assert [row["method"] for row in found["rows"]] == ["linear", "ties"] and found["copy_seconds"] > 0
+
+
+def test_methods_of_the_literature(tmp_path: Path) -> None:
+    lines = run("literature_methods.py", "--no-peer", "--lapack", "--work", tmp_path, cwd=tmp_path)
+    rows = {row["method"]: row for row in result(lines, "literature_methods")["rows"]}
+    assert set(rows["tsv_m"]["bare_seconds"]) == {"values", "both", "lapack"} and rows["opcm"]["scratch_bytes"] > 0
+    assert not list(tmp_path.rglob("*.safetensors")), "what it made must be gone"

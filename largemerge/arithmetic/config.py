@@ -22,6 +22,8 @@ from largemerge.errors import ConfigError
 
 Parameters = dict[str, Setting]
 
+_COMPANIONS = ("fisher",)  # parameters that are paths: see `Method.companion`
+
 
 def _reference(value: object) -> object:
     """`{model: {path: …, revision: …}}` becomes `path@revision`."""
@@ -96,6 +98,11 @@ class DataFreeConfig(Strict):
     chat_template: str | None = None
     seed: int = Field(0, ge=0)
     """Of random methods."""
+
+    def companions(self, parameter: str) -> tuple[str, ...]:
+        """Everything that a parameter is set to anywhere, where it is a text."""
+        values = (parameters.get(parameter) for _, parameters in _all_parameters(self))
+        return tuple(dict.fromkeys(value for value in values if isinstance(value, str)))
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -207,9 +214,9 @@ def _absolute(value: Any, folders: list[Path], key: str = "") -> Any:
         return {name: _absolute(inner, folders, name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return tuple(_absolute(inner, folders, key) for inner in value)
-    if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source"):
+    if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", *_COMPANIONS):
         for folder in folders:
             path = folder / os.path.expanduser(value)
-            if path.is_dir():
+            if path.is_dir() or (key in _COMPANIONS and path.is_file()):
                 return str(path.resolve())
     return value

@@ -6,102 +6,44 @@ Tensors of no layer come from the first slice if they lie before the layers (emb
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from types import MappingProxyType
 
 from largemerge.arithmetic.config import DataFreeConfig, Module, OutputSlice, SliceSource
-from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
-from largemerge.arithmetic.settings import Levels
+from largemerge.arithmetic.matrices import LAYER, grouped
+from largemerge.arithmetic.registry import METHODS
+from largemerge.arithmetic.tasks import Layout, Task, TaskPlanner
 from largemerge.checkpoint.index import Checkpoint, natural_key
-from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.dtypes import dtype_name, torch_dtype
 
-_LAYER = re.compile(r"^(?P<stack>[^\d]*?[^\d.]+)\.(?P<number>\d+)\.(?P<rest>.+)$")
 _BEFORE = ("embed", "wte", "wpe", "patch", "position", "token_type", "cls_token", "class_embedding")
-_OUTPUT_EMBEDDINGS, _INPUT_EMBEDDINGS = (
-    "lm_head.weight",
-    ("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
-)
 
 Depths = Mapping[str, Mapping[str, int]]
 """By model and stack: how many layers there are."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """How one tensor of the output comes about.
-
-    Attributes:
-        name: On disk, of the output.
-        shape: Dimensions.
-        sources: Model and name on disk of every tensor, the base's not among them.
-        base: Of the base, where the method has one.
-        each: Parameters of every source, by name.
-        options: Parameters of all together.
-        dtype: In which it is computed.
-        out_dtype: In which it is written.
-        copied: Why it is taken as it is from its only source; empty where it is merged.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[tuple[str, str], ...]
-    base: tuple[str, str] | None
-    each: Mapping[str, Sequence[Any]]
-    options: Mapping[str, Any]
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    copied: str = ""
-
-    @property
-    def num_elements(self) -> int:
-        """Of the tensor."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def inputs(self) -> tuple[tuple[str, str], ...]:
-        """All that is read."""
-        return (*self.sources, *([self.base] if self.base is not None else []))
-
-
-@dataclass
-class Layout:
-    """All tasks of a merge.
-
-    Attributes:
-        tasks: In the order of the output.
-        layers: By stack: which layers of its first source the output's layers are.
-        problems: What makes the merge impossible.
-        notes: What a user should know.
-    """
-
-    tasks: list[Task] = field(default_factory=list)
-    layers: dict[str, list[int]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def find_stacks(checkpoint: Checkpoint) -> dict[str, int]:
     """Stacks of layers and how many each has, from the tensors' names."""
     numbers: dict[str, set[int]] = {}
     for name in checkpoint.tensors:
-        match = _LAYER.match(name)
+        match = LAYER.match(name)
         if match:
             numbers.setdefault(match["stack"], set()).add(int(match["number"]))
     return {stack: len(found) for stack, found in numbers.items() if found == set(range(len(found)))}
 
 
-def lay_out(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], reference: str) -> Layout:
+def lay_out(
+    config: DataFreeConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    reference: str,
+    companions: Mapping[str, Checkpoint] = MappingProxyType({}),
+) -> Layout:
     """Finds all tasks.
 
     Args:
         config: From `load_data_free`.
         checkpoints: By model, as the configuration names them.
         reference: The model whose names the output has.
+        companions: Tensors that the method wants beside the models', by the path that the configuration has.
     """
     layout = Layout()
     depths = {model: find_stacks(checkpoint) for model, checkpoint in checkpoints.items()}
@@ -109,7 +51,7 @@ def lay_out(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], refer
     modules = _modules(config, depths, stacks, layout)
     if layout.problems:
         return layout
-    planner = _Planner(config, checkpoints, layout)
+    planner = TaskPlanner(config, checkpoints, companions, layout)
     outside = [name for name in checkpoints[reference].tensors if _stack_of(name, stacks) is None]
     first, last = next(iter(modules.values())), list(modules.values())[-1]
     for name in outside:
@@ -122,10 +64,26 @@ def lay_out(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], refer
                 _add_layer(planner, stack, number, piece, module, offset)
                 number += 1
     layout.tasks.sort(key=lambda task: natural_key(task.name))
+    layout.notes.extend(_notes(config.merge_method, layout.tasks))
     return layout
 
 
-def _add_layer(planner: _Planner, stack: str, number: int, piece: OutputSlice, module: Module, offset: int) -> None:
+def _notes(method: str, tasks: Sequence[Task]) -> Iterator[str]:
+    """What a method of matrices merges in another way, and what it transposes, by name."""
+    matrices = METHODS[method].matrices
+    reasons: dict[str, list[str]] = {}
+    for task in tasks:
+        if task.otherwise:
+            reasons.setdefault(task.otherwise, []).append(task.name)
+    for reason, names in reasons.items():
+        assert matrices is not None, "no other method has such tensors"
+        yield f"{method}: {matrices.others_are}, not its formula, for {', '.join(grouped(names))} ({reason})"
+    turned = [task.name for task in tasks if task.inputs_first]
+    if turned:
+        yield f"{method}: taken as [inputs, outputs], as their biases tell: {', '.join(grouped(turned))}"
+
+
+def _add_layer(planner: TaskPlanner, stack: str, number: int, piece: OutputSlice, module: Module, offset: int) -> None:
     count = len(piece.sources[0].layers)
     t = offset / (count - 1) if count > 1 else 1.0
     first = piece.sources[0]
@@ -189,102 +147,8 @@ def _slice_problems(depths: Depths, stack: str, module: Module) -> Iterator[str]
                 yield f"{where}: layer_range {[start, stop]} of {source.model}: expected some of [0, {num_layers}]"
 
 
-class _Planner:
-    """Makes tasks, and notes what is wrong with them."""
-
-    def __init__(self, config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], layout: Layout) -> None:
-        self.config, self.checkpoints, self.layout = config, checkpoints, layout
-        self.method = METHODS[config.merge_method]
-
-    def add(self, name: str, keyed: Sequence[tuple[str, str]], piece: OutputSlice, module: Module, t: float) -> None:
-        """Plans one tensor of the output."""
-        base_model = piece.base_model or self.config.base_model
-        found = self._find(name, keyed)
-        if found is None:
-            return
-        takes_base = self.method.base in (Base.REQUIRED, Base.OPTIONAL)
-        sources = [(model, key) for model, key in found if not (takes_base and model == base_model)]
-        base = next(((model, key) for model, key in found if takes_base and model == base_model), None)
-        infos = {model: self.checkpoints[model].tensors[key] for model, key in found}
-        anchor = infos[base[0]] if base is not None else infos[found[0][0]]
-        dtype = self._dtype(anchor, infos)
-        if not anchor.dtype.is_floating_point:
-            source = base or found[0]
-            copied = "not floating point"
-            self.layout.tasks.append(Task(name, anchor.shape, (source,), None, {}, {}, dtype, dtype, copied))
-            return
-        self._check(name, infos, anchor, sources)
-        levels = Levels(
-            {source.model: source.parameters for source in piece.sources},
-            (piece.parameters, module.parameters, self.config.parameters),
-        )
-        each: dict[str, list[Any]] = {parameter: [] for parameter in self.method.each}
-        for model, key in sources:
-            for parameter, default in self.method.each.items():
-                value = levels.value(parameter, key, t, model)
-                if value is None and default is REQUIRED:
-                    self._problem(f"{parameter}: missing for {model} (tensor {key})")
-                each[parameter].append(default if value is None else value)
-        options = {}
-        for parameter, default in self.method.options.items():
-            value = levels.value(parameter, name, t)
-            if value is None and default is REQUIRED:
-                self._problem(f"{parameter}: missing for tensor {name}")
-            options[parameter] = default if value is None else value
-        out = torch_dtype(self.config.out_dtype) if self.config.out_dtype is not None else dtype
-        self.layout.tasks.append(Task(name, anchor.shape, tuple(sources), base, each, options, dtype, out))
-
-    def _find(self, name: str, keyed: Sequence[tuple[str, str]]) -> list[tuple[str, str]] | None:
-        """The names on disk; of tied output embeddings, those of the input."""
-        found = []
-        for model, key in keyed:
-            tensors = self.checkpoints[model].tensors
-            if key not in tensors and key.endswith(_OUTPUT_EMBEDDINGS):
-                tied = [other for other in tensors if other.endswith(_INPUT_EMBEDDINGS)]
-                key = tied[0] if len(tied) == 1 else key
-            if key not in tensors:
-                self._problem(f"{model} has no tensor {key}, which {name} is to be made of")
-                return None
-            found.append((model, key))
-        return found
-
-    def _dtype(self, anchor: TensorInfo, infos: Mapping[str, TensorInfo]) -> torch.dtype:
-        if not anchor.dtype.is_floating_point:
-            return anchor.dtype
-        if self.config.dtype is not None:
-            return torch_dtype(self.config.dtype)
-        dtype = anchor.dtype
-        for info in infos.values():
-            dtype = torch.promote_types(dtype, info.dtype)
-        if any(info.dtype != dtype for info in infos.values()):
-            note = f"models are stored in unlike dtypes; computed in {dtype_name(dtype)}, which holds them all"
-            if note not in self.layout.notes:
-                self.layout.notes.append(note)
-        return dtype
-
-    def _check(
-        self,
-        name: str,
-        infos: Mapping[str, TensorInfo],
-        anchor: TensorInfo,
-        sources: Sequence[tuple[str, str]],
-    ) -> None:
-        shapes = {model: list(info.shape) for model, info in infos.items()}
-        if any(shape != list(anchor.shape) for shape in shapes.values()):
-            self._problem(f"{name}: shapes differ: {shapes}; expected one")
-        fewest, most = self.method.num_models
-        if not fewest <= len(sources) <= most:
-            wanted = f"{fewest}" if fewest == most else f"{fewest} or more"
-            beside = " beside the base" if self.method.base is Base.REQUIRED else ""
-            self._problem(f"{self.config.merge_method} merges {wanted} models{beside}, found {len(sources)}")
-
-    def _problem(self, text: str) -> None:
-        if text not in self.layout.problems:
-            self.layout.problems.append(text)
-
-
 def _stack_of(name: str, stacks: Mapping[str, int]) -> str | None:
-    match = _LAYER.match(name)
+    match = LAYER.match(name)
     return match["stack"] if match and match["stack"] in stacks else None
 
 

@@ -39,15 +39,17 @@ class Piece:
         first: Number of the first element in the whole tensor.
         num_elements: Of the whole tensor.
         key: Of random numbers: seed, tensor, piece.
+        companions: What belongs to each of `tensors` and has its shape; empty for methods that want none.
     """
 
-    tensors: list[torch.Tensor]
+    tensors: Sequence[torch.Tensor]
     base: torch.Tensor | None
     each: Mapping[str, Sequence[Any]]
     options: Mapping[str, Any]
     first: int = 0
     num_elements: int = 0
     key: str = ""
+    companions: Sequence[torch.Tensor] = ()
 
     @property
     def origin(self) -> torch.Tensor:

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from largemerge.arithmetic.config import DataFreeConfig, load_data_free
-from largemerge.arithmetic.layout import Layout, lay_out
+from largemerge.arithmetic.layout import lay_out
+from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.stream import worker_bytes
-from largemerge.checkpoint.index import Checkpoint, open_checkpoint
+from largemerge.arithmetic.tasks import Layout
+from largemerge.checkpoint.index import Checkpoint, open_checkpoint, open_tensors
 from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.memory import memory_in_use
+from largemerge.sizes import gib
 
 CPU = torch.device("cpu")
+_MARGIN = 0.9  # of the memory that is free
 DataFreeSource = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
 """Never a `MergeConfig` in truth: see `is_data_free`."""
 
@@ -31,13 +36,15 @@ class DataFreePlan:
     Attributes:
         config: Resolved.
         checkpoints: By model.
+        companions: What the method wants beside the models, by path: tensors with the models' names.
         reference: The model whose names and config the output has.
         layout: All tensors of the output.
         num_workers: That work side by side.
     """
 
     config: DataFreeConfig
-    checkpoints: Mapping[str, Checkpoint]
+    checkpoints: dict[str, Checkpoint]
+    companions: dict[str, Checkpoint]
     reference: str
     layout: Layout
     num_workers: int
@@ -54,15 +61,31 @@ class DataFreePlan:
 
     @property
     def bytes_read(self) -> int:
-        """From checkpoints, each tensor counted once."""
+        """From checkpoints and what belongs to them, each tensor counted once."""
         return sum(
-            self.checkpoints[model].tensors[key].num_bytes for task in self.layout.tasks for model, key in task.inputs
+            files[model].tensors[key].num_bytes
+            for task in self.layout.tasks
+            for files, keys in ((self.checkpoints, task.inputs), (self.companions, task.companions))
+            for model, key in keys
         )
 
     @property
     def bytes_written(self) -> int:
         """Of all tensors of the output."""
         return sum(tensor.num_bytes for tensor in self.output.values())
+
+    @property
+    def scratch_bytes(self) -> int:
+        """On the output's disk while the merge runs, beside the output: merged task vectors that wait for a factor."""
+        return sum(tensor.num_bytes for tensor in self.unscaled.values())
+
+    @property
+    def unscaled(self) -> dict[str, OutputTensor]:
+        """Merged task vectors that wait for the whole model's factor, by name."""
+        if METHODS[self.config.merge_method].scaled is None:
+            return {}
+        tasks = [task for task in self.layout.tasks if not task.copied]
+        return {task.name: OutputTensor(torch.float32, task.shape) for task in tasks}
 
     @property
     def peak_bytes(self) -> int:
@@ -78,6 +101,8 @@ class DataFreePlan:
             "reference": self.reference,
             "tensors": len(self.layout.tasks),
             "copied": {task.name: task.copied for task in self.layout.tasks if task.copied},
+            "merged_otherwise": {task.name: task.otherwise for task in self.layout.tasks if task.otherwise},
+            "scratch_bytes": self.scratch_bytes,
             "layers": self.layout.layers,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
@@ -88,8 +113,12 @@ class DataFreePlan:
         }
 
 
-def plan_data_free(source: DataFreeSource) -> DataFreePlan:
+def plan_data_free(source: DataFreeSource, local_ranks: int = 1) -> DataFreePlan:
     """Plans a data-free merge from the configuration and the checkpoints' headers.
+
+    Args:
+        source: The configuration.
+        local_ranks: How many processes share this machine's memory.
 
     Raises:
         LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
@@ -97,6 +126,15 @@ def plan_data_free(source: DataFreeSource) -> DataFreePlan:
     """
     assert not isinstance(source, MergeConfig)
     config = source if isinstance(source, DataFreeConfig) else load_data_free(source)
+    checkpoints, companions = _open_all(config)
+    reference = config.base_model if config.base_model is not None else config.references[0]
+    layout = lay_out(config, checkpoints, reference, companions)
+    num_workers = _num_workers(config.merge_method, layout, local_ranks)
+    return DataFreePlan(config, checkpoints, companions, reference, layout, num_workers)
+
+
+def _open_all(config: DataFreeConfig) -> tuple[dict[str, Checkpoint], dict[str, Checkpoint]]:
+    """All models, and what belongs to them, from their headers."""
     problems: list[str] = []
     checkpoints: dict[str, Checkpoint] = {}
     for reference in config.references:
@@ -104,8 +142,29 @@ def plan_data_free(source: DataFreeSource) -> DataFreePlan:
             checkpoints[reference] = open_checkpoint(locate_checkpoint(reference, reference), reference)
         except LargemergeError as error:
             problems.extend(error.problems)
+    companions: dict[str, Checkpoint] = {}
+    parameter = METHODS[config.merge_method].companion
+    for path in config.companions(parameter) if parameter is not None else ():
+        try:
+            companions[path] = open_tensors(Path(path), f"{parameter}: {path}")
+        except LargemergeError as error:
+            problems.extend(error.problems)
     if problems:
         raise CheckpointError(*problems)
-    reference = config.base_model if config.base_model is not None else config.references[0]
-    layout = lay_out(config, checkpoints, reference)
-    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads())
+    return checkpoints, companions
+
+
+def _num_workers(method: str, layout: Layout, local_ranks: int) -> int:
+    """One for every thread; fewer where whole matrices are held, and memory is short. At least one."""
+    threads = torch.get_num_threads()
+    if METHODS[method].matrices is None:
+        return threads
+    free = int(_MARGIN * psutil.virtual_memory().available) // local_ranks
+    largest = sorted((worker_bytes(method, task) for task in layout.tasks), reverse=True)
+    num_workers = max([1, *(count for count in range(1, threads + 1) if sum(largest[:count]) <= free)])
+    if num_workers < threads or sum(largest[:1]) > free:
+        layout.notes.append(
+            f"{method} holds whole matrices: {threads} workers would need {gib(sum(largest[:threads]))}, "
+            f"{gib(free)} are free; workers at a time: {num_workers}"
+        )
+    return num_workers

@@ -2,80 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from largemerge.arithmetic import averages, spheres, stock, task_vectors
-from largemerge.arithmetic.pieces import Cut, Piece, Pieces, rows_of_pieces
+from largemerge.arithmetic.literature import LITERATURE
+from largemerge.arithmetic.matrices import too_small, why_not_a_matrix
+from largemerge.arithmetic.method import REQUIRED, Base, Method, Way, always, knowing, plain, way_of
+from largemerge.arithmetic.pieces import Cut, Piece, rows_of_pieces
 
-REQUIRED = object()
-"""In the place of a default: there is none."""
-
-Merge = Callable[[Piece], torch.Tensor]
-"""Merges one piece after the other, in order."""
-
-
-class Base(Enum):
-    """What a method wants of `base_model`."""
-
-    NONE = "is not used: leave base_model out, or name it among the models"
-    OPTIONAL = "is optional"
-    REQUIRED = "is needed"
-    MEMBER = "is one of the models, if there is one"
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a method goes about a tensor.
-
-    Attributes:
-        cut: Where the tensor may be cut.
-        survey: Reads all pieces first; what it finds goes to `Method.begin`.
-    """
-
-    cut: Cut
-    survey: Callable[[Pieces], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table.
-
-    Attributes:
-        title: For people.
-        source: Paper, or where it comes from.
-        way: From the parameters of all models together.
-        begin: From what the survey has found, to what merges the pieces.
-        base: What it wants of `base_model`.
-        num_models: Fewest and most models, the base not counted.
-        options: Parameters of all models together, with their defaults.
-        each: Parameters of every model, with their defaults; the base needs none.
-    """
-
-    title: str
-    source: str
-    way: Callable[[Mapping[str, Any]], Way]
-    begin: Callable[[Any], Merge]
-    base: Base
-    num_models: tuple[int, int] = (1, 1 << 30)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    each: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _always(cut: Cut, survey: Callable[[Pieces], Any] | None = None) -> Callable[[Mapping[str, Any]], Way]:
-    return lambda _: Way(cut, survey)
-
-
-def _plain(merge: Merge) -> Callable[[Any], Merge]:
-    return lambda _: merge
-
-
-def _knowing(merge: Callable[[Piece, Any], torch.Tensor]) -> Callable[[Any], Merge]:
-    return lambda found: lambda piece: merge(piece, found)
+__all__ = ["METHODS", "REQUIRED", "Base", "merge_tensors"]
 
 
 def _task_vectors(
@@ -88,7 +26,7 @@ def _task_vectors(
     return Method(
         title,
         source,
-        _always(cut, task_vectors.survey(sparsifier) if sparsifier is not None else None),
+        always(cut, task_vectors.survey(sparsifier) if sparsifier is not None else None),
         task_vectors.merge_task_vectors(elects_sign),
         Base.REQUIRED,
         options={"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False},
@@ -110,20 +48,20 @@ METHODS: dict[str, Method] = {
     "linear": Method(
         "Linear",
         "arXiv 2203.05482",
-        _always(Cut.ELEMENTS),
-        _plain(averages.linear),
+        always(Cut.ELEMENTS),
+        plain(averages.linear),
         Base.NONE,
         options={"normalize": True},
         each={"weight": REQUIRED},
     ),
     "passthrough": Method(
-        "Passthrough", "", _always(Cut.ELEMENTS), _plain(averages.passthrough), Base.NONE, (1, 1), each={"scale": None}
+        "Passthrough", "", always(Cut.ELEMENTS), plain(averages.passthrough), Base.NONE, (1, 1), each={"scale": None}
     ),
     "slerp": Method(
         "SLERP",
         "Shoemake 1985",
-        _always(Cut.ELEMENTS, spheres.survey_plain_products),
-        _knowing(spheres.slerp),
+        always(Cut.ELEMENTS, spheres.survey_plain_products),
+        knowing(spheres.slerp),
         Base.REQUIRED,
         (1, 1),
         options={"t": REQUIRED},
@@ -132,7 +70,7 @@ METHODS: dict[str, Method] = {
         "NuSLERP",
         "mergekit",
         _nuslerp_way,
-        _knowing(spheres.nuslerp),
+        knowing(spheres.nuslerp),
         Base.OPTIONAL,
         (2, 2),
         options={"nuslerp_row_wise": False, "nuslerp_flatten": True},
@@ -141,8 +79,8 @@ METHODS: dict[str, Method] = {
     "multislerp": Method(
         "Multi-SLERP",
         "mergekit",
-        _always(Cut.ELEMENTS, spheres.survey_products),
-        _knowing(spheres.multislerp),
+        always(Cut.ELEMENTS, spheres.survey_products),
+        knowing(spheres.multislerp),
         Base.OPTIONAL,
         options={"normalize_weights": True, "eps": 1e-8},
         each={"weight": REQUIRED},
@@ -150,8 +88,8 @@ METHODS: dict[str, Method] = {
     "karcher": Method(
         "Karcher mean",
         "Karcher 1977",
-        _always(Cut.ELEMENTS, spheres.survey_plain_products),
-        _knowing(spheres.karcher),
+        always(Cut.ELEMENTS, spheres.survey_plain_products),
+        knowing(spheres.karcher),
         Base.MEMBER,
         options={"max_iter": 10, "tol": 1e-5},
     ),
@@ -178,7 +116,7 @@ METHODS: dict[str, Method] = {
     "sce": Method(
         "SCE",
         "arXiv 2408.07990",
-        _always(Cut.ELEMENTS, task_vectors.survey_sce),
+        always(Cut.ELEMENTS, task_vectors.survey_sce),
         task_vectors.sce,
         Base.REQUIRED,
         options={"int8_mask": False, "select_topk": 1.0},
@@ -187,7 +125,7 @@ METHODS: dict[str, Method] = {
         "Model Stock",
         "arXiv 2403.19522",
         _stock_way,
-        _knowing(stock.model_stock),
+        knowing(stock.model_stock),
         Base.REQUIRED,
         (2, 1 << 30),
         options={"filter_wise": False},
@@ -195,8 +133,8 @@ METHODS: dict[str, Method] = {
     "nearswap": Method(
         "NearSwap",
         "mergekit",
-        _always(Cut.ELEMENTS),
-        _plain(averages.nearswap),
+        always(Cut.ELEMENTS),
+        plain(averages.nearswap),
         Base.REQUIRED,
         (1, 1),
         options={"t": REQUIRED},
@@ -204,11 +142,12 @@ METHODS: dict[str, Method] = {
     "arcee_fusion": Method(
         "Arcee Fusion",
         "mergekit",
-        _always(Cut.ROWS, stock.survey_importance),
-        _knowing(stock.arcee_fusion),
+        always(Cut.ROWS, stock.survey_importance),
+        knowing(stock.arcee_fusion),
         Base.REQUIRED,
         (1, 1),
     ),
+    **LITERATURE,
 }
 
 
@@ -220,9 +159,12 @@ def merge_tensors(
     seed: int = 0,
     name: str = "",
     each: Mapping[str, Sequence[Any]] | None = None,
+    companions: Sequence[torch.Tensor] = (),
     **options: Any,
 ) -> torch.Tensor:
     """Merges one tensor of some models, in memory: what a whole merge does with every tensor.
+
+    Methods of matrices treat any two-dimensional one, whatever its name is, as `[outputs, inputs]`.
 
     Args:
         method: A name in `METHODS`.
@@ -231,13 +173,17 @@ def merge_tensors(
         seed: Of random numbers.
         name: Of the tensor; random numbers depend on it.
         each: Parameters of every model, such as `{"weight": [0.5, 0.5]}`.
+        companions: What the method wants of every model beside its tensor, as `fisher` does.
         options: Parameters of all models together.
     """
     row = METHODS[method]
     per_model = {key: [default] * len(tensors) for key, default in row.each.items()} | dict(each or {})
     together = {**row.options, **options}
-    way = row.way(together)
-    rows_of = [tensor if tensor.dim() else tensor.view(1) for tensor in tensors]
+    other = bool(why_not_a_matrix("", tensors[0].shape) or too_small(tensors[0].shape, len(tensors)))
+    way, begin = way_of(row, together, other=other)
+    rows_of, beside = (
+        [tensor if tensor.dim() else tensor.view(1) for tensor in all_] for all_ in (tensors, companions)
+    )
     base_rows = base.view(1) if base is not None and not base.dim() else base
     whole = rows_of[0]
     cuts = rows_of_pieces(whole.shape, way.cut)
@@ -253,7 +199,8 @@ def merge_tensors(
                 rows.start * row_elements,
                 whole.numel(),
                 f"{seed} {name} {number}",
+                [tensor[rows] for tensor in beside],
             )
 
-    merge = row.begin(way.survey(pieces) if way.survey is not None else None)
+    merge = begin(way.survey(pieces) if way.survey is not None else None)
     return torch.cat([merge(piece) for piece in pieces()]).view(tensors[0].shape)

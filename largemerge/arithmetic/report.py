@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from largemerge.arithmetic.layout import Task
 from largemerge.arithmetic.plan import CPU, DataFreePlan
+from largemerge.arithmetic.registry import METHODS
+from largemerge.arithmetic.tasks import Task
 from largemerge.environment import machine, versions
 from largemerge.memory import MemoryUse
 
@@ -37,7 +38,7 @@ class DataFreeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        checkpoints = self.plan.checkpoints.items()
+        checkpoints = (self.plan.checkpoints | self.plan.companions).items()
         return {
             "versions": versions(),
             "machine": machine(CPU),
@@ -53,12 +54,16 @@ class DataFreeReport:
             "resumed_parts": self.resumed_parts,
             "peak_bytes": {"host_anonymous": self.peak.host_anonymous, "host_total": self.peak.host_total},
             "ranks": [{"host_anonymous": peak.host_anonymous} for peak in self.peaks] if len(self.peaks) > 1 else [],
-            "tensors": {task.name: _described(task) for task in self.plan.layout.tasks},
+            "tensors": {task.name: self._described(task) for task in self.plan.layout.tasks},
         }
 
-
-def _described(task: Task) -> dict[str, Any]:
-    described: dict[str, Any] = {"from": [f"{model}: {key}" for model, key in task.inputs]}
-    if task.copied:
-        return described | {"copied": task.copied}
-    return described | {"each": {name: list(values) for name, values in task.each.items()}, **dict(task.options)}
+    def _described(self, task: Task) -> dict[str, Any]:
+        described: dict[str, Any] = {"from": [f"{model}: {key}" for model, key in (*task.inputs, *task.companions)]}
+        if task.copied:
+            return described | {"copied": task.copied}
+        matrices = METHODS[self.plan.config.merge_method].matrices
+        if task.otherwise and matrices is not None:
+            described |= {"merged_otherwise": f"{matrices.others_are}: {task.otherwise}"}
+        if task.inputs_first:
+            described |= {"stored_as": "[inputs, outputs]"}
+        return described | {"each": {name: list(values) for name, values in task.each.items()}, **dict(task.options)}

@@ -21,7 +21,7 @@ _EPS = 1e-8
 
 def vectors(piece: Piece) -> list[torch.Tensor]:
     """What is interpolated: task vectors where there is a base, else the tensors."""
-    return piece.tensors if piece.base is None else [tensor - piece.base for tensor in piece.tensors]
+    return list(piece.tensors) if piece.base is None else [tensor - piece.base for tensor in piece.tensors]
 
 
 def survey_products(pieces: Pieces) -> torch.Tensor:

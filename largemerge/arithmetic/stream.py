@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from typing import overload
 
 import torch
 
-from largemerge.arithmetic.layout import Task
-from largemerge.arithmetic.pieces import Piece, rows_of_pieces
-from largemerge.arithmetic.registry import METHODS, Way
+from largemerge.arithmetic.method import Way, way_of
+from largemerge.arithmetic.pieces import Cut, Piece, rows_of_pieces
+from largemerge.arithmetic.registry import METHODS
+from largemerge.arithmetic.tasks import Task
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.errors import MergeError
@@ -92,26 +95,42 @@ class Merger:
             ((model, key),) = task.sources
             self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
             return
-        way = self._method.way(task.options)
-        load = _Loader(task, way, self._readers, self._seed)
-        try:
-            with torch.inference_mode():
-                merge = self._method.begin(way.survey(load.pieces) if way.survey is not None else None)
-                for rows, piece in zip(load.cuts, load.pieces(), strict=True):
-                    merged = merge(piece).to(task.out_dtype)
-                    shape = (rows.stop - rows.start, *task.shape[1:]) if task.shape else ()
-                    self._writer.write(task.name, merged.reshape(shape), first_row=rows.start)
-        except FloatingPointError as error:
-            raise MergeError(f"{task.name}: {self._name}: {error}") from None
+        way, begin = way_of(self._method, task.options, other=bool(task.otherwise))
+        load = PieceLoader(task, way, self._readers, self._seed)
+        with told_as_merge_error(task, self._name):
+            merge = begin(way.survey(load.pieces) if way.survey is not None else None)
+            for rows, piece in zip(load.cuts, load.pieces(), strict=True):
+                write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
 
 
-class _Loader:
+@contextmanager
+def told_as_merge_error(task: Task, method: str) -> Iterator[None]:
+    """For the arithmetic of one task.
+
+    Raises:
+        MergeError: With the tensor's name, for a `FloatingPointError`.
+    """
+    try:
+        with torch.inference_mode():
+            yield
+    except FloatingPointError as error:
+        raise MergeError(f"{task.name}: {method}: {error}") from None
+
+
+def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tensor, dtype: torch.dtype) -> None:
+    """Writes rows of a tensor as it is stored, from a piece as the method sees it."""
+    merged = (merged.T if task.inputs_first else merged).to(dtype)
+    shape = (rows.stop - rows.start, *task.shape[1:]) if task.shape else ()
+    writer.write(task.name, merged.reshape(shape), first_row=rows.start)
+
+
+class PieceLoader:
     """The pieces of one task: kept in memory where they are read more than once and small, else read again."""
 
     def __init__(self, task: Task, way: Way, readers: Mapping[str, CheckpointReader], seed: int) -> None:
-        self._task, self._readers, self._seed = task, readers, seed
+        self._task, self._readers, self._seed, self._way = task, readers, seed, way
         self.cuts = rows_of_pieces(task.shape, way.cut)
-        self._kept = [self._read(*source, None) for source in task.inputs] if _kept_bytes(task, way) else None
+        self._kept = [self._read(source, None) for source in task.inputs] if _kept_bytes(task, way) else None
 
     def pieces(self) -> Iterator[Piece]:
         """All of them, in order."""
@@ -119,32 +138,69 @@ class _Loader:
         num_rows = task.shape[0] if task.shape else 1
         row_elements = task.num_elements // max(1, num_rows)
         for number, rows in enumerate(self.cuts):
-            tensors = self._tensors(rows)
-            base = tensors.pop() if task.base is not None else None
-            key = f"{self._seed} {task.name} {number}"
-            yield Piece(tensors, base, task.each, task.options, rows.start * row_elements, task.num_elements, key)
+            tensors, base = self._tensors(rows)
+            companions = [self._read(source, rows, torch.float32) for source in task.companions]
+            first, key = rows.start * row_elements, f"{self._seed} {task.name} {number}"
+            yield Piece(tensors, base, task.each, task.options, first, task.num_elements, key, companions)
 
-    def _tensors(self, rows: slice) -> list[torch.Tensor]:
+    def _tensors(self, rows: slice) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+        """Of the models, and of the base."""
+        task = self._task
+        if self._way.one_by_one:
+            later = _Later([partial(self._read, source, rows) for source in task.sources])
+            return later, self._read(task.base, rows) if task.base is not None else None
         if self._kept is not None:
-            return [tensor[rows] for tensor in self._kept]
-        return [self._read(*source, rows) for source in self._task.inputs]
+            tensors = [tensor[rows] for tensor in self._kept]
+        else:
+            tensors = [self._read(source, rows) for source in task.inputs]
+        base = tensors.pop() if task.base is not None else None
+        return tensors, base
 
-    def _read(self, model: str, key: str, rows: slice | None) -> torch.Tensor:
-        reader = self._readers[model]
+    def _read(self, source: tuple[str, str], rows: slice | None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        model, key = source
         whole = not self._task.shape or rows is None or rows == slice(0, self._task.shape[0])
-        tensor = reader.read(key, None if whole else rows).to(self._task.dtype)
+        tensor = self._readers[model].read(key, None if whole else rows).to(dtype or self._task.dtype)
+        if self._task.inputs_first:
+            return tensor.T
         return tensor if tensor.dim() else tensor.view(1)
+
+
+class _Later(Sequence[torch.Tensor]):
+    """Tensors that are read whenever they are asked for, and not kept."""
+
+    def __init__(self, read: Sequence[Callable[[], torch.Tensor]]) -> None:
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
+        return _Later(self._read[index]) if isinstance(index, slice) else self._read[index]()
+
+
+def cost(method: str, task: Task) -> int:
+    """What a task costs beside others: elements, times the smaller side where matrices are factored."""
+    factored = METHODS[method].matrices is not None and task.is_matrix
+    return task.num_elements * (min(task.shape) if factored else 1)
 
 
 def worker_bytes(method: str, task: Task) -> int:
     """What a worker holds at most while it is at a task."""
     if task.copied:
         return task.num_elements * task.dtype.itemsize
-    way = METHODS[method].way(task.options)
+    row = METHODS[method]
+    if row.matrices is not None and task.is_matrix:
+        rows, columns = reversed(task.shape) if task.inputs_first else task.shape
+        return 2 * task.num_elements * task.dtype.itemsize + row.matrices.work_bytes(rows, columns)
+    way = Way(Cut.ELEMENTS) if task.otherwise else row.way(task.options)
     num_rows = task.shape[0] if task.shape else 1
     rows = max((rows.stop - rows.start for rows in rows_of_pieces(task.shape, way.cut)), default=0)
     elements = rows * task.num_elements // max(1, num_rows)
-    return _kept_bytes(task, way) + _PIECE_COPIES * elements * len(task.inputs) * _WIDEST
+    return _kept_bytes(task, way) + _PIECE_COPIES * elements * (len(task.inputs) + len(task.companions)) * _WIDEST
 
 
 def _kept_bytes(task: Task, way: Way) -> int:

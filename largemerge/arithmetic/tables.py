@@ -40,7 +40,10 @@ def _add_data_free_rows(table: Table, plan: DataFreePlan) -> None:
     table.add_row("models", "\n".join(plan.checkpoints))
     copied = [task for task in plan.layout.tasks if task.copied]
     counts = f"{len(plan.layout.tasks) - len(copied)} merged"
+    otherwise = sum(bool(task.otherwise) for task in plan.layout.tasks)
+    counts += f", {otherwise} of them otherwise (see the notes)" if otherwise else ""
     table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
-    table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
+    scratch = f", {gib(plan.scratch_bytes)} beside it for the time being" if plan.scratch_bytes else ""
+    table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write" + scratch)
     for note in plan.layout.notes:
         table.add_row("note", note)

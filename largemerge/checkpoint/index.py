@@ -88,6 +88,40 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     return Checkpoint(name, folder, config, fold_quantized(ordered, config, name, _read_small), fingerprint)
 
 
+def open_tensors(path: Path, name: str) -> Checkpoint:
+    """Headers of a safetensors file, or of all in a folder, without a model's config.
+
+    Args:
+        path: The file or folder.
+        name: What the user calls it, for messages.
+
+    Raises:
+        CheckpointError: If there are none, one is broken, or two hold a tensor of the same name.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not path.exists():
+        found = "no .safetensors file in it" if path.exists() else "nothing there"
+        raise CheckpointError(f"{name}: {found}; expected a .safetensors file, or a folder with some")
+    tensors: dict[str, TensorInfo] = {}
+    fingerprint: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            header, raw = _read_safetensors_header(file)
+            found_here = {info.name: info for info in _tensors(file, header, 8 + len(raw))}
+        except CheckpointError as error:
+            problems.extend(f"{name}: {problem}" for problem in error.problems)
+            continue
+        twice = sorted(set(found_here) & set(tensors))
+        if twice:
+            problems.append(f"{name}: {_some(twice)} in several files; expected each tensor once")
+        tensors |= found_here
+        fingerprint[file.name] = _file_fingerprint(file, raw)
+    if problems:
+        raise CheckpointError(*problems[:_MOST_PROBLEMS])
+    return Checkpoint(name, path if path.is_dir() else path.parent, {}, tensors, fingerprint)
+
+
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """A JSON object from `path`, or a `CheckpointError` that names the checkpoint."""
     try:

@@ -165,6 +165,16 @@ class ShardWriter:
         parts = {part: self._read(part) for part in expected.parts}
         return dequantize(name, parts, expected.quantization, expected.dtype)
 
+    def read_rows(self, name: str, rows: slice | None) -> torch.Tensor:
+        """Reads back a part of the first dimension (`None`: all of it) of a plain tensor written earlier."""
+        shard, stored = self._shard_of[name], self._stored[name]
+        if rows is None:
+            return self._read(name)
+        shape = (rows.stop - rows.start, *stored.shape[1:])
+        row_bytes = stored.num_bytes // max(1, stored.shape[0])
+        offset = shard.offsets[name] + rows.start * row_bytes
+        return read_tensor(self._descriptors[shard.file_name], offset, stored.dtype, shape)
+
     def _read(self, name: str) -> torch.Tensor:
         shard, stored = self._shard_of[name], self._stored[name]
         return read_tensor(self._descriptors[shard.file_name], shard.offsets[name], stored.dtype, stored.shape)

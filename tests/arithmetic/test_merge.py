@@ -15,6 +15,7 @@ import torch
 import transformers as tf
 import yaml
 from cases import weights_in
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import largemerge
@@ -75,6 +76,10 @@ def test_every_method_merges_files(tmp_path: Path, method: str) -> None:
     config = config_of(tmp_path, method, numbers)
     if row.base.name == "REQUIRED":
         config["base_model"] = str(tmp_path / "model0")
+    for entry in config["models"] if row.companion is not None else ():
+        diagonals = {name: tensor.abs() for name, tensor in weights_in(Path(entry["model"])).items()}
+        save_file(diagonals, f"{entry['model']}.safetensors")
+        entry["parameters"] = {row.companion: f"{entry['model']}.safetensors"}
     options = {name: 0.3 for name in row.options if name == "t"}
     config["parameters"] = options | {"weight": 0.4} if "weight" in row.each else options
     largemerge.merge(config, tmp_path / "out")

@@ -1,0 +1,82 @@
+"""Singular vectors and polar factors of a matrix, from the eigenvalues of its smaller Gram matrix.
+
+    X = U S Vᵀ  [O, I], I ≤ O       G = XᵀX = V S² Vᵀ  [I, I]       U = X V S⁻¹       U Vᵀ = X (V S⁻¹ Vᵀ)
+
+A wide X is transposed first. On a CPU this takes half the time of an SVD and less. The price is that S is squared: so
+G and its eigenvectors are float64, which knows directions down to a millionth of the largest singular value. What is
+smaller than that counts as 0: float32 weights have no more digits, and an SVD's vectors there are rounding errors.
+Such directions are left out of U and V, and a polar factor is 0 in them.
+
+Shapes: O rows, I columns, R singular values.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FACTOR_DTYPE = torch.float64
+"""The precision of every Gram matrix here, and of its eigenvectors."""
+
+_SMALLEST = 1e-6  # of the largest singular value
+_NUM_PANELS = 4
+_ROWS_AT_ONCE = 1024
+_FLOAT32_ERROR = 1e-5  # relative; up to there X V S⁻¹ is multiplied in float32
+
+
+def upper_gram(x_NI: torch.Tensor) -> torch.Tensor:
+    """XᵀX, float64, on and above the diagonal panels; what lies below them is undefined. `[I, I]`."""
+    size = x_NI.shape[1]
+    gram_II = torch.zeros(size, size, dtype=FACTOR_DTYPE)
+    width = max(1, -(-size // _NUM_PANELS))
+    for rows in torch.split(x_NI, _ROWS_AT_ONCE):
+        wide = rows.to(FACTOR_DTYPE)
+        for start in range(0, size, width):
+            stop = min(start + width, size)
+            gram_II[start:stop, start:].addmm_(wide[:, start:stop].T, wide[:, start:])
+    return gram_II
+
+
+def gram(x_NI: torch.Tensor) -> torch.Tensor:
+    """XᵀX, float64. `[I, I]`."""
+    upper_II = upper_gram(x_NI).triu_()
+    return upper_II.add_(upper_II.triu(1).T)
+
+
+def singular_vectors(x_OI: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U `[O, R]`, S `[R]`, V `[I, R]` of the largest singular values, largest first; float32, S float64.
+
+    Args:
+        x_OI: float32.
+        most: How many; fewer come back where the others count as 0.
+    """
+    if x_OI.shape[1] > x_OI.shape[0]:
+        v_IR, s_R, u_OR = singular_vectors(x_OI.T, most)
+        return u_OR, s_R, v_IR
+    s_R, v_IR = _spectrum(x_OI)
+    s_R, v_IR = s_R[:most], v_IR[:, :most]
+    return _product(x_OI, v_IR / s_R, s_R), s_R, v_IR.to(torch.float32)
+
+
+def polar_factor(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """U Vᵀ `[O, I]`, the nearest matrix with orthonormal columns (or rows), float32; and S `[R]`, float64."""
+    if x_OI.shape[1] > x_OI.shape[0]:
+        factor_IO, s_R = polar_factor(x_OI.T)
+        return factor_IO.T, s_R
+    s_R, v_IR = _spectrum(x_OI)
+    return _product(x_OI, (v_IR / s_R) @ v_IR.T, s_R), s_R
+
+
+def _spectrum(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """S, largest first, and V, float64, without what counts as 0."""
+    squares_I, vectors_II = torch.linalg.eigh(upper_gram(x_OI), UPLO="U")
+    s_I = squares_I.clamp_(min=0).sqrt_().flip(0)
+    count = int((s_I > _SMALLEST * s_I[:1]).sum()) if len(s_I) else 0
+    return s_I[:count], vectors_II.flip(1)[:, :count]
+
+
+def _product(x_OI: torch.Tensor, right: torch.Tensor, s_R: torch.Tensor) -> torch.Tensor:
+    """X times something as large as S⁻¹, in float32 where the smallest singular values allow it, else in float64."""
+    error = torch.finfo(torch.float32).eps * (s_R[:1] / s_R).square().mean().sqrt()
+    if len(s_R) == 0 or error <= _FLOAT32_ERROR:
+        return x_OI @ right.to(torch.float32)
+    return torch.cat([rows.to(FACTOR_DTYPE).mm(right).to(torch.float32) for rows in torch.split(x_OI, _ROWS_AT_ONCE)])

@@ -1,0 +1,172 @@
+"""What a data-free method is: one row of the table in `registry.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+from largemerge.arithmetic.pieces import Cut, Piece, Pieces
+
+REQUIRED = object()
+"""In the place of a default: there is none."""
+
+Merge = Callable[[Piece], torch.Tensor]
+"""Merges one piece after the other, in order."""
+
+
+class Base(Enum):
+    """What a method wants of `base_model`."""
+
+    NONE = "is not used: leave base_model out, or name it among the models"
+    OPTIONAL = "is optional"
+    REQUIRED = "is needed"
+    MEMBER = "is one of the models, if there is one"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a method goes about a tensor.
+
+    Attributes:
+        cut: Where the tensor may be cut.
+        survey: Reads all pieces first; what it finds goes to `Method.begin`.
+        one_by_one: A model's tensor is read each time that the method asks for it, and not kept.
+    """
+
+    cut: Cut
+    survey: Callable[[Pieces], Any] | None = None
+    one_by_one: bool = False
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which values a parameter may have."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    whole: bool = False
+    above: bool = False
+    """`low` itself is not one of them."""
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value."""
+        kinds = int if self.whole else int | float
+        number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        if number and self.low <= value <= self.high and not (self.above and value == self.low):
+            return None
+        low = "" if self.low == -math.inf else f" {'above' if self.above else 'from'} {self.low:g}"
+        high = "" if self.high == math.inf else f" to {self.high:g}"
+        return f"expected a {'whole ' if self.whole else ''}number{low}{high}, found {value!r}"
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A method whose formula is one of matrices.
+
+    Attributes:
+        others: Merges the pieces of what is no weight matrix, or too large a one.
+        others_are: What `others` makes of them, for people.
+        work_bytes: From a matrix's rows and columns to what the formula allocates, at most, beside the tensors that it
+            is given.
+    """
+
+    others: Merge
+    others_are: str
+    work_bytes: Callable[[int, int], int]
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    """A merged task vector, or a piece of one, before the whole model's factor.
+
+    Attributes:
+        vector: float32.
+        squares: Of it and of every model's task vector, in this order: Σ x².
+    """
+
+    vector: torch.Tensor
+    squares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A method that makes merged task vectors first, and multiplies all of them by one factor of the whole model.
+
+    Attributes:
+        matrix: Merges a weight matrix.
+        others: Merges the pieces of what is none.
+        factor: From the sums of `Unscaled.squares` over the whole model.
+    """
+
+    matrix: Callable[[Piece], Unscaled]
+    others: Callable[[Piece], Unscaled]
+    factor: Callable[[Sequence[float]], float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        title: For people.
+        source: Paper, or where it comes from.
+        way: From the parameters of all models together.
+        begin: From what the survey has found, to what merges the pieces.
+        base: What it wants of `base_model`.
+        num_models: Fewest and most models, the base not counted.
+        options: Parameters of all models together, with their defaults.
+        each: Parameters of every model, with their defaults; the base needs none.
+        ranges: Of parameters that are numbers of some range.
+        companion: The parameter of every model that names a folder or file of tensors as large as the model's own.
+        matrices: Of methods whose formula is one of matrices.
+        scaled: Of methods with a factor of the whole model; `begin` then knows one tensor only.
+    """
+
+    title: str
+    source: str
+    way: Callable[[Mapping[str, Any]], Way]
+    begin: Callable[[Any], Merge]
+    base: Base
+    num_models: tuple[int, int] = (1, 1 << 30)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, Any] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    companion: str | None = None
+    matrices: Matrices | None = None
+    scaled: Scaled | None = None
+
+
+def way_of(method: Method, options: Mapping[str, Any], *, other: bool) -> tuple[Way, Callable[[Any], Merge]]:
+    """The way and `begin` for one tensor.
+
+    Args:
+        method: The row.
+        options: Of this tensor.
+        other: The method's formula is one of matrices, and the tensor is none.
+    """
+    if not other or method.matrices is None:
+        return method.way(options), method.begin
+    # The factor of a model that is one tensor is known when all of it is.
+    return Way(Cut.ELEMENTS if method.scaled is None else Cut.WHOLE), plain(method.matrices.others)
+
+
+def always(
+    cut: Cut, survey: Callable[[Pieces], Any] | None = None, *, one_by_one: bool = False
+) -> Callable[[Mapping[str, Any]], Way]:
+    """The same way whatever the parameters are."""
+    return lambda _: Way(cut, survey, one_by_one)
+
+
+def plain(merge: Merge) -> Callable[[Any], Merge]:
+    """Of a method that surveys nothing."""
+    return lambda _: merge
+
+
+def knowing(merge: Callable[[Piece, Any], torch.Tensor]) -> Callable[[Any], Merge]:
+    """Of a method that looks at what its survey has found in every piece."""
+    return lambda found: lambda piece: merge(piece, found)

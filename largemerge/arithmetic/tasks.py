@@ -1,0 +1,232 @@
+"""One task for every tensor of the output: what it is made of, by which parameters, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from largemerge.arithmetic.config import DataFreeConfig, Module, OutputSlice
+from largemerge.arithmetic.matrices import stored_inputs_first, too_small, vocabulary_sizes, why_not_a_matrix
+from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
+from largemerge.arithmetic.settings import Levels
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.dtypes import dtype_name, torch_dtype
+
+_OUTPUT_EMBEDDINGS = "lm_head.weight"
+_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one tensor of the output comes about.
+
+    Attributes:
+        name: On disk, of the output.
+        shape: Dimensions.
+        sources: Model and name on disk of every tensor, the base's not among them.
+        base: Of the base, where the method has one.
+        each: Parameters of every source, by name.
+        options: Parameters of all together.
+        dtype: In which it is computed.
+        out_dtype: In which it is written.
+        copied: Why it is taken as it is from its only source; empty where it is merged.
+        otherwise: Why a method of matrices merges it as it merges everything else; empty where its formula holds.
+        inputs_first: It is `[inputs, outputs]`, and the formula sees its transpose.
+        companions: Folder and name of what belongs to every source, where the method wants that.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[tuple[str, str], ...]
+    base: tuple[str, str] | None
+    each: Mapping[str, Sequence[Any]]
+    options: Mapping[str, Any]
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    copied: str = ""
+    otherwise: str = ""
+    inputs_first: bool = False
+    companions: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def num_elements(self) -> int:
+        """Of the tensor."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def inputs(self) -> tuple[tuple[str, str], ...]:
+        """All that is read."""
+        return (*self.sources, *([self.base] if self.base is not None else []))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a formula of matrices holds for it, where the method has one."""
+        return not self.copied and not self.otherwise
+
+
+@dataclass
+class Layout:
+    """All tasks of a merge.
+
+    Attributes:
+        tasks: In the order of the output.
+        layers: By stack: which layers of its first source the output's layers are.
+        problems: What makes the merge impossible.
+        notes: What a user should know.
+    """
+
+    tasks: list[Task] = field(default_factory=list)
+    layers: dict[str, list[int]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class TaskPlanner:
+    """Makes tasks, and notes what is wrong with them."""
+
+    def __init__(
+        self,
+        config: DataFreeConfig,
+        checkpoints: Mapping[str, Checkpoint],
+        companions: Mapping[str, Checkpoint],
+        layout: Layout,
+    ) -> None:
+        self.config, self.checkpoints, self.companions, self.layout = config, checkpoints, companions, layout
+        self.method = METHODS[config.merge_method]
+        self._vocabulary = frozenset[int]().union(*map(vocabulary_sizes, checkpoints.values()))
+        self._inputs_first = {model: stored_inputs_first(checkpoint) for model, checkpoint in checkpoints.items()}
+
+    def add(self, name: str, keyed: Sequence[tuple[str, str]], piece: OutputSlice, module: Module, t: float) -> None:
+        """Plans one tensor of the output."""
+        base_model = piece.base_model or self.config.base_model
+        found = self._find(name, keyed)
+        if found is None:
+            return
+        takes_base = self.method.base in (Base.REQUIRED, Base.OPTIONAL)
+        sources = [(model, key) for model, key in found if not (takes_base and model == base_model)]
+        base = next(((model, key) for model, key in found if takes_base and model == base_model), None)
+        infos = {model: self.checkpoints[model].tensors[key] for model, key in found}
+        anchor = infos[base[0]] if base is not None else infos[found[0][0]]
+        dtype = self._dtype(anchor, infos)
+        if not anchor.dtype.is_floating_point:
+            source = base or found[0]
+            copied = "not floating point"
+            self.layout.tasks.append(Task(name, anchor.shape, (source,), None, {}, {}, dtype, dtype, copied))
+            return
+        self._check(name, infos, anchor, sources)
+        levels = Levels(
+            {source.model: source.parameters for source in piece.sources},
+            (piece.parameters, module.parameters, self.config.parameters),
+        )
+        each = self._each(levels, sources, t)
+        options = self._options(levels, name, t)
+        out = torch_dtype(self.config.out_dtype) if self.config.out_dtype is not None else dtype
+        otherwise, inputs_first = "", False
+        if self.method.matrices is not None:
+            otherwise = why_not_a_matrix(name, anchor.shape, self._vocabulary) or too_small(anchor.shape, len(sources))
+            model, key = found[0]
+            inputs_first = not otherwise and key in self._inputs_first[model]
+        task = Task(name, anchor.shape, tuple(sources), base, each, options, dtype, out, "", otherwise, inputs_first)
+        self.layout.tasks.append(replace(task, companions=self._companions(task)))
+
+    def _each(self, levels: Levels, sources: Sequence[tuple[str, str]], t: float) -> dict[str, list[Any]]:
+        """Parameters of every source."""
+        each: dict[str, list[Any]] = {parameter: [] for parameter in self.method.each}
+        for model, key in sources:
+            for parameter, default in self.method.each.items():
+                value = levels.value(parameter, key, t, model)
+                if value is None and default is REQUIRED:
+                    files = parameter == self.method.companion
+                    where = "; expected a .safetensors file, or a folder with some" if files else f" (tensor {key})"
+                    self._problem(f"{parameter}: missing for {model}{where}")
+                value = default if value is None else value
+                self._check_range(parameter, value)
+                each[parameter].append(value)
+        return each
+
+    def _options(self, levels: Levels, name: str, t: float) -> dict[str, Any]:
+        """Parameters of all together."""
+        options = {}
+        for parameter, default in self.method.options.items():
+            value = levels.value(parameter, name, t)
+            if value is None and default is REQUIRED:
+                self._problem(f"{parameter}: missing for tensor {name}")
+            options[parameter] = default if value is None else value
+            self._check_range(parameter, options[parameter])
+        return options
+
+    def _check_range(self, parameter: str, value: Any) -> None:
+        values = self.method.ranges.get(parameter)
+        problem = values.problem(value) if values is not None else None
+        if problem is not None:
+            self._problem(f"{parameter}: {problem}")
+
+    def _companions(self, task: Task) -> tuple[tuple[str, str], ...]:
+        """Of every source the tensor of the same name, where the method wants one."""
+        found = []
+        wanted = task.each[self.method.companion] if self.method.companion is not None else []
+        for path, (model, key) in zip(wanted, task.sources, strict=True) if wanted else ():
+            if path not in self.companions:
+                continue  # told already: missing, or no such path
+            info = self.companions[path].tensors.get(key)
+            if info is None:
+                self._problem(f"{path} has no tensor {key}; expected one for every tensor of {model}")
+            elif info.shape != task.shape:
+                shape, expected = list(info.shape), list(task.shape)
+                self._problem(f"{path}: {key} is {shape}; expected {expected}, as in {model}")
+            elif not info.dtype.is_floating_point:
+                self._problem(f"{path}: {key} is {dtype_name(info.dtype)}; expected a floating-point dtype")
+            found.append((path, key))
+        return tuple(found)
+
+    def _find(self, name: str, keyed: Sequence[tuple[str, str]]) -> list[tuple[str, str]] | None:
+        """The names on disk; of tied output embeddings, those of the input."""
+        found = []
+        for model, key in keyed:
+            tensors = self.checkpoints[model].tensors
+            if key not in tensors and key.endswith(_OUTPUT_EMBEDDINGS):
+                tied = [other for other in tensors if other.endswith(_INPUT_EMBEDDINGS)]
+                key = tied[0] if len(tied) == 1 else key
+            if key not in tensors:
+                self._problem(f"{model} has no tensor {key}, which {name} is to be made of")
+                return None
+            found.append((model, key))
+        return found
+
+    def _dtype(self, anchor: TensorInfo, infos: Mapping[str, TensorInfo]) -> torch.dtype:
+        if not anchor.dtype.is_floating_point:
+            return anchor.dtype
+        if self.config.dtype is not None:
+            return torch_dtype(self.config.dtype)
+        dtype = anchor.dtype
+        for info in infos.values():
+            dtype = torch.promote_types(dtype, info.dtype)
+        if any(info.dtype != dtype for info in infos.values()):
+            note = f"models are stored in unlike dtypes; computed in {dtype_name(dtype)}, which holds them all"
+            if note not in self.layout.notes:
+                self.layout.notes.append(note)
+        return dtype
+
+    def _check(
+        self,
+        name: str,
+        infos: Mapping[str, TensorInfo],
+        anchor: TensorInfo,
+        sources: Sequence[tuple[str, str]],
+    ) -> None:
+        shapes = {model: list(info.shape) for model, info in infos.items()}
+        if any(shape != list(anchor.shape) for shape in shapes.values()):
+            self._problem(f"{name}: shapes differ: {shapes}; expected one")
+        fewest, most = self.method.num_models
+        if not fewest <= len(sources) <= most:
+            wanted = f"{fewest}" if fewest == most else f"{fewest} or more"
+            beside = " beside the base" if self.method.base is Base.REQUIRED else ""
+            self._problem(f"{self.config.merge_method} merges {wanted} models{beside}, found {len(sources)}")
+
+    def _problem(self, text: str) -> None:
+        if text not in self.layout.problems:
+            self.layout.problems.append(text)
