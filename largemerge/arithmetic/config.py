@@ -5,11 +5,10 @@ What mergekit knows and this does not yet is an error that names the key. Paths 
 
 from __future__ import annotations
 
-import os
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 from pydantic import Field
@@ -19,28 +18,10 @@ from largemerge.config import DtypeName, MergeMethod
 from largemerge.config_calibration import Strict
 from largemerge.config_file import explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
+from largemerge.references import Reference, absolute_reference
+from largemerge.vocabulary.settings import BASE, UNION, TokenizerSettings
 
 Parameters = dict[str, Setting]
-
-
-def _reference(value: object) -> object:
-    """`{model: {path: …, revision: …}}` becomes `path@revision`."""
-    if isinstance(value, Mapping) and isinstance(value.get("model"), Mapping):
-        if value.get("lora") is not None or value.get("override_architecture") is not None:
-            raise ValueError("'lora' and 'override_architecture' are not supported; merge adapters first")
-        value = value["model"]
-    if isinstance(value, Mapping):
-        unknown = set(value) - {"path", "revision"}
-        if unknown or not isinstance(value.get("path"), str):
-            raise ValueError(f"expected a path, or path and revision, found {dict(value)!r}")
-        return value["path"] + (f"@{value['revision']}" if value.get("revision") else "")
-    if isinstance(value, str) and "+" in value and not Path(value).exists():
-        raise ValueError("an adapter (model+lora) is not supported; merge it into its model first")
-    return value
-
-
-Reference = Annotated[str, pydantic.BeforeValidator(_reference), Field(min_length=1)]
-"""A folder, or a Hub id, with `@revision` if wanted."""
 
 
 class ModelEntry(Strict):
@@ -90,12 +71,21 @@ class DataFreeConfig(Strict):
     """In which it is computed; default: in which the weights are stored."""
     out_dtype: DtypeName | None = None
     """In which it is written; default: as computed."""
-    tokenizer_source: str | None = None
-    """`base`, or one of the models; default: the base's where there is one, else the first model's."""
-    tokenizer: Any = None
+    tokenizer_source: Reference | None = None
+    """`union`, `base`, or a model; default: a copy of the base's tokenizer where there is one, else the first model's,
+    and rows of embeddings are merged by their numbers, not by their tokens."""
+    tokenizer: TokenizerSettings | None = None
+    """`tokenizer_source` with more settings."""
     chat_template: str | None = None
     seed: int = Field(0, ge=0)
     """Of random methods."""
+
+    @property
+    def vocabulary(self) -> TokenizerSettings | None:
+        """How embeddings are arranged by token, if they are."""
+        if self.tokenizer_source is not None:
+            return TokenizerSettings(source=self.tokenizer_source)
+        return self.tokenizer
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -155,12 +145,7 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
     for name, module in config.modules.items():
         if bool(module.models) == bool(module.slices):
             yield f"modules.{name}: expected one of 'models' and 'slices'"
-    if config.tokenizer is not None:
-        yield "tokenizer: not supported yet; tokenizer_source copies the tokenizer of one model"
-    if config.tokenizer_source == "union":
-        yield "tokenizer_source: 'union' is not supported yet; expected 'base' or one of the models"
-    if config.tokenizer_source == "base" and config.base_model is None:
-        yield "tokenizer_source: 'base' needs a 'base_model'"
+    yield from _vocabulary_problems(config)
     if config.chat_template not in (None, "auto"):
         yield f"chat_template: {config.chat_template!r} is not supported yet; the tokenizer's own is copied"
     own_bases = bool(config.slices) and all(piece.base_model for piece in config.slices)
@@ -201,15 +186,22 @@ def _all_parameters(config: DataFreeConfig) -> Iterator[tuple[str, Parameters]]:
         yield from of_slices(module.slices, f"modules.{name}.")
 
 
+def _vocabulary_problems(config: DataFreeConfig) -> Iterator[str]:
+    if config.tokenizer is not None and config.tokenizer_source is not None:
+        yield "expected one of 'tokenizer' and 'tokenizer_source', found both"
+    elif config.vocabulary is not None and config.vocabulary.source == BASE and config.base_model is None:
+        key = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
+        yield f"{key}: 'base' needs a 'base_model'"
+
+
 def _absolute(value: Any, folders: list[Path], key: str = "") -> Any:
     """Paths of models that lie in one of the folders, made absolute."""
     if isinstance(value, dict):
         return {name: _absolute(inner, folders, name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return tuple(_absolute(inner, folders, key) for inner in value)
-    if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source"):
-        for folder in folders:
-            path = folder / os.path.expanduser(value)
-            if path.is_dir():
-                return str(path.resolve())
+    if isinstance(value, str) and (
+        key in ("model", "base_model") or (key in ("tokenizer_source", "source") and value not in (UNION, BASE))
+    ):
+        return absolute_reference(value, folders)
     return value

@@ -6,29 +6,29 @@ Tensors of no layer come from the first slice if they lie before the layers (emb
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from largemerge.arithmetic.config import DataFreeConfig, Module, OutputSlice, SliceSource
+from largemerge.arithmetic.config import DataFreeConfig, Module, OutputSlice
 from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
 from largemerge.arithmetic.settings import Levels
+from largemerge.arithmetic.stacks import find_stacks, layer_of, modules_by_stack, stack_of
 from largemerge.checkpoint.index import Checkpoint, natural_key
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.dtypes import dtype_name, torch_dtype
+from largemerge.vocabulary.build import Vocabulary
+from largemerge.vocabulary.rules import TokenRows
 
-_LAYER = re.compile(r"^(?P<stack>[^\d]*?[^\d.]+)\.(?P<number>\d+)\.(?P<rest>.+)$")
 _BEFORE = ("embed", "wte", "wpe", "patch", "position", "token_type", "cls_token", "class_embedding")
 _OUTPUT_EMBEDDINGS, _INPUT_EMBEDDINGS = (
     "lm_head.weight",
     ("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
 )
 
-Depths = Mapping[str, Mapping[str, int]]
-"""By model and stack: how many layers there are."""
+_ADVICE = "; if these are vocabularies of unlike sizes, tokenizer_source: union brings them together"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Task:
         dtype: In which it is computed.
         out_dtype: In which it is written.
         copied: Why it is taken as it is from its only source; empty where it is merged.
+        token_rows: Which rows of its inputs it is made of, where it has one for every token and they lie otherwise.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task:
     dtype: torch.dtype
     out_dtype: torch.dtype
     copied: str = ""
+    token_rows: TokenRows | None = None
 
     @property
     def num_elements(self) -> int:
@@ -85,32 +87,28 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-def find_stacks(checkpoint: Checkpoint) -> dict[str, int]:
-    """Stacks of layers and how many each has, from the tensors' names."""
-    numbers: dict[str, set[int]] = {}
-    for name in checkpoint.tensors:
-        match = _LAYER.match(name)
-        if match:
-            numbers.setdefault(match["stack"], set()).add(int(match["number"]))
-    return {stack: len(found) for stack, found in numbers.items() if found == set(range(len(found)))}
-
-
-def lay_out(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], reference: str) -> Layout:
+def lay_out(
+    config: DataFreeConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    reference: str,
+    vocabulary: Vocabulary | None = None,
+) -> Layout:
     """Finds all tasks.
 
     Args:
         config: From `load_data_free`.
         checkpoints: By model, as the configuration names them.
         reference: The model whose names the output has.
+        vocabulary: Of the output, where embeddings are arranged by token.
     """
     layout = Layout()
     depths = {model: find_stacks(checkpoint) for model, checkpoint in checkpoints.items()}
     stacks = depths[reference]
-    modules = _modules(config, depths, stacks, layout)
+    modules = modules_by_stack(config, depths, stacks, layout.problems)
     if layout.problems:
         return layout
-    planner = _Planner(config, checkpoints, layout)
-    outside = [name for name in checkpoints[reference].tensors if _stack_of(name, stacks) is None]
+    planner = _Planner(config, checkpoints, layout, vocabulary)
+    outside = [name for name in checkpoints[reference].tensors if stack_of(name, stacks) is None]
     first, last = next(iter(modules.values())), list(modules.values())[-1]
     for name in outside:
         module, piece = (first, first.slices[0]) if _lies_before(name) else (last, last.slices[-1])
@@ -138,62 +136,17 @@ def _add_layer(planner: _Planner, stack: str, number: int, piece: OutputSlice, m
             planner.add(f"{stack}.{number}.{rest}", keyed, piece, module, t)
 
 
-def _modules(config: DataFreeConfig, depths: Depths, stacks: Mapping[str, int], layout: Layout) -> dict[str, Module]:
-    """By stack, everything as slices."""
-    if config.modules:
-        given = dict(config.modules)
-        if len(given) == 1 and len(stacks) == 1:
-            given = {next(iter(stacks)): next(iter(given.values()))}
-        unknown = sorted(set(given) - set(stacks))
-        if unknown or set(stacks) - set(given):
-            layout.problems.append(f"modules: found {sorted(given)}, expected one for each of {sorted(stacks)}")
-            return {}
-    elif config.slices:
-        if len(stacks) != 1:
-            layout.problems.append(f"slices: the model has the stacks {sorted(stacks)}; use 'modules', one for each")
-            return {}
-        given = {next(iter(stacks)): Module(slices=config.slices)}
-    else:
-        given = {stack: Module(models=config.models) for stack in stacks or {"": 0}}
-    modules = {stack: _as_slices(config, depths, stack, module) for stack, module in given.items()}
-    for stack, module in modules.items():
-        layout.problems.extend(_slice_problems(depths, stack, module))
-    return modules
-
-
-def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Module) -> Module:
-    if module.slices:
-        return module
-    sources = [(entry.model, entry.parameters) for entry in module.models]
-    if config.base_model is not None and config.base_model not in [model for model, _ in sources]:
-        sources.append((config.base_model, {}))
-    piece = OutputSlice(
-        sources=tuple(
-            SliceSource(model=model, parameters=parameters, layer_range=(0, depths[model].get(stack, 0)))
-            for model, parameters in sources
-        )
-    )
-    return module.model_copy(update={"models": (), "slices": (piece,)})
-
-
-def _slice_problems(depths: Depths, stack: str, module: Module) -> Iterator[str]:
-    for number, piece in enumerate(module.slices):
-        where = f"slices[{number}]"
-        lengths = {source.model: len(source.layers) for source in piece.sources}
-        if len(set(lengths.values())) > 1:
-            yield f"{where}: models have unlike numbers of layers here: {lengths}"
-        for source in piece.sources:
-            num_layers = depths[source.model].get(stack, 0)
-            start, stop = source.layer_range
-            if not 0 <= start <= stop <= num_layers or (start == stop and num_layers):
-                yield f"{where}: layer_range {[start, stop]} of {source.model}: expected some of [0, {num_layers}]"
-
-
 class _Planner:
     """Makes tasks, and notes what is wrong with them."""
 
-    def __init__(self, config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], layout: Layout) -> None:
-        self.config, self.checkpoints, self.layout = config, checkpoints, layout
+    def __init__(
+        self,
+        config: DataFreeConfig,
+        checkpoints: Mapping[str, Checkpoint],
+        layout: Layout,
+        vocabulary: Vocabulary | None,
+    ) -> None:
+        self.config, self.checkpoints, self.layout, self.vocabulary = config, checkpoints, layout, vocabulary
         self.method = METHODS[config.merge_method]
 
     def add(self, name: str, keyed: Sequence[tuple[str, str]], piece: OutputSlice, module: Module, t: float) -> None:
@@ -232,7 +185,22 @@ class _Planner:
                 self._problem(f"{parameter}: missing for tensor {name}")
             options[parameter] = default if value is None else value
         out = torch_dtype(self.config.out_dtype) if self.config.out_dtype is not None else dtype
-        self.layout.tasks.append(Task(name, anchor.shape, tuple(sources), base, each, options, dtype, out))
+        task = Task(name, anchor.shape, tuple(sources), base, each, options, dtype, out)
+        self.layout.tasks.append(self._by_token(task, infos, base_model))
+
+    def _by_token(self, task: Task, infos: Mapping[str, TensorInfo], base_model: str | None) -> Task:
+        """The task, with the rows of the output's vocabulary where it has one for every token."""
+        if self.vocabulary is None or task.name not in self.vocabulary.tensors:
+            return task
+        num_rows = {model: infos[model].shape[0] for model, _ in task.inputs}
+        if any(infos[model].quantization is not None for model in num_rows):
+            self._problem(f"{task.name}: quantised embeddings cannot be arranged by token; leave 'tokenizer' out")
+        rows, problems = self.vocabulary.rows_for([model for model, _ in task.inputs], num_rows, base_model)
+        for problem in problems:
+            self._problem(problem)
+        plain = rows.is_plain([num_rows[model] for model, _ in task.inputs])
+        shape = (rows.num_rows, *task.shape[1:])
+        return replace(task, shape=shape, token_rows=None if plain else rows)
 
     def _find(self, name: str, keyed: Sequence[tuple[str, str]]) -> list[tuple[str, str]] | None:
         """The names on disk; of tied output embeddings, those of the input."""
@@ -270,8 +238,11 @@ class _Planner:
         sources: Sequence[tuple[str, str]],
     ) -> None:
         shapes = {model: list(info.shape) for model, info in infos.items()}
-        if any(shape != list(anchor.shape) for shape in shapes.values()):
-            self._problem(f"{name}: shapes differ: {shapes}; expected one")
+        first = 1 if self.vocabulary is not None and name in self.vocabulary.tensors else 0
+        if any(shape[first:] != list(anchor.shape[first:]) for shape in shapes.values()):
+            alike_beyond = all(shape[1:] == list(anchor.shape[1:]) for shape in shapes.values())
+            advice = _ADVICE if not first and alike_beyond and layer_of(name) is None else ""
+            self._problem(f"{name}: shapes differ: {shapes}; expected one{advice}")
         fewest, most = self.method.num_models
         if not fewest <= len(sources) <= most:
             wanted = f"{fewest}" if fewest == most else f"{fewest} or more"
@@ -281,11 +252,6 @@ class _Planner:
     def _problem(self, text: str) -> None:
         if text not in self.layout.problems:
             self.layout.problems.append(text)
-
-
-def _stack_of(name: str, stacks: Mapping[str, int]) -> str | None:
-    match = _LAYER.match(name)
-    return match["stack"] if match and match["stack"] in stacks else None
 
 
 def _lies_before(name: str) -> bool:

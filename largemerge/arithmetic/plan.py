@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.memory import memory_in_use
+from largemerge.vocabulary.build import Vocabulary, build_vocabulary
+from largemerge.vocabulary.ids import move_ids
 
 CPU = torch.device("cpu")
 DataFreeSource = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
@@ -34,6 +37,7 @@ class DataFreePlan:
         reference: The model whose names and config the output has.
         layout: All tensors of the output.
         num_workers: That work side by side.
+        vocabulary: Of the output, where embeddings are arranged by token.
     """
 
     config: DataFreeConfig
@@ -41,6 +45,7 @@ class DataFreePlan:
     reference: str
     layout: Layout
     num_workers: int
+    vocabulary: Vocabulary | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -83,6 +88,7 @@ class DataFreePlan:
             "bytes_written": self.bytes_written,
             "peak_bytes": self.peak_bytes,
             "num_workers": self.num_workers,
+            "vocabulary": self.vocabulary.to_json() if self.vocabulary is not None else None,
             "notes": self.layout.notes,
             "problems": self.layout.problems,
         }
@@ -107,5 +113,23 @@ def plan_data_free(source: DataFreeSource) -> DataFreePlan:
     if problems:
         raise CheckpointError(*problems)
     reference = config.base_model if config.base_model is not None else config.references[0]
-    layout = lay_out(config, checkpoints, reference)
-    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads())
+    vocabulary = _vocabulary(config, checkpoints, reference)
+    layout = lay_out(config, checkpoints, reference, vocabulary)
+    if vocabulary is not None:
+        layout.notes.extend(vocabulary.notes)
+    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads(), vocabulary)
+
+
+def _vocabulary(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], reference: str) -> Vocabulary | None:
+    if config.vocabulary is None:
+        return None
+    from largemerge.vocabulary.embeddings import find_token_tensors
+
+    folders = {name: checkpoint.folder for name, checkpoint in checkpoints.items()}
+    tensors = find_token_tensors(checkpoints[reference])
+    vocabulary = build_vocabulary(config.vocabulary, folders, config.base_model, reference, tensors)
+    moved = copy.deepcopy(dict(checkpoints[reference].config))
+    vocabulary.notes += move_ids(
+        moved, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special
+    )
+    return vocabulary

@@ -20,6 +20,7 @@ from largemerge.arithmetic.registry import METHODS, Way
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.errors import MergeError
+from largemerge.vocabulary.rows import TokenReader
 
 PART_BYTES = 256 << 20
 """Of the output, at least, between two lines of the journal."""
@@ -111,7 +112,9 @@ class _Loader:
     def __init__(self, task: Task, way: Way, readers: Mapping[str, CheckpointReader], seed: int) -> None:
         self._task, self._readers, self._seed = task, readers, seed
         self.cuts = rows_of_pieces(task.shape, way.cut)
-        self._kept = [self._read(*source, None) for source in task.inputs] if _kept_bytes(task, way) else None
+        rows = task.token_rows
+        self._tokens = TokenReader(rows, task.inputs, readers, task.dtype) if rows is not None else None
+        self._kept = self._read_all(None) if _kept_bytes(task, way) else None
 
     def pieces(self) -> Iterator[Piece]:
         """All of them, in order."""
@@ -127,6 +130,11 @@ class _Loader:
     def _tensors(self, rows: slice) -> list[torch.Tensor]:
         if self._kept is not None:
             return [tensor[rows] for tensor in self._kept]
+        return self._read_all(rows)
+
+    def _read_all(self, rows: slice | None) -> list[torch.Tensor]:
+        if self._tokens is not None:
+            return self._tokens.read(rows or slice(0, self._task.shape[0]))
         return [self._read(*source, rows) for source in self._task.inputs]
 
     def _read(self, model: str, key: str, rows: slice | None) -> torch.Tensor:

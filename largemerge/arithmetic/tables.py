@@ -42,5 +42,7 @@ def _add_data_free_rows(table: Table, plan: DataFreePlan) -> None:
     counts = f"{len(plan.layout.tasks) - len(copied)} merged"
     table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
     table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
+    if plan.vocabulary is not None:
+        table.add_row("vocabulary", plan.vocabulary.told())
     for note in plan.layout.notes:
         table.add_row("note", note)

@@ -277,8 +277,6 @@ MISTAKES: list[tuple[str, Config, str]] = [
     ("linear", {"parameters": {"wieght": 1.0}}, "did you mean 'weight'"),
     ("linear", {"parameters": {"weight": []}}, "parameters.weight: expected numbers"),
     ("linear", {}, "weight: missing for"),
-    ("linear", {"tokenizer": {"source": "union"}}, "tokenizer: not supported yet"),
-    ("linear", {"tokenizer_source": "union"}, "'union' is not supported yet"),
     ("linear", {"chat_template": "chatml"}, "chat_template: 'chatml' is not supported"),
     ("linear", {"out_dype": "float16"}, "out_dype: unknown key; did you mean 'out_dtype'"),
     ("linear", {"models": []}, "expected one of 'models', 'slices' and 'modules', found none"),

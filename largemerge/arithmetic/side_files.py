@@ -1,0 +1,98 @@
+"""What a data-free merge writes beside its weights: config, tokenizer, model card, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from largemerge.arithmetic.plan import DataFreePlan
+from largemerge.arithmetic.registry import METHODS
+from largemerge.arithmetic.report import DataFreeReport
+from largemerge.checkpoint.index import read_json
+from largemerge.checkpoint.metadata import (
+    GENERATION_FILES,
+    copy_side_files,
+    find_processor,
+    find_tokenizer,
+    model_card,
+    output_config,
+)
+from largemerge.environment import versions
+from largemerge.vocabulary.build import Vocabulary
+from largemerge.vocabulary.ids import move_ids, set_vocabulary_size
+from largemerge.vocabulary.tokenizers import write_files
+
+
+def config_text(plan: DataFreePlan) -> str:
+    """The reference's config, with the output's dtype, number of layers and vocabulary."""
+    sizes: dict[torch.dtype, int] = {}
+    for task in plan.layout.tasks:
+        if task.out_dtype.is_floating_point:
+            sizes[task.out_dtype] = sizes.get(task.out_dtype, 0) + task.num_elements
+    dtype = max(sizes, key=lambda each: sizes[each])
+    config = json.loads(output_config(plan.checkpoints[plan.reference], dtype))
+    if plan.config.slices and len(plan.layout.layers) == 1:
+        (layers,) = plan.layout.layers.values()
+        _set_layers(config, layers)
+    if plan.vocabulary is not None:
+        tensors = plan.checkpoints[plan.reference].tensors
+        _set_vocabulary(config, plan.vocabulary, {tensors[name].shape[0] for name in plan.vocabulary.tensors})
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _set_layers(config: dict[str, Any], layers: list[int]) -> None:
+    """Writes the number of layers wherever it stands, and lists with an entry for every layer."""
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        counts = [key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in part]
+        for key in counts:
+            before = part[key]
+            for name, value in part.items():
+                if isinstance(value, list) and len(value) == before and name.endswith(("layers", "_types")):
+                    part[name] = [value[layer] for layer in layers]
+            part[key] = len(layers)
+
+
+def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary, rows_before: set[int]) -> None:
+    """Writes the rows of the embeddings, and the numbers of tokens that have moved."""
+    for before in rows_before:
+        set_vocabulary_size(config, before, vocabulary.num_rows)
+    move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
+
+
+def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
+    if path.is_file():
+        config = read_json(path, path.name)
+        move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_side_files(path: Path, report: DataFreeReport) -> None:
+    """Writes everything but weights, index and `config.json` into a folder."""
+    plan, config = report.plan, report.plan.config
+    folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
+    preferred = [folders[plan.reference], *folders.values()]
+    tokenizer = find_tokenizer(*preferred) if plan.vocabulary is None else None
+    copy_side_files(path, folders[plan.reference], tokenizer, find_processor(*preferred), with_code=False)
+    if plan.vocabulary is not None:
+        write_files(path, plan.vocabulary.tokenizer.files)
+        _move_generation_ids(path / GENERATION_FILES[0], plan.vocabulary)
+    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")
+    weights = {entry.model: entry.parameters.get("weight", 1.0) for entry in config.models}
+    numbers = {name: value for name, value in weights.items() if isinstance(value, int | float)}
+    card = model_card(
+        method=METHODS[config.merge_method].title,
+        class_name=(plan.checkpoints[plan.reference].config.get("architectures") or ["AutoModel"])[0],
+        models=[
+            {"name": Path(name).name, "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in folders
+        ],
+        base=config.base_model,
+        config_yaml=text,
+        version=versions()["largemerge"],
+    )
+    (path / "README.md").write_text(card, encoding="utf-8")
+    (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
