@@ -9,7 +9,7 @@ Everywhere else it is one text, `model@revision+adapter@revision`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,8 +53,13 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     return model, adapter
 
 
-def absolute_reference(reference: str, folders: Sequence[Path]) -> str:
-    """With the paths of what lies in one of the folders made absolute; the rest is left as it is."""
+def absolute_reference(reference: str, folders: Sequence[Path], names: Collection[str] = ()) -> str:
+    """With the paths of what lies in one of the folders made absolute; the rest, and `names`, are left as they are."""
+    if reference in names:
+        return reference
+    named = next(((model, adapter) for model, adapter in _splits(reference) if model in names), None)
+    if named is not None:
+        return f"{named[0]}+{_absolute_path(named[1], folders) or named[1]}"
     whole = _absolute_path(reference, folders)
     if whole is not None or "+" not in reference:
         return whole or reference

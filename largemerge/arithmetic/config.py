@@ -6,7 +6,7 @@ What mergekit knows and this does not yet is an error that names the key. Paths 
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Module(Strict):
 class DataFreeConfig(Strict):
     """A whole merge."""
 
+    name: str | None = None
+    """Under which other documents of the same file name the result as a model."""
     merge_method: str
     models: tuple[ModelEntry, ...] = ()
     slices: tuple[OutputSlice, ...] = ()
@@ -98,22 +100,26 @@ class DataFreeConfig(Strict):
         return tuple(dict.fromkeys([*sources, *([self.base_model] if self.base_model is not None else [])]))
 
 
-def load_data_free(source: str | Path | Mapping[str, Any]) -> DataFreeConfig:
+def load_data_free(
+    source: str | Path | Mapping[str, Any], folder: Path | None = None, names: Collection[str] = ()
+) -> DataFreeConfig:
     """Reads and checks a configuration.
 
     Args:
         source: Path of a YAML file, or a mapping of the same shape. Relative paths inside a file are looked up beside
             that file first, then in the working directory.
+        folder: Where the mapping's paths are looked up first.
+        names: Of other merges, whose results are named like models.
 
     Raises:
         ConfigError: With every mistake found.
     """
-    folders = [Path.cwd()]
     if isinstance(source, Mapping):
         raw: Any = dict(source)
     else:
         raw = read_yaml(Path(source))
-        folders.insert(0, Path(source).resolve().parent)
+        folder = Path(source).resolve().parent
+    folders = [*([folder] if folder is not None else []), Path.cwd()]
     _check_method(raw.get("merge_method"))
     try:
         config = DataFreeConfig.model_validate_json(to_json(raw))
@@ -122,7 +128,7 @@ def load_data_free(source: str | Path | Mapping[str, Any]) -> DataFreeConfig:
     problems = list(_problems(config))
     if problems:
         raise ConfigError(*problems)
-    return DataFreeConfig.model_validate(_absolute(config.model_dump(), folders))
+    return DataFreeConfig.model_validate(_absolute(config.model_dump(), folders, {UNION, BASE, *names}))
 
 
 def _check_method(name: object) -> None:
@@ -194,14 +200,12 @@ def _vocabulary_problems(config: DataFreeConfig) -> Iterator[str]:
         yield f"{key}: 'base' needs a 'base_model'"
 
 
-def _absolute(value: Any, folders: list[Path], key: str = "") -> Any:
-    """Paths of models that lie in one of the folders, made absolute."""
+def _absolute(value: Any, folders: list[Path], names: Collection[str], key: str = "") -> Any:
+    """Paths of models that lie in one of the folders, made absolute; but for what other things are called."""
     if isinstance(value, dict):
-        return {name: _absolute(inner, folders, name) for name, inner in value.items()}
+        return {name: _absolute(inner, folders, names, name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(_absolute(inner, folders, key) for inner in value)
-    if isinstance(value, str) and (
-        key in ("model", "base_model") or (key in ("tokenizer_source", "source") and value not in (UNION, BASE))
-    ):
-        return absolute_reference(value, folders)
+        return tuple(_absolute(inner, folders, names, key) for inner in value)
+    if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", "source"):
+        return absolute_reference(value, folders, names)
     return value

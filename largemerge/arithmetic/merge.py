@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from largemerge.arithmetic.layout import Task
-from largemerge.arithmetic.plan import CPU, DataFreePlan, DataFreeSource, plan_data_free
+from largemerge.arithmetic.plan import CPU, Before, DataFreePlan, DataFreeSource, plan_data_free
 from largemerge.arithmetic.report import DataFreeReport
 from largemerge.arithmetic.side_files import config_text, write_side_files
 from largemerge.arithmetic.stream import Merger, parts, run_parts
@@ -41,8 +41,9 @@ def merge_data_free(
     force: bool,
     max_shard_bytes: int,
     quiet: bool,
+    before: Before | None = None,
 ) -> DataFreeReport:
-    """Merges without data; the arguments are those of `largemerge.merge`.
+    """Merges without data; the arguments are those of `largemerge.merge`, and what other merges have made for this one.
 
     Raises:
         LargemergeError: For anything wrong with config, inputs or output, before the long work.
@@ -55,7 +56,7 @@ def merge_data_free(
         with MemoryWatch(CPU) as watch:
 
             def plan_it() -> tuple[DataFreePlan, list[Path]]:
-                plan = plan_data_free(source)
+                plan = plan_data_free(source, before)
                 if plan.layout.problems:
                     raise LargemergeError(*plan.layout.problems)
                 folders = [checkpoint.folder for checkpoint in plan.checkpoints.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,27 @@ DataFreeSource = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
 
 
 @dataclass(frozen=True)
+class Before:
+    """What other merges of the same file have made, for one that needs it.
+
+    Attributes:
+        checkpoints: Results, by name.
+        configs: Of these merges, in order.
+        reports: As `merge_report.json` has them, by name.
+    """
+
+    checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)
+    configs: tuple[DataFreeConfig, ...] = ()
+    reports: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_result(self, config: DataFreeConfig, checkpoint: Checkpoint, report: Any) -> Before:
+        """With one more."""
+        name = checkpoint.name
+        checkpoints, reports = {**self.checkpoints, name: checkpoint}, {**self.reports, name: report}
+        return Before(checkpoints, (*self.configs, config), reports)
+
+
+@dataclass(frozen=True)
 class DataFreePlan:
     """What a data-free merge will do.
 
@@ -38,6 +59,7 @@ class DataFreePlan:
         layout: All tensors of the output.
         num_workers: That work side by side.
         vocabulary: Of the output, where embeddings are arranged by token.
+        before: What other merges have made for this one.
     """
 
     config: DataFreeConfig
@@ -46,6 +68,7 @@ class DataFreePlan:
     layout: Layout
     num_workers: int
     vocabulary: Vocabulary | None = None
+    before: Before = Before()
 
     @property
     def problems(self) -> list[str]:
@@ -94,8 +117,12 @@ class DataFreePlan:
         }
 
 
-def plan_data_free(source: DataFreeSource) -> DataFreePlan:
+def plan_data_free(source: DataFreeSource, before: Before | None = None) -> DataFreePlan:
     """Plans a data-free merge from the configuration and the checkpoints' headers.
+
+    Args:
+        source: The configuration.
+        before: What other merges have made for this one.
 
     Raises:
         LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
@@ -103,31 +130,36 @@ def plan_data_free(source: DataFreeSource) -> DataFreePlan:
     """
     assert not isinstance(source, MergeConfig)
     config = source if isinstance(source, DataFreeConfig) else load_data_free(source)
+    before = before or Before()
     problems: list[str] = []
     checkpoints: dict[str, Checkpoint] = {}
     for reference in config.references:
         try:
-            checkpoints[reference] = open_checkpoint(locate_checkpoint(reference, reference), reference)
+            made = before.checkpoints.get(reference)
+            checkpoints[reference] = made or open_checkpoint(locate_checkpoint(reference, reference), reference)
         except LargemergeError as error:
             problems.extend(error.problems)
     if problems:
         raise CheckpointError(*problems)
     reference = config.base_model if config.base_model is not None else config.references[0]
-    vocabulary = _vocabulary(config, checkpoints, reference)
+    vocabulary = _vocabulary(config, checkpoints, reference, before)
     layout = lay_out(config, checkpoints, reference, vocabulary)
     if vocabulary is not None:
         layout.notes.extend(vocabulary.notes)
-    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads(), vocabulary)
+    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads(), vocabulary, before)
 
 
-def _vocabulary(config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], reference: str) -> Vocabulary | None:
+def _vocabulary(
+    config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], reference: str, before: Before
+) -> Vocabulary | None:
     if config.vocabulary is None:
         return None
     from largemerge.vocabulary.embeddings import find_token_tensors
 
     folders = {name: checkpoint.folder for name, checkpoint in checkpoints.items()}
     tensors = find_token_tensors(checkpoints[reference])
-    vocabulary = build_vocabulary(config.vocabulary, folders, config.base_model, reference, tensors)
+    elsewhere = {name: checkpoint.folder for name, checkpoint in before.checkpoints.items()}
+    vocabulary = build_vocabulary(config.vocabulary, folders, config.base_model, reference, tensors, elsewhere)
     moved = copy.deepcopy(dict(checkpoints[reference].config))
     vocabulary.notes += move_ids(
         moved, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special

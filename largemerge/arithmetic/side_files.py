@@ -24,7 +24,7 @@ from largemerge.checkpoint.metadata import (
 from largemerge.environment import versions
 from largemerge.vocabulary.build import Vocabulary
 from largemerge.vocabulary.ids import move_ids, set_vocabulary_size
-from largemerge.vocabulary.tokenizers import write_files
+from largemerge.vocabulary.tokenizers import tokenizer_files, write_files
 
 
 def config_text(plan: DataFreePlan) -> str:
@@ -70,17 +70,26 @@ def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def write_tokenizer(path: Path, plan: DataFreePlan) -> None:
+    """Writes the output's tokenizer: that of its vocabulary, else a copy of the reference's, or the first there is."""
+    if plan.vocabulary is not None:
+        write_files(path, plan.vocabulary.tokenizer.files)
+        return
+    folders = [plan.checkpoints[plan.reference].folder, *(each.folder for each in plan.checkpoints.values())]
+    write_files(path, tokenizer_files(find_tokenizer(*folders)))
+
+
 def write_side_files(path: Path, report: DataFreeReport) -> None:
     """Writes everything but weights, index and `config.json` into a folder."""
     plan, config = report.plan, report.plan.config
     folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
     preferred = [folders[plan.reference], *folders.values()]
-    tokenizer = find_tokenizer(*preferred) if plan.vocabulary is None else None
-    copy_side_files(path, folders[plan.reference], tokenizer, find_processor(*preferred), with_code=False)
+    copy_side_files(path, folders[plan.reference], None, find_processor(*preferred), with_code=False)
+    write_tokenizer(path, plan)
     if plan.vocabulary is not None:
-        write_files(path, plan.vocabulary.tokenizer.files)
         _move_generation_ids(path / GENERATION_FILES[0], plan.vocabulary)
-    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    documents = [each.model_dump(mode="json", exclude_defaults=True) for each in (*plan.before.configs, config)]
+    text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
     (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")
     weights = {entry.model: entry.parameters.get("weight", 1.0) for entry in config.models}
     numbers = {name: value for name, value in weights.items() if isinstance(value, int | float)}

@@ -8,11 +8,17 @@ from rich.text import Text
 
 from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.report import DataFreeReport
+from largemerge.arithmetic.series import SeriesPlan
 from largemerge.sizes import gib
 
 
-def print_plan(plan: DataFreePlan, console: Console) -> None:
-    """What `largemerge plan` shows of a data-free merge."""
+def print_plan(plan: DataFreePlan | SeriesPlan, console: Console) -> None:
+    """What `largemerge plan` shows of a data-free merge, or of several."""
+    if isinstance(plan, SeriesPlan):
+        for label, each in plan.plans.items():
+            console.print(f"{label}:")
+            print_plan(each, console)
+        return
     table = Table(title=f"{plan.config.merge_method} of {len(plan.checkpoints)} models", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")

@@ -94,6 +94,7 @@ class Vocabulary:
             "source": self.settings.source,
             "tokens": len(self.tokenizer.ids),
             "rows": self.num_rows,
+            "fingerprint": self.fingerprint(),
             "embeddings": sorted(self.tensors),
             "rules": [
                 {"counts": dict(rows.counts), "tokens": {name: list(some) for name, some in rows.listed.items()}}
@@ -121,6 +122,7 @@ def build_vocabulary(
     base: str | None,
     reference: str,
     tensors: frozenset[str],
+    elsewhere: Mapping[str, Path],
 ) -> Vocabulary:
     """Reads all tokenizers and makes the output's.
 
@@ -130,6 +132,7 @@ def build_vocabulary(
         base: The base, if there is one.
         reference: The model whose config the output has.
         tensors: Names on disk of tensors with a row for every token.
+        elsewhere: Folders of models that are not merged here, by name; others are located.
 
     Raises:
         LargemergeError: With all that is wrong.
@@ -146,7 +149,8 @@ def build_vocabulary(
     outside: Tokenizer | None = None
     if source not in (UNION, BASE, *folders):
         try:
-            outside = load_tokenizer(locate_checkpoint(source, source, weights=False), source)
+            folder = elsewhere.get(source) or locate_checkpoint(source, source, weights=False)
+            outside = load_tokenizer(folder, source)
         except LargemergeError as error:
             problems.extend(f"tokenizer source: {problem}" for problem in error.problems)
     if problems:

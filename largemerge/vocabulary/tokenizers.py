@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path, name: str) -> Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     special = {role: token for role, token in loaded.special_tokens_map.items() if isinstance(token, str)}
     document = json.loads(backend.to_str()) if backend is not None else None
-    return Tokenizer(dict(loaded.get_vocab()), document, special, _files(folder))
+    return Tokenizer(dict(loaded.get_vocab()), document, special, tokenizer_files(folder))
 
 
 def with_document(tokenizer: Tokenizer, document: Document, name: str) -> Tokenizer:
@@ -121,6 +121,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def _files(folder: Path) -> dict[str, bytes]:
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder's tokenizer, by name."""
     paths = [folder / name for name in TOKENIZER_FILES] + sorted((folder / TEMPLATE_FOLDER).glob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}

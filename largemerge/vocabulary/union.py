@@ -4,8 +4,8 @@ Tokens of the first keep their numbers; new ones follow, in the order of the mod
 part of another's vocabulary becomes part of this one's, with the merges (BPE) or scores (Unigram) that lead to it, so
 that text is still cut by the tokenizer's own rules. mergekit makes them *added tokens*, which are cut out of any text
 in which their letters stand, words included ("ing", "er"), before the tokenizer sees it. Added tokens stay added ones.
-The first one's merges come before the others', so that its texts are cut as before, or into fewer tokens; some tokens of
-the others may then never come out of a text, where the first one's merges lead another way.
+The first one's merges come before the others', so that its texts are cut as before, or into fewer tokens; some tokens
+of the others may then never come out of a text, where the first one's merges lead another way.
 """
 
 from __future__ import annotations

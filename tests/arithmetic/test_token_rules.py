@@ -173,7 +173,7 @@ def test_tokenizers_of_unlike_kinds_have_no_union(tmp_path: Path) -> None:
     write_model(tmp_path / "a", 0, train("BPE", ENGLISH))
     write_model(tmp_path / "b", 1, train("WordPiece", CODE))
     config = linear(tmp_path, ["a", "b"], [0.5, 0.5], tokenizer_source="union")
-    with pytest.raises(LargemergeError, match="WordPiece, that of the base BPE, and .*have no union"):
+    with pytest.raises(LargemergeError, match=r"WordPiece, that of the base BPE, and .*have no union"):
         largemerge.merge(config, tmp_path / "out")
 
 

@@ -150,7 +150,7 @@ def test_unlike_sizes_without_a_setting_are_refused(tmp_path: Path) -> None:
     tokenizer = train("BPE", ENGLISH)
     write_model(tmp_path / "a", 0, tokenizer)
     write_model(tmp_path / "b", 1, tokenizer, ["<b>"])
-    with pytest.raises(LargemergeError, match="shapes differ.*tokenizer_source: union"):
+    with pytest.raises(LargemergeError, match=r"shapes differ.*tokenizer_source: union"):
         largemerge.merge(linear(tmp_path, ["a", "b"], [0.5, 0.5]), tmp_path / "out")
 
 

@@ -26,6 +26,7 @@ Rows = dict[str, torch.Tensor]
 def train(kind: str, texts: Sequence[str], size: int = 300) -> tokenizers.Tokenizer:
     """A tokenizer of one of the kinds that there are."""
     made: tokenizers.Tokenizer
+    options: Any = {"vocab_size": size, "show_progress": False, "special_tokens": SPECIAL}
     if kind == "BPE":
         made = tokenizers.Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +40,7 @@ def train(kind: str, texts: Sequence[str], size: int = 300) -> tokenizers.Tokeni
         made.normalizer = normalizers.BertNormalizer(lowercase=False)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=size, show_progress=False, special_tokens=SPECIAL)
+        trainer = trainers.WordPieceTrainer(**options)
     else:
         made = tokenizers.Tokenizer(models.Unigram())
         made.pre_tokenizer = pre_tokenizers.Metaspace()
