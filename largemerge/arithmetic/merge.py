@@ -20,7 +20,7 @@ from largemerge.arithmetic.plan import CPU, Before, DataFreePlan, DataFreeSource
 from largemerge.arithmetic.report import DataFreeReport
 from largemerge.arithmetic.side_files import config_text, write_side_files
 from largemerge.arithmetic.stream import Merger, parts, run_parts
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.adapters import open_reader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.distributed import Ranks, start_ranks, too_many_threads
 from largemerge.environment import versions
@@ -60,6 +60,7 @@ def merge_data_free(
                 if plan.layout.problems:
                     raise LargemergeError(*plan.layout.problems)
                 folders = [checkpoint.folder for checkpoint in plan.checkpoints.values()]
+                folders += [adapter.checkpoint.folder for adapter in plan.adapters.values()]
                 if ranks.is_first:
                     check_output(out, folders, resume=resume, force=force)
                 return plan, folders
@@ -96,7 +97,8 @@ def _run(plan: DataFreePlan, shards: tuple[Shard, ...], folder: OutputFolder, ra
     with ExitStack() as stack:
         stack.enter_context(ranks.works())
         readers = {
-            name: stack.enter_context(CheckpointReader(checkpoint)) for name, checkpoint in plan.checkpoints.items()
+            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name)))
+            for name, checkpoint in plan.checkpoints.items()
         }
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
         merger = Merger(plan.config.merge_method, plan.config.seed, readers, writer)

@@ -13,14 +13,17 @@ import torch
 from largemerge.arithmetic.config import DataFreeConfig, load_data_free
 from largemerge.arithmetic.layout import Layout, lay_out
 from largemerge.arithmetic.stream import worker_bytes
+from largemerge.checkpoint.adapters import Adapter, open_adapter
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.memory import memory_in_use
+from largemerge.references import split_reference
 from largemerge.vocabulary.build import Vocabulary, build_vocabulary
 from largemerge.vocabulary.ids import move_ids
+from largemerge.vocabulary.tokenizers import has_tokenizer
 
 CPU = torch.device("cpu")
 DataFreeSource = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
@@ -60,6 +63,7 @@ class DataFreePlan:
         num_workers: That work side by side.
         vocabulary: Of the output, where embeddings are arranged by token.
         before: What other merges have made for this one.
+        adapters: By model, of those that have one.
     """
 
     config: DataFreeConfig
@@ -69,6 +73,7 @@ class DataFreePlan:
     num_workers: int
     vocabulary: Vocabulary | None = None
     before: Before = Before()
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[str]:
@@ -103,6 +108,10 @@ class DataFreePlan:
         return {
             "merge_method": self.config.merge_method,
             "models": list(self.checkpoints),
+            "adapters": {
+                name: {"adapted": len(adapter.deltas), "replaced": list(adapter.replaced)}
+                for name, adapter in self.adapters.items()
+            },
             "reference": self.reference,
             "tensors": len(self.layout.tasks),
             "copied": {task.name: task.copied for task in self.layout.tasks if task.copied},
@@ -133,30 +142,55 @@ def plan_data_free(source: DataFreeSource, before: Before | None = None) -> Data
     before = before or Before()
     problems: list[str] = []
     checkpoints: dict[str, Checkpoint] = {}
+    adapters: dict[str, Adapter] = {}
     for reference in config.references:
         try:
-            made = before.checkpoints.get(reference)
-            checkpoints[reference] = made or open_checkpoint(locate_checkpoint(reference, reference), reference)
+            checkpoints[reference], adapter = open_model(reference, before)
+            adapters |= {reference: adapter} if adapter is not None else {}
         except LargemergeError as error:
             problems.extend(error.problems)
     if problems:
         raise CheckpointError(*problems)
     reference = config.base_model if config.base_model is not None else config.references[0]
-    vocabulary = _vocabulary(config, checkpoints, reference, before)
+    vocabulary = _vocabulary(config, checkpoints, reference, before, adapters)
     layout = lay_out(config, checkpoints, reference, vocabulary)
     if vocabulary is not None:
         layout.notes.extend(vocabulary.notes)
-    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads(), vocabulary, before)
+    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads(), vocabulary, before, adapters)
+
+
+def open_model(reference: str, before: Before) -> tuple[Checkpoint, Adapter | None]:
+    """The checkpoint of a model, or of another merge's result, with its adapter if it has one.
+
+    Raises:
+        LargemergeError: If either cannot be opened, or they do not fit together.
+    """
+    name, lora = split_reference(reference)
+    model = before.checkpoints.get(name) or open_checkpoint(locate_checkpoint(name, name), name)
+    if lora is None:
+        return model, None
+    return open_adapter(locate_checkpoint(lora, reference), reference, model)
+
+
+def tokenizer_folder(checkpoint: Checkpoint, adapter: Adapter | None) -> Path:
+    """Where the tokenizer of a model lies: beside an adapter that has brought embeddings, else beside the model."""
+    if adapter is not None and adapter.embeddings and has_tokenizer(adapter.checkpoint.folder):
+        return adapter.checkpoint.folder
+    return checkpoint.folder
 
 
 def _vocabulary(
-    config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], reference: str, before: Before
+    config: DataFreeConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    reference: str,
+    before: Before,
+    adapters: Mapping[str, Adapter],
 ) -> Vocabulary | None:
     if config.vocabulary is None:
         return None
     from largemerge.vocabulary.embeddings import find_token_tensors
 
-    folders = {name: checkpoint.folder for name, checkpoint in checkpoints.items()}
+    folders = {name: tokenizer_folder(checkpoint, adapters.get(name)) for name, checkpoint in checkpoints.items()}
     tensors = find_token_tensors(checkpoints[reference])
     elsewhere = {name: checkpoint.folder for name, checkpoint in before.checkpoints.items()}
     vocabulary = build_vocabulary(config.vocabulary, folders, config.base_model, reference, tensors, elsewhere)

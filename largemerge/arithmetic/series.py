@@ -19,11 +19,10 @@ from typing import Any
 
 from largemerge.arithmetic.documents import Document, load_documents, model_of
 from largemerge.arithmetic.merge import merge_data_free
-from largemerge.arithmetic.plan import Before, DataFreePlan, plan_data_free
+from largemerge.arithmetic.plan import Before, DataFreePlan, open_model, plan_data_free
 from largemerge.arithmetic.report import DataFreeReport
 from largemerge.arithmetic.side_files import config_text, write_tokenizer
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
-from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.distributed import Ranks, start_ranks, stay_together
 from largemerge.errors import LargemergeError, OutputError
@@ -161,7 +160,7 @@ def _open_problems(document: Document) -> Iterator[str]:
     for reference in document.config.references:
         if model_of(reference) not in document.needs:
             try:
-                open_checkpoint(locate_checkpoint(reference, reference), reference)
+                open_model(reference, Before())
             except LargemergeError as error:
                 yield from (f"{document.label}: {problem}" for problem in error.problems)
 

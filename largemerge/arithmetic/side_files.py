@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import yaml
 
-from largemerge.arithmetic.plan import DataFreePlan
+from largemerge.arithmetic.plan import DataFreePlan, tokenizer_folder
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.report import DataFreeReport
-from largemerge.checkpoint.index import read_json
+from largemerge.checkpoint.adapters import Adapter
+from largemerge.checkpoint.index import Checkpoint, read_json
 from largemerge.checkpoint.metadata import (
     GENERATION_FILES,
     copy_side_files,
@@ -22,6 +23,7 @@ from largemerge.checkpoint.metadata import (
     output_config,
 )
 from largemerge.environment import versions
+from largemerge.references import short_name
 from largemerge.vocabulary.build import Vocabulary
 from largemerge.vocabulary.ids import move_ids, set_vocabulary_size
 from largemerge.vocabulary.tokenizers import tokenizer_files, write_files
@@ -38,6 +40,9 @@ def config_text(plan: DataFreePlan) -> str:
     if plan.config.slices and len(plan.layout.layers) == 1:
         (layers,) = plan.layout.layers.values()
         _set_layers(config, layers)
+    adapter = plan.adapters.get(plan.reference)
+    if adapter is not None:
+        _set_rows_of_adapter(config, plan.checkpoints[plan.reference], adapter)
     if plan.vocabulary is not None:
         tensors = plan.checkpoints[plan.reference].tensors
         _set_vocabulary(config, plan.vocabulary, {tensors[name].shape[0] for name in plan.vocabulary.tensors})
@@ -63,6 +68,12 @@ def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary, rows_before:
     move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
 
 
+def _set_rows_of_adapter(config: dict[str, Any], model: Checkpoint, adapter: Adapter) -> None:
+    """An adapter may have brought embeddings with more rows than the model's config says."""
+    for name in adapter.embeddings:
+        set_vocabulary_size(config, model.config.get("vocab_size", -1), model.tensors[name].shape[0])
+
+
 def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
     if path.is_file():
         config = read_json(path, path.name)
@@ -75,7 +86,8 @@ def write_tokenizer(path: Path, plan: DataFreePlan) -> None:
     if plan.vocabulary is not None:
         write_files(path, plan.vocabulary.tokenizer.files)
         return
-    folders = [plan.checkpoints[plan.reference].folder, *(each.folder for each in plan.checkpoints.values())]
+    models = [plan.reference, *plan.checkpoints]
+    folders = [tokenizer_folder(plan.checkpoints[name], plan.adapters.get(name)) for name in models]
     write_files(path, tokenizer_files(find_tokenizer(*folders)))
 
 
@@ -97,7 +109,7 @@ def write_side_files(path: Path, report: DataFreeReport) -> None:
         method=METHODS[config.merge_method].title,
         class_name=(plan.checkpoints[plan.reference].config.get("architectures") or ["AutoModel"])[0],
         models=[
-            {"name": Path(name).name, "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in folders
+            {"name": short_name(name), "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in folders
         ],
         base=config.base_model,
         config_yaml=text,

@@ -17,7 +17,7 @@ import torch
 from largemerge.arithmetic.layout import Task
 from largemerge.arithmetic.pieces import Piece, rows_of_pieces
 from largemerge.arithmetic.registry import METHODS, Way
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.errors import MergeError
 from largemerge.vocabulary.rows import TokenReader
@@ -83,7 +83,7 @@ class Merger:
         writer: Of the output.
     """
 
-    def __init__(self, method: str, seed: int, readers: Mapping[str, CheckpointReader], writer: ShardWriter) -> None:
+    def __init__(self, method: str, seed: int, readers: Mapping[str, TensorReader], writer: ShardWriter) -> None:
         self._name, self._method, self._seed = method, METHODS[method], seed
         self._readers, self._writer = readers, writer
 
@@ -109,7 +109,7 @@ class Merger:
 class _Loader:
     """The pieces of one task: kept in memory where they are read more than once and small, else read again."""
 
-    def __init__(self, task: Task, way: Way, readers: Mapping[str, CheckpointReader], seed: int) -> None:
+    def __init__(self, task: Task, way: Way, readers: Mapping[str, TensorReader], seed: int) -> None:
         self._task, self._readers, self._seed = task, readers, seed
         self.cuts = rows_of_pieces(task.shape, way.cut)
         rows = task.token_rows

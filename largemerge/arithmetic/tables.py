@@ -48,6 +48,9 @@ def _add_data_free_rows(table: Table, plan: DataFreePlan) -> None:
     counts = f"{len(plan.layout.tasks) - len(copied)} merged"
     table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
     table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
+    for name, adapter in plan.adapters.items():
+        replaced = f", {len(adapter.replaced)} replaced" if adapter.replaced else ""
+        table.add_row("adapter", f"{name}: {len(adapter.deltas)} weights adapted{replaced}")
     if plan.vocabulary is not None:
         table.add_row("vocabulary", plan.vocabulary.told())
     for note in plan.layout.notes:

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -49,6 +49,24 @@ def read_tensor(descriptor: int, offset: int, dtype: torch.dtype, shape: tuple[i
             raise EOFError
         done += count
     return buffer.view(dtype).reshape(shape)
+
+
+class TensorReader(Protocol):
+    """Reads tensors of one model: from its files alone, or with an adapter."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What there is to read."""
+
+    @property
+    def bytes_read(self) -> int:
+        """So far."""
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """A tensor, or some rows of it."""
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows, in any order."""
 
 
 class CheckpointReader:

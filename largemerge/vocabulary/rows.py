@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.vocabulary.rules import AVERAGE, MEAN, TokenRows
 
 _SUM_DTYPE = torch.float64
@@ -29,7 +29,7 @@ class TokenReader:
         self,
         rows: TokenRows,
         inputs: Sequence[tuple[str, str]],
-        readers: Mapping[str, CheckpointReader],
+        readers: Mapping[str, TensorReader],
         dtype: torch.dtype,
     ) -> None:
         self._rows, self._dtype = rows, dtype

@@ -296,17 +296,6 @@ def test_mistakes_are_told_before_the_work(tmp_path: Path, method: str, more: Co
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_are_refused_by_name(tmp_path: Path) -> None:
-    write_models(tmp_path)
-    config = weighted(tmp_path)
-    config["models"][0]["model"] += "+adapter"
-    with pytest.raises(LargemergeError, match=r"models\[0\].model: an adapter"):
-        largemerge.merge(config, tmp_path / "out")
-    config["models"][0]["model"] = {"model": {"path": "somebody/model"}, "lora": {"path": "somebody/adapter"}}
-    with pytest.raises(LargemergeError, match="'lora' and 'override_architecture' are not supported"):
-        largemerge.merge(config, tmp_path / "out")
-
-
 def test_unlike_models_are_told_all_at_once(tmp_path: Path) -> None:
     write_models(tmp_path)
     sizes = tiny_models.LLM | {"intermediate_size": 32}
