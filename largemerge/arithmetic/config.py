@@ -20,6 +20,7 @@ from largemerge.config_file import explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
 from largemerge.references import Reference, absolute_reference
 from largemerge.vocabulary.settings import BASE, UNION, TokenizerSettings
+from largemerge.vocabulary.templates import template_problem
 
 Parameters = dict[str, Setting]
 
@@ -79,6 +80,7 @@ class DataFreeConfig(Strict):
     tokenizer: TokenizerSettings | None = None
     """`tokenizer_source` with more settings."""
     chat_template: str | None = None
+    """`auto`: the one that most models have; a built-in one's name; or a Jinja template."""
     seed: int = Field(0, ge=0)
     """Of random methods."""
 
@@ -122,13 +124,20 @@ def load_data_free(
     folders = [*([folder] if folder is not None else []), Path.cwd()]
     _check_method(raw.get("merge_method"))
     try:
-        config = DataFreeConfig.model_validate_json(to_json(raw))
+        config = DataFreeConfig.model_validate_json(to_json(_without_nulls(raw)))
     except pydantic.ValidationError as error:
         raise ConfigError(*explain(error, DataFreeConfig)) from None
     problems = list(_problems(config))
     if problems:
         raise ConfigError(*problems)
     return DataFreeConfig.model_validate(_absolute(config.model_dump(), folders, {UNION, BASE, *names}))
+
+
+def _without_nulls(raw: Any) -> Any:
+    """A key without a value, as in `parameters:` with nothing behind it, is as good as none."""
+    if isinstance(raw, Mapping):
+        return {key: _without_nulls(value) for key, value in raw.items() if value is not None}
+    return [_without_nulls(each) for each in raw] if isinstance(raw, list | tuple) else raw
 
 
 def _check_method(name: object) -> None:
@@ -152,8 +161,8 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
         if bool(module.models) == bool(module.slices):
             yield f"modules.{name}: expected one of 'models' and 'slices'"
     yield from _vocabulary_problems(config)
-    if config.chat_template not in (None, "auto"):
-        yield f"chat_template: {config.chat_template!r} is not supported yet; the tokenizer's own is copied"
+    if config.chat_template and (problem := template_problem(config.chat_template)) is not None:
+        yield f"chat_template: {problem}"
     own_bases = bool(config.slices) and all(piece.base_model for piece in config.slices)
     if method.base is Base.REQUIRED and config.base_model is None and not own_bases:
         yield f"base_model: {config.merge_method} needs one"

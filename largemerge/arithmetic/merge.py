@@ -139,5 +139,6 @@ def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
         "inputs": {name: dict(checkpoint.fingerprint) for name, checkpoint in plan.checkpoints.items()},
         "versions": versions(),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},
+        **({"chat_template": plan.template} if plan.template is not None else {}),
         **({"vocabulary": plan.vocabulary.fingerprint()} if plan.vocabulary is not None else {}),
     }

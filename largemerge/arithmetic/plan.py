@@ -23,6 +23,7 @@ from largemerge.memory import memory_in_use
 from largemerge.references import split_reference
 from largemerge.vocabulary.build import Vocabulary, build_vocabulary
 from largemerge.vocabulary.ids import move_ids
+from largemerge.vocabulary.templates import choose_template
 from largemerge.vocabulary.tokenizers import has_tokenizer
 
 CPU = torch.device("cpu")
@@ -64,6 +65,7 @@ class DataFreePlan:
         vocabulary: Of the output, where embeddings are arranged by token.
         before: What other merges have made for this one.
         adapters: By model, of those that have one.
+        template: The output's chat template, where it is not its tokenizer's.
     """
 
     config: DataFreeConfig
@@ -74,6 +76,7 @@ class DataFreePlan:
     vocabulary: Vocabulary | None = None
     before: Before = Before()
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    template: str | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -156,7 +159,23 @@ def plan_data_free(source: DataFreeSource, before: Before | None = None) -> Data
     layout = lay_out(config, checkpoints, reference, vocabulary)
     if vocabulary is not None:
         layout.notes.extend(vocabulary.notes)
-    return DataFreePlan(config, checkpoints, reference, layout, torch.get_num_threads(), vocabulary, before, adapters)
+    template = _template(config, checkpoints, adapters, layout)
+    num_workers = torch.get_num_threads()
+    return DataFreePlan(config, checkpoints, reference, layout, num_workers, vocabulary, before, adapters, template)
+
+
+def _template(
+    config: DataFreeConfig, checkpoints: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter], layout: Layout
+) -> str | None:
+    """The chat template, where the configuration says something of it; notes and problems go to the layout."""
+    if not config.chat_template:
+        return None
+    folders = [tokenizer_folder(checkpoint, adapters.get(name)) for name, checkpoint in checkpoints.items()]
+    if config.vocabulary is None and not any(map(has_tokenizer, folders)):
+        layout.problems.append("chat_template: no model has a tokenizer that could have one; leave it out")
+    template, told = choose_template(config.chat_template, folders)
+    layout.notes.append(f"chat template: {told}")
+    return template
 
 
 def open_model(reference: str, before: Before) -> tuple[Checkpoint, Adapter | None]:

@@ -26,6 +26,7 @@ from largemerge.environment import versions
 from largemerge.references import short_name
 from largemerge.vocabulary.build import Vocabulary
 from largemerge.vocabulary.ids import move_ids, set_vocabulary_size
+from largemerge.vocabulary.templates import with_template
 from largemerge.vocabulary.tokenizers import tokenizer_files, write_files
 
 
@@ -84,11 +85,12 @@ def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
 def write_tokenizer(path: Path, plan: DataFreePlan) -> None:
     """Writes the output's tokenizer: that of its vocabulary, else a copy of the reference's, or the first there is."""
     if plan.vocabulary is not None:
-        write_files(path, plan.vocabulary.tokenizer.files)
-        return
-    models = [plan.reference, *plan.checkpoints]
-    folders = [tokenizer_folder(plan.checkpoints[name], plan.adapters.get(name)) for name in models]
-    write_files(path, tokenizer_files(find_tokenizer(*folders)))
+        files = plan.vocabulary.tokenizer.files
+    else:
+        models = [plan.reference, *plan.checkpoints]
+        folders = [tokenizer_folder(plan.checkpoints[name], plan.adapters.get(name)) for name in models]
+        files = tokenizer_files(find_tokenizer(*folders))
+    write_files(path, files if plan.template is None else with_template(files, plan.template))
 
 
 def write_side_files(path: Path, report: DataFreeReport) -> None:
