@@ -93,7 +93,7 @@ class DataFreePlan:
         """From checkpoints, each tensor counted once."""
         return sum(
             self.checkpoints[model].tensors[key].num_bytes for task in self.layout.tasks for model, key in task.inputs
-        )
+        ) + sum(adapter.num_bytes for adapter in self.adapters.values())
 
     @property
     def bytes_written(self) -> int:
@@ -104,7 +104,8 @@ class DataFreePlan:
     def peak_bytes(self) -> int:
         """Anonymous memory, libraries included: the process as it is, and all workers at their largest tasks."""
         largest = sorted((worker_bytes(self.config.merge_method, task) for task in self.layout.tasks), reverse=True)
-        return memory_in_use(CPU).host_anonymous + sum(largest[: self.num_workers])
+        adapters = sum(adapter.kept_bytes for adapter in self.adapters.values())
+        return memory_in_use(CPU).host_anonymous + sum(largest[: self.num_workers]) + adapters
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

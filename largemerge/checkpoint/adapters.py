@@ -68,6 +68,11 @@ class Delta:
     scale: float
     transposed: bool
 
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return [self.down, self.up, *([self.magnitude] if self.magnitude is not None else [])]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -82,6 +87,18 @@ class Adapter:
     checkpoint: Checkpoint
     deltas: Mapping[str, Delta]
     replaced: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is added, on disk."""
+        return sum(self.checkpoint.tensors[key].num_bytes for delta in self.deltas.values() for key in delta.names)
+
+    @property
+    def kept_bytes(self) -> int:
+        """In memory at most, while the model is read."""
+        tensors = self.checkpoint.tensors
+        sizes = (sum(tensors[key].num_elements for key in delta.names) for delta in self.deltas.values())
+        return sum(sorted(sizes, reverse=True)[:_MOST_FACTORS]) * _DELTA_DTYPE.itemsize
 
     @property
     def embeddings(self) -> tuple[str, ...]:

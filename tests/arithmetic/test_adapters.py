@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import tiny_models
 import torch
 import yaml
 from cases import weights_in
+from rich.console import Console
 from safetensors.torch import save_file
 from tokenized import ENGLISH, train, write_model
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -18,6 +20,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import largemerge
 from largemerge import LargemergeError
 from largemerge.arithmetic import pieces
+from largemerge.arithmetic.plan import DataFreePlan
+from largemerge.arithmetic.tables import print_plan
 from largemerge.cli import main
 
 Tensors = dict[str, torch.Tensor]
@@ -52,6 +56,12 @@ def passthrough(folder: Path, reference: Any = None) -> dict[str, Any]:
     return {"merge_method": "passthrough", "models": [{"model": reference or f"{folder / 'm'}+{folder / 'lora'}"}]}
 
 
+def told(plan: DataFreePlan) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    print_plan(plan, console)
+    return console.file.getvalue()
+
+
 def shapes_of(folder: Path, *modules: str) -> dict[str, tuple[int, int]]:
     weights = weights_in(folder)
     return {module: (weights[f"{module}.weight"].shape[0], weights[f"{module}.weight"].shape[1]) for module in modules}
@@ -76,6 +86,7 @@ def test_a_weight_is_what_its_merged_copy_would_be(tmp_path: Path, dtype: torch.
     LlamaForCausalLM.from_pretrained(tmp_path / "out")
     (adapters,) = report.to_json()["plan"]["adapters"].values()
     assert adapters == {"adapted": 2, "replaced": []}
+    assert report.bytes_read == report.plan.bytes_read and "2 weights adapted" in told(report.plan)
     assert not list(tmp_path.glob("**/*merged*")), "no copy on disk"
 
 
