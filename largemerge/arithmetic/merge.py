@@ -20,7 +20,7 @@ from largemerge.arithmetic.plan import CPU, Before, DataFreePlan, DataFreeSource
 from largemerge.arithmetic.report import DataFreeReport
 from largemerge.arithmetic.side_files import config_text, write_side_files
 from largemerge.arithmetic.stream import Merger, parts, run_parts
-from largemerge.checkpoint.adapters import open_reader
+from largemerge.checkpoint.adapted_reader import open_reader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.distributed import Ranks, start_ranks, too_many_threads
 from largemerge.environment import versions

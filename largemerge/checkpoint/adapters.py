@@ -1,18 +1,16 @@
-"""LoRA adapters, applied to a model's weights as they are read: no merged copy is ever written.
+"""LoRA adapters: what their files say that is to be done to a model's weights.
 
     W + s·B·A        s = lora_alpha / r, or lora_alpha / √r with use_rslora
     W' = m · (W + s·B·A) / ‖W + s·B·A‖, row by row        with use_dora
 
-B·A is computed in float32 and the sum rounded to the dtype of W, as peft's `merge_and_unload` does. Tensors that an
+Tensors that an
 adapter holds as a whole (`modules_to_save`, biases, embeddings) replace the model's.
 """
 
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,11 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.index import Checkpoint, file_fingerprint, read_json, read_tensors
-from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
-_DELTA_DTYPE = torch.float32
-_MOST_FACTORS = 16  # pairs of A and B that are kept in memory: more than there are workers, mostly
+DELTA_DTYPE = torch.float32
+MOST_FACTORS = 16  # pairs of A and B that are kept in memory: more than there are workers, mostly
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _REFUSED = (
@@ -98,7 +95,7 @@ class Adapter:
         """In memory at most, while the model is read."""
         tensors = self.checkpoint.tensors
         sizes = (sum(tensors[key].num_elements for key in delta.names) for delta in self.deltas.values())
-        return sum(sorted(sizes, reverse=True)[:_MOST_FACTORS]) * _DELTA_DTYPE.itemsize
+        return sum(sorted(sizes, reverse=True)[:MOST_FACTORS]) * DELTA_DTYPE.itemsize
 
     @property
     def embeddings(self) -> tuple[str, ...]:
@@ -239,67 +236,3 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-class AdaptedReader:
-    """Reads a model's tensors with an adapter applied.
-
-    Args:
-        model: Reads the model's tensors, replaced ones included.
-        own: Reads the adapter's.
-        adapter: What is added to them.
-    """
-
-    def __init__(self, model: CheckpointReader, own: CheckpointReader, adapter: Adapter) -> None:
-        self.checkpoint = model.checkpoint
-        self._model, self._own, self._adapter = model, own, adapter
-        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def bytes_read(self) -> int:
-        """So far, of both."""
-        return self._model.bytes_read + self._own.bytes_read
-
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor, or some rows of it, with what the adapter adds."""
-        return self._adapted(name, self._model.read(name, rows), slice(None) if rows is None else rows)
-
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows, in any order, with what the adapter adds."""
-        return self._adapted(name, self._model.read_rows(name, rows), rows)
-
-    def _adapted(self, name: str, weight: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        delta = self._adapter.deltas.get(name)
-        if delta is None:
-            return weight
-        down, up = self._both(name, delta)
-        product = down[:, rows].T @ up.T if delta.transposed else up[rows] @ down
-        adapted = weight.to(torch.promote_types(weight.dtype, _DELTA_DTYPE)) + delta.scale * product
-        if delta.magnitude is not None:
-            magnitude = self._own.read(delta.magnitude).to(adapted.dtype)[rows]
-            adapted *= (magnitude / adapted.norm(dim=1)).unsqueeze(1)
-        return adapted.to(weight.dtype)
-
-    def _both(self, name: str, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B, kept for the next pieces of the same weight."""
-        with self._lock:
-            found = self._factors.get(name)
-        if found is None:
-            found = (self._own.read(delta.down).to(_DELTA_DTYPE), self._own.read(delta.up).to(_DELTA_DTYPE))
-            with self._lock:
-                if len(self._factors) >= _MOST_FACTORS:
-                    del self._factors[next(iter(self._factors))]
-                self._factors[name] = found
-        return found
-
-
-@contextmanager
-def open_reader(checkpoint: Checkpoint, adapter: Adapter | None) -> Iterator[TensorReader]:
-    """Reads a model's tensors, with its adapter if it has one."""
-    with CheckpointReader(checkpoint) as reader:
-        if adapter is None:
-            yield reader
-            return
-        with CheckpointReader(adapter.checkpoint) as own:
-            yield AdaptedReader(reader, own, adapter)
