@@ -230,10 +230,9 @@ def _rendered(folder: Path) -> str | None:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print(
-        "\n| case | tokens | embeddings, by token | rows the same | other tensors | vocabulary | texts cut alike | tokens of them |"
-    )
-    print("|---|---:|---:|---:|---:|---|---:|")
+    titles = ["case", "tokens", "embeddings, by token", "rows the same", "other tensors", "vocabulary"]
+    titles += ["texts cut alike", "their tokens, ours / mergekit's"]
+    print(f"\n| {' | '.join(titles)} |\n|---|---:|---:|---:|---:|---|---:|---:|")
     number: Callable[[float], str] = lambda value: "0" if value == 0 else f"{value:.1e}"  # noqa: E731
     for row in rows:
         cells = [row["case"], str(row["tokens"])]
