@@ -128,7 +128,10 @@ def _weight_files(folder: Path, name: str) -> dict[Path, frozenset[str]]:
 def _adapter_hint(folder: Path) -> str:
     if not (folder / "adapter_config.json").exists():
         return ""
-    return " This is an adapter (LoRA), not a model: merge it into its base first (peft: merge_and_unload)."
+    return (
+        " This is an adapter (LoRA), not a model: data-free methods take it behind its model, as model+adapter; "
+        "for others, merge it into its base first (peft: merge_and_unload)."
+    )
 
 
 def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str) -> dict[Path, frozenset[str]]:

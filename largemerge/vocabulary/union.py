@@ -79,11 +79,14 @@ def _add_added_tokens(made: Document, name: str, other: Document) -> Iterator[st
     known = document_ids(made)
     present = {entry["content"]: entry for entry in made["added_tokens"]}
     unlike = []
+    next_number = max(known.values(), default=-1) + 1
     for entry in sorted(other["added_tokens"], key=lambda each: int(each["id"])):
         token = entry["content"]
         if token not in present:
             # Where it is a regular token here, it keeps its number and is added now: as special as it is there.
-            known.setdefault(token, max(known.values(), default=-1) + 1)
+            if token not in known:
+                known[token] = next_number
+                next_number += 1
             present[token] = {**entry, "id": known[token]}
             made["added_tokens"].append(present[token])
         elif {**entry, "id": 0} != {**present[token], "id": 0}:
