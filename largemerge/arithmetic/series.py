@@ -77,11 +77,12 @@ def merge_series(path: Path, out: Path, intermediate: Path | None, **options: An
     with stay_together():
         with start_ranks() as ranks:
             ranks.agree(lambda: _check(documents, out, folder, ranks, resume=resume, force=force))
+            is_quiet = options["quiet"] or not ranks.is_first
         before = Before()
         for number, document in enumerate(documents, start=1):
             is_last = number == len(documents)
             target = out if is_last else folder / document.label
-            if not options["quiet"]:
+            if not is_quiet:
                 print(f"largemerge: merge {number} of {len(documents)}: {document.label} → {target}", file=sys.stderr)
             goes_on = resume and (target / WORKING_FOLDER / "manifest.json").exists()
             if is_last:

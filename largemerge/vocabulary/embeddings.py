@@ -26,9 +26,15 @@ def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
         inputs = model.get_input_embeddings()
         outputs = model.get_output_embeddings()
     weight = getattr(inputs, "weight", None)
-    if not isinstance(weight, torch.Tensor):
+    if not isinstance(inputs, torch.nn.Embedding) or not isinstance(weight, torch.Tensor):
         class_name = type(model).__name__
         raise ArchitectureError(f"{checkpoint.name}: {class_name} has no token embeddings; leave 'tokenizer' out")
+    sideways = [name for name, info in checkpoint.tensors.items() if info.shape == (1, weight.shape[0])]
+    if sideways:
+        raise ArchitectureError(
+            f"{checkpoint.name}: {sideways[0]} has its tokens in the second dimension, which 'tokenizer' and "
+            "'tokenizer_source' do not support; leave them out"
+        )
     found = [weight, getattr(outputs, "weight", None), getattr(outputs, "bias", None)]
     wanted = {id(each) for each in found if isinstance(each, torch.Tensor) and each.shape[0] == weight.shape[0]}
     on_disk = map_names(model, checkpoint).renamed
