@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largemerge.arithmetic.config import DataFreeConfig
-from largemerge.arithmetic.dispatch import is_data_free
+from largemerge.arithmetic.dispatch import has_documents, is_data_free
 from largemerge.config import MergeConfig
+from largemerge.errors import ConfigError
 
 if TYPE_CHECKING:
     from largemerge.arithmetic.plan import DataFreePlan
     from largemerge.arithmetic.report import DataFreeReport
+    from largemerge.arithmetic.series import SeriesPlan
     from largemerge.cluster import Cluster
     from largemerge.merge_plan import MergePlan
     from largemerge.report import MergeReport
@@ -30,6 +32,7 @@ def merge(
     force: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     quiet: bool = True,
+    intermediate_dir: str | Path | None = None,
 ) -> MergeReport | DataFreeReport:
     """Merges the models of a configuration into one checkpoint.
 
@@ -41,6 +44,8 @@ def merge(
         force: Replace what is in `out`, once the merge is finished.
         max_shard_bytes: Size of a shard, unless one tensor is larger.
         quiet: Show no progress.
+        intermediate_dir: Of a file of several merges: where the results go that the last one is made of, and stay;
+            else they lie in `out` until it is finished.
 
     Returns:
         What happened; the same is in `out/merge_report.json`.
@@ -50,6 +55,13 @@ def merge(
     """
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
     options["max_shard_bytes"] = max_shard_bytes
+    if isinstance(config, str | Path) and has_documents(config):
+        from largemerge.arithmetic.series import merge_series
+
+        folder = Path(intermediate_dir) if intermediate_dir is not None else None
+        return merge_series(Path(config), Path(out), folder, **options)
+    if intermediate_dir is not None:
+        raise ConfigError("intermediate_dir is for files of several merges, separated by '---'")
     if isinstance(config, DataFreeConfig) or is_data_free(config):
         from largemerge.arithmetic.merge import merge_data_free
 
@@ -67,7 +79,7 @@ def plan(
     num_ranks: int = 1,
     cluster: Cluster | None = None,
     from_config: bool = False,
-) -> MergePlan | DataFreePlan:
+) -> MergePlan | DataFreePlan | SeriesPlan:
     """Plans a merge from configs and headers alone; of weights and samples it reads none.
 
     Args:
@@ -82,6 +94,10 @@ def plan(
         LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
             plan's `problems`.
     """
+    if isinstance(config, str | Path) and has_documents(config):
+        from largemerge.arithmetic.series import plan_series
+
+        return plan_series(Path(config))
     if isinstance(config, DataFreeConfig) or is_data_free(config):
         from largemerge.arithmetic.plan import plan_data_free
 

@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
     merge.add_argument("--resume", action="store_true", help="go on with an interrupted merge")
     merge.add_argument("--force", action="store_true", help="replace what is in OUT, once the merge is finished")
+    merge.add_argument(
+        "--intermediate-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="of a file of several merges: keep there what the last one is made of",
+    )
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of an output file (default: 5GB)")
     _add_memory_options(merge)
     merge.add_argument("--quiet", action="store_true", help="no progress, no closing table")

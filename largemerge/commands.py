@@ -45,15 +45,21 @@ def _config(options: argparse.Namespace) -> MergeConfig:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from largemerge.arithmetic.dispatch import is_data_free
+    from largemerge.arithmetic.dispatch import has_documents, is_data_free
 
-    run = _merge_data_free if is_data_free(options.config) else _merge_by_regression
+    if has_documents(options.config):
+        run = _merge_data_free
+    elif options.intermediate_dir is not None:
+        raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
+    else:
+        run = _merge_data_free if is_data_free(options.config) else _merge_by_regression
     try:
         return run(options, _size(options.max_shard_size, "--max-shard-size"))
     except KeyboardInterrupt:
-        from largemerge.output import WORKING_FOLDER
+        from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER
 
-        if own_rank() == 0 and (options.out / WORKING_FOLDER / "manifest.json").exists():
+        begun = [options.out / WORKING_FOLDER / name for name in ("manifest.json", INTERMEDIATE_FOLDER)]
+        if own_rank() == 0 and any(path.exists() for path in [*begun, options.intermediate_dir] if path is not None):
             kept = [argument for argument in options.given if argument not in ("--force", "--resume")]
             command = shlex.join(["largemerge", *kept, "--resume"])
             print(
@@ -88,12 +94,18 @@ def _merge_data_free(options: argparse.Namespace, max_shard_bytes: int) -> int:
     from rich.console import Console
 
     _check_no_limits(options)
+    from largemerge.arithmetic.dispatch import has_documents
     from largemerge.arithmetic.merge import merge_data_free
+    from largemerge.arithmetic.series import merge_series
     from largemerge.arithmetic.tables import print_report
     from largemerge.memory import reuse_freed_memory
 
     reuse_freed_memory(sparingly=False)
-    report = merge_data_free(options.config, options.out, max_shard_bytes=max_shard_bytes, **_merge_options(options))
+    more = {"max_shard_bytes": max_shard_bytes, **_merge_options(options)}
+    if has_documents(options.config):
+        report = merge_series(options.config, options.out, options.intermediate_dir, **more)
+    else:
+        report = merge_data_free(options.config, options.out, **more)
     if not options.quiet:
         print_report(report, str(options.out), Console(stderr=True, markup=False, emoji=False))
     return 0
@@ -110,8 +122,10 @@ def _check_no_limits(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from largemerge.arithmetic.dispatch import is_data_free
+    from largemerge.arithmetic.dispatch import has_documents, is_data_free
 
+    if has_documents(options.config):
+        return _plan_data_free(options)
     return _plan_data_free(options) if is_data_free(options.config) else _plan_regression(options)
 
 
@@ -144,10 +158,12 @@ def _plan_data_free(options: argparse.Namespace) -> int:
     _check_no_limits(options)
     if options.num_ranks != 1 or options.from_config or _cluster(options) is not None:
         raise ConfigError("ranks, other machines and --from-config are for regression methods")
+    from largemerge.arithmetic.dispatch import has_documents
     from largemerge.arithmetic.plan import plan_data_free
+    from largemerge.arithmetic.series import plan_series
     from largemerge.arithmetic.tables import print_plan
 
-    made = plan_data_free(options.config)
+    made = plan_series(options.config) if has_documents(options.config) else plan_data_free(options.config)
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:

@@ -23,15 +23,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If there is no such file, or it holds something else.
     """
+    documents = read_documents(path)
+    if len(documents) > 1:
+        raise ConfigError(f"{path}: expected one document, found {len(documents)}, separated by '---'")
+    return documents[0]
+
+
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a YAML file, where `---` separates several; empty ones are left out.
+
+    Raises:
+        ConfigError: If there is no such file, or it holds something else.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
+        found = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_YamlLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected keys such as 'merge_method' and 'models', found {type(raw).__name__}")
-    return raw
+    documents = [raw for raw in found if raw is not None] or [None]
+    for raw in documents:
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: expected keys such as 'merge_method' and 'models', found {type(raw).__name__}")
+    return documents
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -205,6 +205,17 @@ def start_ranks() -> Iterator[Ranks]:
             torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def stay_together() -> Iterator[None]:
+    """Meanwhile ranks that have joined each other do not part: several merges follow each other."""
+    ours = world_size() > 1 and not torch.distributed.is_initialized()
+    if ours:
+        _initialize()
+    yield
+    if ours:  # after an error the end of the process is what tells the others
+        torch.distributed.destroy_process_group()
+
+
 def world_size() -> int:
     """How many processes the launcher has started; Accelerate may have let MPI start them, which names it otherwise."""
     if not _started_by_accelerate():

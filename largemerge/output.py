@@ -5,6 +5,7 @@
         journal.jsonl             one line for each finished part, appended once its bytes are on disk
         model-….safetensors       shards under way
         lock                      held by the running process
+        intermediate/             results of other merges, where one configuration has several
 
 At the end: side files, shards, the index, `config.json` last, then the working folder goes. A folder
 without `config.json`, or with a working folder, is no finished merge.
@@ -27,6 +28,8 @@ from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write
 from largemerge.errors import OutputError
 
 WORKING_FOLDER = ".largemerge"
+INTERMEDIATE_FOLDER = "intermediate"
+"""In the working folder: results of merges that this one is made of."""
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 _CHECKPOINT_FILES = (*_WEIGHT_FILES, "adapter_config.json", *GENERATION_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
 
@@ -110,7 +113,11 @@ def open_output(
     replaces = force and any(_others(path))
     if working.exists() and not resume:
         with _locked(working):
-            shutil.rmtree(working)
+            for entry in working.iterdir():
+                if entry.is_dir() and entry.name != INTERMEDIATE_FOLDER:
+                    shutil.rmtree(entry)
+                elif entry.is_file() and entry.name != "lock":
+                    entry.unlink()
     resuming = (working / "manifest.json").exists()
     working.mkdir(parents=True, exist_ok=True)
     with _locked(working):
@@ -140,6 +147,8 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
         raise OutputError(f"{present} is a file; expected a folder, or nothing")
     resolved = path.resolve()
     for folder in inputs:
+        if resolved / WORKING_FOLDER in folder.resolve().parents:
+            continue  # made for this very merge
         if resolved == folder.resolve() or (resolved in folder.resolve().parents and force):
             raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
     if not path.exists():

@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM  # imported late otherwise, in every c
 import largemerge.merging
 from largemerge import node
 from largemerge.arithmetic import stream as data_free
-from largemerge.arithmetic.layout import Task
+from largemerge.arithmetic.tasks import Task
 from largemerge.cli import main
 from largemerge.regression.collect import Collector
 from largemerge.treatment import BlockPlan

@@ -87,6 +87,11 @@ def test_timeline(tmp_path: Path, merge_yaml: Path) -> None:
     assert "</svg>" in plot.read_text()
 
 
+def test_mergekit_yaml(tmp_path: Path) -> None:
+    lines = run("mergekit_yaml_parity.py", "--no-peer", "--quick", "--work", tmp_path, cwd=tmp_path)
+    assert [row["tokens"] for row in result(lines, "mergekit_yaml_parity")["rows"]] == [311, 344]
+
+
 def test_data_free_methods(tmp_path: Path) -> None:
     small = ("--geometry", "tiny", "--methods", "linear", "ties", "--no-peer")
     found = result(run("data_free_vs_mergekit.py", *small, "--work", tmp_path, cwd=tmp_path), "data_free_vs_mergekit")

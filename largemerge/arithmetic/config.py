@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 from pydantic import Field
@@ -19,30 +19,13 @@ from largemerge.config import DtypeName, MergeMethod
 from largemerge.config_calibration import Strict
 from largemerge.config_file import explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
+from largemerge.references import Reference, absolute_reference
+from largemerge.vocabulary.settings import BASE, UNION, TokenizerSettings
+from largemerge.vocabulary.templates import template_problem
 
 Parameters = dict[str, Setting]
 
 _COMPANIONS = ("fisher",)  # parameters that are paths: see `Method.companion`
-
-
-def _reference(value: object) -> object:
-    """`{model: {path: …, revision: …}}` becomes `path@revision`."""
-    if isinstance(value, Mapping) and isinstance(value.get("model"), Mapping):
-        if value.get("lora") is not None or value.get("override_architecture") is not None:
-            raise ValueError("'lora' and 'override_architecture' are not supported; merge adapters first")
-        value = value["model"]
-    if isinstance(value, Mapping):
-        unknown = set(value) - {"path", "revision"}
-        if unknown or not isinstance(value.get("path"), str):
-            raise ValueError(f"expected a path, or path and revision, found {dict(value)!r}")
-        return value["path"] + (f"@{value['revision']}" if value.get("revision") else "")
-    if isinstance(value, str) and "+" in value and not Path(value).exists():
-        raise ValueError("an adapter (model+lora) is not supported; merge it into its model first")
-    return value
-
-
-Reference = Annotated[str, pydantic.BeforeValidator(_reference), Field(min_length=1)]
-"""A folder, or a Hub id, with `@revision` if wanted."""
 
 
 class ModelEntry(Strict):
@@ -82,6 +65,8 @@ class Module(Strict):
 class DataFreeConfig(Strict):
     """A whole merge."""
 
+    name: str | None = None
+    """Under which other documents of the same file name the result as a model."""
     merge_method: str
     models: tuple[ModelEntry, ...] = ()
     slices: tuple[OutputSlice, ...] = ()
@@ -92,10 +77,13 @@ class DataFreeConfig(Strict):
     """In which it is computed; default: in which the weights are stored."""
     out_dtype: DtypeName | None = None
     """In which it is written; default: as computed."""
-    tokenizer_source: str | None = None
-    """`base`, or one of the models; default: the base's where there is one, else the first model's."""
-    tokenizer: Any = None
+    tokenizer_source: Reference | None = None
+    """`union`, `base`, or a model; default: a copy of the base's tokenizer where there is one, else the first model's,
+    and rows of embeddings are merged by their numbers, not by their tokens."""
+    tokenizer: TokenizerSettings | None = None
+    """`tokenizer_source` with more settings."""
     chat_template: str | None = None
+    """`auto`: the one that most models have; a built-in one's name; or a Jinja template."""
     seed: int = Field(0, ge=0)
     """Of random methods."""
 
@@ -103,6 +91,13 @@ class DataFreeConfig(Strict):
         """Everything that a parameter is set to anywhere, where it is a text."""
         values = (parameters.get(parameter) for _, parameters in _all_parameters(self))
         return tuple(dict.fromkeys(value for value in values if isinstance(value, str)))
+
+    @property
+    def vocabulary(self) -> TokenizerSettings | None:
+        """How embeddings are arranged by token, if they are."""
+        if self.tokenizer_source is not None:
+            return TokenizerSettings(source=self.tokenizer_source)
+        return self.tokenizer
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -115,31 +110,42 @@ class DataFreeConfig(Strict):
         return tuple(dict.fromkeys([*sources, *([self.base_model] if self.base_model is not None else [])]))
 
 
-def load_data_free(source: str | Path | Mapping[str, Any]) -> DataFreeConfig:
+def load_data_free(
+    source: str | Path | Mapping[str, Any], folder: Path | None = None, names: Collection[str] = ()
+) -> DataFreeConfig:
     """Reads and checks a configuration.
 
     Args:
         source: Path of a YAML file, or a mapping of the same shape. Relative paths inside a file are looked up beside
             that file first, then in the working directory.
+        folder: Where the mapping's paths are looked up first.
+        names: Of other merges, whose results are named like models.
 
     Raises:
         ConfigError: With every mistake found.
     """
-    folders = [Path.cwd()]
     if isinstance(source, Mapping):
         raw: Any = dict(source)
     else:
         raw = read_yaml(Path(source))
-        folders.insert(0, Path(source).resolve().parent)
+        folder = Path(source).resolve().parent
+    folders = [*([folder] if folder is not None else []), Path.cwd()]
     _check_method(raw.get("merge_method"))
     try:
-        config = DataFreeConfig.model_validate_json(to_json(raw))
+        config = DataFreeConfig.model_validate_json(to_json(_without_nulls(raw)))
     except pydantic.ValidationError as error:
         raise ConfigError(*explain(error, DataFreeConfig)) from None
     problems = list(_problems(config))
     if problems:
         raise ConfigError(*problems)
-    return DataFreeConfig.model_validate(_absolute(config.model_dump(), folders))
+    return DataFreeConfig.model_validate(_absolute(config.model_dump(), folders, {UNION, BASE, *names}))
+
+
+def _without_nulls(raw: Any) -> Any:
+    """A key without a value, as in `parameters:` with nothing behind it, is as good as none."""
+    if isinstance(raw, Mapping):
+        return {key: _without_nulls(value) for key, value in raw.items() if value is not None}
+    return [_without_nulls(each) for each in raw] if isinstance(raw, list | tuple) else raw
 
 
 def _check_method(name: object) -> None:
@@ -162,14 +168,9 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
     for name, module in config.modules.items():
         if bool(module.models) == bool(module.slices):
             yield f"modules.{name}: expected one of 'models' and 'slices'"
-    if config.tokenizer is not None:
-        yield "tokenizer: not supported yet; tokenizer_source copies the tokenizer of one model"
-    if config.tokenizer_source == "union":
-        yield "tokenizer_source: 'union' is not supported yet; expected 'base' or one of the models"
-    if config.tokenizer_source == "base" and config.base_model is None:
-        yield "tokenizer_source: 'base' needs a 'base_model'"
-    if config.chat_template not in (None, "auto"):
-        yield f"chat_template: {config.chat_template!r} is not supported yet; the tokenizer's own is copied"
+    yield from _vocabulary_problems(config)
+    if config.chat_template and (problem := template_problem(config.chat_template)) is not None:
+        yield f"chat_template: {problem}"
     own_bases = bool(config.slices) and all(piece.base_model for piece in config.slices)
     if method.base is Base.REQUIRED and config.base_model is None and not own_bases:
         yield f"base_model: {config.merge_method} needs one"
@@ -208,15 +209,23 @@ def _all_parameters(config: DataFreeConfig) -> Iterator[tuple[str, Parameters]]:
         yield from of_slices(module.slices, f"modules.{name}.")
 
 
-def _absolute(value: Any, folders: list[Path], key: str = "") -> Any:
-    """Paths of models that lie in one of the folders, made absolute."""
+def _vocabulary_problems(config: DataFreeConfig) -> Iterator[str]:
+    if config.tokenizer is not None and config.tokenizer_source is not None:
+        yield "expected one of 'tokenizer' and 'tokenizer_source', found both"
+    elif config.vocabulary is not None and config.vocabulary.source == BASE and config.base_model is None:
+        key = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
+        yield f"{key}: 'base' needs a 'base_model'"
+
+
+def _absolute(value: Any, folders: list[Path], names: Collection[str], key: str = "") -> Any:
+    """Paths of models that lie in one of the folders, made absolute; but for what other things are called."""
     if isinstance(value, dict):
-        return {name: _absolute(inner, folders, name) for name, inner in value.items()}
+        return {name: _absolute(inner, folders, names, name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(_absolute(inner, folders, key) for inner in value)
-    if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", *_COMPANIONS):
-        for folder in folders:
-            path = folder / os.path.expanduser(value)
-            if path.is_dir() or (key in _COMPANIONS and path.is_file()):
-                return str(path.resolve())
+        return tuple(_absolute(inner, folders, names, key) for inner in value)
+    if isinstance(value, str) and key in _COMPANIONS:
+        paths = (folder / os.path.expanduser(value) for folder in folders)
+        return next((str(path.resolve()) for path in paths if path.exists()), value)
+    if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", "source"):
+        return absolute_reference(value, folders, names)
     return value

@@ -9,9 +9,18 @@ from typing import Any
 
 from largemerge.arithmetic.config import DataFreeConfig
 from largemerge.config import MergeConfig, MergeMethod
-from largemerge.config_file import read_yaml
+from largemerge.config_file import read_documents, read_yaml
 
 REGRESSION_METHODS: tuple[str, ...] = typing.get_args(MergeMethod)
+
+
+def has_documents(source: str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig) -> bool:
+    """Whether it is a file of several merges, separated by `---`.
+
+    Raises:
+        ConfigError: If there is no such file, or it is not YAML.
+    """
+    return isinstance(source, str | Path) and len(read_documents(Path(source))) > 1
 
 
 def is_data_free(source: str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig) -> bool:

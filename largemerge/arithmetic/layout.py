@@ -9,26 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from largemerge.arithmetic.config import DataFreeConfig, Module, OutputSlice, SliceSource
-from largemerge.arithmetic.matrices import LAYER, grouped
+from largemerge.arithmetic.config import DataFreeConfig, Module, OutputSlice
+from largemerge.arithmetic.matrices import grouped
 from largemerge.arithmetic.registry import METHODS
+from largemerge.arithmetic.stacks import find_stacks, modules_by_stack, stack_of
 from largemerge.arithmetic.tasks import Layout, Task, TaskPlanner
 from largemerge.checkpoint.index import Checkpoint, natural_key
+from largemerge.vocabulary.build import Vocabulary
 
 _BEFORE = ("embed", "wte", "wpe", "patch", "position", "token_type", "cls_token", "class_embedding")
-
-Depths = Mapping[str, Mapping[str, int]]
-"""By model and stack: how many layers there are."""
-
-
-def find_stacks(checkpoint: Checkpoint) -> dict[str, int]:
-    """Stacks of layers and how many each has, from the tensors' names."""
-    numbers: dict[str, set[int]] = {}
-    for name in checkpoint.tensors:
-        match = LAYER.match(name)
-        if match:
-            numbers.setdefault(match["stack"], set()).add(int(match["number"]))
-    return {stack: len(found) for stack, found in numbers.items() if found == set(range(len(found)))}
 
 
 def lay_out(
@@ -36,6 +25,7 @@ def lay_out(
     checkpoints: Mapping[str, Checkpoint],
     reference: str,
     companions: Mapping[str, Checkpoint] = MappingProxyType({}),
+    vocabulary: Vocabulary | None = None,
 ) -> Layout:
     """Finds all tasks.
 
@@ -44,15 +34,16 @@ def lay_out(
         checkpoints: By model, as the configuration names them.
         reference: The model whose names the output has.
         companions: Tensors that the method wants beside the models', by the path that the configuration has.
+        vocabulary: Of the output, where embeddings are arranged by token.
     """
     layout = Layout()
     depths = {model: find_stacks(checkpoint) for model, checkpoint in checkpoints.items()}
     stacks = depths[reference]
-    modules = _modules(config, depths, stacks, layout)
+    modules = modules_by_stack(config, depths, stacks, layout.problems)
     if layout.problems:
         return layout
-    planner = TaskPlanner(config, checkpoints, companions, layout)
-    outside = [name for name in checkpoints[reference].tensors if _stack_of(name, stacks) is None]
+    planner = TaskPlanner(config, checkpoints, companions, layout, vocabulary)
+    outside = [name for name in checkpoints[reference].tensors if stack_of(name, stacks) is None]
     first, last = next(iter(modules.values())), list(modules.values())[-1]
     for name in outside:
         module, piece = (first, first.slices[0]) if _lies_before(name) else (last, last.slices[-1])
@@ -94,62 +85,6 @@ def _add_layer(planner: TaskPlanner, stack: str, number: int, piece: OutputSlice
             rest = name.removeprefix(prefix)
             keyed = [(source.model, f"{stack}.{source.layers[offset]}.{rest}") for source in piece.sources]
             planner.add(f"{stack}.{number}.{rest}", keyed, piece, module, t)
-
-
-def _modules(config: DataFreeConfig, depths: Depths, stacks: Mapping[str, int], layout: Layout) -> dict[str, Module]:
-    """By stack, everything as slices."""
-    if config.modules:
-        given = dict(config.modules)
-        if len(given) == 1 and len(stacks) == 1:
-            given = {next(iter(stacks)): next(iter(given.values()))}
-        unknown = sorted(set(given) - set(stacks))
-        if unknown or set(stacks) - set(given):
-            layout.problems.append(f"modules: found {sorted(given)}, expected one for each of {sorted(stacks)}")
-            return {}
-    elif config.slices:
-        if len(stacks) != 1:
-            layout.problems.append(f"slices: the model has the stacks {sorted(stacks)}; use 'modules', one for each")
-            return {}
-        given = {next(iter(stacks)): Module(slices=config.slices)}
-    else:
-        given = {stack: Module(models=config.models) for stack in stacks or {"": 0}}
-    modules = {stack: _as_slices(config, depths, stack, module) for stack, module in given.items()}
-    for stack, module in modules.items():
-        layout.problems.extend(_slice_problems(depths, stack, module))
-    return modules
-
-
-def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Module) -> Module:
-    if module.slices:
-        return module
-    sources = [(entry.model, entry.parameters) for entry in module.models]
-    if config.base_model is not None and config.base_model not in [model for model, _ in sources]:
-        sources.append((config.base_model, {}))
-    piece = OutputSlice(
-        sources=tuple(
-            SliceSource(model=model, parameters=parameters, layer_range=(0, depths[model].get(stack, 0)))
-            for model, parameters in sources
-        )
-    )
-    return module.model_copy(update={"models": (), "slices": (piece,)})
-
-
-def _slice_problems(depths: Depths, stack: str, module: Module) -> Iterator[str]:
-    for number, piece in enumerate(module.slices):
-        where = f"slices[{number}]"
-        lengths = {source.model: len(source.layers) for source in piece.sources}
-        if len(set(lengths.values())) > 1:
-            yield f"{where}: models have unlike numbers of layers here: {lengths}"
-        for source in piece.sources:
-            num_layers = depths[source.model].get(stack, 0)
-            start, stop = source.layer_range
-            if not 0 <= start <= stop <= num_layers or (start == stop and num_layers):
-                yield f"{where}: layer_range {[start, stop]} of {source.model}: expected some of [0, {num_layers}]"
-
-
-def _stack_of(name: str, stacks: Mapping[str, int]) -> str | None:
-    match = LAYER.match(name)
-    return match["stack"] if match and match["stack"] in stacks else None
 
 
 def _lies_before(name: str) -> bool:

@@ -7,19 +7,17 @@ Several ranks share the tensors of every part, and write them to their places in
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from largemerge.arithmetic.opening import Before
 from largemerge.arithmetic.plan import CPU, DataFreePlan, DataFreeSource, plan_data_free
-from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.report import DataFreeReport
 from largemerge.arithmetic.run import run
-from largemerge.checkpoint.metadata import copy_side_files, find_processor, find_tokenizer, model_card, output_config
+from largemerge.arithmetic.side_files import config_text, write_side_files
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.distributed import start_ranks
 from largemerge.environment import versions
@@ -38,8 +36,9 @@ def merge_data_free(
     force: bool,
     max_shard_bytes: int,
     quiet: bool,
+    before: Before | None = None,
 ) -> DataFreeReport:
-    """Merges without data; the arguments are those of `largemerge.merge`.
+    """Merges without data; the arguments are those of `largemerge.merge`, and what other merges have made for this one.
 
     Raises:
         LargemergeError: For anything wrong with config, inputs or output, before the long work.
@@ -52,11 +51,12 @@ def merge_data_free(
         with MemoryWatch(CPU) as watch:
 
             def plan_it() -> tuple[DataFreePlan, list[Path]]:
-                plan = plan_data_free(source, ranks.local_size)
+                plan = plan_data_free(source, before, local_ranks=ranks.local_size)
                 if plan.layout.problems:
                     raise LargemergeError(*plan.layout.problems)
                 opened = (*plan.checkpoints.values(), *plan.companions.values())
                 folders = [checkpoint.folder for checkpoint in opened]
+                folders += [adapter.checkpoint.folder for adapter in plan.adapters.values()]
                 if ranks.is_first:
                     check_output(out, folders, resume=resume, force=force)
                 return plan, folders
@@ -75,7 +75,7 @@ def merge_data_free(
                 peaks = tuple(ranks.gather(watch.peak()))
                 report = DataFreeReport(plan, seconds, bytes_read, resumed, peaks)
                 if ranks.is_first:
-                    folder.finish(shards, lambda path: _write_side_files(path, report), _config_text(plan))
+                    folder.finish(shards, lambda path: write_side_files(path, report), config_text(plan))
         ranks.gather(None)  # nobody says that the merge is done before it is
     return report
 
@@ -95,55 +95,6 @@ def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
         },
         "versions": versions(),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},
+        **({"chat_template": plan.template} if plan.template is not None else {}),
+        **({"vocabulary": plan.vocabulary.fingerprint()} if plan.vocabulary is not None else {}),
     }
-
-
-def _config_text(plan: DataFreePlan) -> str:
-    """The reference's config, with the output's dtype and number of layers."""
-    sizes: dict[torch.dtype, int] = {}
-    for task in plan.layout.tasks:
-        if task.out_dtype.is_floating_point:
-            sizes[task.out_dtype] = sizes.get(task.out_dtype, 0) + task.num_elements
-    dtype = max(sizes, key=lambda each: sizes[each])
-    config = json.loads(output_config(plan.checkpoints[plan.reference], dtype))
-    if plan.config.slices and len(plan.layout.layers) == 1:
-        (layers,) = plan.layout.layers.values()
-        _set_layers(config, layers)
-    return json.dumps(config, indent=2) + "\n"
-
-
-def _set_layers(config: dict[str, Any], layers: list[int]) -> None:
-    """Writes the number of layers wherever it stands, and lists with an entry for every layer."""
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        counts = [key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in part]
-        for key in counts:
-            before = part[key]
-            for name, value in part.items():
-                if isinstance(value, list) and len(value) == before and name.endswith(("layers", "_types")):
-                    part[name] = [value[layer] for layer in layers]
-            part[key] = len(layers)
-
-
-def _write_side_files(path: Path, report: DataFreeReport) -> None:
-    plan, config = report.plan, report.plan.config
-    folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
-    preferred = [folders[plan.reference], *folders.values()]
-    source = config.base_model if config.tokenizer_source == "base" else config.tokenizer_source
-    tokenizer = folders[source] if source in folders else find_tokenizer(*preferred)
-    copy_side_files(path, folders[plan.reference], tokenizer, find_processor(*preferred), with_code=False)
-    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
-    (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")
-    weights = {entry.model: entry.parameters.get("weight", 1.0) for entry in config.models}
-    numbers = {name: value for name, value in weights.items() if isinstance(value, int | float)}
-    card = model_card(
-        method=METHODS[config.merge_method].title,
-        class_name=(plan.checkpoints[plan.reference].config.get("architectures") or ["AutoModel"])[0],
-        models=[
-            {"name": Path(name).name, "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in folders
-        ],
-        base=config.base_model,
-        config_yaml=text,
-        version=versions()["largemerge"],
-    )
-    (path / "README.md").write_text(card, encoding="utf-8")
-    (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,20 @@ import torch
 
 from largemerge.arithmetic.config import DataFreeConfig, load_data_free
 from largemerge.arithmetic.layout import lay_out
+from largemerge.arithmetic.opening import Before, Opened, open_all
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.stream import worker_bytes
 from largemerge.arithmetic.tasks import Layout
-from largemerge.checkpoint.index import Checkpoint, open_checkpoint, open_tensors
-from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.adapters import Adapter
+from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
-from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.memory import memory_in_use
 from largemerge.sizes import gib
+from largemerge.vocabulary.build import Vocabulary, build_vocabulary
+from largemerge.vocabulary.ids import move_ids
+from largemerge.vocabulary.templates import choose_template
+from largemerge.vocabulary.tokenizers import has_tokenizer
 
 CPU = torch.device("cpu")
 _MARGIN = 0.9  # of the memory that is free
@@ -40,6 +45,10 @@ class DataFreePlan:
         reference: The model whose names and config the output has.
         layout: All tensors of the output.
         num_workers: That work side by side.
+        vocabulary: Of the output, where embeddings are arranged by token.
+        before: What other merges have made for this one.
+        adapters: By model, of those that have one.
+        template: The output's chat template, where it is not its tokenizer's.
     """
 
     config: DataFreeConfig
@@ -48,6 +57,10 @@ class DataFreePlan:
     reference: str
     layout: Layout
     num_workers: int
+    vocabulary: Vocabulary | None
+    before: Before
+    adapters: Mapping[str, Adapter]
+    template: str | None
 
     @property
     def problems(self) -> list[str]:
@@ -67,7 +80,7 @@ class DataFreePlan:
             for task in self.layout.tasks
             for files, keys in ((self.checkpoints, task.inputs), (self.companions, task.companions))
             for model, key in keys
-        )
+        ) + sum(adapter.num_bytes for adapter in self.adapters.values())
 
     @property
     def bytes_written(self) -> int:
@@ -91,13 +104,18 @@ class DataFreePlan:
     def peak_bytes(self) -> int:
         """Anonymous memory, libraries included: the process as it is, and all workers at their largest tasks."""
         largest = sorted((worker_bytes(self.config.merge_method, task) for task in self.layout.tasks), reverse=True)
-        return memory_in_use(CPU).host_anonymous + sum(largest[: self.num_workers])
+        adapters = sum(adapter.kept_bytes for adapter in self.adapters.values())
+        return memory_in_use(CPU).host_anonymous + sum(largest[: self.num_workers]) + adapters
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "merge_method": self.config.merge_method,
             "models": list(self.checkpoints),
+            "adapters": {
+                name: {"adapted": len(adapter.deltas), "replaced": list(adapter.replaced)}
+                for name, adapter in self.adapters.items()
+            },
             "reference": self.reference,
             "tensors": len(self.layout.tasks),
             "copied": {task.name: task.copied for task in self.layout.tasks if task.copied},
@@ -108,16 +126,18 @@ class DataFreePlan:
             "bytes_written": self.bytes_written,
             "peak_bytes": self.peak_bytes,
             "num_workers": self.num_workers,
+            "vocabulary": self.vocabulary.to_json() if self.vocabulary is not None else None,
             "notes": self.layout.notes,
             "problems": self.layout.problems,
         }
 
 
-def plan_data_free(source: DataFreeSource, local_ranks: int = 1) -> DataFreePlan:
+def plan_data_free(source: DataFreeSource, before: Before | None = None, *, local_ranks: int = 1) -> DataFreePlan:
     """Plans a data-free merge from the configuration and the checkpoints' headers.
 
     Args:
         source: The configuration.
+        before: What other merges have made for this one.
         local_ranks: How many processes share this machine's memory.
 
     Raises:
@@ -126,32 +146,54 @@ def plan_data_free(source: DataFreeSource, local_ranks: int = 1) -> DataFreePlan
     """
     assert not isinstance(source, MergeConfig)
     config = source if isinstance(source, DataFreeConfig) else load_data_free(source)
-    checkpoints, companions = _open_all(config)
+    before = before or Before()
+    opened = open_all(config, before)
     reference = config.base_model if config.base_model is not None else config.references[0]
-    layout = lay_out(config, checkpoints, reference, companions)
-    num_workers = _num_workers(config.merge_method, layout, local_ranks)
-    return DataFreePlan(config, checkpoints, companions, reference, layout, num_workers)
+    vocabulary = _vocabulary(config, opened, reference, before)
+    layout = lay_out(config, opened.checkpoints, reference, opened.companions, vocabulary)
+    if vocabulary is not None:
+        layout.notes.extend(vocabulary.notes)
+    return DataFreePlan(
+        config=config,
+        checkpoints=opened.checkpoints,
+        companions=opened.companions,
+        reference=reference,
+        template=_template(config, opened, layout),
+        layout=layout,
+        num_workers=_num_workers(config.merge_method, layout, local_ranks),
+        vocabulary=vocabulary,
+        before=before,
+        adapters=opened.adapters,
+    )
 
 
-def _open_all(config: DataFreeConfig) -> tuple[dict[str, Checkpoint], dict[str, Checkpoint]]:
-    """All models, and what belongs to them, from their headers."""
-    problems: list[str] = []
-    checkpoints: dict[str, Checkpoint] = {}
-    for reference in config.references:
-        try:
-            checkpoints[reference] = open_checkpoint(locate_checkpoint(reference, reference), reference)
-        except LargemergeError as error:
-            problems.extend(error.problems)
-    companions: dict[str, Checkpoint] = {}
-    parameter = METHODS[config.merge_method].companion
-    for path in config.companions(parameter) if parameter is not None else ():
-        try:
-            companions[path] = open_tensors(Path(path), f"{parameter}: {path}")
-        except LargemergeError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise CheckpointError(*problems)
-    return checkpoints, companions
+def _vocabulary(config: DataFreeConfig, opened: Opened, reference: str, before: Before) -> Vocabulary | None:
+    if config.vocabulary is None:
+        return None
+    from largemerge.vocabulary.embeddings import find_token_tensors
+
+    found = opened.checkpoints[reference]
+    elsewhere = {name: checkpoint.folder for name, checkpoint in before.checkpoints.items()}
+    vocabulary = build_vocabulary(
+        config.vocabulary, opened.tokenizer_folders, config.base_model, reference, find_token_tensors(found), elsewhere
+    )
+    moved = copy.deepcopy(dict(found.config))
+    vocabulary.notes += move_ids(
+        moved, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special
+    )
+    return vocabulary
+
+
+def _template(config: DataFreeConfig, opened: Opened, layout: Layout) -> str | None:
+    """The chat template, where the configuration says something of it; notes and problems go to the layout."""
+    if not config.chat_template:
+        return None
+    folders = list(opened.tokenizer_folders.values())
+    if config.vocabulary is None and not any(map(has_tokenizer, folders)):
+        layout.problems.append("chat_template: no model has a tokenizer that could have one; leave it out")
+    template, told = choose_template(config.chat_template, folders)
+    layout.notes.append(f"chat template: {told}")
+    return template
 
 
 def _num_workers(method: str, layout: Layout, local_ranks: int) -> int:

@@ -54,6 +54,7 @@ class DataFreeReport:
             "resumed_parts": self.resumed_parts,
             "peak_bytes": {"host_anonymous": self.peak.host_anonymous, "host_total": self.peak.host_total},
             "ranks": [{"host_anonymous": peak.host_anonymous} for peak in self.peaks] if len(self.peaks) > 1 else [],
+            "before": dict(self.plan.before.reports),
             "tensors": {task.name: self._described(task) for task in self.plan.layout.tasks},
         }
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from largemerge.arithmetic.method import Way
-from largemerge.arithmetic.pieces import Cut, rows_of_pieces
+from largemerge.arithmetic.pieces import Cut
 from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.stream import PieceLoader, told_as_merge_error, write_piece
 from largemerge.arithmetic.tasks import Task
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import ShardWriter, layout_shards
 
 _FOLDER = "scratch"
@@ -44,7 +45,7 @@ class Unscaler:
     def __init__(
         self,
         plan: DataFreePlan,
-        readers: Mapping[str, CheckpointReader],
+        readers: Mapping[str, TensorReader],
         writer: ShardWriter,
         working: Path,
         max_shard_bytes: int,
@@ -104,13 +105,11 @@ class Unscaler:
             if task.copied:
                 otherwise(task)
                 return
-            assert task.base is not None, "the configuration is checked before"
-            model, key = task.base
-            for rows in rows_of_pieces(task.shape, Cut.ELEMENTS):
-                part = rows if task.shape else None
+            as_stored = replace(task, inputs_first=False)
+            load = PieceLoader(as_stored, Way(Cut.ELEMENTS, one_by_one=True), self._readers, self._seed)
+            for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 with torch.inference_mode():
-                    base = self._readers[model].read(key, part).to(task.dtype)
-                    merged = self.scratch.read_rows(task.name, part).mul_(factor).add_(base)
-                self._writer.write(task.name, merged.to(task.out_dtype), first_row=rows.start)
+                    scratch = self.scratch.read_rows(task.name, rows if task.shape else None)
+                    write_piece(self._writer, as_stored, rows, scratch.mul_(factor).add_(piece.origin), task.out_dtype)
 
         return work

@@ -11,7 +11,7 @@ from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.rescale import Unscaler
 from largemerge.arithmetic.stream import Merger, cost, parts, run_parts
 from largemerge.arithmetic.tasks import Task
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.adapted_reader import open_reader
 from largemerge.checkpoint.writer import Shard, ShardWriter
 from largemerge.distributed import Ranks, too_many_threads
 from largemerge.output import OutputFolder
@@ -37,7 +37,10 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(ranks.works())
         files = {**plan.checkpoints, **plan.companions}
-        readers = {name: stack.enter_context(CheckpointReader(checkpoint)) for name, checkpoint in files.items()}
+        readers = {
+            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name)))
+            for name, checkpoint in files.items()
+        }
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
         merge: Callable[[Task], None] = Merger(plan.config.merge_method, plan.config.seed, readers, writer)
         kinds = [_LAST] if METHODS[plan.config.merge_method].scaled is None else [_FIRST, _LAST]

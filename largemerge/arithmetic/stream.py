@@ -20,9 +20,10 @@ from largemerge.arithmetic.method import Way, way_of
 from largemerge.arithmetic.pieces import Cut, Piece, rows_of_pieces
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.tasks import Task
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.errors import MergeError
+from largemerge.vocabulary.rows import TokenReader
 
 PART_BYTES = 256 << 20
 """Of the output, at least, between two lines of the journal."""
@@ -85,7 +86,7 @@ class Merger:
         writer: Of the output.
     """
 
-    def __init__(self, method: str, seed: int, readers: Mapping[str, CheckpointReader], writer: ShardWriter) -> None:
+    def __init__(self, method: str, seed: int, readers: Mapping[str, TensorReader], writer: ShardWriter) -> None:
         self._name, self._method, self._seed = method, METHODS[method], seed
         self._readers, self._writer = readers, writer
 
@@ -127,10 +128,12 @@ def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tens
 class PieceLoader:
     """The pieces of one task: kept in memory where they are read more than once and small, else read again."""
 
-    def __init__(self, task: Task, way: Way, readers: Mapping[str, CheckpointReader], seed: int) -> None:
+    def __init__(self, task: Task, way: Way, readers: Mapping[str, TensorReader], seed: int) -> None:
         self._task, self._readers, self._seed, self._way = task, readers, seed, way
         self.cuts = rows_of_pieces(task.shape, way.cut)
-        self._kept = [self._read(source, None) for source in task.inputs] if _kept_bytes(task, way) else None
+        rows = task.token_rows
+        self._tokens = TokenReader(rows, task.inputs, readers, task.dtype) if rows is not None else None
+        self._kept = self._read_all(None) if _kept_bytes(task, way) else None
 
     def pieces(self) -> Iterator[Piece]:
         """All of them, in order."""
@@ -146,15 +149,17 @@ class PieceLoader:
     def _tensors(self, rows: slice) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
         """Of the models, and of the base."""
         task = self._task
-        if self._way.one_by_one:
+        if self._way.one_by_one and self._tokens is None:
             later = _Later([partial(self._read, source, rows) for source in task.sources])
             return later, self._read(task.base, rows) if task.base is not None else None
-        if self._kept is not None:
-            tensors = [tensor[rows] for tensor in self._kept]
-        else:
-            tensors = [self._read(source, rows) for source in task.inputs]
+        tensors = [tensor[rows] for tensor in self._kept] if self._kept is not None else self._read_all(rows)
         base = tensors.pop() if task.base is not None else None
         return tensors, base
+
+    def _read_all(self, rows: slice | None) -> list[torch.Tensor]:
+        if self._tokens is not None:
+            return self._tokens.read(rows or slice(0, self._task.shape[0]))
+        return [self._read(source, rows) for source in self._task.inputs]
 
     def _read(self, source: tuple[str, str], rows: slice | None, dtype: torch.dtype | None = None) -> torch.Tensor:
         model, key = source

@@ -8,11 +8,17 @@ from rich.text import Text
 
 from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.report import DataFreeReport
+from largemerge.arithmetic.series import SeriesPlan
 from largemerge.sizes import gib
 
 
-def print_plan(plan: DataFreePlan, console: Console) -> None:
-    """What `largemerge plan` shows of a data-free merge."""
+def print_plan(plan: DataFreePlan | SeriesPlan, console: Console) -> None:
+    """What `largemerge plan` shows of a data-free merge, or of several."""
+    if isinstance(plan, SeriesPlan):
+        for label, each in plan.plans.items():
+            console.print(f"{label}:")
+            print_plan(each, console)
+        return
     table = Table(title=f"{plan.config.merge_method} of {len(plan.checkpoints)} models", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -45,5 +51,10 @@ def _add_data_free_rows(table: Table, plan: DataFreePlan) -> None:
     table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
     scratch = f", {gib(plan.scratch_bytes)} beside it for the time being" if plan.scratch_bytes else ""
     table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write" + scratch)
+    for name, adapter in plan.adapters.items():
+        replaced = f", {len(adapter.replaced)} replaced" if adapter.replaced else ""
+        table.add_row("adapter", f"{name}: {len(adapter.deltas)} weights adapted{replaced}")
+    if plan.vocabulary is not None:
+        table.add_row("vocabulary", plan.vocabulary.told())
     for note in plan.layout.notes:
         table.add_row("note", note)

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from largemerge.arithmetic.config import DataFreeConfig, Module, OutputSlice
-from largemerge.arithmetic.matrices import stored_inputs_first, too_small, vocabulary_sizes, why_not_a_matrix
+from largemerge.arithmetic.matrices import LAYER, stored_inputs_first, too_small, vocabulary_sizes, why_not_a_matrix
 from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
 from largemerge.arithmetic.settings import Levels
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.dtypes import dtype_name, torch_dtype
+from largemerge.vocabulary.build import Vocabulary
+from largemerge.vocabulary.rules import TokenRows
 
 _OUTPUT_EMBEDDINGS = "lm_head.weight"
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+_ADVICE = "; if these are vocabularies of unlike sizes, tokenizer_source: union brings them together"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Task:
         otherwise: Why a method of matrices merges it as it merges everything else; empty where its formula holds.
         inputs_first: It is `[inputs, outputs]`, and the formula sees its transpose.
         companions: Folder and name of what belongs to every source, where the method wants that.
+        token_rows: Which rows of its inputs it is made of, where it has one for every token and they lie otherwise.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Task:
     otherwise: str = ""
     inputs_first: bool = False
     companions: tuple[tuple[str, str], ...] = ()
+    token_rows: TokenRows | None = None
 
     @property
     def num_elements(self) -> int:
@@ -94,10 +99,12 @@ class TaskPlanner:
         checkpoints: Mapping[str, Checkpoint],
         companions: Mapping[str, Checkpoint],
         layout: Layout,
+        vocabulary: Vocabulary | None,
     ) -> None:
         self.config, self.checkpoints, self.companions, self.layout = config, checkpoints, companions, layout
+        self.vocabulary = vocabulary
         self.method = METHODS[config.merge_method]
-        self._vocabulary = frozenset[int]().union(*map(vocabulary_sizes, checkpoints.values()))
+        self._table_sizes = frozenset[int]().union(*map(vocabulary_sizes, checkpoints.values()))
         self._inputs_first = {model: stored_inputs_first(checkpoint) for model, checkpoint in checkpoints.items()}
 
     def add(self, name: str, keyed: Sequence[tuple[str, str]], piece: OutputSlice, module: Module, t: float) -> None:
@@ -127,11 +134,29 @@ class TaskPlanner:
         out = torch_dtype(self.config.out_dtype) if self.config.out_dtype is not None else dtype
         otherwise, inputs_first = "", False
         if self.method.matrices is not None:
-            otherwise = why_not_a_matrix(name, anchor.shape, self._vocabulary) or too_small(anchor.shape, len(sources))
+            otherwise = why_not_a_matrix(name, anchor.shape, self._table_sizes) or too_small(anchor.shape, len(sources))
             model, key = found[0]
             inputs_first = not otherwise and key in self._inputs_first[model]
         task = Task(name, anchor.shape, tuple(sources), base, each, options, dtype, out, "", otherwise, inputs_first)
-        self.layout.tasks.append(replace(task, companions=self._companions(task)))
+        task = replace(task, companions=self._companions(task))
+        self.layout.tasks.append(self._by_token(task, infos, base_model))
+
+    def _by_token(self, task: Task, infos: Mapping[str, TensorInfo], base_model: str | None) -> Task:
+        """The task, with the rows of the output's vocabulary where it has one for every token."""
+        if self.vocabulary is None or task.name not in self.vocabulary.tensors:
+            return task
+        num_rows = {model: infos[model].shape[0] for model, _ in task.inputs}
+        if any(infos[model].quantization is not None for model in num_rows):
+            self._problem(f"{task.name}: quantised embeddings cannot be arranged by token; leave 'tokenizer' out")
+        rows, problems = self.vocabulary.rows_for([model for model, _ in task.inputs], num_rows, base_model)
+        for problem in problems:
+            self._problem(problem)
+        plain = rows.is_plain([num_rows[model] for model, _ in task.inputs])
+        if task.companions and not plain:
+            which = self.method.companion
+            self._problem(f"{task.name}: {which} has no rows for tokens in another order; leave 'tokenizer' out")
+        shape = (rows.num_rows, *task.shape[1:])
+        return replace(task, shape=shape, token_rows=None if plain else rows)
 
     def _each(self, levels: Levels, sources: Sequence[tuple[str, str]], t: float) -> dict[str, list[Any]]:
         """Parameters of every source."""
@@ -219,8 +244,11 @@ class TaskPlanner:
         sources: Sequence[tuple[str, str]],
     ) -> None:
         shapes = {model: list(info.shape) for model, info in infos.items()}
-        if any(shape != list(anchor.shape) for shape in shapes.values()):
-            self._problem(f"{name}: shapes differ: {shapes}; expected one")
+        first = 1 if self.vocabulary is not None and name in self.vocabulary.tensors else 0
+        if any(shape[first:] != list(anchor.shape[first:]) for shape in shapes.values()):
+            alike_beyond = all(shape[1:] == list(anchor.shape[1:]) for shape in shapes.values())
+            advice = _ADVICE if not first and alike_beyond and LAYER.match(name) is None else ""
+            self._problem(f"{name}: shapes differ: {shapes}; expected one{advice}")
         fewest, most = self.method.num_models
         if not fewest <= len(sources) <= most:
             wanted = f"{fewest}" if fewest == most else f"{fewest} or more"

@@ -69,11 +69,11 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     quantization_method(config, name)
     files = _weight_files(folder, name)
     tensors: dict[str, TensorInfo] = {}
-    fingerprint: dict[str, dict[str, Any]] = {"config.json": _file_fingerprint(folder / "config.json")}
+    fingerprint: dict[str, dict[str, Any]] = {"config.json": file_fingerprint(folder / "config.json")}
     problems: list[str] = []
     for file, wanted in files.items():
         try:
-            found, header = _read_file(file)
+            found, header = read_tensors(file)
         except CheckpointError as error:
             problems.extend(f"{name}: {problem}" for problem in error.problems)
             continue
@@ -81,7 +81,7 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
         if missing:
             problems.append(f"{name}: the index says that {file.name} holds {_some(missing)}, but it does not")
         tensors |= {key: info for key, info in found.items() if not wanted or key in wanted}
-        fingerprint[file.name] = _file_fingerprint(file, header)
+        fingerprint[file.name] = file_fingerprint(file, header)
     if problems:
         raise CheckpointError(*problems[:_MOST_PROBLEMS])
     ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
@@ -116,7 +116,7 @@ def open_tensors(path: Path, name: str) -> Checkpoint:
         if twice:
             problems.append(f"{name}: {_some(twice)} in several files; expected each tensor once")
         tensors |= found_here
-        fingerprint[file.name] = _file_fingerprint(file, raw)
+        fingerprint[file.name] = file_fingerprint(file, raw)
     if problems:
         raise CheckpointError(*problems[:_MOST_PROBLEMS])
     return Checkpoint(name, path if path.is_dir() else path.parent, {}, tensors, fingerprint)
@@ -162,7 +162,10 @@ def _weight_files(folder: Path, name: str) -> dict[Path, frozenset[str]]:
 def _adapter_hint(folder: Path) -> str:
     if not (folder / "adapter_config.json").exists():
         return ""
-    return " This is an adapter (LoRA), not a model: merge it into its base first (peft: merge_and_unload)."
+    return (
+        " This is an adapter (LoRA), not a model: data-free methods take it behind its model, as model+adapter; "
+        "for others, merge it into its base first (peft: merge_and_unload)."
+    )
 
 
 def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str) -> dict[Path, frozenset[str]]:
@@ -180,8 +183,12 @@ def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str)
     return {file: frozenset(names) for file, names in sorted(by_file.items())}
 
 
-def _read_file(file: Path) -> tuple[dict[str, TensorInfo], bytes | None]:
-    """The tensors of one file by name, and its safetensors header."""
+def read_tensors(file: Path) -> tuple[dict[str, TensorInfo], bytes | None]:
+    """The tensors of one file by name, and its safetensors header.
+
+    Raises:
+        CheckpointError: If it is cut short, or no file of weights.
+    """
     if file.suffix == ".bin":
         return {info.name: info for info in _pickle_tensors(file)}, None
     header, raw = _read_safetensors_header(file)
@@ -254,7 +261,8 @@ def _read_small(info: TensorInfo) -> bytes:
         return stream.read(info.num_bytes)
 
 
-def _file_fingerprint(file: Path, header: bytes | None = None) -> dict[str, Any]:
+def file_fingerprint(file: Path, header: bytes | None = None) -> dict[str, Any]:
+    """Size, modification time, and sha256 of a header; of the whole where it is small."""
     status = file.stat()
     if header is None and status.st_size < 1_000_000:
         header = file.read_bytes()

@@ -9,7 +9,7 @@ from largemerge.errors import CheckpointError
 
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.bin"]
 _PATTERNS_WITHOUT_PICKLE = _PATTERNS[:-1]
-_CODE_PATTERNS = ["*.json", "*.py"]
+_CODE_PATTERNS = ["*.json", "*.py", "*.jinja", "*.txt", "*.model"]
 
 
 def locate_checkpoint(reference: str, name: str, *, weights: bool = True) -> Path:

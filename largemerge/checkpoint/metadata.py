@@ -51,16 +51,17 @@ def output_config(reference: Checkpoint, dtype: torch.dtype, quantization: Mappi
 
 
 def copy_side_files(
-    out: Path, config_source: Path, tokenizer_source: Path, processor_source: Path, *, with_code: bool
+    out: Path, config_source: Path, tokenizer_source: Path | None, processor_source: Path, *, with_code: bool
 ) -> list[str]:
-    """Copies generation config, tokenizer and processor files; returns the names of those that were there."""
+    """Copies generation config, tokenizer (if any) and processor files; returns the names of those that were there."""
     copied = []
     wanted = [
         (config_source, GENERATION_FILES),
         (config_source, SENTENCE_ENCODER_FILES),
-        (tokenizer_source, TOKENIZER_FILES),
         (processor_source, PROCESSOR_FILES),
     ]
+    if tokenizer_source is not None:
+        wanted.append((tokenizer_source, TOKENIZER_FILES))
     if with_code:
         wanted.append((config_source, tuple(path.name for path in sorted(config_source.glob("*.py")))))
     for source, names in wanted:
@@ -68,7 +69,7 @@ def copy_side_files(
             if (source / name).is_file():
                 shutil.copyfile(source / name, out / name)
                 copied.append(name)
-    folders = [tokenizer_source / TEMPLATE_FOLDER]
+    folders = [tokenizer_source / TEMPLATE_FOLDER] if tokenizer_source is not None else []
     if (config_source / SENTENCE_ENCODER_FILES[0]).is_file():
         folders += sorted(config_source.glob("[0-9]_*"))  # what comes after the transformer, such as 1_Pooling
     for folder in folders:

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +24,7 @@ from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
 _MOST_BYTES_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB in one call
+_GAP_BYTES = 32 << 10  # between two rows: reading them in vain costs less than another call
 
 
 def byte_view(buffer: torch.Tensor) -> memoryview:
@@ -48,6 +49,24 @@ def read_tensor(descriptor: int, offset: int, dtype: torch.dtype, shape: tuple[i
             raise EOFError
         done += count
     return buffer.view(dtype).reshape(shape)
+
+
+class TensorReader(Protocol):
+    """Reads tensors of one model: from its files alone, or with an adapter."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What there is to read."""
+
+    @property
+    def bytes_read(self) -> int:
+        """So far."""
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """A tensor, or some rows of it."""
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows, in any order."""
 
 
 class CheckpointReader:
@@ -95,6 +114,29 @@ class CheckpointReader:
             self.seconds += time.perf_counter() - start
         return tensor
 
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a tensor, in any order, as `read` returns them.
+
+        Args:
+            name: On disk.
+            rows: Their numbers; one may come more than once.
+        """
+        info = self.checkpoint.tensors[name]
+        if not len(rows):
+            return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
+        if info.offset is None:
+            return self._read_pickle(info, rows)
+        assert info.quantization is None, "checked before: blocks of 64 numbers know no rows"
+        wanted, places = torch.unique(rows, return_inverse=True)
+        gap = 1 + _GAP_BYTES // max(1, info.num_bytes // max(1, info.shape[0]))
+        starts = torch.cat([torch.tensor([0]), 1 + torch.nonzero(wanted.diff() > gap).view(-1)]).tolist()
+        parts = []
+        for start, stop in zip(starts, [*starts[1:], len(wanted)], strict=True):
+            first = int(wanted[start])
+            read = self.read(name, slice(first, int(wanted[stop - 1]) + 1))
+            parts.append(read if len(read) == stop - start else read[wanted[start:stop] - first])
+        return torch.cat(parts)[places]
+
     def _read_plain(self, info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
         tensor = self._read_pickle(info, rows) if info.offset is None else self._read_bytes(info, info.offset, rows)
         with self._lock:
@@ -126,7 +168,7 @@ class CheckpointReader:
                 self._descriptors[file] = os.open(file, os.O_RDONLY)
             return self._descriptors[file]
 
-    def _read_pickle(self, info: TensorInfo, rows: slice | None) -> torch.Tensor:
+    def _read_pickle(self, info: TensorInfo, rows: slice | torch.Tensor | None) -> torch.Tensor:
         with self._lock:
             state = self._pickles.get(info.file)
             if state is None:

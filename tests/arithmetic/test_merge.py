@@ -282,9 +282,9 @@ MISTAKES: list[tuple[str, Config, str]] = [
     ("linear", {"parameters": {"wieght": 1.0}}, "did you mean 'weight'"),
     ("linear", {"parameters": {"weight": []}}, "parameters.weight: expected numbers"),
     ("linear", {}, "weight: missing for"),
-    ("linear", {"tokenizer": {"source": "union"}}, "tokenizer: not supported yet"),
-    ("linear", {"tokenizer_source": "union"}, "'union' is not supported yet"),
-    ("linear", {"chat_template": "chatml"}, "chat_template: 'chatml' is not supported"),
+    ("linear", {"chat_template": "chatlm"}, "chat_template: 'chatlm' is not known; expected 'auto', one of ['alpaca',"),
+    ("linear", {"chat_template": "{% for %}"}, "chat_template: not a Jinja template: line 1"),
+    ("linear", {"chat_template": "chatml"}, "chat_template: no model has a tokenizer"),
     ("linear", {"out_dype": "float16"}, "out_dype: unknown key; did you mean 'out_dtype'"),
     ("linear", {"models": []}, "expected one of 'models', 'slices' and 'modules', found none"),
     ("passthrough", {}, "passthrough merges 1 models, found 3"),
@@ -301,17 +301,6 @@ def test_mistakes_are_told_before_the_work(tmp_path: Path, method: str, more: Co
         largemerge.merge(config_of(tmp_path, method) | more, tmp_path / "out")
     assert text in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_adapters_are_refused_by_name(tmp_path: Path) -> None:
-    write_models(tmp_path)
-    config = weighted(tmp_path)
-    config["models"][0]["model"] += "+adapter"
-    with pytest.raises(LargemergeError, match=r"models\[0\].model: an adapter"):
-        largemerge.merge(config, tmp_path / "out")
-    config["models"][0]["model"] = {"model": {"path": "somebody/model"}, "lora": {"path": "somebody/adapter"}}
-    with pytest.raises(LargemergeError, match="'lora' and 'override_architecture' are not supported"):
-        largemerge.merge(config, tmp_path / "out")
 
 
 def test_unlike_models_are_told_all_at_once(tmp_path: Path) -> None:
@@ -332,6 +321,17 @@ def test_paths_are_looked_up_beside_the_file(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "merge.yml").write_text(yaml.safe_dump(config | {"parameters": {"weight": 1.0}}))
     monkeypatch.chdir("/")
     assert not largemerge.plan(tmp_path / "merge.yml").problems
+
+
+def test_keys_without_values_are_none(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    empty = {"base_model": None, "slices": None, "tokenizer": None, "chat_template": None, "dtype": None}
+    config = weighted(tmp_path) | empty | {"parameters": None}
+    config["models"][0]["parameters"]["weight"] = [{"filter": None, "value": 0.5}]
+    plan = largemerge.plan(config)
+    assert not plan.problems and plan.layout.tasks[0].each["weight"] == [0.5, 0.3, 0.2]
+    with pytest.raises(LargemergeError, match=r"slices\[0\].residual_weight: unknown key"):
+        largemerge.plan({"merge_method": "linear", "slices": [{"sources": [], "residual_weight": 0.5}]})
 
 
 def test_options_of_other_methods_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

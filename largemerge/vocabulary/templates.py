@@ -1,0 +1,142 @@
+"""Chat templates: the output's is a built-in one, one that the user wrote, or the one that most models have.
+
+The built-in ones are written from the public descriptions of these formats.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+AUTO = "auto"
+_FILE = "chat_template.jinja"
+_TRANSFORMERS_TAGS = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+
+_CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+_LLAMA3 = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+_ALPACA = """\
+{%- set titles = {'user': '### Instruction:\\n', 'user_context': '### Input:\\n', 'assistant': '### Response:\\n'} %}
+{%- for message in messages %}
+    {%- if message['role'] != 'system' and message['role'] not in titles %}
+        {{- raise_exception('Expected the roles system, user, user_context and assistant, found ' + message['role']) }}
+    {%- endif %}
+    {{- titles.get(message['role'], '') + message['content'] | trim }}
+    {{- '' if loop.last and not add_generation_prompt else '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '### Response:\\n' }}
+{%- endif %}
+"""
+_MISTRAL = """\
+{%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}
+{%- set turns = messages[1:] if system else messages %}
+{{- bos_token }}
+{%- for message in turns %}
+    {%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}
+        {{- raise_exception('Expected user and assistant in turns, after one system message at most') }}
+    {%- elif message['role'] == 'user' %}
+        {{- ' [INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+_EXAONE = """\
+{%- if messages[0]['role'] != 'system' %}
+    {{- '[|system|][|endofturn|]\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '[|' + message['role'] + '|]' + message['content'] }}
+    {{- '\\n' if message['role'] == 'user' else '[|endofturn|]\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '[|assistant|]' }}
+{%- endif %}
+"""
+BUILT_IN: Mapping[str, str] = {
+    "alpaca": _ALPACA,
+    "chatml": _CHATML,
+    "exaone": _EXAONE,
+    "llama3": _LLAMA3,
+    "mistral": _MISTRAL,
+}
+
+
+def template_problem(setting: str) -> str | None:
+    """What is wrong with `chat_template`, if anything."""
+    if setting == AUTO or setting in BUILT_IN:
+        return None
+    if "{" not in setting:
+        return f"{setting!r} is not known; expected {AUTO!r}, one of {sorted(BUILT_IN)} or a Jinja template's text"
+    try:
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        environment.parse(_TRANSFORMERS_TAGS.sub("", setting))
+    except jinja2.TemplateSyntaxError as error:
+        return f"not a Jinja template: line {error.lineno}: {error.message}"
+    return None
+
+
+def choose_template(setting: str, folders: Iterable[Path]) -> tuple[str | None, str]:
+    """The text of the output's chat template, and where it comes from.
+
+    Args:
+        setting: From the configuration.
+        folders: Of the models' tokenizers, in order.
+    """
+    if setting != AUTO:
+        return (BUILT_IN[setting], setting) if setting in BUILT_IN else (setting, "from the configuration")
+    found = [text.strip() for text in map(template_in, folders) if text]
+    if not found:
+        return None, "auto: no model has one"
+    text, count = Counter(found).most_common(1)[0]
+    return text, f"auto: that of {count} of the {len(found)} models that have one"
+
+
+def template_in(folder: Path) -> str | None:
+    """The chat template of a folder's tokenizer; the default one where there are several."""
+    if (folder / _FILE).is_file():
+        return (folder / _FILE).read_text(encoding="utf-8")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        try:
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+        except (OSError, ValueError, AttributeError):
+            continue  # what is wrong with them is told where the tokenizer is read
+        if isinstance(template, list):
+            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+            template = named.get("default")
+        if isinstance(template, str) and template:
+            return template
+    return None
+
+
+def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+    """A tokenizer's files with another chat template."""
+    made = {name: content for name, content in files.items() if name != "chat_template.json"}
+    made[_FILE] = template.encode()
+    if "tokenizer_config.json" in made:
+        settings = json.loads(made["tokenizer_config.json"])
+        if settings.pop("chat_template", None) is not None:
+            made["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    return made
