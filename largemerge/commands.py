@@ -93,15 +93,15 @@ def _merge_by_regression(options: argparse.Namespace, max_shard_bytes: int) -> i
 def _merge_data_free(options: argparse.Namespace, max_shard_bytes: int) -> int:
     from rich.console import Console
 
-    _check_no_limits(options)
+    host_limit = _host_limit(options)
     from largemerge.arithmetic.dispatch import has_documents
     from largemerge.arithmetic.merge import merge_data_free
     from largemerge.arithmetic.series import merge_series
     from largemerge.arithmetic.tables import print_report
     from largemerge.memory import reuse_freed_memory
 
-    reuse_freed_memory(sparingly=False)
-    more = {"max_shard_bytes": max_shard_bytes, **_merge_options(options)}
+    reuse_freed_memory(sparingly=host_limit is not None)
+    more = {"max_shard_bytes": max_shard_bytes, "host_limit": host_limit, **_merge_options(options)}
     if has_documents(options.config):
         report = merge_series(options.config, options.out, options.intermediate_dir, **more)
     else:
@@ -115,10 +115,12 @@ def _merge_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("device", "resume", "force", "quiet")}
 
 
-def _check_no_limits(options: argparse.Namespace) -> None:
-    limits = [f"--memory-{key}" for key in ("device", "host", "disk") if getattr(options, f"memory_{key}") is not None]
+def _host_limit(options: argparse.Namespace) -> int | None:
+    """Of a data-free merge, which knows no other."""
+    limits = [f"--memory-{key}" for key in ("device", "disk") if getattr(options, f"memory_{key}") is not None]
     if limits:
-        raise ConfigError(f"{', '.join(limits)}: not for data-free methods, which hold a few tensors at a time")
+        raise ConfigError(f"{', '.join(limits)}: not for data-free methods, which hold nothing there")
+    return None if options.memory_host is None else _size(options.memory_host, "--memory-host")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -155,7 +157,7 @@ def _plan_regression(options: argparse.Namespace) -> int:
 
 
 def _plan_data_free(options: argparse.Namespace) -> int:
-    _check_no_limits(options)
+    limits: dict[str, Any] = {"host_limit": _host_limit(options), "probe": options.probe}
     if options.num_ranks != 1 or options.from_config or _cluster(options) is not None:
         raise ConfigError("ranks, other machines and --from-config are for regression methods")
     from largemerge.arithmetic.dispatch import has_documents
@@ -163,7 +165,8 @@ def _plan_data_free(options: argparse.Namespace) -> int:
     from largemerge.arithmetic.series import plan_series
     from largemerge.arithmetic.tables import print_plan
 
-    made = plan_series(options.config) if has_documents(options.config) else plan_data_free(options.config)
+    plan = plan_series if has_documents(options.config) else plan_data_free
+    made = plan(options.config, **limits)
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:

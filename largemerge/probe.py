@@ -51,7 +51,7 @@ def measure_rates(
         samples: That run at once.
         at_once: As many ranks compute side by side, each with its part of the cores; the rates are those of one.
     """
-    read, write = _read_rate(checkpoint), _write_rate(scratch)
+    read, write = read_rate(checkpoint), write_rate(scratch)
     if at_once == 1 or device.type != "cpu":
         return replace(_compute_rates(work, device, samples), read=read, write=write)
     threads = torch.get_num_threads()
@@ -111,7 +111,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _read_rate(checkpoint: Checkpoint) -> float:
+def read_rate(checkpoint: Checkpoint) -> float:
     """Bytes a second of some tensors; from the page cache, if that is where they are."""
     done = 0
     with CheckpointReader(checkpoint) as reader:
@@ -125,7 +125,8 @@ def _read_rate(checkpoint: Checkpoint) -> float:
         return max(1, done) / (time.perf_counter() - start)
 
 
-def _write_rate(scratch: Path | None) -> float:
+def write_rate(scratch: Path | None) -> float:
+    """Bytes a second, forced onto the disk; `None` for where temporary files go."""
     folder = None if scratch is None else existing_folder(scratch)
     data = os.urandom(1 << 20)
     with tempfile.TemporaryFile(dir=folder) as stream:

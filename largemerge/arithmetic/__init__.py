@@ -24,6 +24,8 @@ opening.py       models, adapters, and what belongs to them, opened
 pieces.py        a tensor of all models, cut into pieces that are read when wanted
 stream.py        reads, merges, writes: one worker for every core
 rescale.py       merges with a factor of the whole model: task vectors first, then the output
+holding.py       how many workers, how much kept: what fits into memory
+forecast.py      how long it takes
 run.py           all parts, shared among ranks and workers
 side_files.py    config, tokenizer, model card, report
 merge.py         the steps of such a merge, from the config to the report

@@ -15,7 +15,7 @@ import pydantic
 from pydantic import Field
 
 from largemerge.arithmetic.settings import Setting, setting_problems
-from largemerge.config import DtypeName, MergeMethod
+from largemerge.config import DtypeName, MergeMethod, Size
 from largemerge.config_calibration import Strict
 from largemerge.config_file import explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
@@ -62,6 +62,13 @@ class Module(Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
+class HostMemory(Strict):
+    """How much a merge may hold."""
+
+    host: Size | None = None
+    """Most anonymous memory of the process, libraries included; default: what is free."""
+
+
 class DataFreeConfig(Strict):
     """A whole merge."""
 
@@ -86,6 +93,8 @@ class DataFreeConfig(Strict):
     """`auto`: the one that most models have; a built-in one's name; or a Jinja template."""
     seed: int = Field(0, ge=0)
     """Of random methods."""
+    memory: HostMemory = HostMemory()
+    """Not mergekit's."""
 
     def companions(self, parameter: str) -> tuple[str, ...]:
         """Everything that a parameter is set to anywhere, where it is a text."""

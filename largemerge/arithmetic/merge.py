@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from largemerge.arithmetic.holding import CPU
 from largemerge.arithmetic.opening import Before
-from largemerge.arithmetic.plan import CPU, DataFreePlan, DataFreeSource, plan_data_free
+from largemerge.arithmetic.plan import DataFreePlan, DataFreeSource, plan_data_free
 from largemerge.arithmetic.report import DataFreeReport
 from largemerge.arithmetic.run import run
 from largemerge.arithmetic.side_files import config_text, write_side_files
@@ -37,8 +38,12 @@ def merge_data_free(
     max_shard_bytes: int,
     quiet: bool,
     before: Before | None = None,
+    host_limit: int | None = None,
 ) -> DataFreeReport:
-    """Merges without data; the arguments are those of `largemerge.merge`, and what other merges have made for this one.
+    """Merges without data; the arguments are those of `largemerge.merge`, and two more.
+
+    `before` is what other merges of the same file have made for this one; `host_limit` the bytes that this process may
+    hold, `None` for what the configuration says, or what is free.
 
     Raises:
         LargemergeError: For anything wrong with config, inputs or output, before the long work.
@@ -51,7 +56,7 @@ def merge_data_free(
         with MemoryWatch(CPU) as watch:
 
             def plan_it() -> tuple[DataFreePlan, list[Path]]:
-                plan = plan_data_free(source, before, local_ranks=ranks.local_size)
+                plan = plan_data_free(source, before, local_ranks=ranks.local_size, host_limit=host_limit)
                 if plan.layout.problems:
                     raise LargemergeError(*plan.layout.problems)
                 opened = (*plan.checkpoints.values(), *plan.companions.values())
@@ -89,7 +94,7 @@ def _check_shared(folder: OutputFolder) -> None:
 def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
     """What a merge and its continuation must have in common."""
     return {
-        "config": plan.config.model_dump(mode="json"),
+        "config": plan.config.model_dump(mode="json", exclude={"memory"}),  # which changes no bit
         "inputs": {
             name: dict(checkpoint.fingerprint) for name, checkpoint in (plan.checkpoints | plan.companions).items()
         },

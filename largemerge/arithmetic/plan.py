@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from largemerge.arithmetic.config import DataFreeConfig, load_data_free
+from largemerge.arithmetic.holding import Holding, choose_holding
 from largemerge.arithmetic.layout import lay_out
 from largemerge.arithmetic.opening import Before, Opened, open_all
 from largemerge.arithmetic.registry import METHODS
-from largemerge.arithmetic.stream import worker_bytes
 from largemerge.arithmetic.tasks import Layout
 from largemerge.checkpoint.adapters import Adapter
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
-from largemerge.memory import memory_in_use
-from largemerge.sizes import gib
 from largemerge.vocabulary.build import Vocabulary, build_vocabulary
 from largemerge.vocabulary.ids import move_ids
 from largemerge.vocabulary.templates import choose_template
 from largemerge.vocabulary.tokenizers import has_tokenizer
 
-CPU = torch.device("cpu")
-_MARGIN = 0.9  # of the memory that is free
 DataFreeSource = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
 """Never a `MergeConfig` in truth: see `is_data_free`."""
 
@@ -44,11 +39,12 @@ class DataFreePlan:
         companions: What the method wants beside the models, by path: tensors with the models' names.
         reference: The model whose names and config the output has.
         layout: All tensors of the output.
-        num_workers: That work side by side.
+        holding: How much is held at once.
         vocabulary: Of the output, where embeddings are arranged by token.
         before: What other merges have made for this one.
         adapters: By model, of those that have one.
         template: The output's chat template, where it is not its tokenizer's.
+        seconds: By stage, where the machine was probed.
     """
 
     config: DataFreeConfig
@@ -56,11 +52,12 @@ class DataFreePlan:
     companions: dict[str, Checkpoint]
     reference: str
     layout: Layout
-    num_workers: int
+    holding: Holding
     vocabulary: Vocabulary | None
     before: Before
     adapters: Mapping[str, Adapter]
     template: str | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[str]:
@@ -101,11 +98,14 @@ class DataFreePlan:
         return {task.name: OutputTensor(torch.float32, task.shape) for task in tasks}
 
     @property
+    def num_workers(self) -> int:
+        """That work side by side."""
+        return self.holding.num_workers
+
+    @property
     def peak_bytes(self) -> int:
         """Anonymous memory, libraries included: the process as it is, and all workers at their largest tasks."""
-        largest = sorted((worker_bytes(self.config.merge_method, task) for task in self.layout.tasks), reverse=True)
-        adapters = sum(adapter.kept_bytes for adapter in self.adapters.values())
-        return memory_in_use(CPU).host_anonymous + sum(largest[: self.num_workers]) + adapters
+        return self.holding.peak_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -126,19 +126,30 @@ class DataFreePlan:
             "bytes_written": self.bytes_written,
             "peak_bytes": self.peak_bytes,
             "num_workers": self.num_workers,
+            "kept_bytes": self.holding.kept_bytes,
+            "seconds": dict(self.seconds),
             "vocabulary": self.vocabulary.to_json() if self.vocabulary is not None else None,
             "notes": self.layout.notes,
             "problems": self.layout.problems,
         }
 
 
-def plan_data_free(source: DataFreeSource, before: Before | None = None, *, local_ranks: int = 1) -> DataFreePlan:
+def plan_data_free(
+    source: DataFreeSource,
+    before: Before | None = None,
+    *,
+    local_ranks: int = 1,
+    host_limit: int | None = None,
+    probe: bool = False,
+) -> DataFreePlan:
     """Plans a data-free merge from the configuration and the checkpoints' headers.
 
     Args:
         source: The configuration.
         before: What other merges have made for this one.
         local_ranks: How many processes share this machine's memory.
+        host_limit: Bytes that this one may hold; `None` for what the configuration says, or what is free.
+        probe: Measure this machine for a second, so that the plan says how long the merge will take.
 
     Raises:
         LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
@@ -153,18 +164,25 @@ def plan_data_free(source: DataFreeSource, before: Before | None = None, *, loca
     layout = lay_out(config, opened.checkpoints, reference, opened.companions, vocabulary)
     if vocabulary is not None:
         layout.notes.extend(vocabulary.notes)
-    return DataFreePlan(
+    adapter_bytes = sum(adapter.kept_bytes for adapter in opened.adapters.values())
+    limit = host_limit if host_limit is not None else config.memory.host
+    plan = DataFreePlan(
         config=config,
         checkpoints=opened.checkpoints,
         companions=opened.companions,
         reference=reference,
         template=_template(config, opened, layout),
         layout=layout,
-        num_workers=_num_workers(config.merge_method, layout, local_ranks),
+        holding=choose_holding(config.merge_method, layout, adapter_bytes, limit, local_ranks),
         vocabulary=vocabulary,
         before=before,
         adapters=opened.adapters,
     )
+    if not probe or plan.problems:
+        return plan
+    from largemerge.arithmetic.forecast import estimate_seconds
+
+    return replace(plan, seconds=estimate_seconds(plan))
 
 
 def _vocabulary(config: DataFreeConfig, opened: Opened, reference: str, before: Before) -> Vocabulary | None:
@@ -194,19 +212,3 @@ def _template(config: DataFreeConfig, opened: Opened, layout: Layout) -> str | N
     template, told = choose_template(config.chat_template, folders)
     layout.notes.append(f"chat template: {told}")
     return template
-
-
-def _num_workers(method: str, layout: Layout, local_ranks: int) -> int:
-    """One for every thread; fewer where whole matrices are held, and memory is short. At least one."""
-    threads = torch.get_num_threads()
-    if METHODS[method].matrices is None:
-        return threads
-    free = int(_MARGIN * psutil.virtual_memory().available) // local_ranks
-    largest = sorted((worker_bytes(method, task) for task in layout.tasks), reverse=True)
-    num_workers = max([1, *(count for count in range(1, threads + 1) if sum(largest[:count]) <= free)])
-    if num_workers < threads or sum(largest[:1]) > free:
-        layout.notes.append(
-            f"{method} holds whole matrices: {threads} workers would need {gib(sum(largest[:threads]))}, "
-            f"{gib(free)} are free; workers at a time: {num_workers}"
-        )
-    return num_workers

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from largemerge.arithmetic.plan import CPU, DataFreePlan
+from largemerge.arithmetic.holding import CPU
+from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.tasks import Task
 from largemerge.environment import machine, versions

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from largemerge.arithmetic.plan import CPU, DataFreePlan
+from largemerge.arithmetic.holding import CPU
+from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.rescale import Unscaler
 from largemerge.arithmetic.stream import Merger, cost, parts, run_parts
@@ -42,7 +43,9 @@ def run(
             for name, checkpoint in files.items()
         }
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
-        merge: Callable[[Task], None] = Merger(plan.config.merge_method, plan.config.seed, readers, writer)
+        merge: Callable[[Task], None] = Merger(
+            plan.config.merge_method, plan.config.seed, readers, writer, plan.holding.kept_bytes
+        )
         kinds = [_LAST] if METHODS[plan.config.merge_method].scaled is None else [_FIRST, _LAST]
         num_tasks = sum(len(part) for kind in kinds for part in passes.own(kind))
         progress = stack.enter_context(RunProgress(num_tasks, num_tasks, CPU, quiet=quiet))

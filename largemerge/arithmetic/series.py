@@ -50,13 +50,15 @@ class SeriesPlan:
         return {"documents": {label: plan.to_json() for label, plan in self.plans.items()}}
 
 
-def plan_series(path: Path, *, keeps_all: bool = True) -> SeriesPlan:
-    """Plans all merges of a file, from configurations and headers.
+def plan_series(
+    path: Path, *, keeps_all: bool = True, host_limit: int | None = None, probe: bool = False
+) -> SeriesPlan:
+    """Plans all merges of a file, from configurations and headers; `host_limit` and `probe` as for a single one.
 
     Raises:
         LargemergeError: If the inputs cannot be opened.
     """
-    with _planned(load_documents(path, keeps_all=keeps_all)) as plan:
+    with _planned(load_documents(path, keeps_all=keeps_all), host_limit=host_limit, probe=probe) as plan:
         return plan
 
 
@@ -77,7 +79,8 @@ def merge_series(path: Path, out: Path, intermediate: Path | None, **options: An
     resume, force = options.pop("resume"), options.pop("force")
     with stay_together():
         with start_ranks() as ranks:
-            ranks.agree(lambda: _check(documents, out, folder, ranks, resume=resume, force=force))
+            limit = options.get("host_limit")
+            ranks.agree(lambda: _check(documents, out, folder, ranks, resume=resume, force=force, host_limit=limit))
             is_quiet = options["quiet"] or not ranks.is_first
         before = Before()
         for number, document in enumerate(documents, start=1):
@@ -97,9 +100,18 @@ def merge_series(path: Path, out: Path, intermediate: Path | None, **options: An
     raise AssertionError("there is a last document")
 
 
-def _check(documents: list[Document], out: Path, folder: Path, ranks: Ranks, *, resume: bool, force: bool) -> None:
+def _check(
+    documents: list[Document],
+    out: Path,
+    folder: Path,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    force: bool,
+    host_limit: int | None,
+) -> None:
     """Plans everything, and looks at the output folder, before the first merge begins."""
-    with _planned(documents) as plan:
+    with _planned(documents, host_limit=host_limit) as plan:
         if plan.problems:
             raise LargemergeError(*plan.problems)
     if not ranks.is_first:
@@ -133,7 +145,7 @@ def _is_made(document: Document, target: Path, before: Before, *, force: bool) -
 
 
 @contextmanager
-def _planned(documents: list[Document]) -> Iterator[SeriesPlan]:
+def _planned(documents: list[Document], *, host_limit: int | None, probe: bool = False) -> Iterator[SeriesPlan]:
     """Plans one after the other; what is yet to be made stands there as a folder without weights, meanwhile."""
     plans: dict[str, DataFreePlan] = {}
     problems: list[str] = []
@@ -144,7 +156,8 @@ def _planned(documents: list[Document]) -> Iterator[SeriesPlan]:
                 problems += _open_problems(document)  # what it needs cannot be planned, which is told
                 continue
             try:
-                plan = plan_data_free(document.config, before)
+                probes = probe and not document.needs  # of what is yet to be made nothing can be read
+                plan = plan_data_free(document.config, before, host_limit=host_limit, probe=probes)
             except LargemergeError as error:
                 problems += [f"{document.label}: {problem}" for problem in error.problems]
                 continue

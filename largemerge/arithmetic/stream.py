@@ -28,7 +28,7 @@ from largemerge.vocabulary.rows import TokenReader
 PART_BYTES = 256 << 20
 """Of the output, at least, between two lines of the journal."""
 KEPT_BYTES = 96 << 20
-"""Of a tensor of all models, at most, that is kept in memory between two readings."""
+"""Of a tensor of all models, at most, that is kept in memory between two readings, where there is memory enough."""
 _PIECE_COPIES, _WIDEST = 4, 8  # a piece, its task vectors, what is made of them; in float64 or int64 at the widest
 
 
@@ -84,11 +84,14 @@ class Merger:
         seed: Of random methods.
         readers: By model.
         writer: Of the output.
+        kept_bytes: Of a tensor of all models, at most, that is kept in memory.
     """
 
-    def __init__(self, method: str, seed: int, readers: Mapping[str, TensorReader], writer: ShardWriter) -> None:
+    def __init__(
+        self, method: str, seed: int, readers: Mapping[str, TensorReader], writer: ShardWriter, kept_bytes: int
+    ) -> None:
         self._name, self._method, self._seed = method, METHODS[method], seed
-        self._readers, self._writer = readers, writer
+        self._readers, self._writer, self._kept_bytes = readers, writer, kept_bytes
 
     def __call__(self, task: Task) -> None:
         """Reads, merges and writes one tensor."""
@@ -97,7 +100,7 @@ class Merger:
             self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
             return
         way, begin = way_of(self._method, task.options, other=bool(task.otherwise))
-        load = PieceLoader(task, way, self._readers, self._seed)
+        load = PieceLoader(task, way, self._readers, self._seed, self._kept_bytes)
         with told_as_merge_error(task, self._name):
             merge = begin(way.survey(load.pieces) if way.survey is not None else None)
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
@@ -128,12 +131,14 @@ def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tens
 class PieceLoader:
     """The pieces of one task: kept in memory where they are read more than once and small, else read again."""
 
-    def __init__(self, task: Task, way: Way, readers: Mapping[str, TensorReader], seed: int) -> None:
+    def __init__(
+        self, task: Task, way: Way, readers: Mapping[str, TensorReader], seed: int, kept_bytes: int = 0
+    ) -> None:
         self._task, self._readers, self._seed, self._way = task, readers, seed, way
         self.cuts = rows_of_pieces(task.shape, way.cut)
         rows = task.token_rows
         self._tokens = TokenReader(rows, task.inputs, readers, task.dtype) if rows is not None else None
-        self._kept = self._read_all(None) if _kept_bytes(task, way) else None
+        self._kept = self._read_all(None) if _kept_bytes(task, way, kept_bytes) else None
 
     def pieces(self) -> Iterator[Piece]:
         """All of them, in order."""
@@ -193,8 +198,8 @@ def cost(method: str, task: Task) -> int:
     return task.num_elements * (min(task.shape) if factored else 1)
 
 
-def worker_bytes(method: str, task: Task) -> int:
-    """What a worker holds at most while it is at a task."""
+def worker_bytes(method: str, task: Task, kept_bytes: int) -> int:
+    """What a worker holds at most while it is at a task; `kept_bytes` as for the `Merger`."""
     if task.copied:
         return task.num_elements * task.dtype.itemsize
     row = METHODS[method]
@@ -205,10 +210,11 @@ def worker_bytes(method: str, task: Task) -> int:
     num_rows = task.shape[0] if task.shape else 1
     rows = max((rows.stop - rows.start for rows in rows_of_pieces(task.shape, way.cut)), default=0)
     elements = rows * task.num_elements // max(1, num_rows)
-    return _kept_bytes(task, way) + _PIECE_COPIES * elements * (len(task.inputs) + len(task.companions)) * _WIDEST
+    num_inputs = len(task.inputs) + len(task.companions)
+    return _kept_bytes(task, way, kept_bytes) + _PIECE_COPIES * elements * num_inputs * _WIDEST
 
 
-def _kept_bytes(task: Task, way: Way) -> int:
+def _kept_bytes(task: Task, way: Way, most: int) -> int:
     """Of a task's tensors, where they are read more than once and small enough to be kept; else 0."""
     num_bytes = task.num_elements * task.dtype.itemsize * len(task.inputs)
-    return num_bytes if way.survey is not None and num_bytes <= KEPT_BYTES else 0
+    return num_bytes if way.survey is not None and num_bytes <= most else 0

@@ -24,6 +24,9 @@ def print_plan(plan: DataFreePlan | SeriesPlan, console: Console) -> None:
     table.add_column(overflow="fold")
     _add_data_free_rows(table, plan)
     table.add_row("peak memory", f"{gib(plan.peak_bytes)} on the host, {plan.num_workers} workers")
+    if plan.seconds:
+        disk, computing, total = (plan.seconds[stage] for stage in ("disk", "computing", "total"))
+        table.add_row("time", f"about {total:.0f} s: disk {disk:.1f} s, computing beside it {computing:.1f} s")
     for problem in plan.problems:
         table.add_row(Text("impossible", style="red"), problem)
     console.print(table)

@@ -222,7 +222,7 @@ def test_fewer_workers_where_memory_is_short(tmp_path: Path, monkeypatch: pytest
     try:
         torch.set_num_threads(4)
         plan = largemerge.plan(path)
-        one = max(stream.worker_bytes("tsv_m", task) for task in plan.layout.tasks)
+        one = max(stream.worker_bytes("tsv_m", task, stream.KEPT_BYTES) for task in plan.layout.tasks)
         free = psutil.virtual_memory()._replace(available=int(2.5 * one / 0.9))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
         short = largemerge.plan(path)

@@ -341,7 +341,7 @@ def test_options_of_other_methods_are_refused(tmp_path: Path, capsys: pytest.Cap
     from largemerge.cli import main
 
     for arguments, text in (
-        (["merge", path, tmp_path / "out", "--memory-host", "4GiB"], "--memory-host: not for data-free methods"),
+        (["merge", path, tmp_path / "out", "--memory-disk", tmp_path], "--memory-disk: not for data-free methods"),
         (["merge", path, tmp_path / "out", "--device", "cuda"], "data-free methods run on the CPU"),
         (["plan", path, "--num-ranks", "2"], "are for regression methods"),
     ):

@@ -1,0 +1,72 @@
+"""How long a data-free merge takes: a probe of the disk, and of the method itself on one piece.
+
+disk         bytes read / rate + bytes written / rate
+computing    Σ cost of every tensor · seconds per cost, over the workers; cost as in `stream.cost`
+total        the longer of the two, for one goes on beside the other
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from largemerge.arithmetic.pieces import PIECE_ELEMENTS
+from largemerge.arithmetic.plan import DataFreePlan
+from largemerge.arithmetic.registry import METHODS, merge_tensors
+from largemerge.arithmetic.stream import cost, one_thread_each
+from largemerge.arithmetic.tasks import Task
+from largemerge.probe import read_rate, write_rate
+
+_MOST_SIDE = 384  # of a matrix that is factored for the probe
+_COLUMNS = 1024
+
+
+def estimate_seconds(plan: DataFreePlan, scratch: Path | None = None) -> dict[str, float]:
+    """Seconds by stage, from a probe of about a second.
+
+    Args:
+        plan: Without problems.
+        scratch: A folder on the output's disk; `None` for the system's temporary files.
+    """
+    method = plan.config.merge_method
+    read = read_rate(plan.checkpoints[plan.reference])
+    moved = plan.bytes_written + 2 * plan.scratch_bytes
+    disk = plan.bytes_read / read + moved / write_rate(scratch)
+    computing = 0.0
+    merged = [task for task in plan.layout.tasks if not task.copied and task.num_elements]
+    kinds = [[task for task in merged if task.is_matrix], [task for task in merged if not task.is_matrix]]
+    for kind in kinds if METHODS[method].matrices is not None else [merged]:
+        if kind:
+            computing += sum(cost(method, task) for task in kind) * _seconds_per_cost(method, kind)
+    computing /= plan.num_workers
+    return {"disk": round(disk, 2), "computing": round(computing, 2), "total": round(max(disk, computing), 2)}
+
+
+def _seconds_per_cost(method: str, tasks: Sequence[Task]) -> float:
+    """Of the largest of some tasks, cut down to a piece."""
+    task = max(tasks, key=lambda each: each.num_elements)
+    factored = METHODS[method].matrices is not None and task.is_matrix
+    if factored:
+        rows, columns = (min(_MOST_SIDE, size) for size in task.shape)
+        shape: tuple[int, ...] = (columns, rows) if task.inputs_first else (rows, columns)
+    elif len(task.shape) < 2 or task.otherwise:
+        shape = (min(PIECE_ELEMENTS, task.num_elements),)
+    else:
+        columns = min(task.num_elements // task.shape[0], _COLUMNS)
+        shape = (max(1, min(task.shape[0], PIECE_ELEMENTS // columns)), columns)
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, generator=generator)
+    tensors = [(base + 0.1 * torch.randn(shape, generator=generator)).to(task.dtype) for _ in task.sources]
+    companions = [torch.rand(shape, generator=generator) for _ in task.companions]
+    origin = base.to(task.dtype) if task.base is not None else None
+    times = []
+    with one_thread_each(), torch.inference_mode():
+        for _ in range(2):
+            start = time.perf_counter()
+            merge_tensors(method, tensors, origin, each=task.each, companions=companions, **task.options)
+            times.append(time.perf_counter() - start)
+    elements = base.numel()
+    return min(times) / (elements * (min(shape) if factored else 1))
