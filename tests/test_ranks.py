@@ -14,6 +14,7 @@ import tiny_models
 import torch
 from cases import load_merged, weights_in, write_case
 from processes import NOTHING_SHARED, assert_agree, finish, make_uneven_case, merging, run_ranks, start_ranks
+from safetensors.torch import load_file, save_file
 
 import largemerge
 from largemerge.node import SHARED_MEMORY
@@ -170,3 +171,21 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path: Path, hanging: int) -> None
     assert f"rank {hanging} " in logs[0] and "processes.hang, line" in logs[0] and "Traceback" not in logs[0]
     assert "model.layers.2" in processes.parts(tmp_path / "out") and "--resume" in logs[0]
     run_ranks(merging(case, tmp_path / "out", "--resume"), tmp_path, 2)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_rank_that_fails_ends_the_others(tmp_path: Path, broken: int) -> None:
+    case = processes.make_long_case(tmp_path)
+    case.write_yaml()
+    path = next(Path(case.config["models"][broken]["model"]).glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(name for name in tensors if "layers.3.mlp.up_proj" in name)
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, path, {"format": "pt"})
+    ranks = start_ranks([merging(case, tmp_path / "out")] * 2, tmp_path, {"LARGEMERGE_RANK_TIMEOUT": "5"})
+    codes = [finish(process) for process in ranks]
+    logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    assert all(code > 0 for code in codes), (codes, logs)
+    assert "model.layers.3" in logs[0] and "not finite" in logs[0] and "Traceback" not in "".join(logs), logs
+    assert "model.layers.2" in processes.parts(tmp_path / "out")
+    left = [path for path in SHARED_MEMORY.glob("largemerge-*") if not psutil.pid_exists(int(path.name.split("-")[1]))]
+    assert not left, "nothing may be left in shared memory"
