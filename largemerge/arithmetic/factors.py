@@ -23,8 +23,8 @@ _ROWS_AT_ONCE = 1024
 _FLOAT32_ERROR = 1e-5  # relative; up to there X V S⁻¹ is multiplied in float32
 
 
-def upper_gram(x_NI: torch.Tensor) -> torch.Tensor:
-    """XᵀX, float64, on and above the diagonal panels; what lies below them is undefined. `[I, I]`."""
+def lower_gram(x_NI: torch.Tensor) -> torch.Tensor:
+    """XᵀX, float64, on and below the diagonal panels; 0 above them. `[I, I]`."""
     size = x_NI.shape[1]
     gram_II = torch.zeros(size, size, dtype=FACTOR_DTYPE)
     width = max(1, -(-size // _NUM_PANELS))
@@ -32,14 +32,14 @@ def upper_gram(x_NI: torch.Tensor) -> torch.Tensor:
         wide = rows.to(FACTOR_DTYPE)
         for start in range(0, size, width):
             stop = min(start + width, size)
-            gram_II[start:stop, start:].addmm_(wide[:, start:stop].T, wide[:, start:])
+            gram_II[start:, start:stop].addmm_(wide[:, start:].T, wide[:, start:stop])
     return gram_II
 
 
 def gram(x_NI: torch.Tensor) -> torch.Tensor:
     """XᵀX, float64. `[I, I]`."""
-    upper_II = upper_gram(x_NI).triu_()
-    return upper_II.add_(upper_II.triu(1).T)
+    lower_II = lower_gram(x_NI).tril_()
+    return lower_II.add_(lower_II.tril(-1).T)
 
 
 def singular_vectors(x_OI: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,7 +68,7 @@ def polar_factor(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _spectrum(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """S, largest first, and V, float64, without what counts as 0."""
-    squares_I, vectors_II = torch.linalg.eigh(upper_gram(x_OI), UPLO="U")
+    squares_I, vectors_II = torch.linalg.eigh(lower_gram(x_OI), UPLO="L")
     s_I = squares_I.clamp_(min=0).sqrt_().flip(0)
     count = int((s_I > _SMALLEST * s_I[:1]).sum()) if len(s_I) else 0
     return s_I[:count], vectors_II.flip(1)[:, :count]
