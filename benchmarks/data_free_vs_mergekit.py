@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ import yaml
 from safetensors import safe_open
 
 from environments import OWN_TORCH, make_environment
+from largemerge.arithmetic.literature import LITERATURE
 from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
 from measure import Measured, drop_from_cache, machine, run_measured
 from synthetic_llama import GEOMETRIES, Inputs, write_inputs
@@ -79,7 +81,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Data-free methods beside mergekit; see the top of this file.")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="of synthetic models (%(default)s)")
     parser.add_argument("--models", nargs="*", default=[], metavar="DIR", help="base and models, instead")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=sorted(METHODS), help="(default: all)")
+    both = sorted(METHODS.keys() - LITERATURE.keys())
+    parser.add_argument("--methods", nargs="+", choices=both, default=both, help="(default: all that mergekit has)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in which both compute (default: as stored)")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for all files")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="only ours")
@@ -115,6 +118,8 @@ def _measure(
 ) -> dict[str, Any]:
     ours, theirs = work / "ours", work / "theirs"
     own = [sys.executable, "-m", "largemerge", "merge", str(config), str(ours), "--force", "--quiet"]
+    planned = [sys.executable, "-m", "largemerge", "plan", str(config), "--json"]
+    plan = json.loads(subprocess.run(planned, capture_output=True, check=True, text=True).stdout)
     commands = [("ours", own)]
     if python is not None:
         shutil.rmtree(theirs, ignore_errors=True)
@@ -128,6 +133,7 @@ def _measure(
         "method": method,
         "seconds": measured["ours"].seconds,
         "merge_seconds": report["seconds"]["total"] - report["seconds"]["preparation"],
+        "planned_seconds": plan["seconds"]["total"],
         "peak_anonymous_bytes": measured["ours"].peak_anonymous_bytes,
         "planned_peak_bytes": report["plan"]["peak_bytes"],
         "bytes_read": report["bytes_read"],
@@ -210,12 +216,14 @@ def _copy_seconds(models: Sequence[Path], target: Path) -> float:
 
 def _print(rows: Sequence[dict[str, Any]], ties: float | None, copied: float | None) -> None:
     print(
-        "\n| method | time | mergekit | ratio | target | peak, anonymous | planned | mergekit's peak | same | 1 ulp |"
+        "\n| method | time | merging | planned | mergekit | ratio | target | peak, anonymous | planned "
+        "| mergekit's peak | same | 1 ulp |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(f"|---{'|---:' * 11}|")
     for row in rows:
         method, peer = row["method"], row["peer_seconds"]
-        cells = [method, f"{row['seconds']:.1f} s", "" if peer is None else f"{peer:.1f} s"]
+        cells = [method, *(f"{row[key]:.1f} s" for key in ("seconds", "merge_seconds", "planned_seconds"))]
+        cells.append("" if peer is None else f"{peer:.1f} s")
         cells.append("" if peer is None else f"{row['seconds'] / peer:.3f}")
         target = ""
         if peer is not None and method in TARGETS:

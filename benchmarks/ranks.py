@@ -120,11 +120,13 @@ def _print(rows: list[dict[str, Any]]) -> None:
     titles = [
         "ranks",
         "merge",
+        "planned",
         "speed-up",
         "ceiling",
         "a rank's peak, anonymous",
         "moved by a rank",
-        "waiting included",
+        "under way",
+        "computing waited",
     ]
     print(f"\n| {' | '.join([*titles, 'difference'])} |\n{'|---:' * (len(titles) + 1)}|")
     for row in rows:
@@ -132,7 +134,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"| {row['ranks']} | {row['seconds']:.1f} s | {row['planned_seconds']:.1f} s | {row['speed_up']:.2f} "
             f"| {_text(row['ceiling'])} "
             f"| {row['peak_anonymous_bytes'] / 2**30:.2f} GiB | {row['bytes_communicated'] / 1e9:.2f} GB "
-            f"| {row['seconds_communicating']:.1f} s | {row['difference']:.1e} |"
+            f"| {row['seconds_communicating']:.1f} s | {row['by_phase'].get('communicate', 0.0):.1f} s "
+            f"| {row['difference']:.1e} |"
         )
 
 

@@ -81,7 +81,7 @@ def ace(piece: Piece) -> torch.Tensor:
     Tasks are unlike if Var(log ‖Δ_i‖²) / mean(log ‖Δ_i‖²)² > `heterogeneity`. Then M = M₀ + s̄ U Vᵀ, where U and V
     belong to the `k_frac` largest singular values of M₀ + Σ Δ_i (Σ_i - ΣR_i/K), and s̄ is their mean; else M = M₀.
 
-    From the equations of the paper, which agree with its authors' program; the names of `eps` and `k_frac` and all
+    As its authors' program has it, and a transcription of the paper's equations; the names of `eps` and `k_frac` and all
     defaults are the program's, the threshold has no name there.
     """
     options, count = piece.options, len(piece.tensors)
