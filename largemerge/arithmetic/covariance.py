@@ -81,8 +81,8 @@ def ace(piece: Piece) -> torch.Tensor:
     Tasks are unlike if Var(log ‖Δ_i‖²) / mean(log ‖Δ_i‖²)² > `heterogeneity`. Then M = M₀ + s̄ U Vᵀ, where U and V
     belong to the `k_frac` largest singular values of M₀ + Σ Δ_i (Σ_i - ΣR_i/K), and s̄ is their mean; else M = M₀.
 
-    As its authors' program has it, and a transcription of the paper's equations; the names of `eps` and `k_frac` and all
-    defaults are the program's, the threshold has no name there.
+    As its authors' program has it, and a transcription of the paper's equations. The names of `eps` and `k_frac` and
+    all defaults are the program's; the threshold has no name there.
     """
     options, count = piece.options, len(piece.tensors)
     squares = torch.tensor([_norm_square(task_vector(piece, model)) for model in range(count)], dtype=FACTOR_DTYPE)
