@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from largemerge import exchange, node
+from largemerge import carriers, node
+from largemerge.carriers import Piece, SharedMemory, cut
 from largemerge.distributed import Ranks
 from largemerge.errors import MergeError
-from largemerge.exchange import Exchange, Piece, SharedMemory, cut
+from largemerge.exchange import Exchange
 from largemerge.node import Node
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(exchange, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(carriers, "PIECE_BYTES", 4096)
 
 
 def some_views() -> list[torch.Tensor]:
