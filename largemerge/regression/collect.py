@@ -106,10 +106,10 @@ class Collector:
                 averages.add(index, tensors)
             if self.together.has_data(index) and (each.groups or keep):
                 self._run(block, each, index, tensors, anchor, sums, keep=keep)
-                for group in each.groups:
+                for group in exchange.groups:
                     if sums[group.leader].shares_gram:
                         exchange.share_gram(group.leader, sums[group.leader])
-            for group in each.groups:
+            for group in exchange.groups:
                 with self.clock.stage("communicate"):
                     exchange.wait_for_gram(group.leader)
                 self._finish_candidate(block, group, index, sums[group.leader])

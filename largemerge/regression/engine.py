@@ -146,7 +146,7 @@ class Engine:
         for name, tensor in (self.weights.base(list(excluded)) if excluded and each.averages else {}).items():
             merged[name] = tensor.to(self.activations.device, excluded[name])
         linears: JsonObject = {}
-        for group in each.groups:
+        for group in exchange.groups:
             with self.clock.stage("communicate"):
                 exchange.wait_for_sums(group.leader)
             with self.clock.stage("solve"):

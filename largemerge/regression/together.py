@@ -120,7 +120,8 @@ class Together:
     def begin(self, groups: Sequence[GroupPlan]) -> PassExchange:
         """For one pass over a block."""
         costs = {group.leader: group.solve_operations for group in groups}
-        return PassExchange(self, choose_owners(costs, self.ranks.size))
+        dearest_first = sorted(groups, key=lambda group: -group.solve_operations)
+        return PassExchange(self, dearest_first, choose_owners(costs, self.ranks.size))
 
     def everybodys(self, linears: Mapping[str, Any], bytes_read: int) -> tuple[dict[str, Any], int]:
         """Collective: the reports of all linears, and the bytes that all ranks have read."""
@@ -135,10 +136,13 @@ class PassExchange:
 
     Attributes:
         together: The ranks.
+        groups: In the order in which they are completed and solved, the dearest first: its owner solves it while others
+            are still at the right-hand sides of the rest.
         owners: By group.
     """
 
     together: Together
+    groups: Sequence[GroupPlan]
     owners: Mapping[str, int]
     _adding: dict[str, Future[Any]] = field(default_factory=dict)
     _sharing: dict[str, Future[Any]] = field(default_factory=dict)
