@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,7 @@ class Band:
         def keep(patterns: torch.Tensor) -> torch.Tensor:
             if self.empty:
                 return torch.zeros_like(patterns)
-            mask = torch.full_like(patterns, -1)
+            mask = None
             if low is not None:
                 whole, some = lows.kept(patterns)
                 mask = above(patterns, low.at.pattern - whole)
@@ -57,9 +57,10 @@ class Band:
                     mask &= below(patterns, low.at.pattern + 1)
             if high is not None:
                 whole, some = highs.kept(patterns)
-                mask &= below(patterns, high.at.pattern + whole)
+                not_above = below(patterns, high.at.pattern + whole)
+                mask = not_above if mask is None else mask.bitwise_and_(not_above)
                 mask.view(-1)[some] = -1
-            return mask
+            return torch.full_like(patterns, -1) if mask is None else mask
 
         return keep
 
@@ -85,29 +86,41 @@ class _Equals:
         return False, torch.from_numpy(places[first - start : stop - start])
 
 
-def largest(numbers: Numbers, num_elements: int, density: float) -> Band:
-    """The k = density · n largest, at least one."""
-    return largest_of(numbers, num_elements, max(1, int(density * num_elements)))
+def largest(numbers: Numbers, num_elements: int, densities: Sequence[float]) -> list[Band]:
+    """Of every set the k = density · n largest, at least one."""
+    return largest_of(numbers, num_elements, [max(1, int(density * num_elements)) for density in densities])
 
 
-def largest_of(numbers: Numbers, num_elements: int, count: int) -> Band:
-    """The `count` largest."""
-    (low,) = order_statistics(numbers, [num_elements - count])
-    num_larger = num_elements - low.num_below - low.num_equal
-    return Band(Edge(low, 0, count - num_larger))
+def largest_of(numbers: Numbers, num_elements: int, counts: Sequence[int]) -> list[Band]:
+    """Of every set so many of the largest."""
+    found = order_statistics(numbers, [[num_elements - count] for count in counts])
+    bands = []
+    for (low,), count in zip(found, counts, strict=True):
+        num_larger = num_elements - low.num_below - low.num_equal
+        bands.append(Band(Edge(low, 0, count - num_larger)))
+    return bands
 
 
-def without_outliers(numbers: Numbers, num_elements: int, density: float, gamma: float) -> Band:
-    """The k largest but for γ·n larger ones; fewer outliers go where there are not k others."""
-    count, num_top = int(density * num_elements), int(gamma * num_elements)
-    num_bottom = num_elements - count - num_top
-    if num_bottom < 0:
-        num_top, num_bottom = num_top + num_bottom, 0
-    if count == 0:
-        return Band(empty=True)
-    low, high = order_statistics(numbers, [num_bottom, num_elements - max(1, num_top)])
-    # A stable sort, smallest first, has the first of some equals lowest: those go first.
-    lower = Edge(low, num_bottom - low.num_below, low.num_equal)
-    if num_top == 0:
-        return Band(lower)
-    return Band(lower, Edge(high, 0, num_elements - num_top - high.num_below))
+def without_outliers(
+    numbers: Numbers, num_elements: int, densities: Sequence[float], gammas: Sequence[float]
+) -> list[Band]:
+    """Of every set the k largest but for γ·n larger ones; fewer outliers go where there are not k others."""
+    parts, ranks = [], []
+    for density, gamma in zip(densities, gammas, strict=True):
+        count, num_top = int(density * num_elements), int(gamma * num_elements)
+        num_bottom = num_elements - count - num_top
+        if num_bottom < 0:
+            num_top, num_bottom = num_top + num_bottom, 0
+        parts.append((num_bottom, num_top))
+        ranks.append([num_bottom, num_elements - max(1, num_top)] if count else [])
+    bands = []
+    for found, (num_bottom, num_top) in zip(order_statistics(numbers, ranks), parts, strict=True):
+        if not found:
+            bands.append(Band(empty=True))
+            continue
+        low, high = found
+        # A stable sort, smallest first, has the first of some equals lowest: those go first.
+        lower = Edge(low, num_bottom - low.num_below, low.num_equal)
+        upper = Edge(high, 0, num_elements - num_top - high.num_below) if num_top else None
+        bands.append(Band(lower, upper))
+    return bands

@@ -44,7 +44,7 @@ def _signs(numbers: torch.Tensor) -> torch.Tensor:
 
 def mask_of(truth: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """Truth values as a mask for numbers of some dtype."""
-    return torch.from_numpy(truth).to(_INTEGERS[dtype]).neg_()
+    return torch.from_numpy(truth.view(np.int8)).to(_INTEGERS[dtype]).neg_()
 
 
 def equal_places(patterns: torch.Tensor, pattern: int) -> np.ndarray:

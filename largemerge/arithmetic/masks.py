@@ -5,7 +5,7 @@ All of it is float32 whatever the checkpoint's dtype; Fisher's sums are float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -38,10 +38,12 @@ def survey_largest(pieces: Pieces) -> list[Band]:
     """Which elements of every model's task vector are its largest: `sparsity` of them, at least one."""
     first = next(iter(pieces()))
 
-    def of(model: int) -> Callable[[], Iterable[torch.Tensor]]:
-        return lambda: (task_vector(piece, model) for piece in pieces())
+    models = range(len(first.tensors))
 
-    return [largest(of(model), first.num_elements, share) for model, share in enumerate(first.each["sparsity"])]
+    def deltas() -> Iterator[Iterator[torch.Tensor]]:
+        return ((task_vector(piece, model) for model in models) for piece in pieces())
+
+    return largest(deltas, first.num_elements, first.each["sparsity"])
 
 
 def localize_and_stitch(bands: list[Band]) -> Callable[[Piece], torch.Tensor]:

@@ -3,7 +3,7 @@
 The bits of a number without its sign, read as an integer, are in the order of the magnitudes. Those of 16 bits
 have 2^15 patterns: one histogram says how many numbers lie below any of them. For 32 bits, a first pass counts the
 upper halves, a second one the lower halves of those numbers whose upper half is the one that is looked for. This is
-exact, takes a fixed amount of memory, and reads the numbers once or twice, piece by piece.
+exact, takes a fixed amount of memory, and reads the numbers once or twice, piece by piece, all models' together.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from largemerge.arithmetic.bits import magnitudes
@@ -18,8 +19,8 @@ from largemerge.arithmetic.bits import magnitudes
 _HALF = 16
 _PATTERNS = 1 << _HALF
 
-Numbers = Callable[[], Iterable[torch.Tensor]]
-"""Piece by piece; may be called again."""
+Numbers = Callable[[], Iterable[Iterable[torch.Tensor]]]
+"""Piece by piece, and of every piece a tensor of each set, such as one for every model; may be called again."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +40,66 @@ class OrderStatistic:
     num_equal: int
 
 
-def order_statistics(numbers: Numbers, ranks: Sequence[int]) -> list[OrderStatistic]:
-    """The magnitudes that would stand at some places (from 0) if all were sorted, smallest first."""
-    counts, dtype = _histogram(numbers, None)
-    found = []
-    for rank in ranks:
-        pattern, below = _locate(counts, rank)
-        equal = int(counts[pattern])
+def order_statistics(numbers: Numbers, ranks: Sequence[Sequence[int]]) -> list[list[OrderStatistic]]:
+    """The magnitudes that would stand at some places (from 0) if all of a set were sorted, smallest first.
+
+    All sets are gone through at once.
+
+    Args:
+        numbers: Of all sets.
+        ranks: The places, for every set.
+    """
+    counts, dtype = _count(numbers, len(ranks))
+    located = [[_locate(of_set, rank) for rank in wanted] for of_set, wanted in zip(counts, ranks, strict=True)]
+    if dtype is not torch.float32:
         integers = torch.int16
-        if dtype is torch.float32:
-            lower, _ = _histogram(numbers, pattern)
-            low, below_low = _locate(lower, rank - below)
-            pattern, below, equal = pattern << _HALF | low, below + below_low, int(lower[low])
-            integers = torch.int32
-        value = float(torch.tensor([pattern], dtype=integers).view(dtype))
-        found.append(OrderStatistic(pattern, value, below, equal))
-    return found
+        return [
+            [_statistic(pattern, below, of_set[pattern], integers, dtype) for pattern, below in found]
+            for of_set, found in zip(counts, located, strict=True)
+        ]
+    lower = _count_lower(numbers, [[upper for upper, _ in found] for found in located])
+    result: list[list[OrderStatistic]] = []
+    for found, wanted, of_set in zip(located, ranks, lower, strict=True):
+        result.append([])
+        for (upper, below), rank in zip(found, wanted, strict=True):
+            low, below_low = _locate(of_set[upper], rank - below)
+            pattern, equal = upper << _HALF | low, of_set[upper][low]
+            result[-1].append(_statistic(pattern, below + below_low, equal, torch.int32, dtype))
+    return result
 
 
-def _histogram(numbers: Numbers, upper: int | None) -> tuple[torch.Tensor, torch.dtype]:
-    """Counts of all patterns of 16 bits; of 32 bits: of upper halves, or of the lower halves below one upper half."""
-    counts = torch.zeros(_PATTERNS, dtype=torch.int64)
+def _statistic(
+    pattern: int, below: int, equal: torch.Tensor, integers: torch.dtype, dtype: torch.dtype
+) -> OrderStatistic:
+    value = float(torch.tensor([pattern], dtype=integers).view(dtype))
+    return OrderStatistic(pattern, value, below, int(equal))
+
+
+def _count(numbers: Numbers, num_sets: int) -> tuple[list[torch.Tensor], torch.dtype]:
+    """Of every set, how often each pattern of 16 bits comes; of 32 bits: each upper half."""
+    counts = [torch.zeros(_PATTERNS, dtype=torch.int64) for _ in range(num_sets)]
     dtype = torch.float32
     for piece in numbers():
-        dtype = piece.dtype
-        patterns = magnitudes(piece).reshape(-1)
-        if dtype is torch.float32:
-            halves = patterns >> _HALF
-            patterns = halves if upper is None else patterns[halves == upper] & (_PATTERNS - 1)
-        counts += torch.bincount(patterns, minlength=_PATTERNS)
+        for of_set, tensor in zip(counts, piece, strict=True):
+            dtype = tensor.dtype
+            patterns = magnitudes(tensor).reshape(-1)
+            if dtype is torch.float32:
+                patterns >>= _HALF
+            of_set += torch.bincount(patterns, minlength=_PATTERNS)
     return counts, dtype
+
+
+def _count_lower(numbers: Numbers, uppers: Sequence[Sequence[int]]) -> list[dict[int, torch.Tensor]]:
+    """Of every set, for some upper halves, how often each lower half comes below it."""
+    counts = [{upper: torch.zeros(_PATTERNS, dtype=torch.int64) for upper in wanted} for wanted in uppers]
+    for piece in numbers():
+        for of_set, tensor in zip(counts, piece, strict=True):
+            patterns = magnitudes(tensor).reshape(-1).numpy()
+            halves = patterns >> _HALF
+            for upper, so_far in of_set.items():
+                lower = patterns[halves == upper] & np.int32(_PATTERNS - 1)
+                so_far += torch.bincount(torch.from_numpy(lower), minlength=_PATTERNS)
+    return counts
 
 
 def _locate(counts: torch.Tensor, rank: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Interpolation on a sphere. A tensor counts as one long vector; what a method needs of it are its inner products.
 
-    v_i           the tensors, as vectors            G_ij = <v_i, v_j>   float64, summed over pieces
+    v_i           the tensors, as vectors            G_ij = <v_i, v_j>   summed over pieces (`sums.py`)
     result        Σ c_i v_i                          the c_i from G alone
 
 so that each of these methods reads the tensors twice at most, whatever their size, and iterates over K numbers.
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 
 from largemerge.arithmetic.pieces import Piece, Pieces
+from largemerge.arithmetic.sums import inner_products
 
 _COLINEAR = 0.9995  # cosine from which on slerp interpolates on the line
 _EPS = 1e-8
@@ -41,8 +42,7 @@ def _all_models(piece: Piece) -> list[torch.Tensor]:
 def _products(pieces: Iterable[list[torch.Tensor]]) -> torch.Tensor:
     total: torch.Tensor | None = None
     for rows in pieces:
-        flat_KN = torch.stack([row.reshape(-1).double() for row in rows])
-        gram_KK = flat_KN @ flat_KN.T
+        gram_KK = inner_products(rows)
         total = gram_KK if total is None else total + gram_KK
     assert total is not None
     return total

@@ -58,10 +58,8 @@ def survey_importance(pieces: Pieces) -> FusionThreshold:
     """Median + 1.5 · (third - first quartile) of all importances; exact, not from a sample."""
     num_elements = next(iter(pieces())).num_elements
     ranks = [int(share * (num_elements - 1)) for share in (0.25, 0.5, 0.75)]
-    lowest, median, highest = (
-        statistic.value
-        for statistic in order_statistics(lambda: (_importance(piece).clamp_(min=0) for piece in pieces()), ranks)
-    )
+    (found,) = order_statistics(lambda: ([_importance(piece).clamp_(min=0)] for piece in pieces()), [ranks])
+    lowest, median, highest = (statistic.value for statistic in found)
     return FusionThreshold(median + 1.5 * (highest - lowest))
 
 

@@ -23,14 +23,19 @@ from largemerge.arithmetic.sparsify import Sparsified, survey_sparsified
 _SMALLEST_DIVISOR = 1e-8
 
 
+def task_vector(piece: Piece, model: int) -> torch.Tensor:
+    """W_i - W_0 of one model."""
+    return piece.tensors[model] - piece.origin
+
+
 def task_vectors(piece: Piece) -> list[torch.Tensor]:
     """W_i - W_0 of every model."""
-    return [tensor - piece.origin for tensor in piece.tensors]
+    return [task_vector(piece, model) for model in range(len(piece.tensors))]
 
 
 def survey(method: str) -> Callable[[Pieces], list[Sparsified]]:
     """What `merge_task_vectors` has to know beforehand where task vectors are sparsified by `method`."""
-    return partial(survey_sparsified, deltas=task_vectors, method=method)
+    return partial(survey_sparsified, delta=task_vector, method=method)
 
 
 def merge_task_vectors(elects_sign: bool) -> Callable[[list[Sparsified] | None], Callable[[Piece], torch.Tensor]]:
@@ -137,7 +142,7 @@ def survey_sce(pieces: Pieces) -> Selected:
         count = int(sum(int(_variances(piece).count_nonzero()) for piece in pieces()) * density) if density > 0 else 0
         band = Band(empty=True)
         if count > 0:
-            band = largest_of(lambda: (_variances(piece) for piece in pieces()), num_elements, count)
+            (band,) = largest_of(lambda: ([_variances(piece)] for piece in pieces()), num_elements, [count])
     squares = torch.zeros(len(first.tensors), dtype=torch.float64)
     keep = _keeper(band)
     for piece in pieces():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
 
 from largemerge.arithmetic.band import largest, without_outliers
 from largemerge.arithmetic.bits import magnitudes as patterns
-from largemerge.arithmetic.selection import order_statistics
-from largemerge.arithmetic.sparsify import row_ranks
+from largemerge.arithmetic.selection import Numbers, order_statistics
+from largemerge.arithmetic.sparsify import by_row_rank
 
 
 def magnitudes(dtype: torch.dtype, *, coarse: bool, count: int = 4001) -> torch.Tensor:
@@ -17,13 +19,19 @@ def magnitudes(dtype: torch.dtype, *, coarse: bool, count: int = 4001) -> torch.
     return ((numbers * 4).round() / 4 if coarse else numbers).to(dtype)
 
 
+def pieces_of(numbers: torch.Tensor, size: int) -> Numbers:
+    """Of a single set."""
+    return lambda: ([piece] for piece in numbers.split(size))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("coarse", [False, True])
 def test_order_statistics_are_those_of_a_sort(dtype: torch.dtype, coarse: bool) -> None:
     numbers = magnitudes(dtype, coarse=coarse)
     ordered = numbers.sort().values
     ranks = [0, 1, 17, 2000, 3999, 4000]
-    for rank, found in zip(ranks, order_statistics(lambda: numbers.split(700), ranks), strict=True):
+    (all_found,) = order_statistics(pieces_of(numbers, 700), [ranks])
+    for rank, found in zip(ranks, all_found, strict=True):
         assert found.value == ordered[rank].item()
         assert found.num_below == int((numbers < found.value).sum())
         assert found.num_equal == int((numbers == found.value).sum())
@@ -36,7 +44,7 @@ def test_the_largest_are_those_of_a_stable_sort(dtype: torch.dtype, coarse: bool
     numbers = magnitudes(dtype, coarse=coarse)
     expected = torch.zeros(len(numbers), dtype=torch.bool)
     expected[numbers.float().argsort(descending=True, stable=True)[: int(density * len(numbers))]] = True
-    keep = largest(lambda: numbers.split(700), len(numbers), density).new()
+    keep = largest(pieces_of(numbers, 700), len(numbers), [density])[0].new()
     assert torch.equal(torch.cat([keep(patterns(piece)) for piece in numbers.split(700)]) == -1, expected)
 
 
@@ -49,7 +57,7 @@ def test_outliers_go_as_in_a_stable_sort(coarse: bool, density: float, gamma: fl
     bottom, top = (0, top + bottom) if bottom < 0 else (bottom, top)
     expected = torch.zeros(len(numbers), dtype=torch.bool)
     expected[numbers.sort(stable=True).indices[bottom : len(numbers) - top]] = True
-    keep = without_outliers(lambda: numbers.split(700), len(numbers), density, gamma).new()
+    keep = without_outliers(pieces_of(numbers, 700), len(numbers), [density], [gamma])[0].new()
     found = torch.cat([keep(patterns(piece)) for piece in numbers.split(700)]) == -1
     assert int(found.sum()) == count and torch.equal(found, expected)
 
@@ -57,22 +65,37 @@ def test_outliers_go_as_in_a_stable_sort(coarse: bool, density: float, gamma: fl
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_all_equal(value: float) -> None:
     numbers = torch.full((1000,), value)
-    keep = largest(lambda: numbers.split(300), 1000, 0.25).new()
+    keep = largest(pieces_of(numbers, 300), 1000, [0.25])[0].new()
     found = torch.cat([keep(patterns(piece)) for piece in numbers.split(300)]) == -1
     assert found[:250].all() and not found[250:].any()
-    keep = without_outliers(lambda: numbers.split(300), 1000, 0.5, 0.1).new()
+    keep = without_outliers(pieces_of(numbers, 300), 1000, [0.5], [0.1])[0].new()
     found = torch.cat([keep(patterns(piece)) for piece in numbers.split(300)]) == -1
     assert found.nonzero().flatten().tolist() == list(range(400, 900))
 
 
 def test_at_least_one_is_kept_of_the_largest_but_none_without_outliers() -> None:
     numbers = torch.tensor([1.0, 3.0, 2.0])
-    assert largest(lambda: [numbers], 3, 0.1).new()(patterns(numbers)).tolist() == [0, -1, 0]
-    assert not without_outliers(lambda: [numbers], 3, 0.1, 0.5).new()(patterns(numbers)).any()
+    assert largest(pieces_of(numbers, 3), 3, [0.1])[0].new()(patterns(numbers)).tolist() == [0, -1, 0]
+    assert not without_outliers(pieces_of(numbers, 3), 3, [0.1], [0.5])[0].new()(patterns(numbers)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_sets_at_once_are_each_like_alone(dtype: torch.dtype) -> None:
+    sets = [magnitudes(dtype, coarse=coarse) * factor for coarse, factor in ((True, 1), (False, 3), (False, 0.2))]
+    ranks = [[0, 1700, 4000], [], [123]]
+    passes = []
+
+    def numbers() -> Iterator[Iterable[torch.Tensor]]:
+        passes.append(1)
+        return iter(zip(*(numbers.split(700) for numbers in sets), strict=True))
+
+    together = order_statistics(numbers, ranks)
+    assert together == [order_statistics(pieces_of(one, 700), [of])[0] for one, of in zip(sets, ranks, strict=True)]
+    assert len(passes) == (2 if dtype is torch.float32 else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ranks_in_rows(dtype: torch.dtype) -> None:
     numbers = magnitudes(dtype, coarse=True, count=4000).view(8, 500)
     expected = numbers.argsort(dim=1, stable=True).argsort(dim=1)
-    assert torch.equal(row_ranks(-numbers).long(), expected), "signs do not count"
+    assert torch.equal(by_row_rank(-numbers, torch.arange(500)), expected), "signs do not count"
