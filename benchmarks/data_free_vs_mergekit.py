@@ -66,7 +66,8 @@ def main() -> None:
     for number, method in enumerate(arguments.methods):
         config = work / f"{method}.yml"
         config.write_text(yaml.safe_dump(_config(method, models, arguments.dtype), sort_keys=False))
-        rows.append(_measure(method, config, work, python, models, peer_first=number % 2 == 1))
+        peer = python if method in arguments.peer_methods else None
+        rows.append(_measure(method, config, work, peer, models, peer_first=number % 2 == 1))
         print(json.dumps(rows[-1]), flush=True)
     ties = next((row["peer_seconds"] for row in rows if row["method"] == "ties"), None)
     copied = _copy_seconds(models, work / "copied") if "linear" in arguments.methods else None
@@ -83,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=[], metavar="DIR", help="base and models, instead")
     both = sorted(METHODS.keys() - LITERATURE.keys())
     parser.add_argument("--methods", nargs="+", choices=both, default=both, help="(default: all that mergekit has)")
+    parser.add_argument("--peer-methods", nargs="+", default=both, help="mergekit runs only for these (default: all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in which both compute (default: as stored)")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for all files")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="only ours")
