@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
+import pytest
 import tiny_models
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
+
+import largemerge
+from largemerge.arithmetic import stream
 
 NUM_LAYERS = tiny_models.LLM["num_hidden_layers"]
 Config = dict[str, Any]
@@ -36,3 +42,16 @@ def load(out: Path, build: Callable[..., PreTrainedModel] = LlamaForCausalLM) ->
     model, info = build.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model
+
+
+def kill_and_resume(path: Path, folder: Path, kill_at: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge is killed at its n-th operation on files, goes on, and ends as an unbroken one, bit for bit."""
+    command = ["merge", path, folder / "out", "--quiet", "--max-shard-size", "1MB"]
+    small = {processes.PART_BYTES: str(part_bytes)}
+    assert processes.finish(processes.start(command, folder / "log", kill_at, environment=small)) == -signal.SIGKILL
+    assert not (folder / "out" / "config.json").exists()
+    process = processes.start([*command, "--resume"], folder / "log2", environment=small)
+    assert processes.finish(process) == 0, (folder / "log2").read_text()
+    monkeypatch.setattr(stream, "PART_BYTES", part_bytes)
+    largemerge.merge(path, folder / "unbroken", max_shard_bytes=10**6)
+    assert processes.lasting(folder / "out") == processes.lasting(folder / "unbroken")

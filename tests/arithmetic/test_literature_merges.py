@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import transformers as tf
 import yaml
 from cases import weights_in
+from merge_cases import kill_and_resume
 
 import largemerge
 from largemerge.arithmetic import stream
@@ -192,16 +192,7 @@ def large_config(folder: Path, method: str) -> Path:
 def test_opcm_goes_on_after_a_kill_in_either_half(
     tmp_path: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = large_config(tmp_path, "opcm")
-    command = ["merge", path, tmp_path / "out", "--quiet", "--max-shard-size", "1MB"]
-    small = {processes.PART_BYTES: "500000"}
-    assert processes.finish(processes.start(command, tmp_path / "log", kill_at, environment=small)) == -signal.SIGKILL
-    assert not (tmp_path / "out" / "config.json").exists()
-    process = processes.start([*command, "--resume"], tmp_path / "log2", environment=small)
-    assert processes.finish(process) == 0, (tmp_path / "log2").read_text()
-    monkeypatch.setattr(stream, "PART_BYTES", 500_000)
-    largemerge.merge(path, tmp_path / "unbroken", max_shard_bytes=10**6)
-    assert processes.lasting(tmp_path / "out") == processes.lasting(tmp_path / "unbroken")
+    kill_and_resume(large_config(tmp_path, "opcm"), tmp_path, kill_at, 500_000, monkeypatch)
 
 
 @pytest.mark.parametrize(("method", "size"), [("opcm", 3), ("iso_cts", 2)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import processes
@@ -12,7 +11,7 @@ import tiny_models
 import torch
 import transformers as tf
 import yaml
-from merge_cases import config_of, load, weighted, write_models
+from merge_cases import config_of, kill_and_resume, load, weighted, write_models
 from transformers import LlamaForCausalLM
 
 import largemerge
@@ -35,16 +34,7 @@ def long_config(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kill_at", [6, 9, 14, 18])
 def test_a_killed_merge_goes_on(tmp_path: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = long_config(tmp_path)
-    command = ["merge", path, tmp_path / "out", "--quiet", "--max-shard-size", "1MB"]
-    small = {processes.PART_BYTES: str(200_000)}
-    assert processes.finish(processes.start(command, tmp_path / "log", kill_at, environment=small)) == -signal.SIGKILL
-    assert not (tmp_path / "out" / "config.json").exists()
-    process = processes.start([*command, "--resume"], tmp_path / "log2", environment=small)
-    assert processes.finish(process) == 0, (tmp_path / "log2").read_text()
-    monkeypatch.setattr(stream, "PART_BYTES", 200_000)
-    largemerge.merge(path, tmp_path / "unbroken", max_shard_bytes=10**6)
-    assert processes.lasting(tmp_path / "out") == processes.lasting(tmp_path / "unbroken")
+    kill_and_resume(long_config(tmp_path), tmp_path, kill_at, 200_000, monkeypatch)
     load(tmp_path / "out")
 
 
