@@ -17,8 +17,10 @@ from largemerge.node import Node
 
 PIECE_BYTES = 8 << 20
 """That travel at once. Through shared memory every rank holds two such pieces there, else one beside its tensors."""
+SHARED_BYTES = 4 * PIECE_BYTES
+"""Of shared memory that a rank holds: two pieces for the exchange with all, two for that with its team."""
 GPU_PIECE_BYTES = 64 << 20
-"""The same on a GPU, where every call costs a launch."""
+"""That travel at once on a GPU, where every call costs a launch."""
 
 _distributed: Any = torch.distributed
 

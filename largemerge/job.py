@@ -15,6 +15,7 @@ import torch
 
 from largemerge.average import merge_outside
 from largemerge.calibration.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
+from largemerge.carriers import SHARED_BYTES
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter
 from largemerge.distributed import Ranks
@@ -87,7 +88,7 @@ class Job:
                 self._merge_outside(weights, progress)
             hidden_states = stack.enter_context(self._hidden_states())
             if self.ranks.size > 1:
-                self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights))
+                self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)
                 stack.callback(self.node.clean_up)
             teams = self.samples.shares.teams[1:]  # the first candidate is the anchor: it has no right-hand side
             exchange = stack.enter_context(open_exchange(self.ranks, self.node, plan.device, teams))

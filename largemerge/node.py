@@ -25,6 +25,7 @@ import torch
 
 from largemerge.distributed import Ranks
 from largemerge.dtypes import dtype_name
+from largemerge.sizes import gib
 from largemerge.weights import Tensors
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -88,12 +89,13 @@ ALONE = Node(0, (0,), "")
 """Of a single process."""
 
 
-def find_node(ranks: Ranks, largest_bytes: int) -> tuple[Node, str]:
+def find_node(ranks: Ranks, largest_bytes: int, exchange_bytes: int) -> tuple[Node, str]:
     """Collective: which ranks share this machine's memory.
 
     Args:
         ranks: Of the merge.
         largest_bytes: Of the largest block of a candidate; about three are held at once.
+        exchange_bytes: That each rank holds there for sums and merged weights on their way.
 
     Returns:
         The node; and why nothing is shared, where something could be.
@@ -106,8 +108,12 @@ def find_node(ranks: Ranks, largest_bytes: int) -> tuple[Node, str]:
     if len(here) < 2:
         return Node(ranks.rank, (ranks.rank,), ""), ""
     first = places[here[0]]
-    if 3 * largest_bytes > first[2] * _MOST_SHARE:
-        reason = f"{SHARED_MEMORY} has too little room for three blocks: every rank reads for itself"
+    needed = 3 * largest_bytes + len(here) * exchange_bytes
+    if needed > first[2] * _MOST_SHARE:
+        reason = (
+            f"{SHARED_MEMORY} has {gib(first[2])} free, and {gib(needed)} are needed: every rank reads for itself, and "
+            "sums go through the network's protocols"
+        )
         return Node(ranks.rank, here, ""), reason
     if ranks.rank == here[0]:
         _remove_abandoned()

@@ -69,14 +69,16 @@ def test_what_one_rank_wants_is_not_shared(memory: Path) -> None:
 def test_too_little_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(rank=1, size=2)
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
-    found, reason = find_node(ranks, 1 << 60)
-    assert found == Node(1, (0, 1), "") and "too little room" in reason
-    found, reason = find_node(ranks, 1 << 10)
+    found, reason = find_node(ranks, 1 << 60, 0)
+    assert found == Node(1, (0, 1), "") and "every rank reads for itself" in reason
+    found, reason = find_node(ranks, 0, 1 << 60)
+    assert found == Node(1, (0, 1), "") and "are needed" in reason
+    found, reason = find_node(ranks, 1 << 10, 1 << 10)
     assert found.prefix and not reason
 
 
 def test_alone() -> None:
-    assert find_node(Ranks(), 1) == (ALONE, "")
+    assert find_node(Ranks(), 1, 1) == (ALONE, "")
     assert ALONE.load("x", (0,), lambda: {}) == {} and ALONE.reader((0,)) == 0
 
 
@@ -88,7 +90,7 @@ def test_what_was_abandoned_goes(memory: Path, monkeypatch: pytest.MonkeyPatch) 
     os.utime(old, (long_ago, long_ago))
     os.utime(other, (long_ago, long_ago))
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
-    own, _ = find_node(Ranks(rank=0, size=2), 1)
+    own, _ = find_node(Ranks(rank=0, size=2), 1, 1)
     assert {path.name for path in memory.iterdir()} == {young.name, other.name}
     (memory / f"{own.prefix}block").touch()
     own.clean_up()
