@@ -152,7 +152,7 @@ def team_bytes(work: Workload) -> int:
     total = 0
     for kind in work.kinds if teams else ():
         for group in kind.block.groups:
-            stack = kind.block.stack if group.rows is None else group.rows
+            stack = kind.block.stack_of(group)
             by_teams = sum(not multiplies_by_rows(work.total_rows[number][stack], group.num_inputs) for number in teams)
             total += 2 * kind.count * by_teams * GRAM_DTYPE.itemsize * _half(group.num_inputs)
     return total

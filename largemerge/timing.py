@@ -83,7 +83,7 @@ def _pass_seconds(
     gram = rhs = solve = 0.0
     for group in each.groups:
         size, outputs = group.num_inputs, sum(group.outputs.values())
-        stack = kind.block.stack if group.rows is None else group.rows
+        stack = kind.block.stack_of(group)
         for number, rows in enumerate(work.rows):
             gram += rows[stack] * size**2 / rates.gram
             rhs += (number > 0) * _times_rows(work, number, stack, size) * size * outputs / rates.product

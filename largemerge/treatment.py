@@ -85,6 +85,10 @@ class BlockPlan:
     tensors: tuple[TensorPlan, ...]
     groups: tuple[GroupPlan, ...]
 
+    def stack_of(self, group: GroupPlan) -> int:
+        """Whose rows a group counts: the stack that its own are tokens of, else the block's."""
+        return self.stack if group.rows is None else group.rows
+
 
 def plan_blocks(config: MergeConfig, inputs: Inputs, rehearsal: Rehearsal) -> tuple[BlockPlan, ...]:
     """The blocks in the order in which they run."""

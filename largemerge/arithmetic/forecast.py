@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -24,17 +23,15 @@ _MOST_SIDE = 384  # of a matrix that is factored for the probe
 _COLUMNS = 1024
 
 
-def estimate_seconds(plan: DataFreePlan, scratch: Path | None = None) -> dict[str, float]:
-    """Seconds by stage, from a probe of about a second.
+def estimate_seconds(plan: DataFreePlan) -> dict[str, float]:
+    """Seconds by stage of a plan without problems, from a probe of about a second.
 
-    Args:
-        plan: Without problems.
-        scratch: A folder on the output's disk; `None` for the system's temporary files.
+    Where the output will lie is not known yet: the rate of writing is that of the system's temporary files.
     """
     method = plan.config.merge_method
     read = read_rate(plan.checkpoints[plan.reference])
     moved = plan.bytes_written + 2 * plan.scratch_bytes
-    disk = plan.bytes_read / read + moved / write_rate(scratch)
+    disk = plan.bytes_read / read + moved / write_rate(None)
     computing = 0.0
     merged = [task for task in plan.layout.tasks if not task.copied and task.num_elements]
     kinds = [[task for task in merged if task.is_matrix], [task for task in merged if not task.is_matrix]]

@@ -51,10 +51,11 @@ def choose_holding(method: str, layout: Layout, adapter_bytes: int, limit: int |
     before = memory_in_use(CPU).host_anonymous + adapter_bytes
     most = limit if limit is not None else before + int(_MARGIN * psutil.virtual_memory().available) // local_ranks
     threads = torch.get_num_threads()
+    largest = {kept: _largest(method, layout.tasks, kept) for kept in (stream.KEPT_BYTES, 0)}
     ways = [
-        Holding(workers, kept, before + sum(_largest(method, layout.tasks, kept)[:workers]))
+        Holding(workers, kept, before + sum(of_tasks[:workers]))
         for workers in range(threads, 0, -1)
-        for kept in (stream.KEPT_BYTES, 0)
+        for kept, of_tasks in largest.items()
     ]
     wanted, least = ways[0], min(ways, key=lambda way: way.peak_bytes)
     chosen = next((way for way in ways if way.peak_bytes <= most), least)

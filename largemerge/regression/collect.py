@@ -144,7 +144,7 @@ class Collector:
     ) -> None:
         """Runs one candidate's block on its own data and builds its Gram matrices."""
         own = self.settings.own_stream
-        stacks = {group.leader: _stack(block, group) for group in each.groups}
+        stacks = {group.leader: block.stack_of(group) for group in each.groups}
         for group in each.groups:
             tokens = self.activations.num_rows(index, stacks[group.leader])
             difference = None if index == 0 else differences(block, group, tensors, anchor)
@@ -179,7 +179,7 @@ class Collector:
     def _skip(self, block: BlockPlan, group: GroupPlan, candidates: Iterable[int], sums: GroupSums) -> None:
         """Counts candidates whose data is all on other ranks."""
         for index in candidates:
-            sums.skip_candidate(self.activations.num_rows(index, _stack(block, group)))
+            sums.skip_candidate(self.activations.num_rows(index, block.stack_of(group)))
 
     def _not_finite(self, block: BlockPlan, group: GroupPlan, index: int, error: FloatingPointError) -> str:
         dtype = dtype_name(self.activations.compute_dtype)
@@ -187,8 +187,3 @@ class Collector:
             f"{block.name}.{group.leader}: {error} for candidate {self.names[index]}, computed in {dtype}; "
             "try compute_dtype: float32, and check that the candidate's weights are finite"
         )
-
-
-def _stack(block: BlockPlan, group: GroupPlan) -> int:
-    """Whose rows a group counts."""
-    return block.stack if group.rows is None else group.rows
