@@ -53,7 +53,7 @@ def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, si
     assert blocks == {name: entry["bytes_read"] for name, entry in alone.blocks.items()}, "each is read once"
     assert all(rank["reads_shared_with"] == list(range(size)) for rank in report["ranks"])
     left = set(SHARED_MEMORY.glob("largemerge-*")) - before
-    assert not [path for path in left if not psutil.pid_exists(int(path.name.split("-")[1]))], "nothing may be left there"
+    assert not [path for path in left if not psutil.pid_exists(int(path.name.split("-")[1]))], "nothing may be left"
 
 
 def test_the_plan_says_what_ranks_move_and_hold(tmp_path: Path) -> None:
