@@ -38,7 +38,7 @@ def estimate_seconds(plan: DataFreePlan) -> dict[str, float]:
     for kind in kinds if METHODS[method].matrices is not None else [merged]:
         if kind:
             computing += sum(cost(method, task) for task in kind) * _seconds_per_cost(method, kind)
-    computing /= plan.num_workers
+    computing /= min(plan.num_workers, torch.get_num_threads())
     return {"disk": round(disk, 2), "computing": round(computing, 2), "total": round(max(disk, computing), 2)}
 
 

@@ -3,7 +3,8 @@
     held = the process + adapters + the largest tasks, one for each worker
 
 A worker keeps a tensor of all models in memory where its method wants it twice; where that does not fit, it reads the
-tensor twice. Where that does not suffice, fewer work side by side.
+tensor twice. Where that does not suffice, fewer work side by side. There are more workers than cores where that takes
+little memory: while one waits for the disk, another computes.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import psutil
 import torch
 
 from largemerge.arithmetic import stream
+from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.tasks import Layout, Task
 from largemerge.memory import memory_in_use
 from largemerge.sizes import gib
 
 CPU = torch.device("cpu")
 _MARGIN = 0.9  # of the memory that is free
+_WORKERS_PER_CORE = 2
+_LITTLE_BYTES = 1 << 30  # held in all, up to which there are more workers than cores
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,22 @@ def choose_holding(method: str, layout: Layout, adapter_bytes: int, limit: int |
     most = limit if limit is not None else before + int(_MARGIN * psutil.virtual_memory().available) // local_ranks
     threads = torch.get_num_threads()
     largest = {kept: _largest(method, layout.tasks, kept) for kept in (stream.KEPT_BYTES, 0)}
-    ways = [
-        Holding(workers, kept, before + sum(of_tasks[:workers]))
-        for workers in range(threads, 0, -1)
-        for kept, of_tasks in largest.items()
-    ]
+
+    def way(workers: int, kept: int) -> Holding:
+        return Holding(workers, kept, before + sum(largest[kept][:workers]))
+
+    ways = [way(workers, kept) for workers in range(threads, 0, -1) for kept in largest]
     wanted, least = ways[0], min(ways, key=lambda way: way.peak_bytes)
     chosen = next((way for way in ways if way.peak_bytes <= most), least)
+    if chosen == wanted and METHODS[method].matrices is None:
+        more = [way(workers, chosen.kept_bytes) for workers in range(_WORKERS_PER_CORE * threads, threads, -1)]
+        chosen = next((way for way in more if way.peak_bytes <= min(most, _LITTLE_BYTES)), chosen)
     if chosen.peak_bytes > most and limit is not None:
         layout.problems.append(
             f"memory.host: {gib(limit)} is too little: {method} needs {gib(least.peak_bytes)}, of which "
             f"{gib(least.peak_bytes - before)} for {_name_of_largest(method, layout.tasks)}; expected that much"
         )
-    elif chosen != wanted:
+    elif chosen.num_workers < threads or chosen.kept_bytes < wanted.kept_bytes:
         twice = ", which read tensors twice" if chosen.kept_bytes < wanted.kept_bytes else ""
         layout.notes.append(
             f"{method} would hold {gib(wanted.peak_bytes)} with {threads} workers, and may hold {gib(most)}; "

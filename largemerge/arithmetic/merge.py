@@ -72,13 +72,13 @@ def merge_data_free(
                 ranks.agree(lambda: _check_shared(folder))
                 prepared = time.perf_counter() - start
                 resumed = len(folder.entries)
-                bytes_here = run(
+                moved_here = run(
                     plan, shards, folder, ranks, max_shard_bytes=max_shard_bytes, quiet=quiet or not ranks.is_first
                 )
-                bytes_read = sum(ranks.gather(bytes_here))
+                bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(watch.peak()))
-                report = DataFreeReport(plan, seconds, bytes_read, resumed, peaks)
+                report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks)
                 if ranks.is_first:
                     folder.finish(shards, lambda path: write_side_files(path, report), config_text(plan))
         ranks.gather(None)  # nobody says that the merge is done before it is

@@ -22,6 +22,7 @@ class DataFreeReport:
         plan: That was run.
         seconds: Total, and of the preparation.
         bytes_read: In this run; tensors that are read twice count twice.
+        bytes_past_cache: In this run; read and written straight from and to the disk.
         resumed_parts: How many parts an earlier run had finished.
         peaks: Measured, by rank.
     """
@@ -29,6 +30,7 @@ class DataFreeReport:
     plan: DataFreePlan
     seconds: Mapping[str, float]
     bytes_read: int
+    bytes_past_cache: int
     resumed_parts: int
     peaks: tuple[MemoryUse, ...]
 
@@ -52,6 +54,7 @@ class DataFreeReport:
             "seconds": dict(self.seconds),
             "bytes_read": self.bytes_read,
             "bytes_written": self.plan.bytes_written,
+            "bytes_past_cache": self.bytes_past_cache,
             "resumed_parts": self.resumed_parts,
             "peak_bytes": {"host_anonymous": self.peak.host_anonymous, "host_total": self.peak.host_total},
             "ranks": [{"host_anonymous": peak.host_anonymous} for peak in self.peaks] if len(self.peaks) > 1 else [],

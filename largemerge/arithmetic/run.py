@@ -30,11 +30,15 @@ def run(
     *,
     max_shard_bytes: int,
     quiet: bool,
-) -> int:
-    """Collective: merges what is not in the journal yet; returns the bytes that this rank has read."""
+) -> tuple[int, int]:
+    """Collective: merges what is not in the journal yet.
+
+    Returns:
+        The bytes that this rank has read, and those that it has read and written past the system's cache.
+    """
     passes = _Passes(plan, folder, ranks)
     if not passes.missing(_LAST):
-        return 0
+        return 0, 0
     with ExitStack() as stack:
         stack.enter_context(ranks.works())
         files = {**plan.checkpoints, **plan.companions}
@@ -58,7 +62,8 @@ def run(
             squares = [folder.entries[name]["notes"] for name in passes.names(_FIRST)]
             merge = unscaler.rescale(unscaler.factor({key: of for each in squares for key, of in each.items()}), merge)
         passes.run(_LAST, merge, writer, progress)
-        return sum(reader.bytes_read for reader in readers.values())
+        past_cache = writer.bytes_past_cache + sum(reader.bytes_past_cache for reader in readers.values())
+        return sum(reader.bytes_read for reader in readers.values()), past_cache
 
 
 class _Passes:

@@ -138,6 +138,7 @@ class PieceLoader:
         self.cuts = rows_of_pieces(task.shape, way.cut)
         rows = task.token_rows
         self._tokens = TokenReader(rows, task.inputs, readers, task.dtype) if rows is not None else None
+        self._again = way.survey is not None  # where it is not kept
         self._kept = self._read_all(None) if _kept_bytes(task, way, kept_bytes) else None
 
     def pieces(self) -> Iterator[Piece]:
@@ -169,7 +170,8 @@ class PieceLoader:
     def _read(self, source: tuple[str, str], rows: slice | None, dtype: torch.dtype | None = None) -> torch.Tensor:
         model, key = source
         whole = not self._task.shape or rows is None or rows == slice(0, self._task.shape[0])
-        tensor = self._readers[model].read(key, None if whole else rows).to(dtype or self._task.dtype)
+        again = self._again and rows is not None
+        tensor = self._readers[model].read(key, None if whole else rows, again=again).to(dtype or self._task.dtype)
         if self._task.inputs_first:
             return tensor.T
         return tensor if tensor.dim() else tensor.view(1)

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from largemerge.checkpoint.reader import byte_view, read_tensor
+from largemerge.checkpoint.data_file import byte_view, read_tensor
 from largemerge.errors import MergeError
 
 Output = Any

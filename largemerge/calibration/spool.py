@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from largemerge.calibration.batches import Batch, CalibrationSet
-from largemerge.checkpoint.reader import byte_view
+from largemerge.checkpoint.data_file import byte_view
 
 
 def spooled(calibration: CalibrationSet, folder: Path) -> CalibrationSet:

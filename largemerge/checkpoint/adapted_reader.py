@@ -36,9 +36,14 @@ class AdaptedReader:
         """So far, of both."""
         return self._model.bytes_read + self._own.bytes_read
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    @property
+    def bytes_past_cache(self) -> int:
+        """Of them, past the system's cache."""
+        return self._model.bytes_past_cache
+
+    def read(self, name: str, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
         """A tensor, or some rows of it, with what the adapter adds."""
-        return self._adapted(name, self._model.read(name, rows), slice(None) if rows is None else rows)
+        return self._adapted(name, self._model.read(name, rows, again=again), slice(None) if rows is None else rows)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Some rows, in any order, with what the adapter adds."""
@@ -71,8 +76,8 @@ class AdaptedReader:
 
 @contextmanager
 def open_reader(checkpoint: Checkpoint, adapter: Adapter | None) -> Iterator[TensorReader]:
-    """Reads a model's tensors, with its adapter if it has one."""
-    with CheckpointReader(checkpoint) as reader:
+    """Reads a model's tensors, with its adapter if it has one; what is read once does not fill the system's cache."""
+    with CheckpointReader(checkpoint, past_cache=True) as reader:
         if adapter is None:
             yield reader
             return

@@ -6,49 +6,23 @@ pages pile up in the process, and reads from a helper thread run while this one 
 
 from __future__ import annotations
 
-import math
-import os
 import threading
 import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from largemerge.checkpoint.data_file import DataFile
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import dequantize
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
-_MOST_BYTES_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB in one call
 _GAP_BYTES = 32 << 10  # between two rows: reading them in vain costs less than another call
-
-
-def byte_view(buffer: torch.Tensor) -> memoryview:
-    """The memory of a one-dimensional uint8 tensor on the CPU."""
-    array: Any = buffer.numpy()
-    return memoryview(array)
-
-
-def read_tensor(descriptor: int, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Reads a tensor that lies at a byte position of an open file.
-
-    Raises:
-        EOFError: If the file ends before the tensor does.
-    """
-    # Bytes first, the dtype as a view: NumPy, which lends the writable buffer, knows no bfloat16.
-    buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-    view = byte_view(buffer)
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done : done + _MOST_BYTES_AT_ONCE]], offset + done)
-        if count == 0:
-            raise EOFError
-        done += count
-    return buffer.view(dtype).reshape(shape)
 
 
 class TensorReader(Protocol):
@@ -62,8 +36,12 @@ class TensorReader(Protocol):
     def bytes_read(self) -> int:
         """So far."""
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor, or some rows of it."""
+    @property
+    def bytes_past_cache(self) -> int:
+        """Of them, those that did not go through the system's cache."""
+
+    def read(self, name: str, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
+        """A tensor, or some rows of it; it stays in the system's cache where it is to be read again."""
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Some rows, in any order."""
@@ -72,19 +50,30 @@ class TensorReader(Protocol):
 class CheckpointReader:
     """Reads tensors of one checkpoint by name. A context manager; safe to use from several threads.
 
+    Args:
+        checkpoint: What it reads.
+        past_cache: Leave nothing in the system's cache but what is to be read again: for tensors that are read once.
+
     Attributes:
         checkpoint: What it reads.
         bytes_read: So far.
+        bytes_past_cache: Of them, past the system's cache.
         seconds: Spent reading, so far.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, past_cache: bool = False) -> None:
         self.checkpoint = checkpoint
+        self._past_cache = past_cache
         self.bytes_read = 0
         self.seconds = 0.0
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, DataFile] = {}
         self._pickles: dict[Path, Mapping[str, torch.Tensor]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def bytes_past_cache(self) -> int:  # noqa: D102 (see above)
+        with self._lock:
+            return sum(file.bytes_past_cache for file in self._files.values())
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -92,24 +81,28 @@ class CheckpointReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
         self._pickles.clear()
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def read(self, name: str, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
         """A tensor, on the CPU, with its own memory, in its stored dtype; quantised weights are dequantised.
 
         Args:
             name: On disk.
             rows: Only this part of the first dimension.
+            again: It will be read again soon.
 
         Raises:
             CheckpointError: If the file has become shorter since its header was read.
         """
         info = self.checkpoint.tensors[name]
         start = time.perf_counter()
-        tensor = self._read_plain(info, rows) if info.quantization is None else self._read_quantized(info, rows)
+        if info.quantization is None:
+            tensor = self._read_plain(info, rows, again=again)
+        else:
+            tensor = self._read_quantized(info, rows, again=again)
         with self._lock:
             self.seconds += time.perf_counter() - start
         return tensor
@@ -137,36 +130,40 @@ class CheckpointReader:
             parts.append(read if len(read) == stop - start else read[wanted[start:stop] - first])
         return torch.cat(parts)[places]
 
-    def _read_plain(self, info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
-        tensor = self._read_pickle(info, rows) if info.offset is None else self._read_bytes(info, info.offset, rows)
+    def _read_plain(self, info: TensorInfo, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
+        if info.offset is None:
+            tensor = self._read_pickle(info, rows)
+        else:
+            tensor = self._read_bytes(info, info.offset, rows, past_cache=self._past_cache and not again)
         with self._lock:
             self.bytes_read += tensor.nbytes
         return tensor
 
-    def _read_quantized(self, info: TensorInfo, rows: slice | None) -> torch.Tensor:
+    def _read_quantized(self, info: TensorInfo, rows: slice | None, *, again: bool) -> torch.Tensor:
         assert info.quantization is not None
-        parts = {name: self._read_plain(part) for name, part in info.parts.items()}
+        again = again or rows is not None  # each part of the rows reads it whole
+        parts = {name: self._read_plain(part, again=again) for name, part in info.parts.items()}
         tensor = dequantize(info.name, parts, info.quantization, info.dtype)
         return tensor if rows is None else tensor[rows].clone()  # blocks of 64 numbers know no rows
 
-    def _read_bytes(self, info: TensorInfo, offset: int, rows: slice | None) -> torch.Tensor:
+    def _read_bytes(self, info: TensorInfo, offset: int, rows: slice | None, *, past_cache: bool) -> torch.Tensor:
         shape = info.shape
         if rows is not None:
             row_bytes = info.num_bytes // max(1, shape[0])
             offset += rows.start * row_bytes
             shape = (rows.stop - rows.start, *shape[1:])
         try:
-            return read_tensor(self._descriptor(info.file), offset, info.dtype, shape)
+            return self._open(info.file).read_tensor(offset, info.dtype, shape, past_cache=past_cache)
         except EOFError:
             raise CheckpointError(
                 f"{info.file}: ended in the middle of {info.name}; was it changed meanwhile?"
             ) from None
 
-    def _descriptor(self, file: Path) -> int:
+    def _open(self, file: Path) -> DataFile:
         with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-            return self._descriptors[file]
+            if file not in self._files:
+                self._files[file] = DataFile(file)
+            return self._files[file]
 
     def _read_pickle(self, info: TensorInfo, rows: slice | torch.Tensor | None) -> torch.Tensor:
         with self._lock:

@@ -18,13 +18,14 @@ from types import TracebackType
 
 import torch
 
+from largemerge.checkpoint.data_file import PAGE, DataFile
 from largemerge.checkpoint.quantized import dequantize
 from largemerge.checkpoint.quantizing import quantize
-from largemerge.checkpoint.reader import byte_view, read_tensor
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
+from largemerge.errors import OutputError
+from largemerge.sizes import gib
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _shard(file_name: str, logical: Mapping[str, OutputTensor]) -> Shard:
         relative[name] = position
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % PAGE)  # so that most tensors begin at a page's start
     start = 8 + len(text)
     offsets = {name: start + offset for name, offset in relative.items()}
     return Shard(file_name, len(text).to_bytes(8, "little") + text, offsets, start + position)
@@ -95,6 +96,7 @@ class ShardWriter:
 
     Attributes:
         bytes_written: So far.
+        bytes_past_cache: Of them, and of what was read back: past the system's cache.
         quantization_errors: ‖written - given‖ / ‖given‖ of every quantised weight written so far.
     """
 
@@ -106,9 +108,13 @@ class ShardWriter:
         self.quantization_errors: dict[str, float] = {}
         self._stored = _stored(tensors)
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, DataFile] = {}
         self._dirty: set[str] = set()
         self._lock = threading.Lock()  # several threads may write
+
+    @property
+    def bytes_past_cache(self) -> int:  # noqa: D102 (see above)
+        return sum(file.bytes_past_cache for file in self._files.values())
 
     def __enter__(self) -> ShardWriter:
         for shard in self.shards:
@@ -118,16 +124,18 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def _open(self, shard: Shard) -> None:
         path = self.folder / shard.file_name
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.truncate(descriptor, shard.num_bytes)  # sparse: costs nothing until written
-        os.pwrite(descriptor, shard.header, 0)  # each time: a crash may have come between these two lines
-        self._descriptors[shard.file_name] = descriptor
+        try:
+            file = self._files[shard.file_name] = DataFile(path, size=shard.num_bytes)
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror}; expected room for {gib(shard.num_bytes)}") from None
+        # Each time: a crash may have come between these two lines.
+        file.write(0, torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         """Writes a tensor of the dtype that the layout knows, or rows of it from `first_row` on."""
@@ -148,13 +156,11 @@ class ShardWriter:
 
     def _write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         shard = self._shard_of[name]
-        data = byte_view(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
-        offset = shard.offsets[name] + first_row * (len(data) // max(1, tensor.shape[0]) if first_row else 0)
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptors[shard.file_name], data[done : done + (1 << 30)], offset + done)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        offset = shard.offsets[name] + first_row * (data.numel() // max(1, tensor.shape[0]) if first_row else 0)
+        self._files[shard.file_name].write(offset, data)
         with self._lock:
-            self.bytes_written += len(data)
+            self.bytes_written += data.numel()
             self._dirty.add(shard.file_name)
 
     def read(self, name: str) -> torch.Tensor:
@@ -173,18 +179,18 @@ class ShardWriter:
         shape = (rows.stop - rows.start, *stored.shape[1:])
         row_bytes = stored.num_bytes // max(1, stored.shape[0])
         offset = shard.offsets[name] + rows.start * row_bytes
-        return read_tensor(self._descriptors[shard.file_name], offset, stored.dtype, shape)
+        return self._files[shard.file_name].read_tensor(offset, stored.dtype, shape)
 
     def _read(self, name: str) -> torch.Tensor:
         shard, stored = self._shard_of[name], self._stored[name]
-        return read_tensor(self._descriptors[shard.file_name], shard.offsets[name], stored.dtype, stored.shape)
+        return self._files[shard.file_name].read_tensor(shard.offsets[name], stored.dtype, stored.shape)
 
     def flush(self) -> None:
         """Forces everything written so far onto the disk; what other threads write meanwhile may have to wait."""
         with self._lock:
             dirty, self._dirty = self._dirty, set()
         for file_name in sorted(dirty):
-            os.fsync(self._descriptors[file_name])
+            self._files[file_name].sync()
 
 
 def weight_index(shards: tuple[Shard, ...]) -> str | None:

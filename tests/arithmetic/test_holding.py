@@ -13,13 +13,14 @@ import yaml
 from cases import weights_in
 
 import largemerge
-from largemerge.arithmetic import stream
+from largemerge.arithmetic import holding, stream
 from largemerge.cli import main
 from largemerge.errors import LargemergeError
 
 
 @pytest.fixture(autouse=True)
-def four_threads() -> Iterator[None]:
+def four_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(holding, "_LITTLE_BYTES", 0)  # no more of them than threads
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     yield
@@ -58,6 +59,20 @@ def test_less_memory_less_at_once_the_same_bits(config: dict[str, Any], tmp_path
         merged, expected = weights_in(out), weights_in(tmp_path / "free")
         assert all(torch.equal(merged[name], expected[name]) for name in expected)
     assert limited.plan.holding.kept_bytes == 0 and limited.bytes_read > free.bytes_read, "read twice, not kept"
+
+
+def test_more_workers_than_cores_only_where_they_take_little(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "_LITTLE_BYTES", 2 << 30)
+    ample = largemerge.merge(config, tmp_path / "ample")
+    assert ample.plan.num_workers == 8
+    monkeypatch.setattr(holding, "_LITTLE_BYTES", 0)
+    few = largemerge.merge(config, tmp_path / "few")
+    assert few.plan.num_workers == 4 and not few.plan.layout.notes
+    assert largemerge.plan(config | {"merge_method": "tsv_m", "parameters": {}}, probe=False).num_workers == 4
+    merged, expected = weights_in(tmp_path / "few"), weights_in(tmp_path / "ample")
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
 def test_too_little_is_refused_and_says_what_would_do(

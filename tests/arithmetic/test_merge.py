@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import largemerge
 from largemerge import LargemergeError
-from largemerge.arithmetic import pieces, stream
+from largemerge.arithmetic import holding, pieces, stream
 from largemerge.arithmetic.registry import METHODS, merge_tensors
 
 
@@ -172,13 +172,15 @@ def test_workers_and_readings_change_nothing(tmp_path: Path, method: str, monkey
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        largemerge.merge(config, tmp_path / "one")
+        monkeypatch.setattr(holding, "_LITTLE_BYTES", 0)
+        assert largemerge.merge(config, tmp_path / "one").plan.num_workers == 1
         torch.set_num_threads(4)
+        monkeypatch.setattr(holding, "_LITTLE_BYTES", 2 << 30)
         monkeypatch.setattr(stream, "KEPT_BYTES", 0)
         report = largemerge.merge(config, tmp_path / "four")
     finally:
         torch.set_num_threads(threads)
-    assert report.plan.num_workers == 4 and report.bytes_read > report.plan.bytes_read, "read again, not kept"
+    assert report.plan.num_workers == 8 and report.bytes_read > report.plan.bytes_read, "read again, not kept"
     one, four = weights_in(tmp_path / "one"), weights_in(tmp_path / "four")
     assert all(torch.equal(one[name], four[name]) for name in one)
 
