@@ -22,7 +22,8 @@ sparsify.py      which elements of a task vector are kept
 selection.py     exact thresholds from histograms, without sorting
 opening.py       models, adapters, and what belongs to them, opened
 pieces.py        a tensor of all models, cut into pieces that are read when wanted
-stream.py        reads, merges, writes: one worker for every core
+stream.py        reads, merges, writes: one or two workers for every core
+turns.py         who computes while others wait for the disk
 rescale.py       merges with a factor of the whole model: task vectors first, then the output
 holding.py       how many workers, how much kept: what fits into memory
 forecast.py      how long it takes

@@ -58,6 +58,11 @@ def count_equal(patterns: torch.Tensor, pattern: int) -> int:
     return int(np.count_nonzero(patterns.numpy() == pattern))
 
 
+def kept(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The numbers, 0 where the mask leaves them out."""
+    return (integers(numbers) & mask).view(numbers.dtype)
+
+
 def keep_(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Makes 0 what the mask leaves out."""
     integers(numbers).bitwise_and_(mask)

@@ -36,11 +36,14 @@ class Way:
         cut: Where the tensor may be cut.
         survey: Reads all pieces first; what it finds goes to `Method.begin`.
         one_by_one: A model's tensor is read each time that the method asks for it, and not kept.
+        less_base: All that the method wants of a model is its task vector: a piece's tensors are W_i - W_0, and
+            merging, not the survey, may change them.
     """
 
     cut: Cut
     survey: Callable[[Pieces], Any] | None = None
     one_by_one: bool = False
+    less_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,10 +159,10 @@ def way_of(method: Method, options: Mapping[str, Any], *, other: bool) -> tuple[
 
 
 def always(
-    cut: Cut, survey: Callable[[Pieces], Any] | None = None, *, one_by_one: bool = False
+    cut: Cut, survey: Callable[[Pieces], Any] | None = None, *, one_by_one: bool = False, less_base: bool = False
 ) -> Callable[[Mapping[str, Any]], Way]:
     """The same way whatever the parameters are."""
-    return lambda _: Way(cut, survey, one_by_one)
+    return lambda _: Way(cut, survey, one_by_one, less_base)
 
 
 def plain(merge: Merge) -> Callable[[Any], Merge]:

@@ -32,7 +32,8 @@ class Piece:
     """Some rows of a tensor of all models.
 
     Attributes:
-        tensors: Of every model but the base, all of one shape and dtype.
+        tensors: Of every model but the base, all of one shape and dtype; for some methods less the base (see
+            `Way.less_base`).
         base: Of the base, where the method has one.
         each: Parameters of every model, by name, in the order of `tensors`.
         options: Parameters of all models together, by name.

@@ -26,7 +26,7 @@ def _task_vectors(
     return Method(
         title,
         source,
-        always(cut, task_vectors.survey(sparsifier) if sparsifier is not None else None),
+        always(cut, task_vectors.survey(sparsifier) if sparsifier is not None else None, less_base=True),
         task_vectors.merge_task_vectors(elects_sign),
         Base.REQUIRED,
         options={"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False},
@@ -116,7 +116,7 @@ METHODS: dict[str, Method] = {
     "sce": Method(
         "SCE",
         "arXiv 2408.07990",
-        always(Cut.ELEMENTS, task_vectors.survey_sce),
+        always(Cut.ELEMENTS, task_vectors.survey_sce, less_base=True),
         task_vectors.sce,
         Base.REQUIRED,
         options={"int8_mask": False, "select_topk": 1.0},
@@ -191,9 +191,11 @@ def merge_tensors(
 
     def pieces() -> Iterator[Piece]:
         for number, rows in enumerate(cuts):
+            origin = base_rows[rows] if base_rows is not None else None
+            of_models = [tensor[rows] for tensor in rows_of]
             yield Piece(
-                [tensor[rows] for tensor in rows_of],
-                base_rows[rows] if base_rows is not None else None,
+                [tensor - origin for tensor in of_models] if way.less_base and origin is not None else of_models,
+                origin,
                 per_model,
                 together,
                 rows.start * row_elements,

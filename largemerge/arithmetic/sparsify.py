@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from largemerge.arithmetic.band import Band, largest, without_outliers
-from largemerge.arithmetic.bits import keep_, magnitudes, mask_of
+from largemerge.arithmetic.bits import kept, magnitudes, mask_of
 from largemerge.arithmetic.pieces import Piece, Pieces
 from largemerge.arithmetic.sums import sum_of_magnitudes
 
@@ -75,12 +75,11 @@ def _limits(size: int, density: float, epsilon: float) -> torch.Tensor:
     return torch.from_numpy(chances.ceil().sub_(1).clamp_(0, _STEPS - 1).numpy().astype(np.uint16).view(np.int16))
 
 
-def survey_sparsified(pieces: Pieces, delta: Callable[[Piece, int], torch.Tensor], method: str) -> list[Sparsified]:
+def survey_sparsified(pieces: Pieces, method: str) -> list[Sparsified]:
     """What has to be known of all of a tensor before any of it is sparsified.
 
     Args:
-        pieces: Of all models.
-        delta: Of a piece, the task vector of the model of some number.
+        pieces: Of all models' task vectors.
         method: `magnitude`, `outliers`, `random` or `ranks`.
 
     Raises:
@@ -90,10 +89,10 @@ def survey_sparsified(pieces: Pieces, delta: Callable[[Piece, int], torch.Tensor
     densities = first.each["density"]
     some = [model for model, density in enumerate(densities) if 0 < density < 1]
     found = [Sparsified(_all if density >= 1 else _nothing) for density in densities]
-    for model, mask in zip(some, _masks(pieces, delta, method, some, first) if some else (), strict=True):
+    for model, mask in zip(some, _masks(pieces, method, some, first) if some else (), strict=True):
         found[model].mask = mask
     if first.options["rescale"]:
-        _set_scales(pieces, delta, found)
+        _set_scales(pieces, found)
     return found
 
 
@@ -105,9 +104,7 @@ def _nothing() -> Mask:
     return lambda _, delta: torch.zeros_like(magnitudes(delta))
 
 
-def _masks(
-    pieces: Pieces, delta: Callable[[Piece, int], torch.Tensor], method: str, models: Sequence[int], first: Piece
-) -> list[Callable[[], Mask]]:
+def _masks(pieces: Pieces, method: str, models: Sequence[int], first: Piece) -> list[Callable[[], Mask]]:
     """Of some models, whose task vectors are neither kept nor dropped as a whole."""
     each = {name: [values[model] for model in models] for name, values in first.each.items()}
     densities = each["density"]
@@ -121,7 +118,7 @@ def _masks(
         ]
 
     def numbers() -> Iterator[Iterator[torch.Tensor]]:
-        return ((delta(piece, model) for model in models) for piece in pieces())
+        return ((piece.tensors[model] for model in models) for piece in pieces())
 
     if method == "magnitude":
         bands = largest(numbers, first.num_elements, densities)
@@ -159,7 +156,7 @@ def _by_rank(model: int, density: float, epsilon: float, first: Piece) -> Mask:
     return mask
 
 
-def _set_scales(pieces: Pieces, delta: Callable[[Piece, int], torch.Tensor], found: list[Sparsified]) -> None:
+def _set_scales(pieces: Pieces, found: list[Sparsified]) -> None:
     """Sums up magnitudes before and after; what is kept is remembered, a bit for each element."""
     masks = [each.mask() for each in found]
     sums = np.zeros((len(found), 2))
@@ -167,12 +164,12 @@ def _set_scales(pieces: Pieces, delta: Callable[[Piece, int], torch.Tensor], fou
     dtype = torch.float32
     for piece in pieces():
         for model, of_model in enumerate(masks):
-            numbers = delta(piece, model)
+            numbers = piece.tensors[model]
             dtype = numbers.dtype
             mask = of_model(piece, numbers)
             remembered[model].append(np.packbits(mask.reshape(-1).numpy() != 0))
             sums[model, 0] += sum_of_magnitudes(numbers)
-            sums[model, 1] += sum_of_magnitudes(keep_(numbers, mask))
+            sums[model, 1] += sum_of_magnitudes(kept(numbers, mask))
     for (before, after), packed, each in zip(sums.tolist(), remembered, found, strict=True):
         each.mask = partial(_remembered, packed)
         if before >= _SMALLEST_NORM and after >= _SMALLEST_NORM:

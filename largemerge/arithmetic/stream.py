@@ -1,4 +1,4 @@
-"""Reads, merges and writes: one worker for every core, each at one tensor of the output at a time.
+"""Reads, merges and writes: one or two workers for every core, each at one tensor of the output at a time.
 
     worker: task → its pieces: read → (survey) → read again or from memory → merge → to their place in the shard
     main:   in order, waits for all tasks of a part, forces them onto the disk, notes the part in the journal
@@ -20,6 +20,7 @@ from largemerge.arithmetic.method import Way, way_of
 from largemerge.arithmetic.pieces import Cut, Piece, rows_of_pieces
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.tasks import Task
+from largemerge.arithmetic.turns import Turns, others_turn
 from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.errors import MergeError
@@ -33,10 +34,10 @@ _PIECE_COPIES, _WIDEST = 4, 8  # a piece, its task vectors, what is made of them
 
 
 def parts(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Neighbouring tasks that are noted as finished together."""
+    """Tasks that are noted as finished together, the largest first: at the end no worker is at a large one alone."""
     found: list[list[Task]] = [[]]
     filled = 0
-    for task in tasks:
+    for task in sorted(tasks, key=lambda task: -task.num_elements):
         if filled >= PART_BYTES:
             found.append([])
             filled = 0
@@ -53,8 +54,14 @@ def run_parts(
     num_workers: int,
 ) -> None:
     """Does all tasks; `done` is called with the number of each part, in order, when all of its tasks are done."""
+    turns = Turns(torch.get_num_threads())
+
+    def in_turn(task: Task) -> None:
+        with turns.taken():
+            work(task)
+
     with one_thread_each(), ThreadPoolExecutor(num_workers, thread_name_prefix="largemerge-merge") as pool:
-        futures: list[list[Future[None]]] = [[pool.submit(work, task) for task in part] for part in unfinished]
+        futures: list[list[Future[None]]] = [[pool.submit(in_turn, task) for task in part] for part in unfinished]
         try:
             for number, part in enumerate(futures):
                 for future in part:
@@ -97,7 +104,8 @@ class Merger:
         """Reads, merges and writes one tensor."""
         if task.copied:
             ((model, key),) = task.sources
-            self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
+            with others_turn():
+                self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
             return
         way, begin = way_of(self._method, task.options, other=bool(task.otherwise))
         load = PieceLoader(task, way, self._readers, self._seed, self._kept_bytes)
@@ -125,7 +133,8 @@ def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tens
     """Writes rows of a tensor as it is stored, from a piece as the method sees it."""
     merged = (merged.T if task.inputs_first else merged).to(dtype)
     shape = (rows.stop - rows.start, *task.shape[1:]) if task.shape else ()
-    writer.write(task.name, merged.reshape(shape), first_row=rows.start)
+    with others_turn():
+        writer.write(task.name, merged.reshape(shape), first_row=rows.start)
 
 
 class PieceLoader:
@@ -140,6 +149,7 @@ class PieceLoader:
         self._tokens = TokenReader(rows, task.inputs, readers, task.dtype) if rows is not None else None
         self._again = way.survey is not None  # where it is not kept
         self._kept = self._read_all(None) if _kept_bytes(task, way, kept_bytes) else None
+        self._subtracted: set[int] = set()  # first rows of pieces of what is kept
 
     def pieces(self) -> Iterator[Piece]:
         """All of them, in order."""
@@ -160,18 +170,26 @@ class PieceLoader:
             return later, self._read(task.base, rows) if task.base is not None else None
         tensors = [tensor[rows] for tensor in self._kept] if self._kept is not None else self._read_all(rows)
         base = tensors.pop() if task.base is not None else None
+        if self._way.less_base and base is not None and rows.start not in self._subtracted:
+            for tensor in tensors:
+                tensor.sub_(base)
+            if self._kept is not None:
+                self._subtracted.add(rows.start)
         return tensors, base
 
     def _read_all(self, rows: slice | None) -> list[torch.Tensor]:
         if self._tokens is not None:
-            return self._tokens.read(rows or slice(0, self._task.shape[0]))
+            with others_turn():
+                return self._tokens.read(rows or slice(0, self._task.shape[0]))
         return [self._read(source, rows) for source in self._task.inputs]
 
     def _read(self, source: tuple[str, str], rows: slice | None, dtype: torch.dtype | None = None) -> torch.Tensor:
         model, key = source
         whole = not self._task.shape or rows is None or rows == slice(0, self._task.shape[0])
         again = self._again and rows is not None
-        tensor = self._readers[model].read(key, None if whole else rows, again=again).to(dtype or self._task.dtype)
+        with others_turn():
+            tensor = self._readers[model].read(key, None if whole else rows, again=again)
+        tensor = tensor.to(dtype or self._task.dtype)
         if self._task.inputs_first:
             return tensor.T
         return tensor if tensor.dim() else tensor.view(1)

@@ -16,26 +16,16 @@ from functools import partial
 import torch
 
 from largemerge.arithmetic.band import Band, largest_of
-from largemerge.arithmetic.bits import above, integers, keep_, magnitudes, negative
+from largemerge.arithmetic.bits import integers, keep_, kept, magnitudes
 from largemerge.arithmetic.pieces import Piece, Pieces
 from largemerge.arithmetic.sparsify import Sparsified, survey_sparsified
 
 _SMALLEST_DIVISOR = 1e-8
 
 
-def task_vector(piece: Piece, model: int) -> torch.Tensor:
-    """W_i - W_0 of one model."""
-    return piece.tensors[model] - piece.origin
-
-
-def task_vectors(piece: Piece) -> list[torch.Tensor]:
-    """W_i - W_0 of every model."""
-    return [task_vector(piece, model) for model in range(len(piece.tensors))]
-
-
 def survey(method: str) -> Callable[[Pieces], list[Sparsified]]:
     """What `merge_task_vectors` has to know beforehand where task vectors are sparsified by `method`."""
-    return partial(survey_sparsified, delta=task_vector, method=method)
+    return partial(survey_sparsified, method=method)
 
 
 def merge_task_vectors(elects_sign: bool) -> Callable[[list[Sparsified] | None], Callable[[Piece], torch.Tensor]]:
@@ -53,7 +43,7 @@ def merge_task_vectors(elects_sign: bool) -> Callable[[list[Sparsified] | None],
         masks = [(each.mask(), each.scale) for each in sparsified or ()]
 
         def merge(piece: Piece) -> torch.Tensor:
-            deltas = task_vectors(piece)
+            deltas = list(piece.tensors)
             for delta, (mask, scale) in zip(deltas, masks, strict=False):  # without masks, all is kept
                 keep_(delta, mask(piece, delta))
                 if scale is not None:
@@ -70,19 +60,19 @@ def _combine(piece: Piece, deltas: list[torch.Tensor], elects_sign: bool) -> tor
     base = piece.origin
     weights = torch.tensor(piece.each["weight"], dtype=base.dtype)
     for delta, weight in zip(deltas, weights, strict=True):
-        delta.mul_(weight)
+        if weight != 1:
+            delta.mul_(weight)
     normalize = piece.options["normalize"]
     if elects_sign:
         total, divisor = _agreed(deltas, weights if normalize else None)
     else:
-        total, divisor = _sum(deltas), weights.float().sum()
+        total, divisor = _sum(deltas).to(base.dtype), weights.float().sum()
         divisor = divisor if divisor.abs() >= _SMALLEST_DIVISOR else torch.ones(())
-    merged = total.to(base.dtype)
     if normalize:
-        merged.div_(divisor.to(base.dtype))
+        total.div_(divisor.to(base.dtype))
     if piece.options["lambda"] != 1:
-        merged.mul_(piece.options["lambda"])
-    return merged.add_(base)
+        total.mul_(piece.options["lambda"])
+    return total.add_(base)
 
 
 def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -94,27 +84,51 @@ def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def agreement(deltas: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Masks of the elements that have the sign of the sum over models; 0 has none, a sum of 0 counts as positive."""
-    elected = negative(_sum(deltas).add_(0.0))  # not of -0
-    elected = elected.to(integers(deltas[0]).dtype).bitwise_not_()
-    return [negative(delta).bitwise_xor_(elected).bitwise_and_(above(magnitudes(delta), 0)) for delta in deltas]
+def agree_(deltas: list[torch.Tensor]) -> torch.Tensor:
+    """Leaves of task vectors what has the sign of their sum: its magnitude, else 0.
+
+    Returns:
+        The sign by itself, for `give_sign_`. A sum of 0 counts as positive.
+    """
+    total = _sum(deltas).add_(0.0)  # not -0
+    sign = integers(total.to(deltas[0].dtype))
+    sign &= torch.iinfo(sign.dtype).min
+    for delta in deltas:
+        # The other sign's bit makes an integer negative.
+        integers(delta).bitwise_xor_(sign).clamp_(min=0)
+    return sign
+
+
+def give_sign_(magnitudes: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+    """Makes those negative whose sign is."""
+    integers(magnitudes).bitwise_xor_(sign)
+    return magnitudes
+
+
+def _counted(delta: torch.Tensor) -> torch.Tensor:
+    """Of what `agree_` has left: 1 where there is something, else 0; integers."""
+    return integers(delta).clamp(max=1)
 
 
 def _agreed(deltas: list[torch.Tensor], weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of those that agree, and of their weights (1 where there are none), float32."""
-    masks = agreement(deltas)
-    divisor = torch.ones(())
-    if weights is not None:
-        divisor = torch.zeros_like(deltas[0], dtype=torch.float32)
-        for mask, weight in zip(masks, weights.tolist(), strict=True):
-            divisor.add_(mask.float(), alpha=-weight)
-        divisor = _ones_for_zeros_(divisor)
-    return _sum(keep_(delta, mask) for delta, mask in zip(deltas, masks, strict=True)), divisor
+    """The sum of those that agree, in the dtype of `deltas`, and of their weights (1 where there are none), float32."""
+    sign = agree_(deltas)
+    divisor = torch.ones(()) if weights is None else _sum_of_weights(deltas, weights.tolist())
+    return give_sign_(_sum(deltas).to(deltas[0].dtype), sign), divisor
 
 
-def _ones_for_zeros_(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.add_(torch.from_numpy(numbers.numpy() == 0))
+def _sum_of_weights(deltas: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """Of the models that have a part in an element, float32; 1 instead of 0."""
+    if min(weights) == max(weights) > 0:
+        count = _counted(deltas[0])
+        for delta in deltas[1:]:
+            count.add_(_counted(delta))
+        # Where there is none, nothing is divided: any number will do.
+        return count.clamp_(min=1).float().mul_(weights[0])
+    divisor = torch.zeros_like(deltas[0], dtype=torch.float32)
+    for delta, weight in zip(deltas, weights, strict=True):
+        divisor.add_(_counted(delta).float(), alpha=weight)
+    return divisor.add_(torch.from_numpy(divisor.numpy() == 0))
 
 
 # SCE, arXiv 2408.07990: select by variance, calculate weights, erase minorities
@@ -160,12 +174,12 @@ def sce(selected: Selected) -> Callable[[Piece], torch.Tensor]:
 
     def merge(piece: Piece) -> torch.Tensor:
         deltas = keep(piece)
-        masks = agreement(deltas)
+        sign = agree_(deltas)
         divisor = torch.zeros_like(piece.origin, dtype=torch.float32)
-        for delta, mask, share in zip(deltas, masks, selected.shares.tolist(), strict=True):
-            keep_(delta, mask).mul_(share)
-            divisor.add_(mask.float(), alpha=-share)
-        merged = _sum(deltas).to(piece.origin.dtype)
+        for delta, share in zip(deltas, selected.shares.tolist(), strict=True):
+            divisor.add_(_counted(delta).float(), alpha=share)
+            delta.mul_(share)
+        merged = give_sign_(_sum(deltas).to(piece.origin.dtype), sign)
         return merged.div_(divisor.to(merged.dtype).clamp_(min=1e-6)).add_(piece.origin)
 
     return merge
@@ -175,17 +189,15 @@ def _keeper(band: Band | None) -> Callable[[Piece], list[torch.Tensor]]:
     """A function to the task vectors of one piece after the other, as far as they are kept."""
     keep = band.new() if band is not None else None
 
-    def kept(piece: Piece) -> list[torch.Tensor]:
-        deltas = task_vectors(piece)
-        if keep is not None:
-            mask = keep(magnitudes(_variances(piece)))
-            for delta in deltas:
-                keep_(delta, mask)
-        return deltas
+    def of_piece(piece: Piece) -> list[torch.Tensor]:
+        if keep is None:
+            return list(piece.tensors)
+        mask = keep(magnitudes(_variances(piece)))
+        return [kept(delta, mask) for delta in piece.tensors]
 
-    return kept
+    return of_piece
 
 
 def _variances(piece: Piece) -> torch.Tensor:
     """Over the models, of every element."""
-    return torch.stack(task_vectors(piece)).var(dim=0, unbiased=False)
+    return torch.stack(list(piece.tensors)).var(dim=0, unbiased=False)
