@@ -8,10 +8,10 @@
 Both read the same YAML, written for every method: K = 3 models of equal weights and a base where the method has one,
 without `dtype`, as most people write it, or with `--dtype float32` (written in bfloat16). Each merge is a process of
 its own, ours first for every other method, and begins with no input in the system's cache. Of the rates, the disk's is
-that of a plain copy of the same bytes: all inputs read and the output written, with fsync. Agreement is after rounding
-to bfloat16: the shares of elements that are the same, and that are one unit in the last place away. mergekit gets a
-virtual environment of its own; random methods are compared by their distance to the base, and by how many elements
-have moved. Ends with one line of JSON.
+that of the same bytes moved past the system's cache by four threads that do nothing else, with fsync. Agreement is
+after rounding to bfloat16: the shares of elements that are the same, and that are one unit in the last place away.
+mergekit gets a virtual environment of its own; random methods are compared by their distance to the base, and by how
+many elements have moved. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from safetensors import safe_open
 from environments import OWN_TORCH, make_environment
 from largemerge.arithmetic.literature import LITERATURE
 from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
+from largemerge.checkpoint.data_file import DataFile
 from measure import Measured, drop_from_cache, machine, run_measured
 from synthetic_llama import GEOMETRIES, Inputs, write_inputs
 
@@ -41,7 +43,7 @@ PEER = "mergekit"
 PEER_REQUIREMENTS = ("mergekit==0.1.5",)
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 NUM_MODELS = 3
-COPY_BYTES = 16 << 20
+COPY_BYTES, COPY_THREADS = 1 << 20, 4
 TARGETS = {
     "linear": 0.3,
     "slerp": 0.3,
@@ -70,9 +72,9 @@ def main() -> None:
         rows.append(_measure(method, config, work, peer, models, peer_first=number % 2 == 1))
         print(json.dumps(rows[-1]), flush=True)
     ties = next((row["peer_seconds"] for row in rows if row["method"] == "ties"), None)
-    copied = _copy_seconds(models, work / "copied") if "linear" in arguments.methods else None
-    _print(rows, ties, copied)
-    result = {"rows": rows, "copy_seconds": copied, "dtype": arguments.dtype, "models": [m.name for m in models]}
+    bare = {count: _transfer_seconds(models[-count:], work / "copied") for count in (2, 3, 4) if count <= len(models)}
+    _print(rows, ties, bare)
+    result = {"rows": rows, "transfer_seconds": bare, "dtype": arguments.dtype, "models": [m.name for m in models]}
     print(json.dumps({"benchmark": "data_free_vs_mergekit", "machine": machine(), **result}))
     if not arguments.keep and not arguments.models:
         shutil.rmtree(work / "inputs")
@@ -195,28 +197,42 @@ def _distances(ours: Path, theirs: Path, base: Path) -> dict[str, Any]:
     return found
 
 
-def _copy_seconds(models: Sequence[Path], target: Path) -> float:
-    """Of reading what `linear` reads, and writing and syncing as much as it writes."""
-    buffer = bytearray(COPY_BYTES)
-    drop_from_cache([path for model in models for path in model.glob("*.safetensors")])
+def _transfer_seconds(models: Sequence[Path], target: Path) -> float:
+    """Of reading models past the system's cache, and writing and syncing as much as one of them, and nothing else."""
+    files = [path for model in models for path in sorted(model.glob("*.safetensors"))]
+    drop_from_cache(files)
+    size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
+    places = list(range(0, size, COPY_BYTES))
+    data = torch.zeros(COPY_BYTES, dtype=torch.uint8)
     start = time.perf_counter()
-    for model in models[1:]:
-        for path in sorted(model.glob("*.safetensors")):
-            with (
-                path.open("rb", buffering=0) as stream,
-                (target if model is models[1] else Path(os.devnull)).open("ab", buffering=0) as out,
-            ):
-                while count := stream.readinto(buffer):
-                    if model is models[1]:
-                        out.write(memoryview(buffer)[:count])
-    with target.open("rb") as stream:
-        os.fsync(stream.fileno())
+    with DataFile(target, size=size) as out, ThreadPoolExecutor(COPY_THREADS) as pool:
+
+        def read(path: Path) -> None:
+            with DataFile(path) as file:
+                length = path.stat().st_size
+                for offset in range(0, length, COPY_BYTES):
+                    file.read_tensor(offset, torch.uint8, (min(COPY_BYTES, length - offset),))
+                    if places and offset % (len(models) * COPY_BYTES) == 0:
+                        _write_some(out, places, size, data)
+
+        list(pool.map(read, files))
+        while places:
+            _write_some(out, places, size, data)
+        out.sync()
     seconds = time.perf_counter() - start
     target.unlink()
     return seconds
 
 
-def _print(rows: Sequence[dict[str, Any]], ties: float | None, copied: float | None) -> None:
+def _write_some(out: DataFile, places: list[int], size: int, data: torch.Tensor) -> None:
+    try:
+        offset = places.pop()
+    except IndexError:  # another thread was first
+        return
+    out.write(offset, data[: size - offset])
+
+
+def _print(rows: Sequence[dict[str, Any]], ties: float | None, bare: Mapping[int, float]) -> None:
     print(
         "\n| method | time | merging | planned | mergekit | ratio | target | peak, anonymous | planned "
         "| mergekit's peak | same | 1 ulp |"
@@ -246,13 +262,14 @@ def _print(rows: Sequence[dict[str, Any]], ties: float | None, copied: float | N
             cells += [f"moved {row['moved']:.4f} / {row['peer_moved']:.4f}"]
         print(f"| {' | '.join(cells)} |")
     print(f"\npeak target: {PEAK_TARGET_GIB} GiB; machine: {', '.join(f'{k} {v}' for k, v in machine().items())}")
-    linear = next((row for row in rows if row["method"] == "linear"), None)
-    if linear is not None and copied is not None:
-        moved = linear["bytes_read"] + linear["bytes_written"]
-        print(
-            f"linear: {moved / linear['merge_seconds'] / 1e9:.2f} GB/s; a plain copy of the same bytes: "
-            f"{moved / copied / 1e9:.2f} GB/s; {100 * copied / linear['merge_seconds']:.0f} % (target 60 %)\n"
-        )
+    for count, seconds in bare.items():
+        print(f"bare transfers, {count} models read and one written: {seconds:.1f} s")
+    for row in rows:
+        count = round(row["bytes_read"] / row["bytes_written"])
+        if count in bare:
+            share = 100 * bare[count] / row["merge_seconds"]
+            print(f"{row['method']}: {share:.0f} % of the rate of bare transfers (linear's target: 60 %)")
+    print()
 
 
 if __name__ == "__main__":

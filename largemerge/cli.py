@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the `largemerge` command and exits: 0 done, 2 a mistake of the user's, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
-    options.given = given
+    options.given, options.own_process = given, arguments is None
     with contextlib.redirect_stderr(_numbered(sys.stderr)):
         sys.exit(_run(options))
 

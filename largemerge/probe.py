@@ -6,16 +6,18 @@ Every kind of product is timed at the model's own shapes, cut down where they ar
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from largemerge.checkpoint.data_file import DataFile
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.output import existing_folder
@@ -51,7 +53,7 @@ def measure_rates(
         samples: That run at once.
         at_once: As many ranks compute side by side, each with its part of the cores; the rates are those of one.
     """
-    read, write = read_rate(checkpoint), write_rate(scratch)
+    read, write = read_rate([checkpoint]), write_rate(scratch)
     if at_once == 1 or device.type != "cpu":
         return replace(_compute_rates(work, device, samples), read=read, write=write)
     threads = torch.get_num_threads()
@@ -111,30 +113,44 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def read_rate(checkpoint: Checkpoint) -> float:
-    """Bytes a second of some tensors; from the page cache, if that is where they are."""
-    done = 0
-    with CheckpointReader(checkpoint) as reader:
+def read_rate(checkpoints: Sequence[Checkpoint], *, num_workers: int = 1, past_cache: bool = False) -> float:
+    """Bytes a second of some tensors of all checkpoints; from the system's cache, if that is where they are.
+
+    Args:
+        checkpoints: As much is read of each.
+        num_workers: Read side by side.
+        past_cache: As a data-free merge reads.
+    """
+    with ExitStack() as stack:
+        readers = [stack.enter_context(CheckpointReader(each, past_cache=past_cache)) for each in checkpoints]
         start = time.perf_counter()
-        for info in checkpoint.tensors.values():
-            if done >= _DISK_BYTES or time.perf_counter() - start > 4 * _SECONDS:
-                break
-            if info.num_bytes <= _DISK_BYTES:
-                reader.read(info.name)
-                done += info.num_bytes
-        return max(1, done) / (time.perf_counter() - start)
+
+        def read(reader: CheckpointReader) -> None:
+            for info in reader.checkpoint.tensors.values():
+                if reader.bytes_read >= _DISK_BYTES or time.perf_counter() - start > 4 * _SECONDS:
+                    return
+                if info.num_bytes <= _DISK_BYTES:
+                    reader.read(info.name)
+
+        with ThreadPoolExecutor(num_workers) as pool:
+            list(pool.map(read, readers))
+        return max(1, sum(reader.bytes_read for reader in readers)) / (time.perf_counter() - start)
 
 
-def write_rate(scratch: Path | None) -> float:
+def write_rate(scratch: Path | None, *, num_workers: int = 1) -> float:
     """Bytes a second, forced onto the disk; `None` for where temporary files go."""
     folder = None if scratch is None else existing_folder(scratch)
-    data = os.urandom(1 << 20)
-    with tempfile.TemporaryFile(dir=folder) as stream:
+    data = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8))
+    with tempfile.TemporaryDirectory(dir=folder) as made, DataFile(Path(made) / "probe", size=_DISK_BYTES) as file:
         start = time.perf_counter()
-        done = 0
-        while done < _DISK_BYTES and time.perf_counter() - start < 4 * _SECONDS:
-            stream.write(data)
-            done += len(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+
+        def write(offset: int) -> int:
+            if time.perf_counter() - start > 4 * _SECONDS:
+                return 0
+            file.write(offset, data)
+            return data.numel()
+
+        with ThreadPoolExecutor(num_workers) as pool:
+            done = sum(pool.map(write, range(0, _DISK_BYTES, data.numel())))
+        file.sync()
         return done / (time.perf_counter() - start)

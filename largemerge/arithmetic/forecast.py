@@ -29,9 +29,10 @@ def estimate_seconds(plan: DataFreePlan) -> dict[str, float]:
     Where the output will lie is not known yet: the rate of writing is that of the system's temporary files.
     """
     method = plan.config.merge_method
-    read = read_rate(plan.checkpoints[plan.reference])
+    workers = plan.num_workers
+    read = read_rate(list(plan.checkpoints.values()), num_workers=workers, past_cache=True)
     moved = plan.bytes_written + 2 * plan.scratch_bytes
-    disk = plan.bytes_read / read + moved / write_rate(None)
+    disk = plan.bytes_read / read + moved / write_rate(None, num_workers=workers)
     computing = 0.0
     merged = [task for task in plan.layout.tasks if not task.copied and task.num_elements]
     kinds = [[task for task in merged if task.is_matrix], [task for task in merged if not task.is_matrix]]
