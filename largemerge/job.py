@@ -16,6 +16,7 @@ import torch
 from largemerge.average import merge_outside
 from largemerge.calibration.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
 from largemerge.carriers import SHARED_BYTES
+from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter
 from largemerge.distributed import Ranks
@@ -63,12 +64,18 @@ class Job:
         self.resumed_parts = len(finished)
         if finished == {OUTSIDE, *(block.name for block in plan.blocks)}:
             return
+        # Each tensor is read once, unless a block takes several passes, or ranks share a candidate.
+        past_cache = plan.placement.passes == 1 and self.ranks.size == 1
         with ExitStack() as stack:
             stack.enter_context(self.ranks.works())
+
+            def reader(checkpoint: Checkpoint) -> CheckpointReader:
+                return stack.enter_context(CheckpointReader(checkpoint, past_cache=past_cache))
+
             weights = Weights(
                 inputs=inputs,
-                readers=[stack.enter_context(CheckpointReader(candidate)) for candidate in inputs.candidates],
-                base_reader=stack.enter_context(CheckpointReader(inputs.base)) if inputs.base is not None else None,
+                readers=[reader(candidate) for candidate in inputs.candidates],
+                base_reader=reader(inputs.base) if inputs.base is not None else None,
                 output=plan.output,
                 writer=(
                     stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards))

@@ -151,7 +151,7 @@ def test_a_merge_killed_again_after_a_torn_journal(half_done: Case, out: Path, t
     before = parts(out)
     with (out / ".largemerge" / "journal.jsonl").open("ab") as stream:
         stream.write(b'{"part": "model.layers.3", "ent')
-    assert processes.run(merging(half_done, out, "--resume"), log, kill_at=11) == -signal.SIGKILL
+    assert processes.run(merging(half_done, out, "--resume"), log, kill_at=14) == -signal.SIGKILL
     assert len(before) < len(parts(out)) < len(PARTS)
     resume(half_done, out)
     check_unbroken(half_done, out)

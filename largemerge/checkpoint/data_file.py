@@ -30,7 +30,7 @@ THROUGH_CACHE = "LARGEMERGE_THROUGH_CACHE"
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "overlay"})
 _SHORT_BYTES = 128 << 10  # which the cache moves as fast
 _MOST_BYTES_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB in one call
-_BUFFER_BYTES = 4 << 20  # of a thread that writes
+_BUFFER_BYTES = 2 << 20  # of a thread that writes
 _CACHED = 0.5  # of a part of a file: from here on it is read through the cache
 
 
