@@ -13,12 +13,14 @@ from largemerge.arithmetic.rescale import Unscaler
 from largemerge.arithmetic.stream import Merger, cost, parts, run_parts
 from largemerge.arithmetic.tasks import Task
 from largemerge.checkpoint.adapted_reader import open_reader
+from largemerge.checkpoint.buffers import Buffers
 from largemerge.checkpoint.writer import Shard, ShardWriter
 from largemerge.distributed import Ranks, too_many_threads
 from largemerge.output import OutputFolder
 from largemerge.progress import RunProgress
 from largemerge.sharing import choose_owners
 
+_FREE_BYTES = 96 << 20  # of memory for tensors, at most, while nobody uses it
 _FIRST, _LAST = "unscaled part", "part"  # names in the journal
 
 
@@ -42,8 +44,9 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(ranks.works())
         files = {**plan.checkpoints, **plan.companions}
+        buffers = Buffers(_FREE_BYTES)
         readers = {
-            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name)))
+            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name), buffers))
             for name, checkpoint in files.items()
         }
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))

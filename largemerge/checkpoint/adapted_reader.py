@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from largemerge.checkpoint.adapters import DELTA_DTYPE, MOST_FACTORS, Adapter, Delta
+from largemerge.checkpoint.buffers import Buffers
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 
@@ -75,9 +76,9 @@ class AdaptedReader:
 
 
 @contextmanager
-def open_reader(checkpoint: Checkpoint, adapter: Adapter | None) -> Iterator[TensorReader]:
+def open_reader(checkpoint: Checkpoint, adapter: Adapter | None, buffers: Buffers) -> Iterator[TensorReader]:
     """Reads a model's tensors, with its adapter if it has one; what is read once does not fill the system's cache."""
-    with CheckpointReader(checkpoint, past_cache=True) as reader:
+    with CheckpointReader(checkpoint, past_cache=True, buffers=buffers) as reader:
         if adapter is None:
             yield reader
             return

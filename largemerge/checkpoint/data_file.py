@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+
+from largemerge.checkpoint.buffers import Buffers
 
 PAGE = 4096
 """Bytes: where direct transfers begin and end, in the file and in memory."""
@@ -40,14 +43,27 @@ def byte_view(buffer: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def read_tensor(descriptor: int, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def read_tensor(
+    descriptor: int,
+    offset: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    space: Callable[[int], torch.Tensor] = lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8),
+) -> torch.Tensor:
     """Reads a tensor that lies at a byte position of an open file, through the system's cache.
+
+    Args:
+        descriptor: Of the file.
+        offset: Of its first byte.
+        dtype: As stored.
+        shape: As stored.
+        space: Gives so many bytes of memory.
 
     Raises:
         EOFError: If the file ends before the tensor does.
     """
     # Bytes first, the dtype as a view: NumPy, which lends the writable buffer, knows no bfloat16.
-    buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    buffer = space(math.prod(shape) * dtype.itemsize)
     _fill(descriptor, byte_view(buffer), offset, buffer.numel())
     return buffer.view(dtype).reshape(shape)
 
@@ -57,6 +73,7 @@ class DataFile:
 
     Args:
         path: Of the file.
+        buffers: Lend memory to long reads; `None`: it is allocated.
         size: Open it for writing too, and make it so many bytes long; their room on the disk is taken at once where
             the file system can. `None`: only for reading.
 
@@ -67,7 +84,8 @@ class DataFile:
         OSError: If it cannot be opened, or there is not room enough.
     """
 
-    def __init__(self, path: Path, *, size: int | None = None) -> None:
+    def __init__(self, path: Path, *, size: int | None = None, buffers: Buffers | None = None) -> None:
+        self._space = _aligned if buffers is None else buffers.lend
         self.bytes_past_cache = 0
         flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT
         self._descriptor = os.open(path, flags, 0o644)
@@ -122,9 +140,11 @@ class DataFile:
             EOFError: If the file ends before the tensor does.
         """
         num_bytes = math.prod(shape) * dtype.itemsize
-        found = self._read_direct(offset, num_bytes) if past_cache and num_bytes >= _SHORT_BYTES else None
-        if found is None:
+        if num_bytes < _SHORT_BYTES:
             return read_tensor(self._descriptor, offset, dtype, shape)
+        found = self._read_direct(offset, num_bytes) if past_cache else None
+        if found is None:
+            return read_tensor(self._descriptor, offset, dtype, shape, self._space)
         aligned = offset % dtype.itemsize == 0
         return (found if aligned else found.clone()).view(dtype).reshape(shape)
 
@@ -133,7 +153,7 @@ class DataFile:
         if self._direct is None or self._refuses or (self._cached and self._cached.holds(offset, num_bytes)):
             return None
         begin, stop = offset // PAGE * PAGE, -(-(offset + num_bytes) // PAGE) * PAGE
-        pages = _aligned(stop - begin)
+        pages = self._space(stop - begin)
         try:
             _fill(self._direct, byte_view(pages), begin, offset - begin + num_bytes, unit=PAGE)
         except OSError as error:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from largemerge.checkpoint.buffers import Buffers
 from largemerge.checkpoint.data_file import DataFile
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import dequantize
@@ -52,6 +53,7 @@ class CheckpointReader:
 
     Args:
         checkpoint: What it reads.
+        buffers: Lend memory to tensors; `None`: it is allocated.
         past_cache: Leave nothing in the system's cache but what is to be read again: for tensors that are read once.
 
     Attributes:
@@ -61,9 +63,9 @@ class CheckpointReader:
         seconds: Spent reading, so far.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, past_cache: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, past_cache: bool = False, buffers: Buffers | None = None) -> None:
         self.checkpoint = checkpoint
-        self._past_cache = past_cache
+        self._past_cache, self._buffers = past_cache, buffers
         self.bytes_read = 0
         self.seconds = 0.0
         self._files: dict[Path, DataFile] = {}
@@ -162,7 +164,7 @@ class CheckpointReader:
     def _open(self, file: Path) -> DataFile:
         with self._lock:
             if file not in self._files:
-                self._files[file] = DataFile(file)
+                self._files[file] = DataFile(file, buffers=self._buffers)
             return self._files[file]
 
     def _read_pickle(self, info: TensorInfo, rows: slice | torch.Tensor | None) -> torch.Tensor:
