@@ -62,12 +62,13 @@ def main() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    models = [Path(model).resolve() for model in arguments.models] or _synthetic(work / "inputs", arguments.geometry)
+    given = [Path(model).resolve() for model in arguments.models]
+    models = given or synthetic_models(work / "inputs", arguments.geometry)
     python = make_environment(work / "mergekit", PEER_REQUIREMENTS, arguments.torch) if arguments.peer else None
     rows = []
     for number, method in enumerate(arguments.methods):
         config = work / f"{method}.yml"
-        config.write_text(yaml.safe_dump(_config(method, models, arguments.dtype), sort_keys=False))
+        config.write_text(yaml.safe_dump(merge_config(method, models, arguments.dtype), sort_keys=False))
         peer = python if method in arguments.peer_methods else None
         rows.append(_measure(method, config, work, peer, models, peer_first=number % 2 == 1))
         print(json.dumps(rows[-1]), flush=True)
@@ -95,7 +96,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _synthetic(folder: Path, geometry: str) -> list[Path]:
+def synthetic_models(folder: Path, geometry: str) -> list[Path]:
     """The first one serves as the base."""
     names = [folder / f"candidate-{index}" for index in range(NUM_MODELS + 1)]
     if not all((name / "config.json").exists() for name in names):
@@ -103,7 +104,8 @@ def _synthetic(folder: Path, geometry: str) -> list[Path]:
     return names
 
 
-def _config(method: str, models: Sequence[Path], dtype: str | None) -> dict[str, Any]:
+def merge_config(method: str, models: Sequence[Path], dtype: str | None) -> dict[str, Any]:
+    """The YAML of a method: what it requires, K models or as many as it takes, the first as the base."""
     row = METHODS[method]
     based = row.base is Base.REQUIRED
     merged = models[1:][: row.num_models[1]]
@@ -150,7 +152,8 @@ def _measure(
     return row
 
 
-def _tensors(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as opened:
@@ -158,7 +161,8 @@ def _tensors(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _load(files: dict[str, Path], name: str) -> torch.Tensor:
+def load_tensor(files: dict[str, Path], name: str) -> torch.Tensor:
+    """A tensor out of one of `tensor_files`."""
     with safe_open(files[name], "pt") as opened:
         tensor: torch.Tensor = opened.get_tensor(name)
     return tensor
@@ -166,17 +170,17 @@ def _load(files: dict[str, Path], name: str) -> torch.Tensor:
 
 def _agreement(ours: Path, theirs: Path) -> dict[str, Any]:
     """Shares of elements that are the same, and one unit in the last place away, in bfloat16."""
-    left, right = _tensors(ours), _tensors(theirs)
+    left, right = tensor_files(ours), tensor_files(theirs)
     total = same = near = 0
     for name in left.keys() & right.keys():
-        a, b = (_ordered(_load(files, name)) for files in (left, right))
+        a, b = (ordered(load_tensor(files, name)) for files in (left, right))
         distance = (a - b).abs()
         total, same, near = total + a.numel(), same + int((distance == 0).sum()), near + int((distance == 1).sum())
     missing = sorted(left.keys() ^ right.keys())
     return {"same": same / total, "one_ulp": near / total, "only_in_one": missing}
 
 
-def _ordered(tensor: torch.Tensor) -> torch.Tensor:
+def ordered(tensor: torch.Tensor) -> torch.Tensor:
     """Integers in the order of the bfloat16 numbers, neighbours one apart."""
     bits = tensor.to(torch.bfloat16).reshape(-1).view(torch.int16).to(torch.int32)
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
@@ -184,13 +188,13 @@ def _ordered(tensor: torch.Tensor) -> torch.Tensor:
 
 def _distances(ours: Path, theirs: Path, base: Path) -> dict[str, Any]:
     """‖W - W_0‖ of random methods, and the share of elements that moved."""
-    origin = _tensors(base)
+    origin = tensor_files(base)
     found = {}
     for label, folder in (("", ours), ("peer_", theirs)):
-        files = _tensors(folder)
+        files = tensor_files(folder)
         squares = moved = total = 0.0
         for name in files.keys() & origin.keys():
-            change = _load(files, name).float() - _load(origin, name).float()
+            change = load_tensor(files, name).float() - load_tensor(origin, name).float()
             squares += change.square().sum(dtype=torch.float64).item()
             moved, total = moved + int(change.count_nonzero()), total + change.numel()
         found |= {f"{label}distance": squares**0.5, f"{label}moved": moved / total}

@@ -102,6 +102,14 @@ def test_data_free_methods(tmp_path: Path) -> None:
     }
 
 
+def test_whose_rounding(tmp_path: Path) -> None:
+    small = ("--geometry", "tiny", "--methods", "multislerp", "karcher", "--no-peer")
+    rows = result(run("rounding.py", *small, "--work", tmp_path, cwd=tmp_path), "rounding")["rows"]
+    assert [row["method"] for row in rows] == ["multislerp", "karcher"]
+    assert all(row["same"]["ours = float64"] > 0.99 for row in rows)
+    assert not list(tmp_path.rglob("*.safetensors")), "what it made must be gone"
+
+
 def test_methods_of_the_literature(tmp_path: Path) -> None:
     lines = run("literature_methods.py", "--no-peer", "--lapack", "--work", tmp_path, cwd=tmp_path)
     rows = {row["method"]: row for row in result(lines, "literature_methods")["rows"]}
