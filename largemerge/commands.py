@@ -123,8 +123,7 @@ def _merge_data_free(options: argparse.Namespace, max_shard_bytes: int) -> int:
         from largemerge.arithmetic.tables import print_report
         from largemerge.memory import reuse_freed_memory
 
-    # Tensors of all models come and go all the time.
-    reuse_freed_memory(sparingly=host_limit is not None, keep_bytes=None)
+    reuse_freed_memory(sparingly=host_limit is not None)
     more = {"max_shard_bytes": max_shard_bytes, "host_limit": host_limit, **_merge_options(options)}
     if has_documents(options.config):
         report = merge_series(options.config, options.out, options.intermediate_dir, **more)

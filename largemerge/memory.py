@@ -50,7 +50,7 @@ def _anonymous_bytes(otherwise: int) -> int:
     return int(line.split()[1]) * 1024 if line else otherwise
 
 
-def reuse_freed_memory(*, sparingly: bool, keep_bytes: int | None = None) -> None:
+def reuse_freed_memory(*, sparingly: bool) -> None:
     """Fixes what the C library does with freed memory (glibc; nothing elsewhere).
 
     Pieces that come and go, an activation or a block's weights, are fastest when the next one takes the same place: a
@@ -61,7 +61,6 @@ def reuse_freed_memory(*, sparingly: bool, keep_bytes: int | None = None) -> Non
 
     Args:
         sparingly: Give even medium pieces back to the system at once: for merges that must stay within little memory.
-        keep_bytes: That may lie free before any of it goes back; `None` for a few of the largest pieces.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -70,7 +69,7 @@ def reuse_freed_memory(*, sparingly: bool, keep_bytes: int | None = None) -> Non
     largest_reused = (8 if sparingly else 32) << 20  # glibc takes no more than 32 MiB
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_THRESHOLD, largest_reused)
-    mallopt(_M_TRIM_THRESHOLD, 4 * largest_reused if keep_bytes is None else keep_bytes)
+    mallopt(_M_TRIM_THRESHOLD, 4 * largest_reused)
 
 
 class MemoryWatch:

@@ -33,11 +33,6 @@ def below(patterns: torch.Tensor, limit: int) -> torch.Tensor:
     return _signs(patterns - limit)
 
 
-def negative(numbers: torch.Tensor) -> torch.Tensor:
-    """Mask of the numbers that have a sign."""
-    return _signs(integers(numbers).clone())
-
-
 def _signs(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.bitwise_right_shift_(8 * numbers.element_size() - 1)
 
