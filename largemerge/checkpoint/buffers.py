@@ -10,6 +10,7 @@ import bisect
 import mmap
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class Buffers:
         self._most = free_bytes
         self._free: list[tuple[int, int, mmap.mmap]] = []  # size, a number that orders equals, region
         self._free_bytes = self._number = 0
-        self._lock = threading.RLock()  # a region may come back while one is being taken
+        self._returned: deque[mmap.mmap] = deque()  # not sorted in yet
+        self._lock = threading.Lock()
 
     def lend(self, num_bytes: int) -> torch.Tensor:
         """One-dimensional, uint8; whatever was there before."""
@@ -40,6 +42,7 @@ class Buffers:
 
     def _take(self, num_bytes: int) -> mmap.mmap:
         with self._lock:
+            self._sort_in()
             index = bisect.bisect_left(self._free, (num_bytes, 0))
             if index < len(self._free) and self._free[index][0] <= _WASTE * num_bytes:
                 size, _, region = self._free.pop(index)
@@ -51,9 +54,20 @@ class Buffers:
         return region
 
     def _give_back(self, region: mmap.mmap) -> None:
-        with self._lock:
+        self._returned.append(region)
+        # The garbage collector may call this at any moment, in the very thread that is taking one: it must not wait.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    def _sort_in(self) -> None:
+        """What has come back; by who holds the lock."""
+        while self._returned:
+            region = self._returned.popleft()
             self._number += 1
             bisect.insort(self._free, (len(region), self._number, region))
             self._free_bytes += len(region)
-            while self._free_bytes > self._most:
-                self._free_bytes -= self._free.pop()[0]  # the largest; the system gets it back
+        while self._free_bytes > self._most:
+            self._free_bytes -= self._free.pop()[0]  # the largest; the system gets it back
