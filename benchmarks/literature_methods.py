@@ -54,7 +54,9 @@ WUDI_STEPS = 400
 def main() -> None:
     """Makes, merges, compares, prints."""
     arguments = _arguments()
-    os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     geometry = GEOMETRIES[arguments.geometry]
@@ -62,8 +64,8 @@ def main() -> None:
     models = _synthetic(work / "inputs", Inputs(geometry, NUM_MODELS + 1, num_samples=1, length=8))
     rows = []
     for method in arguments.methods:
-        row = _measure(method, models, work)
-        if method in FACTORED:
+        row = _measure(method, models, work, arguments.device)
+        if method in FACTORED and arguments.device == "cpu":
             ways = [way for way in WAYS if way != "lapack" or arguments.lapack]
             row["bare_seconds"] = {way: bare_seconds(method, way, geometry, NUM_MODELS) for way in ways}
         rows.append(row)
@@ -82,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="of synthetic models (%(default)s)")
     parser.add_argument("--num-layers", type=int, help="fewer blocks than the geometry has")
     parser.add_argument("--methods", nargs="*", choices=LITERATURE, default=sorted(LITERATURE), help="(default: all)")
+    parser.add_argument("--device", default="cpu", help="where matrices are merged: auto, cpu, cuda:0, … (%(default)s)")
     parser.add_argument("--lapack", action="store_true", help="measure LAPACK's SVDs, too")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for all files")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="without FusionBench")
@@ -123,17 +126,20 @@ def _diagonals(models: Sequence[Path], folder: Path) -> list[Path]:
     return found
 
 
-def _merge(config: dict[str, Any], work: Path, out: Path) -> list[str]:
+def _merge(config: dict[str, Any], work: Path, out: Path, device: str = "cpu") -> list[str]:
     path = work / f"{config['merge_method']}.yml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return [sys.executable, "-m", "largemerge", "merge", str(path), str(out), "--force", "--quiet"]
+    return [sys.executable, "-m", "largemerge", "merge", str(path), str(out), "--device", device, "--force", "--quiet"]
 
 
-def _measure(method: str, models: Sequence[Path], work: Path) -> dict[str, Any]:
+def _measure(method: str, models: Sequence[Path], work: Path, device: str) -> dict[str, Any]:
     out, squares = work / "merged", work / "fisher"
     fisher = _diagonals(models[1:], squares) if method == "fisher" else []
     drop_from_cache([path for model in (*models, *fisher) for path in model.glob("*.safetensors")])
-    measured = run_measured(_merge(_config(method, models, fisher), work, out), work / "ours.log")
+    command = _merge(_config(method, models, fisher), work, out, device)
+    options = ["--device", device, "--json"]
+    planned = subprocess.run([*command[:3], "plan", command[4], *options], capture_output=True, check=True, text=True)
+    measured = run_measured(command, work / "ours.log")
     report = json.loads((out / "merge_report.json").read_text())
     shutil.rmtree(out)
     shutil.rmtree(squares, ignore_errors=True)
@@ -143,6 +149,9 @@ def _measure(method: str, models: Sequence[Path], work: Path) -> dict[str, Any]:
         "merge_seconds": report["seconds"]["total"] - report["seconds"]["preparation"],
         "peak_anonymous_bytes": measured.peak_anonymous_bytes,
         "planned_peak_bytes": report["plan"]["peak_bytes"],
+        "planned_seconds": json.loads(planned.stdout)["seconds"]["total"],
+        "peak_device_bytes": report["peak_bytes"]["device"],
+        "planned_device_bytes": report["plan"]["device_bytes"],
         "bytes_read": report["bytes_read"],
         "bytes_written": report["bytes_written"],
         "scratch_bytes": report["plan"]["scratch_bytes"],
@@ -228,12 +237,15 @@ def _wudi_losses(
 
 
 def _print(rows: Sequence[dict[str, Any]], agreement: dict[str, Any]) -> None:
-    print("\n| method | time | merging | peak, anonymous | planned | / values | / both | / LAPACK's SVDs |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    columns = ["method", "time", "merging", "planned", "peak, anonymous", "planned", "peak on the GPU", "planned"]
+    columns += ["/ values", "/ both", "/ LAPACK's SVDs"]
+    print(f"\n| {' | '.join(columns)} |\n|---{'|---:' * (len(columns) - 1)}|")
     for row in rows:
         bare = row.get("bare_seconds", {})
         cells = [f"`{row['method']}`", f"{row['seconds']:.1f} s", f"{row['merge_seconds']:.1f} s"]
+        cells.append(f"{row['planned_seconds']:.1f} s")
         cells += [f"{row[key] / 2**30:.2f} GiB" for key in ("peak_anonymous_bytes", "planned_peak_bytes")]
+        cells += [f"{row[key] / 2**30:.2f} GiB" for key in ("peak_device_bytes", "planned_device_bytes")]
         cells += [f"{row['merge_seconds'] / bare[way]:.2f}" if way in bare else "" for way in WAYS]
         print(f"| {' | '.join(cells)} |")
     if agreement:

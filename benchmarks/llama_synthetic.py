@@ -166,6 +166,10 @@ def _print(inputs: Inputs, options: Sequence[str], result: dict[str, Any], targe
     read, written = result["bytes_read"] / 1e9, result["bytes_written"] / 1e9
     print(f"disk: {read:.2f} GB read, {written:.2f} GB written, {result['gb_per_second']:.2f} GB/s")
     print(f"peak: {anonymous / GIB:.2f} GiB anonymous, {result['peak_bytes'] / GIB:.2f} GiB with mapped pages")
+    on_device = result["reported_peak_bytes"]["device"]
+    if on_device:
+        planned_there = result["reported_peak_bytes"]["planned_device"]
+        print(f"on the GPU: {on_device / GIB:.2f} GiB, planned {planned_there / GIB:.2f} GiB")
     print(f"planned peak: {planned / GIB:.2f} GiB, {planned / anonymous:.2f} of the measured one")
     if target is not None:
         reached = "reached" if anonymous <= target * GIB else "MISSED"

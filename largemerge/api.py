@@ -97,11 +97,11 @@ def plan(
     if isinstance(config, str | Path) and has_documents(config):
         from largemerge.arithmetic.series import plan_series
 
-        return plan_series(Path(config), probe=probe)
+        return plan_series(Path(config), device=device, probe=probe)
     if isinstance(config, DataFreeConfig) or is_data_free(config):
         from largemerge.arithmetic.plan import plan_data_free
 
-        return plan_data_free(config, probe=probe)
+        return plan_data_free(config, device=device, probe=probe)
     from largemerge.merging import plan_regression
 
     return plan_regression(

@@ -113,18 +113,19 @@ def _merge_by_regression(options: argparse.Namespace, max_shard_bytes: int) -> i
 
 
 def _merge_data_free(options: argparse.Namespace, max_shard_bytes: int) -> int:
-    host_limit = _host_limit(options)
+    host, device = _memory_limits(options)
     with _importing(options):
         from rich.console import Console
 
         from largemerge.arithmetic.dispatch import has_documents
+        from largemerge.arithmetic.holding import Limits
         from largemerge.arithmetic.merge import merge_data_free
         from largemerge.arithmetic.series import merge_series
         from largemerge.arithmetic.tables import print_report
         from largemerge.memory import reuse_freed_memory
 
-    reuse_freed_memory(sparingly=host_limit is not None)
-    more = {"max_shard_bytes": max_shard_bytes, "host_limit": host_limit, **_merge_options(options)}
+    reuse_freed_memory(sparingly=host is not None)
+    more = {"max_shard_bytes": max_shard_bytes, "limits": Limits(host, device), **_merge_options(options)}
     if has_documents(options.config):
         report = merge_series(options.config, options.out, options.intermediate_dir, **more)
     else:
@@ -138,12 +139,13 @@ def _merge_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("device", "resume", "force", "quiet")}
 
 
-def _host_limit(options: argparse.Namespace) -> int | None:
-    """Of a data-free merge, which knows no other."""
-    limits = [f"--memory-{key}" for key in ("device", "disk") if getattr(options, f"memory_{key}") is not None]
-    if limits:
-        raise ConfigError(f"{', '.join(limits)}: not for data-free methods, which hold nothing there")
-    return None if options.memory_host is None else _size(options.memory_host, "--memory-host")
+def _memory_limits(options: argparse.Namespace) -> tuple[int | None, int | None]:
+    """Of a data-free merge: on the host and on the GPU."""
+    if options.memory_disk is not None:
+        raise ConfigError("--memory-disk: not for data-free methods, which hold nothing there")
+    texts = ((options.memory_host, "--memory-host"), (options.memory_device, "--memory-device"))
+    host, device = (None if text is None else _size(text, option) for text, option in texts)
+    return host, device
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -181,17 +183,18 @@ def _plan_regression(options: argparse.Namespace) -> int:
 
 
 def _plan_data_free(options: argparse.Namespace) -> int:
-    limits: dict[str, Any] = {"host_limit": _host_limit(options), "probe": options.probe}
+    host, device = _memory_limits(options)
     if options.num_ranks != 1 or options.from_config or _cluster(options) is not None:
         raise ConfigError("ranks, other machines and --from-config are for regression methods")
     with _importing(options):
         from largemerge.arithmetic.dispatch import has_documents
+        from largemerge.arithmetic.holding import Limits
         from largemerge.arithmetic.plan import plan_data_free
         from largemerge.arithmetic.series import plan_series
         from largemerge.arithmetic.tables import print_plan
 
     plan = plan_series if has_documents(options.config) else plan_data_free
-    made = plan(options.config, **limits)
+    made = plan(options.config, device=options.device, limits=Limits(host, device), probe=options.probe)
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:

@@ -236,8 +236,6 @@ def _initialize() -> None:
     compiler), and leave their buffers in shared memory (66 MiB a rank).
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if _started_by_accelerate():
         from accelerate import PartialState
 

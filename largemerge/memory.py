@@ -82,8 +82,7 @@ class MemoryWatch:
         self._peak = memory_in_use(device)
 
     def __enter__(self) -> MemoryWatch:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.follow(self.device)
         self._thread.start()
         return self
 
@@ -92,6 +91,12 @@ class MemoryWatch:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+    def follow(self, device: torch.device) -> None:
+        """From now on, memory on this device."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.device = device
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_SECONDS):

@@ -21,6 +21,7 @@ from largemerge.calibration.spool import spooled
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.cluster import Cluster
 from largemerge.config import MergeConfig, load_config
+from largemerge.devices import choose_device, device_of_rank
 from largemerge.distributed import Ranks, start_ranks, too_many_threads
 from largemerge.environment import versions
 from largemerge.errors import CalibrationError, LargemergeError
@@ -31,7 +32,7 @@ from largemerge.memory import MemoryUse, MemoryWatch
 from largemerge.merge_plan import MergePlan, Preparation
 from largemerge.output import OutputFolder, check_output, existing_folder
 from largemerge.placement import waits_on_disk
-from largemerge.planning import Machines, choose_device, make_plan
+from largemerge.planning import Machines, make_plan
 from largemerge.rank_output import open_for_ranks
 from largemerge.regression.clock import Clock
 from largemerge.report import MergeReport
@@ -81,7 +82,7 @@ def merge_by_regression(
     start = time.perf_counter()
     resolved = load_config(config)
     with start_ranks() as ranks:
-        target = choose_device(_device_of_rank(device, ranks))
+        target = ranks.agree(lambda: device_of_rank(device, ranks))
         with MemoryWatch(target) as watch:
             prepared = _prepare(resolved, target, Path(out), ranks, resume=resume, force=force)
             if planned is not None:
@@ -117,13 +118,6 @@ class _Prepared:
     samples: OwnSamples
     calibration: Mapping[str, Any]
     input_paths: list[Path]
-
-
-def _device_of_rank(device: str, ranks: Ranks) -> str:
-    """Every rank of a machine computes on a GPU of its own, where there are any."""
-    if ranks.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
-    return device
 
 
 def _prepare(

@@ -21,7 +21,6 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.cluster import Cluster
 from largemerge.config import MergeConfig
-from largemerge.errors import LargemergeError
 from largemerge.inputs import Inputs
 from largemerge.memory import memory_in_use
 from largemerge.merge_plan import MergePlan, Preparation
@@ -43,23 +42,6 @@ from largemerge.treatment import (
     treatment_problems,
 )
 from largemerge.workload import BatchShapes, Workload, batch_shapes, measure_workload
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU.
-
-    Raises:
-        LargemergeError: If torch knows no such device, or cannot use it.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen).item()  # the meta device has no numbers
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise LargemergeError(f"--device {device}: {first_line}; expected auto, cpu or cuda:0") from None
-    return chosen
 
 
 @dataclass(frozen=True)

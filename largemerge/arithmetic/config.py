@@ -62,9 +62,11 @@ class Module(Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
-class HostMemory(Strict):
+class MemoryLimits(Strict):
     """How much a merge may hold."""
 
+    device: Size | None = None
+    """Most memory on the GPU, for methods that use one; default: what is free."""
     host: Size | None = None
     """Most anonymous memory of the process, libraries included; default: what is free."""
 
@@ -93,7 +95,7 @@ class DataFreeConfig(Strict):
     """`auto`: the one that most models have; a built-in one's name; or a Jinja template."""
     seed: int = Field(0, ge=0)
     """Of random methods."""
-    memory: HostMemory = HostMemory()
+    memory: MemoryLimits = MemoryLimits()
     """Not mergekit's."""
 
     def companions(self, parameter: str) -> tuple[str, ...]:

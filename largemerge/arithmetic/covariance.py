@@ -34,8 +34,8 @@ def wudi(piece: Piece) -> torch.Tensor:
     gradient steps from Σ Δ_i change nothing either. Task vectors that are 0 do not count.
     """
     outputs, inputs = piece.origin.shape
-    sums_II = torch.zeros(inputs, inputs, dtype=FACTOR_DTYPE)
-    right_OI = torch.zeros(outputs, inputs, dtype=FACTOR_DTYPE)
+    sums_II = piece.origin.new_zeros(inputs, inputs, dtype=FACTOR_DTYPE)
+    right_OI = piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE)
     for model in range(len(piece.tensors)):
         delta = task_vector(piece, model).to(FACTOR_DTYPE)
         square = delta.square().sum()
@@ -61,7 +61,7 @@ def _solve_symmetric(right_OI: torch.Tensor, sums_II: torch.Tensor) -> torch.Ten
     if mean == 0:
         return torch.zeros_like(right_OI)
     ridge = _RIDGE * mean
-    lower_II, failed = torch.linalg.cholesky_ex(sums_II + torch.eye(len(sums_II), dtype=FACTOR_DTYPE) * ridge)
+    lower_II, failed = torch.linalg.cholesky_ex(sums_II + torch.eye(len(sums_II)).to(sums_II) * ridge)
     if not failed:
         once_IO = torch.cholesky_solve(right_OI.T, lower_II)
         return once_IO.sub_(torch.cholesky_solve(once_IO, lower_II).mul_(ridge)).T
@@ -88,8 +88,8 @@ def ace(piece: Piece) -> torch.Tensor:
     squares = torch.tensor([_norm_square(task_vector(piece, model)) for model in range(count)], dtype=FACTOR_DTYPE)
     unlike = _heterogeneity(squares) > options["heterogeneity"]
     outputs, inputs = piece.origin.shape
-    sums_II = torch.zeros(inputs, inputs, dtype=FACTOR_DTYPE)
-    right_OI, total_OI, extra_OI = (torch.zeros(outputs, inputs, dtype=FACTOR_DTYPE) for _ in range(3))
+    sums_II = piece.origin.new_zeros(inputs, inputs, dtype=FACTOR_DTYPE)
+    right_OI, total_OI, extra_OI = (piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE) for _ in range(3))
     ridges = 0.0
     for model in range(count):
         delta = task_vector(piece, model).to(FACTOR_DTYPE)
@@ -104,7 +104,7 @@ def ace(piece: Piece) -> torch.Tensor:
         sums_II += gram_II
         right_OI.addmm_(centred, gram_II).add_(centred, alpha=ridge)
         ridges += ridge
-    prior_I = sums_II.mean(dim=0) / (squares.mean() + _TINY if unlike else 1.0)
+    prior_I = sums_II.mean(dim=0) / (squares.mean().item() + _TINY if unlike else 1.0)
     sums_II.diagonal().add_(ridges)
     merged_OI = torch.linalg.solve(sums_II + prior_I, right_OI, left=False)
     if unlike:

@@ -26,7 +26,7 @@ _FLOAT32_ERROR = 1e-5  # relative; up to there X V S⁻¹ is multiplied in float
 def lower_gram(x_NI: torch.Tensor) -> torch.Tensor:
     """XᵀX, float64, on and below the diagonal panels; 0 above them. `[I, I]`."""
     size = x_NI.shape[1]
-    gram_II = torch.zeros(size, size, dtype=FACTOR_DTYPE)
+    gram_II = torch.zeros(size, size, dtype=FACTOR_DTYPE, device=x_NI.device)
     width = max(1, -(-size // _NUM_PANELS))
     for rows in torch.split(x_NI, _ROWS_AT_ONCE):
         wide = rows.to(FACTOR_DTYPE)

@@ -1,7 +1,7 @@
 """How long a data-free merge takes: a probe of the disk, and of the method itself on one piece.
 
 disk         bytes read / rate + bytes written / rate
-computing    Σ cost of every tensor · seconds per cost, over the workers; cost as in `stream.cost`
+computing    Σ cost of every tensor · seconds per cost, over the workers that compute at once; cost as in `stream.cost`
 total        the longer of the two, for one goes on beside the other
 """
 
@@ -17,9 +17,10 @@ from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.registry import METHODS, merge_tensors
 from largemerge.arithmetic.stream import cost, one_thread_each
 from largemerge.arithmetic.tasks import Task
+from largemerge.devices import CPU
 from largemerge.probe import read_rate, write_rate
 
-_MOST_SIDE = 384  # of a matrix that is factored for the probe
+_MOST_SIDE = {"cpu": 384, "cuda": 2048}  # of a matrix that is factored for the probe
 _COLUMNS = 1024
 
 
@@ -35,20 +36,24 @@ def estimate_seconds(plan: DataFreePlan) -> dict[str, float]:
     disk = plan.bytes_read / read + moved / write_rate(None, num_workers=workers)
     computing = 0.0
     merged = [task for task in plan.layout.tasks if not task.copied and task.num_elements]
-    kinds = [[task for task in merged if task.is_matrix], [task for task in merged if not task.is_matrix]]
-    for kind in kinds if METHODS[method].matrices is not None else [merged]:
-        if kind:
-            computing += sum(cost(method, task) for task in kind) * _seconds_per_cost(method, kind)
-    computing /= min(plan.num_workers, torch.get_num_threads())
+    accelerator, at_once = plan.holding.accelerator, min(plan.num_workers, torch.get_num_threads())
+    kinds: dict[tuple[bool, bool], list[Task]] = {}  # by whether they are matrices, and whether the GPU computes them
+    for task in merged:
+        of_gpu = accelerator.computes(method, task)
+        kinds.setdefault((METHODS[method].matrices is not None and task.is_matrix, of_gpu), []).append(task)
+    for (_, of_gpu), kind in kinds.items():
+        device = accelerator.device if of_gpu else CPU
+        seconds = sum(cost(method, task) for task in kind) * _seconds_per_cost(method, kind, device)
+        computing += seconds / (1 if of_gpu else at_once)
     return {"disk": round(disk, 2), "computing": round(computing, 2), "total": round(max(disk, computing), 2)}
 
 
-def _seconds_per_cost(method: str, tasks: Sequence[Task]) -> float:
+def _seconds_per_cost(method: str, tasks: Sequence[Task], device: torch.device) -> float:
     """Of the largest of some tasks, cut down to a piece."""
     task = max(tasks, key=lambda each: each.num_elements)
     factored = METHODS[method].matrices is not None and task.is_matrix
     if factored:
-        rows, columns = (min(_MOST_SIDE, size) for size in task.shape)
+        rows, columns = (min(_MOST_SIDE[device.type], size) for size in task.shape)
         shape: tuple[int, ...] = (columns, rows) if task.inputs_first else (rows, columns)
     elif len(task.shape) < 2 or task.otherwise:
         shape = (min(PIECE_ELEMENTS, task.num_elements),)
@@ -56,15 +61,15 @@ def _seconds_per_cost(method: str, tasks: Sequence[Task]) -> float:
         columns = min(task.num_elements // task.shape[0], _COLUMNS)
         shape = (max(1, min(task.shape[0], PIECE_ELEMENTS // columns)), columns)
     generator = torch.Generator().manual_seed(0)
-    base = torch.randn(shape, generator=generator)
-    tensors = [(base + 0.1 * torch.randn(shape, generator=generator)).to(task.dtype) for _ in task.sources]
+    base = torch.randn(shape, generator=generator).to(device)
+    tensors = [(base + 0.1 * torch.randn(shape, generator=generator).to(device)).to(task.dtype) for _ in task.sources]
     companions = [torch.rand(shape, generator=generator) for _ in task.companions]
     origin = base.to(task.dtype) if task.base is not None else None
     times = []
     with one_thread_each(), torch.inference_mode():
         for _ in range(2):
             start = time.perf_counter()
-            merge_tensors(method, tensors, origin, each=task.each, companions=companions, **task.options)
+            merge_tensors(method, tensors, origin, each=task.each, companions=companions, **task.options).to(CPU)
             times.append(time.perf_counter() - start)
     elements = base.numel()
     return min(times) / (elements * (min(shape) if factored else 1))

@@ -1,6 +1,6 @@
 """How much of it all a data-free merge holds at once: as much as is fast, and fits.
 
-    held = the process + adapters + the largest tasks, one for each worker
+    held = the process + adapters + the largest tasks, one for each worker          (and on a GPU: its largest tasks)
 
 A worker keeps a tensor of all models in memory where its method wants it twice; where that does not fit, it reads the
 tensor twice. Where that does not suffice, fewer work side by side. There are more workers than cores where that takes
@@ -10,21 +10,24 @@ little memory: while one waits for the disk, another computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 
 from largemerge.arithmetic import stream
+from largemerge.arithmetic.accelerator import Accelerator, device_bytes, open_accelerator
+from largemerge.arithmetic.config import MemoryLimits
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.tasks import Layout, Task
+from largemerge.devices import CPU
 from largemerge.memory import memory_in_use
 from largemerge.sizes import gib
 
-CPU = torch.device("cpu")
 _MARGIN = 0.9  # of the memory that is free
 _WORKERS_PER_CORE = 2
 _LITTLE_BYTES = 1 << 30  # held in all, up to which there are more workers than cores
+_WORKERS_OF_GPU = 6  # some compute there side by side, the others read and write
 
 
 @dataclass(frozen=True)
@@ -35,54 +38,100 @@ class Holding:
         num_workers: That work side by side.
         kept_bytes: Of a tensor of all models, at most, that is kept between two readings.
         peak_bytes: Anonymous memory, libraries included.
+        accelerator: What computes matrices.
+        device_bytes: On the GPU, at most.
     """
 
     num_workers: int
     kept_bytes: int
     peak_bytes: int
+    accelerator: Accelerator = field(default_factory=Accelerator)
+    device_bytes: int = 0
 
 
-def choose_holding(method: str, layout: Layout, adapter_bytes: int, limit: int | None, local_ranks: int) -> Holding:
+@dataclass(frozen=True)
+class Limits:
+    """What a process may hold.
+
+    Attributes:
+        host: What the user allows; `None` for its part of what is free.
+        device: The same on a GPU.
+        local_ranks: How many processes share this machine's memory.
+    """
+
+    host: int | None = None
+    device: int | None = None
+    local_ranks: int = 1
+
+    def or_those_of(self, memory: MemoryLimits, local_ranks: int) -> Limits:
+        """With those of the configuration, where there are none here."""
+        host = self.host if self.host is not None else memory.host
+        return Limits(host, self.device if self.device is not None else memory.device, local_ranks)
+
+
+def choose_holding(method: str, layout: Layout, adapter_bytes: int, limits: Limits, device: torch.device) -> Holding:
     """The fastest that fits. What does not becomes a problem of the layout, what is slower than it might be a note.
 
     Args:
         method: Name in the table.
         layout: All tensors of the output.
         adapter_bytes: That adapters hold.
-        limit: What the user allows the process; `None` for its part of what is free.
-        local_ranks: How many processes share this machine's memory.
+        limits: Of memory.
+        device: Where matrices are computed, if they fit.
     """
-    before = memory_in_use(CPU).host_anonymous + adapter_bytes
-    most = limit if limit is not None else before + int(_MARGIN * psutil.virtual_memory().available) // local_ranks
+    accelerator, too_large = open_accelerator(method, layout.tasks, device, limits.device, limits.local_ranks)
+    if too_large:
+        layout.notes.append(f"on the CPU, for {gib(accelerator.most_bytes)} of {device} are too little: {too_large}")
+    before = memory_in_use(CPU).host_anonymous + adapter_bytes  # the GPU's libraries included
+    free = int(_MARGIN * psutil.virtual_memory().available) // limits.local_ranks
+    most = limits.host if limits.host is not None else before + free
     threads = torch.get_num_threads()
-    largest = {kept: _largest(method, layout.tasks, kept) for kept in (stream.KEPT_BYTES, 0)}
+    largest = {kept: _largest(method, layout.tasks, kept, accelerator) for kept in (stream.KEPT_BYTES, 0)}
+    there = [device_bytes(method, task) for task in layout.tasks if accelerator.computes(method, task)]
+    there.sort(reverse=True)
 
     def way(workers: int, kept: int) -> Holding:
-        return Holding(workers, kept, before + sum(largest[kept][:workers]))
+        return Holding(workers, kept, before + sum(largest[kept][:workers]), accelerator, sum(there[:workers]))
 
-    ways = [way(workers, kept) for workers in range(threads, 0, -1) for kept in largest]
-    wanted, least = ways[0], min(ways, key=lambda way: way.peak_bytes)
-    chosen = next((way for way in ways if way.peak_bytes <= most), least)
-    if chosen == wanted and METHODS[method].matrices is None:
+    most_workers = _WORKERS_OF_GPU if accelerator.is_gpu else threads
+    ways = [way(workers, kept) for workers in range(most_workers, 0, -1) for kept in largest]
+    fitting = (way for way in ways if way.peak_bytes <= most and way.device_bytes <= accelerator.most_bytes)
+    least = min(ways, key=lambda way: way.peak_bytes)
+    chosen = next(fitting, least)
+    if chosen == ways[0] and METHODS[method].matrices is None:
         more = [way(workers, chosen.kept_bytes) for workers in range(_WORKERS_PER_CORE * threads, threads, -1)]
         chosen = next((way for way in more if way.peak_bytes <= min(most, _LITTLE_BYTES)), chosen)
-    if chosen.peak_bytes > most and limit is not None:
+    if chosen.peak_bytes > most and limits.host is not None:
+        name = max(layout.tasks, key=lambda task: _host_bytes(method, task, 0, accelerator)).name
         layout.problems.append(
-            f"memory.host: {gib(limit)} is too little: {method} needs {gib(least.peak_bytes)}, of which "
-            f"{gib(least.peak_bytes - before)} for {_name_of_largest(method, layout.tasks)}; expected that much"
+            f"memory.host: {gib(limits.host)} is too little: {method} needs {gib(least.peak_bytes)}, of which "
+            f"{gib(least.peak_bytes - before)} for {name}; expected that much"
         )
-    elif chosen.num_workers < threads or chosen.kept_bytes < wanted.kept_bytes:
-        twice = ", which read tensors twice" if chosen.kept_bytes < wanted.kept_bytes else ""
-        layout.notes.append(
-            f"{method} would hold {gib(wanted.peak_bytes)} with {threads} workers, and may hold {gib(most)}; "
-            f"workers at a time: {chosen.num_workers}{twice}"
-        )
+    elif chosen.num_workers < most_workers or chosen.kept_bytes < ways[0].kept_bytes:
+        layout.notes.append(_told(method, ways[0], chosen, most))
     return chosen
 
 
-def _largest(method: str, tasks: Sequence[Task], kept_bytes: int) -> list[int]:
-    return sorted((stream.worker_bytes(method, task, kept_bytes) for task in tasks), reverse=True)
+def _told(method: str, wanted: Holding, chosen: Holding, most: int) -> str:
+    """What is slower than it might be, and why."""
+    twice = ", which read tensors twice" if chosen.kept_bytes < wanted.kept_bytes else ""
+    device = chosen.accelerator.device
+    needed, allowed = gib(wanted.peak_bytes), gib(most)
+    if chosen.accelerator.is_gpu:
+        needed += f" and {gib(wanted.device_bytes)} on {device}"
+        allowed += f" and {gib(chosen.accelerator.most_bytes)} on {device}"
+    return (
+        f"{method} would hold {needed} with {wanted.num_workers} workers, and may hold {allowed}; workers at a time: "
+        f"{chosen.num_workers}{twice}"
+    )
 
 
-def _name_of_largest(method: str, tasks: Sequence[Task]) -> str:
-    return max(tasks, key=lambda task: stream.worker_bytes(method, task, 0)).name
+def _largest(method: str, tasks: Sequence[Task], kept_bytes: int, accelerator: Accelerator) -> list[int]:
+    return sorted((_host_bytes(method, task, kept_bytes, accelerator) for task in tasks), reverse=True)
+
+
+def _host_bytes(method: str, task: Task, kept_bytes: int, accelerator: Accelerator) -> int:
+    """What a worker holds at most, on the host, while it is at a task."""
+    if accelerator.computes(method, task):
+        return 2 * task.num_elements * max(task.dtype.itemsize, task.out_dtype.itemsize)
+    return stream.worker_bytes(method, task, kept_bytes)

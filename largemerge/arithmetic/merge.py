@@ -11,15 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from largemerge.arithmetic.holding import CPU
+from largemerge.arithmetic.holding import Limits
 from largemerge.arithmetic.opening import Before
 from largemerge.arithmetic.plan import DataFreePlan, DataFreeSource, plan_data_free
 from largemerge.arithmetic.report import DataFreeReport
 from largemerge.arithmetic.run import run
 from largemerge.arithmetic.side_files import config_text, write_side_files
 from largemerge.checkpoint.writer import Shard, layout_shards
+from largemerge.devices import CPU
 from largemerge.distributed import start_ranks
 from largemerge.environment import versions
 from largemerge.errors import LargemergeError
@@ -38,25 +37,23 @@ def merge_data_free(
     max_shard_bytes: int,
     quiet: bool,
     before: Before | None = None,
-    host_limit: int | None = None,
+    limits: Limits | None = None,
 ) -> DataFreeReport:
     """Merges without data; the arguments are those of `largemerge.merge`, and two more.
 
-    `before` is what other merges of the same file have made for this one; `host_limit` the bytes that this process may
-    hold, `None` for what the configuration says, or what is free.
+    `before` is what other merges of the same file have made for this one; `limits` of memory come before those of the
+    configuration.
 
     Raises:
         LargemergeError: For anything wrong with config, inputs or output, before the long work.
     """
     start = time.perf_counter()
     out = Path(out)
-    if torch.device("cpu" if device == "auto" else device).type != "cpu":
-        raise LargemergeError(f"--device {device}: data-free methods run on the CPU, at the speed of the disk")
     with start_ranks() as ranks:
         with MemoryWatch(CPU) as watch:
 
             def plan_it() -> tuple[DataFreePlan, list[Path]]:
-                plan = plan_data_free(source, before, local_ranks=ranks.local_size, host_limit=host_limit)
+                plan = plan_data_free(source, before, device=device, ranks=ranks, limits=limits)
                 if plan.layout.problems:
                     raise LargemergeError(*plan.layout.problems)
                 opened = (*plan.checkpoints.values(), *plan.companions.values())
@@ -67,6 +64,7 @@ def merge_data_free(
                 return plan, folders
 
             plan, folders = ranks.agree(plan_it)
+            watch.follow(plan.device)
             shards = layout_shards(plan.output, max_shard_bytes)
             with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
                 ranks.agree(lambda: _check_shared(folder))
@@ -100,6 +98,7 @@ def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
         },
         "versions": versions(),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},
+        **({"device": plan.device.type} if plan.device.type != "cpu" else {}),
         **({"chat_template": plan.template} if plan.template is not None else {}),
         **({"vocabulary": plan.vocabulary.fingerprint()} if plan.vocabulary is not None else {}),
     }

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from largemerge.arithmetic.accelerator import accelerated_device
 from largemerge.arithmetic.config import DataFreeConfig, load_data_free
-from largemerge.arithmetic.holding import Holding, choose_holding
+from largemerge.arithmetic.holding import Holding, Limits, choose_holding
 from largemerge.arithmetic.layout import lay_out
 from largemerge.arithmetic.opening import Before, Opened, open_all
 from largemerge.arithmetic.registry import METHODS
@@ -20,6 +21,7 @@ from largemerge.checkpoint.adapters import Adapter
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.config import MergeConfig
+from largemerge.distributed import Ranks
 from largemerge.vocabulary.build import Vocabulary, build_vocabulary
 from largemerge.vocabulary.ids import move_ids
 from largemerge.vocabulary.templates import choose_template
@@ -103,6 +105,11 @@ class DataFreePlan:
         return self.holding.num_workers
 
     @property
+    def device(self) -> torch.device:
+        """Where matrices are computed."""
+        return self.holding.accelerator.device
+
+    @property
     def peak_bytes(self) -> int:
         """Anonymous memory, libraries included: the process as it is, and all workers at their largest tasks."""
         return self.holding.peak_bytes
@@ -126,6 +133,8 @@ class DataFreePlan:
             "bytes_written": self.bytes_written,
             "peak_bytes": self.peak_bytes,
             "num_workers": self.num_workers,
+            "device": str(self.device),
+            "device_bytes": self.holding.device_bytes,
             "kept_bytes": self.holding.kept_bytes,
             "seconds": dict(self.seconds),
             "vocabulary": self.vocabulary.to_json() if self.vocabulary is not None else None,
@@ -138,8 +147,9 @@ def plan_data_free(
     source: DataFreeSource,
     before: Before | None = None,
     *,
-    local_ranks: int = 1,
-    host_limit: int | None = None,
+    device: str = "auto",
+    ranks: Ranks | None = None,
+    limits: Limits | None = None,
     probe: bool = False,
 ) -> DataFreePlan:
     """Plans a data-free merge from the configuration and the checkpoints' headers.
@@ -147,17 +157,19 @@ def plan_data_free(
     Args:
         source: The configuration.
         before: What other merges have made for this one.
-        local_ranks: How many processes share this machine's memory.
-        host_limit: Bytes that this one may hold; `None` for what the configuration says, or what is free.
+        device: Where matrices are computed, see `accelerated_device`.
+        ranks: That share the merge; by default there is one.
+        limits: That come before those of the configuration.
         probe: Measure this machine for a second, so that the plan says how long the merge will take.
 
     Raises:
-        LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
-            layout's `problems`.
+        LargemergeError: If the inputs cannot be opened, or the device not be used. What merely makes the merge
+            impossible is in the layout's `problems`.
     """
     assert not isinstance(source, MergeConfig)
     config = source if isinstance(source, DataFreeConfig) else load_data_free(source)
     before = before or Before()
+    computes_on = accelerated_device(config.merge_method, device, ranks or Ranks())
     opened = open_all(config, before)
     reference = config.base_model if config.base_model is not None else config.references[0]
     vocabulary = _vocabulary(config, opened, reference, before)
@@ -165,7 +177,9 @@ def plan_data_free(
     if vocabulary is not None:
         layout.notes.extend(vocabulary.notes)
     adapter_bytes = sum(adapter.kept_bytes for adapter in opened.adapters.values())
-    limit = host_limit if host_limit is not None else config.memory.host
+    if device not in ("auto", "cpu") and computes_on.type == "cpu":
+        layout.notes.append(f"{config.merge_method} goes element by element, at the speed of the disk: on the CPU")
+    limits = (limits or Limits()).or_those_of(config.memory, (ranks or Ranks()).local_size)
     plan = DataFreePlan(
         config=config,
         checkpoints=opened.checkpoints,
@@ -173,7 +187,7 @@ def plan_data_free(
         reference=reference,
         template=_template(config, opened, layout),
         layout=layout,
-        holding=choose_holding(config.merge_method, layout, adapter_bytes, limit, local_ranks),
+        holding=choose_holding(config.merge_method, layout, adapter_bytes, limits, computes_on),
         vocabulary=vocabulary,
         before=before,
         adapters=opened.adapters,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from largemerge.arithmetic.holding import CPU
 from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.tasks import Task
@@ -44,7 +43,7 @@ class DataFreeReport:
         checkpoints = (self.plan.checkpoints | self.plan.companions).items()
         return {
             "versions": versions(),
-            "machine": machine(CPU),
+            "machine": machine(self.plan.device),
             "config": self.plan.config.model_dump(mode="json", exclude_defaults=True),
             "inputs": {
                 name: {"folder": str(checkpoint.folder), "files": dict(checkpoint.fingerprint)}
@@ -56,8 +55,8 @@ class DataFreeReport:
             "bytes_written": self.plan.bytes_written,
             "bytes_past_cache": self.bytes_past_cache,
             "resumed_parts": self.resumed_parts,
-            "peak_bytes": {"host_anonymous": self.peak.host_anonymous, "host_total": self.peak.host_total},
-            "ranks": [{"host_anonymous": peak.host_anonymous} for peak in self.peaks] if len(self.peaks) > 1 else [],
+            "peak_bytes": asdict(self.peak),
+            "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
             "before": dict(self.plan.before.reports),
             "tensors": {task.name: self._described(task) for task in self.plan.layout.tasks},
         }

@@ -53,7 +53,7 @@ class Unscaler:
         scaled = METHODS[plan.config.merge_method].scaled
         assert scaled is not None, "asked only for methods with a factor"
         self._scaled, self._name, self._seed = scaled, plan.config.merge_method, plan.config.seed
-        self._readers, self._writer = readers, writer
+        self._readers, self._writer, self._accelerator = readers, writer, plan.holding.accelerator
         (working / _FOLDER).mkdir(exist_ok=True)
         self.scratch = ShardWriter(working / _FOLDER, plan.unscaled, layout_shards(plan.unscaled, max_shard_bytes))
         self._squares: Squares = {}
@@ -74,9 +74,9 @@ class Unscaler:
             return
         way = Way(Cut.WHOLE if task.is_matrix else Cut.ELEMENTS, one_by_one=True)
         make = self._scaled.matrix if task.is_matrix else self._scaled.others
-        load = PieceLoader(task, way, self._readers, self._seed)
+        load = PieceLoader(task, way, self._readers, self._seed, device=self._accelerator.device_of(self._name, task))
         squares = []
-        with told_as_merge_error(task, self._name):
+        with told_as_merge_error(task, self._name), self._accelerator.stream():
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 made = make(piece)
                 squares.append(made.squares)

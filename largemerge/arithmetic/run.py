@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from largemerge.arithmetic.holding import CPU
 from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.rescale import Unscaler
@@ -15,6 +14,7 @@ from largemerge.arithmetic.tasks import Task
 from largemerge.checkpoint.adapted_reader import open_reader
 from largemerge.checkpoint.buffers import Buffers
 from largemerge.checkpoint.writer import Shard, ShardWriter
+from largemerge.devices import CPU
 from largemerge.distributed import Ranks, too_many_threads
 from largemerge.output import OutputFolder
 from largemerge.progress import RunProgress
@@ -51,11 +51,17 @@ def run(
         }
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
         merge: Callable[[Task], None] = Merger(
-            plan.config.merge_method, plan.config.seed, readers, writer, plan.holding.kept_bytes
+            plan.config.merge_method,
+            plan.config.seed,
+            readers,
+            writer,
+            plan.holding.kept_bytes,
+            plan.holding.accelerator,
         )
         kinds = [_LAST] if METHODS[plan.config.merge_method].scaled is None else [_FIRST, _LAST]
         num_tasks = sum(len(part) for kind in kinds for part in passes.own(kind))
-        progress = stack.enter_context(RunProgress(num_tasks, num_tasks, CPU, quiet=quiet))
+        device = plan.holding.accelerator.device
+        progress = stack.enter_context(RunProgress(num_tasks, num_tasks, device, quiet=quiet))
         for note in (*plan.layout.notes, *too_many_threads(ranks, CPU)):
             progress.tell(f"note: {note}")
         if _FIRST in kinds:

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,15 +50,13 @@ class SeriesPlan:
         return {"documents": {label: plan.to_json() for label, plan in self.plans.items()}}
 
 
-def plan_series(
-    path: Path, *, keeps_all: bool = True, host_limit: int | None = None, probe: bool = False
-) -> SeriesPlan:
-    """Plans all merges of a file, from configurations and headers; `host_limit` and `probe` as for a single one.
+def plan_series(path: Path, *, keeps_all: bool = True, probe: bool = False, **options: Any) -> SeriesPlan:
+    """Plans all merges of a file, from configurations and headers; options are those of a single one's plan.
 
     Raises:
         LargemergeError: If the inputs cannot be opened.
     """
-    with _planned(load_documents(path, keeps_all=keeps_all), host_limit=host_limit, probe=probe) as plan:
+    with _planned(load_documents(path, keeps_all=keeps_all), probe=probe, **options) as plan:
         return plan
 
 
@@ -79,8 +77,8 @@ def merge_series(path: Path, out: Path, intermediate: Path | None, **options: An
     resume, force = options.pop("resume"), options.pop("force")
     with stay_together():
         with start_ranks() as ranks:
-            limit = options.get("host_limit")
-            ranks.agree(lambda: _check(documents, out, folder, ranks, resume=resume, force=force, host_limit=limit))
+            where = {"device": options["device"], "limits": options.get("limits")}
+            ranks.agree(lambda: _check(documents, out, folder, ranks, where, resume=resume, force=force))
             is_quiet = options["quiet"] or not ranks.is_first
         before = Before()
         for number, document in enumerate(documents, start=1):
@@ -105,13 +103,13 @@ def _check(
     out: Path,
     folder: Path,
     ranks: Ranks,
+    where: Mapping[str, Any],
     *,
     resume: bool,
     force: bool,
-    host_limit: int | None,
 ) -> None:
     """Plans everything, and looks at the output folder, before the first merge begins."""
-    with _planned(documents, host_limit=host_limit) as plan:
+    with _planned(documents, ranks=ranks, **where) as plan:
         if plan.problems:
             raise LargemergeError(*plan.problems)
     if not ranks.is_first:
@@ -134,7 +132,7 @@ def _is_made(document: Document, target: Path, before: Before, *, force: bool) -
         inputs = {name: described["files"] for name, described in told["inputs"].items()}
     except (OSError, ValueError, KeyError):
         raise OutputError(f"{target} is no result of a merge; remove it, or take another --intermediate-dir") from None
-    plan = plan_data_free(document.config, before)
+    plan = plan_data_free(document.config, before, device="cpu")  # whose device does not matter here
     vocabulary = plan.vocabulary.to_json() if plan.vocabulary is not None else None
     same_config = told["config"] == json.loads(document.config.model_dump_json(exclude_defaults=True))
     now = {name: dict(checkpoint.fingerprint) for name, checkpoint in plan.checkpoints.items()}
@@ -145,7 +143,7 @@ def _is_made(document: Document, target: Path, before: Before, *, force: bool) -
 
 
 @contextmanager
-def _planned(documents: list[Document], *, host_limit: int | None, probe: bool = False) -> Iterator[SeriesPlan]:
+def _planned(documents: list[Document], *, probe: bool = False, **options: Any) -> Iterator[SeriesPlan]:
     """Plans one after the other; what is yet to be made stands there as a folder without weights, meanwhile."""
     plans: dict[str, DataFreePlan] = {}
     problems: list[str] = []
@@ -157,7 +155,7 @@ def _planned(documents: list[Document], *, host_limit: int | None, probe: bool =
                 continue
             try:
                 probes = probe and not document.needs  # of what is yet to be made nothing can be read
-                plan = plan_data_free(document.config, before, host_limit=host_limit, probe=probes)
+                plan = plan_data_free(document.config, before, probe=probes, **options)
             except LargemergeError as error:
                 problems += [f"{document.label}: {problem}" for problem in error.problems]
                 continue

@@ -16,6 +16,7 @@ from typing import overload
 
 import torch
 
+from largemerge.arithmetic.accelerator import Accelerator
 from largemerge.arithmetic.method import Way, way_of
 from largemerge.arithmetic.pieces import Cut, Piece, rows_of_pieces
 from largemerge.arithmetic.registry import METHODS
@@ -23,6 +24,7 @@ from largemerge.arithmetic.tasks import Task
 from largemerge.arithmetic.turns import Turns, others_turn
 from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import ShardWriter
+from largemerge.devices import CPU
 from largemerge.errors import MergeError
 from largemerge.vocabulary.rows import TokenReader
 
@@ -92,13 +94,21 @@ class Merger:
         readers: By model.
         writer: Of the output.
         kept_bytes: Of a tensor of all models, at most, that is kept in memory.
+        accelerator: What computes matrices.
     """
 
     def __init__(
-        self, method: str, seed: int, readers: Mapping[str, TensorReader], writer: ShardWriter, kept_bytes: int
+        self,
+        method: str,
+        seed: int,
+        readers: Mapping[str, TensorReader],
+        writer: ShardWriter,
+        kept_bytes: int,
+        accelerator: Accelerator,
     ) -> None:
         self._name, self._method, self._seed = method, METHODS[method], seed
         self._readers, self._writer, self._kept_bytes = readers, writer, kept_bytes
+        self._accelerator = accelerator
 
     def __call__(self, task: Task) -> None:
         """Reads, merges and writes one tensor."""
@@ -108,8 +118,9 @@ class Merger:
                 self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
             return
         way, begin = way_of(self._method, task.options, other=bool(task.otherwise))
-        load = PieceLoader(task, way, self._readers, self._seed, self._kept_bytes)
-        with told_as_merge_error(task, self._name):
+        device = self._accelerator.device_of(self._name, task)
+        load = PieceLoader(task, way, self._readers, self._seed, self._kept_bytes, device)
+        with told_as_merge_error(task, self._name), self._accelerator.stream():
             merge = begin(way.survey(load.pieces) if way.survey is not None else None)
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
@@ -120,30 +131,41 @@ def told_as_merge_error(task: Task, method: str) -> Iterator[None]:
     """For the arithmetic of one task.
 
     Raises:
-        MergeError: With the tensor's name, for a `FloatingPointError`.
+        MergeError: With the tensor's name, for a `FloatingPointError`, or where a GPU has no memory left.
     """
     try:
         with torch.inference_mode():
             yield
     except FloatingPointError as error:
         raise MergeError(f"{task.name}: {method}: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise MergeError(
+            f"{task.name}: {method}: {str(error).splitlines()[0]} What is finished is safe: go on with --resume when "
+            "the GPU is free, or with a lower --memory-device, which lets fewer work side by side"
+        ) from None
 
 
 def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tensor, dtype: torch.dtype) -> None:
     """Writes rows of a tensor as it is stored, from a piece as the method sees it."""
-    merged = (merged.T if task.inputs_first else merged).to(dtype)
+    merged = (merged.T if task.inputs_first else merged).to(dtype).to(CPU)
     shape = (rows.stop - rows.start, *task.shape[1:]) if task.shape else ()
     with others_turn():
         writer.write(task.name, merged.reshape(shape), first_row=rows.start)
 
 
 class PieceLoader:
-    """The pieces of one task: kept in memory where they are read more than once and small, else read again."""
+    """The pieces of one task, on a device: kept in memory where they are read twice and small, else read again."""
 
     def __init__(
-        self, task: Task, way: Way, readers: Mapping[str, TensorReader], seed: int, kept_bytes: int = 0
+        self,
+        task: Task,
+        way: Way,
+        readers: Mapping[str, TensorReader],
+        seed: int,
+        kept_bytes: int = 0,
+        device: torch.device = CPU,
     ) -> None:
-        self._task, self._readers, self._seed, self._way = task, readers, seed, way
+        self._task, self._readers, self._seed, self._way, self._device = task, readers, seed, way, device
         self.cuts = rows_of_pieces(task.shape, way.cut)
         rows = task.token_rows
         self._tokens = TokenReader(rows, task.inputs, readers, task.dtype) if rows is not None else None
@@ -189,7 +211,7 @@ class PieceLoader:
         again = self._again and rows is not None
         with others_turn():
             tensor = self._readers[model].read(key, None if whole else rows, again=again)
-        tensor = tensor.to(dtype or self._task.dtype)
+        tensor = tensor.to(self._device).to(dtype or self._task.dtype)
         if self._task.inputs_first:
             return tensor.T
         return tensor if tensor.dim() else tensor.view(1)

@@ -23,7 +23,8 @@ def print_plan(plan: DataFreePlan | SeriesPlan, console: Console) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     _add_data_free_rows(table, plan)
-    table.add_row("peak memory", f"{gib(plan.peak_bytes)} on the host, {plan.num_workers} workers")
+    on_device = f" and {gib(plan.holding.device_bytes)} on {plan.device}" if plan.holding.device_bytes else ""
+    table.add_row("peak memory", f"{gib(plan.peak_bytes)} on the host{on_device}, {plan.num_workers} workers")
     if plan.seconds:
         disk, computing, total = (plan.seconds[stage] for stage in ("disk", "computing", "total"))
         table.add_row("time", f"about {total:.0f} s: disk {disk:.1f} s, computing beside it {computing:.1f} s")
@@ -42,6 +43,9 @@ def print_report(report: DataFreeReport, out: str, console: Console) -> None:
     total = report.seconds["total"]
     table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
     table.add_row("peak memory", f"{gib(report.peak.host_anonymous)} anonymous (planned {gib(plan.peak_bytes)})")
+    if plan.holding.device_bytes:
+        planned = gib(plan.holding.device_bytes)
+        table.add_row(f"on {plan.device}", f"{gib(report.peak.device)} at most (planned {planned})")
     console.print(table)
 
 

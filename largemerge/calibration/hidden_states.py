@@ -219,7 +219,9 @@ class HiddenStates:
             if not isinstance(leaf, torch.Tensor):
                 kept.append(leaf)
                 continue
-            parts = _quantized(leaf) if self._eight_bit and leaf.is_floating_point() and leaf.dim() else [leaf.detach()]
+            in_eight_bits = self._eight_bit and leaf.is_floating_point() and leaf.dim()
+            # Laid out as they would come back from disk: on a GPU, strides choose between kernels that round otherwise.
+            parts = _quantized(leaf) if in_eight_bits else [leaf.detach().contiguous()]
             kept.append(_Stored(len(parts), leaf.dtype, leaf.shape))
             tensors += parts
         key = (candidate, batch, stack)

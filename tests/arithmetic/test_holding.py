@@ -85,8 +85,8 @@ def test_too_little_is_refused_and_says_what_would_do(
     error = capsys.readouterr().err
     assert done.value.code == 2 and "memory.host: " in error and "is too little: ties needs" in error
     assert not (tmp_path / "out").exists()
-    with pytest.raises(LargemergeError, match=r"memory.device: unknown key"):
-        largemerge.plan(config | {"memory": {"device": "1GiB"}})
+    with pytest.raises(LargemergeError, match=r"memory.disk: unknown key"):
+        largemerge.plan(config | {"memory": {"disk": "scratch"}})
 
 
 def test_a_limit_may_change_on_the_way(config: dict[str, Any], tmp_path: Path) -> None:

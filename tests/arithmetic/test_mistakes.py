@@ -80,7 +80,8 @@ def test_options_of_other_methods_are_refused(tmp_path: Path, capsys: pytest.Cap
 
     for arguments, text in (
         (["merge", path, tmp_path / "out", "--memory-disk", tmp_path], "--memory-disk: not for data-free methods"),
-        (["merge", path, tmp_path / "out", "--device", "cuda"], "data-free methods run on the CPU"),
+        (["merge", path, tmp_path / "out", "--device", "cuda:99"], "expected auto, cpu or cuda:0"),
+        (["plan", path, "--device", "warp"], "expected auto, cpu or cuda:0"),
         (["plan", path, "--num-ranks", "2"], "are for regression methods"),
     ):
         with pytest.raises(SystemExit) as done:

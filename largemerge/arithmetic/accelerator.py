@@ -1,0 +1,111 @@
+"""What of a data-free merge a GPU computes: weight matrices, by the methods that factor them.
+
+    worker: read on the CPU → to the GPU, on a stream of its own → formula → back → to its place in the shard
+
+Elementwise work takes the disk's time wherever it is done (see benchmarks/README.md), and stays on the CPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from largemerge.arithmetic.matrices import grouped
+from largemerge.arithmetic.registry import METHODS
+from largemerge.arithmetic.tasks import Task
+from largemerge.devices import CPU, choose_device, device_of_rank
+from largemerge.distributed import Ranks
+
+_cuda: Any = torch.cuda  # its streams carry no types
+_MARGIN = 0.9  # of what is free
+_LITTLE = 64
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU beside the CPU, or none.
+
+    Attributes:
+        device: Of matrices; the CPU where there is no GPU, or nothing for it to do.
+        most_bytes: That a matrix may take there; larger ones are the CPU's.
+    """
+
+    device: torch.device = CPU
+    most_bytes: int = 0
+    _streams: threading.local = field(default_factory=threading.local, compare=False, repr=False)
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether there is one."""
+        return self.device.type != "cpu"
+
+    def computes(self, method: str, task: Task) -> bool:
+        """Whether a task is the GPU's."""
+        return self.is_gpu and 0 < device_bytes(method, task) <= self.most_bytes
+
+    def device_of(self, method: str, task: Task) -> torch.device:
+        """Where a task is computed."""
+        return self.device if self.computes(method, task) else CPU
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Meanwhile this thread's work on the GPU is queued beside that of others."""
+        if not self.is_gpu:
+            yield
+            return
+        if not hasattr(self._streams, "own"):
+            self._streams.own = _cuda.Stream(self.device)
+        with _cuda.stream(self._streams.own):
+            yield
+
+
+def accelerated_device(method: str, device: str, ranks: Ranks) -> torch.device:
+    """Where the matrices of a method are computed: `auto` is the GPU for methods that factor them, if there is one.
+
+    Raises:
+        LargemergeError: If torch knows no such device, or cannot use it.
+    """
+    if METHODS[method].matrices is None:
+        if device != "auto":
+            choose_device(device)
+        return CPU
+    return device_of_rank(device, ranks, shared=True)
+
+
+def open_accelerator(
+    method: str, tasks: Sequence[Task], device: torch.device, limit: int | None, local_ranks: int
+) -> tuple[Accelerator, str]:
+    """What computes a method's matrices.
+
+    Args:
+        method: Name in the table.
+        tasks: All of them.
+        device: What is wanted.
+        limit: Bytes that the user allows there; `None` for this process's part of what is free.
+        local_ranks: How many processes share this machine's GPUs.
+
+    Returns:
+        The accelerator; and the matrices that are too large for it, in words.
+    """
+    if device.type == "cpu":
+        return Accelerator(), ""
+    # Libraries that are loaded late hold host memory, which the plan is to know.
+    torch.linalg.eigh(torch.eye(_LITTLE, dtype=torch.float64, device=device))
+    free = torch.cuda.mem_get_info(device)[0] // -(-local_ranks // torch.cuda.device_count())
+    accelerator = Accelerator(device, int(_MARGIN * free) if limit is None else limit)
+    too_large = [task.name for task in tasks if device_bytes(method, task) > accelerator.most_bytes]
+    return accelerator, ", ".join(grouped(too_large))
+
+
+def device_bytes(method: str, task: Task) -> int:
+    """What a task takes on a GPU: a model's matrix and the base's, and what the formula makes of them; else 0."""
+    matrices = METHODS[method].matrices
+    if matrices is None or not task.is_matrix:
+        return 0
+    rows, columns = reversed(task.shape) if task.inputs_first else task.shape
+    return 2 * task.num_elements * task.dtype.itemsize + matrices.work_bytes(rows, columns)

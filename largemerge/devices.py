@@ -1,0 +1,60 @@
+"""Which device a merge computes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from largemerge.errors import LargemergeError
+
+if TYPE_CHECKING:
+    from largemerge.distributed import Ranks
+
+CPU = torch.device("cpu")
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        LargemergeError: If torch knows no such device, or cannot use it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen).item()  # the meta device has no numbers
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise LargemergeError(f"--device {device}: {first_line}; expected auto, cpu or cuda:0") from None
+    return chosen
+
+
+def device_of_rank(device: str, ranks: Ranks, *, shared: bool = False) -> torch.device:
+    """Every rank of a machine computes on a GPU of its own, where there are any.
+
+    Args:
+        device: As the user says it.
+        ranks: Of the merge.
+        shared: Ranks may share a GPU: they send each other nothing from there.
+
+    Raises:
+        LargemergeError: As in `choose_device`; and if ranks would share a GPU, which their collectives (NCCL) refuse.
+    """
+    count = torch.cuda.device_count()
+    if ranks.size == 1 or device not in ("auto", "cuda") or not count:
+        chosen = choose_device(device)
+    else:
+        chosen = torch.device("cuda", ranks.local_rank % count)
+    if chosen.type != "cuda":
+        return chosen
+    gpus = 1 if device not in ("auto", "cuda") else count
+    if not shared and ranks.local_size > gpus:
+        raise LargemergeError(
+            f"--device {device}: {ranks.local_size} ranks of this machine would share {gpus} GPU{'s' * (gpus > 1)}; "
+            "expected one rank for each GPU, or --device cpu"
+        )
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    return chosen
