@@ -7,7 +7,8 @@
 A narrow synthetic Llama (`synthetic_llama.py`) with so many calibration tokens that its hidden states are many times
 the room that a limit leaves for them. One merge holds them in memory, another is told a limit in which they do not fit;
 the results must be the same bit for bit. With `--experts`, the four SmolLM2-135M experts of `smollm2_experts.py` are
-merged with hidden states as they are and in 8 bits, and held-out losses compared. Ends with one line of JSON.
+merged with hidden states as they are and in 8 bits, and held-out losses compared. All merges take place on the CPU.
+Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _on_disk(work: Path, samples: int) -> dict[str, Any]:
     resolved = largemerge.load_config(config)
     # A limit of any size makes a merge give freed memory back, and its plan say so.
     roomy = resolved.memory.model_copy(update={"host": 1 << 50})
-    plan = largemerge.plan(resolved.model_copy(update={"memory": roomy}), probe=False)
+    plan = largemerge.plan(resolved.model_copy(update={"memory": roomy}), device="cpu", probe=False)
     hidden = plan.footprint.parts["hidden states"]
     limit = plan.footprint.host - hidden + min(ROOM_BYTES, hidden // 2)
     memory = _merge(config, work / "memory")
@@ -86,7 +87,8 @@ def _on_disk(work: Path, samples: int) -> dict[str, Any]:
 
 
 def _merge(config: Path, out: Path, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "largemerge", "merge", str(config), str(out), "--force", "--quiet", *options]
+    command = [sys.executable, "-m", "largemerge", "merge", str(config), str(out), "--force", "--quiet"]
+    command += ["--device", "cpu", *options]
     out.parent.mkdir(parents=True, exist_ok=True)
     measured = run_measured(command, out.with_suffix(".log"))
     report = json.loads((out / "merge_report.json").read_text())

@@ -79,9 +79,17 @@ def write_case(
     return Case(config, models, inputs, folder)
 
 
+def auto_device() -> str:
+    """Where merges compute that are not told.
+
+    No constant: it opens the GPU, which is of no use any more to processes that fork from this one.
+    """
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_merged(case: Case, out: Path) -> PreTrainedModel:
-    """The merge in `out`; there must be a weight for every parameter, and no other."""
-    model, info = type(case.models[0]).from_pretrained(out, output_loading_info=True)
+    """The merge in `out`, on the CPU; there must be a weight for every parameter, and no other."""
+    model, info = type(case.models[0]).from_pretrained(out, output_loading_info=True, device_map="cpu")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model
 

@@ -80,6 +80,16 @@ def start(
     return process
 
 
+def device_of_ranks(size: int) -> str:
+    """Where so many ranks of this machine compute: each on a GPU of its own, or all on the CPU."""
+    return "auto" if torch.cuda.device_count() >= size else "cpu"
+
+
+def environment_of_ranks(size: int) -> dict[str, str]:
+    """Variables with which each of them sees a GPU of its own, or none."""
+    return {} if device_of_ranks(size) == "auto" else {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -92,7 +102,7 @@ def start_ranks(
     environment: Mapping[str, str] | None = None,
     hanging: Mapping[int, str] | None = None,
 ) -> list[ForkServerProcess]:
-    """Starts one process for each rank, as a launcher would.
+    """Starts one process for each rank, as a launcher would, on what `device_of_ranks` says.
 
     Args:
         arguments: Of every rank's command line.
@@ -108,6 +118,7 @@ def start_ranks(
             own,
             folder / f"rank{rank}.log",
             environment=common
+            | environment_of_ranks(len(arguments))
             | dict(environment or {})
             | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             | hangs.get(rank, {}),
@@ -266,8 +277,8 @@ def assert_agree(found: Path, expected: Path) -> None:
         assert torch.linalg.vector_norm(left[name] - tensor) <= CLOSE * torch.linalg.vector_norm(tensor), name
 
 
-def check_two_ranks(case: Case, out: Path) -> None:
-    """Two ranks merged the case into `out`, with the result of one process."""
+def check_two_ranks(case: Case, out: Path, device: str) -> None:
+    """Two ranks merged the case into `out` on a kind of device, with the result of one process."""
     assert len(json.loads((out / "merge_report.json").read_text())["ranks"]) == 2
-    largemerge.merge(case.config, case.folder / "alone")
+    largemerge.merge(case.config, case.folder / "alone", device=device)
     assert_agree(out, case.folder / "alone")

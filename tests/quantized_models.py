@@ -56,11 +56,20 @@ def wide(name: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> PreTr
     return model.to(dtype)
 
 
+def load(model_class: Any, folder: Path, device: str = "cpu", **options: Any) -> PreTrainedModel:
+    """Loads a model that is, or becomes, quantised: Transformers puts it on the GPU otherwise, if there is one.
+
+    The GPU rounds some numbers otherwise: whatever is compared bit for bit must be quantised on one kind of device.
+    """
+    model: PreTrainedModel = model_class.from_pretrained(folder, device_map=device, **options)
+    return model
+
+
 def quantize_folder(folder: Path, kind: str, **settings: Any) -> PreTrainedModel:
-    """Replaces a checkpoint by what Transformers makes of it when it loads it quantised and saves it."""
+    """Replaces a checkpoint by what Transformers makes of it when it loads it quantised and saves it, on the CPU."""
     model_class = getattr(tf, json.loads((folder / "config.json").read_text())["architectures"][0])
     config = BitsAndBytesConfig(**KINDS[kind] | settings)
-    model: PreTrainedModel = model_class.from_pretrained(folder, quantization_config=config)
+    model = load(model_class, folder, quantization_config=config)
     shutil.rmtree(folder)
     model.save_pretrained(folder)
     return model

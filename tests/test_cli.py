@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import Case, MakeCase, touch, weights_in
+from cases import Case, MakeCase, auto_device, touch, weights_in
 
 from largemerge import __version__
 from largemerge.cli import main
@@ -182,7 +182,7 @@ def test_plan_as_text(command: Command, case: Case) -> None:
         "21 solved",
         "7 averaged: excluded, and there is no base",
         "2 averaged: not in a block",
-        "float32 on cpu",
+        f"float32 on {auto_device()}",
         "'nothing' matches no tensor",
     ):
         assert text in outcome.out
@@ -259,7 +259,8 @@ def test_plain_lines_where_there_is_no_terminal(
     outcome = command("merge", case.write_yaml(), case.folder / "merged")
     lines = [line for line in outcome.err.splitlines() if "steps/s" in line]
     what = r"(outside|collect|solve|forward) (\S+)( \(\d/4\))?( model[01])?"
-    pattern = rf" *(\d+)% {what}, [\d.]+ steps/s, [\d.]+ GiB, \d+:\d\d left"
+    held = rf"[\d.]+ GiB(?: \+ [\d.]+ GiB on {auto_device()})?"
+    pattern = rf" *(\d+)% {what}, [\d.]+ steps/s, {held}, \d+:\d\d left"
     matches = [re.fullmatch(pattern, line) for line in lines]
     assert all(matches), lines
     percent = [int(match[1]) for match in matches if match]

@@ -152,5 +152,5 @@ def test_ctrl_c_prints_a_command_that_goes_on(long_case: Case, tmp_path: Path) -
     words = shlex.split(line)
     assert words[0] == "largemerge" and "--resume" in words
     assert processes.run(words[1:], log) == 0, log.read_text()
-    assert processes.run(merging(slow, tmp_path / "unbroken"), log) == 0, log.read_text()
+    assert processes.run(merging(slow, tmp_path / "unbroken", "--device", "cpu"), log) == 0, log.read_text()
     check_unbroken(slow, out)

@@ -151,12 +151,12 @@ def wide_case(folder: Path, num_samples: int = 1500) -> Case:
 
 def test_hidden_states_go_to_disk_where_the_limit_says_so(tmp_path: Path) -> None:
     case = wide_case(tmp_path)
-    roomy = largemerge.plan(case.config, probe=False)
+    roomy = largemerge.plan(case.config, device="cpu", probe=False)
     assert roomy.placement.hidden_states is Waiting.HOST and roomy.reasons == ("the fastest placement fits",)
     hidden = roomy.footprint.parts["hidden states"]
     limit = roomy.footprint.host - hidden // 2
     case.config["memory"] = {"host": limit, "disk": str(tmp_path / "scratch")}
-    plan = largemerge.plan(case.config, probe=False)
+    plan = largemerge.plan(case.config, device="cpu", probe=False)
     assert plan.placement.hidden_states is Waiting.DISK and plan.footprint.host <= limit
     assert plan.footprint.disk == hidden
     assert any("the limit is" in reason for reason in plan.reasons)
@@ -236,8 +236,8 @@ def test_ranks_of_one_machine_divide_what_is_free() -> None:
 
 def test_a_rank_holds_its_part_of_the_hidden_states(tmp_path: Path) -> None:
     config = wide_case(tmp_path).config
-    alone = largemerge.plan(config, probe=False)
-    half = largemerge.plan(config, probe=False, num_ranks=2)
+    alone = largemerge.plan(config, device="cpu", probe=False)
+    half = largemerge.plan(config, device="cpu", probe=False, num_ranks=2)
     hidden = [plan.footprint.parts["hidden states"] for plan in (alone, half)]
     assert hidden[1] == pytest.approx(hidden[0] / 2, rel=0.1)
     assert max(rank.host for rank in half.ranks) <= alone.footprint.host

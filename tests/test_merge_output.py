@@ -18,6 +18,7 @@ from cases import (
     Case,
     MakeCase,
     assert_close,
+    auto_device,
     average,
     load_merged,
     merge_and_load,
@@ -230,7 +231,7 @@ def test_the_report(make_case: MakeCase, method: str) -> None:
     assert json.loads(json.dumps(returned.to_json()["blocks"])) == report["blocks"]
     assert report["versions"]["transformers"] == tf.__version__
     assert torch.__version__.startswith(report["versions"]["torch"])
-    assert report["machine"]["device"] == "cpu" and report["machine"]["num_threads"] == torch.get_num_threads()
+    assert report["machine"]["device"] == auto_device() and report["machine"]["num_threads"] == torch.get_num_threads()
     assert report["config"]["merge_method"] == method
     assert [model["parameters"]["weight"] for model in report["config"]["models"]] == [1.0, 3.0]
     for index in range(2):

@@ -13,7 +13,17 @@ import pytest
 import tiny_models
 import torch
 from cases import load_merged, weights_in, write_case
-from processes import NOTHING_SHARED, assert_agree, finish, make_uneven_case, merging, run_ranks, start_ranks
+from processes import (
+    NOTHING_SHARED,
+    assert_agree,
+    device_of_ranks,
+    environment_of_ranks,
+    finish,
+    make_uneven_case,
+    merging,
+    run_ranks,
+    start_ranks,
+)
 from safetensors.torch import load_file, save_file
 
 import largemerge
@@ -35,7 +45,7 @@ from largemerge.node import SHARED_MEMORY
 def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, size: int) -> None:
     case = make_uneven_case(tmp_path, architecture, method)
     before = set(SHARED_MEMORY.glob("largemerge-*"))  # a rank that another test has killed may leave some
-    alone = largemerge.merge(case.config, tmp_path / "alone")
+    alone = largemerge.merge(case.config, tmp_path / "alone", device=device_of_ranks(size))
     run_ranks(merging(case, tmp_path / "out"), tmp_path, size)
     assert_agree(tmp_path / "out", tmp_path / "alone")
     load_merged(case, tmp_path / "out")
@@ -58,14 +68,15 @@ def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, si
 
 def test_the_plan_says_what_ranks_move_and_hold(tmp_path: Path) -> None:
     case = make_uneven_case(tmp_path, "llama", "regmean_plusplus", num_candidates=2)
-    plan = largemerge.plan(case.config, probe=False, num_ranks=4)
+    device = device_of_ranks(4)
+    plan = largemerge.plan(case.config, device=device, probe=False, num_ranks=4)
     assert [rank.rank for rank in plan.ranks] == [0, 1, 2, 3]
     first, *_, last = plan.ranks
     assert last.bytes_communicated > first.bytes_communicated, "the second candidate's ranks add up its Grams first"
-    alone = largemerge.plan(case.config, probe=False)
+    alone = largemerge.plan(case.config, device=device, probe=False)
     assert alone.ranks == () and alone.to_json()["ranks"] == []
     run_ranks(merging(case, tmp_path / "out"), tmp_path, 4)
-    largemerge.merge(case.config, tmp_path / "alone")
+    largemerge.merge(case.config, tmp_path / "alone", device=device)
     assert_agree(tmp_path / "out", tmp_path / "alone")
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     for planned, measured in zip(plan.ranks, report["ranks"], strict=True):
@@ -78,7 +89,7 @@ def test_the_plan_says_what_ranks_move_and_hold(tmp_path: Path) -> None:
 def test_ranks_that_share_no_memory(tmp_path: Path) -> None:
     case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")
     case.write_yaml()
-    largemerge.merge(case.config, tmp_path / "alone")
+    largemerge.merge(case.config, tmp_path / "alone", device=device_of_ranks(3))
     run_ranks(merging(case, tmp_path / "out"), tmp_path, 3, {NOTHING_SHARED: "1"})
     assert_agree(tmp_path / "out", tmp_path / "alone")
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
@@ -89,7 +100,7 @@ def test_more_ranks_than_batches(tmp_path: Path) -> None:
     models = [tiny_models.perturbed("llama", seed) for seed in range(2)]
     case = write_case(tmp_path, models, [tiny_models.inputs("text", 6, seed) for seed in range(2)])
     case.write_yaml()
-    largemerge.merge(case.config, tmp_path / "alone")
+    largemerge.merge(case.config, tmp_path / "alone", device=device_of_ranks(4))
     run_ranks(merging(case, tmp_path / "out"), tmp_path, 4)
     assert_agree(tmp_path / "out", tmp_path / "alone")
 
@@ -106,16 +117,17 @@ def test_the_same_ranks_give_the_same_bits(tmp_path: Path) -> None:
 def test_killed_ranks_are_resumed_by_others(tmp_path: Path, method: str) -> None:
     case = processes.make_long_case(tmp_path, method)
     case.write_yaml()
-    run_ranks(merging(case, tmp_path / "unbroken"), tmp_path, 2)
+    alike = environment_of_ranks(3)
+    run_ranks(merging(case, tmp_path / "unbroken"), tmp_path, 2, alike)
     for size in (2, 3):
         out = tmp_path / f"out{size}"
-        ranks = start_ranks([merging(case, out)] * 2, tmp_path)
+        ranks = start_ranks([merging(case, out)] * 2, tmp_path, alike)
         assert processes.wait_until(lambda out=out: len(processes.parts(out)) >= 3, ranks[0])
         for process in ranks:
             process.kill()
             process.join(60)
         assert 3 <= len(processes.parts(out)) < len(processes.PARTS)
-        run_ranks(merging(case, out, "--resume"), tmp_path, size)
+        run_ranks(merging(case, out, "--resume"), tmp_path, size, alike)
         assert_agree(out, tmp_path / "unbroken")
     unbroken, resumed = weights_in(tmp_path / "unbroken"), weights_in(tmp_path / "out2")
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)

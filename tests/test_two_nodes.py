@@ -45,10 +45,10 @@ def _namespaces() -> None:
 def test_two_nodes(tmp_path: Path, options: list[str]) -> None:
     case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")
     before = hosts()
-    nodes = start(*options, *merging(case, tmp_path / "out")[1:])
+    nodes = start(*options, *merging(case, tmp_path / "out", "--device", "cpu")[1:])
     output, _ = nodes.communicate(timeout=120)
     assert nodes.returncode == 0, output
-    check_two_ranks(case, tmp_path / "out")
+    check_two_ranks(case, tmp_path / "out", "cpu")
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert all(rank["reads_shared_with"] == [] for rank in report["ranks"]), "hosts have no memory in common"
     assert hosts() == before

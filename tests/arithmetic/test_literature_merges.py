@@ -201,7 +201,7 @@ def test_ranks_share_the_tensors(tmp_path: Path, method: str, size: int, monkeyp
     command = ["merge", path, tmp_path / "out", "--quiet"]
     processes.run_ranks(command, tmp_path, size, {processes.PART_BYTES: "500000"})
     monkeypatch.setattr(stream, "PART_BYTES", 500_000)
-    alone = largemerge.merge(path, tmp_path / "alone")
+    alone = largemerge.merge(path, tmp_path / "alone", device=processes.device_of_ranks(size))
     assert processes.lasting(tmp_path / "out") == processes.lasting(tmp_path / "alone"), "bit for bit"
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert len(report["ranks"]) == size and report["bytes_read"] == alone.bytes_read

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 from cases import rewrite_weights, weights_in
-from quantized_models import KINDS, quantize_folder, read_all, wide
+from quantized_models import KINDS, load, quantize_folder, read_all, wide
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def test_weights_are_those_of_transformers(
     saved: Callable[..., Path], name: str, kind: str, dtype: torch.dtype
 ) -> None:
     folder = saved(kind, name, dtype)
-    expected = type(wide(name)).from_pretrained(folder).dequantize().state_dict()
+    expected = load(type(wide(name)), folder).dequantize().state_dict()
     found = read_all(folder)
     linears = [key for key in found if f"{key}.absmax" in (raw := weights_in(folder)) or raw[key].dtype == torch.int8]
     assert open_checkpoint(folder, "m").quantized() == {kind: len(linears)} and linears
@@ -91,7 +91,7 @@ def test_some_rows_are_those_of_the_whole(saved: Callable[..., Path], kind: str)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_skipped_modules_and_heads(saved: Callable[..., Path], kind: str, skip: list[str]) -> None:
     folder = saved(kind, llm_int8_skip_modules=skip)
-    expected = AutoModelForCausalLM.from_pretrained(folder).dequantize().state_dict()
+    expected = load(AutoModelForCausalLM, folder).dequantize().state_dict()
     tensors = open_checkpoint(folder, "m").tensors
     assert tensors["model.embed_tokens.weight"].quantization is None
     assert (tensors["lm_head.weight"].quantization is None) == ("lm_head" in skip)

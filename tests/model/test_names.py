@@ -202,7 +202,8 @@ def test_a_base_without_the_head_serves_candidates_with_one(make_case: MakeCase,
 def test_converted_checkpoints_come_out_in_their_layout(make_case: MakeCase, architecture: str, method: str) -> None:
     case = make_case(architecture, method=method)
     before = shapes(case.folder / "model0")
-    assert set(before) != set(case.models[0].state_dict())
+    converted = set(before) != set(case.models[0].state_dict())
+    assert converted or architecture == "dinov2_swiglu", "which Transformers 5.17 stores as it computes with it"
     merge_and_load(case)
     assert shapes(case.folder / "merged") == before
 
