@@ -180,21 +180,24 @@ def told_together(problems: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 @contextmanager
-def start_ranks() -> Iterator[Ranks]:
-    """Joins the other ranks, as the launcher's environment describes them, and leaves them in the end."""
+def start_ranks(*, on_gpus: bool = False) -> Iterator[Ranks]:
+    """Joins the other ranks, as the launcher's environment describes them, and leaves them in the end.
+
+    Args:
+        on_gpus: Ranks exchange tensors on GPUs, where every rank of a machine has one.
+    """
     size = world_size()
     if size == 1 and not torch.distributed.is_initialized():
         yield Ranks()
         return
     ours = not torch.distributed.is_initialized()
     if ours:
-        _initialize()
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size
+        _initialize(on_gpus=on_gpus)
     ranks = Ranks(
         rank=torch.distributed.get_rank(),
         size=torch.distributed.get_world_size(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(local_size),
+        local_size=_local_size(),
     )
     try:
         with ranks.watched():
@@ -210,7 +213,7 @@ def stay_together() -> Iterator[None]:
     """Meanwhile ranks that have joined each other do not part: several merges follow each other."""
     ours = world_size() > 1 and not torch.distributed.is_initialized()
     if ours:
-        _initialize()
+        _initialize(on_gpus=False)
     yield
     if ours:  # after an error the end of the process is what tells the others
         torch.distributed.destroy_process_group()
@@ -229,17 +232,23 @@ def _started_by_accelerate() -> bool:
     return any(name.startswith("ACCELERATE_") for name in os.environ)
 
 
-def _initialize() -> None:
+def _local_size() -> int:
+    """How many processes share this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
+def _initialize(*, on_gpus: bool) -> None:
     """Under Accelerate in its way, which knows MPI, too; else torch's, by the variables of the launcher.
 
     DeepSpeed's own `init_distributed` would, on CPUs, compile collectives that a merge never calls (a minute, and a
     compiler), and leave their buffers in shared memory (66 MiB a rank).
     """
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    on_gpus = on_gpus and torch.cuda.is_available() and _local_size() <= torch.cuda.device_count()
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     if _started_by_accelerate():
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available(), backend=backend, timeout=_TIMEOUT)
+        PartialState(cpu=not on_gpus, backend=backend, timeout=_TIMEOUT)
     else:
         torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
 

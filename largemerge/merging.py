@@ -81,7 +81,7 @@ def merge_by_regression(
     """
     start = time.perf_counter()
     resolved = load_config(config)
-    with start_ranks() as ranks:
+    with start_ranks(on_gpus=device != "cpu") as ranks:
         target = ranks.agree(lambda: device_of_rank(device, ranks))
         with MemoryWatch(target) as watch:
             prepared = _prepare(resolved, target, Path(out), ranks, resume=resume, force=force)

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from largemerge.arithmetic.matrices import grouped
-from largemerge.arithmetic.registry import METHODS
+from largemerge.arithmetic.registry import METHODS, merge_tensors
 from largemerge.arithmetic.tasks import Task
 from largemerge.devices import CPU, choose_device, device_of_rank
 from largemerge.distributed import Ranks
 
 _cuda: Any = torch.cuda  # its streams carry no types
 _MARGIN = 0.9  # of what is free
-_LITTLE = 64
+_LITTLE = (768, 512)
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,19 @@ def open_accelerator(
     """
     if device.type == "cpu":
         return Accelerator(), ""
-    # Libraries that are loaded late hold host memory, which the plan is to know.
-    torch.linalg.eigh(torch.eye(_LITTLE, dtype=torch.float64, device=device))
+    _warm_up(method, device)
     free = torch.cuda.mem_get_info(device)[0] // -(-local_ranks // torch.cuda.device_count())
     accelerator = Accelerator(device, int(_MARGIN * free) if limit is None else limit)
     too_large = [task.name for task in tasks if device_bytes(method, task) > accelerator.most_bytes]
     return accelerator, ", ".join(grouped(too_large))
+
+
+def _warm_up(method: str, device: torch.device) -> None:
+    """Merges a little: libraries and kernels are loaded late and hold host memory, of which the plan is to know."""
+    base = torch.rand(_LITTLE, device=device)
+    with torch.inference_mode():
+        merge_tensors(method, [base + torch.rand(_LITTLE, device=device) for _ in range(2)], base).to(CPU)
+    torch.cuda.empty_cache()
 
 
 def device_bytes(method: str, task: Task) -> int:

@@ -8,19 +8,20 @@ total        the longer of the two, for one goes on beside the other
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from largemerge.arithmetic.pieces import PIECE_ELEMENTS
 from largemerge.arithmetic.plan import DataFreePlan
-from largemerge.arithmetic.registry import METHODS, merge_tensors
-from largemerge.arithmetic.stream import cost, one_thread_each
+from largemerge.arithmetic.registry import merge_tensors
+from largemerge.arithmetic.stream import cost, is_factored, one_thread_each
 from largemerge.arithmetic.tasks import Task
 from largemerge.devices import CPU
 from largemerge.probe import read_rate, write_rate
 
-_MOST_SIDE = {"cpu": 384, "cuda": 2048}  # of a matrix that is factored for the probe
+_MOST_SIDE = {"cpu": 384, "cuda": 4096}  # the shorter one, of a matrix that is factored for the probe
 _COLUMNS = 1024
 
 
@@ -35,26 +36,30 @@ def estimate_seconds(plan: DataFreePlan) -> dict[str, float]:
     moved = plan.bytes_written + 2 * plan.scratch_bytes
     disk = plan.bytes_read / read + moved / write_rate(None, num_workers=workers)
     computing = 0.0
-    merged = [task for task in plan.layout.tasks if not task.copied and task.num_elements]
-    accelerator, at_once = plan.holding.accelerator, min(plan.num_workers, torch.get_num_threads())
-    kinds: dict[tuple[bool, bool], list[Task]] = {}  # by whether they are matrices, and whether the GPU computes them
-    for task in merged:
-        of_gpu = accelerator.computes(method, task)
-        kinds.setdefault((METHODS[method].matrices is not None and task.is_matrix, of_gpu), []).append(task)
-    for (_, of_gpu), kind in kinds.items():
-        device = accelerator.device if of_gpu else CPU
-        seconds = sum(cost(method, task) for task in kind) * _seconds_per_cost(method, kind, device)
-        computing += seconds / (1 if of_gpu else at_once)
+    at_once = min(workers, torch.get_num_threads())
+    for device, tasks in _alike(plan):
+        seconds = sum(cost(method, task) for task in tasks) * _seconds_per_cost(method, tasks, device)
+        computing += seconds / (at_once if device.type == "cpu" else 1)
     return {"disk": round(disk, 2), "computing": round(computing, 2), "total": round(max(disk, computing), 2)}
 
 
+def _alike(plan: DataFreePlan) -> Iterator[tuple[torch.device, list[Task]]]:
+    """Tasks of which one tells of the others, and where they are computed: matrices of one shape, and all the rest."""
+    method, kinds = plan.config.merge_method, dict[Any, list[Task]]()
+    for task in plan.layout.tasks:
+        if not task.copied and task.num_elements:
+            device = plan.holding.accelerator.device_of(method, task)
+            kinds.setdefault((device, task.shape if is_factored(method, task) else None), []).append(task)
+    yield from ((device, tasks) for (device, _), tasks in kinds.items())
+
+
 def _seconds_per_cost(method: str, tasks: Sequence[Task], device: torch.device) -> float:
-    """Of the largest of some tasks, cut down to a piece."""
+    """Of the largest of some tasks, cut down to a piece, or, where matrices are factored, to a smaller one."""
     task = max(tasks, key=lambda each: each.num_elements)
-    factored = METHODS[method].matrices is not None and task.is_matrix
-    if factored:
-        rows, columns = (min(_MOST_SIDE[device.type], size) for size in task.shape)
-        shape: tuple[int, ...] = (columns, rows) if task.inputs_first else (rows, columns)
+    if is_factored(method, task):
+        rows, columns = reversed(task.shape) if task.inputs_first else task.shape
+        scale = min(1.0, _MOST_SIDE[device.type] / min(rows, columns))
+        shape: tuple[int, ...] = (round(rows * scale), round(columns * scale))
     elif len(task.shape) < 2 or task.otherwise:
         shape = (min(PIECE_ELEMENTS, task.num_elements),)
     else:
@@ -67,9 +72,8 @@ def _seconds_per_cost(method: str, tasks: Sequence[Task], device: torch.device) 
     origin = base.to(task.dtype) if task.base is not None else None
     times = []
     with one_thread_each(), torch.inference_mode():
-        for _ in range(2):
+        for _ in range(2 if device.type == "cpu" else 1):
             start = time.perf_counter()
             merge_tensors(method, tensors, origin, each=task.each, companions=companions, **task.options).to(CPU)
             times.append(time.perf_counter() - start)
-    elements = base.numel()
-    return min(times) / (elements * (min(shape) if factored else 1))
+    return min(times) / (base.numel() * (min(shape) if is_factored(method, task) else 1))

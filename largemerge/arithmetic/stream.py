@@ -236,8 +236,12 @@ class _Later(Sequence[torch.Tensor]):
 
 def cost(method: str, task: Task) -> int:
     """What a task costs beside others: elements, times the smaller side where matrices are factored."""
-    factored = METHODS[method].matrices is not None and task.is_matrix
-    return task.num_elements * (min(task.shape) if factored else 1)
+    return task.num_elements * (min(task.shape) if is_factored(method, task) else 1)
+
+
+def is_factored(method: str, task: Task) -> bool:
+    """Whether it is a matrix, and the method one of matrices."""
+    return METHODS[method].matrices is not None and task.is_matrix
 
 
 def worker_bytes(method: str, task: Task, kept_bytes: int) -> int:

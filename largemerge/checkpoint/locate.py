@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from largemerge.errors import CheckpointError
@@ -37,15 +38,17 @@ def locate_checkpoint(reference: str, name: str, *, weights: bool = True) -> Pat
 
 
 def _from_hub(repository: str, revision: str | None, name: str, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # Told so, as 1.x looks a commit up on the Hub that it has, offline or not.
+    fetch = partial(snapshot_download, repository, revision=revision, local_files_only=constants.HF_HUB_OFFLINE)
     try:
         if not weights:
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=_CODE_PATTERNS))
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS_WITHOUT_PICKLE))
+            return Path(fetch(allow_patterns=_CODE_PATTERNS))
+        folder = Path(fetch(allow_patterns=_PATTERNS_WITHOUT_PICKLE))
         if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS))
+            folder = Path(fetch(allow_patterns=_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = f" at revision {revision}" if revision else ""
