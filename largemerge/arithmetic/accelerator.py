@@ -17,6 +17,7 @@ import torch
 
 from largemerge.arithmetic.matrices import grouped
 from largemerge.arithmetic.registry import METHODS, merge_tensors
+from largemerge.arithmetic.stream import KEPT_BYTES, is_factored, worker_bytes
 from largemerge.arithmetic.tasks import Task
 from largemerge.devices import CPU, choose_device, device_of_rank
 from largemerge.distributed import Ranks
@@ -110,9 +111,5 @@ def _warm_up(method: str, device: torch.device) -> None:
 
 
 def device_bytes(method: str, task: Task) -> int:
-    """What a task takes on a GPU: a model's matrix and the base's, and what the formula makes of them; else 0."""
-    matrices = METHODS[method].matrices
-    if matrices is None or not task.is_matrix:
-        return 0
-    rows, columns = reversed(task.shape) if task.inputs_first else task.shape
-    return 2 * task.num_elements * task.dtype.itemsize + matrices.work_bytes(rows, columns)
+    """What a task takes on a GPU: tensors, and what the formula makes of them; 0 if it is none of a GPU's."""
+    return worker_bytes(method, task, KEPT_BYTES) if is_factored(method, task) else 0

@@ -31,6 +31,8 @@ def _of_matrices(
     merge: Merge,
     parameters: Mapping[str, tuple[float, Range]],
     work_bytes: Callable[[int, int], int] = _factors_bytes,
+    *,
+    twice: bool = False,
 ) -> Method:
     """A row whose formula is one of matrices; what is no weight matrix gets the mean of task vectors.
 
@@ -40,12 +42,13 @@ def _of_matrices(
         merge: Merges a whole matrix.
         parameters: Defaults and ranges. The first one scales whatever is added to the base, of others too.
         work_bytes: See `Matrices`.
+        twice: See `Way`.
     """
     scale = next(iter(parameters), None)
     return Method(
         title,
         source,
-        always(Cut.WHOLE, one_by_one=True),
+        always(Cut.WHOLE, one_by_one=True, twice=twice),
         plain(merge),
         Base.REQUIRED,
         options={name: default for name, (default, _) in parameters.items()},
@@ -91,6 +94,7 @@ LITERATURE: dict[str, Method] = {
         "arXiv 2502.04959",
         singular.iso_cts,
         {"scaling_factor": (1.0, _NUMBER), "common_space_fraction": (0.8, _SHARE)},
+        twice=True,
     ),
     "opcm": Method(
         "OPCM",
@@ -115,5 +119,6 @@ LITERATURE: dict[str, Method] = {
             "heterogeneity": (0.3, Range(0)),
         },
         _covariance_bytes,
+        twice=True,
     ),
 }

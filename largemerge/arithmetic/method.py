@@ -35,7 +35,8 @@ class Way:
     Attributes:
         cut: Where the tensor may be cut.
         survey: Reads all pieces first; what it finds goes to `Method.begin`.
-        one_by_one: A model's tensor is read each time that the method asks for it, and not kept.
+        one_by_one: A model's tensor is read when the method asks for it, and not kept.
+        twice: It asks for every one twice: small ones are kept.
         less_base: All that the method wants of a model is its task vector: a piece's tensors are W_i - W_0, and
             merging, not the survey, may change them.
     """
@@ -44,6 +45,12 @@ class Way:
     survey: Callable[[Pieces], Any] | None = None
     one_by_one: bool = False
     less_base: bool = False
+    twice: bool = False
+
+    @property
+    def reads_again(self) -> bool:
+        """Whether tensors that are not kept are read twice."""
+        return self.survey is not None or self.twice
 
 
 @dataclass(frozen=True)
@@ -158,11 +165,9 @@ def way_of(method: Method, options: Mapping[str, Any], *, other: bool) -> tuple[
     return Way(Cut.ELEMENTS if method.scaled is None else Cut.WHOLE), plain(method.matrices.others)
 
 
-def always(
-    cut: Cut, survey: Callable[[Pieces], Any] | None = None, *, one_by_one: bool = False, less_base: bool = False
-) -> Callable[[Mapping[str, Any]], Way]:
-    """The same way whatever the parameters are."""
-    return lambda _: Way(cut, survey, one_by_one, less_base)
+def always(cut: Cut, survey: Callable[[Pieces], Any] | None = None, **more: bool) -> Callable[[Mapping[str, Any]], Way]:
+    """The same way whatever the parameters are; `more` as `Way` has it."""
+    return lambda _: Way(cut, survey, **more)
 
 
 def plain(merge: Merge) -> Callable[[Any], Merge]:

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 
-from largemerge.arithmetic.accelerator import Accelerator
 from largemerge.arithmetic.method import Way, way_of
 from largemerge.arithmetic.pieces import Cut, Piece, rows_of_pieces
 from largemerge.arithmetic.registry import METHODS
@@ -27,6 +26,9 @@ from largemerge.checkpoint.writer import ShardWriter
 from largemerge.devices import CPU
 from largemerge.errors import MergeError
 from largemerge.vocabulary.rows import TokenReader
+
+if TYPE_CHECKING:
+    from largemerge.arithmetic.accelerator import Accelerator
 
 PART_BYTES = 256 << 20
 """Of the output, at least, between two lines of the journal."""
@@ -169,7 +171,6 @@ class PieceLoader:
         self.cuts = rows_of_pieces(task.shape, way.cut)
         rows = task.token_rows
         self._tokens = TokenReader(rows, task.inputs, readers, task.dtype) if rows is not None else None
-        self._again = way.survey is not None  # where it is not kept
         self._kept = self._read_all(None) if _kept_bytes(task, way, kept_bytes) else None
         self._subtracted: set[int] = set()  # first rows of pieces of what is kept
 
@@ -187,10 +188,13 @@ class PieceLoader:
     def _tensors(self, rows: slice) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
         """Of the models, and of the base."""
         task = self._task
-        if self._way.one_by_one and self._tokens is None:
+        if self._way.one_by_one and self._tokens is None and self._kept is None:
             later = _Later([partial(self._read, source, rows) for source in task.sources])
             return later, self._read(task.base, rows) if task.base is not None else None
-        tensors = [tensor[rows] for tensor in self._kept] if self._kept is not None else self._read_all(rows)
+        if self._kept is None:
+            tensors = self._read_all(rows)
+        else:
+            tensors = [tensor[rows] if len(self.cuts) > 1 else tensor for tensor in self._kept]
         base = tensors.pop() if task.base is not None else None
         if self._way.less_base and base is not None and rows.start not in self._subtracted:
             for tensor in tensors:
@@ -208,7 +212,7 @@ class PieceLoader:
     def _read(self, source: tuple[str, str], rows: slice | None, dtype: torch.dtype | None = None) -> torch.Tensor:
         model, key = source
         whole = not self._task.shape or rows is None or rows == slice(0, self._task.shape[0])
-        again = self._again and rows is not None
+        again = self._way.reads_again and rows is not None  # it is not kept
         with others_turn():
             tensor = self._readers[model].read(key, None if whole else rows, again=again)
         tensor = tensor.to(self._device).to(dtype or self._task.dtype)
@@ -251,7 +255,8 @@ def worker_bytes(method: str, task: Task, kept_bytes: int) -> int:
     row = METHODS[method]
     if row.matrices is not None and task.is_matrix:
         rows, columns = reversed(task.shape) if task.inputs_first else task.shape
-        return 2 * task.num_elements * task.dtype.itemsize + row.matrices.work_bytes(rows, columns)
+        kept = _kept_bytes(task, row.way(task.options), kept_bytes)
+        return kept + 2 * task.num_elements * task.dtype.itemsize + row.matrices.work_bytes(rows, columns)
     way = Way(Cut.ELEMENTS) if task.otherwise else row.way(task.options)
     num_rows = task.shape[0] if task.shape else 1
     rows = max((rows.stop - rows.start for rows in rows_of_pieces(task.shape, way.cut)), default=0)
@@ -263,4 +268,4 @@ def worker_bytes(method: str, task: Task, kept_bytes: int) -> int:
 def _kept_bytes(task: Task, way: Way, most: int) -> int:
     """Of a task's tensors, where they are read more than once and small enough to be kept; else 0."""
     num_bytes = task.num_elements * task.dtype.itemsize * len(task.inputs)
-    return num_bytes if way.survey is not None and num_bytes <= most else 0
+    return num_bytes if way.reads_again and num_bytes <= most else 0

@@ -222,3 +222,16 @@ def test_fewer_workers_where_memory_is_short(tmp_path: Path, monkeypatch: pytest
         torch.set_num_threads(threads)
     assert plan.num_workers == 4 and not any("workers" in note for note in plan.layout.notes)
     assert short.num_workers == 2 and any("workers at a time: 2" in note for note in short.layout.notes)
+
+
+@pytest.mark.parametrize("method", ["ace", "iso_cts"])
+def test_small_matrices_are_read_once_by_formulas_that_want_them_twice(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = large_config(tmp_path, method)
+    kept = largemerge.merge(path, tmp_path / "kept", device="cpu")
+    assert kept.bytes_read == kept.plan.bytes_read
+    monkeypatch.setattr(stream, "KEPT_BYTES", 0)
+    again = largemerge.merge(path, tmp_path / "again", device="cpu")
+    assert again.bytes_read > again.plan.bytes_read
+    assert processes.lasting(tmp_path / "kept") == processes.lasting(tmp_path / "again")
