@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from largemerge.distributed import Ranks
 
 CPU = torch.device("cpu")
+_SIZE = 1024
 
 
 def choose_device(device: str) -> torch.device:
@@ -29,6 +30,25 @@ def choose_device(device: str) -> torch.device:
         first_line = str(error).splitlines()[0]
         raise LargemergeError(f"--device {device}: {first_line}; expected auto, cpu or cuda:0") from None
     return chosen
+
+
+def warm_up(device: torch.device) -> None:
+    """Loads what torch loads late: libraries and kernels hold host memory, of which a plan is to know."""
+    if device.type == "cpu":
+        return
+    x_NN = torch.rand(_SIZE, _SIZE, device=device)
+    half_NN = x_NN.to(torch.bfloat16)
+    heads = half_NN.view(1, 8, _SIZE, -1)
+    torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    torch.nn.functional.silu(half_NN).softmax(dim=-1)
+    torch.mm(half_NN, half_NN)
+    gram_NN = torch.mm(half_NN, half_NN, out_dtype=torch.float32) if device.type == "cuda" else x_NN
+    gram_NN = gram_NN @ gram_NN.T
+    gram_NN.diagonal().add_(gram_NN.trace())
+    for exact_NN in (gram_NN, gram_NN.double()):
+        lower_NN, _ = torch.linalg.cholesky_ex(exact_NN)
+        torch.cholesky_solve(exact_NN, lower_NN).to(CPU)
+    torch.cuda.empty_cache()
 
 
 def device_of_rank(device: str, ranks: Ranks, *, shared: bool = False) -> torch.device:

@@ -49,6 +49,10 @@ class Placement:
     prefetch: bool
     samples: int
 
+    def writes_behind(self, device: torch.device) -> bool:
+        """Whether a merged block is written while the next one is merged: where a GPU would wait for the disk."""
+        return self.prefetch and device.type != "cpu"
+
     def __str__(self) -> str:
         where = {Waiting.DEVICE: "on the device", Waiting.HOST: "in host memory", Waiting.DISK: "on disk"}
         linears = "all linears of a block at once" if self.passes == 1 else f"a block's linears in {self.passes} passes"
@@ -110,7 +114,8 @@ def footprint(
     if device.type == "cpu":
         parts, sparing = _with_allocator(host | max(computing, *before_blocks, key=_total), limited)
         return Footprint(_total(parts), 0, on_disk, parts, sparing)
-    in_transit = {"blocks in transit": 2 * max(_largest_read(work, placement.passes), work.first_bytes)}
+    num_blocks = 3 if placement.writes_behind(device) else 2  # read, pinned, and one on its way to the disk
+    in_transit = {"blocks in transit": num_blocks * max(_largest_read(work, placement.passes), work.first_bytes)}
     in_host, sparing = _with_allocator(host | max(in_transit, *before_blocks, key=_total), limited)
     # On the device, torch's own allocator.
     parts, _ = _with_allocator(computing | {"hidden states": hidden if waiting is Waiting.DEVICE else 0}, True)

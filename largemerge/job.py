@@ -132,6 +132,7 @@ class Job:
                 off_diagonal_scale=parameters.off_diagonal_scale,
                 ridge=parameters.ridge,
                 prefetch=placement.prefetch,
+                write_behind=placement.writes_behind(plan.device),
             ),
             names=plan.config.names,
             blocks=plan.blocks,

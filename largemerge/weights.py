@@ -71,21 +71,26 @@ class Weights:
             lambda: self._load(self.inputs.reference_names, names, self.own_writer.read), self.device
         )
 
-    def store(self, tensors: Tensors) -> int:
-        """Writes parameters of the output in their layout on disk and flushes them; returns the bytes.
-
-        Only the first rank does so; elsewhere nothing happens.
-        """
-        if self.writer is None:
-            return 0
-        names = self.inputs.reference_names
-        before = self.writer.bytes_written
-        on_disk = {names.on_disk(name): tensor for name, tensor in tensors.items()}
-        for key, tensor in names.store(self.inputs.skeleton.model, on_disk).items():
-            self.writer.write(key, tensor)
+    def store(self, tensors: Tensors) -> None:
+        """Writes parameters of the output, on the only rank that may."""
         with self.ranks.waits():
-            self.writer.flush()
-        return self.writer.bytes_written - before
+            self.write(self.laid_out(tensors))
+
+    def laid_out(self, tensors: Tensors) -> Tensors:
+        """Parameters of the output as they lie on disk, by their names there; nothing on ranks that do not write."""
+        if self.writer is None:
+            return {}
+        names = self.inputs.reference_names
+        on_disk = {names.on_disk(name): tensor for name, tensor in tensors.items()}
+        return names.store(self.inputs.skeleton.model, on_disk)
+
+    def write(self, on_disk: Tensors) -> int:
+        """Writes what `laid_out` has made, and flushes it; returns the bytes. From any thread, one at a time."""
+        before = self.own_writer.bytes_written
+        for key, tensor in on_disk.items():
+            self.own_writer.write(key, tensor)
+        self.own_writer.flush()
+        return self.own_writer.bytes_written - before
 
     def as_written(self, tensors: Tensors) -> Tensors:
         """Collective: parameters that were just stored, as `merged` would read them: others if they are quantised."""
@@ -96,6 +101,10 @@ class Weights:
         """‖written - merged‖ / ‖merged‖ of those of the parameters that were written quantised."""
         errors = self.writer.quantization_errors if self.writer is not None else {}
         return {name: errors[key] for name in names if (key := self._quantized_as(name)) is not None and key in errors}
+
+    def quantizes(self, names: Iterable[str]) -> bool:
+        """Whether any of the parameters is written quantised."""
+        return any(self._quantized_as(name) is not None for name in names)
 
     def _quantized_as(self, name: str) -> str | None:
         """The name on disk of a parameter that is written quantised."""

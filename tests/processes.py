@@ -28,6 +28,7 @@ from largemerge import node
 from largemerge.arithmetic import stream as data_free
 from largemerge.arithmetic.tasks import Task
 from largemerge.cli import main
+from largemerge.estimate import Placement
 from largemerge.regression.collect import Collector
 from largemerge.treatment import BlockPlan
 
@@ -43,6 +44,8 @@ PART_BYTES = "TEST_PART_BYTES"
 """Variable of a process: the size of a data-free merge's parts."""
 NOTHING_SHARED = "TEST_NOTHING_SHARED"
 """Variable of a process: it has no memory in common with others."""
+WRITES_BEHIND = "TEST_WRITES_BEHIND"
+"""Variable of a process: blocks are written while the next one is merged, as on a GPU."""
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
@@ -175,6 +178,8 @@ def _run(
         _signal_before_operation(kill_at, arguments[2], number)
     if PART_BYTES in environment:
         data_free.PART_BYTES = int(environment[PART_BYTES])
+    if WRITES_BEHIND in environment:
+        Placement.writes_behind = lambda placement, device: placement.prefetch  # type: ignore[method-assign]
     if NOTHING_SHARED in environment:
         node.SHARED_MEMORY = Path("/nonexistent")
     if HANGS_AT in environment:

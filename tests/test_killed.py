@@ -69,6 +69,22 @@ def test_killed_at_random_moments(long_case: Case, tmp_path: Path) -> None:
     check_finished_or_finished_before(long_case, out, processes.run(merging(long_case, out, "--resume"), log), log)
 
 
+@pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
+def test_killed_while_blocks_are_on_their_way_to_the_disk(long_case: Case, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    behind = {processes.WRITES_BEHIND: "1"}
+    for number in range(8, 18):
+        command = merging(long_case, out, "--resume")
+        process = processes.start(command, log, number, environment=behind)
+        if processes.finish(process) != -signal.SIGKILL:
+            break
+        now = journal(out)
+        assert [line["part"] for line in now] == PARTS[: len(now)]
+    assert number > 9
+    code = processes.finish(processes.start(command, log, environment=behind))
+    check_finished_or_finished_before(long_case, out, code, log)
+
+
 def check_finished_or_finished_before(case: Case, out: Path, code: int, log: Path) -> None:
     """A merge that was killed right before its end has finished: there is nothing to go on with."""
     if code != 0:

@@ -39,6 +39,7 @@ class Settings:
         off_diagonal_scale: s.
         ridge: λ as a fraction of the mean diagonal.
         prefetch: Read the next block while the present one computes.
+        write_behind: Write a merged block while the next one is merged.
     """
 
     own_stream: bool
@@ -46,6 +47,7 @@ class Settings:
     off_diagonal_scale: float
     ridge: float
     prefetch: bool = True
+    write_behind: bool = False
 
 
 @dataclass

@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from largemerge.checkpoint.prefetch import prefetched
 from largemerge.errors import MergeError
 from largemerge.passes import BlockPass
 from largemerge.regression.activations import Activations
+from largemerge.regression.behind import JsonObject, WriteBehind
 from largemerge.regression.clock import Clock, Watcher
 from largemerge.regression.collect import BlocksOfCandidates, Collector, Settings
 from largemerge.regression.finish import finish_linear
@@ -36,8 +36,6 @@ from largemerge.regression.together import ReadItem, Together
 from largemerge.transfer import Transfer
 from largemerge.treatment import BlockPlan, GroupPlan, Treatment
 from largemerge.weights import Tensors, Weights
-
-JsonObject = dict[str, Any]
 
 
 @dataclass
@@ -76,16 +74,19 @@ class Engine:
 
         wanted = list(self._wanted(finished))
         ahead = self.settings.prefetch
-        with float32_means_float32(), prefetched(load, wanted, ahead=ahead) as loaded:
+        ranks = self.together.ranks
+        with (
+            float32_means_float32(),
+            WriteBehind(self.weights, self.clock, ranks, done) as output,
+            prefetched(load, wanted, ahead=ahead) as loaded,
+        ):
             blocks_of_candidates = (arrive() for arrive in loaded)
             for block in self.blocks:
                 self.clock.begin(block.name)
                 if block.name in finished:
                     self._replay(block, blocks_of_candidates)
                     continue
-                report = self._merge_block(block, blocks_of_candidates)
-                if self.together.ranks.is_first:
-                    done(block.name, report | {"seconds": self.clock.seconds()})
+                output.merged(block.name, self._merge_block(block, blocks_of_candidates, output))
 
     def _wanted(self, finished: frozenset[str]) -> Iterator[ReadItem]:
         for block in self.blocks:
@@ -109,7 +110,9 @@ class Engine:
         """Whether a candidate's hidden states move on while its Gram matrices are built."""
         return self.settings.own_stream and each.last and not self._is_last(block)
 
-    def _merge_block(self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates) -> JsonObject:
+    def _merge_block(
+        self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates, output: WriteBehind
+    ) -> JsonObject:
         self._bytes_read = 0
         passes = self.passes[block.name]
         # What Transformers puts together from several tensors must be taken apart from all of them at once.
@@ -119,20 +122,19 @@ class Engine:
             self.activations.set_outside(block, None)
         merged: Tensors = {}
         linears: JsonObject = {}
-        bytes_written = 0
+        whole = len(passes) == 1 or at_once
+        quantizes = self.weights.quantizes(plan.name for plan in block.tensors)
         for each in passes:
             linears |= self._merge_pass(block, each, blocks_of_candidates, merged)
             if each.last or not at_once:
-                with self.clock.stage("write"):
-                    bytes_written += self.weights.store(merged)
+                output.write(merged, behind=self.settings.write_behind and whole and not quantizes)
             if not each.last and not at_once:
                 merged.clear()
         if not self.settings.own_stream and not self._is_last(block):
-            whole = len(passes) == 1 or at_once
             self._forward(block, self.weights.as_written(merged) if whole else self._merged(block))
         errors = self.weights.quantization_errors(plan.name for plan in block.tensors)
         linears, bytes_read = self.together.everybodys(linears, self._bytes_read)
-        report = {"linears": linears, "bytes_read": bytes_read, "bytes_written": bytes_written}
+        report: JsonObject = {"linears": linears, "bytes_read": bytes_read}
         return report | ({"quantization_errors": errors} if errors else {})
 
     def _merge_pass(
