@@ -7,10 +7,10 @@ Elementwise work takes the disk's time wherever it is done (see benchmarks/READM
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from largemerge.distributed import Ranks
 
 _cuda: Any = torch.cuda  # its streams carry no types
 _MARGIN = 0.9  # of what is free
+_WORKSPACE_BYTES = 40 << 20  # of cuBLAS, for every stream: 32 MiB on a Hopper GPU, and alignment
 _LITTLE = (768, 512)
 
 
@@ -38,7 +39,6 @@ class Accelerator:
 
     device: torch.device = CPU
     most_bytes: int = 0
-    _streams: threading.local = field(default_factory=threading.local, compare=False, repr=False)
 
     @property
     def is_gpu(self) -> bool:
@@ -55,14 +55,23 @@ class Accelerator:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Meanwhile this thread's work on the GPU is queued beside that of others."""
+        """Meanwhile this thread's work on the GPU is queued beside that of others; it waits for it itself."""
         if not self.is_gpu:
             yield
             return
-        if not hasattr(self._streams, "own"):
-            self._streams.own = _cuda.Stream(self.device)
-        with _cuda.stream(self._streams.own):
-            yield
+        free = _free_streams(self.device)
+        stream = free.pop() if free else _cuda.Stream(self.device)
+        try:
+            with _cuda.stream(stream):
+                yield
+        finally:
+            free.append(stream)
+
+
+@cache
+def _free_streams(device: torch.device) -> list[Any]:
+    """Of this process, used again and again: cuBLAS keeps a workspace for each."""
+    return []
 
 
 def accelerated_device(method: str, device: str, ranks: Ranks) -> torch.device:
@@ -95,7 +104,8 @@ def open_accelerator(
     """
     if device.type == "cpu":
         return Accelerator(), ""
-    _warm_up(method, device)
+    with Accelerator(device).stream():
+        _warm_up(method, device)
     free = torch.cuda.mem_get_info(device)[0] // -(-local_ranks // torch.cuda.device_count())
     accelerator = Accelerator(device, int(_MARGIN * free) if limit is None else limit)
     too_large = [task.name for task in tasks if device_bytes(method, task) > accelerator.most_bytes]
@@ -111,5 +121,5 @@ def _warm_up(method: str, device: torch.device) -> None:
 
 
 def device_bytes(method: str, task: Task) -> int:
-    """What a task takes on a GPU: tensors, and what the formula makes of them; 0 if it is none of a GPU's."""
-    return worker_bytes(method, task, KEPT_BYTES) if is_factored(method, task) else 0
+    """What a task takes on a GPU: tensors, what the formula makes of them, workspace; 0 if it is none of a GPU's."""
+    return worker_bytes(method, task, KEPT_BYTES) + _WORKSPACE_BYTES if is_factored(method, task) else 0

