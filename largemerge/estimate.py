@@ -114,11 +114,16 @@ def footprint(
     if device.type == "cpu":
         parts, sparing = _with_allocator(host | max(computing, *before_blocks, key=_total), limited)
         return Footprint(_total(parts), 0, on_disk, parts, sparing)
-    num_blocks = 3 if placement.writes_behind(device) else 2  # read, pinned, and one on its way to the disk
-    in_transit = {"blocks in transit": num_blocks * max(_largest_read(work, placement.passes), work.first_bytes)}
+    largest_block = max((kind.bytes_of(kind.names) for kind in work.kinds), default=0)
+    behind = largest_block if placement.writes_behind(device) else 0
+    in_transit = {
+        "blocks in transit": 2 * max(_largest_read(work, placement.passes), work.first_bytes),
+        "a block on its way to the disk": behind,  # a tensor at a time, and what the allocator keeps of it
+    }
     in_host, sparing = _with_allocator(host | max(in_transit, *before_blocks, key=_total), limited)
     # On the device, torch's own allocator.
-    parts, _ = _with_allocator(computing | {"hidden states": hidden if waiting is Waiting.DEVICE else 0}, True)
+    on_device = {"hidden states": hidden if waiting is Waiting.DEVICE else 0, "a block on its way to the disk": behind}
+    parts, _ = _with_allocator(computing | on_device, True)
     return Footprint(_total(in_host), _total(parts), on_disk, max(parts, in_host, key=_total), sparing)
 
 

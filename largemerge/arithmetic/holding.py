@@ -3,8 +3,8 @@
     held = the process + adapters + the largest tasks, one for each worker          (and on a GPU: its largest tasks)
 
 A worker keeps a tensor of all models in memory where its method wants it twice; where that does not fit, it reads the
-tensor twice. Where that does not suffice, fewer work side by side. There are more workers than cores where that takes
-little memory: while one waits for the disk, another computes.
+tensor twice. Where that does not suffice, fewer work side by side. Of elementwise methods there are as many workers as
+take little memory, up to two for every core: while one waits for the disk, another computes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from largemerge.sizes import gib
 
 _MARGIN = 0.9  # of the memory that is free
 _WORKERS_PER_CORE = 2
-_LITTLE_BYTES = 1 << 30  # held in all, up to which there are more workers than cores
+_LITTLE_BYTES = 1 << 30  # held in all, up to which elementwise methods have more than a few workers
+_LEAST_WORKERS = 4  # or as many as there are cores
 _WORKERS_OF_GPU = 6  # some compute there side by side, the others read and write
 
 
@@ -99,8 +100,11 @@ def choose_holding(method: str, layout: Layout, adapter_bytes: int, limits: Limi
     least = min(ways, key=lambda way: way.peak_bytes)
     chosen = next(fitting, least)
     if chosen == ways[0] and METHODS[method].matrices is None:
-        more = [way(workers, chosen.kept_bytes) for workers in range(_WORKERS_PER_CORE * threads, threads, -1)]
-        chosen = next((way for way in more if way.peak_bytes <= min(most, _LITTLE_BYTES)), chosen)
+        # As many as take little: the disk keeps a few cores busy, not all of a large machine's.
+        numbers = range(_WORKERS_PER_CORE * threads, min(threads, _LEAST_WORKERS) - 1, -1)
+        wanted = [way(workers, chosen.kept_bytes) for workers in numbers]
+        chosen = next((way for way in wanted if way.peak_bytes <= min(most, _LITTLE_BYTES)), wanted[-1])
+        most_workers = chosen.num_workers
     if chosen.peak_bytes > most and limits.host is not None:
         name = max(layout.tasks, key=lambda task: _host_bytes(method, task, 0, accelerator)).name
         layout.problems.append(

@@ -1,21 +1,26 @@
 """Merged blocks on their way to the disk: one is written while the next one is merged.
 
-merge block 1 ─► merge block 2 ─► merge block 3
-└► write block 1 └► write block 2       a block is noted as finished when it is on the disk
+    merge block 1 ─► merge block 2 ─► merge block 3
+                └► write block 1 └► write block 2
+
+A block is noted as finished when it is on the disk. From a GPU it comes on a stream of its own, a tensor at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from largemerge.devices import CPU
+import torch
+
 from largemerge.distributed import Ranks
 from largemerge.regression.clock import Clock
 from largemerge.weights import Tensors, Weights
 
+_cuda: Any = torch.cuda  # its streams and events carry no types
 JsonObject = dict[str, Any]
 
 
@@ -31,6 +36,7 @@ class WriteBehind:
 
     def __init__(self, weights: Weights, clock: Clock, ranks: Ranks, done: Callable[[str, JsonObject], None]) -> None:
         self._weights, self._clock, self._ranks, self._done = weights, clock, ranks, done
+        self._stream = _cuda.Stream(weights.device) if weights.device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="largemerge-write")
         self._writing: Future[int] | None = None
         self._merged: tuple[str, JsonObject] | None = None
@@ -52,7 +58,7 @@ class WriteBehind:
         """Writes parameters of a block; on other ranks than the first nothing happens.
 
         Args:
-            tensors: Of the output. Nobody may change them before the next call.
+            tensors: Of the output, on the device. Nobody may change them before the next call.
             behind: Come back at once. They are not to be read from the disk before the next call.
         """
         self._settle()
@@ -60,9 +66,7 @@ class WriteBehind:
         if not on_disk:
             return
         if behind:
-            self._writing = self._pool.submit(
-                self._weights.write, {name: tensor.to(CPU) for name, tensor in on_disk.items()}
-            )
+            self._writing = self._pool.submit(self._write_later, on_disk, self._made())
             return
         with self._clock.stage("write"), self._ranks.waits():
             self._num_bytes += self._weights.write(on_disk)
@@ -74,6 +78,27 @@ class WriteBehind:
         self._merged = block, report | {"seconds": self._clock.seconds()}
         if self._writing is None:
             self._settle()
+
+    def _made(self) -> Any:
+        """The moment when all that the GPU has been told to compute is computed."""
+        if self._stream is None:
+            return None
+        event = _cuda.Event()
+        event.record(_cuda.current_stream(self._weights.device))
+        return event
+
+    def _write_later(self, on_disk: Tensors, made: Any) -> int:
+        with self._own_stream(made):
+            return self._weights.write(on_disk)
+
+    @contextmanager
+    def _own_stream(self, made: Any) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with _cuda.device(self._weights.device), _cuda.stream(self._stream):
+            self._stream.wait_event(made)
+            yield
 
     def _settle(self) -> None:
         """Waits until all that was given is on the disk, and says so."""

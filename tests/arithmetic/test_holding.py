@@ -81,6 +81,16 @@ def test_more_workers_than_cores_only_where_they_take_little(
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
+def test_many_cores_hold_no_more(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(16)
+    least = largemerge.plan(config, probe=False)
+    assert least.num_workers == 4 and not least.layout.notes
+    one = max(stream.worker_bytes("ties", task, stream.KEPT_BYTES) for task in least.layout.tasks)
+    monkeypatch.setattr(holding, "_LITTLE_BYTES", least.peak_bytes + 2 * one)
+    plan = largemerge.plan(config, probe=False)
+    assert 6 <= plan.num_workers < 16 and plan.peak_bytes <= holding._LITTLE_BYTES and not plan.layout.notes
+
+
 def test_too_little_is_refused_and_says_what_would_do(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
