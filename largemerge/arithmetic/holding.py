@@ -28,7 +28,8 @@ _MARGIN = 0.9  # of the memory that is free
 _WORKERS_PER_CORE = 2
 _LITTLE_BYTES = 1 << 30  # held in all, up to which elementwise methods have more than a few workers
 _LEAST_WORKERS = 4  # or as many as there are cores
-_WORKERS_OF_GPU = 6  # some compute there side by side, the others read and write
+_WORKERS_OF_GPU = 4  # some compute there side by side, the others read and write
+_HANDLES_BYTES = 96 << 20  # that the GPU's libraries hold in host memory for every thread
 
 
 @dataclass(frozen=True)
@@ -137,5 +138,5 @@ def _largest(method: str, tasks: Sequence[Task], kept_bytes: int, accelerator: A
 def _host_bytes(method: str, task: Task, kept_bytes: int, accelerator: Accelerator) -> int:
     """What a worker holds at most, on the host, while it is at a task."""
     if accelerator.computes(method, task):
-        return 2 * task.num_elements * max(task.dtype.itemsize, task.out_dtype.itemsize)
+        return 2 * task.num_elements * max(task.dtype.itemsize, task.out_dtype.itemsize) + _HANDLES_BYTES
     return stream.worker_bytes(method, task, kept_bytes)

@@ -50,10 +50,10 @@ def test_the_plan_for_a_gpu_holds_no_more_than_it_has(config: dict[str, Any], mo
     assert (on_cpu.device.type, on_cpu.holding.device_bytes) == ("cpu", 0)
     pretend(monkeypatch, 1 << 40)
     ample = largemerge.plan(config, device="cpu", probe=False)
-    assert ample.device == GPU and ample.num_workers == 6
+    assert ample.device == GPU and ample.num_workers == 4
     assert not any("workers at a time" in note for note in ample.layout.notes)
     there = sorted((device_bytes("tsv_m", task) for task in ample.layout.tasks), reverse=True)
-    assert ample.holding.device_bytes == sum(there[:6]) and there[-1] == 0, "vectors stay on the CPU"
+    assert ample.holding.device_bytes == sum(there[:4]) and there[-1] == 0, "vectors stay on the CPU"
     assert ample.to_json()["device"] == "cuda" and ample.to_json()["device_bytes"] == ample.holding.device_bytes
     pretend(monkeypatch, sum(there[:2]))
     two = largemerge.plan(config, device="cpu", probe=False)
