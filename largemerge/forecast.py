@@ -36,10 +36,13 @@ def forecast(
     workload = partial(workload_of, plan.config, prepared.inputs, prepared.rehearsal, plan.blocks, plan.outside)
     shapes = batch_shapes(outlines, None)
     whole = workload(shapes)
+    behind = plan.placement.writes_behind(plan.device)
     timed = not plan.problems and (probe or machines.cluster is not None)
     if machines.num_ranks == 1 and machines.cluster is None:
         rates = _rates(prepared, machines, whole) if timed else None
-        return replace(plan, seconds=estimate_seconds(whole, plan.placement, rates)) if rates is not None else plan
+        if rates is None:
+            return plan
+        return replace(plan, seconds=estimate_seconds(whole, plan.placement, rates, writes_behind=behind))
     batches = split_shapes(
         shapes, samples_at_once(plan.placement.samples, sum(plan.num_samples.values()), machines.num_ranks)
     )
@@ -58,7 +61,8 @@ def forecast(
     rates = _rates(prepared, machines, whole)
     parts = [each.work for each in works]
     moved = max(rank.bytes_communicated for rank in plan.ranks)
-    seconds = estimate_rank_seconds(whole, parts, plan.placement, rates, _links(machines, rates), moved)
+    links = _links(machines, rates)
+    seconds = estimate_rank_seconds(whole, parts, plan.placement, rates, links, moved, writes_behind=behind)
     return replace(plan, seconds=seconds, measured=machines.cluster is None)
 
 

@@ -5,7 +5,7 @@
     solve          of every block, the rank whose solves take longest
     merged forward the slowest rank
     read           per node: the blocks of all candidates that one of its ranks wants, once; hidden behind computing
-    write          the first rank
+    write          the first rank; hidden behind computing on GPUs
 
 Ranks wait for each other in every block, so the slowest one of every stage counts. Sums and weights travel along a
 ring or tree in pieces, so that the bytes pass every link once, however many ranks there are.
@@ -18,14 +18,21 @@ from collections.abc import Sequence
 from largemerge.cluster import Links
 from largemerge.estimate import Placement
 from largemerge.sharing import choose_owners
-from largemerge.timing import Rates, estimate_seconds, solve_seconds
+from largemerge.timing import Rates, disk_seconds, estimate_seconds, solve_seconds
 from largemerge.workload import Workload
 
 _COLLECT = ("candidate_forward", "gram", "right_hand_side")
 
 
 def estimate_rank_seconds(
-    whole: Workload, own: Sequence[Workload], placement: Placement, rates: Rates, links: Links, num_bytes: int
+    whole: Workload,
+    own: Sequence[Workload],
+    placement: Placement,
+    rates: Rates,
+    links: Links,
+    num_bytes: int,
+    *,
+    writes_behind: bool = False,
 ) -> dict[str, float]:
     """Seconds by stage, of all ranks together.
 
@@ -36,6 +43,7 @@ def estimate_rank_seconds(
         rates: Of one rank, while all are at work.
         links: Between the ranks.
         num_bytes: Of sums and merged weights that are exchanged.
+        writes_behind: Blocks are written while the next ones are merged.
     """
     alone = estimate_seconds(whole, placement, rates)
     each = [estimate_seconds(work, placement, rates) for work in own]
@@ -45,9 +53,10 @@ def estimate_rank_seconds(
     stages["merged_forward"] = max(stages_of_rank["merged_forward"] for stages_of_rank in each)
     stages["communicate"] = num_bytes / links.bandwidth + _num_exchanges(whole) * links.latency
     reading = _most_read(whole, own, placement, links) / rates.read
-    stages["read"] = max(reading - sum(stages.values()), 0.1 * reading) if placement.prefetch else reading
+    computing = sum(stages.values())
+    stages |= disk_seconds(reading, alone["write"], computing, ahead=placement.prefetch, behind=writes_behind)
     stages["hidden_states"] = max(stages_of_rank["hidden_states"] for stages_of_rank in each)
-    return stages | {stage: alone[stage] for stage in ("write", "outside")}
+    return stages | {"outside": alone["outside"]}
 
 
 def _longest_solves(work: Workload, rates: Rates, num_ranks: int) -> float:

@@ -5,7 +5,7 @@
     right-hand side     2·I²·O, or 4·N·I·O where that is less, for all candidates but the first
     solve               I³/3 + 2·I²·O
     merged forward      like a candidate's, all linears
-    disk                bytes over rate, for reading as far as it is not hidden by computing
+    disk                bytes over rate, as far as it is not hidden by computing
 
 Shapes: N rows of one candidate, T rows of one sample, I inputs, O outputs.
 """
@@ -54,8 +54,10 @@ NOMINAL_RATES = Rates(400e9, 200e9, 150e9, 80e9, 5e9, 1e9, 1e9, 2e-3)
 _MEMORY_TRIPS = 6  # a value that a linear computes is read or written this often, by activations, norms, additions
 
 
-def estimate_seconds(work: Workload, placement: Placement, rates: Rates) -> dict[str, float]:
-    """Seconds by stage."""
+def estimate_seconds(
+    work: Workload, placement: Placement, rates: Rates, *, writes_behind: bool = False
+) -> dict[str, float]:
+    """Seconds by stage; `writes_behind` if blocks are written while the next ones are merged."""
     stages = dict.fromkeys(("read", "candidate_forward", "gram", "right_hand_side", "solve", "merged_forward"), 0.0)
     read_bytes = 0
     for kind in work.kinds:
@@ -65,14 +67,21 @@ def estimate_seconds(work: Workload, placement: Placement, rates: Rates) -> dict
             read_bytes += kind.count * work.num_candidates * kind.bytes_of(each.reads)
         if not work.own_stream:
             stages["merged_forward"] += kind.num_outputs_read * _forward_seconds(work, kind, None, placement, rates)
-    computing = sum(stages.values())
-    reading = read_bytes / rates.read
-    stages["read"] = max(reading - computing, 0.1 * reading) if placement.prefetch else reading
     num_bytes = sum(kind.count * kind.bytes_of(kind.names) for kind in work.kinds)
-    stages["write"] = num_bytes / rates.write
+    reading, writing, computing = read_bytes / rates.read, num_bytes / rates.write, sum(stages.values())
+    stages |= disk_seconds(reading, writing, computing, ahead=placement.prefetch, behind=writes_behind)
     stages["outside"] = work.outside_bytes * (work.num_candidates / rates.read + 1 / rates.write)
     stages["hidden_states"] = _waiting_seconds(work, placement, rates)
     return stages
+
+
+def disk_seconds(reading: float, writing: float, computing: float, *, ahead: bool, behind: bool) -> dict[str, float]:
+    """What shows of seconds of reading and writing, where computing hides them; a tenth does in any case."""
+    if not behind:
+        return {"read": max(reading - computing, 0.1 * reading) if ahead else reading, "write": writing}
+    both = reading + writing
+    shown = max(both - computing, 0.1 * both) / both if both else 0.0
+    return {"read": reading * shown, "write": writing * shown}
 
 
 def _pass_seconds(

@@ -17,6 +17,7 @@ from largemerge.cli import main
 from largemerge.cluster import GPUS, Cluster, find_gpu, parse_rate
 from largemerge.errors import LargemergeError
 from largemerge.estimate import Waiting
+from largemerge.timing import disk_seconds
 
 GEOMETRIES = Path(__file__).parents[1] / "configs"
 CLUSTER = Cluster(2, 4, GPUS["h100"], interconnect=50e9, disk=2e9, host_memory=2**40)
@@ -89,6 +90,16 @@ def test_communication_is_bytes_over_the_slowest_link(tmp_path: Path) -> None:
     assert plan.seconds["communicate"] == pytest.approx(most / 800, rel=0.01)
     within = largemerge.plan(config, cluster=replace(crawl, num_nodes=1), from_config=True)
     assert within.seconds["communicate"] < plan.seconds["communicate"] / 1000, "the interconnect is not used"
+
+
+def test_a_gpu_writes_while_it_computes() -> None:
+    assert disk_seconds(10.0, 5.0, 100.0, ahead=True, behind=False) == {"read": 1.0, "write": 5.0}
+    assert disk_seconds(10.0, 5.0, 100.0, ahead=False, behind=False) == {"read": 10.0, "write": 5.0}
+    hidden = disk_seconds(10.0, 5.0, 100.0, ahead=True, behind=True)
+    assert hidden == pytest.approx({"read": 1.0, "write": 0.5}), "a tenth"
+    slow = disk_seconds(10.0, 5.0, 3.0, ahead=True, behind=True)
+    assert slow == pytest.approx({"read": 8.0, "write": 4.0}), "all but what computing hides"
+    assert disk_seconds(0.0, 0.0, 0.0, ahead=True, behind=True) == {"read": 0.0, "write": 0.0}
 
 
 def test_hidden_states_leave_a_gpu_that_is_too_small(tmp_path: Path) -> None:
