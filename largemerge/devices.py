@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,21 +35,27 @@ def choose_device(device: str) -> torch.device:
 
 def warm_up(device: torch.device) -> None:
     """Loads what torch loads late: libraries and kernels hold host memory, of which a plan is to know."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return
+    with suppress(torch.OutOfMemoryError):  # the plan will say what is missing
+        _compute_a_little(device)
+    torch.cuda.empty_cache()
+
+
+def _compute_a_little(device: torch.device) -> None:
+    """Attention, products of the kinds that Gram matrices are made of, solves."""
     x_NN = torch.rand(_SIZE, _SIZE, device=device)
-    half_NN = x_NN.to(torch.bfloat16)
+    half_NN = x_NN.to(torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
     heads = half_NN.view(1, 8, _SIZE, -1)
     torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     torch.nn.functional.silu(half_NN).softmax(dim=-1)
     torch.mm(half_NN, half_NN)
-    gram_NN = torch.mm(half_NN, half_NN, out_dtype=torch.float32) if device.type == "cuda" else x_NN
-    gram_NN = gram_NN @ gram_NN.T
+    product_NN = torch.mm(half_NN, half_NN, out_dtype=torch.float32)
+    gram_NN = product_NN @ product_NN.T
     gram_NN.diagonal().add_(gram_NN.trace())
     for exact_NN in (gram_NN, gram_NN.double()):
         lower_NN, _ = torch.linalg.cholesky_ex(exact_NN)
         torch.cholesky_solve(exact_NN, lower_NN).to(CPU)
-    torch.cuda.empty_cache()
 
 
 def device_of_rank(device: str, ranks: Ranks, *, shared: bool = False) -> torch.device:

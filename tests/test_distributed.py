@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from largemerge import distributed
+from largemerge.devices import device_of_rank
 from largemerge.distributed import Ranks, start_ranks, told_together, too_many_threads
+from largemerge.errors import LargemergeError
 from largemerge.sharing import choose_owners, samples_at_once, share_out
 
 
@@ -65,6 +67,21 @@ def test_too_many_threads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     (text,) = too_many_threads(Ranks(size=8, local_size=4), cpu)
     assert "4 ranks of 3 threads each share 8 cores" in text and "OMP_NUM_THREADS=2" in text
     assert not list(too_many_threads(Ranks(size=4, local_size=4), torch.device("cuda")))
+
+
+def test_ranks_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in range(2):
+        ranks = Ranks(rank=4 + rank, size=8, local_rank=rank, local_size=2)
+        assert device_of_rank("auto", ranks) == device_of_rank("cuda", ranks) == torch.device("cuda", rank)
+    assert chosen[::2] == chosen[1::2] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    crowded = Ranks(rank=2, size=3, local_rank=2, local_size=3)
+    with pytest.raises(LargemergeError, match=r"--device auto: 3 ranks .* share 2 GPUs; .*one rank for each GPU, or"):
+        device_of_rank("auto", crowded)
+    assert device_of_rank("auto", crowded, shared=True) == torch.device("cuda", 0)
+    assert device_of_rank("cpu", crowded) == torch.device("cpu")
 
 
 def test_every_rank_gets_batches() -> None:

@@ -83,7 +83,7 @@ def choose_holding(method: str, layout: Layout, adapter_bytes: int, limits: Limi
     """
     accelerator, too_large = open_accelerator(method, layout.tasks, device, limits.device, limits.local_ranks)
     if too_large:
-        layout.notes.append(f"on the CPU, for {gib(accelerator.most_bytes)} of {device} are too little: {too_large}")
+        layout.notes.append(f"on the CPU, since {gib(accelerator.most_bytes)} of {device} are too little: {too_large}")
     before = memory_in_use(CPU).host_anonymous + adapter_bytes  # the GPU's libraries included
     free = int(_MARGIN * psutil.virtual_memory().available) // limits.local_ranks
     most = limits.host if limits.host is not None else before + free
