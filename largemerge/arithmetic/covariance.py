@@ -61,10 +61,14 @@ def _solve_symmetric(right_OI: torch.Tensor, sums_II: torch.Tensor) -> torch.Ten
     if mean == 0:
         return torch.zeros_like(right_OI)
     ridge = _RIDGE * mean
-    lower_II, failed = torch.linalg.cholesky_ex(sums_II + torch.eye(len(sums_II)).to(sums_II) * ridge)
+    damped_II = sums_II.clone()
+    damped_II.diagonal().add_(ridge)
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    del damped_II
     if not failed:
         once_IO = torch.cholesky_solve(right_OI.T, lower_II)
         return once_IO.sub_(torch.cholesky_solve(once_IO, lower_II).mul_(ridge)).T
+    del lower_II
     values_I, vectors_II = torch.linalg.eigh(sums_II)
     known = values_I > _SMALLEST * values_I[-1]
     vectors_II = vectors_II[:, known]

@@ -20,8 +20,13 @@ def _factors_bytes(rows: int, columns: int) -> int:
     return 6 * rows * columns * _SINGLE + 7 * min(rows, columns) ** 2 * _DOUBLE
 
 
-def _covariance_bytes(rows: int, columns: int) -> int:
-    """Of methods with float64 matrices of the tensor's size and of its inputs' Gram matrix's."""
+def _wudi_bytes(rows: int, columns: int) -> int:
+    """float64 matrices of the tensor's size and of its inputs' Gram matrix's."""
+    return 5 * rows * columns * _DOUBLE + 4 * columns**2 * _DOUBLE
+
+
+def _ace_bytes(rows: int, columns: int) -> int:
+    """The same, some more of them."""
     return 7 * rows * columns * _DOUBLE + 5 * columns**2 * _DOUBLE
 
 
@@ -107,7 +112,7 @@ LITERATURE: dict[str, Method] = {
         matrices=Matrices(continual.opcm_alone, "sum of task vectors", _factors_bytes),
         scaled=Scaled(continual.opcm_matrix, continual.opcm_others, continual.opcm_factor),
     ),
-    "wudi": _of_matrices("WUDI-Merging, closed form", "arXiv 2503.08099", covariance.wudi, {}, _covariance_bytes),
+    "wudi": _of_matrices("WUDI-Merging, closed form", "arXiv 2503.08099", covariance.wudi, {}, _wudi_bytes),
     "ace": _of_matrices(
         "ACE-Merging",
         "arXiv 2603.02945",
@@ -118,7 +123,7 @@ LITERATURE: dict[str, Method] = {
             "k_frac": (0.3, _SHARE),
             "heterogeneity": (0.3, Range(0)),
         },
-        _covariance_bytes,
+        _ace_bytes,
         twice=True,
     ),
 }
