@@ -8,6 +8,7 @@ folder; what makes a folder a checkpoint (index, config) comes last, each by a r
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -25,6 +26,7 @@ from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
 from largemerge.errors import OutputError
 from largemerge.sizes import gib
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -133,7 +135,8 @@ class ShardWriter:
         try:
             file = self._files[shard.file_name] = DataFile(path, size=shard.num_bytes)
         except OSError as error:
-            raise OutputError(f"{path}: {error.strerror}; expected room for {gib(shard.num_bytes)}") from None
+            room = f"; expected room for {gib(shard.num_bytes)}" if error.errno in _NO_ROOM else ""
+            raise OutputError(f"{path}: {error.strerror}{room}") from None
         # Each time: a crash may have come between these two lines.
         file.write(0, torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from largemerge.checkpoint.writer import (
     weight_index,
     write_atomically,
 )
+from largemerge.errors import OutputError
 
 FLOAT = torch.float32
 
@@ -203,3 +206,25 @@ def test_small_files_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
     write_atomically(path, "new")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_file_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = outline({"a": torch.zeros(4)})
+    shards = layout_shards(tensors, 1 << 20)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / shards[0].file_name).mkdir()
+    with (
+        pytest.raises(OutputError, match=r"model\.safetensors: Is a directory$"),
+        ShardWriter(tmp_path, tensors, shards),
+    ):
+        pass
+    (tmp_path / shards[0].file_name).rmdir()
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with (
+        pytest.raises(OutputError, match=r"No space left on device; expected room for 4\.0 KiB$"),
+        ShardWriter(tmp_path, tensors, shards),
+    ):
+        pass

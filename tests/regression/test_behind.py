@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +15,12 @@ from cases import MakeCase, weights_in
 from processes import journal
 
 import largemerge
+from largemerge.distributed import Ranks
 from largemerge.errors import LargemergeError, OutputError
 from largemerge.estimate import Placement
+from largemerge.regression import behind as behind_module
+from largemerge.regression.behind import WriteBehind
+from largemerge.regression.clock import Clock
 from largemerge.regression.engine import Engine
 from largemerge.treatment import BlockPlan
 from largemerge.weights import Tensors, Weights
@@ -62,6 +70,47 @@ def test_a_block_is_written_while_the_next_is_merged(make_case: MakeCase, monkey
     largemerge.merge(case.config, case.folder / "out", device="cpu")
     assert events.index("write 0") < events.index("merge 1") < events.index("written 0") < events.index("write 1")
     assert events[-1].startswith("written")
+
+
+class Recorded:
+    """What is told to a GPU's streams."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.Stream = lambda device: SimpleNamespace(wait_event=lambda event: self.told.append("wait"))
+        self.Event = lambda: SimpleNamespace(record=lambda stream: self.told.append(f"made on {stream}"))
+        self.current_stream = lambda device: "computing"
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        """As torch has it."""
+        yield
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        """As torch has it."""
+        self.told.append("on its own")
+        yield
+        self.told.append("no longer")
+
+
+def test_on_a_gpu_writing_waits_for_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, done = Recorded(), list[Any]()
+    monkeypatch.setattr(behind_module, "_cuda", gpu)
+
+    def write(on_disk: Tensors) -> int:
+        gpu.told.append("written")
+        return 4
+
+    weights: Any = SimpleNamespace(device=torch.device("cuda"), laid_out=dict, write=write)
+    clock = Clock(0.0)
+    clock.begin("block")
+    with WriteBehind(weights, clock, Ranks(), lambda *entry: done.append(entry)) as output:
+        output.write({"a": torch.zeros(1)}, behind=True)
+        output.merged("block", {"linears": {}})
+    assert gpu.told == ["made on computing", "on its own", "wait", "written", "no longer"]
+    ((block, report),) = done
+    assert block == "block" and report["bytes_written"] == 4
 
 
 @pytest.mark.usefixtures("behind")
