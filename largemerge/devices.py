@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -33,17 +34,22 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def warm_up(device: torch.device) -> None:
-    """Loads what torch loads late: libraries and kernels hold host memory, of which a plan is to know."""
+def warm_up(device: torch.device, compute: Callable[[], None]) -> None:
+    """Loads what torch loads late on a GPU: libraries and kernels hold host memory, of which a plan is to know.
+
+    Args:
+        device: That will compute; on the CPU nothing happens.
+        compute: Something small of all that will be computed.
+    """
     if device.type != "cuda":
         return
     with suppress(torch.OutOfMemoryError):  # the plan will say what is missing
-        _compute_a_little(device)
+        compute()
     torch.cuda.empty_cache()
 
 
-def _compute_a_little(device: torch.device) -> None:
-    """Attention, products of the kinds that Gram matrices are made of, solves."""
+def compute_a_little(device: torch.device) -> None:
+    """What a regression merge does on a GPU: attention, the kinds of products in Gram matrices, solves."""
     x_NN = torch.rand(_SIZE, _SIZE, device=device)
     half_NN = x_NN.to(torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
     heads = half_NN.view(1, 8, _SIZE, -1)
@@ -70,13 +76,12 @@ def device_of_rank(device: str, ranks: Ranks, *, shared: bool = False) -> torch.
         LargemergeError: As in `choose_device`; and if ranks would share a GPU, which their collectives (NCCL) refuse.
     """
     count = torch.cuda.device_count()
-    if ranks.size == 1 or device not in ("auto", "cuda") or not count:
-        chosen = choose_device(device)
-    else:
-        chosen = torch.device("cuda", ranks.local_rank % count)
+    any_gpu = device in ("auto", "cuda") and count > 0
+    own = any_gpu and ranks.size > 1
+    chosen = torch.device("cuda", ranks.local_rank % count) if own else choose_device(device)
     if chosen.type != "cuda":
         return chosen
-    gpus = 1 if device not in ("auto", "cuda") else count
+    gpus = count if any_gpu else 1
     if not shared and ranks.local_size > gpus:
         raise LargemergeError(
             f"--device {device}: {ranks.local_size} ranks of this machine would share {gpus} GPU{'s' * (gpus > 1)}; "

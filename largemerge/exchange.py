@@ -19,8 +19,7 @@ import torch
 from largemerge.carriers import Carrier, Piece, cut, open_carrier, piece_bytes
 from largemerge.distributed import Ranks
 from largemerge.node import Node
-
-_cuda: Any = torch.cuda  # its streams and events carry no types
+from largemerge.streams import SideStream
 
 
 class Exchange:
@@ -42,7 +41,7 @@ class Exchange:
     ) -> None:
         self._ranks, self._carrier, self._device, self._team = ranks, carrier, device, team
         self._orders: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._stream = _cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = SideStream(device)
         # Where another rank is gone, this thread may stand still for ever; the process ends all the same.
         self._thread = threading.Thread(target=self._run, name="largemerge-exchange", daemon=True)
         self._thread.start()
@@ -70,8 +69,7 @@ class Exchange:
         """Until it is carried out: nobody may touch its tensors before."""
         with self._ranks.waits():
             arrived = order.result()
-        if arrived is not None:
-            _cuda.current_stream(self._device).wait_event(arrived)
+        self._stream.wait(arrived)
 
     def close(self) -> None:
         """After the last order."""
@@ -79,33 +77,17 @@ class Exchange:
         self._thread.join()
 
     def _order(self, views: Sequence[torch.Tensor], carry: Callable[[Piece], None], *, times: int = 1) -> Future[Any]:
-        ready = None
-        if self._stream is not None:
-            ready = _cuda.Event()
-            ready.record(_cuda.current_stream(self._device))
+        ready = self._stream.computed()
 
         def work() -> Any:
-            with self._on_stream(ready), self._ranks.counted(times * sum(view.nbytes for view in views)):
+            with self._stream.after(ready), self._ranks.counted(times * sum(view.nbytes for view in views)):
                 for piece in cut(views, piece_bytes(self._device)):
                     carry(piece)
-            if self._stream is None:
-                return None
-            arrived = _cuda.Event()
-            arrived.record(self._stream)
-            return arrived
+            return self._stream.arrived()
 
         order: Future[Any] = Future()
         self._orders.put((work, order))
         return order
-
-    @contextmanager
-    def _on_stream(self, ready: Any) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        with _cuda.device(self._device), _cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            yield
 
     def _run(self) -> None:
         failure: BaseException | None = None

@@ -41,6 +41,11 @@ def memory_in_use(device: torch.device) -> MemoryUse:
     return MemoryUse(_anonymous_bytes(total), total, on_device)
 
 
+def free_on_gpu(device: torch.device, local_ranks: int) -> int:
+    """Bytes: the part of each of so many processes, shared out evenly over this machine's GPUs."""
+    return int(torch.cuda.mem_get_info(device)[0]) // -(-local_ranks // torch.cuda.device_count())
+
+
 def _anonymous_bytes(otherwise: int) -> int:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")

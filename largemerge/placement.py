@@ -17,7 +17,7 @@ import torch
 
 from largemerge.config import MemoryConfig
 from largemerge.estimate import Footprint, Placement, Waiting, footprint
-from largemerge.memory import memory_in_use
+from largemerge.memory import free_on_gpu, memory_in_use
 from largemerge.output import existing_folder
 from largemerge.sizes import gib
 from largemerge.timing import NOMINAL_RATES, estimate_seconds
@@ -56,9 +56,7 @@ class Choice:
 
 def find_limits(memory: MemoryConfig, device: torch.device, out: Path | None, local_ranks: int = 1) -> Limits:
     """What the user allows every process, else its part of what this machine has free for `local_ranks` of them."""
-    free_device = 0
-    if device.type == "cuda":
-        free_device = torch.cuda.mem_get_info(device)[0] // -(-local_ranks // torch.cuda.device_count())
+    free_device = free_on_gpu(device, local_ranks) if device.type == "cuda" else 0
     free_host = psutil.virtual_memory().available // local_ranks + memory_in_use(device).host_anonymous
     return Limits(
         host=memory.host if memory.host is not None else int(free_host * _MARGIN),

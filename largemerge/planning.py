@@ -21,7 +21,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.cluster import Cluster
 from largemerge.config import MergeConfig
-from largemerge.devices import warm_up
+from largemerge.devices import compute_a_little, warm_up
 from largemerge.inputs import Inputs
 from largemerge.memory import memory_in_use
 from largemerge.merge_plan import MergePlan, Preparation
@@ -160,7 +160,7 @@ def process_bytes(machines: Machines) -> int:
     """Anonymous host memory of a process before the work."""
     if machines.cluster is not None:
         return machines.cluster.process_bytes
-    warm_up(machines.device)
+    warm_up(machines.device, lambda: compute_a_little(machines.device))
     return memory_in_use(machines.device).host_anonymous
 
 

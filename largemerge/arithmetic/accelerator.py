@@ -19,8 +19,9 @@ from largemerge.arithmetic.matrices import grouped
 from largemerge.arithmetic.registry import METHODS, merge_tensors
 from largemerge.arithmetic.stream import KEPT_BYTES, is_factored, worker_bytes
 from largemerge.arithmetic.tasks import Task
-from largemerge.devices import CPU, choose_device, device_of_rank
+from largemerge.devices import CPU, choose_device, device_of_rank, warm_up
 from largemerge.distributed import Ranks
+from largemerge.memory import free_on_gpu
 
 _cuda: Any = torch.cuda  # its streams carry no types
 _MARGIN = 0.9  # of what is free
@@ -105,19 +106,17 @@ def open_accelerator(
     if device.type == "cpu":
         return Accelerator(), ""
     with Accelerator(device).stream():
-        _warm_up(method, device)
-    free = torch.cuda.mem_get_info(device)[0] // -(-local_ranks // torch.cuda.device_count())
-    accelerator = Accelerator(device, int(_MARGIN * free) if limit is None else limit)
+        warm_up(device, lambda: _merge_a_little(method, device))
+    most = int(_MARGIN * free_on_gpu(device, local_ranks)) if limit is None else limit
+    accelerator = Accelerator(device, most)
     too_large = [task.name for task in tasks if device_bytes(method, task) > accelerator.most_bytes]
     return accelerator, ", ".join(grouped(too_large))
 
 
-def _warm_up(method: str, device: torch.device) -> None:
-    """Merges a little: libraries and kernels are loaded late and hold host memory, of which the plan is to know."""
+def _merge_a_little(method: str, device: torch.device) -> None:
     base = torch.rand(_LITTLE, device=device)
     with torch.inference_mode():
         merge_tensors(method, [base + torch.rand(_LITTLE, device=device) for _ in range(2)], base).to(CPU)
-    torch.cuda.empty_cache()
 
 
 def device_bytes(method: str, task: Task) -> int:

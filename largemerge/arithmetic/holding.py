@@ -10,7 +10,7 @@ take little memory, up to two for every core: while one waits for the disk, anot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -47,8 +47,8 @@ class Holding:
     num_workers: int
     kept_bytes: int
     peak_bytes: int
-    accelerator: Accelerator = field(default_factory=Accelerator)
-    device_bytes: int = 0
+    accelerator: Accelerator
+    device_bytes: int
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,8 @@ def plan_data_free(
     """
     assert not isinstance(source, MergeConfig)
     config = source if isinstance(source, DataFreeConfig) else load_data_free(source)
-    before = before or Before()
-    computes_on = accelerated_device(config.merge_method, device, ranks or Ranks())
+    before, ranks = before or Before(), ranks or Ranks()
+    computes_on = accelerated_device(config.merge_method, device, ranks)
     opened = open_all(config, before)
     reference = config.base_model if config.base_model is not None else config.references[0]
     vocabulary = _vocabulary(config, opened, reference, before)
@@ -179,7 +179,7 @@ def plan_data_free(
     adapter_bytes = sum(adapter.kept_bytes for adapter in opened.adapters.values())
     if device not in ("auto", "cpu") and computes_on.type == "cpu":
         layout.notes.append(f"{config.merge_method} goes element by element, at the speed of the disk: on the CPU")
-    limits = (limits or Limits()).or_those_of(config.memory, (ranks or Ranks()).local_size)
+    limits = (limits or Limits()).or_those_of(config.memory, ranks.local_size)
     plan = DataFreePlan(
         config=config,
         checkpoints=opened.checkpoints,

@@ -60,8 +60,7 @@ def run(
         )
         kinds = [_LAST] if METHODS[plan.config.merge_method].scaled is None else [_FIRST, _LAST]
         num_tasks = sum(len(part) for kind in kinds for part in passes.own(kind))
-        device = plan.holding.accelerator.device
-        progress = stack.enter_context(RunProgress(num_tasks, num_tasks, device, quiet=quiet))
+        progress = stack.enter_context(RunProgress(num_tasks, num_tasks, plan.device, quiet=quiet))
         for note in (*plan.layout.notes, *too_many_threads(ranks, CPU)):
             progress.tell(f"note: {note}")
         if _FIRST in kinds:

@@ -8,19 +8,16 @@ A block is noted as finished when it is on the disk. From a GPU it comes on a st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from largemerge.distributed import Ranks
 from largemerge.regression.clock import Clock
+from largemerge.streams import SideStream
 from largemerge.weights import Tensors, Weights
 
-_cuda: Any = torch.cuda  # its streams and events carry no types
 JsonObject = dict[str, Any]
 
 
@@ -36,7 +33,7 @@ class WriteBehind:
 
     def __init__(self, weights: Weights, clock: Clock, ranks: Ranks, done: Callable[[str, JsonObject], None]) -> None:
         self._weights, self._clock, self._ranks, self._done = weights, clock, ranks, done
-        self._stream = _cuda.Stream(weights.device) if weights.device.type == "cuda" else None
+        self._stream = SideStream(weights.device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="largemerge-write")
         self._writing: Future[int] | None = None
         self._merged: tuple[str, JsonObject] | None = None
@@ -66,7 +63,7 @@ class WriteBehind:
         if not on_disk:
             return
         if behind:
-            self._writing = self._pool.submit(self._write_later, on_disk, self._made())
+            self._writing = self._pool.submit(self._write_later, on_disk, self._stream.computed())
             return
         with self._clock.stage("write"), self._ranks.waits():
             self._num_bytes += self._weights.write(on_disk)
@@ -79,26 +76,9 @@ class WriteBehind:
         if self._writing is None:
             self._settle()
 
-    def _made(self) -> Any:
-        """The moment when all that the GPU has been told to compute is computed."""
-        if self._stream is None:
-            return None
-        event = _cuda.Event()
-        event.record(_cuda.current_stream(self._weights.device))
-        return event
-
-    def _write_later(self, on_disk: Tensors, made: Any) -> int:
-        with self._own_stream(made):
+    def _write_later(self, on_disk: Tensors, computed: Any) -> int:
+        with self._stream.after(computed):
             return self._weights.write(on_disk)
-
-    @contextmanager
-    def _own_stream(self, made: Any) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        with _cuda.device(self._weights.device), _cuda.stream(self._stream):
-            self._stream.wait_event(made)
-            yield
 
     def _settle(self) -> None:
         """Waits until all that was given is on the disk, and says so."""

@@ -15,10 +15,10 @@ from cases import MakeCase, weights_in
 from processes import journal
 
 import largemerge
+from largemerge import streams
 from largemerge.distributed import Ranks
 from largemerge.errors import LargemergeError, OutputError
 from largemerge.estimate import Placement
-from largemerge.regression import behind as behind_module
 from largemerge.regression.behind import WriteBehind
 from largemerge.regression.clock import Clock
 from largemerge.regression.engine import Engine
@@ -34,10 +34,10 @@ def behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", ["regmean", "regmean_plusplus"])
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "t5", "clip_vision"])
-def test_the_same_bits(make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, architecture: str, method: str) -> None:
+def test_the_same_bits(make_case: MakeCase, request: pytest.FixtureRequest, architecture: str, method: str) -> None:
     case = make_case(architecture, method=method)
     at_once = largemerge.merge(case.config, case.folder / "at-once", device="cpu").to_json()
-    monkeypatch.setattr(Placement, "writes_behind", lambda placement, device: placement.prefetch)
+    request.getfixturevalue("behind")
     later = largemerge.merge(case.config, case.folder / "behind", device="cpu").to_json()
     expected, found = weights_in(case.folder / "at-once"), weights_in(case.folder / "behind")
     assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -96,7 +96,7 @@ class Recorded:
 
 def test_on_a_gpu_writing_waits_for_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, done = Recorded(), list[Any]()
-    monkeypatch.setattr(behind_module, "_cuda", gpu)
+    monkeypatch.setattr(streams, "_cuda", gpu)
 
     def write(on_disk: Tensors) -> int:
         gpu.told.append("written")
