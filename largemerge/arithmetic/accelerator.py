@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from largemerge.arithmetic.loading import KEPT_BYTES, is_factored, worker_bytes
 from largemerge.arithmetic.matrices import grouped
 from largemerge.arithmetic.registry import METHODS, merge_tensors
-from largemerge.arithmetic.stream import KEPT_BYTES, is_factored, worker_bytes
 from largemerge.arithmetic.tasks import Task
 from largemerge.devices import CPU, choose_device, device_of_rank, warm_up
 from largemerge.distributed import Ranks

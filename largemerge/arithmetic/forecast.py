@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from largemerge.arithmetic.loading import is_factored
 from largemerge.arithmetic.pieces import PIECE_ELEMENTS
 from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.registry import merge_tensors
-from largemerge.arithmetic.stream import cost, is_factored, one_thread_each
+from largemerge.arithmetic.stream import cost, one_thread_each
 from largemerge.arithmetic.tasks import Task
 from largemerge.devices import CPU
 from largemerge.probe import read_rate, write_rate

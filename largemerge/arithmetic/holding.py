@@ -9,13 +9,13 @@ take little memory, up to two for every core: while one waits for the disk, anot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 
-from largemerge.arithmetic import stream
+from largemerge.arithmetic import loading
 from largemerge.arithmetic.accelerator import Accelerator, device_bytes, open_accelerator
 from largemerge.arithmetic.config import MemoryLimits
 from largemerge.arithmetic.registry import METHODS
@@ -40,6 +40,7 @@ class Holding:
         num_workers: That work side by side.
         kept_bytes: Of a tensor of all models, at most, that is kept between two readings.
         peak_bytes: Anonymous memory, libraries included.
+        buffer_bytes: Of it, what tensors are read into.
         accelerator: What computes matrices.
         device_bytes: On the GPU, at most.
     """
@@ -47,6 +48,7 @@ class Holding:
     num_workers: int
     kept_bytes: int
     peak_bytes: int
+    buffer_bytes: int
     accelerator: Accelerator
     device_bytes: int
 
@@ -88,12 +90,13 @@ def choose_holding(method: str, layout: Layout, adapter_bytes: int, limits: Limi
     free = int(_MARGIN * psutil.virtual_memory().available) // limits.local_ranks
     most = limits.host if limits.host is not None else before + free
     threads = torch.get_num_threads()
-    largest = {kept: _largest(method, layout.tasks, kept, accelerator) for kept in (stream.KEPT_BYTES, 0)}
-    there = [device_bytes(method, task) for task in layout.tasks if accelerator.computes(method, task)]
-    there.sort(reverse=True)
+    largest = {kept: _largest(method, layout.tasks, kept, accelerator) for kept in (loading.KEPT_BYTES, 0)}
+    read = {kept: _most_first(loading.read_bytes(method, task, kept) for task in layout.tasks) for kept in largest}
+    there = _most_first(device_bytes(method, task) for task in layout.tasks if accelerator.computes(method, task))
 
     def way(workers: int, kept: int) -> Holding:
-        return Holding(workers, kept, before + sum(largest[kept][:workers]), accelerator, sum(there[:workers]))
+        peak = before + sum(largest[kept][:workers])
+        return Holding(workers, kept, peak, sum(read[kept][:workers]), accelerator, sum(there[:workers]))
 
     most_workers = _WORKERS_OF_GPU if accelerator.is_gpu else threads
     ways = [way(workers, kept) for workers in range(most_workers, 0, -1) for kept in largest]
@@ -132,11 +135,15 @@ def _told(method: str, wanted: Holding, chosen: Holding, most: int) -> str:
 
 
 def _largest(method: str, tasks: Sequence[Task], kept_bytes: int, accelerator: Accelerator) -> list[int]:
-    return sorted((_host_bytes(method, task, kept_bytes, accelerator) for task in tasks), reverse=True)
+    return _most_first(_host_bytes(method, task, kept_bytes, accelerator) for task in tasks)
+
+
+def _most_first(numbers: Iterable[int]) -> list[int]:
+    return sorted(numbers, reverse=True)
 
 
 def _host_bytes(method: str, task: Task, kept_bytes: int, accelerator: Accelerator) -> int:
     """What a worker holds at most, on the host, while it is at a task."""
     if accelerator.computes(method, task):
         return 2 * task.num_elements * max(task.dtype.itemsize, task.out_dtype.itemsize) + _HANDLES_BYTES
-    return stream.worker_bytes(method, task, kept_bytes)
+    return loading.worker_bytes(method, task, kept_bytes)

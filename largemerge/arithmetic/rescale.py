@@ -17,11 +17,12 @@ from types import TracebackType
 
 import torch
 
+from largemerge.arithmetic.loading import PieceLoader
 from largemerge.arithmetic.method import Way
 from largemerge.arithmetic.pieces import Cut
 from largemerge.arithmetic.plan import DataFreePlan
 from largemerge.arithmetic.registry import METHODS
-from largemerge.arithmetic.stream import PieceLoader, told_as_merge_error, write_piece
+from largemerge.arithmetic.stream import told_as_merge_error, write_piece
 from largemerge.arithmetic.tasks import Task
 from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import ShardWriter, layout_shards

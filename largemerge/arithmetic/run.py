@@ -20,7 +20,6 @@ from largemerge.output import OutputFolder
 from largemerge.progress import RunProgress
 from largemerge.sharing import choose_owners
 
-_FREE_BYTES = 96 << 20  # of memory for tensors, at most, while nobody uses it
 _FIRST, _LAST = "unscaled part", "part"  # names in the journal
 
 
@@ -44,7 +43,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(ranks.works())
         files = {**plan.checkpoints, **plan.companions}
-        buffers = Buffers(_FREE_BYTES)
+        buffers = Buffers(plan.holding.buffer_bytes)
         readers = {
             name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name), buffers))
             for name, checkpoint in files.items()

@@ -13,7 +13,7 @@ import yaml
 from cases import weights_in
 
 import largemerge
-from largemerge.arithmetic import holding, stream
+from largemerge.arithmetic import holding, loading, pieces
 from largemerge.cli import main
 from largemerge.errors import LargemergeError
 from largemerge.memory import memory_in_use
@@ -49,16 +49,17 @@ def test_less_memory_less_at_once_the_same_bits(
 ) -> None:
     before = memory_in_use(torch.device("cpu"))  # later it would be more, or less: limits count from there
     monkeypatch.setattr(holding, "memory_in_use", lambda _: before)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 500)
+    monkeypatch.setattr(loading, "_SPAN_BYTES", 4000)
     free = largemerge.merge(config, tmp_path / "free")
-    assert free.plan.num_workers == 4 and free.plan.holding.kept_bytes == stream.KEPT_BYTES
+    assert free.plan.num_workers == 4 and free.plan.holding.kept_bytes == loading.KEPT_BYTES
     assert not any("workers at a time" in note for note in free.plan.layout.notes)
-    one = max(stream.worker_bytes("ties", task, 0) for task in free.plan.layout.tasks)
-    for fewer, less in ((0, one // 4), (2, int(2.5 * one))):
+    least = sorted((loading.worker_bytes("ties", task, 0) for task in free.plan.layout.tasks), reverse=True)
+    for fewer, limit in ((0, free.plan.peak_bytes - 1), (2, before.host_anonymous + sum(least[:2]))):
         out = tmp_path / f"limited-{fewer}"
-        limit = free.plan.peak_bytes - less
         limited = largemerge.merge(config | {"memory": {"host": limit}}, out)
         assert limited.plan.peak_bytes <= limit
-        assert (limited.plan.num_workers, limited.plan.holding.kept_bytes) <= (4 - fewer, stream.KEPT_BYTES)
+        assert (limited.plan.num_workers, limited.plan.holding.kept_bytes) <= (4 - fewer, loading.KEPT_BYTES)
         assert limited.plan.holding != free.plan.holding
         assert any("workers at a time" in note for note in limited.plan.layout.notes)
         merged, expected = weights_in(out), weights_in(tmp_path / "free")
@@ -85,7 +86,7 @@ def test_many_cores_hold_no_more(config: dict[str, Any], tmp_path: Path, monkeyp
     torch.set_num_threads(16)
     least = largemerge.plan(config, probe=False)
     assert least.num_workers == 4 and not least.layout.notes
-    one = max(stream.worker_bytes("ties", task, stream.KEPT_BYTES) for task in least.layout.tasks)
+    one = max(loading.worker_bytes("ties", task, loading.KEPT_BYTES) for task in least.layout.tasks)
     monkeypatch.setattr(holding, "_LITTLE_BYTES", least.peak_bytes + 2 * one)
     plan = largemerge.plan(config, probe=False)
     assert 6 <= plan.num_workers < 16 and plan.peak_bytes <= holding._LITTLE_BYTES and not plan.layout.notes

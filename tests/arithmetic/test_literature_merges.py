@@ -18,7 +18,7 @@ from cases import weights_in
 from merge_cases import kill_and_resume
 
 import largemerge
-from largemerge.arithmetic import stream
+from largemerge.arithmetic import loading, stream
 from largemerge.arithmetic.registry import METHODS
 
 Weights = dict[str, torch.Tensor]
@@ -214,7 +214,7 @@ def test_fewer_workers_where_memory_is_short(tmp_path: Path, monkeypatch: pytest
     try:
         torch.set_num_threads(4)
         plan = largemerge.plan(path, device="cpu")
-        one = max(stream.worker_bytes("tsv_m", task, stream.KEPT_BYTES) for task in plan.layout.tasks)
+        one = max(loading.worker_bytes("tsv_m", task, loading.KEPT_BYTES) for task in plan.layout.tasks)
         free = psutil.virtual_memory()._replace(available=int(2.5 * one / 0.9))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
         short = largemerge.plan(path, device="cpu")
@@ -231,7 +231,7 @@ def test_small_matrices_are_read_once_by_formulas_that_want_them_twice(
     path = large_config(tmp_path, method)
     kept = largemerge.merge(path, tmp_path / "kept", device="cpu")
     assert kept.bytes_read == kept.plan.bytes_read
-    monkeypatch.setattr(stream, "KEPT_BYTES", 0)
+    monkeypatch.setattr(loading, "KEPT_BYTES", 0)
     again = largemerge.merge(path, tmp_path / "again", device="cpu")
     assert again.bytes_read > again.plan.bytes_read
     assert processes.lasting(tmp_path / "kept") == processes.lasting(tmp_path / "again")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import largemerge
 from largemerge import LargemergeError
-from largemerge.arithmetic import holding, pieces, stream
+from largemerge.arithmetic import holding, loading, pieces
 from largemerge.arithmetic.registry import METHODS, merge_tensors
 
 
@@ -176,7 +176,8 @@ def test_workers_and_readings_change_nothing(tmp_path: Path, method: str, monkey
         assert largemerge.merge(config, tmp_path / "one").plan.num_workers == 1
         torch.set_num_threads(4)
         monkeypatch.setattr(holding, "_LITTLE_BYTES", 2 << 30)
-        monkeypatch.setattr(stream, "KEPT_BYTES", 0)
+        monkeypatch.setattr(loading, "KEPT_BYTES", 0)
+        monkeypatch.setattr(loading, "_SPAN_BYTES", 1000)
         report = largemerge.merge(config, tmp_path / "four")
     finally:
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import largemerge
 from largemerge import LargemergeError
-from largemerge.arithmetic import pieces, stream
+from largemerge.arithmetic import loading, pieces, stream
 
 Config = dict[str, Any]
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -94,7 +94,7 @@ def test_with_a_base_its_embeddings_stand_in(tmp_path: Path, method: str, monkey
         entry.pop("parameters")
     largemerge.merge(config, tmp_path / "out")
     loads_and_speaks(tmp_path / "out", "the end")
-    monkeypatch.setattr(stream, "KEPT_BYTES", 0)
+    monkeypatch.setattr(loading, "KEPT_BYTES", 0)
     largemerge.merge(config, tmp_path / "read-twice")
     assert processes.lasting(tmp_path / "read-twice") == processes.lasting(tmp_path / "out")
 

@@ -45,6 +45,21 @@ def test_only_so_much_stays_free() -> None:
     assert private_bytes() - before < 4 * SIZE
 
 
+def test_what_waits_makes_room_for_what_is_lent() -> None:
+    buffers = Buffers(3 * SIZE)
+    first, second = (buffers.lend(SIZE).fill_(0) for _ in range(2))
+    place = first.data_ptr()
+    del first
+    again = buffers.lend(SIZE)
+    assert again.data_ptr() == place, "it waited"
+    del again
+    gc.collect()
+    before = private_bytes()
+    large = buffers.lend(2 * SIZE).fill_(1)
+    assert private_bytes() - before < SIZE + SIZE // 2, "and was given back: 3 are lent"
+    assert len(large) == 2 * SIZE and len(second) == SIZE
+
+
 def test_many_threads_never_share_a_region() -> None:
     buffers = Buffers(4 * SIZE)
 
