@@ -3,6 +3,7 @@
     python benchmarks/data_free_vs_mergekit.py --geometry 1.1b --work DIR          # 13 GB of disk, an hour (mergekit's)
     python benchmarks/data_free_vs_mergekit.py --geometry 1.1b --methods linear ties --work DIR
     python benchmarks/data_free_vs_mergekit.py --models BASE A B C --work DIR      # real checkpoints instead
+    python benchmarks/data_free_vs_mergekit.py --models BASE A B C --methods ties --stable-sort --work DIR
     python benchmarks/data_free_vs_mergekit.py --geometry tiny --no-peer --work DIR    # a smoke test
 
 Both read the same YAML, written for every method: K = 3 models of equal weights and a base where the method has one,
@@ -10,8 +11,9 @@ without `dtype`, as most people write it, or with `--dtype float32` (written in 
 its own, ours first for every other method, and begins with no input in the system's cache. Of the rates, the disk's is
 that of the same bytes moved past the system's cache by four threads that do nothing else, with fsync. Agreement is
 after rounding to bfloat16: the shares of elements that are the same, and that are one unit in the last place away.
-mergekit gets a virtual environment of its own; random methods are compared by their distance to the base, and by how
-many elements have moved. Ends with one line of JSON.
+mergekit gets a virtual environment of its own; with `--stable-sort` its sorts leave equal elements in their order.
+Random methods are compared by their distance to the base, and by how many elements have moved. Ends with one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ PEER = "mergekit"
 PEER_REQUIREMENTS = ("mergekit==0.1.5",)
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 NUM_MODELS = 3
-COPY_BYTES, COPY_THREADS = 1 << 20, 4
+COPY_BYTES, COPY_THREADS = 8 << 20, 4
+STABLE = Path(__file__).parent / "peers" / "mergekit_stable_sort.py"
 TARGETS = {
     "linear": 0.3,
     "slerp": 0.3,
@@ -70,12 +73,19 @@ def main() -> None:
         config = work / f"{method}.yml"
         config.write_text(yaml.safe_dump(merge_config(method, models, arguments.dtype), sort_keys=False))
         peer = python if method in arguments.peer_methods else None
-        rows.append(_measure(method, config, work, peer, models, peer_first=number % 2 == 1))
+        command = None if peer is None else _peer_command(peer, stable_sort=arguments.stable_sort)
+        rows.append(_measure(method, config, work, command, models, peer_first=number % 2 == 1))
         print(json.dumps(rows[-1]), flush=True)
     ties = next((row["peer_seconds"] for row in rows if row["method"] == "ties"), None)
     bare = {count: _transfer_seconds(models[-count:], work / "copied") for count in (2, 3, 4) if count <= len(models)}
     _print(rows, ties, bare)
-    result = {"rows": rows, "transfer_seconds": bare, "dtype": arguments.dtype, "models": [m.name for m in models]}
+    result = {
+        "rows": rows,
+        "transfer_seconds": bare,
+        "dtype": arguments.dtype,
+        "stable_sort": arguments.stable_sort,
+        "models": [m.name for m in models],
+    }
     print(json.dumps({"benchmark": "data_free_vs_mergekit", "machine": machine(), **result}))
     if not arguments.keep and not arguments.models:
         shutil.rmtree(work / "inputs")
@@ -90,6 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-methods", nargs="+", default=both, help="mergekit runs only for these (default: all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in which both compute (default: as stored)")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for all files")
+    parser.add_argument("--stable-sort", action="store_true", help="in mergekit, where equals come at the threshold")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="only ours")
     parser.add_argument("--torch", default=OWN_TORCH, help="requirement for mergekit's environment (%(default)s)")
     parser.add_argument("--keep", action="store_true", help="do not delete synthetic models")
@@ -119,17 +130,21 @@ def merge_config(method: str, models: Sequence[Path], dtype: str | None) -> dict
     return config | ({"dtype": dtype, "out_dtype": "bfloat16"} if dtype is not None else {})
 
 
+def _peer_command(python: Path, *, stable_sort: bool) -> list[str]:
+    return [str(python), str(STABLE)] if stable_sort else [str(python.parent / "mergekit-yaml")]
+
+
 def _measure(
-    method: str, config: Path, work: Path, python: Path | None, models: Sequence[Path], *, peer_first: bool
+    method: str, config: Path, work: Path, peer: list[str] | None, models: Sequence[Path], *, peer_first: bool
 ) -> dict[str, Any]:
     ours, theirs = work / "ours", work / "theirs"
     own = [sys.executable, "-m", "largemerge", "merge", str(config), str(ours), "--force", "--quiet"]
     planned = [sys.executable, "-m", "largemerge", "plan", str(config), "--json"]
     plan = json.loads(subprocess.run(planned, capture_output=True, check=True, text=True).stdout)
     commands = [("ours", own)]
-    if python is not None:
+    if peer is not None:
         shutil.rmtree(theirs, ignore_errors=True)
-        commands.append(("peer", [str(python.parent / "mergekit-yaml"), str(config), str(theirs), "--allow-crimes"]))
+        commands.append(("peer", [*peer, str(config), str(theirs), "--allow-crimes"]))
     measured: dict[str, Measured] = {}
     for name, command in reversed(commands) if peer_first else commands:
         drop_from_cache([path for model in models for path in model.glob("*.safetensors")])
@@ -146,7 +161,7 @@ def _measure(
         "bytes_written": report["bytes_written"],
         "peer_seconds": None,
     }
-    if python is not None:
+    if peer is not None:
         row |= {"peer_seconds": measured["peer"].seconds, "peer_peak_bytes": measured["peer"].peak_anonymous_bytes}
         row |= _distances(ours, theirs, models[0]) if method in RANDOM else _agreement(ours, theirs)
     return row

@@ -1,12 +1,13 @@
 """Where largemerge and mergekit give other numbers for the same YAML: who is right, and does mergekit repeat itself?
 
     python benchmarks/rounding.py --geometry 1.1b --work DIR            # 16 GB of disk, 25 minutes
-    python benchmarks/rounding.py --inputs DIR --methods slerp --work DIR   # models that lie there
+    python benchmarks/rounding.py --inputs DIR --methods slerp --work DIR   # synthetic ones that lie there
+    python benchmarks/rounding.py --models BASE A B C --dtype float32 --work DIR   # real checkpoints
     python benchmarks/rounding.py --geometry tiny --no-peer --work DIR  # a smoke test
 
-The YAML of `data_free_vs_mergekit.py` without `dtype`, of models stored in bfloat16. Every method is merged once by
-largemerge and twice by mergekit, with 1 and with 2 threads. The judge is the method's own formula, below: dense, tensor
-by tensor, in float64, from the bfloat16 inputs, rounded once at the end; nothing of it is shared with either of them.
+The YAML of `data_free_vs_mergekit.py`, without `dtype` or with it, of models stored in bfloat16. Every method is merged
+once by largemerge and twice by mergekit, with 1 and with 2 threads. The judge is the method's own formula, below: in
+float64, dense, tensor by tensor, from the bfloat16 inputs, rounded once at the end; neither shares anything with it.
 Numbers are the same if they are so in bfloat16. An error is ‖x - y‖ / ‖y - W_0‖ over all tensors, y the float64 result
 and W_0 the base or, where there is none, the first model; that of y rounded is the least that bfloat16 allows. Nothing
 is timed. Ends with one line of JSON.
@@ -47,16 +48,18 @@ def main() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    models = synthetic_models((arguments.inputs or work / "inputs").resolve(), arguments.geometry)
+    given = [Path(model).resolve() for model in arguments.models]
+    models = given or synthetic_models((arguments.inputs or work / "inputs").resolve(), arguments.geometry)
     python = make_environment(work / "mergekit", PEER_REQUIREMENTS) if arguments.peer else None
     rows = []
     for method in arguments.methods:
-        config = merge_config(method, models, None)
+        config = merge_config(method, models, arguments.dtype)
         rows.append({"method": method, **_judge(method, config, _merge(config, work, python))})
         print(json.dumps(rows[-1]), flush=True)
     _print(rows)
-    print(json.dumps({"benchmark": "rounding", "machine": machine(), "geometry": arguments.geometry, "rows": rows}))
-    if arguments.inputs is None:
+    result = {"models": [model.name for model in models], "dtype": arguments.dtype, "rows": rows}
+    print(json.dumps({"benchmark": "rounding", "machine": machine(), **result}))
+    if arguments.inputs is None and not given:
         shutil.rmtree(work / "inputs")
 
 
@@ -64,6 +67,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Whose rounding; see the top of this file.")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="of synthetic models (%(default)s)")
     parser.add_argument("--inputs", type=Path, metavar="DIR", help="where they lie or go, and stay (WORK/inputs)")
+    parser.add_argument("--models", nargs="*", default=[], metavar="DIR", help="base and models, instead")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in which both compute (default: as stored)")
     parser.add_argument("--methods", nargs="+", choices=FORMULAS, default=list(FORMULAS), help="(default: all)")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for all files")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="only ours")

@@ -3,7 +3,8 @@
     v_i           the tensors, as vectors            G_ij = <v_i, v_j>   summed over pieces (`sums.py`)
     result        Σ c_i v_i                          the c_i from G alone
 
-so that each of these methods reads the tensors twice at most, whatever their size, and iterates over K numbers.
+so that each of these methods reads the tensors twice at most, whatever their size, and iterates over K numbers. Results
+are summed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 import torch
 
 from largemerge.arithmetic.pieces import Piece, Pieces
-from largemerge.arithmetic.sums import inner_products
+from largemerge.arithmetic.sums import inner_products, weighted_sum
 
 _COLINEAR = 0.9995  # cosine from which on slerp interpolates on the line
 _EPS = 1e-8
@@ -50,7 +51,6 @@ def _products(pieces: Iterable[list[torch.Tensor]]) -> torch.Tensor:
 
 def slerp(piece: Piece, products_KK: torch.Tensor) -> torch.Tensor:
     """sin((1-t)θ)/sin θ · A + sin(tθ)/sin θ · B; on the line where A and B are nearly parallel. A is the base."""
-    base, other = piece.origin, piece.tensors[0]
     norms = products_KK.diagonal().sqrt().tolist()
     cosine = products_KK[0, 1].item() / math.prod(norm if norm > _EPS else 1.0 for norm in norms)
     t = piece.options["t"]
@@ -59,27 +59,26 @@ def slerp(piece: Piece, products_KK: torch.Tensor) -> torch.Tensor:
     else:
         theta = math.acos(cosine)
         first, second = math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
-    merged: torch.Tensor = base.float() * first
-    return merged.add_(other.float() * second).to(base.dtype)
+    return weighted_sum([piece.origin, piece.tensors[0]], [first, second]).to(piece.origin.dtype)
 
 
 def nuslerp(piece: Piece, products_KK: torch.Tensor | None) -> torch.Tensor:
     """Slerp of two tensors, or task vectors, at t = w_2 / (w_1 + w_2); of all as one vector, or of rows or columns."""
     weights = piece.each["weight"]
     t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
-    first, second = vectors(piece)
-    dim = 0 if piece.options["nuslerp_row_wise"] else -1
+    first, second = _exact_vectors(piece)
     if products_KK is not None:
         norms = products_KK.diagonal().sqrt().clamp(min=1e-7)
-        cosine = (products_KK[0, 1] / norms.prod()).to(first.dtype)
+        cosine = products_KK[0, 1] / norms.prod()
     else:
+        dim = 0 if piece.options["nuslerp_row_wise"] else -1
         norms = first.norm(dim=dim, keepdim=True).clamp(min=1e-7) * second.norm(dim=dim, keepdim=True).clamp(min=1e-7)
-        cosine = (first * second).sum(dim=dim, keepdim=True) / norms
+        cosine = ((first * second).sum(dim=dim, keepdim=True) / norms).double()
     theta = cosine.clamp(-1, 1).acos()
     sine = theta.sin()
-    merged = (((1 - t) * theta).sin() * first + (t * theta).sin() * second) / sine
-    merged = torch.where(sine.abs() < _EPS, (1 - t) * first + t * second, merged)
-    return merged if piece.base is None else piece.base + merged
+    straight = sine.abs() < _EPS
+    shares = [torch.where(straight, share, (share * theta).sin() / sine).float() for share in (1 - t, t)]
+    return _on_base(piece, first.mul_(shares[0]).add_(second.mul_(shares[1])))
 
 
 def multislerp(piece: Piece, products_KK: torch.Tensor) -> torch.Tensor:
@@ -139,7 +138,7 @@ def karcher(piece: Piece, products_KK: torch.Tensor) -> torch.Tensor:
             break
         mean_K = math.cos(length) * mean_K + math.sin(length) / length * step_K
         mean_K = mean_K / max(_norm(mean_K, products_KK), tol)
-    return _sum(tensors, mean_K * norms.mean())
+    return weighted_sum(tensors, (mean_K * norms.mean()).tolist()).to(tensors[0].dtype)
 
 
 def _norm(coefficients_K: torch.Tensor, products_KK: torch.Tensor) -> float:
@@ -147,12 +146,15 @@ def _norm(coefficients_K: torch.Tensor, products_KK: torch.Tensor) -> float:
 
 
 def _combined(piece: Piece, coefficients_K: torch.Tensor) -> torch.Tensor:
-    merged = _sum(vectors(piece), coefficients_K)
-    return merged if piece.base is None else piece.base + merged
+    return _on_base(piece, weighted_sum(_exact_vectors(piece), coefficients_K.tolist()))
 
 
-def _sum(tensors: list[torch.Tensor], coefficients_K: torch.Tensor) -> torch.Tensor:
-    total = torch.zeros_like(tensors[0], dtype=torch.float32)
-    for tensor, coefficient in zip(tensors, coefficients_K.tolist(), strict=True):
-        total.add_(tensor.float(), alpha=coefficient)
-    return total.to(tensors[0].dtype)
+def _exact_vectors(piece: Piece) -> list[torch.Tensor]:
+    """`vectors`, not rounded; float32."""
+    tensors = [tensor.to(torch.float32, copy=True) for tensor in piece.tensors]
+    return tensors if piece.base is None else [tensor.sub_(piece.base) for tensor in tensors]
+
+
+def _on_base(piece: Piece, merged: torch.Tensor) -> torch.Tensor:
+    """A merged vector (float32, used up), where there is a base added to it."""
+    return (merged if piece.base is None else merged.add_(piece.base)).to(piece.tensors[0].dtype)

@@ -9,6 +9,7 @@ import torch
 
 from largemerge.arithmetic.pieces import Piece, Pieces
 from largemerge.arithmetic.selection import order_statistics
+from largemerge.arithmetic.sums import weighted_sum
 
 _SINGULAR = 1e-6
 
@@ -16,17 +17,18 @@ _SINGULAR = 1e-6
 def model_stock(piece: Piece, products_KK: torch.Tensor | None) -> torch.Tensor:
     """T W̄ + (1-t) W_0 with t = K cos θ / (1 + (K-1) cos θ), θ the mean angle between task vectors.
 
-    Model Stock, arXiv 2403.19522. One angle for a tensor, or one for every row (`filter_wise`).
+    Model Stock, arXiv 2403.19522. One angle for a tensor, or one for every row (`filter_wise`). Summed in float32 and
+    rounded once.
     """
     base = piece.origin
     count = len(piece.tensors)
     pairs = list(itertools.combinations(range(count), 2))
     if products_KK is not None:
-        norms, products = products_KK.diagonal().sqrt().to(base.dtype), products_KK.to(base.dtype)
-        each = [products[i, j] / (norms[i] * norms[j]).clamp(min=1e-6) for i, j in pairs]
+        norms = products_KK.diagonal().sqrt()
+        each = [products_KK[i, j] / (norms[i] * norms[j]).clamp(min=1e-6) for i, j in pairs]
         cosine = torch.stack(each).clamp(-1, 1).mean()
     else:
-        offsets = [tensor - base for tensor in piece.tensors]
+        offsets = [tensor.float() - base for tensor in piece.tensors]
         offsets = [offset if offset.dim() > 1 else offset[None] for offset in offsets]
         lengths = [offset.norm(dim=-1) for offset in offsets]
         each = [(offsets[i] * offsets[j]).sum(dim=-1) / (lengths[i] * lengths[j]).clamp(min=1e-6) for i, j in pairs]
@@ -34,9 +36,9 @@ def model_stock(piece: Piece, products_KK: torch.Tensor | None) -> torch.Tensor:
         cosine = cosine if base.dim() > 1 else cosine.reshape(1)
     divisor = 1 + (count - 1) * cosine
     singular = divisor.abs() < _SINGULAR  # task vectors that cancel out: the base stays
-    t = torch.where(singular, 0, count * cosine / divisor.masked_fill(singular, 1))
-    average = sum(piece.tensors[1:], start=piece.tensors[0]) / count
-    return t * average + (1 - t) * base
+    t = torch.where(singular, 0, count * cosine / divisor.masked_fill(singular, 1)).float()
+    average = weighted_sum(piece.tensors, [1 / count] * count)
+    return average.mul_(t).add_(base.float() * (1 - t)).to(base.dtype)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,14 @@ def inner_products(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     return gram_KK
 
 
+def weighted_sum(tensors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+    """Σ f_i x_i in float32."""
+    total = tensors[0].to(torch.float32, copy=True).mul_(factors[0])
+    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
+        total.add_(tensor, alpha=factor)
+    return total
+
+
 def _stretches(flat: torch.Tensor) -> list[torch.Tensor]:
     """`[S, N]` of whole stretches, and what is left over as one."""
     whole = flat.numel() // _STRETCH * _STRETCH
