@@ -8,8 +8,8 @@
 
 Both read the same YAML, written for every method: K = 3 models of equal weights and a base where the method has one,
 without `dtype`, as most people write it, or with `--dtype float32` (written in bfloat16). Each merge is a process of
-its own, ours first for every other method, and begins with no input in the system's cache. Of the rates, the disk's is
-that of the same bytes moved past the system's cache by four threads that do nothing else, with fsync. Agreement is
+its own, ours first for every other method, and begins with no input in the system's cache. The disk's rate is that of
+the same bytes moved past the system's cache by four threads that do nothing else, with fsync, after both. Agreement is
 after rounding to bfloat16: the shares of elements that are the same, and that are one unit in the last place away.
 mergekit gets a virtual environment of its own; with `--stable-sort` its sorts leave equal elements in their order.
 Random methods are compared by their distance to the base, and by how many elements have moved. Ends with one line of
@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,9 @@ def main() -> None:
         rows.append(_measure(method, config, work, command, models, peer_first=number % 2 == 1))
         print(json.dumps(rows[-1]), flush=True)
     ties = next((row["peer_seconds"] for row in rows if row["method"] == "ties"), None)
-    bare = {count: _transfer_seconds(models[-count:], work / "copied") for count in (2, 3, 4) if count <= len(models)}
-    _print(rows, ties, bare)
+    _print(rows, ties)
     result = {
         "rows": rows,
-        "transfer_seconds": bare,
         "dtype": arguments.dtype,
         "stable_sort": arguments.stable_sort,
         "models": [m.name for m in models],
@@ -159,6 +157,7 @@ def _measure(
         "planned_peak_bytes": report["plan"]["peak_bytes"],
         "bytes_read": report["bytes_read"],
         "bytes_written": report["bytes_written"],
+        "transfer_seconds": _transfer_seconds(models[-len(report["inputs"]) :], work / "copied"),
         "peer_seconds": None,
     }
     if peer is not None:
@@ -251,7 +250,7 @@ def _write_some(out: DataFile, places: list[int], size: int, data: torch.Tensor)
     out.write(offset, data[: size - offset])
 
 
-def _print(rows: Sequence[dict[str, Any]], ties: float | None, bare: Mapping[int, float]) -> None:
+def _print(rows: Sequence[dict[str, Any]], ties: float | None) -> None:
     print(
         "\n| method | time | merging | planned | mergekit | ratio | target | peak, anonymous | planned "
         "| mergekit's peak | same | 1 ulp |"
@@ -281,14 +280,10 @@ def _print(rows: Sequence[dict[str, Any]], ties: float | None, bare: Mapping[int
             cells += [f"moved {row['moved']:.4f} / {row['peer_moved']:.4f}"]
         print(f"| {' | '.join(cells)} |")
     print(f"\npeak target: {PEAK_TARGET_GIB} GiB; machine: {', '.join(f'{k} {v}' for k, v in machine().items())}")
-    for count, seconds in bare.items():
-        print(f"bare transfers, {count} models read and one written: {seconds:.1f} s")
     for row in rows:
-        count = round(row["bytes_read"] / row["bytes_written"])
-        if count in bare:
-            share = 100 * bare[count] / row["merge_seconds"]
-            print(f"{row['method']}: {share:.0f} % of the rate of bare transfers (linear's target: 60 %)")
-    print()
+        share = row["transfer_seconds"] / row["merge_seconds"]
+        print(f"{row['method']}: {share:.0%} of the rate of bare transfers, {row['transfer_seconds']:.1f} s")
+    print("(linear's target: 60%)\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from largemerge.arithmetic.accelerator import Accelerator, device_bytes, open_ac
 from largemerge.arithmetic.config import MemoryLimits
 from largemerge.arithmetic.registry import METHODS
 from largemerge.arithmetic.tasks import Layout, Task
+from largemerge.checkpoint.buffers import with_rounding
 from largemerge.devices import CPU
 from largemerge.memory import memory_in_use
 from largemerge.sizes import gib
@@ -95,8 +96,9 @@ def choose_holding(method: str, layout: Layout, adapter_bytes: int, limits: Limi
     there = _most_first(device_bytes(method, task) for task in layout.tasks if accelerator.computes(method, task))
 
     def way(workers: int, kept: int) -> Holding:
-        peak = before + sum(largest[kept][:workers])
-        return Holding(workers, kept, peak, sum(read[kept][:workers]), accelerator, sum(there[:workers]))
+        buffers = sum(read[kept][:workers])
+        peak = before + sum(largest[kept][:workers]) + with_rounding(buffers) - buffers
+        return Holding(workers, kept, peak, buffers, accelerator, sum(there[:workers]))
 
     most_workers = _WORKERS_OF_GPU if accelerator.is_gpu else threads
     ways = [way(workers, kept) for workers in range(most_workers, 0, -1) for kept in largest]

@@ -28,7 +28,7 @@ class Buffers:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self._most = num_bytes + num_bytes // _ROUNDING
+        self._most = with_rounding(num_bytes)
         self._free: list[tuple[int, int, mmap.mmap]] = []  # size, a number that orders equals, region
         self._free_bytes = self._lent_bytes = self._number = 0
         self._returned: deque[mmap.mmap] = deque()  # not sorted in yet
@@ -84,6 +84,11 @@ class Buffers:
         while self._free and self._free_bytes + self._lent_bytes > self._most:
             oldest = min(range(len(self._free)), key=lambda index: self._free[index][1])
             self._free_bytes -= self._free.pop(oldest)[0]
+
+
+def with_rounding(num_bytes: int) -> int:
+    """What regions for so many bytes take at most."""
+    return num_bytes + num_bytes // _ROUNDING
 
 
 def _rounded(num_bytes: int) -> int:
