@@ -95,11 +95,8 @@ def test_mergekit_yaml(tmp_path: Path) -> None:
 def test_data_free_methods(tmp_path: Path) -> None:
     small = ("--geometry", "tiny", "--methods", "linear", "ties", "--no-peer")
     found = result(run("data_free_vs_mergekit.py", *small, "--work", tmp_path, cwd=tmp_path), "data_free_vs_mergekit")
-    assert [row["method"] for row in found["rows"]] == ["linear", "ties"] and set(found["transfer_seconds"]) == {
-        "2",
-        "3",
-        "4",
-    }
+    assert [row["method"] for row in found["rows"]] == ["linear", "ties"]
+    assert all(row["transfer_seconds"] > 0 for row in found["rows"])
 
 
 def test_whose_rounding(tmp_path: Path) -> None:

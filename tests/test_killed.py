@@ -151,7 +151,7 @@ def test_ctrl_c_prints_a_command_that_goes_on(long_case: Case, tmp_path: Path) -
     """In a folder whose name needs quotes, with options that must be given again."""
     out, log = tmp_path / "the output", tmp_path / "log"
     slow = Case(json.loads(json.dumps(long_case.config)), long_case.models, long_case.inputs, tmp_path)
-    slow.config["calibration"]["batch_size"] = 2
+    slow.config["calibration"]["batch_size"] = 1
     slow.write_yaml()
     arguments = [str(argument) for argument in merging(slow, out, "--device", "cpu")]
     environment = os.environ | processes.ENVIRONMENT
