@@ -151,12 +151,16 @@ def test_ctrl_c_prints_a_command_that_goes_on(long_case: Case, tmp_path: Path) -
     """In a folder whose name needs quotes, with options that must be given again."""
     out, log = tmp_path / "the output", tmp_path / "log"
     slow = Case(json.loads(json.dumps(long_case.config)), long_case.models, long_case.inputs, tmp_path)
-    slow.config["calibration"]["batch_size"] = 1
+    slow.config["calibration"]["batch_size"] = 2
     slow.write_yaml()
     arguments = [str(argument) for argument in merging(slow, out, "--device", "cpu")]
     environment = os.environ | processes.ENVIRONMENT
     command = [sys.executable, "-m", "largemerge", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+
+    def listen() -> None:  # also where the tests run in the background of a shell, which has them ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listen) as process:
         processes.wait_until(lambda: journal(out) or process.poll() is not None)
         process.send_signal(signal.SIGINT)
         _, text = process.communicate(timeout=60)
