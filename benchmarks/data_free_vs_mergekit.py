@@ -35,9 +35,9 @@ import yaml
 from safetensors import safe_open
 
 from environments import OWN_TORCH, make_environment
-from largemerge.arithmetic.literature import LITERATURE
-from largemerge.arithmetic.registry import METHODS, REQUIRED, Base
-from largemerge.checkpoint.data_file import DataFile
+from largemerge.checkpoint.direct_io import DataFile
+from largemerge.data_free.methods.base import REQUIRED, Base
+from largemerge.data_free.methods.table import LITERATURE, METHODS
 from measure import Measured, drop_from_cache, machine, run_measured
 from synthetic_llama import GEOMETRIES, Inputs, write_inputs
 

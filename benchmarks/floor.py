@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from largemerge import MergePlan
-from largemerge.treatment import BlockPlan, GroupPlan
+from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from plots import BLUE, ORANGE, new_figure, save_svg
 from synthetic_llama import Geometry, Inputs, write_inputs
 
 MIB = 2**20
-IMPORTS = "import largemerge.merging, transformers.models.llama.modeling_llama"
+IMPORTS = "import largemerge.regression.merge, transformers.models.llama.modeling_llama"
 HEAD_SIZE = 64
 LENGTH = 128
 """Tokens of a sample."""

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from floor import Kernel
-from largemerge.regression.factor import Factor, cholesky_, solve_
+from largemerge.matmul import add_product_, product
 from largemerge.regression.gram import Gram
-from largemerge.regression.product import add_product_, product
+from largemerge.regression.solve import Factor, cholesky_, solve_
 
 ENOUGH_SECONDS = 0.3
 MOST_REPEATS = 30

@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 
 from bare_factors import WAYS, bare_seconds
 from environments import OWN_TORCH, make_environment
-from largemerge.arithmetic.literature import LITERATURE
-from largemerge.arithmetic.registry import Base
+from largemerge.data_free.methods.base import Base
+from largemerge.data_free.methods.table import LITERATURE
 from measure import drop_from_cache, machine, run_measured
 from synthetic_clip import Geometry, make_checkpoints
 from synthetic_llama import GEOMETRIES, Inputs, write_inputs

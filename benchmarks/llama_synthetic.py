@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from transformers.utils import logging
 
-from largemerge.output import existing_folder
+from largemerge.checkpoint.locate import existing_folder
 from measure import machine, run_measured
 from synthetic_llama import Geometry, Inputs, add_arguments, from_arguments, write_inputs
 from verification import verify

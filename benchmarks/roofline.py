@@ -28,7 +28,7 @@ from typing import Any
 import largemerge
 from floor import Kernel, Work, mandatory_work
 from kernel_times import operations, time_kernel
-from largemerge.dtypes import dtype_name
+from largemerge.checkpoint.tensor_info import dtype_name
 from measure import drop_from_cache, machine, run_measured
 
 MOST_RATIO = 1.3

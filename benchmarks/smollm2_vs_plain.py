@@ -46,7 +46,7 @@ MERGEBENCH_SCALE = "0.1"
 """Its published setting. With the 0.95 of the others its bfloat16 inverses are noise: a loss of 29.9."""
 PEERS = Path(__file__).parent / "peers"
 PEER_IMPORTS = "import torch, safetensors.torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
-OUR_IMPORTS = f"{PEER_IMPORTS}; import accelerate, largemerge.cli, largemerge.merging"
+OUR_IMPORTS = f"{PEER_IMPORTS}; import accelerate, largemerge.cli, largemerge.regression.merge"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from largemerge.config import MergeConfig, load_config
 from largemerge.errors import (
     ArchitectureError,
     CalibrationError,
@@ -23,13 +22,14 @@ from largemerge.errors import (
     MergeError,
     OutputError,
 )
+from largemerge.regression.config import MergeConfig, load_config
 
 if TYPE_CHECKING:
     from largemerge.api import merge, plan
-    from largemerge.arithmetic.plan import DataFreePlan
-    from largemerge.arithmetic.report import DataFreeReport
-    from largemerge.merge_plan import MergePlan
-    from largemerge.report import MergeReport
+    from largemerge.data_free.plan import DataFreePlan
+    from largemerge.data_free.report import DataFreeReport
+    from largemerge.regression.plan import MergePlan
+    from largemerge.regression.report import MergeReport
 
 __version__ = "0.1.0"
 
@@ -52,8 +52,8 @@ __all__ = [
     "plan",
 ]
 
-_LAZY = {"MergePlan": "largemerge.merge_plan", "MergeReport": "largemerge.report"}
-_LAZY |= {"DataFreePlan": "largemerge.arithmetic.plan", "DataFreeReport": "largemerge.arithmetic.report"}
+_LAZY = {"MergePlan": "largemerge.regression.plan", "MergeReport": "largemerge.regression.report"}
+_LAZY |= {"DataFreePlan": "largemerge.data_free.plan", "DataFreeReport": "largemerge.data_free.report"}
 _LAZY |= {"merge": "largemerge.api", "plan": "largemerge.api"}
 
 

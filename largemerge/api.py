@@ -1,23 +1,26 @@
-"""The public functions: each looks at the method of a configuration, and calls those who know it."""
+"""The public functions: each looks at the method of a configuration, and calls those who know it.
+
+Which configurations are data-free: all whose method is not one of the regression methods.
+"""
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largemerge.arithmetic.config import DataFreeConfig
-from largemerge.arithmetic.dispatch import has_documents, is_data_free
-from largemerge.config import MergeConfig
+from largemerge.config_file import read_documents, read_yaml
+from largemerge.data_free.config import DataFreeConfig
 from largemerge.errors import ConfigError
+from largemerge.regression.config import MergeConfig, MergeMethod
 
 if TYPE_CHECKING:
-    from largemerge.arithmetic.plan import DataFreePlan
-    from largemerge.arithmetic.report import DataFreeReport
-    from largemerge.arithmetic.series import SeriesPlan
-    from largemerge.cluster import Cluster
-    from largemerge.merge_plan import MergePlan
-    from largemerge.report import MergeReport
+    from largemerge.data_free.plan import DataFreePlan, SeriesPlan
+    from largemerge.data_free.report import DataFreeReport
+    from largemerge.regression.plan import MergePlan
+    from largemerge.regression.planning.rates import Cluster
+    from largemerge.regression.report import MergeReport
 
 Source = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
@@ -56,17 +59,17 @@ def merge(
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
     options["max_shard_bytes"] = max_shard_bytes
     if isinstance(config, str | Path) and has_documents(config):
-        from largemerge.arithmetic.series import merge_series
+        from largemerge.data_free.multi import merge_series
 
         folder = Path(intermediate_dir) if intermediate_dir is not None else None
         return merge_series(Path(config), Path(out), folder, **options)
     if intermediate_dir is not None:
         raise ConfigError("intermediate_dir is for files of several merges, separated by '---'")
     if isinstance(config, DataFreeConfig) or is_data_free(config):
-        from largemerge.arithmetic.merge import merge_data_free
+        from largemerge.data_free.merge import merge_data_free
 
         return merge_data_free(config, out, **options)
-    from largemerge.merging import merge_by_regression
+    from largemerge.regression.merge import merge_by_regression
 
     return merge_by_regression(config, out, **options)
 
@@ -95,15 +98,40 @@ def plan(
             plan's `problems`.
     """
     if isinstance(config, str | Path) and has_documents(config):
-        from largemerge.arithmetic.series import plan_series
+        from largemerge.data_free.multi import plan_series
 
         return plan_series(Path(config), device=device, probe=probe)
     if isinstance(config, DataFreeConfig) or is_data_free(config):
-        from largemerge.arithmetic.plan import plan_data_free
+        from largemerge.data_free.plan import plan_data_free
 
         return plan_data_free(config, device=device, probe=probe)
-    from largemerge.merging import plan_regression
+    from largemerge.regression.merge import plan_regression
 
     return plan_regression(
         config, device=device, probe=probe, num_ranks=num_ranks, cluster=cluster, from_config=from_config
     )
+
+
+REGRESSION_METHODS: tuple[str, ...] = typing.get_args(MergeMethod)
+
+
+def has_documents(source: str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig) -> bool:
+    """Whether it is a file of several merges, separated by `---`.
+
+    Raises:
+        ConfigError: If there is no such file, or it is not YAML.
+    """
+    return isinstance(source, str | Path) and len(read_documents(Path(source))) > 1
+
+
+def is_data_free(source: str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig) -> bool:
+    """Whether a configuration names another method than the regression methods.
+
+    Raises:
+        ConfigError: If there is no such file, or it is not YAML.
+    """
+    if isinstance(source, MergeConfig | DataFreeConfig):
+        return isinstance(source, DataFreeConfig)
+    raw = source if isinstance(source, Mapping) else read_yaml(Path(source))
+    method = raw.get("merge_method")
+    return isinstance(method, str) and method not in REGRESSION_METHODS

@@ -1,4 +1,7 @@
-"""Reading a configuration file, and saying in a user's words what is wrong with it."""
+"""Sizes in bytes, as people write and read them.
+
+Reading a configuration file, and saying in a user's words what is wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,52 @@ import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from largemerge.errors import ConfigError
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB`, `500MiB`, `1000000`.
+
+    Raises:
+        ValueError: If it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", text.upper())
+    unit = match[2] if match else None
+    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
+        raise ValueError(f"{text!r}: expected a size such as 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people."""
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.1f} KiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _check_size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, pydantic.BeforeValidator(_check_size), Field(ge=1)]
+"""Bytes: a number, or text such as 8GiB."""
+
+
+class Strict(BaseModel):
+    """A part of the configuration: unknown keys and values of another type are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

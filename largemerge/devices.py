@@ -1,17 +1,22 @@
-"""Which device a merge computes on."""
+"""Which device a merge computes on.
+
+A stream of its own on a GPU, for a thread that works beside the one that computes; on a CPU nothing of it.
+
+Bringing a candidate's tensors to the device that computes, while it is busy with something else.
+
+On a GPU: through pinned memory, on a stream of their own; the stream that computes waits for them by an event.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
+from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.errors import LargemergeError
-
-if TYPE_CHECKING:
-    from largemerge.distributed import Ranks
 
 CPU = torch.device("cpu")
 _SIZE = 1024
@@ -64,29 +69,94 @@ def compute_a_little(device: torch.device) -> None:
         torch.cholesky_solve(exact_NN, lower_NN).to(CPU)
 
 
-def device_of_rank(device: str, ranks: Ranks, *, shared: bool = False) -> torch.device:
-    """Every rank of a machine computes on a GPU of its own, where there are any.
+_cuda: Any = torch.cuda  # its streams and events carry no types
+
+
+class SideStream:
+    """What another thread queues on a GPU, in order with what the computing one does.
 
     Args:
-        device: As the user says it.
-        ranks: Of the merge.
-        shared: Ranks may share a GPU: they send each other nothing from there.
-
-    Raises:
-        LargemergeError: As in `choose_device`; and if ranks would share a GPU, which their collectives (NCCL) refuse.
+        device: Of both; on the CPU every moment is `None`.
     """
-    count = torch.cuda.device_count()
-    any_gpu = device in ("auto", "cuda") and count > 0
-    own = any_gpu and ranks.size > 1
-    chosen = torch.device("cuda", ranks.local_rank % count) if own else choose_device(device)
-    if chosen.type != "cuda":
-        return chosen
-    gpus = count if any_gpu else 1
-    if not shared and ranks.local_size > gpus:
-        raise LargemergeError(
-            f"--device {device}: {ranks.local_size} ranks of this machine would share {gpus} GPU{'s' * (gpus > 1)}; "
-            "expected one rank for each GPU, or --device cpu"
-        )
-    if chosen.index is not None:
-        torch.cuda.set_device(chosen)
-    return chosen
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = _cuda.Stream(device) if device.type == "cuda" else None
+
+    def computed(self) -> Any:
+        """The moment when all that the computing stream has been told is done."""
+        return None if self._stream is None else _recorded(_cuda.current_stream(self._device))
+
+    @contextmanager
+    def after(self, computed: Any) -> Iterator[None]:
+        """Meanwhile this thread's work is queued on the side stream, after that moment."""
+        if self._stream is None:
+            yield
+            return
+        with _cuda.device(self._device), _cuda.stream(self._stream):
+            self._stream.wait_event(computed)
+            yield
+
+    def arrived(self) -> Any:
+        """The moment when all that the side stream has been told is done."""
+        return None if self._stream is None else _recorded(self._stream)
+
+    def wait(self, arrived: Any) -> None:
+        """What is computed from now on waits for that moment."""
+        if arrived is not None:
+            _cuda.current_stream(self._device).wait_event(arrived)
+
+
+def _recorded(stream: Any) -> Any:
+    event = _cuda.Event()
+    event.record(stream)
+    return event
+
+
+class Transfer:
+    """Moves tensors to a device.
+
+    Args:
+        device: That computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = _cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(self, tensors: Tensors) -> Callable[[], Tensors]:
+        """Starts to move tensors, from any thread.
+
+        Returns:
+            To be called once, by the thread that computes: the tensors on the device. It keeps none of them.
+        """
+        if self._stream is None:
+            waiting = [{name: tensor.to(self._device) for name, tensor in tensors.items()}]
+            return waiting.pop
+        pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        with torch.cuda.stream(self._stream):
+            waiting = [{name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}]
+            arrived = _cuda.Event()
+            arrived.record(self._stream)
+
+        def arrive() -> Tensors:
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_event(arrived)
+            moved = waiting.pop()
+            for tensor in moved.values():
+                tensor.record_stream(computing)  # its memory is not given to others before this stream is done
+            pinned.clear()
+            return moved
+
+        return arrive
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Meanwhile every worker computes alone: pieces are small, and there are workers enough."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -9,6 +9,8 @@
 
 At the end: side files, shards, the index, `config.json` last, then the working folder goes. A folder
 without `config.json`, or with a working folder, is no finished merge.
+
+The output folder of a merge that ranks share: all must want the same thing, the first one opens it.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from largemerge.checkpoint.metadata import GENERATION_FILES, PROCESSOR_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
+from largemerge.checkpoint.locate import existing_folder
+from largemerge.checkpoint.side_files import GENERATION_FILES, PROCESSOR_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
-from largemerge.errors import OutputError
+from largemerge.distributed.ranks import Ranks
+from largemerge.errors import LargemergeError, OutputError
 
 WORKING_FOLDER = ".largemerge"
 INTERMEDIATE_FOLDER = "intermediate"
@@ -131,11 +135,6 @@ def open_output(
         yield OutputFolder(path, replaces, _read_journal(working / "journal.jsonl"))
 
 
-def existing_folder(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
-
-
 def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
     """Refuses an output folder that is in the way, before anything is done.
 
@@ -225,3 +224,36 @@ def changes(before: Any, now: Any, where: str = "") -> Iterator[str]:
             yield from changes(old, new, f"{where}[{index}]")
     elif before != now:
         yield f"{where} was {before!r} and is {now!r}"
+
+
+_MOST_PROBLEMS = 20
+
+
+@contextmanager
+def open_for_ranks(
+    out: Path, manifest: Mapping[str, Any], inputs: list[Path], ranks: Ranks, *, resume: bool, force: bool
+) -> Iterator[OutputFolder]:
+    """Collective: the output folder, the first rank's own; for the others, what is finished in it.
+
+    Raises:
+        LargemergeError: If manifests differ between ranks; an `OutputError` as `open_output` does.
+    """
+    first = ranks.from_first(manifest)
+
+    def check() -> None:
+        unlike = changes(first, manifest)
+        problems = [f"{change} here; expected the same config, files and versions everywhere" for change in unlike]
+        if problems:
+            raise LargemergeError(*problems[:_MOST_PROBLEMS])
+
+    ranks.agree(check)
+    with ExitStack() as stack:
+
+        def open_it() -> OutputFolder:
+            if not ranks.is_first:
+                return OutputFolder(out, replaces=False)
+            return stack.enter_context(open_output(out, manifest, inputs, resume=resume, force=force))
+
+        folder = ranks.agree(open_it)
+        folder.entries = ranks.from_first(folder.entries)
+        yield folder

@@ -23,14 +23,14 @@ import transformers as tf
 from cases import Case, files_in, load_merged, weights_in, write_case
 from transformers import LlamaForCausalLM  # imported late otherwise, in every child
 
-import largemerge.merging
-from largemerge import node
-from largemerge.arithmetic import stream as data_free
-from largemerge.arithmetic.tasks import Task
+import largemerge.regression.merge
 from largemerge.cli import main
-from largemerge.estimate import Placement
+from largemerge.data_free import engine as data_free
+from largemerge.data_free.tasks import Task
+from largemerge.distributed import shared_memory
 from largemerge.regression.collect import Collector
-from largemerge.treatment import BlockPlan
+from largemerge.regression.planning.workload import Placement
+from largemerge.regression.tensor_plan import BlockPlan
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
@@ -181,7 +181,7 @@ def _run(
     if WRITES_BEHIND in environment:
         Placement.writes_behind = lambda placement, device: placement.prefetch  # type: ignore[method-assign]
     if NOTHING_SHARED in environment:
-        node.SHARED_MEMORY = Path("/nonexistent")
+        shared_memory.SHARED_MEMORY = Path("/nonexistent")
     if HANGS_AT in environment:
         _hang_at(environment[HANGS_AT])
     main(arguments)

@@ -17,7 +17,7 @@ from cases import Case, MakeCase, auto_device, touch, weights_in
 
 from largemerge import __version__
 from largemerge.cli import main
-from largemerge.sizes import parse_size
+from largemerge.config_file import parse_size
 
 
 @dataclass

@@ -3,16 +3,26 @@
 Samples of unlike length share a batch by padding on the right, so that position i is the same
 token with and without padding. They are sorted by length first: a batch of equals pads nothing.
 The statistics do not depend on the order of samples, hence not on the sorting.
+
+Calibration inputs that wait on disk: pixels and the like, which take more room than hidden states.
+
+Floating-point inputs are written to a file that nobody sees and mapped into memory: the kernel reads what is used and
+drops what is not, so they are no anonymous memory of the process.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from largemerge.checkpoint.direct_io import byte_view
 
 
 @dataclass(frozen=True)
@@ -142,3 +152,25 @@ def fingerprint_batches(batches: Sequence[Batch]) -> str:
             content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
             digest.update(content)
     return digest.hexdigest()
+
+
+def spooled(calibration: CalibrationSet, folder: Path) -> CalibrationSet:
+    """The same data, its floating-point inputs mapped from a file in `folder`.
+
+    The file has no name: it is gone when the process is, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return replace(calibration, batches=tuple(_spooled(batch, folder) for batch in calibration.batches))
+
+
+def _spooled(batch: Batch, folder: Path) -> Batch:
+    inputs = {name: _mapped(x, folder) if x.is_floating_point() else x for name, x in batch.inputs.items()}
+    return replace(batch, inputs=inputs)
+
+
+def _mapped(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".calibration-") as stream:
+        stream.write(byte_view(tensor.contiguous().reshape(-1).view(torch.uint8)))
+        stream.flush()
+        flat = torch.from_file(stream.name, shared=False, size=math.prod(tensor.shape), dtype=tensor.dtype)
+    return flat.reshape(tensor.shape)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from largemerge.calibration.batches import ModelNeeds, Sample
-from largemerge.calibration.draw import MAX_PROBLEMS
+from largemerge.calibration.columns import MAX_PROBLEMS
 from largemerge.errors import CalibrationError
 
 PIXELS = "pixel_values"

@@ -2,6 +2,8 @@
 
 Both find and check the same things in the same order, so whatever can be known without reading the
 samples fails in the outline already.
+
+How large calibration data will be, from the configuration alone: where neither data nor tokenizer is at hand.
 """
 
 from __future__ import annotations
@@ -23,15 +25,14 @@ from largemerge.calibration.batches import (
     group_samples,
     pad_samples,
 )
-from largemerge.calibration.draw import Row, draw_order, read_rows
-from largemerge.calibration.fields import Fields, choose_fields
+from largemerge.calibration.columns import Fields, Row, choose_fields, draw_order, needs_target, read_rows
+from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.images import load_image_processor, outline_images, read_images
+from largemerge.calibration.pretokenized import outline_tensors, read_tensors
 from largemerge.calibration.sources import Source, is_image_folder, list_images, locate_data, open_source
-from largemerge.calibration.tensors import outline_tensors, read_tensors
 from largemerge.calibration.text import pack, tokenise
 from largemerge.calibration.tokenizer import TextReader, open_text_reader
-from largemerge.checkpoint.metadata import find_processor, find_tokenizer
-from largemerge.config_calibration import CalibrationConfig
+from largemerge.checkpoint.side_files import find_processor, find_tokenizer
 from largemerge.errors import CalibrationError
 
 
@@ -173,3 +174,28 @@ def _check_that_something_counts(batches: tuple[Batch, ...], where: str) -> None
         f"{where}: the loss mask keeps every token of every sample out (as truncated); expected some to count. "
         "Raise 'max_length' if what counts stands late in the samples"
     )
+
+
+def assume_calibration(
+    config: CalibrationConfig,
+    name: str,
+    checkpoint: Path,
+    needs: ModelNeeds,
+    *,
+    base: Path | None = None,
+    trust_remote_code: bool = False,
+) -> CalibrationOutline:
+    """`num_samples` texts of `max_length` tokens; it takes the arguments of `outline_calibration`.
+
+    Raises:
+        CalibrationError: The model takes something else than texts.
+    """
+    assert config.num_samples is not None and config.max_length is not None and config.batch_size is not None
+    if "input_ids" not in needs.forward_arguments or "pixel_values" in needs.forward_arguments:
+        raise CalibrationError(f"candidate {name!r}: only models of text can be planned from {checkpoint}/config.json")
+    arguments = ["input_ids", "attention_mask"]
+    if needs_target(needs):
+        arguments += ["decoder_attention_mask", "decoder_input_ids"]
+    shape: tuple[int, ...] = (config.max_length,)
+    inputs = {name: (shape, torch.int64) for name in arguments if name in needs.forward_arguments}
+    return CalibrationOutline(config.num_samples, config.batch_size, inputs)

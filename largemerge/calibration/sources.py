@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from largemerge.config_calibration import CalibrationConfig
+from largemerge.calibration.config import CalibrationConfig
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 

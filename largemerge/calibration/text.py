@@ -12,10 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from largemerge.calibration.batches import Sample
-from largemerge.calibration.chat import encode_conversation
-from largemerge.calibration.draw import MAX_PROBLEMS, Row
-from largemerge.calibration.fields import needs_target
-from largemerge.calibration.tokenizer import TextReader
+from largemerge.calibration.columns import MAX_PROBLEMS, Row, needs_target
+from largemerge.calibration.tokenizer import TextReader, encode_conversation
 from largemerge.errors import CalibrationError
 
 Tokens = dict[str, list[int]]

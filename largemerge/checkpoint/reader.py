@@ -2,6 +2,8 @@
 
 `pread` into a fresh buffer instead of a mapped file: the kernel's page cache still helps, but no mapped
 pages pile up in the process, and reads from a helper thread run while this one computes.
+
+Reading ahead: the next item is loaded by a thread while the present one is in use.
 """
 
 from __future__ import annotations
@@ -9,15 +11,16 @@ from __future__ import annotations
 import threading
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-from largemerge.checkpoint.buffers import Buffers
-from largemerge.checkpoint.data_file import DataFile
+from largemerge.checkpoint.direct_io import Buffers, DataFile
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import dequantize
 from largemerge.checkpoint.tensor_info import TensorInfo
@@ -177,3 +180,37 @@ class CheckpointReader:
                     self._pickles[info.file] = state  # the format of before 2020: it can be read only as a whole
         tensor = state[info.name]
         return (tensor if rows is None else tensor[rows]).clone(memory_format=torch.contiguous_format)
+
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+
+
+@contextmanager
+def prefetched(
+    load: Callable[[Item], Loaded], items: Sequence[Item], *, ahead: bool = True
+) -> Iterator[Iterator[Loaded]]:
+    """Yields an iterator over `load(item)` for every item, one ahead of its reader.
+
+    An error while loading is raised where the item is asked for.
+
+    Args:
+        load: Called once for every item, in order.
+        items: What to load.
+        ahead: If not, an item is loaded only when it is asked for, so that there is never more than one.
+    """
+    if not ahead:
+        yield (load(item) for item in items)
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-read") as pool:
+
+        def loaded() -> Iterator[Loaded]:
+            coming: Future[Loaded] | None = pool.submit(load, items[0]) if items else None
+            for position in range(len(items)):
+                assert coming is not None
+                present = coming.result()
+                coming = pool.submit(load, items[position + 1]) if position + 1 < len(items) else None
+                yield present
+                del present  # its memory must not wait for the next one
+
+        yield loaded()

@@ -1,4 +1,6 @@
-"""What is known of a tensor on disk before it is read or written, quantised ones included.
+"""Dtypes by the names that configurations use. Apart from `config.py`, so that reading a file needs no torch.
+
+What is known of a tensor on disk before it is read or written, quantised ones included.
 
 A quantised weight lies on disk as several tensors: packed numbers, scales, …. Here it is one tensor with the
 shape and dtype that it has for the model, and its `parts`. Which parts there are is known to `quantized.py`.
@@ -12,6 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from largemerge.config_file import DtypeName
+
+
+def torch_dtype(name: DtypeName) -> torch.dtype:
+    """The torch dtype that a configuration's name means."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+Tensors = dict[str, torch.Tensor]
+"""Parameter name in the module → tensor in the module's layout."""
+
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -19,12 +19,11 @@ from types import TracebackType
 
 import torch
 
-from largemerge.checkpoint.data_file import PAGE, DataFile
-from largemerge.checkpoint.quantized import dequantize
-from largemerge.checkpoint.quantizing import quantize
+from largemerge.checkpoint.direct_io import PAGE, DataFile
+from largemerge.checkpoint.quantized import dequantize, quantize
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
+from largemerge.config_file import gib
 from largemerge.errors import OutputError
-from largemerge.sizes import gib
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

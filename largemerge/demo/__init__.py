@@ -10,7 +10,7 @@
 Needs nothing but the package's own dependencies.
 """
 
+from largemerge.demo.corpora import DemoSettings
 from largemerge.demo.run import run_demo
-from largemerge.demo.settings import DemoSettings
 
 __all__ = ["DemoSettings", "run_demo"]

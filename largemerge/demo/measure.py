@@ -1,20 +1,24 @@
 """What each model loses on text that none has seen, kind by kind, and the table of it.
 
 The plain average is made here, in memory: it is what the regression methods are to beat.
+
+The losses as a picture: one panel per kind of text, one row per model, a dot where its loss is.
+
+Plain SVG without a background, in colours that can be read on white and on black.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import torch
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from largemerge.demo.corpora import Corpus
-from largemerge.demo.settings import DemoSettings
+from largemerge.demo.corpora import Corpus, DemoSettings
 from largemerge.demo.train import next_token_loss, pack
 
 AVERAGE = "average"
@@ -103,3 +107,106 @@ def _average(models: Sequence[LlamaForCausalLM]) -> LlamaForCausalLM:
     average = LlamaForCausalLM(models[0].config)
     average.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
     return average
+
+
+_LABEL_WIDTH = 124
+_PANEL_WIDTH = 176
+_PANEL_GAP = 18
+_TOP = 84
+_ROW_HEIGHT = 30
+_PADDING = 12
+_VALUE_WIDTH = 54
+
+_TEXT = "#75808c"
+_LINE = "#8c959f"
+_OTHERS = "#8c959f"
+_MERGES = ("#d9822b", "#3b82f6", "#16a37b", "#b565d9")
+
+
+def losses_svg(losses: Mapping[str, Mapping[str, float]], merges: Sequence[str]) -> str:
+    """Draws the losses.
+
+    Args:
+        losses: Model to kind of text to nats per token; every model has the same kinds.
+        merges: The models to show in colour; the best of them have their values in bold.
+
+    Returns:
+        A whole SVG document.
+    """
+    kinds = list(next(iter(losses.values())))
+    width = _LABEL_WIDTH + len(kinds) * (_PANEL_WIDTH + _PANEL_GAP)
+    height = _TOP + len(losses) * _ROW_HEIGHT + 2 * _PADDING
+    colours = dict(zip(merges, _MERGES, strict=False))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        f' font-family="system-ui, Helvetica, Arial, sans-serif" font-size="13" fill="{_TEXT}">',
+        "<title>Loss on held-out text</title>",
+        _text(_PADDING, 26, "Loss on held-out text", size=17, bold=True),
+        _text(_PADDING, 46, "nats per token; further left is better; every panel has its own scale"),
+    ]
+    for row, label in enumerate(losses):
+        colour = colours.get(label, _TEXT)
+        parts.append(_text(_PADDING, _row_y(row) + 4, label, colour=colour, bold=label in colours))
+    for column, kind in enumerate(kinds):
+        values = {label: row[kind] for label, row in losses.items()}
+        parts += _panel(
+            _LABEL_WIDTH + column * (_PANEL_WIDTH + _PANEL_GAP), kind, values, colours, best(losses, merges, kind)
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _panel(
+    left: int, kind: str, values: Mapping[str, float], colours: Mapping[str, str], bold: Collection[str]
+) -> list[str]:
+    low, high = min(values.values()), max(values.values())
+    inner = _PANEL_WIDTH - 2 * _PADDING
+    bottom = _row_y(len(values) - 1) + _ROW_HEIGHT / 2 + _PADDING / 2
+    parts = [
+        _text(left + _PADDING, _TOP - 8, kind, bold=True),
+        f'<rect x="{left}" y="{_TOP}" width="{_PANEL_WIDTH}" height="{bottom - _TOP:g}" rx="5" fill="none"'
+        f' stroke="{_LINE}" stroke-opacity="0.45"/>',
+    ]
+    for row, (label, value) in enumerate(values.items()):
+        x = left + _PADDING + inner * (value - low) / ((high - low) or 1.0)
+        y = _row_y(row)
+        colour = colours.get(label, _OTHERS)
+        if row % 2 == 0:
+            parts.append(
+                f'<rect x="{left}" y="{y - _ROW_HEIGHT / 2:g}" width="{_PANEL_WIDTH}" height="{_ROW_HEIGHT}"'
+                f' fill="{_LINE}" fill-opacity="0.13"/>'
+            )
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:g}" r="5.5" fill="{colour}"/>')
+        fits = x + _VALUE_WIDTH < left + _PANEL_WIDTH
+        parts.append(
+            _text(
+                x + 10 if fits else x - 10,
+                y + 4,
+                f"{value:.3f}",
+                colour=colours.get(label, _TEXT),
+                size=12,
+                bold=label in bold,
+                anchor="start" if fits else "end",
+            )
+        )
+    return parts
+
+
+def _row_y(row: int) -> float:
+    return _TOP + _PADDING / 2 + (row + 0.5) * _ROW_HEIGHT
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    colour: str = _TEXT,
+    size: int = 13,
+    bold: bool = False,
+    anchor: str = "start",
+) -> str:
+    weight = ' font-weight="700"' if bold else ""
+    return (
+        f'<text x="{x:.1f}" y="{y:g}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"{weight}>'
+        f"{escape(text)}</text>"
+    )

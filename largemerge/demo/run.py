@@ -24,10 +24,8 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from largemerge.api import merge
-from largemerge.demo.corpora import Corpus, load_corpora
-from largemerge.demo.measure import AVERAGE, losses_table, measure
-from largemerge.demo.picture import losses_svg
-from largemerge.demo.settings import DemoSettings
+from largemerge.demo.corpora import Corpus, DemoSettings, load_corpora
+from largemerge.demo.measure import AVERAGE, losses_svg, losses_table, measure
 from largemerge.demo.train import train_all
 from largemerge.errors import OutputError
 

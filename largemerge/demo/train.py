@@ -1,4 +1,6 @@
-"""Tiny real models: a tokenizer, a Llama trained on all kinds of text (the base), one expert per kind.
+"""How far the training is: a live bar on a terminal, a plain line now and then anywhere else.
+
+Tiny real models: a tokenizer, a Llama trained on all kinds of text (the base), one expert per kind.
 
 Plain next-token training (AdamW, warm-up, linear decay) on packed samples. An expert goes on from the
 base with its own kind only and changes only its blocks, where merging methods differ: embeddings, final
@@ -9,18 +11,57 @@ Shapes: B samples, T tokens of a sample, V words of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from largemerge.demo.corpora import Corpus
-from largemerge.demo.progress import Step, training_progress
-from largemerge.demo.settings import DemoSettings
+from largemerge.demo.corpora import Corpus, DemoSettings
+
+_PLAIN_INTERVAL_SECONDS = 10.0
+
+Step = Callable[[str, str], None]
+"""To be called after each step, with what is being done and how it goes."""
+
+
+@contextmanager
+def training_progress(total: int) -> Iterator[Step]:
+    """Shows `total` steps on standard error, until left."""
+    console = Console(stderr=True)
+    with _bar(console, total) if console.is_terminal else _lines(console, total) as step:
+        yield step
+
+
+@contextmanager
+def _bar(console: Console, total: int) -> Iterator[Step]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("training", total=total)
+        yield lambda what, how: progress.update(task, advance=1, description=f"{what}, {how}")
+
+
+@contextmanager
+def _lines(console: Console, total: int) -> Iterator[Step]:
+    done = 0
+    last = time.monotonic()
+
+    def step(what: str, how: str) -> None:
+        nonlocal done, last
+        done += 1
+        if time.monotonic() - last >= _PLAIN_INTERVAL_SECONDS:
+            last = time.monotonic()
+            console.print(f"{100 * done / total:3.0f}% {what}, {how}", highlight=False, soft_wrap=True)
+
+    yield step
+
 
 _END_OF_TEXT = "<|end|>"
 _HEAD_SIZE = 32

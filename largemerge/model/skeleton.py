@@ -3,6 +3,8 @@
 Only what lies outside the stacks is ever given weights, and of that only what the forward pass really
 reads (see `rehearsal.py`). Buffers are real from the start: non-persistent ones, such as rotary
 frequencies, exist nowhere else.
+
+A checkpoint as it would be, from its `config.json` alone: for plans of models whose weights are elsewhere.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.index import Checkpoint, read_json
+from largemerge.checkpoint.quantized import model_dtype
+from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import ArchitectureError, CheckpointError
 
 
@@ -274,3 +279,27 @@ def _aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {group[0]: tuple(group) for group in names.values() if len(group) > 1}
+
+
+def sketch_checkpoint(folder: Path, name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The tensors that the class would save, tied ones once, in the config's dtype (bfloat16 where it names none).
+
+    Args:
+        folder: With `config.json`.
+        name: What the user calls the checkpoint.
+        trust_remote_code: Allow the checkpoint's own Python code.
+
+    Raises:
+        LargemergeError: If there is no config, or Transformers does not understand it.
+    """
+    config = read_json(folder / "config.json", name)
+    bare = Checkpoint(name, folder, config, {}, {})
+    dtype = model_dtype(config)
+    skeleton = build_skeleton(bare, dtype=dtype, trust_remote_code=trust_remote_code)
+    again = {alias for aliases in skeleton.aliases.values() for alias in aliases[1:]}
+    tensors = {
+        key: TensorInfo(key, tuple(tensor.shape), dtype, folder / "config.json", None)
+        for key, tensor in skeleton.model.state_dict().items()
+        if key not in again
+    }
+    return Checkpoint(name, folder, config, tensors, {})

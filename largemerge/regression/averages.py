@@ -1,4 +1,11 @@
-"""Running averages of the tensors of a block that are not solved.
+"""Averages of the tensors outside the blocks, straight from disk to disk, a few rows at a time.
+
+    Σ c_i W_i / Σ c_i  =  W_1 + Σ_i (c_i / Σ c) (W_i - W_1)
+
+The second form gives identical candidates back as they are. An embedding of gigabytes passes through
+buffers of some megabytes.
+
+Running averages of the tensors of a block that are not solved.
 
     Σ c_i W_i / Σ c_i  =  W_1 + Σ_i (c_i / Σ c) (W_i - W_1)
 
@@ -7,12 +14,105 @@ The second form gives identical candidates back as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.regression.gram import GRAM_DTYPE
-from largemerge.treatment import TensorPlan, Treatment
+from largemerge.regression.tensor_plan import TensorPlan, Treatment
+from largemerge.regression.weights import Weights
+
+CHUNK_BYTES = 8 << 20
+"""Of a tensor as it is stored; a few times as much is held in float32, whatever the number of candidates."""
+
+
+def merge_outside(
+    plans: Sequence[TensorPlan], weights: Weights, shares: Sequence[float], step: Callable[[str], None]
+) -> None:
+    """Writes every tensor of no block: averaged, copied, or taken from the base. Only the first rank does so.
+
+    Args:
+        plans: One for each tensor.
+        weights: Where they come from and go to.
+        shares: c_i / Σ c.
+        step: Called with a tensor's name when it is written.
+    """
+    for plan in plans:
+        if plan.name in weights.inputs.reference_names.unmapped:
+            _merge_unknown(plan, weights, shares)
+        else:
+            _merge_known(plan, weights, shares)
+        step(plan.name)
+
+
+def _merge_unknown(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
+    """A tensor that the model class has no use for: found by its name on disk."""
+    if plan.treatment is Treatment.AVERAGED:
+        _stream([(reader, plan.name) for reader in weights.readers], shares, plan, plan.name, weights)
+        return
+    reference = weights.inputs.reference
+    readers = [*weights.readers, *([weights.base_reader] if weights.base_reader is not None else [])]
+    reader = next(reader for reader in readers if reader.checkpoint is reference)
+    weights.own_writer.write(plan.name, reader.read(plan.name).to(plan.dtype))
+
+
+def _merge_known(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
+    inputs = weights.inputs
+    sources = list(zip(weights.readers, inputs.candidate_names, strict=True))
+    if plan.treatment is Treatment.BASE:
+        assert weights.base_reader is not None and inputs.base_names is not None
+        sources = [(weights.base_reader, inputs.base_names)]
+    elif plan.treatment is Treatment.COPIED:
+        sources = sources[:1]
+    out = inputs.reference_names
+    plain = all(names.on_disk(plan.name) in names.renamed for names in (out, *(names for _, names in sources)))
+    if plain:
+        keyed = [(reader, names.renamed[names.on_disk(plan.name)]) for reader, names in sources]
+        _stream(keyed, shares, plan, out.renamed[out.on_disk(plan.name)], weights)
+    elif plan.treatment is Treatment.BASE:
+        weights.store({plan.name: weights.base([plan.name])[plan.name].to(plan.dtype)})
+    else:
+        loaded = [weights.candidate(index, [plan.name])[plan.name] for index in range(len(sources))]
+        weights.store({plan.name: weighted_average(loaded, shares, plan.dtype)})
+
+
+def _stream(
+    sources: Sequence[tuple[CheckpointReader, str]],
+    shares: Sequence[float],
+    plan: TensorPlan,
+    out_key: str,
+    weights: Weights,
+) -> None:
+    reader, key = sources[0]
+    info = reader.checkpoint.tensors[key]
+    stored = [source.checkpoint.tensors[name].quantization for source, name in sources]
+    quantized = any([*stored, weights.output[out_key].quantization])  # these go as a whole only
+    num_rows = info.shape[0] if len(info.shape) > 1 else 1
+    step = max(1, CHUNK_BYTES * num_rows // max(1, info.num_bytes))
+    if step >= num_rows or quantized:
+        whole = (source.read(name) for source, name in sources)
+        weights.own_writer.write(out_key, weighted_average(whole, shares, plan.dtype))
+        return
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        chunks = (source.read(name, rows) for source, name in sources)
+        weights.own_writer.write(out_key, weighted_average(chunks, shares, plan.dtype), first_row=start)
+
+
+def weighted_average(tensors: Iterable[torch.Tensor], shares: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """Σ c_i W_i / Σ c_i in float32, given c_i / Σ c; one tensor comes back as it is. Tensors are taken one by one."""
+    remaining = iter(tensors)
+    first = next(remaining)
+    if not first.is_floating_point():
+        return first.to(dtype)
+    anchor = first.to(torch.float32)
+    total: torch.Tensor | None = None
+    for tensor, share in zip(remaining, shares[1:], strict=False):
+        total = torch.zeros_like(anchor) if total is None else total
+        total.add_(tensor.to(torch.float32, copy=True).sub_(anchor), alpha=share)
+        del tensor
+    return first.to(dtype) if total is None else total.add_(anchor).to(dtype)
 
 
 class RunningAverages:

@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from largemerge.dtypes import dtype_name
+from largemerge.checkpoint.tensor_info import Tensors, dtype_name
 from largemerge.errors import MergeError
-from largemerge.passes import BlockPass, mean_dtype
-from largemerge.regression.activations import Activations, Masks, counted_rows
+from largemerge.model.block_runner import Activations, Masks, counted_rows
+from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RunningAverages
-from largemerge.regression.clock import Clock, Watcher
-from largemerge.regression.finish import differences
 from largemerge.regression.gram import Scratch
-from largemerge.regression.sums import GroupSums, new_sums
-from largemerge.regression.together import PassExchange, Together
-from largemerge.treatment import BlockPlan, GroupPlan
-from largemerge.weights import Tensors, Weights
+from largemerge.regression.group_sums import GroupSums, differences, new_sums
+from largemerge.regression.passes import BlockPass, mean_dtype
+from largemerge.regression.rank_exchange import PassExchange, Together
+from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
+from largemerge.regression.weights import Weights
 
 BlocksOfCandidates = Iterator[Tensors]
 """The tensors of every pass of every block of every candidate, in the order in which they are wanted."""

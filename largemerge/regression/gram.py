@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from largemerge.regression.product import add_product_
+from largemerge.matmul import add_product_
 
 GRAM_DTYPE = torch.float32
 """The precision of every sum and of every first try at a solve."""

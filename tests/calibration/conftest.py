@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from largemerge.calibration import ModelNeeds
-from largemerge.config_calibration import CalibrationConfig, CalibrationDefaults
+from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<user>", "<assistant>"]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "hello", "world", "how", "are", "you", "fine", "thanks"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from largemerge.calibration import load_calibration, outline_calibration
-from largemerge.config_calibration import CalibrationConfig
+from largemerge.calibration.config import CalibrationConfig
 from largemerge.errors import CalibrationError
 
 SENTENCES = ["the cat sat on a mat", "hello world", "how are you", "fine thanks", "a cat"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from largemerge.calibration.fields import choose_fields
+from largemerge.calibration.columns import choose_fields
 from largemerge.calibration.tokenizer import open_text_reader, shared_tokenizers
 
 

@@ -10,8 +10,7 @@ import psutil
 import pytest
 import torch
 
-from largemerge.checkpoint.buffers import Buffers
-from largemerge.checkpoint.data_file import PAGE, THROUGH_CACHE, DataFile
+from largemerge.checkpoint.direct_io import PAGE, THROUGH_CACHE, Buffers, DataFile
 
 SIZE = 8 << 20
 

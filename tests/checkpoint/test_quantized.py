@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from largemerge import CheckpointError
 from largemerge.checkpoint.index import open_checkpoint
-from largemerge.checkpoint.quantizing import quantize, quantized_tensor
+from largemerge.checkpoint.quantized import quantize, quantized_tensor
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.tensor_info import Quantization
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from largemerge import CheckpointError
 from largemerge.checkpoint.index import open_checkpoint
-from largemerge.checkpoint.prefetch import prefetched
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.reader import CheckpointReader, prefetched
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES
 
 MEBIBYTE = 1 << 20

@@ -15,13 +15,7 @@ from safetensors.torch import load_file
 
 from largemerge.checkpoint.index import open_checkpoint
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
-from largemerge.checkpoint.writer import (
-    Shard,
-    ShardWriter,
-    layout_shards,
-    weight_index,
-    write_atomically,
-)
+from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards, weight_index, write_atomically
 from largemerge.errors import OutputError
 
 FLOAT = torch.float32

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from largemerge.regression.factor import Factor, cholesky_, solve_
 from largemerge.regression.gram import Gram, panels
-from largemerge.regression.solve import Solution, estimate_condition, may_need_float64, solve_anchored_
+from largemerge.regression.solve import (
+    Factor,
+    Solution,
+    cholesky_,
+    estimate_condition,
+    may_need_float64,
+    solve_,
+    solve_anchored_,
+)
 
 INPUTS, OUTPUTS = 40, 9
 

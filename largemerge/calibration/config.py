@@ -1,0 +1,86 @@
+"""The part of the configuration that says where calibration data comes from and how it is read."""
+
+from __future__ import annotations
+
+import string
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from largemerge.config_file import Strict
+
+
+def template_columns(template: str) -> list[str]:
+    r"""The columns that a text template names: `["query", "response"]` for `"{query}\n{response}"`.
+
+    Raises:
+        ValueError: If it names none, or asks for more than a column.
+    """
+    fields = [
+        (field, spec, conversion)
+        for _, field, spec, conversion in string.Formatter().parse(template)
+        if field is not None
+    ]
+    if not fields or any(not field.isidentifier() or spec or conversion for field, spec, conversion in fields):
+        raise ValueError(f"{template!r} is no template; expected columns in braces, such as '{{query}} {{response}}'")
+    return list(dict.fromkeys(field for field, _, _ in fields))
+
+
+def _check_template(template: str) -> str:
+    template_columns(template)
+    return template
+
+
+Template = Annotated[str, pydantic.AfterValidator(_check_template)]
+
+
+class CalibrationDefaults(Strict):
+    """How calibration samples are drawn and batched; the defaults of all candidates."""
+
+    num_samples: int = Field(256, ge=1)
+    """Samples per candidate; published methods stop gaining at 256."""
+    max_length: int = Field(2048, ge=1)
+    """Tokens at which a text sample is truncated."""
+    batch_size: int = Field(8, ge=1)
+    """Samples in one forward pass; the result does not depend on it."""
+    seed: int = Field(0, ge=0)
+    """Draws the samples where the data has more than `num_samples`."""
+
+
+class CalibrationConfig(Strict):
+    """The calibration data of one candidate. Unset numbers come from the defaults of all."""
+
+    data: str = Field(min_length=1)
+    """A .safetensors, .jsonl, .json, .csv, .parquet or .txt file, a folder of images, or a Hub dataset id."""
+    num_samples: int | None = Field(None, ge=1)
+    max_length: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0)
+    subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    text_field: str | None = None
+    """Column with the text; default: `text` where there is one."""
+    text_template: Template | None = None
+    """The text put together from several columns: `"### Question:\\n{query}\\n### Answer:\\n{response}"`."""
+    messages_field: str | None = None
+    """Column with chat messages, put through the tokenizer's chat template."""
+    target_field: str | None = None
+    """Column with the decoder's text, for encoder-decoder models."""
+    image_field: str | None = None
+    """Column with images; default: `image` where there is one."""
+    loss_mask_field: str | None = None
+    """Column with 0/1 per token (as many as the text has tokens): 0 keeps a token out of the statistics."""
+    assistant_only: bool = False
+    """With `messages_field`: only the assistant's tokens enter the statistics."""
+    one_per: Literal["document", "line"] = "document"
+    """In a .txt file: a sample is a document (they are separated by blank lines) or a line."""
+    pack: bool = False
+    """Join the texts, separated by the end-of-text token, and cut them into samples of `max_length` tokens."""
+
+    def with_defaults(self, defaults: CalibrationDefaults) -> CalibrationConfig:
+        """This configuration with every unset number taken from `defaults`."""
+        unset = {name: value for name, value in defaults if getattr(self, name) is None}
+        return self.model_copy(update=unset)

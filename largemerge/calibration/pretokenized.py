@@ -1,0 +1,141 @@
+"""Calibration data that is ready: a .safetensors file with the forward's arguments by name.
+
+The tensors are used exactly as they are, in order. Of each, the first dimension counts samples;
+only the rows asked for are read. A tensor `loss_mask` `[N, T]` keeps tokens out of the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largemerge.calibration.batches import Batch, CalibrationOutline, ModelNeeds
+from largemerge.calibration.columns import needs_target
+from largemerge.calibration.config import CalibrationConfig
+from largemerge.config_file import nearest
+from largemerge.errors import CalibrationError
+
+LOSS_MASK = "loss_mask"
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+
+
+def read_tensors(path: Path, config: CalibrationConfig, needs: ModelNeeds, where: str) -> tuple[Batch, ...]:
+    """Reads the first `num_samples` rows of every tensor.
+
+    Args:
+        path: The .safetensors file.
+        config: Says how many samples, and how many to a batch.
+        needs: What the model's forward takes.
+        where: Candidate and file, for messages.
+
+    Raises:
+        CalibrationError: With every mistake found.
+    """
+    assert config.num_samples is not None and config.batch_size is not None
+    with _open(path, where) as file:
+        tensors = _checked_headers(file, config, needs, where)
+        # Rows beyond num_samples are never read.
+        rows = {name: file.get_slice(name)[: config.num_samples].contiguous() for name in tensors}
+    problems = list(_value_problems(rows))
+    if problems:
+        raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
+    loss_mask = rows.pop(LOSS_MASK, None)
+    num_samples = next(iter(rows.values())).shape[0]
+    batches = []
+    for start in range(0, num_samples, config.batch_size):
+        part = slice(start, start + config.batch_size)
+        mask = None if loss_mask is None else loss_mask[part].bool()
+        batches.append(Batch({name: tensor[part] for name, tensor in rows.items()}, mask))
+    return tuple(batches)
+
+
+def outline_tensors(path: Path, config: CalibrationConfig, needs: ModelNeeds, where: str) -> CalibrationOutline:
+    """What `read_tensors` will give, from the file's header alone; it takes the same and raises the same."""
+    assert config.num_samples is not None and config.batch_size is not None
+    with _open(path, where) as file:
+        tensors = _checked_headers(file, config, needs, where)
+    num_rows = next(iter(tensors.values())).shape[0]
+    inputs = {name: (tuple(t.shape[1:]), t.dtype) for name, t in tensors.items() if name != LOSS_MASK}
+    return CalibrationOutline(min(num_rows, config.num_samples), config.batch_size, inputs)
+
+
+def _open(path: Path, where: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"{where}: not a readable .safetensors file: {error}") from None
+
+
+def _checked_headers(file: Any, config: CalibrationConfig, needs: ModelNeeds, where: str) -> dict[str, torch.Tensor]:
+    """The tensors' shapes and dtypes, as tensors on the meta device."""
+    headers: dict[str, torch.Tensor] = {}
+    for name in sorted(file.keys()):
+        lazy = file.get_slice(name)
+        shape = lazy.get_shape()
+        dtype = lazy[:0].dtype if shape else file.get_tensor(name).dtype  # reads nothing, or one number
+        headers[name] = torch.empty(shape, dtype=dtype, device="meta")
+    problems = [
+        *_settings_without_effect(config),
+        *_name_problems(headers, needs),
+        *_shape_problems(headers, needs),
+    ]
+    if problems:
+        raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
+    return headers
+
+
+def _settings_without_effect(config: CalibrationConfig) -> Iterator[str]:
+    columns = ("text_field", "text_template", "messages_field", "target_field", "image_field", "loss_mask_field")
+    for setting in (*columns, "assistant_only", "pack"):
+        if getattr(config, setting):
+            yield f"{setting}: a .safetensors file has no columns, its tensors are used as they are; remove it"
+
+
+def _name_problems(headers: Mapping[str, torch.Tensor], needs: ModelNeeds) -> Iterator[str]:
+    takes = sorted(needs.forward_arguments)
+    for name in headers:
+        if name != LOSS_MASK and name not in takes:
+            yield f"tensor {name!r} is no argument of the model's forward{nearest(name, takes)}; it takes {takes}"
+    if not headers or list(headers) == [LOSS_MASK]:
+        yield f"no tensors; expected some that the model's forward takes: {takes}"
+    elif needs_target(needs) and not any(name in headers for name in DECODER_INPUTS):
+        yield "an encoder-decoder model needs the decoder's tokens too: add a tensor 'decoder_input_ids'"
+
+
+def _shape_problems(headers: Mapping[str, torch.Tensor], needs: ModelNeeds) -> Iterator[str]:
+    shapes = {name: tuple(header.shape) for name, header in headers.items()}
+    counts = {name: shape[0] if shape else None for name, shape in shapes.items()}
+    for name, count in counts.items():
+        if count is None:
+            yield f"tensor {name!r} is a single number; expected samples along the first dimension"
+    if len(set(counts.values())) > 1:
+        yield f"the tensors differ in their number of samples (the first dimension): {counts}"
+    elif set(counts.values()) == {0}:
+        yield "empty; expected at least one sample"
+    for name, header in headers.items():
+        if name.endswith("input_ids") and header.dtype.is_floating_point:
+            yield f"tensor {name!r} has {header.dtype}; expected integers"
+    if LOSS_MASK in headers:
+        tokens = "decoder_input_ids" if needs.is_encoder_decoder else "input_ids"
+        expected = shapes.get(tokens) or shapes.get(tokens.replace("input_ids", "inputs_embeds"), ())[:2]
+        if shapes[LOSS_MASK] != expected:
+            found = f"is {list(shapes[LOSS_MASK])}"
+            wanted = f"like {tokens!r}, {list(expected)}" if expected else f"a tensor {tokens!r} beside it"
+            yield f"tensor 'loss_mask' {found}; expected {wanted}"
+
+
+def _value_problems(rows: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    for name, tensor in rows.items():
+        # Float8 knows no isfinite.
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
+            bad = (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist() if tensor.dim() > 1 else []
+            yield f"tensor {name!r} has NaN or infinity in {f'samples {bad[:5]}' if bad else 'it'}; expected numbers"
+        if name.endswith("input_ids") and (tensor < 0).any():
+            yield f"tensor {name!r} has negative numbers (the least is {tensor.min()}); expected token ids"
+        if name == LOSS_MASK and not ((tensor == 0) | (tensor == 1)).all():
+            yield "tensor 'loss_mask' has other numbers than 0 and 1"

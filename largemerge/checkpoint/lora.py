@@ -1,0 +1,302 @@
+"""LoRA adapters: what their files say that is to be done to a model's weights.
+
+    W + s·B·A        s = lora_alpha / r, or lora_alpha / √r with use_rslora
+    W' = m · (W + s·B·A) / ‖W + s·B·A‖, row by row        with use_dora
+
+Tensors that an
+adapter holds as a whole (`modules_to_save`, biases, embeddings) replace the model's.
+
+Reads a model's weights with an adapter applied: no merged copy is ever written.
+
+B·A is computed in float32 and the sum rounded to the dtype of W, as peft's `merge_and_unload` does.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint, file_fingerprint, read_json, read_tensors
+from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.errors import CheckpointError
+
+DELTA_DTYPE = torch.float32
+MOST_FACTORS = 16  # pairs of A and B that are kept in memory: more than there are workers, mostly
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_REFUSED = (
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+)
+"""Keys of `adapter_config.json` that change what an adapter does to a weight, or to which."""
+_REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin a training that change the model's own weights, which the adapter then does not hold."""
+_PART = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$"
+)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an adapter adds to one weight.
+
+    Attributes:
+        down: Name of A in the adapter's file, `[r, in]`.
+        up: Name of B, `[out, r]`.
+        magnitude: Name of m, if it has one (DoRA).
+        scale: s.
+        transposed: Whether the weight is `[in, out]`: GPT-2's `Conv1D`, embeddings.
+    """
+
+    down: str
+    up: str
+    magnitude: str | None
+    scale: float
+    transposed: bool
+
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return [self.down, self.up, *([self.magnitude] if self.magnitude is not None else [])]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter, fitted to its model.
+
+    Attributes:
+        checkpoint: The tensors in its own files.
+        deltas: By the weight's name on disk.
+        replaced: Names on disk of the model's tensors that it holds as a whole.
+    """
+
+    checkpoint: Checkpoint
+    deltas: Mapping[str, Delta]
+    replaced: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is added, on disk."""
+        return sum(self.checkpoint.tensors[key].num_bytes for delta in self.deltas.values() for key in delta.names)
+
+    @property
+    def kept_bytes(self) -> int:
+        """In memory at most, while the model is read."""
+        tensors = self.checkpoint.tensors
+        sizes = (sum(tensors[key].num_elements for key in delta.names) for delta in self.deltas.values())
+        return sum(sorted(sizes, reverse=True)[:MOST_FACTORS]) * DELTA_DTYPE.itemsize
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Input embeddings among them: it may have brought tokens of its own."""
+        return tuple(name for name in self.replaced if name.endswith(_EMBEDDINGS))
+
+
+def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint, Adapter]:
+    """Reads an adapter's config and headers, and fits them to its model.
+
+    Args:
+        folder: With `adapter_config.json`.
+        name: What the user calls model and adapter together.
+        model: The model's checkpoint.
+
+    Returns:
+        The checkpoint as the merge sees it: the model's, but for tensors that the adapter replaces; and the adapter.
+
+    Raises:
+        CheckpointError: Naming everything in the adapter that is not supported or does not fit.
+    """
+    config = read_json(folder / "adapter_config.json", name)
+    problems = [f"{name}: adapter_config.json: {problem}" for problem in _config_problems(config)]
+    file = next((folder / each for each in _FILES if (folder / each).is_file()), None)
+    if file is None:
+        problems.append(f"{name}: no weights in {folder}; expected {' or '.join(_FILES)}")
+    if problems or file is None:
+        raise CheckpointError(*problems)
+    tensors, header = read_tensors(file)
+    fingerprint = {each.name: file_fingerprint(each) for each in (folder / "adapter_config.json",)}
+    fingerprint[file.name] = file_fingerprint(file, header)
+    own = Checkpoint(name, folder, config, tensors, fingerprint)
+    parts, whole, problems = _sorted_out(own, model)
+    deltas = {key: delta for key, found in parts.items() for delta in _delta(own, model, key, found, problems)}
+    if problems:
+        raise CheckpointError(*(f"{name}: {problem}" for problem in problems[:20]))
+    adapted = replace(
+        model,
+        name=name,
+        tensors={key: whole.get(key, info) for key, info in model.tensors.items()},
+        fingerprint={**model.fingerprint, **{f"adapter/{key}": value for key, value in fingerprint.items()}},
+    )
+    return adapted, Adapter(own, deltas, tuple(whole))
+
+
+def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        yield f"peft_type is {kind!r}; expected 'LORA'"
+        return
+    yield from (f"{key} is {config[key]!r}, which is not supported" for key in _REFUSED if config.get(key))
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_REFUSED_STARTS):
+        yield (
+            f"init_lora_weights is {start!r}, which changes the model's own weights, too; convert it to a plain LoRA "
+            "(peft: path_initial_model_for_weight_conversion), or merge it with peft first"
+        )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or isinstance(config.get(key), bool):
+            yield f"{key} is {config.get(key)!r}; expected a number"
+
+
+def _sorted_out(
+    own: Checkpoint, model: Checkpoint
+) -> tuple[dict[str, dict[str, str]], dict[str, TensorInfo], list[str]]:
+    """Names in the file by weight and part; whole tensors by the model's names; problems."""
+    parts: dict[str, dict[str, str]] = {}
+    whole: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for key, info in own.tensors.items():
+        inner = key.removeprefix("base_model.model.")
+        match = _PART.match(inner)
+        plain = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        wanted = f"{match['module']}.weight" if match else plain
+        target = _on_disk(wanted, model.tensors) if match or "lora_" not in inner else None
+        if target is None:
+            problems.append(
+                f"{own.name} holds {key}, but {model.name} has no tensor {wanted}; expected the adapter's own model, "
+                "with weights that are tied or fused left alone"
+            )
+        elif match:
+            parts.setdefault(target, {})[match["part"]] = key
+        elif info.shape[1:] != model.tensors[target].shape[1:]:
+            problems.append(f"{key} is {list(info.shape)}, and replaces {list(model.tensors[target].shape)}")
+        else:
+            whole[target] = replace(info, name=key)
+    return parts, whole, problems
+
+
+def _on_disk(name: str, tensors: Iterable[str]) -> str | None:
+    """The tensor of that name, or the only one whose name begins otherwise, as `transformer.h.0…` and `h.0…` do."""
+    known = set(tensors)
+    if name in known:
+        return name
+    near = [each for each in known if each.endswith("." + name) or name.endswith("." + each)]
+    return near[0] if len(near) == 1 else None
+
+
+def _delta(
+    own: Checkpoint, model: Checkpoint, key: str, found: Mapping[str, str], problems: list[str]
+) -> Iterator[Delta]:
+    """The delta of one weight, unless something is wrong with it."""
+    config = own.config
+    embedding = "lora_embedding_A" in found
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    if not set(names) <= set(found):
+        problems.append(f"{key}: expected {names[0]} and {names[1]}, found {sorted(found)}")
+        return
+    down, up = (own.tensors[found[name]] for name in names)
+    module = found[names[0]].removeprefix("base_model.model.").rpartition(f".{names[0]}")[0]
+    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    shape = model.tensors[key].shape
+    wanted = tuple(reversed(shape)) if transposed else shape
+    if len(down.shape) != 2 or len(up.shape) != 2 or (up.shape[0], down.shape[1]) != wanted:
+        problems.append(
+            f"{key} is {list(shape)}; A {list(down.shape)} and B {list(up.shape)} do not fit it"
+            f"{' with fan_in_fan_out' if transposed and not embedding else ''}"
+        )
+    elif not down.shape[0] == up.shape[1] == rank:
+        problems.append(
+            f"{key}: A and B are of rank {down.shape[0]} and {up.shape[1]}, adapter_config.json says {rank}"
+        )
+    elif "lora_magnitude_vector" in found and transposed:
+        problems.append(f"{key}: use_dora is not supported for weights that are [in, out]")
+    elif bool(config.get("use_dora")) != ("lora_magnitude_vector" in found):
+        problems.append(f"{key}: use_dora is {bool(config.get('use_dora'))}, but found {sorted(found)}")
+    else:
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        magnitude = found.get("lora_magnitude_vector")
+        yield Delta(found[names[0]], found[names[1]], magnitude, scale, transposed)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """As peft reads `rank_pattern` and `alpha_pattern`: the first one that is the end of the module's path."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+class AdaptedReader:
+    """Reads a model's tensors with an adapter applied.
+
+    Args:
+        model: Reads the model's tensors, replaced ones included.
+        own: Reads the adapter's.
+        adapter: What is added to them.
+    """
+
+    def __init__(self, model: CheckpointReader, own: CheckpointReader, adapter: Adapter) -> None:
+        self.checkpoint = model.checkpoint
+        self._model, self._own, self._adapter = model, own, adapter
+        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def bytes_read(self) -> int:
+        """So far, of both."""
+        return self._model.bytes_read + self._own.bytes_read
+
+    @property
+    def bytes_past_cache(self) -> int:
+        """Of them, past the system's cache."""
+        return self._model.bytes_past_cache
+
+    def read(self, name: str, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
+        """A tensor, or some rows of it, with what the adapter adds."""
+        return self._adapted(name, self._model.read(name, rows, again=again), slice(None) if rows is None else rows)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows, in any order, with what the adapter adds."""
+        return self._adapted(name, self._model.read_rows(name, rows), rows)
+
+    def _adapted(self, name: str, weight: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+        delta = self._adapter.deltas.get(name)
+        if delta is None:
+            return weight
+        down, up = self._both(name, delta)
+        product = down[:, rows].T @ up.T if delta.transposed else up[rows] @ down
+        adapted = weight.to(torch.promote_types(weight.dtype, DELTA_DTYPE)) + delta.scale * product
+        if delta.magnitude is not None:
+            magnitude = self._own.read(delta.magnitude).to(adapted.dtype)[rows]
+            adapted *= (magnitude / adapted.norm(dim=1)).unsqueeze(1)
+        return adapted.to(weight.dtype)
+
+    def _both(self, name: str, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, kept for the next pieces of the same weight."""
+        with self._lock:
+            found = self._factors.get(name)
+        if found is None:
+            found = (self._own.read(delta.down).to(DELTA_DTYPE), self._own.read(delta.up).to(DELTA_DTYPE))
+            with self._lock:
+                if len(self._factors) >= MOST_FACTORS:
+                    del self._factors[next(iter(self._factors))]
+                self._factors[name] = found
+        return found

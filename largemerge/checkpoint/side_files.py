@@ -1,0 +1,144 @@
+"""What makes a folder of weights a checkpoint: config, tokenizer, processor, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint, read_json
+from largemerge.checkpoint.tensor_info import dtype_name
+
+GENERATION_FILES = ("generation_config.json",)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SENTENCE_ENCODER_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+TEMPLATE_FOLDER = "additional_chat_templates"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def output_config(reference: Checkpoint, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None) -> str:
+    """The text of the output's `config.json`: the reference's, with the output's dtype and quantisation."""
+    config: dict[str, Any] = dict(read_json(reference.folder / "config.json", reference.name))
+    name = dtype_name(dtype)
+    for part in (config, *config.values()):
+        if isinstance(part, dict):
+            part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = name
+    for key in ("_name_or_path", "transformers_weights"):  # where the reference's weights lie says nothing of ours
+        config.pop(key, None)
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    return json.dumps(config, indent=2) + "\n"
+
+
+def copy_side_files(
+    out: Path, config_source: Path, tokenizer_source: Path | None, processor_source: Path, *, with_code: bool
+) -> list[str]:
+    """Copies generation config, tokenizer (if any) and processor files; returns the names of those that were there."""
+    copied = []
+    wanted = [
+        (config_source, GENERATION_FILES),
+        (config_source, SENTENCE_ENCODER_FILES),
+        (processor_source, PROCESSOR_FILES),
+    ]
+    if tokenizer_source is not None:
+        wanted.append((tokenizer_source, TOKENIZER_FILES))
+    if with_code:
+        wanted.append((config_source, tuple(path.name for path in sorted(config_source.glob("*.py")))))
+    for source, names in wanted:
+        for name in names:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, out / name)
+                copied.append(name)
+    folders = [tokenizer_source / TEMPLATE_FOLDER] if tokenizer_source is not None else []
+    if (config_source / SENTENCE_ENCODER_FILES[0]).is_file():
+        folders += sorted(config_source.glob("[0-9]_*"))  # what comes after the transformer, such as 1_Pooling
+    for folder in folders:
+        if folder.is_dir():
+            shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+            copied.append(folder.name)
+    return copied
+
+
+def find_processor(*folders: Path) -> Path:
+    """The first folder that has image processor files; the first of all if none has."""
+    return _first_with(folders, PROCESSOR_FILES)
+
+
+def find_tokenizer(*folders: Path) -> Path:
+    """The first folder that has tokenizer files; the first of all if none has."""
+    return _first_with(folders, TOKENIZER_FILES)
+
+
+def _first_with(folders: tuple[Path, ...], names: tuple[str, ...]) -> Path:
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), folders[0])
+
+
+def model_card(
+    *, method: str, class_name: str, models: list[dict[str, Any]], base: str | None, config_yaml: str, version: str
+) -> str:
+    """The text of the output's `README.md`.
+
+    Args:
+        method: `regmean`, ….
+        class_name: Transformers class that loads the output.
+        models: For each candidate its `name`, `model`, `weight` and `data`.
+        base: Of the config, if any.
+        config_yaml: The resolved configuration.
+        version: Of largemerge.
+    """
+    sources = [str(model["model"]) for model in models] + ([base] if base else [])
+    sources = [source.partition("@")[0] for source in sources if not source.startswith(("/", "."))]
+    hub_ids = [source for source in sources if source.count("/") == 1]
+    listed = "".join(f"\n- {source}" for source in dict.fromkeys(hub_ids))
+    front = f"base_model:{listed}\n" if hub_ids else ""
+    rows = "\n".join(f"| {m['name']} | `{Path(m['model']).name}` | {m['weight']:g} | `{m['data']}` |" for m in models)
+    return f"""---
+library_name: transformers
+tags:
+- merge
+- largemerge
+{front}---
+
+# A merge of {len(models)} models
+
+Made with largemerge {version} by the method `{method}`. How each tensor came about, and how far it lies from
+each model, is in `merge_report.json`.
+
+| name | model | weight | calibration data |
+|---|---|---|---|
+{rows}
+
+## How to load it
+
+```python
+from transformers import {class_name}
+
+model = {class_name}.from_pretrained("path/to/this/folder")
+```
+
+## Configuration
+
+```yaml
+{config_yaml.rstrip()}
+```
+"""

@@ -1,0 +1,101 @@
+"""A data-free merge as a list of steps.
+
+config → headers of all models → tasks → output folder → workers → side files, index, config → report
+
+Several ranks share the tensors of every part, and write them to their places in the same files.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from largemerge.checkpoint.writer import Shard, layout_shards
+from largemerge.data_free.engine import run
+from largemerge.data_free.inputs import Before
+from largemerge.data_free.plan import DataFreePlan, DataFreeSource, plan_data_free
+from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
+from largemerge.data_free.resources import Limits
+from largemerge.devices import CPU
+from largemerge.distributed.ranks import start_ranks
+from largemerge.errors import LargemergeError
+from largemerge.machine import MemoryWatch, versions
+from largemerge.output import OutputFolder, check_output, open_for_ranks
+
+
+def merge_data_free(
+    source: DataFreeSource,
+    out: str | Path,
+    *,
+    device: str,
+    resume: bool,
+    force: bool,
+    max_shard_bytes: int,
+    quiet: bool,
+    before: Before | None = None,
+    limits: Limits | None = None,
+) -> DataFreeReport:
+    """Merges without data; the arguments are those of `largemerge.merge`, and two more.
+
+    `before` is what other merges of the same file have made for this one; `limits` of memory come before those of the
+    configuration.
+
+    Raises:
+        LargemergeError: For anything wrong with config, inputs or output, before the long work.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    with start_ranks() as ranks:
+        with MemoryWatch(CPU) as watch:
+
+            def plan_it() -> tuple[DataFreePlan, list[Path]]:
+                plan = plan_data_free(source, before, device=device, ranks=ranks, limits=limits)
+                if plan.layout.problems:
+                    raise LargemergeError(*plan.layout.problems)
+                opened = (*plan.checkpoints.values(), *plan.companions.values())
+                folders = [checkpoint.folder for checkpoint in opened]
+                folders += [adapter.checkpoint.folder for adapter in plan.adapters.values()]
+                if ranks.is_first:
+                    check_output(out, folders, resume=resume, force=force)
+                return plan, folders
+
+            plan, folders = ranks.agree(plan_it)
+            watch.follow(plan.device)
+            shards = layout_shards(plan.output, max_shard_bytes)
+            with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
+                ranks.agree(lambda: _check_shared(folder))
+                prepared = time.perf_counter() - start
+                resumed = len(folder.entries)
+                moved_here = run(
+                    plan, shards, folder, ranks, max_shard_bytes=max_shard_bytes, quiet=quiet or not ranks.is_first
+                )
+                bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
+                seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
+                peaks = tuple(ranks.gather(watch.peak()))
+                report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks)
+                if ranks.is_first:
+                    folder.finish(shards, lambda path: write_side_files(path, report), config_text(plan))
+        ranks.gather(None)  # nobody says that the merge is done before it is
+    return report
+
+
+def _check_shared(folder: OutputFolder) -> None:
+    """Every rank writes what it has merged."""
+    if not folder.working.is_dir():
+        raise LargemergeError(f"{folder.path} is not there on this machine; expected a folder that all ranks share")
+
+
+def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
+    """What a merge and its continuation must have in common."""
+    return {
+        "config": plan.config.model_dump(mode="json", exclude={"memory"}),  # which changes no bit
+        "inputs": {
+            name: dict(checkpoint.fingerprint) for name, checkpoint in (plan.checkpoints | plan.companions).items()
+        },
+        "versions": versions(),
+        "shards": {shard.file_name: shard.num_bytes for shard in shards},
+        **({"device": plan.device.type} if plan.device.type != "cpu" else {}),
+        **({"chat_template": plan.template} if plan.template is not None else {}),
+        **({"vocabulary": plan.vocabulary.fingerprint()} if plan.vocabulary is not None else {}),
+    }

@@ -1,0 +1,129 @@
+"""Methods that take a task vector for what is known of the task's inputs, and then solve what RegMean solves.
+
+    Δ_i = W_i - W_0  [O, I]           G_i ∝ Δ_iᵀ Δ_i  [I, I]           M = ( Σ Δ_i G_i ) ( Σ G_i )⁻¹
+
+The rows of a linear's gradient are inputs of that linear, weighed, and so are those of its task vector: Δ_iᵀ Δ_i stands
+for the Gram matrix of inputs that nobody has. Sums and solves are float64. Weights are `[O, I]`: a layer that stores
+`[I, O]` (GPT-2's) is transposed before and after.
+
+Shapes: O outputs, I inputs, K models.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from largemerge.data_free.methods.base import Piece
+from largemerge.data_free.methods.svd import FACTOR_DTYPE, gram, singular_vectors, task_vector
+
+_RIDGE = 1e-11  # of the mean diagonal element: what makes the minimum unique where it is not
+_SMALLEST = 1e-12  # of the largest eigenvalue: smaller ones count as 0
+_TINY = 1e-12
+
+
+def wudi(piece: Piece) -> torch.Tensor:
+    """WUDI-Merging in closed form: W_0 + M, M = argmin Σ ‖(M - Δ_i) Δ_iᵀ‖² / ‖Δ_i‖². arXiv 2503.08099.
+
+    The paper approaches this minimum by Adam from Σ Δ_i, 300 steps of 1e-5 (FusionBench: 400), and stops before it is
+    reached. The loss is a square in M, so the minimum itself is
+
+        M = ( Σ Δ_i H_i ) ( Σ H_i )⁺          H_i = Δ_iᵀ Δ_i / ‖Δ_i‖²
+
+    of least norm where there are several: where no task vector lies, M is 0. Those are the directions in which
+    gradient steps from Σ Δ_i change nothing either. Task vectors that are 0 do not count.
+    """
+    outputs, inputs = piece.origin.shape
+    sums_II = piece.origin.new_zeros(inputs, inputs, dtype=FACTOR_DTYPE)
+    right_OI = piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE)
+    for model in range(len(piece.tensors)):
+        delta = task_vector(piece, model).to(FACTOR_DTYPE)
+        square = delta.square().sum()
+        if square == 0:
+            continue
+        gram_II = gram(delta).div_(square)
+        sums_II += gram_II
+        if 2 * outputs < inputs:
+            right_OI.addmm_(gram(delta.T), delta / square)
+        else:
+            right_OI.addmm_(delta, gram_II)
+    return _solve_symmetric(right_OI, sums_II).to(torch.float32).add_(piece.origin)
+
+
+def _solve_symmetric(right_OI: torch.Tensor, sums_II: torch.Tensor) -> torch.Tensor:
+    """B · A⁺, A the sums, where the rows of B, on the right side, lie in the range of A.
+
+    B A (A + λ)⁻² by Cholesky, λ = 1e-11 of A's mean diagonal element: in directions that A does not know, the first
+    division makes little of B's rounding errors, the second one nothing. Where rounding has made A indefinite, the same
+    from its eigenvalues.
+    """
+    mean = sums_II.diagonal().mean()
+    if mean == 0:
+        return torch.zeros_like(right_OI)
+    ridge = _RIDGE * mean
+    damped_II = sums_II.clone()
+    damped_II.diagonal().add_(ridge)
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    del damped_II
+    if not failed:
+        once_IO = torch.cholesky_solve(right_OI.T, lower_II)
+        return once_IO.sub_(torch.cholesky_solve(once_IO, lower_II).mul_(ridge)).T
+    del lower_II
+    values_I, vectors_II = torch.linalg.eigh(sums_II)
+    known = values_I > _SMALLEST * values_I[-1]
+    vectors_II = vectors_II[:, known]
+    return torch.mm(torch.mm(right_OI, vectors_II) / values_I[known], vectors_II.T)
+
+
+def ace(piece: Piece) -> torch.Tensor:
+    """ACE-Merging, adaptive covariance estimation: W_0 + scaling_coefficient · M. Xu et al., arXiv 2603.02945.
+
+        Δ̃_i = Δ_i - their mean row              Σ_i = Δ̃_iᵀ Δ̃_i, divided by its trace t_i where tasks are unlike
+        R_i = Σ_i + eps·1, or + eps/t_i·1        cᵀ = mean row of Σ Σ_i, divided by mean ‖Δ_i‖² where tasks are unlike
+        M₀ = ( Σ Δ̃_i R_i ) ( Σ R_i + 1cᵀ )⁻¹     every row of 1cᵀ is cᵀ
+
+    Tasks are unlike if Var(log ‖Δ_i‖²) / mean(log ‖Δ_i‖²)² > `heterogeneity`. Then M = M₀ + s̄ U Vᵀ, where U and V
+    belong to the `k_frac` largest singular values of M₀ + Σ Δ_i (Σ_i - ΣR_i/K), and s̄ is their mean; else M = M₀.
+
+    As its authors' program has it, and a transcription of the paper's equations. The names of `eps` and `k_frac` and
+    all defaults are the program's; the threshold has no name there.
+    """
+    options, count = piece.options, len(piece.tensors)
+    squares = torch.tensor([_norm_square(task_vector(piece, model)) for model in range(count)], dtype=FACTOR_DTYPE)
+    unlike = _heterogeneity(squares) > options["heterogeneity"]
+    outputs, inputs = piece.origin.shape
+    sums_II = piece.origin.new_zeros(inputs, inputs, dtype=FACTOR_DTYPE)
+    right_OI, total_OI, extra_OI = (piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE) for _ in range(3))
+    ridges = 0.0
+    for model in range(count):
+        delta = task_vector(piece, model).to(FACTOR_DTYPE)
+        centred = delta - delta.mean(dim=0, keepdim=True)
+        gram_II = gram(centred)
+        trace = gram_II.trace().item() + _TINY
+        ridge = options["eps"] / trace if unlike else options["eps"]
+        if unlike:
+            gram_II /= trace
+            total_OI += delta
+            extra_OI.addmm_(delta, gram_II)
+        sums_II += gram_II
+        right_OI.addmm_(centred, gram_II).add_(centred, alpha=ridge)
+        ridges += ridge
+    prior_I = sums_II.mean(dim=0) / (squares.mean().item() + _TINY if unlike else 1.0)
+    sums_II.diagonal().add_(ridges)
+    merged_OI = torch.linalg.solve(sums_II + prior_I, right_OI, left=False)
+    if unlike:
+        fused_OI = merged_OI + extra_OI - total_OI @ sums_II / count
+        u_OR, s_R, v_IR = singular_vectors(fused_OI.to(torch.float32), int(min(outputs, inputs) * options["k_frac"]))
+        merged_OI += (u_OR @ v_IR.T).mul_(s_R.mean().item() if len(s_R) else 0.0)
+    merged: torch.Tensor = merged_OI.mul_(options["scaling_coefficient"]).to(torch.float32)
+    return merged.add_(piece.origin)
+
+
+def _heterogeneity(squares_K: torch.Tensor) -> float:
+    if len(squares_K) == 1:
+        return 0.0
+    logarithms = (squares_K + _TINY).log()
+    return (logarithms.var() / (logarithms.mean().square() + _TINY)).item()
+
+
+def _norm_square(tensor: torch.Tensor) -> float:
+    return tensor.square().sum(dtype=FACTOR_DTYPE).item()

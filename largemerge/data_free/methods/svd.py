@@ -1,0 +1,243 @@
+"""Singular vectors and polar factors of a matrix, from the eigenvalues of its smaller Gram matrix.
+
+    X = U S Vᵀ  [O, I], I ≤ O       G = XᵀX = V S² Vᵀ  [I, I]       U = X V S⁻¹       U Vᵀ = X (V S⁻¹ Vᵀ)
+
+A wide X is transposed first. On a CPU this takes half the time of an SVD and less. The price is that S is squared: so
+G and its eigenvectors are float64, which knows directions down to a millionth of the largest singular value. What is
+smaller than that counts as 0: float32 weights have no more digits, and an SVD's vectors there are rounding errors.
+Such directions are left out of U and V, and a polar factor is 0 in them.
+
+Shapes: O rows, I columns, R singular values.
+
+Methods that merge the singular vectors of task vectors: TSV-M, Iso-C, Iso-CTS.
+
+    Δ_i = W_i - W_0 = U_i S_i V_iᵀ                 of a weight matrix, `[O, I]`
+
+An SVD leaves open what U and V are where singular values are 0, and so do the papers' programs, whose results there
+depend on the library. Here such directions are left out (`factors.py`): they add nothing.
+
+Shapes: O outputs, I inputs, R = min(O, I), K models.
+
+OPCM: models are merged one after the other, each orthogonally to what is merged already.
+
+Of all models together only the merged task vector is kept, so memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from largemerge.data_free.methods.base import Piece, Unscaled
+
+FACTOR_DTYPE = torch.float64
+"""The precision of every Gram matrix here, and of its eigenvectors."""
+
+_SMALLEST = 1e-6  # of the largest singular value
+_NUM_PANELS = 4
+_ROWS_AT_ONCE = 1024
+_FLOAT32_ERROR = 1e-5  # relative; up to there X V S⁻¹ is multiplied in float32
+
+
+def lower_gram(x_NI: torch.Tensor) -> torch.Tensor:
+    """XᵀX, float64, on and below the diagonal panels; 0 above them. `[I, I]`."""
+    size = x_NI.shape[1]
+    gram_II = torch.zeros(size, size, dtype=FACTOR_DTYPE, device=x_NI.device)
+    width = max(1, -(-size // _NUM_PANELS))
+    for rows in torch.split(x_NI, _ROWS_AT_ONCE):
+        wide = rows.to(FACTOR_DTYPE)
+        for start in range(0, size, width):
+            stop = min(start + width, size)
+            gram_II[start:, start:stop].addmm_(wide[:, start:].T, wide[:, start:stop])
+    return gram_II
+
+
+def gram(x_NI: torch.Tensor) -> torch.Tensor:
+    """XᵀX, float64. `[I, I]`."""
+    lower_II = lower_gram(x_NI).tril_()
+    return lower_II.add_(lower_II.tril(-1).T)
+
+
+def singular_vectors(x_OI: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U `[O, R]`, S `[R]`, V `[I, R]` of the largest singular values, largest first; float32, S float64.
+
+    Args:
+        x_OI: float32.
+        most: How many; fewer come back where the others count as 0.
+    """
+    if x_OI.shape[1] > x_OI.shape[0]:
+        v_IR, s_R, u_OR = singular_vectors(x_OI.T, most)
+        return u_OR, s_R, v_IR
+    s_R, v_IR = _spectrum(x_OI)
+    s_R, v_IR = s_R[:most], v_IR[:, :most]
+    return _product(x_OI, v_IR / s_R, s_R), s_R, v_IR.to(torch.float32)
+
+
+def polar_factor(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """U Vᵀ `[O, I]`, the nearest matrix with orthonormal columns (or rows), float32; and S `[R]`, float64."""
+    if x_OI.shape[1] > x_OI.shape[0]:
+        factor_IO, s_R = polar_factor(x_OI.T)
+        return factor_IO.T, s_R
+    s_R, v_IR = _spectrum(x_OI)
+    return _product(x_OI, (v_IR / s_R) @ v_IR.T, s_R), s_R
+
+
+def _spectrum(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """S, largest first, and V, float64, without what counts as 0."""
+    squares_I, vectors_II = torch.linalg.eigh(lower_gram(x_OI), UPLO="L")
+    s_I = squares_I.clamp_(min=0).sqrt_().flip(0)
+    count = int((s_I > _SMALLEST * s_I[:1]).sum()) if len(s_I) else 0
+    return s_I[:count], vectors_II.flip(1)[:, :count]
+
+
+def _product(x_OI: torch.Tensor, right: torch.Tensor, s_R: torch.Tensor) -> torch.Tensor:
+    """X times something as large as S⁻¹, in float32 where the smallest singular values allow it, else in float64."""
+    error = torch.finfo(torch.float32).eps * (s_R[:1] / s_R).square().mean().sqrt()
+    if len(s_R) == 0 or error <= _FLOAT32_ERROR:
+        return x_OI @ right.to(torch.float32)
+    return torch.cat([rows.to(FACTOR_DTYPE).mm(right).to(torch.float32) for rows in torch.split(x_OI, _ROWS_AT_ONCE)])
+
+
+def task_vector(piece: Piece, model: int) -> torch.Tensor:
+    """W_i - W_0, float32."""
+    return piece.tensors[model].to(torch.float32).sub(piece.origin.to(torch.float32))
+
+
+def sum_of_task_vectors(piece: Piece) -> torch.Tensor:
+    """Σ Δ_i, float32; one model is read after the other."""
+    total = task_vector(piece, 0)
+    for model in range(1, len(piece.tensors)):
+        total.add_(task_vector(piece, model))
+    return total
+
+
+def mean_of_task_vectors(scale: str | None = None) -> Callable[[Piece], torch.Tensor]:
+    """A function that merges what is no weight matrix: W_0 + scale · Σ Δ_i / K.
+
+    Args:
+        scale: Name of the parameter that scales; `None`: 1.
+    """
+
+    def merge(piece: Piece) -> torch.Tensor:
+        factor = 1.0 if scale is None else piece.options[scale]
+        return sum_of_task_vectors(piece).mul_(factor / len(piece.tensors)).add_(piece.origin)
+
+    return merge
+
+
+def tsv_m(piece: Piece) -> torch.Tensor:
+    """Task singular vectors, TSV-M: W_0 + alpha · Ũ S Ṽᵀ. Gargiulo et al., arXiv 2412.00081.
+
+    Of every task vector the R // K largest singular values and their vectors; side by side,
+
+        U = [U_1 … U_K]  [O, K·(R//K)]      V = [V_1 … V_K]  [I, K·(R//K)]      S = diag(S_1 … S_K)
+
+    and each of U and V is replaced by the nearest matrix with orthonormal columns: Ũ = P Qᵀ where U = P D Qᵀ.
+    """
+    rank = min(piece.origin.shape) // len(piece.tensors)
+    found = [singular_vectors(task_vector(piece, model), rank) for model in range(len(piece.tensors))]
+    lefts, values, rights = zip(*found, strict=True)
+    left = polar_factor(torch.cat(lefts, dim=1))[0].mul_(torch.cat(values).to(torch.float32))
+    right = polar_factor(torch.cat(rights, dim=1))[0]
+    return (left @ right.T).mul_(piece.options["alpha"]).add_(piece.origin)
+
+
+def iso_c(piece: Piece) -> torch.Tensor:
+    """Isotropic merging in the common subspace: W_0 + scaling_factor · s̄ U Vᵀ. Marczak et al., arXiv 2502.04959.
+
+    U S Vᵀ = Σ Δ_i, and all singular values become their mean s̄.
+    """
+    total = sum_of_task_vectors(piece)
+    factor, values = polar_factor(total)
+    mean = values.sum().item() / min(total.shape)
+    return factor.mul(mean * piece.options["scaling_factor"]).add_(piece.origin)
+
+
+def iso_cts(piece: Piece) -> torch.Tensor:
+    """Isotropic merging in common and task-specific subspaces, Iso-CTS. Marczak et al., arXiv 2502.04959.
+
+    Of U S Vᵀ = Σ Δ_i the C largest singular values and their vectors stay; of every (1 - U_C U_Cᵀ) Δ_i the T largest
+    come beside them, C + K·T = R. Then, as in TSV-M and Iso-C,
+
+        W_0 + scaling_factor · s̄ Ũ Ṽᵀ          s̄ the mean of all R singular values
+
+    with Ũ and Ṽ the nearest matrices with orthonormal columns. T = round((R - C₀) / K), C₀ = R · common_space_fraction.
+    """
+    size, count = min(piece.origin.shape), len(piece.tensors)
+    own = round((size - int(size * piece.options["common_space_fraction"])) / count)
+    own = min(own, size // count)
+    common = size - own * count
+    left, values, right = singular_vectors(sum_of_task_vectors(piece), common)
+    lefts, all_values, rights = [left], [values], [right]
+    for model in range(count if own else 0):
+        delta = task_vector(piece, model)
+        delta.sub_(left @ (left.T @ delta))
+        for each, parts in zip(singular_vectors(delta, own), (lefts, all_values, rights), strict=True):
+            parts.append(each)
+    mean = torch.cat(all_values).sum().item() / size
+    merged = polar_factor(torch.cat(lefts, dim=1))[0] @ polar_factor(torch.cat(rights, dim=1))[0].T
+    return merged.mul_(mean * piece.options["scaling_factor"]).add_(piece.origin)
+
+
+_ROUNDING = 1 + 1e-12  # so that `alpha: 1` is all of them
+
+
+def opcm_matrix(piece: Piece) -> Unscaled:
+    """Orthogonal projection-based continual merging, before the last factor. Tang et al., arXiv 2501.09522.
+
+        M_1 = Δ_1        M_t = M_{t-1} + P_{t-1}(Δ_t)        Δ_t = W_t - W_0, in the order of the configuration
+
+    U S Vᵀ = M_{t-1}, `[O, I]`; P_{t-1}(Δ) = Δ - U C Vᵀ, where C is UᵀΔV on its diagonal and in its first r rows and
+    columns, else 0: the directions of the r largest singular values, whose sum is at most `alpha` of all, are left out,
+    and so is what lies along any singular pair. The result is W_0 + M_K · mean ‖Δ_t‖ / ‖M_K‖, norms over the whole
+    model. The paper scales by such a factor after every step; since none of these changes U, V or r, the last one is
+    all that remains.
+    """
+    return _one_after_the_other(piece, lambda delta, merged: _project_(delta, merged, piece.options["alpha"]))
+
+
+def opcm_others(piece: Piece) -> Unscaled:
+    """Σ Δ_t: what is no weight matrix is added up, as in the authors' program."""
+    return _one_after_the_other(piece, lambda delta, merged: delta)
+
+
+def _one_after_the_other(piece: Piece, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Unscaled:
+    merged, squares = torch.empty(0), []
+    for model in range(len(piece.tensors)):
+        delta = task_vector(piece, model)
+        squares.append(_square(delta))
+        merged = merged.add_(change(delta, merged)) if model else delta
+    return Unscaled(merged, (_square(merged), *squares))
+
+
+def opcm_alone(piece: Piece) -> torch.Tensor:
+    """OPCM of a model that has no other tensor than this one."""
+    made = opcm_matrix(piece) if piece.origin.dim() == 2 else opcm_others(piece)
+    return made.vector.mul_(opcm_factor(made.squares)).add_(piece.origin)
+
+
+def opcm_factor(squares: Sequence[float]) -> float:
+    """The mean norm of the task vectors over the norm of the merged one; 1 where that is 0."""
+    merged, *models = (math.sqrt(square) for square in squares)
+    return sum(models) / len(models) / merged if merged else 1.0
+
+
+def _project_(delta_OI: torch.Tensor, merged_OI: torch.Tensor, alpha: float) -> torch.Tensor:
+    """P(Δ), in the place of Δ."""
+    u_OR, s_R, v_IR = singular_vectors(merged_OI)
+    if len(s_R) == 0:
+        return delta_OI
+    count = int((s_R.cumsum(0) <= alpha * s_R.sum() * _ROUNDING).sum())
+    rows_RI = u_OR.T @ delta_OI
+    # Uᵀ Δ, of which what C keeps is put in its place: C Vᵀ.
+    block = rows_RI[:count] @ v_IR[:, :count]
+    along_R = (rows_RI * v_IR.T).sum(dim=1, keepdim=True)
+    torch.mul(v_IR.T, along_R, out=rows_RI)
+    torch.mm(block, v_IR[:, :count].T, out=rows_RI[:count])
+    return delta_OI.sub_(u_OR @ rows_RI)
+
+
+def _square(tensor: torch.Tensor) -> float:
+    return tensor.square().sum(dtype=torch.float64).item()

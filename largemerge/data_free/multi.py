@@ -1,0 +1,303 @@
+"""Several merges in one file, as mergekit-multi reads them: documents that name each other's results as models.
+
+    name: first
+    merge_method: linear
+    models: …
+    ---
+    merge_method: ties
+    base_model: first
+    …
+
+They run in the order of what they need. The last one's result is the output: the document without a name, or else the
+one that no other needs. All the others go to a folder of their own, each a checkpoint like any other.
+
+Merges that need each other's results: all are planned before the first begins, then made one after the other.
+
+Without `--intermediate-dir`, intermediate results lie in OUT/.largemerge and go with it. There or elsewhere, one that
+is finished, and was made from the same configuration and files, is not made again.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from largemerge.api import REGRESSION_METHODS
+from largemerge.checkpoint.index import Checkpoint, open_checkpoint
+from largemerge.checkpoint.locate import split_reference
+from largemerge.checkpoint.model_source import open_model
+from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.config_file import nearest, read_documents
+from largemerge.data_free.config import DataFreeConfig, load_data_free
+from largemerge.data_free.inputs import Before
+from largemerge.data_free.merge import merge_data_free
+from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
+from largemerge.data_free.report import DataFreeReport, config_text, write_tokenizer
+from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
+from largemerge.errors import ConfigError, LargemergeError, OutputError
+from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER, check_output
+
+
+@dataclass(frozen=True)
+class Document:
+    """One of the merges.
+
+    Attributes:
+        label: Its name; where it has none, what messages call it.
+        config: Of the merge; other documents' results stand there by their names.
+        needs: Names of the documents that it is made of.
+    """
+
+    label: str
+    config: DataFreeConfig
+    needs: tuple[str, ...]
+
+
+def load_documents(path: Path, *, keeps_all: bool) -> list[Document]:
+    """Reads and checks all documents of a file.
+
+    Args:
+        path: A YAML file.
+        keeps_all: Whether results that no other document needs are kept, too.
+
+    Returns:
+        In an order in which they can be made; the last one makes the output.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    raw = read_documents(path)
+    names = [str(document["name"]) for document in raw if document.get("name") is not None]
+    problems = list(_name_problems(raw, names))
+    documents: list[Document] = []
+    for number, mapping in enumerate(raw, start=1):
+        label = str(mapping.get("name") or f"document {number}")
+        if mapping.get("merge_method") in REGRESSION_METHODS:
+            problems.append(f"{label}: merge_method: {mapping['merge_method']} goes into a file of its own")
+            continue
+        try:
+            config = load_data_free(mapping, path.resolve().parent, names)
+        except ConfigError as error:
+            problems += [f"{label}: {problem}" for problem in error.problems]
+            continue
+        used = [model_of(reference) for reference in references_of(config)]
+        documents.append(Document(label, config, tuple(dict.fromkeys(each for each in used if each in names))))
+        problems += [f"{label}: {problem}" for problem in _unknown(used, names)]
+    if not problems:
+        problems += _order_problems(documents, keeps_all)
+    if problems:
+        raise ConfigError(*problems)
+    return _ordered(documents)
+
+
+def references_of(config: DataFreeConfig) -> list[str]:
+    """All that a configuration names as models, those included that only its vocabulary needs."""
+    found = list(config.references)
+    if config.vocabulary is not None:
+        if config.vocabulary.source not in ("union", "base"):
+            found.append(config.vocabulary.source)
+        found += [model for _, model in config.vocabulary.models()]
+    return list(dict.fromkeys(found))
+
+
+def model_of(reference: str) -> str:
+    """Without adapter and revision, as a document's name stands there."""
+    return split_reference(reference)[0].partition("@")[0]
+
+
+def _name_problems(raw: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"name: {names.count(name)} documents are called {name!r}; expected names that differ"
+    for name in dict.fromkeys(names):
+        parts = name.split("/")
+        if any(part in ("", ".", "..") for part in parts) or "+" in name or "@" in name:
+            yield f"name: {name!r} is no name of a folder; expected letters, digits and the like"
+    unnamed = len(raw) - len(names)
+    if unnamed > 1:
+        yield f"name: {unnamed} documents have none; expected one at most, which makes the output"
+
+
+def _unknown(used: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    for model in dict.fromkeys(used):
+        if model not in names and "/" not in model and not Path(model).expanduser().exists():
+            hint = nearest(model, names) or f"; documents are called {list(names)}"
+            yield f"{model!r} is neither another document nor a folder nor a Hub id{hint}"
+
+
+def _order_problems(documents: Sequence[Document], keeps_all: bool) -> Iterator[str]:
+    try:
+        tuple(graphlib.TopologicalSorter({each.label: each.needs for each in documents}).static_order())
+    except graphlib.CycleError as error:
+        yield f"documents need each other in a circle: {' → '.join(error.args[1])}"
+        return
+    ends = _ends(documents)
+    unnamed = [each for each in documents if each.config.name is None]
+    if not unnamed and len(ends) > 1:
+        yield (
+            f"{', '.join(each.label for each in ends)}: no other document needs them; expected one such document, "
+            "or one without a name, which makes the output"
+        )
+    elif unnamed and not keeps_all:
+        for each in ends:
+            if each is not unnamed[0]:
+                yield f"{each.label}: no other document needs it; --intermediate-dir would keep what it makes"
+
+
+def _ends(documents: Sequence[Document]) -> list[Document]:
+    needed = {name for each in documents for name in each.needs}
+    return [each for each in documents if each.label not in needed]
+
+
+def _ordered(documents: Sequence[Document]) -> list[Document]:
+    last = next((each for each in documents if each.config.name is None), None) or _ends(documents)[0]
+    by_label = {each.label: each for each in documents}
+    order = graphlib.TopologicalSorter({each.label: each.needs for each in documents}).static_order()
+    return [*(by_label[label] for label in order if label != last.label), last]
+
+
+def plan_series(path: Path, *, keeps_all: bool = True, probe: bool = False, **options: Any) -> SeriesPlan:
+    """Plans all merges of a file, from configurations and headers; options are those of a single one's plan.
+
+    Raises:
+        LargemergeError: If the inputs cannot be opened.
+    """
+    with _planned(load_documents(path, keeps_all=keeps_all), probe=probe, **options) as plan:
+        return plan
+
+
+def merge_series(path: Path, out: Path, intermediate: Path | None, **options: Any) -> DataFreeReport:
+    """Makes all merges of a file; the last one's result goes to OUT.
+
+    Args:
+        path: A YAML file of several documents.
+        out: The output folder.
+        intermediate: Where the others' results go, and stay.
+        options: Of `merge_data_free`.
+
+    Raises:
+        LargemergeError: For anything wrong with any of them, before the first one begins.
+    """
+    documents = load_documents(path, keeps_all=intermediate is not None)
+    folder = intermediate if intermediate is not None else out / WORKING_FOLDER / INTERMEDIATE_FOLDER
+    resume, force = options.pop("resume"), options.pop("force")
+    with stay_together():
+        with start_ranks() as ranks:
+            where = {"device": options["device"], "limits": options.get("limits")}
+            ranks.agree(lambda: _check(documents, out, folder, ranks, where, resume=resume, force=force))
+            is_quiet = options["quiet"] or not ranks.is_first
+        before = Before()
+        for number, document in enumerate(documents, start=1):
+            is_last = number == len(documents)
+            target = out if is_last else folder / document.label
+            if not is_quiet:
+                print(f"largemerge: merge {number} of {len(documents)}: {document.label} → {target}", file=sys.stderr)
+            goes_on = resume and (target / WORKING_FOLDER / "manifest.json").exists()
+            if is_last:
+                return merge_data_free(document.config, out, before=before, resume=goes_on, force=force, **options)
+            with start_ranks() as ranks:
+                made = ranks.agree(partial(_is_made, document, target, before, force=force and not resume))
+            if not made:
+                merge_data_free(document.config, target, before=before, resume=goes_on, force=force, **options)
+            told = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+            before = before.with_result(document.config, open_checkpoint(target, document.label), told)
+    raise AssertionError("there is a last document")
+
+
+def _check(
+    documents: list[Document],
+    out: Path,
+    folder: Path,
+    ranks: Ranks,
+    where: Mapping[str, Any],
+    *,
+    resume: bool,
+    force: bool,
+) -> None:
+    """Plans everything, and looks at the output folder, before the first merge begins."""
+    with _planned(documents, ranks=ranks, **where) as plan:
+        if plan.problems:
+            raise LargemergeError(*plan.problems)
+    if not ranks.is_first:
+        return
+    inside = out / WORKING_FOLDER / INTERMEDIATE_FOLDER
+    if inside.exists() and not (resume or force):
+        raise OutputError(f"{out} holds an unfinished merge; --resume goes on with it, --force starts afresh")
+    if inside.exists() and not resume:
+        shutil.rmtree(inside)
+    check_output(out, [], resume=resume and (out / WORKING_FOLDER / "manifest.json").exists(), force=force)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _is_made(document: Document, target: Path, before: Before, *, force: bool) -> bool:
+    """Whether the result is there already, from the same configuration and files."""
+    if force or not (target / "config.json").exists() or (target / WORKING_FOLDER / "manifest.json").exists():
+        return False
+    try:
+        told = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+        inputs = {name: described["files"] for name, described in told["inputs"].items()}
+    except (OSError, ValueError, KeyError):
+        raise OutputError(f"{target} is no result of a merge; remove it, or take another --intermediate-dir") from None
+    plan = plan_data_free(document.config, before, device="cpu")  # whose device does not matter here
+    vocabulary = plan.vocabulary.to_json() if plan.vocabulary is not None else None
+    same_config = told["config"] == json.loads(document.config.model_dump_json(exclude_defaults=True))
+    now = {name: dict(checkpoint.fingerprint) for name, checkpoint in plan.checkpoints.items()}
+    if not same_config or [inputs, told["plan"]["vocabulary"]] != json.loads(json.dumps([now, vocabulary])):
+        changed = "inputs" if same_config else "configuration"
+        raise OutputError(f"{target} was made from another {changed}; --force makes it again")
+    return True
+
+
+@contextmanager
+def _planned(documents: list[Document], *, probe: bool = False, **options: Any) -> Iterator[SeriesPlan]:
+    """Plans one after the other; what is yet to be made stands there as a folder without weights, meanwhile."""
+    plans: dict[str, DataFreePlan] = {}
+    problems: list[str] = []
+    before = Before()
+    with tempfile.TemporaryDirectory(prefix="largemerge-plan-") as folder:
+        for document in documents:
+            if not set(document.needs) <= set(before.checkpoints):
+                problems += _open_problems(document)  # what it needs cannot be planned, which is told
+                continue
+            try:
+                probes = probe and not document.needs  # of what is yet to be made nothing can be read
+                plan = plan_data_free(document.config, before, probe=probes, **options)
+            except LargemergeError as error:
+                problems += [f"{document.label}: {problem}" for problem in error.problems]
+                continue
+            plans[document.label] = plan
+            if not plan.problems:
+                made = _promised(plan, Path(folder) / document.label, document.label)
+                before = before.with_result(document.config, made, {})
+        if problems:
+            raise LargemergeError(*problems, *SeriesPlan(plans).problems)
+        yield SeriesPlan(plans)
+
+
+def _open_problems(document: Document) -> Iterator[str]:
+    """What is wrong with its own models."""
+    for reference in document.config.references:
+        if model_of(reference) not in document.needs:
+            try:
+                open_model(reference)
+            except LargemergeError as error:
+                yield from (f"{document.label}: {problem}" for problem in error.problems)
+
+
+def _promised(plan: DataFreePlan, folder: Path, name: str) -> Checkpoint:
+    """The checkpoint that a merge will make, for the plans of those that need it."""
+    folder.mkdir(parents=True)
+    text = config_text(plan)
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_tokenizer(folder, plan)
+    file = folder / "model.safetensors"
+    tensors = {key: TensorInfo(key, made.shape, made.dtype, file, 0) for key, made in plan.output.items()}
+    return Checkpoint(name, folder, json.loads(text), tensors, {})

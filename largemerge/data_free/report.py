@@ -1,0 +1,248 @@
+"""What a data-free merge did, as `merge_report.json` tells it.
+
+The tables on the terminal, for data-free merges.
+
+What a data-free merge writes beside its weights: config, tokenizer, model card, report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from largemerge.checkpoint.index import Checkpoint, read_json
+from largemerge.checkpoint.locate import short_name
+from largemerge.checkpoint.lora import Adapter
+from largemerge.checkpoint.side_files import (
+    GENERATION_FILES,
+    copy_side_files,
+    find_processor,
+    find_tokenizer,
+    model_card,
+    output_config,
+)
+from largemerge.config_file import gib
+from largemerge.data_free.inputs import tokenizer_folder
+from largemerge.data_free.methods.table import METHODS
+from largemerge.data_free.plan import DataFreePlan, SeriesPlan
+from largemerge.data_free.tasks import Task
+from largemerge.machine import MemoryUse, machine, versions
+from largemerge.tokenizer.chat_templates import with_template
+from largemerge.tokenizer.token_ids import move_ids, set_vocabulary_size
+from largemerge.tokenizer.tokenizers import tokenizer_files, write_files
+from largemerge.tokenizer.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class DataFreeReport:
+    """What a data-free merge did; `to_json` is what `merge_report.json` holds.
+
+    Attributes:
+        plan: That was run.
+        seconds: Total, and of the preparation.
+        bytes_read: In this run; tensors that are read twice count twice.
+        bytes_past_cache: In this run; read and written straight from and to the disk.
+        resumed_parts: How many parts an earlier run had finished.
+        peaks: Measured, by rank.
+    """
+
+    plan: DataFreePlan
+    seconds: Mapping[str, float]
+    bytes_read: int
+    bytes_past_cache: int
+    resumed_parts: int
+    peaks: tuple[MemoryUse, ...]
+
+    @property
+    def peak(self) -> MemoryUse:
+        """That of the rank that held most."""
+        return max(self.peaks, key=lambda peak: peak.host_anonymous)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        checkpoints = (self.plan.checkpoints | self.plan.companions).items()
+        return {
+            "versions": versions(),
+            "machine": machine(self.plan.device),
+            "config": self.plan.config.model_dump(mode="json", exclude_defaults=True),
+            "inputs": {
+                name: {"folder": str(checkpoint.folder), "files": dict(checkpoint.fingerprint)}
+                for name, checkpoint in checkpoints
+            },
+            "plan": self.plan.to_json(),
+            "seconds": dict(self.seconds),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.plan.bytes_written,
+            "bytes_past_cache": self.bytes_past_cache,
+            "resumed_parts": self.resumed_parts,
+            "peak_bytes": asdict(self.peak),
+            "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
+            "before": dict(self.plan.before.reports),
+            "tensors": {task.name: self._described(task) for task in self.plan.layout.tasks},
+        }
+
+    def _described(self, task: Task) -> dict[str, Any]:
+        described: dict[str, Any] = {"from": [f"{model}: {key}" for model, key in (*task.inputs, *task.companions)]}
+        if task.copied:
+            return described | {"copied": task.copied}
+        matrices = METHODS[self.plan.config.merge_method].matrices
+        if task.otherwise and matrices is not None:
+            described |= {"merged_otherwise": f"{matrices.others_are}: {task.otherwise}"}
+        if task.inputs_first:
+            described |= {"stored_as": "[inputs, outputs]"}
+        return described | {"each": {name: list(values) for name, values in task.each.items()}, **dict(task.options)}
+
+
+def print_plan(plan: DataFreePlan | SeriesPlan, console: Console) -> None:
+    """What `largemerge plan` shows of a data-free merge, or of several."""
+    if isinstance(plan, SeriesPlan):
+        for label, each in plan.plans.items():
+            console.print(f"{label}:")
+            print_plan(each, console)
+        return
+    table = Table(title=f"{plan.config.merge_method} of {len(plan.checkpoints)} models", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    _add_data_free_rows(table, plan)
+    on_device = f" and {gib(plan.holding.device_bytes)} on {plan.device}" if plan.holding.device_bytes else ""
+    table.add_row("peak memory", f"{gib(plan.peak_bytes)} on the host{on_device}, {plan.num_workers} workers")
+    if plan.seconds:
+        disk, computing, total = (plan.seconds[stage] for stage in ("disk", "computing", "total"))
+        table.add_row("time", f"about {total:.0f} s: disk {disk:.1f} s, computing beside it {computing:.1f} s")
+    for problem in plan.problems:
+        table.add_row(Text("impossible", style="red"), problem)
+    console.print(table)
+
+
+def print_report(report: DataFreeReport, out: str, console: Console) -> None:
+    """The closing table of a data-free merge."""
+    plan = report.plan
+    table = Table(title=f"{plan.config.merge_method}: {len(plan.checkpoints)} models → {out}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    _add_data_free_rows(table, plan)
+    total = report.seconds["total"]
+    table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
+    table.add_row("peak memory", f"{gib(report.peak.host_anonymous)} anonymous (planned {gib(plan.peak_bytes)})")
+    if plan.holding.device_bytes:
+        planned = gib(plan.holding.device_bytes)
+        table.add_row(f"on {plan.device}", f"{gib(report.peak.device)} at most (planned {planned})")
+    console.print(table)
+
+
+def _add_data_free_rows(table: Table, plan: DataFreePlan) -> None:
+    table.add_row("models", "\n".join(plan.checkpoints))
+    copied = [task for task in plan.layout.tasks if task.copied]
+    counts = f"{len(plan.layout.tasks) - len(copied)} merged"
+    otherwise = sum(bool(task.otherwise) for task in plan.layout.tasks)
+    counts += f", {otherwise} of them otherwise (see the notes)" if otherwise else ""
+    table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
+    scratch = f", {gib(plan.scratch_bytes)} beside it for the time being" if plan.scratch_bytes else ""
+    table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write" + scratch)
+    for name, adapter in plan.adapters.items():
+        replaced = f", {len(adapter.replaced)} replaced" if adapter.replaced else ""
+        table.add_row("adapter", f"{name}: {len(adapter.deltas)} weights adapted{replaced}")
+    if plan.vocabulary is not None:
+        table.add_row("vocabulary", plan.vocabulary.told())
+    for note in plan.layout.notes:
+        table.add_row("note", note)
+
+
+def config_text(plan: DataFreePlan) -> str:
+    """The reference's config, with the output's dtype, number of layers and vocabulary."""
+    sizes: dict[torch.dtype, int] = {}
+    for task in plan.layout.tasks:
+        if task.out_dtype.is_floating_point:
+            sizes[task.out_dtype] = sizes.get(task.out_dtype, 0) + task.num_elements
+    dtype = max(sizes, key=lambda each: sizes[each])
+    config = json.loads(output_config(plan.checkpoints[plan.reference], dtype))
+    if plan.config.slices and len(plan.layout.layers) == 1:
+        (layers,) = plan.layout.layers.values()
+        _set_layers(config, layers)
+    adapter = plan.adapters.get(plan.reference)
+    if adapter is not None:
+        _set_rows_of_adapter(config, plan.checkpoints[plan.reference], adapter)
+    if plan.vocabulary is not None:
+        tensors = plan.checkpoints[plan.reference].tensors
+        _set_vocabulary(config, plan.vocabulary, {tensors[name].shape[0] for name in plan.vocabulary.tensors})
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _set_layers(config: dict[str, Any], layers: list[int]) -> None:
+    """Writes the number of layers wherever it stands, and lists with an entry for every layer."""
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        counts = [key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in part]
+        for key in counts:
+            before = part[key]
+            for name, value in part.items():
+                if isinstance(value, list) and len(value) == before and name.endswith(("layers", "_types")):
+                    part[name] = [value[layer] for layer in layers]
+            part[key] = len(layers)
+
+
+def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary, rows_before: set[int]) -> None:
+    """Writes the rows of the embeddings, and the numbers of tokens that have moved."""
+    for before in rows_before:
+        set_vocabulary_size(config, before, vocabulary.num_rows)
+    move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
+
+
+def _set_rows_of_adapter(config: dict[str, Any], model: Checkpoint, adapter: Adapter) -> None:
+    """An adapter may have brought embeddings with more rows than the model's config says."""
+    for name in adapter.embeddings:
+        set_vocabulary_size(config, model.config.get("vocab_size", -1), model.tensors[name].shape[0])
+
+
+def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
+    if path.is_file():
+        config = read_json(path, path.name)
+        move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(path: Path, plan: DataFreePlan) -> None:
+    """Writes the output's tokenizer: that of its vocabulary, else a copy of the reference's, or the first there is."""
+    if plan.vocabulary is not None:
+        files = plan.vocabulary.tokenizer.files
+    else:
+        models = [plan.reference, *plan.checkpoints]
+        folders = [tokenizer_folder(plan.checkpoints[name], plan.adapters.get(name)) for name in models]
+        files = tokenizer_files(find_tokenizer(*folders))
+    write_files(path, files if plan.template is None else with_template(files, plan.template))
+
+
+def write_side_files(path: Path, report: DataFreeReport) -> None:
+    """Writes everything but weights, index and `config.json` into a folder."""
+    plan, config = report.plan, report.plan.config
+    folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
+    preferred = [folders[plan.reference], *folders.values()]
+    copy_side_files(path, folders[plan.reference], None, find_processor(*preferred), with_code=False)
+    write_tokenizer(path, plan)
+    if plan.vocabulary is not None:
+        _move_generation_ids(path / GENERATION_FILES[0], plan.vocabulary)
+    documents = [each.model_dump(mode="json", exclude_defaults=True) for each in (*plan.before.configs, config)]
+    text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
+    (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")
+    weights = {entry.model: entry.parameters.get("weight", 1.0) for entry in config.models}
+    numbers = {name: value for name, value in weights.items() if isinstance(value, int | float)}
+    card = model_card(
+        method=METHODS[config.merge_method].title,
+        class_name=(plan.checkpoints[plan.reference].config.get("architectures") or ["AutoModel"])[0],
+        models=[
+            {"name": short_name(name), "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in folders
+        ],
+        base=config.base_model,
+        config_yaml=text,
+        version=versions()["largemerge"],
+    )
+    (path / "README.md").write_text(card, encoding="utf-8")
+    (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,227 @@
+"""Does this process still do something? A rank that hangs beats on, for its heartbeat is a thread of its own.
+
+During the long work a process is taken to hang when none of its threads has computed, and nothing has come from or gone
+to a disk, for a while, and when it does not wait for another rank or for the disk's word that data is safe, either.
+
+Ranks that watch each other, so that one that dies, hangs or fails ends the merge of all, and is named.
+
+Every rank writes a beat into a store that the first rank keeps, and looks at everybody's. A rank whose beat stands
+still for `beat_limit()` seconds is gone (killed, stopped, its machine lost); one that failed, or finds that it does
+nothing any more, says why. Whoever sees it ends its own process: a rank that waits in a collective call for one that is
+gone would wait for ever. What is finished is on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+
+_LEAST_CPU_SHARE = 0.02  # of one core; less is the noise of threads that look on
+_ONLOOKERS = ("largemerge-heartbeat", "largemerge-memory")
+
+
+class StallWatch:
+    """Looks at this process while it `works`; `waits` says when it has a reason to do nothing."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._main = threading.main_thread()
+        self._reasons = 1  # for doing nothing: at first, there is no long work
+        self._lock = threading.Lock()
+        self._seen = (time.monotonic(), self._cpu_seconds(), self._disk_bytes())
+        self._last_busy = self._seen[0]
+
+    @contextmanager
+    def works(self) -> Iterator[None]:
+        """Meanwhile this process has something to do."""
+        self._add(-1)
+        try:
+            yield
+        finally:
+            self._add(1)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Meanwhile this process waits for another rank, or for the disk."""
+        self._add(1)
+        try:
+            yield
+        finally:
+            self._add(-1)
+
+    def _add(self, number: int) -> None:
+        with self._lock:
+            self._reasons += number
+            self._last_busy = time.monotonic()
+
+    def idle_seconds(self) -> float:
+        """For how long nothing has happened. To be called every second or so."""
+        now, cpu, disk = time.monotonic(), self._cpu_seconds(), self._disk_bytes()
+        before, cpu_before, disk_before = self._seen
+        self._seen = now, cpu, disk
+        busy = cpu - cpu_before >= _LEAST_CPU_SHARE * (now - before) or disk != disk_before
+        if busy or self._reasons:
+            self._last_busy = now
+        return now - self._last_busy
+
+    def where(self) -> str:
+        """What the main thread is at: the innermost function, and the innermost of ours."""
+        frame = sys._current_frames().get(self._main.ident or 0)
+        calls = []
+        while frame is not None:
+            module = str(frame.f_globals.get("__name__", "?"))
+            calls.append((module, f"{module}.{frame.f_code.co_name}, line {frame.f_lineno}"))
+            frame = frame.f_back
+        ours = next((text for module, text in calls if module.startswith("largemerge.")), None)
+        return " in ".join(dict.fromkeys(text for text in (calls[0][1] if calls else None, ours) if text))
+
+    def _cpu_seconds(self) -> float:
+        """Of all threads but those that look on, rich's display among them."""
+        onlookers = {
+            thread.native_id
+            for thread in threading.enumerate()
+            if thread.name.startswith(_ONLOOKERS) or type(thread).__module__.startswith("rich.")
+        }
+        return float(sum(t.user_time + t.system_time for t in self._process.threads() if t.id not in onlookers))
+
+    def _disk_bytes(self) -> int:
+        with suppress(AttributeError, psutil.Error, OSError):  # not everywhere, and not in every container
+            counters = self._process.io_counters()
+            return int(counters.read_bytes + counters.write_bytes)
+        return 0
+
+
+_INTERVAL_SECONDS = 1.0
+_GRACE_SECONDS = 3.0
+"""For the main thread to end by itself, which often finds a broken connection first."""
+_EXIT_CODE = 1
+_FAILED, _DONE = "failed ", "done"
+
+
+def beat_limit() -> float:
+    """Seconds without a beat after which a rank is given up: `LARGEMERGE_RANK_TIMEOUT`, 30 by default."""
+    return float(os.environ.get("LARGEMERGE_RANK_TIMEOUT", "30"))
+
+
+def open_store() -> Any:
+    """On the first rank: the store, at a free port."""
+    return _store(0, is_first=True)
+
+
+def join_store(port: int) -> Any:
+    """On any other rank: the first one's store."""
+    return _store(port, is_first=False)
+
+
+def _store(port: int, *, is_first: bool) -> Any:
+    distributed: Any = torch.distributed  # its store carries no types
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    patience = timedelta(seconds=max(5.0, beat_limit()))
+    return distributed.TCPStore(host, port, None, is_first, patience, wait_for_workers=False)
+
+
+class Heartbeat:
+    """The beat of this rank, and a look at the others', in a thread.
+
+    Args:
+        store: Of all ranks: from `open_store` on the first, from `join_store` on the others.
+        rank: This one.
+        size: How many there are.
+        watch: Of this process.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, watch: StallWatch) -> None:
+        self._store, self._rank, self._watch = store, rank, watch
+        self._others = [other for other in range(size) if other != rank]
+        self._limit = beat_limit()
+        self._stopped = threading.Event()
+        self._gone = threading.Event()
+        self._why = ""
+        self._thread = threading.Thread(target=self._run, name="largemerge-heartbeat", daemon=True)
+        self._store.set(_key(rank), "0")
+
+    def start(self) -> None:
+        """Begins to beat; all ranks must have made theirs by now."""
+        self._thread.start()
+
+    def stop(self, failure: str | None = None) -> None:
+        """Ends the beat: this rank is done, or has failed."""
+        self._stopped.set()
+        self._thread.join(self._limit)
+        try:
+            self._store.set(_key(self._rank), _DONE if failure is None else _FAILED + failure)
+        except RuntimeError:
+            return  # the first rank has left already
+
+    def why_gone(self) -> str:
+        """After a broken connection: which rank has gone and why, once that is known."""
+        self._gone.wait(self._limit + _GRACE_SECONDS + 2 * _INTERVAL_SECONDS)
+        return self._why or "the connection to another rank has broken"
+
+    def _run(self) -> None:
+        seen = {rank: ("", time.monotonic()) for rank in self._others}
+        number = 0
+        while not self._stopped.wait(_INTERVAL_SECONDS):
+            number += 1
+            try:
+                self._store.set(_key(self._rank), str(number))
+                beats = self._store.multi_get([_key(rank) for rank in self._others])
+            except RuntimeError:
+                self._end("rank 0 cannot be reached: it has ended, or the network has")
+                return
+            if self._watch.idle_seconds() > self._limit:
+                self._hangs()
+            why = self._look(seen, [beat.decode() for beat in beats])
+            if why is not None:
+                self._end(why)
+                return
+
+    def _hangs(self) -> None:
+        """Ends this process, which would wait for ever; the others are told."""
+        why = f"hangs: for {self._limit:.0f} s it has computed, read and written nothing, in {self._watch.where()}"
+        with suppress(RuntimeError):
+            self._store.set(_key(self._rank), _FAILED + why)
+        print(f"largemerge: rank {self._rank} {why}; what is finished is safe: go on with --resume", file=sys.stderr)
+        sys.stderr.flush()
+        if self._rank == 0:  # the store goes with this process
+            time.sleep(2 * _INTERVAL_SECONDS)
+        os._exit(_EXIT_CODE)
+
+    def _look(self, seen: dict[int, tuple[str, float]], beats: list[str]) -> str | None:
+        """Notes what has changed; says which rank has gone, if one has."""
+        now = time.monotonic()
+        for rank, beat in zip(self._others, beats, strict=True):
+            if beat.startswith(_FAILED):
+                return f"rank {rank} has failed: {beat.removeprefix(_FAILED)}"
+            if beat == _DONE or beat != seen[rank][0]:
+                seen[rank] = (beat, now)
+            elif now - seen[rank][1] > self._limit:
+                quiet = f"rank {rank} has not answered for {self._limit:.0f} s"
+                return f"{quiet}: it was killed, was stopped, or is cut off"
+        return None
+
+    def _end(self, why: str) -> None:
+        """Tells the main thread, and ends the process if that does not.
+
+        At the very end of a merge the first rank may leave before this one looks away; this one is done a moment later.
+        """
+        self._why = why
+        self._gone.set()
+        if self._stopped.wait(_GRACE_SECONDS):
+            return
+        if self._rank == 0 or "rank 0" in why:
+            print(f"largemerge: {why}; what is finished is safe: go on with --resume", file=sys.stderr, flush=True)
+        os._exit(_EXIT_CODE)
+
+
+def _key(rank: int) -> str:
+    return f"beat-{rank}"

@@ -1,0 +1,283 @@
+"""Where hidden states wait between blocks: one copy, overwritten in place, on the device, in memory or on disk.
+
+For every candidate and batch, the last output of each stack that has run: what the next block needs, and
+what a decoder needs of its encoder. Outputs are kept whole (T5's blocks return position biases too).
+
+On disk they are read ahead and written behind by threads, so that a run needs memory for a few batches, however many
+there are. In 8 bits (bitsandbytes' blockwise quantisation, about 1 % relative error of a hidden state) they take
+half of bfloat16's room; the merged weights then differ slightly, see benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from largemerge.checkpoint.direct_io import byte_view, read_tensor
+from largemerge.errors import MergeError
+
+Output = Any
+Key = tuple[int, int, int]
+"""Candidate, batch, stack."""
+
+_MOST_WRITES = 2
+_BLOCK_SIZE = 64  # elements that share a scale in 8 bits; never of two tokens, or a padded one's NaN would spread
+
+
+class Store(Protocol):
+    """Keeps lists of tensors by key."""
+
+    num_bytes: int
+
+    def put(self, key: Key, tensors: list[torch.Tensor]) -> None:
+        """Keeps tensors in place of those that `key` had. Nobody else may change them any more."""
+
+    def get(self, key: Key) -> list[torch.Tensor]:
+        """The tensors of `key`; they must not be changed."""
+
+    def ahead(self, key: Key) -> None:
+        """Says that `key` will be asked for soon."""
+
+    def close(self) -> None:
+        """Lets go of everything."""
+
+
+class MemoryStore:
+    """Keeps tensors on a device, or in host memory: pinned, where a GPU computes.
+
+    Args:
+        device: Where they wait.
+        computes_on: Whose they are before and afterwards.
+    """
+
+    def __init__(self, device: torch.device, computes_on: torch.device) -> None:
+        self.num_bytes = 0
+        self._device = device
+        self._pinned = computes_on.type == "cuda" and device.type == "cpu"
+        self._kept: dict[Key, list[torch.Tensor]] = {}
+
+    def put(self, key: Key, tensors: list[torch.Tensor]) -> None:
+        """See `Store`."""
+        before = self._kept.get(key, [])
+        if self._pinned:
+            # Copies to and from pinned memory are queued on the stream that computes, so they cannot overtake it.
+            tensors = [_pinned_copy(tensor, old) for tensor, old in _paired(tensors, before)]
+        else:
+            tensors = [tensor.to(self._device) for tensor in tensors]
+        self.num_bytes += sum(tensor.nbytes for tensor in tensors) - sum(tensor.nbytes for tensor in before)
+        self._kept[key] = tensors
+
+    def get(self, key: Key) -> list[torch.Tensor]:
+        """See `Store`."""
+        return self._kept[key]
+
+    def ahead(self, key: Key) -> None:
+        """See `Store`; memory needs no warning."""
+
+    def close(self) -> None:
+        """See `Store`."""
+        self._kept.clear()
+
+
+def _paired(
+    tensors: Sequence[torch.Tensor], before: Sequence[torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    fits = [a.shape == b.shape and a.dtype == b.dtype for a, b in zip(tensors, before, strict=False)]
+    fits += [False] * (len(tensors) - len(fits))
+    return [(tensor, before[i] if fits[i] else None) for i, tensor in enumerate(tensors)]
+
+
+def _pinned_copy(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) if old is None else old
+    return target.copy_(tensor, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Place:
+    offset: int
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+
+
+class DiskStore:
+    """Keeps tensors in one file that nobody sees and that is gone when the process ends, however it ends.
+
+    Args:
+        folder: On the disk that has the room.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.num_bytes = 0
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder, prefix=".hidden-states-", buffering=0)  # noqa: SIM115 (`close`)
+        self._reads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-read")
+        self._writes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-write")
+        self._places: dict[Key, _Place] = {}
+        self._coming: dict[Key, Future[list[torch.Tensor]]] = {}
+        self._going: dict[Key, tuple[Future[None], list[torch.Tensor]]] = {}
+
+    def put(self, key: Key, tensors: list[torch.Tensor]) -> None:
+        """See `Store`; comes back before the tensors are on disk."""
+        tensors = [tensor.cpu().contiguous() for tensor in tensors]
+        shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
+        before = self._places.get(key)
+        place = _Place(self.num_bytes if before is None else before.offset, shapes, dtypes)
+        if before is None or sum(place.sizes) > sum(before.sizes):
+            place = _Place(self.num_bytes, shapes, dtypes)
+            self.num_bytes += sum(place.sizes)
+        self._coming.pop(key, None)
+        while len(self._going) >= _MOST_WRITES or key in self._going:
+            self._going.pop(next(iter(self._going)))[0].result()
+        self._places[key] = place
+        self._going[key] = (self._writes.submit(self._write, place, tensors), tensors)
+
+    def get(self, key: Key) -> list[torch.Tensor]:
+        """See `Store`."""
+        if key in self._going:
+            return self._going[key][1]
+        self.ahead(key)
+        return self._coming.pop(key).result()
+
+    def ahead(self, key: Key) -> None:
+        """See `Store`; begins to read."""
+        if key in self._places and key not in self._going and key not in self._coming:
+            self._coming[key] = self._reads.submit(self._read, self._places[key])
+
+    def close(self) -> None:
+        """See `Store`."""
+        self._reads.shutdown(cancel_futures=True)
+        self._writes.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def _write(self, place: _Place, tensors: list[torch.Tensor]) -> None:
+        offset = place.offset
+        try:
+            for tensor in tensors:
+                data = byte_view(tensor.reshape(-1).view(torch.uint8))
+                done = 0
+                while done < len(data):
+                    done += os.pwrite(self._file.fileno(), data[done : done + (1 << 30)], offset + done)
+                offset += len(data)
+        except OSError as error:
+            raise MergeError(f"{self._folder}: hidden states cannot be written: {error}") from None
+
+    def _read(self, place: _Place) -> list[torch.Tensor]:
+        tensors, offset = [], place.offset
+        for shape, dtype, size in zip(place.shapes, place.dtypes, place.sizes, strict=True):
+            tensors.append(read_tensor(self._file.fileno(), offset, dtype, shape))
+            offset += size
+        return tensors
+
+
+class HiddenStates:
+    """Outputs by (candidate, batch) and stack. A context manager.
+
+    Args:
+        store: Where they wait.
+        eight_bit: Keep floating-point tensors in 8 bits.
+    """
+
+    def __init__(self, store: Store, *, eight_bit: bool = False) -> None:
+        self._store = store
+        self._eight_bit = eight_bit
+        self._trees: dict[Key, tuple[list[Any], TreeSpec]] = {}
+
+    def __enter__(self) -> HiddenStates:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._store.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes kept now."""
+        return self._store.num_bytes
+
+    def put(self, candidate: int, batch: int, stack: int, output: Output) -> None:
+        """Stores the output of a block of `stack`; that of the block before it is gone."""
+        leaves, spec = tree_flatten(output)
+        tensors: list[torch.Tensor] = []
+        kept: list[Any] = []  # per leaf: a thing that is no tensor, or how many stored tensors make it, and how
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                kept.append(leaf)
+                continue
+            in_eight_bits = self._eight_bit and leaf.is_floating_point() and leaf.dim()
+            # Laid out as they would come back from disk: on a GPU, strides choose between kernels that round otherwise.
+            parts = _quantized(leaf) if in_eight_bits else [leaf.detach().contiguous()]
+            kept.append(_Stored(len(parts), leaf.dtype, leaf.shape))
+            tensors += parts
+        key = (candidate, batch, stack)
+        self._trees[key] = (kept, spec)
+        self._store.put(key, tensors)
+
+    def get(self, candidate: int, batch: int, device: torch.device) -> dict[int, Output]:
+        """The stored outputs of every stack that has run, on `device`."""
+        return {key[2]: self._output(key, device) for key in self._keys(candidate, batch)}
+
+    def ahead(self, candidate: int, batch: int) -> None:
+        """Says that this batch comes next."""
+        for key in self._keys(candidate, batch):
+            self._store.ahead(key)
+
+    def _keys(self, candidate: int, batch: int) -> list[Key]:
+        stacks = sorted({stack for _, _, stack in self._trees})
+        return [key for stack in stacks if (key := (candidate, batch, stack)) in self._trees]
+
+    def _output(self, key: Key, device: torch.device) -> Output:
+        kept, spec = self._trees[key]
+        tensors = iter(self._store.get(key))
+        leaves = []
+        for leaf in kept:
+            if isinstance(leaf, _Stored):
+                parts = [next(tensors).to(device, non_blocking=True) for _ in range(leaf.parts)]
+                leaves.append(_restored(parts, leaf) if leaf.parts > 1 else parts[0])
+            else:
+                leaves.append(leaf)
+        return tree_unflatten(leaves, spec)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in the store: in how many parts, and what it was."""
+
+    parts: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def _quantized(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Codes (one byte each) and the scale of every 64 of them."""
+    from bitsandbytes import functional
+
+    flat = tensor.detach().float()
+    flat = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % _BLOCK_SIZE)).contiguous()
+    codes, state = functional.quantize_blockwise(flat, blocksize=_BLOCK_SIZE)
+    # Quantised, a NaN would be a number like any other.
+    state.absmax[flat.view(-1, _BLOCK_SIZE).isfinite().logical_not_().any(dim=1)] = float("nan")
+    return [codes, state.absmax]
+
+
+def _restored(parts: list[torch.Tensor], stored: _Stored) -> torch.Tensor:
+    from bitsandbytes import functional
+
+    codes, scales = parts
+    flat = functional.dequantize_blockwise(codes, absmax=scales, blocksize=_BLOCK_SIZE)
+    return flat[..., : stored.shape[-1]].to(stored.dtype)

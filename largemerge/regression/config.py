@@ -1,0 +1,220 @@
+"""The merge configuration: the YAML as strict, typed models.
+
+Keys that mergekit has too (`merge_method`, `base_model`, `models`, `parameters.weight`, `dtype`,
+`tokenizer_source`) mean the same here. Every mistake in a file is told at once, an unknown key
+with the nearest right one. `load_config` is the way in; paths come out absolute.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
+from largemerge.config_file import DtypeName, Size, Strict, explain, nearest, read_yaml, to_json
+from largemerge.errors import ConfigError
+
+MergeMethod = Literal["regmean", "regmean_plusplus"]
+
+
+def _check_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+Regex = Annotated[str, pydantic.AfterValidator(_check_regex)]
+
+
+class CandidateParameters(Strict):
+    """What may differ from candidate to candidate."""
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Relative weight `c_i` of the candidate, in Gram matrices and in averages."""
+
+
+class CandidateConfig(Strict):
+    """One of the K models to merge."""
+
+    model: str = Field(min_length=1)
+    """A folder, or a Hub id (`owner/name` or `owner/name@revision`)."""
+    name: str | None = Field(None, min_length=1)
+    """Unique; default: the last part of `model`."""
+    calibration: CalibrationConfig | None = None
+    parameters: CandidateParameters = CandidateParameters()
+
+    @property
+    def label(self) -> str:
+        """`name`, or the last part of `model`."""
+        return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+class MethodParameters(Strict):
+    """Settings of the regression methods."""
+
+    off_diagonal_scale: float = Field(0.95, ge=0, le=1)
+    """The factor s on a Gram's off-diagonal (FusionBench: `reduce_non_diagonal_ratio`; MergeBench: `reduction`)."""
+    ridge: float = Field(1.0e-6, ge=0, le=1)
+    """Pull towards the average, as a fraction of the mean diagonal of the summed Gram."""
+    include: tuple[Regex, ...] = ()
+    """Regexes on parameter names: what is solved; all linears of the blocks if empty."""
+    exclude: tuple[Regex, ...] = ()
+    """Regexes on parameter names: taken from the base, or averaged where there is none."""
+
+
+class MemoryConfig(Strict):
+    """How much a merge may hold. What fits into it and is fastest is found by the plan."""
+
+    device: Size | None = None
+    """Most memory on the accelerator; default: what is free."""
+    host: Size | None = None
+    """Most anonymous memory of the process, libraries included; default: what is free."""
+    disk: str | None = Field(None, min_length=1)
+    """Folder for hidden states that do not fit into memory; default: the output's."""
+    hidden_states_8bit: bool = False
+    """Keep hidden states in 8 bits between blocks (bitsandbytes): half of bfloat16's room, a small error.
+
+    Measured on four SmolLM2-135M experts: the mean held-out loss rises from 2.336 to 2.337, and no merged tensor
+    changes by more than 3.5 %.
+    """
+
+
+class OutputConfig(Strict):
+    """How the weights of the output are stored."""
+
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """By bitsandbytes: every linear that Transformers would quantise. Default: not at all."""
+    double_quant: bool | None = None
+    """4 bits only: quantise the scales of the blocks, too. Default: yes."""
+
+
+class MergeConfig(Strict):
+    """A whole merge: K candidates, one method, one output."""
+
+    merge_method: MergeMethod
+    models: tuple[CandidateConfig, ...] = Field(min_length=2)
+    base_model: str | None = Field(None, min_length=1)
+    calibration: CalibrationDefaults = CalibrationDefaults()
+    parameters: MethodParameters = MethodParameters()
+    output: OutputConfig = OutputConfig()
+    dtype: DtypeName | None = None
+    """Of the output; default: each tensor keeps the candidates' dtype, quantised ones that which they stand for."""
+    compute_dtype: DtypeName | None = None
+    """Of the forward passes; default: the checkpoints'. Sums and solves are float32 or better always."""
+    tokenizer_source: str | None = None
+    """`base`, or a candidate's name; default: the base where there is one, else the first candidate."""
+    memory: MemoryConfig = MemoryConfig()
+    stacks: tuple[str, ...] = ()
+    """Module paths of the block stacks (`model.layers`), when those found are wrong."""
+    trust_remote_code: bool = False
+    """Allow a checkpoint to run Python code that it ships."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The candidates' names, in order."""
+        return tuple(candidate.label for candidate in self.models)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The candidates' weights `c_i`, in order."""
+        return tuple(candidate.parameters.weight for candidate in self.models)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """`c_i / Σ c`, in order."""
+        return tuple(weight / sum(self.weights) for weight in self.weights)
+
+
+def load_config(source: str | Path | Mapping[str, Any] | MergeConfig) -> MergeConfig:
+    """Reads and checks a configuration.
+
+    Args:
+        source: Path of a YAML file, a mapping of the same shape, or a `MergeConfig`. Relative paths
+            inside a file are looked up beside that file first, then in the working directory.
+
+    Returns:
+        The configuration, every local path absolute.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    folders = [Path.cwd()]
+    if isinstance(source, MergeConfig):
+        raw: Any = source.model_dump(exclude_unset=True)
+    elif isinstance(source, Mapping):
+        raw = dict(source)
+    else:
+        path = Path(source)
+        raw = read_yaml(path)
+        folders.insert(0, path.resolve().parent)
+    try:
+        # Through JSON, so that lists become tuples while strictness holds for everything else.
+        config = MergeConfig.model_validate_json(to_json(raw))
+    except pydantic.ValidationError as error:
+        raise ConfigError(*explain(error, MergeConfig)) from None
+    problems = list(_cross_checks(config))
+    if problems:
+        raise ConfigError(*problems)
+    return _with_absolute_paths(config, folders)
+
+
+def _cross_checks(config: MergeConfig) -> Iterator[str]:
+    for name in sorted(set(config.names)):
+        if config.names.count(name) > 1:
+            yield f"models: {config.names.count(name)} candidates are called {name!r}; give each a 'name' of its own"
+    if "base" in config.names:
+        yield "models: 'base' stands for base_model; give that candidate another 'name'"
+    if config.output.double_quant is not None and config.output.quantization not in ("nf4", "fp4"):
+        yield f"output.double_quant: is for nf4 and fp4, found quantization {config.output.quantization!r}"
+    source = config.tokenizer_source
+    if source == "base" and config.base_model is None:
+        yield "tokenizer_source: 'base' needs a 'base_model'"
+    elif source is not None and source != "base" and source not in config.names:
+        known = ["base", *config.names]
+        yield f"tokenizer_source: {source!r} is no candidate's name; expected one of {known}{nearest(source, known)}"
+    for index, candidate in enumerate(config.models):
+        where = f"models[{index}] ({candidate.label})"
+        calibration = candidate.calibration
+        if calibration is None:
+            yield f"{where}: {config.merge_method} needs calibration data; add calibration: {{data: FILE}}"
+            continue
+        if calibration.assistant_only and calibration.messages_field is None:
+            yield f"{where}.calibration.assistant_only: needs 'messages_field'"
+        texts = [
+            key for key in ("text_field", "text_template", "messages_field") if getattr(calibration, key) is not None
+        ]
+        if len(texts) > 1:
+            yield f"{where}.calibration: {' and '.join(map(repr, texts))} exclude each other"
+        if calibration.pack and calibration.loss_mask_field is not None:
+            yield f"{where}.calibration: 'pack' and 'loss_mask_field' exclude each other"
+
+
+def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfig:
+    def absolute(text: str) -> str:
+        for folder in folders:
+            candidate = folder / os.path.expanduser(text)
+            if candidate.exists():
+                return str(candidate.resolve())
+        return text
+
+    models = []
+    for candidate in config.models:
+        calibration = candidate.calibration
+        if calibration is not None:
+            calibration = calibration.with_defaults(config.calibration)
+            calibration = calibration.model_copy(update={"data": absolute(calibration.data)})
+        update = {"model": absolute(candidate.model), "name": candidate.label, "calibration": calibration}
+        models.append(candidate.model_copy(update=update))
+    base = None if config.base_model is None else absolute(config.base_model)
+    memory = config.memory
+    if memory.disk is not None:
+        memory = memory.model_copy(update={"disk": str(folders[0] / os.path.expanduser(memory.disk))})
+    return config.model_copy(update={"models": tuple(models), "base_model": base, "memory": memory})

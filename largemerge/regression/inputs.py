@@ -1,0 +1,197 @@
+"""What goes into a merge, opened and held against each other: checkpoints, model class, names.
+
+Everything here comes from configs and headers; no weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint, open_checkpoint
+from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.quantized import model_dtype, transposed
+from largemerge.checkpoint.tensor_info import torch_dtype
+from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.model.key_mapping import NameMap, map_names
+from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, sketch_checkpoint, weight_is_transposed
+from largemerge.regression.config import MergeConfig
+
+_UNIMPORTANT_CONFIG_KEYS = frozenset(
+    [
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "architectures",
+        "use_cache",
+        "id2label",
+        "label2id",
+        "finetuning_task",
+        "problem_type",
+        "task_specific_params",
+        "_commit_hash",
+        "quantization_config",
+    ]
+)
+
+Layout = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+"""Name, shape and dtype of every tensor on disk."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened inputs of a merge.
+
+    Attributes:
+        candidates: In the order of the config.
+        base: `None` without a `base_model`.
+        reference: Whose config and names the output has: the base if it is of the candidates' class and
+            complete, else the first candidate.
+        skeleton: The model class, built from the reference's config.
+        candidate_names: How each candidate's tensors map to the skeleton.
+        base_names: The base's, `None` without one.
+        reference_names: The reference's.
+        notes: What a user should know though it stops nothing.
+    """
+
+    candidates: tuple[Checkpoint, ...]
+    base: Checkpoint | None
+    reference: Checkpoint
+    skeleton: Skeleton
+    candidate_names: tuple[NameMap, ...]
+    base_names: NameMap | None
+    reference_names: NameMap
+    notes: tuple[str, ...]
+
+    def quantized(self) -> dict[str, dict[str, int]]:
+        """By checkpoint: how many of its weights are quantised, and how; without the plain ones."""
+        checkpoints = [*self.candidates, *([self.base] if self.base is not None else [])]
+        return {checkpoint.name: checkpoint.quantized() for checkpoint in checkpoints if checkpoint.quantized()}
+
+
+def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
+    """Locates and opens all checkpoints and maps their names.
+
+    Args:
+        config: From `load_config`.
+        from_config: Look at each checkpoint's `config.json` alone, as if its weights were what the class would save.
+
+    Raises:
+        CheckpointError: With all problems of all checkpoints.
+        ArchitectureError: If the model class is unknown or has no stacks.
+    """
+    candidates, base = _open_all(config, from_config)
+    classes = {checkpoint.name: _class_name(checkpoint) for checkpoint in candidates}
+    if len(set(classes.values())) > 1:
+        raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
+    notes = list(_config_differences(candidates))
+    if from_config:
+        notes.append("planned from each config.json alone: weights and calibration data have not been looked at")
+    from_base = base is not None and _class_name(base) == _class_name(candidates[0])
+    if base is not None and not from_base:
+        notes.append(
+            f"the base is a {_class_name(base)}, the candidates are {_class_name(candidates[0])}: "
+            f"config and names come from {candidates[0].name}"
+        )
+    skeleton = build_skeleton(
+        base if base is not None and from_base else candidates[0],
+        config.stacks,
+        dtype=_compute_dtype(config, candidates[0]),
+        trust_remote_code=config.trust_remote_code,
+    )
+    candidates = tuple(_oriented(skeleton, checkpoint) for checkpoint in candidates)
+    base = _oriented(skeleton, base) if base is not None else None
+    reference = base if base is not None and from_base else candidates[0]
+    maps: dict[Layout, NameMap] = {}
+    candidate_names = tuple(_names_of(skeleton, checkpoint, maps) for checkpoint in candidates)
+    base_names = _names_of(skeleton, base, maps) if base is not None else None
+    reference_names = candidate_names[0]
+    if reference is base and base_names is not None:
+        if set(base_names.missing) <= set(candidate_names[0].missing):
+            reference_names = base_names
+        else:
+            notes.append(f"the base lacks {len(base_names.missing)} tensors: names come from {candidates[0].name}")
+            reference = candidates[0]
+    return Inputs(candidates, base, reference, skeleton, candidate_names, base_names, reference_names, tuple(notes))
+
+
+def _open_all(config: MergeConfig, from_config: bool) -> tuple[tuple[Checkpoint, ...], Checkpoint | None]:
+    problems: list[str] = []
+
+    def attempt(reference: str, name: str) -> Checkpoint | None:
+        try:
+            folder = locate_checkpoint(reference, name, weights=not from_config)
+            if from_config:
+                return sketch_checkpoint(folder, name, trust_remote_code=config.trust_remote_code)
+            return open_checkpoint(folder, name)
+        except LargemergeError as error:
+            problems.extend(error.problems)
+            return None
+
+    opened = [attempt(candidate.model, candidate.label) for candidate in config.models]
+    base = attempt(config.base_model, "base") if config.base_model is not None else None
+    if problems:
+        raise CheckpointError(*problems)
+    return tuple(checkpoint for checkpoint in opened if checkpoint is not None), base
+
+
+def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
+    """What the user says, else what a quantised candidate's config says, else that of most of its weights."""
+    if config.compute_dtype is not None:
+        return torch_dtype(config.compute_dtype)
+    if candidate.quantized():
+        return model_dtype(candidate.config)
+    elements: Counter[torch.dtype] = Counter()
+    for tensor in candidate.tensors.values():
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            elements[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
+    return elements.most_common(1)[0][0] if elements else torch.float32
+
+
+def _oriented(skeleton: Skeleton, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with quantised weights turned to how the modules hold them (see `Quantization.transposed`)."""
+    turned = [f"{path}.weight" for path, module in linears_in(skeleton.model).items() if weight_is_transposed(module)]
+    if not turned or not checkpoint.quantized():
+        return checkpoint
+    renamed = map_names(skeleton.model, checkpoint).renamed
+    keys = {renamed[name] for name in turned if name in renamed}
+    tensors = {
+        key: transposed(info) if info.quantization is not None and key in keys else info
+        for key, info in checkpoint.tensors.items()
+    }
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _names_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, NameMap]) -> NameMap:
+    """The checkpoint's name map: the same object for all that are laid out alike."""
+    layout = tuple((name, info.shape, info.dtype) for name, info in checkpoint.tensors.items())
+    if layout not in known:
+        known[layout] = map_names(skeleton.model, checkpoint)
+    return known[layout]
+
+
+def _class_name(checkpoint: Checkpoint) -> str:
+    names = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "unknown")]
+    return str(names[0])
+
+
+def _config_differences(candidates: tuple[Checkpoint, ...]) -> Iterator[str]:
+    first = candidates[0]
+    for other in candidates[1:]:
+        for key, left, right in _differences(first.config, other.config, ""):
+            yield f"configs differ: {key} is {left!r} in {first.name}, {right!r} in {other.name}"
+
+
+def _differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted((left.keys() | right.keys()) - _UNIMPORTANT_CONFIG_KEYS):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b

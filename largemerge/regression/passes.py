@@ -1,0 +1,95 @@
+"""Passes over a block: which of its linears are solved together, and which tensors that needs of a candidate.
+
+Sums of all linears at once need the most memory and the fewest forward passes. Solved a few groups at a time, a block
+is run again for each of them, but only as far as the last linear whose input is wanted, with the weights up to there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from largemerge.model.trace import LinearRole
+from largemerge.regression.group_sums import sums_bytes
+from largemerge.regression.tensor_plan import BlockPlan, GroupPlan, TensorPlan, Treatment
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """One run of every candidate's block.
+
+    Attributes:
+        groups: Solved after it, in the order in which the forward reaches them.
+        reads: Names of the tensors that are read of every candidate.
+        averages: Whether what is not solved is averaged along the way.
+        last: Whether it is the block's last one.
+    """
+
+    groups: tuple[GroupPlan, ...]
+    reads: tuple[str, ...]
+    averages: bool
+    last: bool
+
+
+def block_passes(
+    block: BlockPlan, roles: Sequence[LinearRole], num_passes: int, *, keeps_outputs: bool
+) -> tuple[BlockPass, ...]:
+    """Cuts the groups of a block into passes.
+
+    Args:
+        block: Whose groups.
+        roles: Its linears in the order in which the forward reaches them.
+        num_passes: As many, or one for every group if those are fewer.
+        keeps_outputs: Whether the last pass also makes the next hidden states, with the whole block (RegMean).
+    """
+    cuts = _even_cuts([_group_bytes(block, group) for group in block.groups], num_passes)
+    passes = []
+    for number, (start, stop) in enumerate(cuts):
+        groups, last = block.groups[start:stop], number == len(cuts) - 1
+        whole = keeps_outputs and last
+        reads = [plan.name for plan in block.tensors if whole or _is_read(block, plan, roles, groups, number == 0)]
+        passes.append(BlockPass(groups, tuple(reads), number == 0, last))
+    return tuple(passes)
+
+
+def _is_read(
+    block: BlockPlan, plan: TensorPlan, roles: Sequence[LinearRole], groups: Sequence[GroupPlan], averages: bool
+) -> bool:
+    module, _, leaf = plan.name.removeprefix(block.name + ".").rpartition(".")
+    if averages and plan.treatment in (Treatment.AVERAGED, Treatment.COPIED):
+        return True
+    if leaf == "weight" and any(module in group.outputs for group in groups):
+        return True
+    order = [role.name for role in roles]
+    if module not in order:
+        return bool(groups)  # not a linear, or one that is called more than once
+    return bool(groups) and order.index(module) < order.index(groups[-1].leader)
+
+
+def _group_bytes(block: BlockPlan, group: GroupPlan) -> int:
+    return sums_bytes(list(group.outputs.values()), group.num_inputs, mean_dtype(block, group))
+
+
+def mean_dtype(block: BlockPlan, group: GroupPlan) -> torch.dtype:
+    """In which the mean difference of a group is kept: the widest in which one of its weights is written."""
+    names = {f"{block.name}.{path}.weight" for path in group.outputs}
+    return max((plan.dtype for plan in block.tensors if plan.name in names), key=lambda dtype: dtype.itemsize)
+
+
+def _even_cuts(sizes: Sequence[int], num_parts: int) -> list[tuple[int, int]]:
+    """Cuts a sequence into neighbouring parts so that the largest sum is smallest."""
+    count = len(sizes)
+    num_parts = max(1, min(num_parts, count))
+
+    def largest(cuts: tuple[int, ...]) -> int:
+        return max(sum(sizes[start:stop]) for start, stop in _pairs(cuts, count))
+
+    best = min(itertools.combinations(range(1, count), num_parts - 1), key=largest)
+    return list(_pairs(best, count))
+
+
+def _pairs(cuts: tuple[int, ...], count: int) -> Iterator[tuple[int, int]]:
+    yield from itertools.pairwise((0, *cuts, count))

@@ -1,0 +1,330 @@
+"""What a placement of the work holds at its peak, on host, device and disk.
+
+A placement says where hidden states wait, in how many passes a block is solved, whether the next block is read ahead,
+and how many samples run at once. On the CPU everything is host memory.
+
+Choosing where things are held: the fastest placement that keeps the limits, and why.
+
+All placements are compared: hidden states on device, host or disk; a block's linears solved at once or in passes; the
+next block read ahead or not; fewer samples at once. The choice depends on shapes and limits alone, not on how
+fast this machine is just now, so that a resumed run makes the same one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from largemerge.checkpoint.locate import existing_folder
+from largemerge.config_file import gib
+from largemerge.machine import free_on_gpu, memory_in_use
+from largemerge.regression.averages import CHUNK_BYTES as AVERAGE_CHUNK_BYTES
+from largemerge.regression.config import MemoryConfig
+from largemerge.regression.group_sums import CHUNK_BYTES, sums_bytes
+from largemerge.regression.passes import BlockPass, mean_dtype
+from largemerge.regression.planning.cost import NOMINAL_RATES, estimate_seconds
+from largemerge.regression.planning.workload import BlockKind, Placement, Waiting, Workload
+from largemerge.regression.solve import may_need_float64
+
+_BITSANDBYTES_BITS = 8.5  # a byte, and a float32 scale for every 64
+_SPARING_SHARE, _REUSING_SHARE = 0.04, 0.2  # of everything: what the allocator keeps between two uses
+_MOST_REUSING_BYTES = 2 << 30
+"""Larger merges spend little of their time on fresh pages, and holes between reused ones cost them more memory."""
+_LIBRARIES_BYTES = 48 << 20  # work space of matrix products, stacks of threads, shared libraries touched on the way
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes held at the peak.
+
+    Attributes:
+        host: Anonymous memory of the process.
+        device: 0 on the CPU.
+        disk: Hidden states; the output comes on top.
+        parts: What makes up the larger of host and device, at the moment of its peak.
+        sparing: Whether freed host memory goes back to the system at once (see `memory.reuse_freed_memory`).
+    """
+
+    host: int
+    device: int
+    disk: int
+    parts: Mapping[str, int]
+    sparing: bool
+
+
+def footprint(
+    work: Workload, placement: Placement, device: torch.device, before: int, *, eight_bit: bool, limited: bool
+) -> Footprint:
+    """What a placement holds.
+
+    Args:
+        work: To be done.
+        placement: How.
+        device: That computes.
+        before: Bytes that the process holds before it starts.
+        eight_bit: Hidden states wait in 8 bits.
+        limited: The user has set the most host memory.
+    """
+    moments = [
+        moment | {"embeddings": work.first_bytes if kind.block.index == 0 else 0}
+        for kind in work.kinds
+        for each in kind.passes(placement.passes, keeps_outputs=work.own_stream)
+        for moment in _moments(work, kind, each, placement)
+    ]
+    computing = max(moments, key=_total)
+    before_blocks = [
+        {"loading of calibration inputs": work.loading_bytes},
+        {"tensors outside the blocks": min(work.outside_bytes, 8 * AVERAGE_CHUNK_BYTES)},
+    ]
+    shrunk = _BITSANDBYTES_BITS / 8 / work.compute_dtype.itemsize if eight_bit else 1.0
+    hidden = round(work.hidden_bytes * shrunk)
+    waiting = placement.hidden_states
+    # On disk: the present batch, the next one, and those that are still being written.
+    buffers = 4 * work.sample_hidden_bytes * placement.samples if waiting is Waiting.DISK else 0
+    host = {"process": before + _LIBRARIES_BYTES, "calibration inputs": work.input_bytes}
+    host["hidden states"] = hidden if waiting is Waiting.HOST else buffers
+    on_disk = hidden if waiting is Waiting.DISK else 0
+    if device.type == "cpu":
+        parts, sparing = _with_allocator(host | max(computing, *before_blocks, key=_total), limited)
+        return Footprint(_total(parts), 0, on_disk, parts, sparing)
+    largest_block = max((kind.bytes_of(kind.names) for kind in work.kinds), default=0)
+    behind = largest_block if placement.writes_behind(device) else 0
+    in_transit = {
+        "blocks in transit": 2 * max(_largest_read(work, placement.passes), work.first_bytes),
+        "a block on its way to the disk": behind,  # a tensor at a time, and what the allocator keeps of it
+    }
+    in_host, sparing = _with_allocator(host | max(in_transit, *before_blocks, key=_total), limited)
+    # On the device, torch's own allocator.
+    on_device = {"hidden states": hidden if waiting is Waiting.DEVICE else 0, "a block on its way to the disk": behind}
+    parts, _ = _with_allocator(computing | on_device, True)
+    return Footprint(_total(in_host), _total(parts), on_disk, max(parts, in_host, key=_total), sparing)
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _with_allocator(parts: Mapping[str, int], limited: bool) -> tuple[dict[str, int], bool]:
+    """With what the allocator keeps, and whether it is to keep little."""
+    ours = sum(value for name, value in parts.items() if name != "process")
+    sparing = limited or _total(parts) > _MOST_REUSING_BYTES
+    return {**parts, "allocator": round(ours * (_SPARING_SHARE if sparing else _REUSING_SHARE))}, sparing
+
+
+def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placement) -> list[dict[str, int]]:
+    """The moments of a pass when most is held: collecting, solving, and the merged block's forward pass."""
+    block, dtype = kind.block, work.compute_dtype
+    solved = [f"{block.name}.{path}.weight" for group in each.groups for path in group.outputs]
+    ahead = _largest_read(work, placement.passes) if placement.prefetch else 0
+    averaged = sum(kind.sizes[name] for name in kind.names if name not in _all_solved(kind)) * 4 if each.averages else 0
+    sums = averaged + sum(
+        sums_bytes(list(group.outputs.values()), group.num_inputs, mean_dtype(block, group)) for group in each.groups
+    )
+    widest = max((group.num_inputs for group in each.groups), default=0)
+    until = None if each.last and work.own_stream else (each.groups[-1].leader if each.groups else "")
+    largest_group = max((4 * group.num_inputs * sum(group.outputs.values()) for group in each.groups), default=0)
+    chunks = 3 * min(CHUNK_BYTES, largest_group)  # of differences, and of what is made of them
+    collect = {
+        "weights": kind.bytes_of(each.reads) + kind.bytes_of(solved) + ahead + _cast_bytes(kind, each.reads, dtype),
+        "sums": sums,
+        "activations": _activation_bytes(work, kind, placement.samples, until) + chunks,
+    }
+    largest = max((kind.bytes_of([name]) for name in solved), default=0)
+    solve = {
+        "weights": kind.bytes_of(solved) + largest + ahead,
+        "sums": sums,
+        "solve": _fallback_bytes(work, widest) + chunks,
+    }
+    if work.own_stream:
+        return [collect, solve]
+    forward = {
+        "weights": kind.bytes_of(kind.names) + ahead + _cast_bytes(kind, kind.names, dtype),
+        "sums": 0,
+        "activations": _activation_bytes(work, kind, placement.samples, None),
+    }
+    return [collect, solve, forward]
+
+
+def _fallback_bytes(work: Workload, num_inputs: int) -> int:
+    """Of a second try at a solve in float64; of eigenvectors, where the whole Gram has too few tokens."""
+    most_rank = sum(max(rows.values()) for rows in work.rows)
+    if work.off_diagonal_scale == 1 and most_rank < num_inputs:
+        return 32 * num_inputs**2
+    return 8 * num_inputs**2 if may_need_float64(num_inputs, work.off_diagonal_scale) else 0
+
+
+def _all_solved(kind: BlockKind) -> set[str]:
+    return {f"{kind.block.name}.{path}.weight" for group in kind.block.groups for path in group.outputs}
+
+
+def _largest_read(work: Workload, num_passes: int) -> int:
+    return max(
+        (
+            kind.bytes_of(each.reads)
+            for kind in work.kinds
+            for each in kind.passes(num_passes, keeps_outputs=work.own_stream)
+        ),
+        default=0,
+    )
+
+
+def _cast_bytes(kind: BlockKind, names: tuple[str, ...] | list[str], dtype: torch.dtype) -> int:
+    """Of the copies in the forward's dtype, where that is not the stored one."""
+    different = [plan.name for plan in kind.block.tensors if plan.dtype != dtype and plan.name in set(names)]
+    return kind.bytes_of(different, dtype)
+
+
+def _activation_bytes(work: Workload, kind: BlockKind, samples: int, until: str | None) -> int:
+    """Of what a block computes for some samples, up to the linear `until`, and of a Gram's rows in float32."""
+    order = [role.name for role in kind.roles]
+    reached = order if until is None else order[: order.index(until)] if until in order else []
+    rows = samples * work.sample_rows[kind.block.stack]
+    features = sum(kind.linears[path][1] for path in reached)  # outputs; the inputs of one are others' outputs
+    widest = max((group.num_inputs for group in kind.block.groups), default=0)
+    width = max((sizes[0] for sizes in kind.linears.values()), default=0)
+    float32_rows = 0 if until is None else rows * 4 * widest
+    return rows * (features + 4 * width) * work.compute_dtype.itemsize + float32_rows
+
+
+_MARGIN = 0.95  # of what is free now, where the user has set no limit
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most bytes to hold, whether the user has said so, and where the disk is."""
+
+    host: int
+    device: int
+    host_is_set: bool
+    device_is_set: bool
+    scratch: Path | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A placement and the reasons for it.
+
+    Attributes:
+        placement: Chosen.
+        footprint: Its bytes.
+        reasons: For people.
+        problems: Why not even the smallest placement fits, and what would help.
+    """
+
+    placement: Placement
+    footprint: Footprint
+    reasons: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def find_limits(memory: MemoryConfig, device: torch.device, out: Path | None, local_ranks: int = 1) -> Limits:
+    """What the user allows every process, else its part of what this machine has free for `local_ranks` of them."""
+    free_device = free_on_gpu(device, local_ranks) if device.type == "cuda" else 0
+    free_host = psutil.virtual_memory().available // local_ranks + memory_in_use(device).host_anonymous
+    return Limits(
+        host=memory.host if memory.host is not None else int(free_host * _MARGIN),
+        device=memory.device if memory.device is not None else int(free_device * _MARGIN),
+        host_is_set=memory.host is not None,
+        device_is_set=memory.device is not None,
+        scratch=Path(memory.disk) if memory.disk is not None else out,
+    )
+
+
+def choose_placement(work: Workload, limits: Limits, device: torch.device, before: int, *, eight_bit: bool) -> Choice:
+    """The fastest placement that keeps the limits."""
+    ranked = sorted(
+        (
+            (
+                placement,
+                footprint(work, placement, device, before, eight_bit=eight_bit, limited=limits.host_is_set),
+            )
+            for placement in _placements(work, device)
+        ),
+        key=lambda item: _cost(work, item[0]),
+    )
+    free = _free_disk(limits.scratch)
+    fitting = [item for item in ranked if not _exceeded(item[1], limits, device, free)]
+    if not fitting:
+        smallest = min(ranked, key=lambda item: (item[1].device, item[1].host))
+        return Choice(*smallest, (), _problems(work, smallest[1], limits, device, free))
+    chosen, fastest = fitting[0], ranked[0]
+    if chosen is fastest:
+        return Choice(*chosen, ("the fastest placement fits",), ())
+    reasons = (
+        f"the fastest placement ({fastest[0]}) would {', and '.join(_exceeded(fastest[1], limits, device, free))}",
+        f"with more it would take {100 * (1 - _cost(work, fastest[0]) / _cost(work, chosen[0])):.0f} % less time",
+    )
+    return Choice(*chosen, reasons, ())
+
+
+def _placements(work: Workload, device: torch.device) -> Iterator[Placement]:
+    most_passes = max((len(kind.block.groups) for kind in work.kinds), default=1)
+    samples = work.batch_samples
+    counts = [samples]
+    while samples > 1:
+        samples = -(-samples // 2)
+        counts.append(samples)
+    places = [Waiting.HOST, Waiting.DISK] if device.type == "cpu" else list(Waiting)
+    for waiting in places:
+        for passes in range(1, max(1, most_passes) + 1):
+            for prefetch in (True, False):
+                for count in counts:
+                    yield Placement(waiting, passes, prefetch, count)
+
+
+def _cost(work: Workload, placement: Placement) -> float:
+    return sum(estimate_seconds(work, placement, NOMINAL_RATES).values())
+
+
+def _exceeded(needed: Footprint, limits: Limits, device: torch.device, free_disk: int | None) -> list[str]:
+    """What a placement has too little of, in words that follow `would`."""
+    found = []
+    if needed.host > limits.host:
+        found.append(f"hold {gib(needed.host)} of host memory ({_what(limits.host_is_set)} {gib(limits.host)})")
+    if device.type == "cuda" and needed.device > limits.device:
+        found.append(f"hold {gib(needed.device)} on {device} ({_what(limits.device_is_set)} {gib(limits.device)})")
+    if free_disk is not None and needed.disk > free_disk:
+        found.append(f"write {gib(needed.disk)} of hidden states to a disk with {gib(free_disk)} free")
+    return found
+
+
+def _what(is_set: bool) -> str:
+    return "the limit is" if is_set else "available are"
+
+
+def waits_on_disk(memory: MemoryConfig) -> bool:
+    """Whether calibration inputs in floating point (pixels) wait in a mapped file."""
+    return memory.host is not None or memory.disk is not None
+
+
+def _free_disk(scratch: Path | None) -> int | None:
+    return None if scratch is None else shutil.disk_usage(existing_folder(scratch)).free
+
+
+def _problems(
+    work: Workload, smallest: Footprint, limits: Limits, device: torch.device, free_disk: int | None
+) -> tuple[str, ...]:
+    """That nothing fits, and the cheapest change that would."""
+    changes = []
+    if smallest.host > limits.host:
+        more = f"memory: {{host: {_rounded_up(smallest.host)}}}"
+        changes.append(f"{more} would do" if limits.host_is_set else f"{_rounded_up(smallest.host)} of memory would do")
+    if device.type == "cuda" and smallest.device > limits.device:
+        changes.append(f"memory: {{device: {_rounded_up(smallest.device)}}} would do, or --device cpu")
+    if free_disk is not None and smallest.disk > free_disk:
+        changes.append("memory: {disk: FOLDER} on a disk with more room")
+    if smallest.parts.get("activations", 0) > sum(smallest.parts.values()) // 4:
+        changes.append("a shorter max_length would need less")
+    if smallest.parts.get("calibration inputs", 0) > sum(smallest.parts.values()) // 4:
+        changes.append("fewer calibration samples (num_samples) would need less")
+    exceeded = ", and ".join(_exceeded(smallest, limits, device, free_disk))
+    return (f"even the smallest placement would {exceeded}; {'; '.join(changes)}",)
+
+
+def _rounded_up(num_bytes: int) -> str:
+    return f"{-(-num_bytes * 10 // 2**30) / 10:.1f}GiB"

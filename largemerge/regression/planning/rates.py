@@ -1,0 +1,252 @@
+"""Machines that are not here: what their data sheets promise, and how much of it a merge is taken to get.
+
+Nothing of this is measured. Rates are those of a data sheet times a share that well-made kernels reach; a plan that
+rests on them is good for choosing a machine, not for booking it to the minute.
+
+A probe of this machine: the rates that a plan's time estimate needs, in a few seconds.
+
+Every kind of product is timed at the model's own shapes, cut down where they are large.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.throughput import _SECONDS, read_rate, write_rate
+from largemerge.errors import ConfigError
+from largemerge.matmul import product
+from largemerge.regression.gram import Gram, float32_means_float32
+from largemerge.regression.planning.cost import Links, Rates
+from largemerge.regression.planning.placement import Limits
+from largemerge.regression.planning.workload import Workload
+from largemerge.regression.solve import cholesky_
+
+_GPU_SHARE = 0.92  # of its memory; the rest is the driver's, the libraries', and what fragments
+_PROCESS_BYTES = 2 << 30  # of a process that has imported everything and holds a CUDA context
+_MATRIX_SHARE, _FLOAT32_SHARE, _CHOLESKY_SHARE, _MEMORY_SHARE, _LINK_SHARE = 0.6, 0.7, 0.3, 0.8, 0.8
+_BATCH_SECONDS = 2e-3  # of Python and small kernels on the way to a block
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(bit|B)(?:/s|ps)?\s*")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its maker describes it.
+
+    Attributes:
+        matrix: Dense bfloat16 operations a second of its matrix units.
+        float32: Float32 operations a second outside of them.
+        bandwidth: Bytes a second of its memory.
+        memory: Bytes.
+        link: Bytes a second, one way, to another GPU of the same node.
+    """
+
+    matrix: float
+    float32: float
+    bandwidth: float
+    memory: int
+    link: float
+
+
+GPUS = {
+    "a100": Gpu(312e12, 19.5e12, 2.0e12, 80 * 10**9, 300e9),
+    "h100": Gpu(989e12, 67e12, 3.35e12, 80 * 10**9, 450e9),
+    "h200": Gpu(989e12, 67e12, 4.8e12, 141 * 10**9, 450e9),
+    "b200": Gpu(2250e12, 75e12, 8.0e12, 180 * 10**9, 900e9),
+    "l40s": Gpu(362e12, 91.6e12, 0.864e12, 48 * 10**9, 32e9),
+    "rtx4090": Gpu(165e12, 82.6e12, 1.008e12, 24 * 10**9, 32e9),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes that are alike, with a rank for every GPU.
+
+    Attributes:
+        num_nodes: How many.
+        gpus_per_node: How many.
+        gpu: Their kind.
+        interconnect: Bytes a second, one way, between a node and the others.
+        disk: Bytes a second that a node reads, and that the first one writes.
+        host_memory: Bytes of a node.
+    """
+
+    num_nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+    interconnect: float
+    disk: float
+    host_memory: int
+
+    @property
+    def num_ranks(self) -> int:
+        """One for every GPU."""
+        return self.num_nodes * self.gpus_per_node
+
+    def limits(self) -> Limits:
+        """What a rank may hold."""
+        return Limits(
+            host=self.host_memory // self.gpus_per_node,
+            device=int(self.gpu.memory * _GPU_SHARE),
+            host_is_set=False,
+            device_is_set=False,
+            scratch=None,
+        )
+
+    def rates(self, compute_dtype: torch.dtype) -> Rates:
+        """Of one rank; a node's disk counts as a whole."""
+        float32 = _FLOAT32_SHARE * self.gpu.float32  # TF32 is never used
+        fast = float32 if compute_dtype == torch.float32 else _MATRIX_SHARE * self.gpu.matrix
+        return Rates(
+            linear=fast,
+            gram=fast,  # of its half below the diagonal, in the dtype of the activations
+            product=float32,
+            cholesky=_CHOLESKY_SHARE * self.gpu.float32,
+            memory=_MEMORY_SHARE * self.gpu.bandwidth,
+            read=self.disk,
+            write=self.disk,
+            batch_seconds=_BATCH_SECONDS,
+        )
+
+    def links(self) -> Links:
+        """A ring over all ranks is as fast as its slowest link."""
+        slowest = self.gpu.link if self.num_nodes == 1 else min(self.gpu.link, self.interconnect)
+        return Links(_LINK_SHARE * slowest, 20e-6 * math.log2(max(2, self.num_ranks)), self.gpus_per_node)
+
+    @property
+    def process_bytes(self) -> int:
+        """Of host memory, before anything is read."""
+        return _PROCESS_BYTES
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name.lower() not in GPUS:
+        raise ConfigError(f"--gpu {name}: not known; expected one of {', '.join(GPUS)}")
+    return GPUS[name.lower()]
+
+
+def parse_rate(text: str, option: str) -> float:
+    """Bytes a second from `400Gbit`, `25GB/s`, `200Gbps`.
+
+    Raises:
+        ConfigError: If it is no rate.
+    """
+    match = _RATE.fullmatch(text.replace("Gbps", "Gbit").replace("Mbps", "Mbit"))
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"{option} {text!r}: expected a rate such as 400Gbit, 200Gbps or 2GB/s")
+    number = float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
+    return number / 8 if match[3] == "bit" else number
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a merge runs on.
+
+    Attributes:
+        device: Every rank's kind.
+        num_ranks: How many share the merge.
+        local_ranks: How many of them share this machine.
+        cluster: Other machines than this one.
+    """
+
+    device: torch.device
+    num_ranks: int = 1
+    local_ranks: int = 1
+    cluster: Cluster | None = None
+
+
+_MOST_FEATURES = 2048
+_MOST_ROWS = 2048
+_CALL_SECONDS = 2e-3  # of Python and small operations on the way to a block
+
+
+def measure_rates(
+    work: Workload,
+    checkpoint: Checkpoint,
+    scratch: Path | None,
+    device: torch.device,
+    samples: int,
+    *,
+    at_once: int = 1,
+) -> Rates:
+    """Times products, copies, reads and writes.
+
+    Args:
+        work: Whose shapes count.
+        checkpoint: A candidate, of which some megabytes are read.
+        scratch: A folder to write a temporary file to; `None` for the system's.
+        device: That computes.
+        samples: That run at once.
+        at_once: As many ranks compute side by side, each with its part of the cores; the rates are those of one.
+    """
+    read, write = read_rate([checkpoint]), write_rate(scratch)
+    if at_once == 1 or device.type != "cpu":
+        return replace(_compute_rates(work, device, samples), read=read, write=write)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // at_once))
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            each = list(pool.map(lambda _: _compute_rates(work, device, samples), range(at_once)))
+    finally:
+        torch.set_num_threads(threads)
+    mean = {name: sum(getattr(rates, name) for rates in each) / at_once for name in vars(each[0])}
+    return Rates(**mean | {"read": read, "write": write})
+
+
+def _compute_rates(work: Workload, device: torch.device, samples: int) -> Rates:
+    """All but those of the disk."""
+    kind = max(work.kinds, key=lambda kind: sum(kind.sizes.values()) * kind.count)
+    rows = min(_MOST_ROWS, samples * work.sample_rows[kind.block.stack])
+    inputs, outputs = max(kind.linears.values(), key=lambda shape: shape[0] * shape[1])
+    inputs, outputs = min(inputs, _MOST_FEATURES), min(outputs, _MOST_FEATURES)
+    size = min(_MOST_FEATURES, max((group.num_inputs for group in kind.block.groups), default=inputs))
+    x_NI = torch.randn(rows, inputs, device=device).to(work.compute_dtype)
+    weight_OI = torch.randn(outputs, inputs, device=device).to(work.compute_dtype)
+    x_NS = torch.randn(rows, size, device=device).to(work.compute_dtype)
+    left_SS, gram = torch.randn(size, size, device=device), Gram(size, device)
+    system_SS = left_SS @ left_SS.T / size + torch.eye(size, device=device)
+    work_SS = torch.empty_like(system_SS)
+    large = torch.empty(16 << 20, dtype=torch.uint8, device=device)
+    with float32_means_float32():
+        return Rates(
+            linear=2 * rows * inputs * outputs / _seconds(lambda: product(x_NI, weight_OI), device),
+            gram=rows * size**2 / _seconds(lambda: gram.add_rows(x_NS), device),
+            product=2 * size**3 / _seconds(lambda: product(left_SS, system_SS), device),
+            cholesky=size**3 / 3 / _seconds(lambda: cholesky_(work_SS.copy_(system_SS)), device),
+            memory=2 * large.nbytes / _seconds(lambda: large.clone(), device),
+            read=math.inf,
+            write=math.inf,
+            batch_seconds=_CALL_SECONDS,
+        )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call, the median of several after one that warms up."""
+    work()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while not times or (time.perf_counter() - begin < _SECONDS and len(times) < 50):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,340 @@
+"""What happened, as `merge_report.json` tells it.
+
+The tables on the terminal: what a merge would do, and what it did.
+
+What a merged checkpoint has beside its weights: config, tokenizer, model card, report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from largemerge.checkpoint.side_files import copy_side_files, find_processor, find_tokenizer, model_card, output_config
+from largemerge.config_file import gib
+from largemerge.machine import MemoryUse, machine, versions
+from largemerge.regression.config import MergeConfig
+from largemerge.regression.inputs import Inputs
+from largemerge.regression.plan import MergePlan, Preparation
+from largemerge.regression.planning.ranks import RankPlan
+from largemerge.regression.tensor_plan import quantization_settings
+
+
+def config_yaml(config: MergeConfig) -> str:
+    """The resolved configuration as YAML, without what is unset."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; `to_json` is what `merge_report.json` holds.
+
+    Attributes:
+        plan: That was run.
+        config: Resolved.
+        inputs: Fingerprints of all files, by checkpoint.
+        calibration: By candidate: number of samples and fingerprint of what the model saw.
+        blocks: By name: seconds by phase, bytes written, and a report for every linear.
+        outside: Seconds and bytes of the tensors outside the blocks.
+        seconds: Total, and of the preparation.
+        bytes_read: From checkpoints, in this run.
+        resumed_parts: How many parts an earlier run had finished.
+        peak: Measured.
+        hidden_bytes_on_disk: Most that hidden states took there.
+        retries: What ran out of memory and was done again in smaller parts.
+        timeline: When (seconds since the start) which stage of which block began.
+        ranks: By rank: what it held, read and sent; empty where there was one. Seconds are the first rank's.
+    """
+
+    plan: MergePlan
+    config: MergeConfig
+    inputs: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    blocks: Mapping[str, Any]
+    outside: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    bytes_read: int
+    resumed_parts: int
+    peak: MemoryUse
+    hidden_bytes_on_disk: int
+    retries: tuple[str, ...]
+    timeline: tuple[tuple[float, str, str], ...]
+    ranks: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        plan: MergePlan,
+        inputs: Inputs,
+        calibration: Mapping[str, Any],
+        parts: Mapping[str, Mapping[str, Any]],
+        prepared_seconds: float,
+        total_seconds: float,
+        resumed_parts: int,
+        peak: MemoryUse,
+        bytes_read: int,
+        hidden_bytes_on_disk: int,
+        retries: Sequence[str],
+        timeline: Sequence[tuple[float, str, str]],
+        ranks: Sequence[Mapping[str, Any]],
+    ) -> MergeReport:
+        """Puts a report together from what the parts of a merge have to say."""
+        checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
+        return cls(
+            plan=plan,
+            config=plan.config,
+            inputs={
+                checkpoint.name: {"folder": str(checkpoint.folder), "files": dict(checkpoint.fingerprint)}
+                for checkpoint in checkpoints
+            },
+            calibration=calibration,
+            blocks={block.name: parts[block.name] for block in plan.blocks},
+            outside=parts["outside"],
+            seconds={"total": round(total_seconds, 3), "preparation": round(prepared_seconds, 3)},
+            bytes_read=bytes_read,
+            resumed_parts=resumed_parts,
+            peak=peak,
+            hidden_bytes_on_disk=hidden_bytes_on_disk,
+            retries=tuple(retries),
+            timeline=tuple(timeline),
+            ranks=tuple(ranks),
+        )
+
+    @property
+    def linears(self) -> dict[str, Any]:
+        """The report of every solved linear, by parameter name."""
+        return {name: entry for block in self.blocks.values() for name, entry in block["linears"].items()}
+
+    @property
+    def quantization_errors(self) -> dict[str, float]:
+        """‖written - merged‖ / ‖merged‖ of every weight that was written quantised, by parameter name."""
+        parts = (self.outside, *self.blocks.values())
+        return {name: error for part in parts for name, error in part.get("quantization_errors", {}).items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        phases: Counter[str] = Counter()
+        for part in (*self.blocks.values(), self.outside):
+            phases.update(part["seconds"])
+        return {
+            "versions": versions(),
+            "machine": machine(self.plan.device),
+            "config": self.config.model_dump(mode="json"),
+            "inputs": self.inputs,
+            "calibration": self.calibration,
+            "plan": self.plan.to_json(),
+            "seconds": {**self.seconds, "by_phase": {key: round(value, 3) for key, value in phases.items()}},
+            "bytes_read": self.bytes_read,
+            "bytes_written": sum(part["bytes_written"] for part in (*self.blocks.values(), self.outside)),
+            "resumed_parts": self.resumed_parts,
+            "peak_bytes": {
+                "planned_host": self.plan.footprint.host,
+                "planned_device": self.plan.footprint.device,
+                "planned_disk": self.plan.footprint.disk,
+                "host_anonymous": self.peak.host_anonymous,
+                "host_total": self.peak.host_total,
+                "device": self.peak.device,
+                "disk": self.hidden_bytes_on_disk,
+            },
+            "retries": list(self.retries),
+            "timeline": [list(entry) for entry in self.timeline],
+            "ranks": list(self.ranks),
+            "quantization": self._quantization(),
+            "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
+            "outside": self.outside,
+            "blocks": self.blocks,
+        }
+
+    def _quantization(self) -> dict[str, Any]:
+        errors = self.quantization_errors
+        mean = sum(errors.values()) / len(errors) if errors else None
+        worst = max(errors, key=lambda name: errors[name]) if errors else None
+        return {
+            "inputs": {name: dict(kinds) for name, kinds in self.plan.quantized.items()},
+            "output": self.plan.quantized_output(),
+            "mean_relative_error": mean,
+            "worst": worst,
+            "worst_relative_error": errors[worst] if worst is not None else None,
+        }
+
+
+_MOST_RANK_ROWS = 8
+
+
+def print_report(report: MergeReport, out: str, console: Console) -> None:
+    """The closing table."""
+    linears = report.linears
+    table = Table(title=f"{report.config.merge_method}: {len(report.config.models)} models → {out}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    counts = ", ".join(f"{count} {what}" for what, count in report.plan.counts().items())
+    table.add_row("tensors", counts)
+    fallbacks = [name for name, entry in linears.items() if entry["fallbacks"]]
+    solvers = Counter(entry["solver"] for entry in linears.values())
+    table.add_row("solvers", ", ".join(f"{count} {solver}" for solver, count in solvers.items()))
+    if fallbacks:
+        table.add_row(
+            "fallbacks", f"{len(fallbacks)} linears needed more than float32 Cholesky: {', '.join(fallbacks[:3])} …"
+        )
+    if linears:
+        worst = max(linears, key=lambda name: linears[name]["condition"])
+        table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
+        table.add_row("distance", _mean_distances(report))
+    for label, text in _quantization_rows(report.plan):
+        table.add_row(label, text)
+    errors = report.quantization_errors
+    if errors:
+        mean = sum(errors.values()) / len(errors)
+        table.add_row("quantisation error", f"{mean:.4f}, relative, mean over {len(errors)} linears")
+    total = report.seconds["total"]
+    table.add_row("time", f"{total:.1f} s, of which preparation {report.seconds['preparation']:.1f} s")
+    written = sum(part["bytes_written"] for part in (*report.blocks.values(), report.outside))
+    table.add_row("disk", f"{gib(report.bytes_read)} read, {gib(written)} written")
+    planned = report.plan.footprint
+    peak = f"{gib(report.peak.host_anonymous)} anonymous (planned {gib(planned.host)}), "
+    peak += f"{gib(report.peak.host_total)} in all"
+    if report.peak.device:
+        peak += f", {gib(report.peak.device)} on {report.plan.device} (planned {gib(planned.device)})"
+    if report.hidden_bytes_on_disk:
+        peak += f", hidden states on disk {gib(report.hidden_bytes_on_disk)}"
+    table.add_row("peak memory", peak)
+    if report.ranks:
+        moved = max(rank["bytes_communicated"] for rank in report.ranks)
+        waited = max(rank["seconds_communicating"] for rank in report.ranks)
+        table.add_row(
+            "ranks", f"{len(report.ranks)}; at most {gib(moved)} moved by one, {waited:.1f} s, waiting included"
+        )
+    for retry in report.retries:
+        table.add_row("retry", retry)
+    for note in report.plan.notes:
+        table.add_row("note", note)
+    console.print(table)
+
+
+def _quantization_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
+    def text(kinds: Mapping[str, int]) -> str:
+        return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+
+    if plan.quantized:
+        yield "quantised inputs", "\n".join(f"{name}: {text(kinds)}" for name, kinds in plan.quantized.items())
+    if plan.quantized_output():
+        yield "quantised output", text(plan.quantized_output())
+
+
+def _mean_distances(report: MergeReport) -> str:
+    entries = list(report.linears.values())
+    mean = sum(entry["relative_distance_to_average"] for entry in entries) / len(entries)
+    parts = [f"average {mean:.4f}"]
+    for name in report.config.names:
+        distance = sum(entry["relative_distance_to_candidates"][name] for entry in entries) / len(entries)
+        parts.append(f"{name} {distance:.4f}")
+    return "mean over linears, relative: " + ", ".join(parts)
+
+
+def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
+    """One for each of a few ranks; for many, what the least and the most busy one have."""
+    if len(ranks) <= _MOST_RANK_ROWS:
+        for rank in ranks:
+            held = gib(rank.host) + (f" + {gib(rank.device)} on a GPU" if rank.device else "")
+            work = f"{rank.num_batches} batches of {rank.num_candidates} candidates, {rank.num_rows} rows"
+            moved = f"{rank.operations / 1e12:.2f} TFLOP, {gib(rank.bytes_communicated)} moved"
+            yield f"rank {rank.rank}", f"{work}; holds {held}; {moved}"
+        return
+    least, most = (choose(ranks, key=lambda rank: rank.operations) for choose in (min, max))
+    host, device = max(rank.host for rank in ranks), max(rank.device for rank in ranks)
+    held = gib(host) + (f" + {gib(device)} on a GPU" if device else "")
+    work = f"{least.num_batches} to {most.num_batches} batches, {least.num_rows} to {most.num_rows} rows"
+    operations = f"{least.operations / 1e12:.0f} to {most.operations / 1e12:.0f} TFLOP"
+    yield f"{len(ranks)} ranks", f"each {work}, {operations}; hold up to {held}; {gib(most.bytes_communicated)} moved"
+
+
+def print_plan(plan: MergePlan, console: Console) -> None:
+    """What `largemerge plan` shows."""
+    table = Table(
+        title=f"{plan.config.merge_method} of {len(plan.config.models)} × {plan.class_name}", show_header=False
+    )
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("candidates", ", ".join(f"{name} ({plan.num_samples[name]} samples)" for name in plan.config.names))
+    table.add_row("stacks", ", ".join(f"{name} ({count} blocks)" for name, count in plan.stacks))
+    for group in plan.blocks[0].groups if plan.blocks else ():
+        table.add_row("solved together", f"{', '.join(group.outputs)}: {group.num_inputs} inputs")
+    table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in plan.counts().items()))
+    for label, text in _quantization_rows(plan):
+        table.add_row(label, text)
+    table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write")
+    table.add_row("forward passes", f"{str(plan.compute_dtype).removeprefix('torch.')} on {plan.device}")
+    table.add_row("placement", str(plan.placement))
+    for reason in plan.reasons:
+        table.add_row("", reason)
+    peak = plan.footprint
+    parts = ", ".join(f"{name} {gib(value)}" for name, value in peak.parts.items() if value)
+    table.add_row("peak memory", f"{gib(peak.host)} of {gib(plan.limits.host)} on the host ({parts})")
+    if peak.device:
+        table.add_row("", f"{gib(peak.device)} of {gib(plan.limits.device)} on {plan.device}")
+    if peak.disk:
+        table.add_row("", f"{gib(peak.disk)} of hidden states in {plan.limits.scratch or 'the output folder'}")
+    if plan.seconds:
+        longest = sorted(plan.seconds.items(), key=lambda item: -item[1])[:4]
+        stages = ", ".join(f"{stage.replace('_', ' ')} {seconds:.1f} s" for stage, seconds in longest)
+        source = "" if plan.measured else ", by data sheets: nothing of this has been measured"
+        table.add_row("time", f"about {sum(plan.seconds.values()):.0f} s once it has begun ({stages}, …){source}")
+    for label, text in _rank_rows(plan.ranks):
+        table.add_row(label, text)
+    for note in plan.notes:
+        table.add_row("note", note)
+    for problem in plan.problems:
+        table.add_row(Text("impossible", style="red"), problem)
+    console.print(table)
+
+
+def config_text(preparation: Preparation) -> str:
+    """The text of the output's `config.json`."""
+    dtype = preparation.plan.output_dtype
+    settings = quantization_settings(preparation.plan.config.output, dtype)
+    return output_config(preparation.inputs.reference, dtype, settings)
+
+
+def write_side_files(path: Path, preparation: Preparation, report: MergeReport) -> None:
+    """Writes everything but weights, index and `config.json` into a folder."""
+    inputs, config = preparation.inputs, preparation.plan.config
+    folders = {checkpoint.name: checkpoint.folder for checkpoint in inputs.candidates}
+    if inputs.base is not None:
+        folders["base"] = inputs.base.folder
+    preferred = [folders["base" if inputs.base is not None else inputs.candidates[0].name], *folders.values()]
+    source = config.tokenizer_source
+    tokenizer = find_tokenizer(*preferred) if source is None else folders[source]
+    processor = find_processor(*preferred)
+    copy_side_files(path, inputs.reference.folder, tokenizer, processor, with_code=config.trust_remote_code)
+    yaml_text = config_yaml(config)
+    (path / "largemerge_config.yaml").write_text(yaml_text, encoding="utf-8")
+    (path / "README.md").write_text(
+        model_card(
+            method=config.merge_method,
+            class_name=preparation.plan.class_name,
+            models=[
+                {
+                    "name": candidate.label,
+                    "model": candidate.model,
+                    "weight": candidate.parameters.weight,
+                    "data": Path(candidate.calibration.data).name if candidate.calibration else "",
+                }
+                for candidate in config.models
+            ],
+            base=config.base_model,
+            config_yaml=yaml_text,
+            version=versions()["largemerge"],
+        ),
+        encoding="utf-8",
+    )
+    (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,389 @@
+"""Which tensor is merged how. Every tensor of the output gets exactly one treatment, and a reason.
+
+solved    the method's closed-form solution
+averaged  Σ c_i W_i / Σ c_i
+base      excluded by the user: taken from the base as it is
+copied    integers and the like, which have no average: taken from the first candidate
+
+Which linears Transformers quantises, asked of Transformers itself.
+
+Which tensors of the output are written quantised, and what its config.json says of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.quantized import bitsandbytes, quantized_tensor
+from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name, torch_dtype
+from largemerge.errors import LargemergeError
+from largemerge.model.key_mapping import NameMap
+from largemerge.model.skeleton import Skeleton, linears_in, weight_is_transposed
+from largemerge.model.trace import LinearRole, Rehearsal
+from largemerge.regression.config import MergeConfig, OutputConfig
+from largemerge.regression.inputs import Inputs
+
+
+class Treatment(str, Enum):
+    """How a tensor of the output comes about."""
+
+    SOLVED = "solved"
+    AVERAGED = "averaged"
+    BASE = "base"
+    COPIED = "copied"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output.
+
+    Attributes:
+        name: Parameter name in the module; the name on disk for tensors that the class has no use for.
+        treatment: How it is made.
+        reason: Why it is not solved, or "".
+        dtype: It is written in.
+    """
+
+    name: str
+    treatment: Treatment
+    reason: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Linears of one block that read the same tensor and are solved together.
+
+    Attributes:
+        leader: The linear whose input is watched, by its path in the block.
+        rows: The stack whose tokens the rows are.
+        num_inputs: Features of the shared input.
+        outputs: Path in the block → number of outputs of every solved linear of the group.
+        transposed: Whether the weights lie `[in, out]`.
+    """
+
+    leader: str
+    rows: int | None
+    num_inputs: int
+    outputs: Mapping[str, int]
+    transposed: bool
+
+    @property
+    def solve_operations(self) -> int:
+        """Of its factorisation and two triangular solves: multiplications and additions."""
+        return self.num_inputs**3 // 3 + 2 * self.num_inputs**2 * sum(self.outputs.values())
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: where it stands, what becomes of its tensors, which linears are solved together."""
+
+    stack: int
+    index: int
+    name: str
+    tensors: tuple[TensorPlan, ...]
+    groups: tuple[GroupPlan, ...]
+
+    def stack_of(self, group: GroupPlan) -> int:
+        """Whose rows a group counts: the stack that its own are tokens of, else the block's."""
+        return self.stack if group.rows is None else group.rows
+
+
+def plan_blocks(config: MergeConfig, inputs: Inputs, rehearsal: Rehearsal) -> tuple[BlockPlan, ...]:
+    """The blocks in the order in which they run."""
+    blocks = []
+    for stack_index in rehearsal.order:
+        stack = inputs.skeleton.stacks[stack_index]
+        for index in range(len(stack.blocks)):
+            names = [name for name in inputs.skeleton.block_tensors(stack, index) if _exists(inputs, name)]
+            roles = {role.name: role for role in rehearsal.stacks[stack_index].roles[index]}
+            prefix = stack.block_name(index) + "."
+            linears = linears_in(stack.blocks[index])
+            images = rehearsal.stacks[stack_index].tokens is None
+            tensors = [
+                _plan_tensor(config, inputs, name, _unsolvable(name.removeprefix(prefix), linears, roles, images))
+                for name in names
+            ]
+            groups = _plan_groups(stack.blocks[index], tensors, prefix, roles)
+            blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups))
+    return tuple(blocks)
+
+
+def plan_outside(config: MergeConfig, inputs: Inputs) -> tuple[TensorPlan, ...]:
+    """The tensors of no block, and those that the model class has no use for."""
+    known = [
+        _plan_tensor(config, inputs, name, "not in a block")
+        for name in inputs.skeleton.outside_tensors()
+        if _exists(inputs, name)
+    ]
+    unknown = [_plan_unknown(config, inputs, key) for key in inputs.reference_names.unmapped]
+    return (*known, *unknown)
+
+
+def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, OutputTensor]:
+    """What will be written: names, shapes and order of the reference, dtypes of the plan."""
+    names, reference = inputs.reference_names, inputs.reference
+    dtypes: dict[str, torch.dtype] = {}
+    for plan in plans:
+        if plan.name in names.unmapped:
+            dtypes[plan.name] = plan.dtype
+        else:
+            dtypes |= {key: plan.dtype for key in names.sources_of([names.on_disk(plan.name)])}
+    return {key: OutputTensor(dtypes[key], info.shape) for key, info in reference.tensors.items() if key in dtypes}
+
+
+def treatment_problems(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
+    """Tensors that candidates lack or hold in other shapes, unless the base stands in for them."""
+    problems = []
+    stacks = tuple(f".{stack.name}." for stack in inputs.skeleton.stacks)
+    for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
+        extra = [key for key in names.unmapped if any(stack in f".{key}" for stack in stacks)]
+        extra = [key for key in extra if key not in inputs.reference_names.unmapped]
+        if extra:
+            some = ", ".join(extra[:3])
+            problems.append(f"{checkpoint.name}: has {len(extra)} tensors in blocks that others lack, such as {some}")
+    state = inputs.skeleton.model.state_dict()
+    for plan in plans:
+        if plan.name not in state or plan.treatment is Treatment.BASE:
+            continue
+        shapes = {}
+        for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
+            name = names.on_disk(plan.name)
+            if name in names.missing:
+                problems.append(f"{checkpoint.name}: has no tensor for {plan.name}, which the others have")
+            elif name in names.mismatched:
+                shapes[checkpoint.name] = list(names.mismatched[name])
+        if shapes:
+            expected = list(state[plan.name].shape)
+            problems.append(
+                f"{plan.name}: expected {expected} as in {inputs.reference.name}, found {shapes}; "
+                "exclude it (parameters.exclude) and give a base_model that has it"
+            )
+    return problems
+
+
+def _exists(inputs: Inputs, name: str) -> bool:
+    """Whether any candidate has the tensor, so that the output must."""
+    return any(names.on_disk(name) not in names.missing for names in inputs.candidate_names)
+
+
+def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str | None) -> TensorPlan:
+    dtype = _output_dtype(config, inputs, name)
+    if not dtype.is_floating_point:
+        return TensorPlan(name, Treatment.COPIED, "not a floating-point tensor", dtype)
+    labels = tensor_labels(inputs.reference_names, name)
+    if _matches(config.parameters.exclude, labels):
+        base = inputs.base_names
+        if base is None:
+            return TensorPlan(name, Treatment.AVERAGED, "excluded, and there is no base", dtype)
+        if not base.has(name):
+            return TensorPlan(name, Treatment.AVERAGED, "excluded, but the base does not have it", dtype)
+        return TensorPlan(name, Treatment.BASE, "excluded", dtype)
+    if unsolvable is not None:
+        return TensorPlan(name, Treatment.AVERAGED, unsolvable, dtype)
+    if config.parameters.include and not _matches(config.parameters.include, labels):
+        return TensorPlan(name, Treatment.AVERAGED, "not included", dtype)
+    return TensorPlan(name, Treatment.SOLVED, "", dtype)
+
+
+def _plan_unknown(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
+    infos = [checkpoint.tensors.get(key) for checkpoint in inputs.candidates]
+    reference = inputs.reference.tensors[key]
+    everywhere = all(info is not None and info.shape == reference.shape for info in infos)
+    dtype = reference.dtype
+    if everywhere and dtype.is_floating_point:
+        wanted = torch_dtype(config.dtype) if config.dtype else dtype
+        return TensorPlan(key, Treatment.AVERAGED, "unknown to the model class", wanted)
+    return TensorPlan(key, Treatment.COPIED, "unknown to the model class", dtype)
+
+
+def _unsolvable(
+    path: str, linears: Mapping[str, torch.nn.Module], roles: Mapping[str, LinearRole], images: bool
+) -> str | None:
+    """Why a tensor of a block cannot be solved for; `None` if it can."""
+    module, _, leaf = path.rpartition(".")
+    if leaf != "weight" or module not in linears:
+        return "not a linear's weight"
+    if module not in roles:
+        return "its linear is not called once per forward pass"
+    if roles[module].rows is None and not images:
+        return "rows of its input cannot be matched to the padding mask"
+    return None
+
+
+def _plan_groups(
+    block: torch.nn.Module, tensors: list[TensorPlan], prefix: str, roles: Mapping[str, LinearRole]
+) -> tuple[GroupPlan, ...]:
+    linears = linears_in(block)
+    solved = [
+        plan.name.removeprefix(prefix).removesuffix(".weight") for plan in tensors if plan.treatment is Treatment.SOLVED
+    ]
+    groups: dict[tuple[str, bool], dict[str, tuple[int, int]]] = {}
+    for path in [name for name in roles if name in solved]:
+        linear = linears[path]
+        transposed = weight_is_transposed(linear)
+        rows, columns = linear.get_parameter("weight").shape
+        size = (columns, rows) if transposed else (rows, columns)
+        groups.setdefault((roles[path].group, transposed), {})[path] = size
+    order = list(roles)
+    return tuple(
+        GroupPlan(
+            leader=leader,
+            rows=roles[leader].rows,
+            num_inputs=next(iter(members.values()))[1],
+            outputs={path: outputs for path, (outputs, _) in members.items()},
+            transposed=transposed,
+        )
+        for (leader, transposed), members in sorted(groups.items(), key=lambda item: order.index(item[0][0]))
+    )
+
+
+def _output_dtype(config: MergeConfig, inputs: Inputs, name: str) -> torch.dtype:
+    infos = [
+        _info(checkpoint, names, name)
+        for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True)
+    ]
+    dtypes = [info.dtype for info in infos if info is not None]
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return torch_dtype(config.dtype) if config.dtype and result.is_floating_point else result
+
+
+def _info(checkpoint: Checkpoint, names: NameMap, name: str) -> TensorInfo | None:
+    keys = _names_on_disk(names, name)
+    return checkpoint.tensors[keys[0]] if keys else None
+
+
+def tensor_labels(names: NameMap, name: str) -> set[str]:
+    """What patterns are matched with: a tensor's name in the module, and its names on disk."""
+    return {name} if name in names.unmapped else {name, *_names_on_disk(names, name)}
+
+
+def _names_on_disk(names: NameMap, name: str) -> list[str]:
+    on_disk = names.on_disk(name)
+    return [] if on_disk in names.missing else names.sources_of([on_disk])
+
+
+def _matches(patterns: tuple[str, ...], labels: set[str]) -> bool:
+    return any(re.search(pattern, label) for pattern in patterns for label in labels)
+
+
+def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """The settings with which Transformers loads such a checkpoint; 4-bit weights are multiplied in `dtype`."""
+    config_class: Any = BitsAndBytesConfig  # has no annotations
+    if quantization.method == "int8":
+        return config_class(load_in_8bit=True)
+    return config_class(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.method,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def quantized_linears(skeleton: Skeleton, quantization: Quantization) -> dict[str, bool]:
+    """Lets Transformers replace the linears of a copy of the model, as it does before it loads quantised weights.
+
+    Args:
+        skeleton: Left as it is.
+        quantization: To be tried.
+
+    Returns:
+        Module path → whether the module holds its weight `[in, out]`, for every linear that was replaced.
+
+    Raises:
+        LargemergeError: If bitsandbytes is not installed or does not work here.
+    """
+    package: Any = bitsandbytes("output.quantization")
+    quantizer: Any = AutoHfQuantizer.from_config(bitsandbytes_config(quantization, skeleton.dtype), pre_quantized=True)
+    try:
+        quantizer.validate_environment(device_map=None)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise LargemergeError(f"output.quantization: {str(error).splitlines()[0]}") from None
+    model = copy.deepcopy(skeleton.model)
+    before: dict[str, nn.Module] = dict(model.named_modules())
+    quantizer.preprocess_model(model=model, device_map=None)
+    replaced = (package.nn.Linear4bit, package.nn.Linear8bitLt)
+    return {
+        path: isinstance(before.get(path), Conv1D)
+        for path, module in model.named_modules()
+        if isinstance(module, replaced)
+    }
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def output_quantization(config: OutputConfig) -> Quantization | None:
+    """What the configuration asks for."""
+    if config.quantization is None:
+        return None
+    double_quant = config.quantization != "int8" and config.double_quant is not False
+    return Quantization(config.quantization, double_quant)
+
+
+def quantize_output(
+    config: OutputConfig, inputs: Inputs, output: Mapping[str, OutputTensor]
+) -> tuple[dict[str, OutputTensor], list[str]]:
+    """The layout of the output with the weights that Transformers would quantise laid out so.
+
+    Args:
+        config: `output` of the configuration.
+        inputs: From `open_inputs`.
+        output: Plain, by name on disk.
+
+    Returns:
+        The layout, and what makes it impossible.
+
+    Raises:
+        LargemergeError: If bitsandbytes is not installed or does not work here.
+    """
+    quantization = output_quantization(config)
+    if quantization is None or not output:
+        return dict(output), []
+    names = inputs.reference_names
+    result, problems = dict(output), []
+    linears = quantized_linears(inputs.skeleton, quantization)
+    for path, transposed in linears.items():
+        name = names.on_disk(f"{path}.weight")
+        if names.conversion_of(name) is not None:
+            problems.append(
+                f"output.quantization: {name} is no tensor of its own on disk, and cannot be written quantised; "
+                "merge without output.quantization, and quantise with Transformers"
+            )
+            continue
+        key = names.renamed.get(name)
+        if key is None or key not in output:
+            continue
+        plain = output[key]
+        if plain.dtype not in _DTYPES:
+            problems.append(f"output.quantization: {key} is {dtype_name(plain.dtype)}; set dtype: bfloat16")
+            continue
+        how = Quantization(quantization.method, quantization.double_quant, transposed)
+        result[key] = quantized_tensor(key, plain.dtype, plain.shape, how)
+    if not any(tensor.quantization for tensor in result.values()) and not problems:
+        problems.append(f"output.quantization: Transformers quantises no linear of {inputs.skeleton.class_name}")
+    return result, problems
+
+
+def quantization_settings(config: OutputConfig, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The output's `quantization_config`; `None` for a plain output."""
+    quantization = output_quantization(config)
+    if quantization is None:
+        return None
+    settings: dict[str, Any] = json.loads(json.dumps(bitsandbytes_config(quantization, dtype).to_dict()))
+    return settings

@@ -1,0 +1,99 @@
+"""Which tensors have a row for every token: found through the model's own code, not by a table of names.
+
+Token numbers in `config.json` and `generation_config.json`, where tokens have moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.errors import ArchitectureError
+
+
+def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
+    """Names on disk of the input and output embeddings, and of the latter's bias.
+
+    Raises:
+        LargemergeError: If Transformers does not know the model, or it has no token embeddings.
+    """
+    from largemerge.model.key_mapping import map_names
+    from largemerge.model.skeleton import build_skeleton
+
+    model: Any = build_skeleton(checkpoint).model
+    inputs = outputs = None
+    with contextlib.suppress(NotImplementedError):
+        inputs = model.get_input_embeddings()
+        outputs = model.get_output_embeddings()
+    weight = getattr(inputs, "weight", None)
+    if not isinstance(inputs, torch.nn.Embedding) or not isinstance(weight, torch.Tensor):
+        class_name = type(model).__name__
+        raise ArchitectureError(f"{checkpoint.name}: {class_name} has no token embeddings; leave 'tokenizer' out")
+    sideways = [name for name, info in checkpoint.tensors.items() if info.shape == (1, weight.shape[0])]
+    if sideways:
+        raise ArchitectureError(
+            f"{checkpoint.name}: {sideways[0]} has its tokens in the second dimension, which 'tokenizer' and "
+            "'tokenizer_source' do not support; leave them out"
+        )
+    found = [weight, getattr(outputs, "weight", None), getattr(outputs, "bias", None)]
+    wanted = {id(each) for each in found if isinstance(each, torch.Tensor) and each.shape[0] == weight.shape[0]}
+    on_disk = map_names(model, checkpoint).renamed
+    names = (name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in wanted)
+    return frozenset(on_disk[name] for name in names if name in on_disk)
+
+
+_ENDINGS = ("_token_id", "_token_ids", "_token_index")
+
+
+def move_ids(
+    config: dict[str, Any], before: Mapping[str, int], after: Mapping[str, int], special: Mapping[str, str]
+) -> list[str]:
+    """Changes all numbers of tokens to those of the output.
+
+    Args:
+        config: A parsed `config.json` or `generation_config.json`; changed in place.
+        before: The numbers of its model's tokens.
+        after: Those of the output's.
+        special: The output's special tokens by their roles, such as `pad_token`.
+
+    Returns:
+        Notes on numbers that have no token in the output.
+    """
+    tokens = {number: token for token, number in before.items()}
+    notes: list[str] = []
+
+    def moved(key: str, number: Any) -> Any:
+        if isinstance(number, bool) or not isinstance(number, int) or number not in tokens:
+            return number  # no token: a row of padding, or -1 for none
+        token = tokens[number]
+        if token in after:
+            return after[token]
+        instead = special.get(key.removesuffix("_id"))
+        notes.append(f"{key} was {number} ({token!r}), which the output's vocabulary lacks; now that of {instead!r}")
+        return after.get(instead) if instead is not None else None
+
+    for part, key, value in _token_keys(config):
+        if isinstance(value, list):
+            part[key] = list(dict.fromkeys(number for each in value if (number := moved(key, each)) is not None))
+        else:
+            part[key] = moved(key, value)
+    return notes
+
+
+def set_vocabulary_size(config: dict[str, Any], before: int, after: int) -> None:
+    """Writes how many rows the embeddings have, wherever it stands."""
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        if part.get("vocab_size") == before:
+            part["vocab_size"] = after
+
+
+def _token_keys(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    for key, value in list(config.items()):
+        if isinstance(value, dict):
+            yield from _token_keys(value)
+        elif key.endswith(_ENDINGS) and isinstance(value, int | list):
+            yield config, key, value

@@ -1,0 +1,236 @@
+"""From the settings and the models to the output's vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.side_files import TOKENIZER_FILES
+from largemerge.errors import ConfigError, LargemergeError
+from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
+from largemerge.tokenizer.embedding_rows import Rows, TokenRows, choose_rows, labels
+from largemerge.tokenizer.tokenizers import (
+    Tokenizer,
+    add_plain_tokens,
+    has_tokenizer,
+    join_documents,
+    load_tokenizer,
+    with_document,
+)
+
+
+@dataclass
+class Vocabulary:
+    """The output's vocabulary.
+
+    Attributes:
+        tokenizer: The output's.
+        settings: From the configuration.
+        reference: The tokenizer of the model whose config the output has.
+        by_model: The tokenizers of all models.
+        num_rows: Of the output's embeddings.
+        tensors: Names on disk of tensors with a row for every token.
+        notes: What a user should know.
+        rows: By the models of a tensor: which rows it is made of; filled while the output is laid out.
+    """
+
+    tokenizer: Tokenizer
+    settings: TokenizerSettings
+    reference: Tokenizer
+    by_model: Mapping[str, Tokenizer]
+    num_rows: int
+    tensors: frozenset[str]
+    notes: list[str]
+    rows: dict[Any, TokenRows] = field(default_factory=dict)
+    _natural: dict[str, Rows] = field(default_factory=dict)
+
+    def rows_for(
+        self, models: Sequence[str], num_rows: Mapping[str, int], base: str | None
+    ) -> tuple[TokenRows, list[str]]:
+        """Which rows a tensor of these models is made of, in their order, and what is wrong with the user's wishes.
+
+        Args:
+            models: Whose tensors are merged.
+            num_rows: How many rows each has.
+            base: The base, if there is one.
+        """
+        key = (tuple(models), tuple(num_rows[model] for model in models), base)
+        if key in self.rows:
+            return self.rows[key], []
+        natural = {model: self._numbers(model) for model in models}
+        tokens = {}
+        for token, settings in self.settings.tokens.items():
+            other = self.by_model.get(settings.source.model) if isinstance(settings.source, TokenSource) else None
+            tokens[token] = (settings, other.ids if other is not None else None)
+        self.rows[key], problems, idle = choose_rows(self.tokenizer.ids, natural, num_rows, base, tokens)
+        for token in idle:
+            note = f"tokenizer.tokens.{token}: all models have it and keep their own; force: true would replace it"
+            self.notes += [note] if note not in self.notes else []
+        return self.rows[key], problems
+
+    def _numbers(self, model: str) -> Rows:
+        """For every row of the output, the number that its token has in a model, -1 for none."""
+        if model not in self._natural:
+            numbers = np.full(self.num_rows, -1, dtype=np.int64)
+            theirs = self.by_model[model].ids
+            for token, number in self.tokenizer.ids.items():
+                numbers[number] = theirs.get(token, -1)
+            self._natural[model] = numbers
+        return self._natural[model]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a merge and its continuation must have in common."""
+        files = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.tokenizer.files.items())}
+        ids = {
+            model: hashlib.sha256(json.dumps(sorted(tokenizer.ids.items())).encode()).hexdigest()
+            for model, tokenizer in self.by_model.items()
+        }
+        return {"files": files, "tokens": ids}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "source": self.settings.source,
+            "tokens": len(self.tokenizer.ids),
+            "rows": self.num_rows,
+            "fingerprint": self.fingerprint(),
+            "embeddings": sorted(self.tensors),
+            "rules": [
+                {"counts": dict(rows.counts), "tokens": {name: list(some) for name, some in rows.listed.items()}}
+                for rows in self._unlike_rows()
+            ],
+        }
+
+    def told(self) -> str:
+        """For tables."""
+        text = f"{len(self.tokenizer.ids)} tokens, {self.num_rows} rows ({self.settings.source})"
+        return "\n".join([text, *(line for rows in self._unlike_rows() for line in labels(rows))])
+
+    def _unlike_rows(self) -> list[TokenRows]:
+        """Input and output embeddings mostly have the same rules: told once."""
+        unlike: list[TokenRows] = []
+        for rows in self.rows.values():
+            if all(rows.counts != other.counts or rows.listed != other.listed for other in unlike):
+                unlike.append(rows)
+        return unlike
+
+
+def build_vocabulary(
+    settings: TokenizerSettings,
+    folders: Mapping[str, Path],
+    base: str | None,
+    reference: str,
+    tensors: frozenset[str],
+    elsewhere: Mapping[str, Path],
+) -> Vocabulary:
+    """Reads all tokenizers and makes the output's.
+
+    Args:
+        settings: From the configuration.
+        folders: By model, in order: where its tokenizer is.
+        base: The base, if there is one.
+        reference: The model whose config the output has.
+        tensors: Names on disk of tensors with a row for every token.
+        elsewhere: Folders of models that are not merged here, by name; others are located.
+
+    Raises:
+        LargemergeError: With all that is wrong.
+    """
+    problems = [
+        f"{place}: {model} is not among the models of this merge: {list(folders)}"
+        for place, model in settings.models()
+        if model not in folders
+    ]
+    notes: list[str] = []
+    first = base if base is not None else next(iter(folders))
+    by_model = _load_all(folders, first, problems, notes)
+    source = settings.source
+    outside: Tokenizer | None = None
+    if source not in (UNION, BASE, *folders):
+        try:
+            folder = elsewhere.get(source) or locate_checkpoint(source, source, weights=False)
+            outside = load_tokenizer(folder, source)
+        except LargemergeError as error:
+            problems.extend(f"tokenizer source: {problem}" for problem in error.problems)
+    if problems:
+        raise LargemergeError(*problems)
+    if source == UNION:
+        tokenizer = _union(by_model, first, notes)
+    else:
+        tokenizer = outside or by_model[first if source == BASE else source]
+    tokenizer = _with_user_tokens(tokenizer, settings)
+    size = max(tokenizer.ids.values()) + 1
+    multiple = settings.pad_to_multiple_of or 1
+    num_rows = -(-size // multiple) * multiple
+    return Vocabulary(tokenizer, settings, by_model[reference], by_model, num_rows, tensors, notes)
+
+
+def _load_all(folders: Mapping[str, Path], first: str, problems: list[str], notes: list[str]) -> dict[str, Tokenizer]:
+    """By model; models with the same files share one."""
+    by_model: dict[str, Tokenizer] = {}
+    loaded: dict[str, Tokenizer] = {}
+    for model in dict.fromkeys([first, *folders]):
+        folder = folders[model]
+        if not has_tokenizer(folder):
+            if model == first:
+                problems.append(f"{model}: no tokenizer in {folder}, which the output's is made from; put one there")
+                return {}
+            notes.append(f"{model} has no tokenizer; its tokens are taken to be those of {first}")
+            by_model[model] = by_model[first]
+            continue
+        key = _files_key(folder)
+        try:
+            by_model[model] = loaded[key] = loaded[key] if key in loaded else load_tokenizer(folder, model)
+        except LargemergeError as error:
+            problems.extend(error.problems)
+            if model == first:
+                return {}
+    return {model: by_model[model] for model in folders if model in by_model}
+
+
+def _files_key(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in (*TOKENIZER_FILES, "config.json"):  # the config may decide on the tokenizer's class
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def _union(by_model: Mapping[str, Tokenizer], first: str, notes: list[str]) -> Tokenizer:
+    base = by_model[first]
+    others = {
+        model: tokenizer
+        for model, tokenizer in by_model.items()
+        if tokenizer is not base and any(token not in base.ids for token in tokenizer.ids)
+    }
+    if not others:
+        return base
+    code = [model for model in (first, *others) if by_model[model].document is None]
+    if code:
+        raise ConfigError(
+            *(f"tokenizer source: union: the tokenizer of {model} has no tokenizer.json" for model in code)
+        )
+    assert base.document is not None
+    documents = {model: tokenizer.document for model, tokenizer in others.items() if tokenizer.document is not None}
+    document, problems, more = join_documents(base.document, documents)
+    if problems:
+        raise ConfigError(*problems)
+    notes += more
+    return with_document(base, document, "union")
+
+
+def _with_user_tokens(tokenizer: Tokenizer, settings: TokenizerSettings) -> Tokenizer:
+    new = [token for token in settings.tokens if token not in tokenizer.ids]
+    if not new:
+        return tokenizer
+    if tokenizer.document is None:
+        raise ConfigError(f"tokenizer.tokens: {new[0]!r} cannot be added to a tokenizer without tokenizer.json")
+    return with_document(tokenizer, add_plain_tokens(tokenizer.document, new), "tokenizer.tokens")

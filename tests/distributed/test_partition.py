@@ -1,0 +1,100 @@
+"""Who gets what, and what ranks tell each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from largemerge.distributed import ranks
+from largemerge.distributed.partition import choose_owners, samples_at_once, share_out
+from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks, told_together, too_many_threads
+from largemerge.errors import LargemergeError
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_every_batch_has_one_rank_and_ranks_have_neighbours(size: int) -> None:
+    costs = [[5, 3, 1], [4], [2, 2, 2, 2]]
+    shares = share_out(costs, size).batches
+    items = [(candidate, number) for share in shares for candidate, numbers in enumerate(share) for number in numbers]
+    assert items == [(candidate, number) for candidate, batches in enumerate(costs) for number in range(len(batches))]
+    loads = [sum(costs[c][n] for c, numbers in enumerate(share) for n in numbers) for share in shares]
+    assert max(loads) <= sum(map(sum, costs)) / size + 5, "no rank has more than its part and one batch"
+
+
+def test_whole_candidates_where_that_is_even() -> None:
+    assert share_out([[4], [4], [2, 2], [4]], 2).batches == (((0,), (0,), (), ()), ((), (), (0, 1), (0,)))
+
+
+def test_a_candidate_is_kept_whole_where_splitting_it_costs_more() -> None:
+    costs = [[20, 20], [15, 15], [15, 15], [15, 15]]  # the first one has no right-hand sides
+    assert share_out(costs, 2, [0, 20, 20, 20]).batches[1][:2] == ((), ())
+    assert share_out([[30] * 2, [40] * 4], 2, [0, 5]).batches[0][1] == (0,), "but not where that would be too uneven"
+
+
+def test_a_team_is_done_with_its_candidate_at_the_same_time() -> None:
+    shares = share_out([[6] * 2, [4] * 9, [6] * 2], 3)
+    assert shares.holders == ((0,), (0, 1, 2), (2,))
+    assert shares.teams == ((), (0, 1), (2,)), "rank 2 goes on with the last candidate"
+
+
+def test_no_rank_has_two_candidates_where_right_hand_sides_would_be_made_twice() -> None:
+    costs = [[1.0] * 64 for _ in range(3)]
+    shares = share_out(costs, 16, [0.0, 100.0, 100.0])
+    assert all(sum(map(bool, own)) == 1 for own in shares.batches)
+    assert shares.teams == shares.holders
+    alone, *others = map(len, shares.teams)
+    assert alone < min(others), "who has right-hand sides has more ranks"
+
+
+def test_ranks_without_work() -> None:
+    shares = share_out([[8], [8]], 4)
+    assert sum(1 for share in shares.batches if any(share)) == 2
+    assert all(len(team) == 1 for team in shares.teams)
+
+
+def test_solves_are_spread_by_cost() -> None:
+    owners = choose_owners({"down": 64, "q": 8, "o": 8, "gate": 24}, 2)
+    assert owners["down"] == 0 and {owners[name] for name in ("q", "o", "gate")} == {1}
+    assert owners == choose_owners({"gate": 24, "o": 8, "q": 8, "down": 64}, 2), "the order says nothing"
+
+
+def test_too_many_threads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_num_cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    cpu = torch.device("cpu")
+    assert not list(too_many_threads(Ranks(size=2, local_size=2), cpu))
+    (text,) = too_many_threads(Ranks(size=8, local_size=4), cpu)
+    assert "4 ranks of 3 threads each share 8 cores" in text and "OMP_NUM_THREADS=2" in text
+    assert not list(too_many_threads(Ranks(size=4, local_size=4), torch.device("cuda")))
+
+
+def test_ranks_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in range(2):
+        ranks = Ranks(rank=4 + rank, size=8, local_rank=rank, local_size=2)
+        assert device_of_rank("auto", ranks) == device_of_rank("cuda", ranks) == torch.device("cuda", rank)
+    assert chosen[::2] == chosen[1::2] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    crowded = Ranks(rank=2, size=3, local_rank=2, local_size=3)
+    with pytest.raises(LargemergeError, match=r"--device auto: 3 ranks .* share 2 GPUs; .*one rank for each GPU, or"):
+        device_of_rank("auto", crowded)
+    assert device_of_rank("auto", crowded, shared=True) == torch.device("cuda", 0)
+    assert device_of_rank("cpu", crowded) == torch.device("cpu")
+
+
+def test_every_rank_gets_batches() -> None:
+    assert samples_at_once(8, 1000, 1) == 8 and samples_at_once(8, 1000, 4) == 8
+    assert samples_at_once(8, 96, 8) == 3 and samples_at_once(8, 5, 64) == 1
+
+
+def test_problems_say_whose_they_are() -> None:
+    told = told_together([("a", "b"), ("b",), ("b", "c")])
+    assert told == ["rank 0: a", "b", "rank 2: c"]
+
+
+def test_alone_nothing_is_asked_of_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with start_ranks() as ranks:
+        assert ranks == Ranks() and ranks.is_first
+        assert ranks.gather("x") == ["x"] and ranks.agree(lambda: 3) == 3
