@@ -5,7 +5,8 @@
     report = largemerge.merge("config.yaml", "merged")
     plan = largemerge.plan("config.yaml")
 
-Names are imported when they are first used: a mistake in a configuration is told before torch is loaded.
+Names are imported when they are first used, so that importing the package costs nothing and a mistake in a
+configuration is told before torch is loaded.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from largemerge.errors import (
     MergeError,
     OutputError,
 )
-from largemerge.regression.config import MergeConfig, load_config
 
 if TYPE_CHECKING:
-    from largemerge.api import merge, plan
+    from largemerge.api import Memory, cluster, merge, plan
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
+    from largemerge.regression.config import MergeConfig, load_config
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.report import MergeReport
 
@@ -41,20 +42,31 @@ __all__ = [
     "DataFreePlan",
     "DataFreeReport",
     "LargemergeError",
+    "Memory",
     "MergeConfig",
     "MergeError",
     "MergePlan",
     "MergeReport",
     "OutputError",
     "__version__",
+    "cluster",
     "load_config",
     "merge",
     "plan",
 ]
 
-_LAZY = {"MergePlan": "largemerge.regression.plan", "MergeReport": "largemerge.regression.report"}
-_LAZY |= {"DataFreePlan": "largemerge.data_free.plan", "DataFreeReport": "largemerge.data_free.report"}
-_LAZY |= {"merge": "largemerge.api", "plan": "largemerge.api"}
+_LAZY = {
+    "DataFreePlan": "largemerge.data_free.plan",
+    "DataFreeReport": "largemerge.data_free.report",
+    "Memory": "largemerge.api",
+    "MergeConfig": "largemerge.regression.config",
+    "MergePlan": "largemerge.regression.plan",
+    "MergeReport": "largemerge.regression.report",
+    "cluster": "largemerge.api",
+    "load_config": "largemerge.regression.config",
+    "merge": "largemerge.api",
+    "plan": "largemerge.api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,29 +1,118 @@
-"""The public functions: each looks at the method of a configuration, and calls those who know it.
+"""The public functions, and the only place that looks at which kind of merge a configuration asks for.
 
-Which configurations are data-free: all whose method is not one of the regression methods.
+    configuration ──► read_config ──► regression/   MergeConfig
+                                  └─► data_free/    DataFreeConfig, or Documents: several merges in one file
+
+Both kinds give plans and reports of one shape, so that whoever shows them needs to know neither.
 """
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from largemerge.config_file import read_documents, read_yaml
-from largemerge.data_free.config import DataFreeConfig
+from largemerge.config_file import read_documents
+from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.errors import ConfigError
-from largemerge.regression.config import MergeConfig, MergeMethod
+from largemerge.regression.config import MergeConfig, load_config
+from largemerge.regression.methods import METHODS as REGRESSION_METHODS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.regression.plan import MergePlan
-    from largemerge.regression.planning.rates import Cluster
+    from largemerge.regression.planning.rates import Cluster as Cluster
     from largemerge.regression.report import MergeReport
 
-Source = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
+Source = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig | Documents
+Config = MergeConfig | DataFreeConfig | Documents
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+
+
+class Plan(Protocol):
+    """What a merge will do, whichever kind it is."""
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """What makes the merge impossible; empty for a plan that can be run."""
+
+    @property
+    def sparing(self) -> bool:
+        """Whether freed host memory is to go back to the system at once."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+
+    def print(self, console: Console) -> None:
+        """Shows the plan as a table."""
+
+
+class Report(Protocol):
+    """What a merge did, whichever kind it is; the same is in `merge_report.json`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+
+    def print(self, console: Console) -> None:
+        """Shows the report as a table."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Limits of memory that come before those of the configuration. Sizes are in bytes.
+
+    Attributes:
+        host: Most anonymous memory of a process; `None` for what the configuration says, or for what is free.
+        device: Most memory on the accelerator, likewise.
+        disk: Folder for hidden states that fit into neither.
+    """
+
+    host: int | None = None
+    device: int | None = None
+    disk: Path | None = None
+
+
+def read_config(source: Source) -> Config:
+    """Reads a configuration once, and checks it as the kind of merge that its method belongs to.
+
+    Args:
+        source: A path, a mapping, or a configuration that has been read.
+
+    Returns:
+        A `MergeConfig` for the regression methods, a `DataFreeConfig` for all others, or `Documents` for a file of
+        several merges, which are checked when they are planned.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    if isinstance(source, MergeConfig):
+        return load_config(source)
+    if isinstance(source, DataFreeConfig | Documents):
+        return source
+    if isinstance(source, Mapping):
+        raw, folder = dict(source), None
+    else:
+        path = Path(source)
+        documents = read_documents(path)
+        if len(documents) > 1:
+            return Documents(path, tuple(documents))
+        raw, folder = documents[0], path.resolve().parent
+    method = raw.get("merge_method")
+    if isinstance(method, str) and method not in REGRESSION_METHODS:
+        return load_data_free(raw, folder, other_methods=tuple(REGRESSION_METHODS))
+    return load_config(raw, folder)
+
+
+def preload(config: Config) -> None:
+    """Imports what a merge of this configuration needs: torch, Transformers, and our own code."""
+    if isinstance(config, MergeConfig):
+        import largemerge.regression.merge
+    else:
+        import largemerge.data_free.multi  # noqa: F401
 
 
 def merge(
@@ -36,6 +125,8 @@ def merge(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     quiet: bool = True,
     intermediate_dir: str | Path | None = None,
+    memory: Memory | None = None,
+    planned: Callable[[Plan], None] | None = None,
 ) -> MergeReport | DataFreeReport:
     """Merges the models of a configuration into one checkpoint.
 
@@ -45,10 +136,12 @@ def merge(
         device: `auto`, `cpu`, `cuda:0`, ….
         resume: Go on with an interrupted merge; the result is bit for bit that of an unbroken run.
         force: Replace what is in `out`, once the merge is finished.
-        max_shard_bytes: Size of a shard, unless one tensor is larger.
+        max_shard_bytes: Size of a shard in bytes, unless one tensor is larger.
         quiet: Show no progress.
-        intermediate_dir: Of a file of several merges: where the results go that the last one is made of, and stay;
-            else they lie in `out` until it is finished.
+        intermediate_dir: For a file of several merges: the folder that keeps the results that the last one is made
+            of. By default they lie in `out` until it is finished.
+        memory: Limits that come before those of the configuration.
+        planned: Called with the plan before the long work.
 
     Returns:
         What happened; the same is in `out/merge_report.json`.
@@ -56,22 +149,25 @@ def merge(
     Raises:
         LargemergeError: For anything wrong with config, inputs, data or output, before the long work.
     """
+    resolved, memory = read_config(config), memory or Memory()
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
-    options["max_shard_bytes"] = max_shard_bytes
-    if isinstance(config, str | Path) and has_documents(config):
-        from largemerge.data_free.multi import merge_series
+    options |= {"max_shard_bytes": max_shard_bytes, "planned": planned}
+    if intermediate_dir is not None and not isinstance(resolved, Documents):
+        raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
+    if isinstance(resolved, MergeConfig):
+        from largemerge.regression.merge import merge_by_regression
 
-        folder = Path(intermediate_dir) if intermediate_dir is not None else None
-        return merge_series(Path(config), Path(out), folder, **options)
-    if intermediate_dir is not None:
-        raise ConfigError("intermediate_dir is for files of several merges, separated by '---'")
-    if isinstance(config, DataFreeConfig) or is_data_free(config):
-        from largemerge.data_free.merge import merge_data_free
+        return merge_by_regression(_limited(resolved, memory), Path(out), **options)
+    _check_no_disk(memory)
+    from largemerge.data_free.merge import merge_data_free
+    from largemerge.data_free.multi import merge_series
+    from largemerge.data_free.resources import Limits
 
-        return merge_data_free(config, out, **options)
-    from largemerge.regression.merge import merge_by_regression
-
-    return merge_by_regression(config, out, **options)
+    options["limits"] = Limits(memory.host, memory.device)
+    if isinstance(resolved, DataFreeConfig):
+        return merge_data_free(resolved, Path(out), **options)
+    folder = Path(intermediate_dir) if intermediate_dir is not None else None
+    return merge_series(resolved, Path(out), folder, other_methods=tuple(REGRESSION_METHODS), **options)
 
 
 def plan(
@@ -82,56 +178,98 @@ def plan(
     num_ranks: int = 1,
     cluster: Cluster | None = None,
     from_config: bool = False,
+    memory: Memory | None = None,
 ) -> MergePlan | DataFreePlan | SeriesPlan:
-    """Plans a merge from configs and headers alone; of weights and samples it reads none.
+    """Plans a merge from configs and headers alone; no weight and no sample is read.
 
     Args:
         config: A path, a mapping, or a configuration that has been read.
         device: `auto`, `cpu`, `cuda:0`, ….
         probe: Measure this machine for a few seconds, so that the plan says how long the merge will take.
-        num_ranks: As many ranks share this machine: also say what each would hold, move and compute.
-        cluster: Plan for these machines instead, one rank for each of their GPUs, by their data sheets.
-        from_config: Each checkpoint's `config.json` is all there is: no weights, no tokenizer, no calibration data.
+        num_ranks: For regression methods: as many ranks share this machine; say what each holds, moves and computes.
+        cluster: For regression methods: plan for these machines instead, one rank for each of their GPUs.
+        from_config: For regression methods: each checkpoint's `config.json` is all there is.
+        memory: Limits that come before those of the configuration.
 
     Raises:
         LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
             plan's `problems`.
     """
-    if isinstance(config, str | Path) and has_documents(config):
-        from largemerge.data_free.multi import plan_series
+    resolved, memory = read_config(config), memory or Memory()
+    if isinstance(resolved, MergeConfig):
+        if num_ranks < 1:
+            raise ConfigError(f"--num-ranks {num_ranks}: expected 1 or more")
+        if num_ranks > 1 and cluster is not None:
+            raise ConfigError("--num-ranks is for this machine; with other machines there is a rank for every GPU")
+        from largemerge.regression.merge import plan_regression
 
-        return plan_series(Path(config), device=device, probe=probe)
-    if isinstance(config, DataFreeConfig) or is_data_free(config):
-        from largemerge.data_free.plan import plan_data_free
+        return plan_regression(
+            _limited(resolved, memory),
+            device=device,
+            probe=probe,
+            num_ranks=num_ranks,
+            cluster=cluster,
+            from_config=from_config,
+        )
+    _check_no_disk(memory)
+    if num_ranks != 1 or from_config or cluster is not None:
+        raise ConfigError("ranks, other machines and --from-config are for regression methods")
+    from largemerge.data_free.multi import plan_series
+    from largemerge.data_free.plan import plan_data_free
+    from largemerge.data_free.resources import Limits
 
-        return plan_data_free(config, device=device, probe=probe)
-    from largemerge.regression.merge import plan_regression
+    limits = Limits(memory.host, memory.device)
+    if isinstance(resolved, DataFreeConfig):
+        return plan_data_free(resolved, device=device, limits=limits, probe=probe)
+    return plan_series(resolved, other_methods=tuple(REGRESSION_METHODS), device=device, limits=limits, probe=probe)
 
-    return plan_regression(
-        config, device=device, probe=probe, num_ranks=num_ranks, cluster=cluster, from_config=from_config
+
+def cluster(
+    *,
+    num_nodes: int = 1,
+    gpus_per_node: int = 8,
+    gpu: str = "h100",
+    interconnect: str = "400Gbit",
+    disk_rate: str = "2GB/s",
+    node_memory: int = 2**40,
+) -> Cluster:
+    """Describes machines that are not here, for `plan`, by the data sheets of their parts.
+
+    Args:
+        num_nodes: How many nodes there are.
+        gpus_per_node: How many GPUs each of them has.
+        gpu: `a100`, `h100`, `h200`, `b200`, `l40s` or `rtx4090`.
+        interconnect: Rate between nodes, each way, such as `400Gbit` or `25GB/s`.
+        disk_rate: Rate at which a node reads, likewise.
+        node_memory: Host memory of a node in bytes.
+
+    Raises:
+        ConfigError: For a number below 1, a GPU that is not known, or a text that is no rate.
+    """
+    from largemerge.regression.planning.rates import Cluster, find_gpu, parse_rate
+
+    for option, number in (("--num-nodes", num_nodes), ("--gpus-per-node", gpus_per_node)):
+        if number < 1:
+            raise ConfigError(f"{option} {number}: expected 1 or more")
+    return Cluster(
+        num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=find_gpu(gpu),
+        interconnect=parse_rate(interconnect, "--interconnect"),
+        disk=parse_rate(disk_rate, "--disk-rate"),
+        host_memory=node_memory,
     )
 
 
-REGRESSION_METHODS: tuple[str, ...] = typing.get_args(MergeMethod)
+def _limited(config: MergeConfig, memory: Memory) -> MergeConfig:
+    """The configuration with other limits over its own."""
+    limits: dict[str, Any] = {"device": memory.device, "host": memory.host}
+    if memory.disk is not None:
+        limits["disk"] = str(memory.disk.expanduser().absolute())
+    given = {name: value for name, value in limits.items() if value is not None}
+    return config.model_copy(update={"memory": config.memory.model_copy(update=given)}) if given else config
 
 
-def has_documents(source: str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig) -> bool:
-    """Whether it is a file of several merges, separated by `---`.
-
-    Raises:
-        ConfigError: If there is no such file, or it is not YAML.
-    """
-    return isinstance(source, str | Path) and len(read_documents(Path(source))) > 1
-
-
-def is_data_free(source: str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig) -> bool:
-    """Whether a configuration names another method than the regression methods.
-
-    Raises:
-        ConfigError: If there is no such file, or it is not YAML.
-    """
-    if isinstance(source, MergeConfig | DataFreeConfig):
-        return isinstance(source, DataFreeConfig)
-    raw = source if isinstance(source, Mapping) else read_yaml(Path(source))
-    method = raw.get("merge_method")
-    return isinstance(method, str) and method not in REGRESSION_METHODS
+def _check_no_disk(memory: Memory) -> None:
+    if memory.disk is not None:
+        raise ConfigError("--memory-disk: not for data-free methods, which hold nothing there")

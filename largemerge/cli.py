@@ -1,6 +1,6 @@
-"""What the commands do: read options and configuration, call, print.
+"""The command line: parse, call the public API, print.
 
-The command line: parse, call, print.
+It knows neither kind of merge: `api` looks at the method, and plans and reports print themselves.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from largemerge.config_file import parse_size
+from largemerge import __version__
 from largemerge.errors import EXIT_CODE, INTERRUPTED, ConfigError, LargemergeError, ToldError
-from largemerge.regression.config import MergeConfig, load_config
 
 if TYPE_CHECKING:
-    from largemerge.regression.plan import MergePlan
-    from largemerge.regression.planning.rates import Cluster
+    from largemerge.api import Cluster, Config, Memory, Plan, Report
 
 
 def own_rank() -> int:
@@ -34,6 +32,8 @@ def own_rank() -> int:
 
 
 def _size(text: str, option: str) -> int:
+    from largemerge.config_file import parse_size
+
     try:
         return parse_size(text)
     except ValueError as error:
@@ -58,180 +58,103 @@ def _importing(options: argparse.Namespace) -> Iterator[None]:
         gc.enable()
 
 
-def _config(options: argparse.Namespace) -> MergeConfig:
-    """The configuration, with the memory limits of the command line over those of the file."""
-    limits: dict[str, int | str] = {}
-    for key in ("device", "host"):
-        text = getattr(options, f"memory_{key}")
-        if text is not None:
-            limits[key] = _size(text, f"--memory-{key}")
-    if options.memory_disk is not None:
-        limits["disk"] = str(options.memory_disk.expanduser().absolute())
-    config = load_config(options.config)
-    return config.model_copy(update={"memory": config.memory.model_copy(update=limits)})
+def _memory(options: argparse.Namespace) -> Memory:
+    """The limits of memory that the command line names."""
+    from largemerge.api import Memory
+
+    sizes = {
+        key: _size(text, f"--memory-{key}")
+        for key in ("host", "device")
+        if (text := getattr(options, f"memory_{key}")) is not None
+    }
+    return Memory(**sizes, disk=options.memory_disk)
+
+
+def _read(options: argparse.Namespace) -> Config:
+    """Reads the configuration, and imports what its merge needs."""
+    from largemerge import api
+
+    config = api.read_config(options.config)
+    _quiet_libraries()
+    with _importing(options):
+        api.preload(config)
+    return config
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from largemerge.api import has_documents, is_data_free
+    from largemerge import api
 
-    if has_documents(options.config):
-        run = _merge_data_free
-    elif options.intermediate_dir is not None:
-        raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
-    else:
-        run = _merge_data_free if is_data_free(options.config) else _merge_by_regression
+    max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
     try:
-        return run(options, _size(options.max_shard_size, "--max-shard-size"))
+        config = _read(options)
+        from rich.console import Console
+
+        from largemerge.machine import reuse_freed_memory
+
+        reuse_freed_memory(sparingly=True)
+        report: Report = api.merge(
+            config,
+            options.out,
+            device=options.device,
+            resume=options.resume,
+            force=options.force,
+            max_shard_bytes=max_shard_bytes,
+            quiet=options.quiet,
+            intermediate_dir=options.intermediate_dir,
+            memory=memory,
+            planned=lambda made: reuse_freed_memory(sparingly=made.sparing),
+        )
     except KeyboardInterrupt:
-        from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER
-
-        begun = [options.out / WORKING_FOLDER / name for name in ("manifest.json", INTERMEDIATE_FOLDER)]
-        if own_rank() == 0 and any(path.exists() for path in [*begun, options.intermediate_dir] if path is not None):
-            kept = [argument for argument in options.given if argument not in ("--force", "--resume")]
-            command = shlex.join(["largemerge", *kept, "--resume"])
-            print(
-                f"\nlargemerge: interrupted; what is finished is safe. Go on with:\n\n    {command}\n", file=sys.stderr
-            )
-            return INTERRUPTED
-        raise
-
-
-def _merge_by_regression(options: argparse.Namespace, max_shard_bytes: int) -> int:
-    config = _config(options)
-    _quiet_libraries()
-    with _importing(options):
-        from rich.console import Console
-
-        from largemerge.machine import reuse_freed_memory
-        from largemerge.regression.merge import merge_by_regression
-        from largemerge.regression.report import print_report
-
-    def planned(made: MergePlan) -> None:
-        reuse_freed_memory(sparingly=made.footprint.sparing)
-
-    reuse_freed_memory(sparingly=True)
-    report = merge_by_regression(
-        config, options.out, max_shard_bytes=max_shard_bytes, planned=planned, **_merge_options(options)
-    )
+        return _interrupted(options)
     if not options.quiet:
-        print_report(report, str(options.out), Console(stderr=True, markup=False, emoji=False))
+        report.print(Console(stderr=True, markup=False, emoji=False))
     return 0
 
 
-def _merge_data_free(options: argparse.Namespace, max_shard_bytes: int) -> int:
-    host, device = _memory_limits(options)
-    with _importing(options):
-        from rich.console import Console
+def _interrupted(options: argparse.Namespace) -> int:
+    """Says how to go on with a merge that has begun."""
+    from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER
 
-        from largemerge.api import has_documents
-        from largemerge.data_free.merge import merge_data_free
-        from largemerge.data_free.multi import merge_series
-        from largemerge.data_free.report import print_report
-        from largemerge.data_free.resources import Limits
-        from largemerge.machine import reuse_freed_memory
-
-    reuse_freed_memory(sparingly=host is not None)
-    more = {"max_shard_bytes": max_shard_bytes, "limits": Limits(host, device), **_merge_options(options)}
-    if has_documents(options.config):
-        report = merge_series(options.config, options.out, options.intermediate_dir, **more)
-    else:
-        report = merge_data_free(options.config, options.out, **more)
-    if not options.quiet:
-        print_report(report, str(options.out), Console(stderr=True, markup=False, emoji=False))
-    return 0
-
-
-def _merge_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("device", "resume", "force", "quiet")}
-
-
-def _memory_limits(options: argparse.Namespace) -> tuple[int | None, int | None]:
-    """Of a data-free merge: on the host and on the GPU."""
-    if options.memory_disk is not None:
-        raise ConfigError("--memory-disk: not for data-free methods, which hold nothing there")
-    texts = ((options.memory_host, "--memory-host"), (options.memory_device, "--memory-device"))
-    host, device = (None if text is None else _size(text, option) for text, option in texts)
-    return host, device
+    begun = [options.out / WORKING_FOLDER / name for name in ("manifest.json", INTERMEDIATE_FOLDER)]
+    if own_rank() != 0 or not any(path.exists() for path in [*begun, options.intermediate_dir] if path is not None):
+        raise KeyboardInterrupt
+    kept = [argument for argument in options.given if argument not in ("--force", "--resume")]
+    command = shlex.join(["largemerge", *kept, "--resume"])
+    print(f"\nlargemerge: interrupted; what is finished is safe. Go on with:\n\n    {command}\n", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from largemerge.api import has_documents, is_data_free
+    from largemerge import api
 
-    if has_documents(options.config):
-        return _plan_data_free(options)
-    return _plan_data_free(options) if is_data_free(options.config) else _plan_regression(options)
-
-
-def _plan_regression(options: argparse.Namespace) -> int:
-    if options.num_ranks < 1:
-        raise ConfigError(f"--num-ranks {options.num_ranks}: expected 1 or more")
-    config = _config(options)
-    _quiet_libraries()
-    with _importing(options):
-        from largemerge.regression.merge import plan_regression
-        from largemerge.regression.report import print_plan
-
-    made = plan_regression(
-        config,
+    memory, cluster = _memory(options), _cluster(options)
+    made: Plan = api.plan(
+        _read(options),
         device=options.device,
         probe=options.probe,
         num_ranks=options.num_ranks,
-        cluster=_cluster(options),
+        cluster=cluster,
         from_config=options.from_config,
+        memory=memory,
     )
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:
         from rich.console import Console
 
-        print_plan(made, Console(markup=False, emoji=False))
-    return EXIT_CODE if made.problems else 0
-
-
-def _plan_data_free(options: argparse.Namespace) -> int:
-    host, device = _memory_limits(options)
-    if options.num_ranks != 1 or options.from_config or _cluster(options) is not None:
-        raise ConfigError("ranks, other machines and --from-config are for regression methods")
-    with _importing(options):
-        from largemerge.api import has_documents
-        from largemerge.data_free.multi import plan_series
-        from largemerge.data_free.plan import plan_data_free
-        from largemerge.data_free.report import print_plan
-        from largemerge.data_free.resources import Limits
-
-    plan = plan_series if has_documents(options.config) else plan_data_free
-    made = plan(options.config, device=options.device, limits=Limits(host, device), probe=options.probe)
-    if options.json:
-        print(json.dumps(made.to_json(), indent=2))
-    else:
-        from rich.console import Console
-
-        print_plan(made, Console(markup=False, emoji=False))
+        made.print(Console(markup=False, emoji=False))
     return EXIT_CODE if made.problems else 0
 
 
 def _cluster(options: argparse.Namespace) -> Cluster | None:
     """The machines to plan for, if any option names them."""
-    asked = ("num_nodes", "gpus_per_node", "gpu", "interconnect", "disk_rate", "node_memory")
-    if all(getattr(options, name) is None for name in asked):
-        return None
-    from largemerge.regression.planning.rates import Cluster, find_gpu, parse_rate
+    from largemerge import api
 
-    num_nodes = 1 if options.num_nodes is None else options.num_nodes
-    gpus = 8 if options.gpus_per_node is None else options.gpus_per_node
-    for option, number in (("--num-nodes", num_nodes), ("--gpus-per-node", gpus)):
-        if number < 1:
-            raise ConfigError(f"{option} {number}: expected 1 or more")
-    if options.num_ranks != 1:
-        raise ConfigError("--num-ranks is for this machine; with other machines there is a rank for every GPU")
-    return Cluster(
-        num_nodes=num_nodes,
-        gpus_per_node=gpus,
-        gpu=find_gpu(options.gpu or "h100"),
-        interconnect=parse_rate(options.interconnect or "400Gbit", "--interconnect"),
-        disk=parse_rate(options.disk_rate or "2GB/s", "--disk-rate"),
-        host_memory=_size(options.node_memory or "1TiB", "--node-memory"),
-    )
+    names = ("num_nodes", "gpus_per_node", "gpu", "interconnect", "disk_rate", "node_memory")
+    asked = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if "node_memory" in asked:
+        asked["node_memory"] = _size(asked["node_memory"], "--node-memory")
+    return api.cluster(**asked) if asked else None
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -307,12 +230,40 @@ def _numbered(stream: TextIO) -> TextIO:
     return cast(TextIO, _Numbered(stream, rank)) if rank else stream
 
 
+class _PrintCompletion(argparse.Action):
+    """Prints a shell's completion script and ends; the library that writes it is imported only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        shells = ("bash", "zsh", "tcsh")
+        super().__init__(option_strings, dest, choices=shells, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, values: Any, __: str | None = None) -> None:
+        import shtab
+
+        for action in _all_actions(parser):
+            if action.type is Path:
+                setattr(action, "complete", shtab.FILE)  # noqa: B010 (argparse declares no such attribute)
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
+
+
+def _all_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The options and arguments of a parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _all_actions(command)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="largemerge", description="Merge K fine-tuned checkpoints of one architecture, a block at a time."
     )
     # DeepSpeed's launcher gives it to every process; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"largemerge {__version__}")
+    parser.add_argument("--print-completion", action=_PrintCompletion, help="print what completes commands in a shell")
     commands = parser.add_subparsers(dest="command", required=True)
     merge = commands.add_parser("merge", help="merge the models of a configuration")
     merge.add_argument("config", type=Path, help="a YAML file")

@@ -1,7 +1,4 @@
-"""Sizes in bytes, as people write and read them.
-
-Reading a configuration file, and saying in a user's words what is wrong with it.
-"""
+"""Configuration files: read strictly, with types that both kinds of merge share, and all mistakes told at once."""
 
 from __future__ import annotations
 
@@ -21,21 +18,23 @@ from largemerge.errors import ConfigError
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_BYTE_SIZE = pydantic.TypeAdapter(pydantic.ByteSize)
+_WHOLE_SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-zA-Z]*\s*")  # pydantic reads 4,5GB as 4 bytes, and leaves out what follows
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `5GB`, `500MiB`, `1000000`.
+    """Bytes from `5GB`, `500MiB`, `2G`, `1000000`.
 
     Raises:
         ValueError: If it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", text.upper())
-    unit = match[2] if match else None
-    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
+    try:
+        size = int(_BYTE_SIZE.validate_python(text)) if _WHOLE_SIZE.fullmatch(text) else 0
+    except pydantic.ValidationError:
+        size = 0
+    if size < 1:
         raise ValueError(f"{text!r}: expected a size such as 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[unit])
+    return size
 
 
 def gib(num_bytes: float) -> str:

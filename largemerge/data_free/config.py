@@ -12,7 +12,6 @@ What mergekit knows and this does not yet is an error that names the key. Paths 
 from __future__ import annotations
 
 import os
-import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from pydantic import Field
 from largemerge.checkpoint.locate import Reference, absolute_reference
 from largemerge.config_file import DtypeName, Size, Strict, explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
-from largemerge.regression.config import MergeMethod
 from largemerge.tokenizer.chat_templates import template_problem
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings
 
@@ -204,8 +202,24 @@ class DataFreeConfig(Strict):
         return tuple(dict.fromkeys([*sources, *([self.base_model] if self.base_model is not None else [])]))
 
 
+@dataclass(frozen=True)
+class Documents:
+    """A file of several merges, separated by `---`, read but not checked.
+
+    Attributes:
+        path: The file.
+        raw: One mapping for each document, in the order of the file.
+    """
+
+    path: Path
+    raw: tuple[dict[str, Any], ...]
+
+
 def load_data_free(
-    source: str | Path | Mapping[str, Any], folder: Path | None = None, names: Collection[str] = ()
+    source: str | Path | Mapping[str, Any],
+    folder: Path | None = None,
+    names: Collection[str] = (),
+    other_methods: Sequence[str] = (),
 ) -> DataFreeConfig:
     """Reads and checks a configuration.
 
@@ -214,6 +228,7 @@ def load_data_free(
             that file first, then in the working directory.
         folder: Where the mapping's paths are looked up first.
         names: Of other merges, whose results are named like models.
+        other_methods: Names of methods that are not data-free, for messages.
 
     Raises:
         ConfigError: With every mistake found.
@@ -224,7 +239,7 @@ def load_data_free(
         raw = read_yaml(Path(source))
         folder = Path(source).resolve().parent
     folders = [*([folder] if folder is not None else []), Path.cwd()]
-    _check_method(raw.get("merge_method"))
+    _check_method(raw.get("merge_method"), other_methods)
     try:
         config = DataFreeConfig.model_validate_json(to_json(_without_nulls(raw)))
     except pydantic.ValidationError as error:
@@ -242,12 +257,12 @@ def _without_nulls(raw: Any) -> Any:
     return [_without_nulls(each) for each in raw] if isinstance(raw, list | tuple) else raw
 
 
-def _check_method(name: object) -> None:
+def _check_method(name: object, other_methods: Sequence[str]) -> None:
     """First of all: the keys that are right depend on it."""
     from largemerge.data_free.methods.table import METHODS
 
-    known = sorted([*METHODS, *typing.get_args(MergeMethod)])
-    if name not in known:
+    known = sorted([*METHODS, *other_methods])
+    if name not in METHODS:
         hint = nearest(str(name), known) or f"; expected one of {known}"
         raise ConfigError(f"merge_method: {name!r} is not known{hint}")
 

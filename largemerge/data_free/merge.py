@@ -8,13 +8,15 @@ Several ranks share the tensors of every part, and write them to their places in
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from largemerge.checkpoint.writer import Shard, layout_shards
+from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.engine import run
 from largemerge.data_free.inputs import Before
-from largemerge.data_free.plan import DataFreePlan, DataFreeSource, plan_data_free
+from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
 from largemerge.data_free.resources import Limits
 from largemerge.devices import CPU
@@ -25,8 +27,8 @@ from largemerge.output import OutputFolder, check_output, open_for_ranks
 
 
 def merge_data_free(
-    source: DataFreeSource,
-    out: str | Path,
+    config: DataFreeConfig,
+    out: Path,
     *,
     device: str,
     resume: bool,
@@ -35,6 +37,7 @@ def merge_data_free(
     quiet: bool,
     before: Before | None = None,
     limits: Limits | None = None,
+    planned: Callable[[DataFreePlan], None] | None = None,
 ) -> DataFreeReport:
     """Merges without data; the arguments are those of `largemerge.merge`, and two more.
 
@@ -45,12 +48,11 @@ def merge_data_free(
         LargemergeError: For anything wrong with config, inputs or output, before the long work.
     """
     start = time.perf_counter()
-    out = Path(out)
     with start_ranks() as ranks:
         with MemoryWatch(CPU) as watch:
 
             def plan_it() -> tuple[DataFreePlan, list[Path]]:
-                plan = plan_data_free(source, before, device=device, ranks=ranks, limits=limits)
+                plan = plan_data_free(config, before, device=device, ranks=ranks, limits=limits)
                 if plan.layout.problems:
                     raise LargemergeError(*plan.layout.problems)
                 opened = (*plan.checkpoints.values(), *plan.companions.values())
@@ -62,6 +64,8 @@ def merge_data_free(
 
             plan, folders = ranks.agree(plan_it)
             watch.follow(plan.device)
+            if planned is not None:
+                planned(plan)
             shards = layout_shards(plan.output, max_shard_bytes)
             with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
                 ranks.agree(lambda: _check_shared(folder))
@@ -73,7 +77,7 @@ def merge_data_free(
                 bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(watch.peak()))
-                report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks)
+                report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks, out)
                 if ranks.is_first:
                     folder.finish(shards, lambda path: write_side_files(path, report), config_text(plan))
         ranks.gather(None)  # nobody says that the merge is done before it is

@@ -31,13 +31,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from largemerge.api import REGRESSION_METHODS
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import split_reference
 from largemerge.checkpoint.model_source import open_model
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.config_file import nearest, read_documents
-from largemerge.data_free.config import DataFreeConfig, load_data_free
+from largemerge.config_file import nearest
+from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.data_free.inputs import Before
 from largemerge.data_free.merge import merge_data_free
 from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
@@ -62,12 +61,13 @@ class Document:
     needs: tuple[str, ...]
 
 
-def load_documents(path: Path, *, keeps_all: bool) -> list[Document]:
-    """Reads and checks all documents of a file.
+def load_documents(file: Documents, *, keeps_all: bool, other_methods: Sequence[str] = ()) -> list[Document]:
+    """Checks all documents of a file.
 
     Args:
-        path: A YAML file.
+        file: As it was read.
         keeps_all: Whether results that no other document needs are kept, too.
+        other_methods: Names of methods that are not data-free.
 
     Returns:
         In an order in which they can be made; the last one makes the output.
@@ -75,17 +75,17 @@ def load_documents(path: Path, *, keeps_all: bool) -> list[Document]:
     Raises:
         ConfigError: With every mistake found.
     """
-    raw = read_documents(path)
+    raw = file.raw
     names = [str(document["name"]) for document in raw if document.get("name") is not None]
     problems = list(_name_problems(raw, names))
     documents: list[Document] = []
     for number, mapping in enumerate(raw, start=1):
         label = str(mapping.get("name") or f"document {number}")
-        if mapping.get("merge_method") in REGRESSION_METHODS:
+        if mapping.get("merge_method") in other_methods:
             problems.append(f"{label}: merge_method: {mapping['merge_method']} goes into a file of its own")
             continue
         try:
-            config = load_data_free(mapping, path.resolve().parent, names)
+            config = load_data_free(mapping, file.path.resolve().parent, names, other_methods)
         except ConfigError as error:
             problems += [f"{label}: {problem}" for problem in error.problems]
             continue
@@ -164,29 +164,34 @@ def _ordered(documents: Sequence[Document]) -> list[Document]:
     return [*(by_label[label] for label in order if label != last.label), last]
 
 
-def plan_series(path: Path, *, keeps_all: bool = True, probe: bool = False, **options: Any) -> SeriesPlan:
+def plan_series(
+    file: Documents, *, other_methods: Sequence[str] = (), probe: bool = False, **options: Any
+) -> SeriesPlan:
     """Plans all merges of a file, from configurations and headers; options are those of a single one's plan.
 
     Raises:
         LargemergeError: If the inputs cannot be opened.
     """
-    with _planned(load_documents(path, keeps_all=keeps_all), probe=probe, **options) as plan:
+    with _planned(load_documents(file, keeps_all=True, other_methods=other_methods), probe=probe, **options) as plan:
         return plan
 
 
-def merge_series(path: Path, out: Path, intermediate: Path | None, **options: Any) -> DataFreeReport:
+def merge_series(
+    file: Documents, out: Path, intermediate: Path | None, *, other_methods: Sequence[str] = (), **options: Any
+) -> DataFreeReport:
     """Makes all merges of a file; the last one's result goes to OUT.
 
     Args:
-        path: A YAML file of several documents.
+        file: Several documents, as they were read.
         out: The output folder.
         intermediate: Where the others' results go, and stay.
+        other_methods: Names of methods that are not data-free.
         options: Of `merge_data_free`.
 
     Raises:
         LargemergeError: For anything wrong with any of them, before the first one begins.
     """
-    documents = load_documents(path, keeps_all=intermediate is not None)
+    documents = load_documents(file, keeps_all=intermediate is not None, other_methods=other_methods)
     folder = intermediate if intermediate is not None else out / WORKING_FOLDER / INTERMEDIATE_FOLDER
     resume, force = options.pop("resume"), options.pop("force")
     with stay_together():

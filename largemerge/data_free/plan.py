@@ -13,16 +13,19 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.throughput import read_rate, write_rate
-from largemerge.data_free.config import DataFreeConfig, load_data_free
+from largemerge.config_file import gib
+from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.inputs import Before, Opened, open_all
 from largemerge.data_free.loader import cost, is_factored
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
@@ -31,14 +34,10 @@ from largemerge.data_free.resources import Holding, Limits, accelerated_device, 
 from largemerge.data_free.tasks import Layout, Task, lay_out
 from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.ranks import Ranks
-from largemerge.regression.config import MergeConfig
 from largemerge.tokenizer.chat_templates import choose_template
 from largemerge.tokenizer.token_ids import move_ids
 from largemerge.tokenizer.tokenizers import has_tokenizer
 from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary
-
-DataFreeSource = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig
-"""Never a `MergeConfig` in truth: see `is_data_free`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class DataFreePlan:
         before: What other merges have made for this one.
         adapters: By model, of those that have one.
         template: The output's chat template, where it is not its tokenizer's.
+        sparing: Whether freed host memory is to go back to the system at once: where the user has set a limit.
         seconds: By stage, where the machine was probed.
     """
 
@@ -69,6 +69,7 @@ class DataFreePlan:
     before: Before
     adapters: Mapping[str, Adapter]
     template: str | None
+    sparing: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -152,9 +153,74 @@ class DataFreePlan:
             "problems": self.layout.problems,
         }
 
+    def print(self, console: Console) -> None:
+        """Shows the plan as a table."""
+        table = Table(title=f"{self.config.merge_method} of {len(self.checkpoints)} models", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")
+        add_common_rows(table, self)
+        on_device = f" and {gib(self.holding.device_bytes)} on {self.device}" if self.holding.device_bytes else ""
+        table.add_row("peak memory", f"{gib(self.peak_bytes)} on the host{on_device}, {self.num_workers} workers")
+        if self.seconds:
+            disk, computing, total = (self.seconds[stage] for stage in ("disk", "computing", "total"))
+            table.add_row("time", f"about {total:.0f} s: disk {disk:.1f} s, computing beside it {computing:.1f} s")
+        for problem in self.problems:
+            table.add_row(Text("impossible", style="red"), problem)
+        console.print(table)
+
+
+@dataclass(frozen=True)
+class SeriesPlan:
+    """What all merges of a file will do.
+
+    Attributes:
+        plans: By document, in the order in which they are made.
+    """
+
+    plans: dict[str, DataFreePlan]
+
+    @property
+    def problems(self) -> list[str]:
+        """What makes it impossible."""
+        return [f"{label}: {problem}" for label, plan in self.plans.items() for problem in plan.problems]
+
+    @property
+    def sparing(self) -> bool:
+        """Whether freed host memory is to go back to the system at once."""
+        return any(plan.sparing for plan in self.plans.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plans as plain JSON values."""
+        return {"documents": {label: plan.to_json() for label, plan in self.plans.items()}}
+
+    def print(self, console: Console) -> None:
+        """Shows a table for every document."""
+        for label, plan in self.plans.items():
+            console.print(f"{label}:")
+            plan.print(console)
+
+
+def add_common_rows(table: Table, plan: DataFreePlan) -> None:
+    """Adds what the tables of a plan and of a report both show."""
+    table.add_row("models", "\n".join(plan.checkpoints))
+    copied = [task for task in plan.layout.tasks if task.copied]
+    counts = f"{len(plan.layout.tasks) - len(copied)} merged"
+    otherwise = sum(bool(task.otherwise) for task in plan.layout.tasks)
+    counts += f", {otherwise} of them otherwise (see the notes)" if otherwise else ""
+    table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
+    scratch = f", {gib(plan.scratch_bytes)} beside it for the time being" if plan.scratch_bytes else ""
+    table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write" + scratch)
+    for name, adapter in plan.adapters.items():
+        replaced = f", {len(adapter.replaced)} replaced" if adapter.replaced else ""
+        table.add_row("adapter", f"{name}: {len(adapter.deltas)} weights adapted{replaced}")
+    if plan.vocabulary is not None:
+        table.add_row("vocabulary", plan.vocabulary.told())
+    for note in plan.layout.notes:
+        table.add_row("note", note)
+
 
 def plan_data_free(
-    source: DataFreeSource,
+    config: DataFreeConfig,
     before: Before | None = None,
     *,
     device: str = "auto",
@@ -165,7 +231,7 @@ def plan_data_free(
     """Plans a data-free merge from the configuration and the checkpoints' headers.
 
     Args:
-        source: The configuration.
+        config: From `load_data_free`.
         before: What other merges have made for this one.
         device: Where matrices are computed, see `accelerated_device`.
         ranks: That share the merge; by default there is one.
@@ -176,8 +242,6 @@ def plan_data_free(
         LargemergeError: If the inputs cannot be opened, or the device not be used. What merely makes the merge
             impossible is in the layout's `problems`.
     """
-    assert not isinstance(source, MergeConfig)
-    config = source if isinstance(source, DataFreeConfig) else load_data_free(source)
     before, ranks = before or Before(), ranks or Ranks()
     computes_on = accelerated_device(config.merge_method, device, ranks)
     opened = open_all(config, before)
@@ -201,6 +265,7 @@ def plan_data_free(
         vocabulary=vocabulary,
         before=before,
         adapters=opened.adapters,
+        sparing=limits.host is not None,
     )
     if not probe or plan.problems:
         return plan
@@ -293,23 +358,3 @@ def _seconds_per_cost(method: str, tasks: Sequence[Task], device: torch.device) 
             merge_tensors(method, tensors, origin, each=task.each, companions=companions, **task.options).to(CPU)
             times.append(time.perf_counter() - start)
     return min(times) / (base.numel() * (min(shape) if is_factored(method, task) else 1))
-
-
-@dataclass(frozen=True)
-class SeriesPlan:
-    """What all merges of a file will do.
-
-    Attributes:
-        plans: By document, in the order in which they are made.
-    """
-
-    plans: dict[str, DataFreePlan]
-
-    @property
-    def problems(self) -> list[str]:
-        """What makes it impossible."""
-        return [f"{label}: {problem}" for label, plan in self.plans.items() for problem in plan.problems]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"documents": {label: plan.to_json() for label, plan in self.plans.items()}}

@@ -19,8 +19,7 @@ from pydantic import Field
 from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
 from largemerge.config_file import DtypeName, Size, Strict, explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
-
-MergeMethod = Literal["regmean", "regmean_plusplus"]
+from largemerge.regression.methods import METHODS, RegressionMethod
 
 
 def _check_regex(pattern: str) -> str:
@@ -99,7 +98,7 @@ class OutputConfig(Strict):
 class MergeConfig(Strict):
     """A whole merge: K candidates, one method, one output."""
 
-    merge_method: MergeMethod
+    merge_method: str
     models: tuple[CandidateConfig, ...] = Field(min_length=2)
     base_model: str | None = Field(None, min_length=1)
     calibration: CalibrationDefaults = CalibrationDefaults()
@@ -118,6 +117,11 @@ class MergeConfig(Strict):
     """Allow a checkpoint to run Python code that it ships."""
 
     @property
+    def method(self) -> RegressionMethod:
+        """The method's row in the table."""
+        return METHODS[self.merge_method]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The candidates' names, in order."""
         return tuple(candidate.label for candidate in self.models)
@@ -133,12 +137,13 @@ class MergeConfig(Strict):
         return tuple(weight / sum(self.weights) for weight in self.weights)
 
 
-def load_config(source: str | Path | Mapping[str, Any] | MergeConfig) -> MergeConfig:
+def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Path | None = None) -> MergeConfig:
     """Reads and checks a configuration.
 
     Args:
         source: Path of a YAML file, a mapping of the same shape, or a `MergeConfig`. Relative paths
             inside a file are looked up beside that file first, then in the working directory.
+        folder: Where the relative paths of a mapping are looked up first.
 
     Returns:
         The configuration, every local path absolute.
@@ -146,15 +151,14 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig) -> MergeCo
     Raises:
         ConfigError: With every mistake found.
     """
-    folders = [Path.cwd()]
     if isinstance(source, MergeConfig):
         raw: Any = source.model_dump(exclude_unset=True)
     elif isinstance(source, Mapping):
         raw = dict(source)
     else:
         path = Path(source)
-        raw = read_yaml(path)
-        folders.insert(0, path.resolve().parent)
+        raw, folder = read_yaml(path), path.resolve().parent
+    folders = [*([folder] if folder is not None else []), Path.cwd()]
     try:
         # Through JSON, so that lists become tuples while strictness holds for everything else.
         config = MergeConfig.model_validate_json(to_json(raw))
@@ -167,6 +171,13 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig) -> MergeCo
 
 
 def _cross_checks(config: MergeConfig) -> Iterator[str]:
+    if config.merge_method not in METHODS:
+        hint = nearest(config.merge_method, METHODS) or f"; expected one of {sorted(METHODS)}"
+        yield f"merge_method: {config.merge_method!r} is no regression method{hint}"
+        return
+    yield from (f"merge_method: {problem}" for problem in config.method.not_built())
+    for name in sorted(config.parameters.model_fields_set - config.method.parameters - {"include", "exclude"}):
+        yield f"parameters.{name}: {config.merge_method} has no such parameter"
     for name in sorted(set(config.names)):
         if config.names.count(name) > 1:
             yield f"models: {config.names.count(name)} candidates are called {name!r}; give each a 'name' of its own"

@@ -38,7 +38,7 @@ from largemerge.output import OutputFolder, check_output, open_for_ranks
 from largemerge.progress import Clock, RunProgress
 from largemerge.regression.averages import merge_outside
 from largemerge.regression.collect import Settings
-from largemerge.regression.config import MergeConfig, load_config
+from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
 from largemerge.regression.inputs import Inputs, open_inputs
 from largemerge.regression.passes import block_passes
@@ -58,11 +58,9 @@ from largemerge.regression.samples import (
 )
 from largemerge.regression.weights import Weights
 
-ConfigSource = str | Path | Mapping[str, Any] | MergeConfig
-
 
 def plan_regression(
-    config: ConfigSource,
+    config: MergeConfig,
     *,
     device: str,
     probe: bool,
@@ -71,20 +69,19 @@ def plan_regression(
     from_config: bool,
 ) -> MergePlan:
     """`largemerge.plan` for the regression methods."""
-    resolved = load_config(config)
     if cluster is not None:
         machines = Machines(torch.device("cuda"), cluster.num_ranks, cluster.gpus_per_node, cluster)
     else:
         machines = Machines(choose_device(device), num_ranks, num_ranks)
-    inputs = open_inputs(resolved, from_config=from_config)
-    outlines = for_every_candidate(resolved, inputs, assume_calibration if from_config else outline_calibration)
-    prepared = make_plan(resolved, inputs, machines, outlines)
+    inputs = open_inputs(config, from_config=from_config)
+    outlines = for_every_candidate(config, inputs, assume_calibration if from_config else outline_calibration)
+    prepared = make_plan(config, inputs, machines, outlines)
     return forecast(prepared, outlines, machines, probe=probe and not from_config)
 
 
 def merge_by_regression(
-    config: ConfigSource,
-    out: str | Path,
+    config: MergeConfig,
+    out: Path,
     *,
     device: str,
     resume: bool,
@@ -98,19 +95,18 @@ def merge_by_regression(
     `planned` is called with the plan before the long work.
     """
     start = time.perf_counter()
-    resolved = load_config(config)
     with start_ranks(on_gpus=device != "cpu") as ranks:
         target = ranks.agree(lambda: device_of_rank(device, ranks))
         with MemoryWatch(target) as watch:
-            prepared = _prepare(resolved, target, Path(out), ranks, resume=resume, force=force)
+            prepared = _prepare(config, target, out, ranks, resume=resume, force=force)
             if planned is not None:
                 planned(prepared.preparation.plan)
             shards = layout_shards(prepared.preparation.plan.output, max_shard_bytes)
             manifest = _manifest(prepared, shards)
-            with open_for_ranks(Path(out), manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
+            with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
                 job = Job(prepared.preparation, prepared.samples, shards, folder, ranks, quiet, Clock(start))
                 job.run()
-                report = _report(prepared, job, folder, watch.peak(), start)
+                report = _report(prepared, job, folder, watch.peak(), start, out)
                 if ranks.is_first:
                     folder.finish(
                         shards,
@@ -165,7 +161,9 @@ def _prepare(
     )
 
 
-def _report(prepared: _Prepared, job: Job, folder: OutputFolder, peak: MemoryUse, start: float) -> MergeReport:
+def _report(
+    prepared: _Prepared, job: Job, folder: OutputFolder, peak: MemoryUse, start: float, out: Path
+) -> MergeReport:
     """Collective: what happened, with the first rank's times."""
     ranks = job.ranks
     own: dict[str, Any] = {
@@ -193,6 +191,7 @@ def _report(prepared: _Prepared, job: Job, folder: OutputFolder, peak: MemoryUse
         retries=[retry for retries in ranks.gather(job.retries) for retry in retries],
         timeline=job.clock.timeline,
         ranks=everybodys if ranks.size > 1 else (),
+        out=out,
     )
 
 

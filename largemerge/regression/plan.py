@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
@@ -65,6 +68,8 @@ from largemerge.regression.tensor_plan import (
     tensor_labels,
     treatment_problems,
 )
+
+_MAX_RANK_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,11 @@ class MergePlan:
         """How many weights are written quantised, by how they are."""
         return dict(Counter(tensor.quantization.label for tensor in self.output.values() if tensor.quantization))
 
+    @property
+    def sparing(self) -> bool:
+        """Whether freed host memory is to go back to the system at once."""
+        return self.footprint.sparing
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {
@@ -183,6 +193,76 @@ class MergePlan:
             "notes": list(self.notes),
             "problems": list(self.problems),
         }
+
+    def print(self, console: Console) -> None:
+        """Shows the plan as a table."""
+        table = Table(
+            title=f"{self.config.merge_method} of {len(self.config.models)} × {self.class_name}", show_header=False
+        )
+        table.add_column()
+        table.add_column(overflow="fold")
+        table.add_row(
+            "candidates", ", ".join(f"{name} ({self.num_samples[name]} samples)" for name in self.config.names)
+        )
+        table.add_row("stacks", ", ".join(f"{name} ({count} blocks)" for name, count in self.stacks))
+        for group in self.blocks[0].groups if self.blocks else ():
+            table.add_row("solved together", f"{', '.join(group.outputs)}: {group.num_inputs} inputs")
+        table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in self.counts().items()))
+        for label, text in quantization_rows(self):
+            table.add_row(label, text)
+        table.add_row("disk", f"{gib(self.bytes_read)} to read, {gib(self.bytes_written)} to write")
+        table.add_row("forward passes", f"{str(self.compute_dtype).removeprefix('torch.')} on {self.device}")
+        table.add_row("placement", str(self.placement))
+        for reason in self.reasons:
+            table.add_row("", reason)
+        peak = self.footprint
+        parts = ", ".join(f"{name} {gib(value)}" for name, value in peak.parts.items() if value)
+        table.add_row("peak memory", f"{gib(peak.host)} of {gib(self.limits.host)} on the host ({parts})")
+        if peak.device:
+            table.add_row("", f"{gib(peak.device)} of {gib(self.limits.device)} on {self.device}")
+        if peak.disk:
+            table.add_row("", f"{gib(peak.disk)} of hidden states in {self.limits.scratch or 'the output folder'}")
+        if self.seconds:
+            longest = sorted(self.seconds.items(), key=lambda item: -item[1])[:4]
+            stages = ", ".join(f"{stage.replace('_', ' ')} {seconds:.1f} s" for stage, seconds in longest)
+            source = "" if self.measured else ", by data sheets: nothing of this has been measured"
+            table.add_row("time", f"about {sum(self.seconds.values()):.0f} s once it has begun ({stages}, …){source}")
+        for label, text in _rank_rows(self.ranks):
+            table.add_row(label, text)
+        for note in self.notes:
+            table.add_row("note", note)
+        for problem in self.problems:
+            table.add_row(Text("impossible", style="red"), problem)
+        console.print(table)
+
+
+def quantization_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
+    """Rows of a table that say which inputs and outputs are quantised, and how."""
+
+    def text(kinds: Mapping[str, int]) -> str:
+        return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+
+    if plan.quantized:
+        yield "quantised inputs", "\n".join(f"{name}: {text(kinds)}" for name, kinds in plan.quantized.items())
+    if plan.quantized_output():
+        yield "quantised output", text(plan.quantized_output())
+
+
+def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
+    """One for each of a few ranks; for many, what the least and the most busy one have."""
+    if len(ranks) <= _MAX_RANK_ROWS:
+        for rank in ranks:
+            held = gib(rank.host) + (f" + {gib(rank.device)} on a GPU" if rank.device else "")
+            work = f"{rank.num_batches} batches of {rank.num_candidates} candidates, {rank.num_rows} rows"
+            moved = f"{rank.operations / 1e12:.2f} TFLOP, {gib(rank.bytes_communicated)} moved"
+            yield f"rank {rank.rank}", f"{work}; holds {held}; {moved}"
+        return
+    least, most = (choose(ranks, key=lambda rank: rank.operations) for choose in (min, max))
+    host, device = max(rank.host for rank in ranks), max(rank.device for rank in ranks)
+    held = gib(host) + (f" + {gib(device)} on a GPU" if device else "")
+    work = f"{least.num_batches} to {most.num_batches} batches, {least.num_rows} to {most.num_rows} rows"
+    operations = f"{least.operations / 1e12:.0f} to {most.operations / 1e12:.0f} TFLOP"
+    yield f"{len(ranks)} ranks", f"each {work}, {operations}; hold up to {held}; {gib(most.bytes_communicated)} moved"
 
 
 @dataclass(frozen=True)

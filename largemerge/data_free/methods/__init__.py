@@ -1,0 +1,1 @@
+"""The formulas of the data-free methods, as functions on tensors, and the table of them."""
