@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from largemerge import __version__
-from largemerge.errors import EXIT_CODE, INTERRUPTED, ConfigError, LargemergeError, ToldError
+from largemerge.errors import EXIT_CODE, INTERRUPTED, ConfigError, LargemergeError, RankAbortedError
 
 if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(options: argparse.Namespace) -> int:
     try:
         code = COMMANDS[options.command](options)
-    except ToldError:
+    except RankAbortedError:
         code = EXIT_CODE
     except LargemergeError as error:
         print(f"largemerge: {error}", file=sys.stderr)

@@ -83,21 +83,21 @@ class SideStream:
         self._device = device
         self._stream = _cuda.Stream(device) if device.type == "cuda" else None
 
-    def computed(self) -> Any:
+    def record(self) -> Any:
         """The moment when all that the computing stream has been told is done."""
         return None if self._stream is None else _recorded(_cuda.current_stream(self._device))
 
     @contextmanager
-    def after(self, computed: Any) -> Iterator[None]:
+    def wait_then_run(self, record: Any) -> Iterator[None]:
         """Meanwhile this thread's work is queued on the side stream, after that moment."""
         if self._stream is None:
             yield
             return
         with _cuda.device(self._device), _cuda.stream(self._stream):
-            self._stream.wait_event(computed)
+            self._stream.wait_event(record)
             yield
 
-    def arrived(self) -> Any:
+    def done(self) -> Any:
         """The moment when all that the side stream has been told is done."""
         return None if self._stream is None else _recorded(self._stream)
 

@@ -7,7 +7,7 @@
     ├── CalibrationError    calibration data: missing, unreadable, or unfit for the model
     ├── OutputError         the output folder: in the way, or not what a resume needs
     ├── MergeError          something in the data that only showed while merging
-    └── ToldError           of several ranks, this one ends because of what the first one tells
+    └── RankAbortedError           of several ranks, this one ends because of what the first one tells
 
 Each says what was found, what was expected, in which file or key, and what to do. The command line
 prints the message without a traceback and exits with `EXIT_CODE`.
@@ -62,5 +62,5 @@ class MergeError(LargemergeError):
     """Something that only the data itself could show."""
 
 
-class ToldError(LargemergeError):
+class RankAbortedError(LargemergeError):
     """A rank ends because of problems that the first rank tells: nothing is left to be said."""

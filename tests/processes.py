@@ -179,7 +179,7 @@ def _run(
     if PART_BYTES in environment:
         data_free.PART_BYTES = int(environment[PART_BYTES])
     if WRITES_BEHIND in environment:
-        Placement.writes_behind = lambda placement, device: placement.prefetch  # type: ignore[method-assign]
+        Placement.writes_in_background = lambda placement, device: placement.prefetch  # type: ignore[method-assign]
     if NOTHING_SHARED in environment:
         shared_memory.SHARED_MEMORY = Path("/nonexistent")
     if HANGS_AT in environment:

@@ -18,15 +18,15 @@ reading it, how large it will be.
 What becomes of them in a merge: `rows.py` (which tokens count), `hidden_states.py` (where they wait).
 """
 
-from largemerge.calibration.batches import Batch, CalibrationOutline, CalibrationSet, ModelNeeds
-from largemerge.calibration.load import assume_calibration, load_calibration, outline_calibration
+from largemerge.calibration.batches import Batch, CalibrationOutline, CalibrationSet, ForwardSignature
+from largemerge.calibration.load import load_calibration, outline_calibration, outline_from_config
 
 __all__ = [
     "Batch",
     "CalibrationOutline",
     "CalibrationSet",
-    "ModelNeeds",
-    "assume_calibration",
+    "ForwardSignature",
     "load_calibration",
     "outline_calibration",
+    "outline_from_config",
 ]

@@ -26,7 +26,7 @@ from largemerge.checkpoint.direct_io import byte_view
 
 
 @dataclass(frozen=True)
-class ModelNeeds:
+class ForwardSignature:
     """What the model class says of its inputs."""
 
     forward_arguments: frozenset[str]
@@ -128,15 +128,15 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
 
 
-def split_batches(batches: Sequence[Batch], most_samples: int) -> tuple[Batch, ...]:
+def split_batches(batches: Sequence[Batch], max_samples: int) -> tuple[Batch, ...]:
     """Cuts batches into smaller ones of at most `most_samples`; the padding stays as it is."""
     return tuple(
         Batch(
-            {name: tensor[start : start + most_samples] for name, tensor in batch.inputs.items()},
-            None if batch.loss_mask is None else batch.loss_mask[start : start + most_samples],
+            {name: tensor[start : start + max_samples] for name, tensor in batch.inputs.items()},
+            None if batch.loss_mask is None else batch.loss_mask[start : start + max_samples],
         )
         for batch in batches
-        for start in range(0, batch.num_samples, most_samples)
+        for start in range(0, batch.num_samples, max_samples)
     )
 
 
@@ -154,7 +154,7 @@ def fingerprint_batches(batches: Sequence[Batch]) -> str:
     return digest.hexdigest()
 
 
-def spooled(calibration: CalibrationSet, folder: Path) -> CalibrationSet:
+def mapped_inputs(calibration: CalibrationSet, folder: Path) -> CalibrationSet:
     """The same data, its floating-point inputs mapped from a file in `folder`.
 
     The file has no name: it is gone when the process is, however that ends.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from largemerge.calibration.batches import ModelNeeds
+from largemerge.calibration.batches import ForwardSignature
 from largemerge.calibration.config import CalibrationConfig, template_columns
 from largemerge.calibration.sources import Source
 from largemerge.config_file import nearest
@@ -54,13 +54,15 @@ class Fields:
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def choose_fields(config: CalibrationConfig, columns: tuple[str, ...] | None, needs: ModelNeeds, where: str) -> Fields:
+def choose_fields(
+    config: CalibrationConfig, columns: tuple[str, ...] | None, signature: ForwardSignature, where: str
+) -> Fields:
     """Finds the columns to read, and checks that settings, columns and model fit together.
 
     Args:
         config: What the user asked for.
         columns: What the data has; None if that is not known yet (then every column is taken to be there).
-        needs: What the model takes.
+        signature: What the model takes.
         where: Candidate and file, for messages.
 
     Raises:
@@ -68,25 +70,25 @@ def choose_fields(config: CalibrationConfig, columns: tuple[str, ...] | None, ne
     """
     text, image = config.text_field, config.image_field
     if text is None and image is None and config.messages_field is None and config.text_template is None:
-        text = "text" if _has(columns, "text") and "input_ids" in needs.forward_arguments else None
-        image = "image" if _has(columns, "image") and "pixel_values" in needs.forward_arguments else None
+        text = "text" if _has(columns, "text") and "input_ids" in signature.forward_arguments else None
+        image = "image" if _has(columns, "image") and "pixel_values" in signature.forward_arguments else None
     fields = Fields(
         text, config.text_template, config.messages_field, config.target_field, image, config.loss_mask_field
     )
     problems = [
         *_missing_columns(fields, columns),
-        *_nothing_to_read(fields, columns, needs),
-        *_misfits_of_the_model(fields, needs, columns),
-        *_misfits_among_settings(fields, config, needs),
+        *_nothing_to_read(fields, columns, signature),
+        *_misfits_of_the_model(fields, signature, columns),
+        *_misfits_among_settings(fields, config, signature),
     ]
     if problems:
         raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
     return fields
 
 
-def needs_target(needs: ModelNeeds) -> bool:
+def takes_target(signature: ForwardSignature) -> bool:
     """Whether the model has a decoder whose tokens must come from the data."""
-    return needs.is_encoder_decoder and "decoder_input_ids" in needs.forward_arguments
+    return signature.is_encoder_decoder and "decoder_input_ids" in signature.forward_arguments
 
 
 def _has(columns: tuple[str, ...] | None, name: str) -> bool:
@@ -103,10 +105,10 @@ def _missing_columns(fields: Fields, columns: tuple[str, ...] | None) -> Iterato
             yield f"text_template: no column {column!r}; the columns are {list(columns)}{nearest(column, columns)}"
 
 
-def _nothing_to_read(fields: Fields, columns: tuple[str, ...] | None, needs: ModelNeeds) -> Iterator[str]:
+def _nothing_to_read(fields: Fields, columns: tuple[str, ...] | None, signature: ForwardSignature) -> Iterator[str]:
     if fields.text or fields.template or fields.messages or fields.image:
         return
-    takes = needs.forward_arguments
+    takes = signature.forward_arguments
     ways = {"input_ids": ["'text_field'", "'messages_field'"], "pixel_values": ["'image_field'"]}
     ways = {argument: settings for argument, settings in ways.items() if argument in takes}
     if not ways:
@@ -121,21 +123,23 @@ def _nothing_to_read(fields: Fields, columns: tuple[str, ...] | None, needs: Mod
     yield f"no column {expected!r}; the columns are {found}{nearest(expected, found)}; set {settings}"
 
 
-def _misfits_of_the_model(fields: Fields, needs: ModelNeeds, columns: tuple[str, ...] | None) -> Iterator[str]:
-    takes = sorted(needs.forward_arguments)
+def _misfits_of_the_model(
+    fields: Fields, signature: ForwardSignature, columns: tuple[str, ...] | None
+) -> Iterator[str]:
+    takes = sorted(signature.forward_arguments)
     if (fields.text or fields.template or fields.messages) and "input_ids" not in takes:
         setting = "text_field" if fields.text else "text_template" if fields.template else "messages_field"
         yield f"{setting}: the model takes no input_ids but {takes}; remove it"
     if fields.image and "pixel_values" not in takes:
         yield f"image_field: the model takes no pixel_values but {takes}; remove it"
-    if needs_target(needs):
+    if takes_target(signature):
         if fields.target is None:
             known = "" if columns is None else f" (the columns are {list(columns)})"
             yield (
                 "an encoder-decoder model needs the decoder's text too: "
                 f"add 'target_field' with the name of its column{known}"
             )
-        elif needs.decoder_start_token_id is None:
+        elif signature.decoder_start_token_id is None:
             yield (
                 "target_field: the model's configuration has no decoder_start_token_id, with which the decoder "
                 "begins; add it to config.json or generation_config.json"
@@ -144,16 +148,16 @@ def _misfits_of_the_model(fields: Fields, needs: ModelNeeds, columns: tuple[str,
         yield "target_field: the model is no encoder-decoder and reads one text only; remove it"
 
 
-def _misfits_among_settings(fields: Fields, config: CalibrationConfig, needs: ModelNeeds) -> Iterator[str]:
+def _misfits_among_settings(fields: Fields, config: CalibrationConfig, signature: ForwardSignature) -> Iterator[str]:
     if fields.text and fields.messages:
         yield "'text_field' and 'messages_field' exclude each other"
     if config.assistant_only and fields.messages is None:
         yield "assistant_only: needs 'messages_field'"
-    if config.assistant_only and needs.is_encoder_decoder:
+    if config.assistant_only and signature.is_encoder_decoder:
         yield "assistant_only: marks tokens of the encoder, but statistics are masked over the decoder's; remove it"
     if fields.loss_mask and not fields.has_text and fields.image:
         yield "loss_mask_field: there is one number per token of a text, but no text; remove it"
-    if config.pack and (fields.image or needs.is_encoder_decoder):
+    if config.pack and (fields.image or signature.is_encoder_decoder):
         partner = "an image" if fields.image else "a target"
         yield f"pack: texts that have {partner} each cannot be joined; remove it"
 

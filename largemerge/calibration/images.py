@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from largemerge.calibration.batches import ModelNeeds, Sample
+from largemerge.calibration.batches import ForwardSignature, Sample
 from largemerge.calibration.columns import MAX_PROBLEMS
 from largemerge.errors import CalibrationError
 
@@ -46,7 +46,7 @@ def load_image_processor(checkpoint: Path, where: str, *, trust_remote_code: boo
 
 
 def read_images(
-    groups: Sequence[Sequence[Sample]], processor: Any, folder: Path | None, needs: ModelNeeds, where: str
+    groups: Sequence[Sequence[Sample]], processor: Any, folder: Path | None, signature: ForwardSignature, where: str
 ) -> list[dict[str, torch.Tensor]]:
     """Opens and processes the images of all batches.
 
@@ -54,7 +54,7 @@ def read_images(
         groups: The samples of each batch.
         processor: From `load_image_processor`.
         folder: Where relative paths start; None where there is no such place.
-        needs: What the model's forward takes.
+        signature: What the model's forward takes.
         where: Candidate and data, for messages.
 
     Returns:
@@ -75,14 +75,14 @@ def read_images(
         if len(problems) >= MAX_PROBLEMS:
             break
         if not problems:
-            batches.append(_process(images, processor, needs, where))
+            batches.append(_process(images, processor, signature, where))
     if problems:
         raise CalibrationError(*problems[:MAX_PROBLEMS])
     return batches
 
 
 def outline_images(
-    first: Path | None, processor: Any, needs: ModelNeeds, where: str
+    first: Path | None, processor: Any, signature: ForwardSignature, where: str
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Forward argument to shape and dtype of one sample, from one image: the first, or a blank one."""
     from PIL import Image
@@ -94,7 +94,7 @@ def outline_images(
             image = _open_image(str(first), None, processor)
         except CalibrationError as error:
             raise CalibrationError(*(f"{where}: {problem}" for problem in error.problems)) from None
-    pixels = _process([image], processor, needs, where)
+    pixels = _process([image], processor, signature, where)
     return {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in pixels.items()}
 
 
@@ -131,7 +131,7 @@ def _resolve(path: str, folder: Path | None) -> Path:
     return Path(path) if folder is None else folder / path
 
 
-def _process(images: Sequence[Any], processor: Any, needs: ModelNeeds, where: str) -> dict[str, torch.Tensor]:
+def _process(images: Sequence[Any], processor: Any, signature: ForwardSignature, where: str) -> dict[str, torch.Tensor]:
     kind = type(processor).__name__
     try:
         output = processor(list(images), return_tensors="pt")
@@ -147,7 +147,7 @@ def _process(images: Sequence[Any], processor: Any, needs: ModelNeeds, where: st
     tensors = {
         name: tensor.contiguous()
         for name, tensor in output.items()
-        if name in needs.forward_arguments and isinstance(tensor, torch.Tensor)
+        if name in signature.forward_arguments and isinstance(tensor, torch.Tensor)
     }
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if PIXELS not in tensors or any(shape[0] != len(images) for shape in shapes.values()):

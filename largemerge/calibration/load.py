@@ -19,13 +19,13 @@ from largemerge.calibration.batches import (
     Batch,
     CalibrationOutline,
     CalibrationSet,
-    ModelNeeds,
+    ForwardSignature,
     Sample,
     fingerprint_batches,
     group_samples,
     pad_samples,
 )
-from largemerge.calibration.columns import Fields, Row, choose_fields, draw_order, needs_target, read_rows
+from largemerge.calibration.columns import Fields, Row, choose_fields, draw_order, read_rows, takes_target
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.images import load_image_processor, outline_images, read_images
 from largemerge.calibration.pretokenized import outline_tensors, read_tensors
@@ -40,7 +40,7 @@ def load_calibration(
     config: CalibrationConfig,
     name: str,
     checkpoint: Path,
-    needs: ModelNeeds,
+    signature: ForwardSignature,
     *,
     base: Path | None = None,
     trust_remote_code: bool = False,
@@ -51,7 +51,7 @@ def load_calibration(
         config: Where it lies and how it is read; every number set (`CalibrationConfig.with_defaults`).
         name: The candidate's.
         checkpoint: The candidate's folder, with its tokenizer or image processor.
-        needs: What the model's forward takes.
+        signature: What the model's forward takes.
         base: The base's folder: its tokenizer or image processor is used where the candidate has none.
         trust_remote_code: Allow the checkpoint's tokenizer or image processor to be code that it ships.
 
@@ -64,12 +64,12 @@ def load_calibration(
     _assert_resolved(config)
     where, path = locate_data(config, name)
     if path is not None and _is_tensors(path):
-        batches = read_tensors(path, config, needs, where)
+        batches = read_tensors(path, config, signature, where)
     else:
         source = open_source(config, where, path)
-        fields = choose_fields(config, source.columns, needs, where)
+        fields = choose_fields(config, source.columns, signature, where)
         folders = (checkpoint, *([base] if base is not None else []))
-        batches = _read_table(source, fields, config, folders, needs, trust_remote_code)
+        batches = _read_table(source, fields, config, folders, signature, trust_remote_code)
     _check_that_something_counts(batches, where)
     return CalibrationSet(name, batches, fingerprint_batches(batches))
 
@@ -78,7 +78,7 @@ def outline_calibration(
     config: CalibrationConfig,
     name: str,
     checkpoint: Path,
-    needs: ModelNeeds,
+    signature: ForwardSignature,
     *,
     base: Path | None = None,
     trust_remote_code: bool = False,
@@ -95,20 +95,20 @@ def outline_calibration(
     assert config.num_samples is not None and config.batch_size is not None
     where, path = locate_data(config, name)
     if path is not None and _is_tensors(path):
-        return outline_tensors(path, config, needs, where)
+        return outline_tensors(path, config, signature, where)
     images = list_images(path) if path is not None and is_image_folder(path) else []
     is_text = path is not None and path.is_file() and path.suffix.lower() == ".txt"
     columns = ("text",) if is_text else ("image",) if images else None
-    fields = choose_fields(config, columns, needs, where)
+    fields = choose_fields(config, columns, signature, where)
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     folders = (checkpoint, *([base] if base is not None else []))
     if fields.has_text:
         tokenizer = find_tokenizer(*folders)
-        reader = open_text_reader(tokenizer, config, fields, needs, where, trust_remote_code=trust_remote_code)
+        reader = open_text_reader(tokenizer, config, fields, signature, where, trust_remote_code=trust_remote_code)
         inputs |= {argument: ((reader.max_length,), torch.int64) for argument in reader.arguments}
     if fields.image is not None:
         processor = load_image_processor(find_processor(*folders), where, trust_remote_code=trust_remote_code)
-        inputs |= outline_images(images[0] if images else None, processor, needs, where)
+        inputs |= outline_images(images[0] if images else None, processor, signature, where)
     num_samples = min(len(images), config.num_samples) if images else config.num_samples
     return CalibrationOutline(num_samples, config.batch_size, inputs)
 
@@ -127,7 +127,7 @@ def _read_table(
     fields: Fields,
     config: CalibrationConfig,
     folders: tuple[Path, ...],
-    needs: ModelNeeds,
+    signature: ForwardSignature,
     trust_remote_code: bool,
 ) -> tuple[Batch, ...]:
     """Draw rows, tokenise, group by length, pad, open images."""
@@ -136,7 +136,7 @@ def _read_table(
     reader = processor = None
     if fields.has_text:
         tokenizer = find_tokenizer(*folders)
-        reader = open_text_reader(tokenizer, config, fields, needs, where, trust_remote_code=trust_remote_code)
+        reader = open_text_reader(tokenizer, config, fields, signature, where, trust_remote_code=trust_remote_code)
     if fields.image is not None:
         processor = load_image_processor(find_processor(*folders), where, trust_remote_code=trust_remote_code)
     samples = _read_samples(source, fields, config, reader)
@@ -145,7 +145,7 @@ def _read_table(
     groups = group_samples(samples, config.batch_size)
     batches = [pad_samples(group, reader.padding if reader else {}) for group in groups]
     if processor is not None:
-        pixels = read_images(groups, processor, source.folder, needs, where)
+        pixels = read_images(groups, processor, source.folder, signature, where)
         batches = [replace(batch, inputs=batch.inputs | more) for batch, more in zip(batches, pixels, strict=True)]
     return tuple(batches)
 
@@ -176,11 +176,11 @@ def _check_that_something_counts(batches: tuple[Batch, ...], where: str) -> None
     )
 
 
-def assume_calibration(
+def outline_from_config(
     config: CalibrationConfig,
     name: str,
     checkpoint: Path,
-    needs: ModelNeeds,
+    signature: ForwardSignature,
     *,
     base: Path | None = None,
     trust_remote_code: bool = False,
@@ -191,11 +191,11 @@ def assume_calibration(
         CalibrationError: The model takes something else than texts.
     """
     assert config.num_samples is not None and config.max_length is not None and config.batch_size is not None
-    if "input_ids" not in needs.forward_arguments or "pixel_values" in needs.forward_arguments:
+    if "input_ids" not in signature.forward_arguments or "pixel_values" in signature.forward_arguments:
         raise CalibrationError(f"candidate {name!r}: only models of text can be planned from {checkpoint}/config.json")
     arguments = ["input_ids", "attention_mask"]
-    if needs_target(needs):
+    if takes_target(signature):
         arguments += ["decoder_attention_mask", "decoder_input_ids"]
     shape: tuple[int, ...] = (config.max_length,)
-    inputs = {name: (shape, torch.int64) for name in arguments if name in needs.forward_arguments}
+    inputs = {name: (shape, torch.int64) for name in arguments if name in signature.forward_arguments}
     return CalibrationOutline(config.num_samples, config.batch_size, inputs)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from largemerge.calibration.batches import Batch, CalibrationOutline, ModelNeeds
-from largemerge.calibration.columns import needs_target
+from largemerge.calibration.batches import Batch, CalibrationOutline, ForwardSignature
+from largemerge.calibration.columns import takes_target
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
@@ -22,13 +22,13 @@ LOSS_MASK = "loss_mask"
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
-def read_tensors(path: Path, config: CalibrationConfig, needs: ModelNeeds, where: str) -> tuple[Batch, ...]:
+def read_tensors(path: Path, config: CalibrationConfig, signature: ForwardSignature, where: str) -> tuple[Batch, ...]:
     """Reads the first `num_samples` rows of every tensor.
 
     Args:
         path: The .safetensors file.
         config: Says how many samples, and how many to a batch.
-        needs: What the model's forward takes.
+        signature: What the model's forward takes.
         where: Candidate and file, for messages.
 
     Raises:
@@ -36,7 +36,7 @@ def read_tensors(path: Path, config: CalibrationConfig, needs: ModelNeeds, where
     """
     assert config.num_samples is not None and config.batch_size is not None
     with _open(path, where) as file:
-        tensors = _checked_headers(file, config, needs, where)
+        tensors = _checked_headers(file, config, signature, where)
         # Rows beyond num_samples are never read.
         rows = {name: file.get_slice(name)[: config.num_samples].contiguous() for name in tensors}
     problems = list(_value_problems(rows))
@@ -52,11 +52,13 @@ def read_tensors(path: Path, config: CalibrationConfig, needs: ModelNeeds, where
     return tuple(batches)
 
 
-def outline_tensors(path: Path, config: CalibrationConfig, needs: ModelNeeds, where: str) -> CalibrationOutline:
+def outline_tensors(
+    path: Path, config: CalibrationConfig, signature: ForwardSignature, where: str
+) -> CalibrationOutline:
     """What `read_tensors` will give, from the file's header alone; it takes the same and raises the same."""
     assert config.num_samples is not None and config.batch_size is not None
     with _open(path, where) as file:
-        tensors = _checked_headers(file, config, needs, where)
+        tensors = _checked_headers(file, config, signature, where)
     num_rows = next(iter(tensors.values())).shape[0]
     inputs = {name: (tuple(t.shape[1:]), t.dtype) for name, t in tensors.items() if name != LOSS_MASK}
     return CalibrationOutline(min(num_rows, config.num_samples), config.batch_size, inputs)
@@ -71,7 +73,9 @@ def _open(path: Path, where: str) -> Any:
         raise CalibrationError(f"{where}: not a readable .safetensors file: {error}") from None
 
 
-def _checked_headers(file: Any, config: CalibrationConfig, needs: ModelNeeds, where: str) -> dict[str, torch.Tensor]:
+def _checked_headers(
+    file: Any, config: CalibrationConfig, signature: ForwardSignature, where: str
+) -> dict[str, torch.Tensor]:
     """The tensors' shapes and dtypes, as tensors on the meta device."""
     headers: dict[str, torch.Tensor] = {}
     for name in sorted(file.keys()):
@@ -81,8 +85,8 @@ def _checked_headers(file: Any, config: CalibrationConfig, needs: ModelNeeds, wh
         headers[name] = torch.empty(shape, dtype=dtype, device="meta")
     problems = [
         *_settings_without_effect(config),
-        *_name_problems(headers, needs),
-        *_shape_problems(headers, needs),
+        *_name_problems(headers, signature),
+        *_shape_problems(headers, signature),
     ]
     if problems:
         raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
@@ -96,18 +100,18 @@ def _settings_without_effect(config: CalibrationConfig) -> Iterator[str]:
             yield f"{setting}: a .safetensors file has no columns, its tensors are used as they are; remove it"
 
 
-def _name_problems(headers: Mapping[str, torch.Tensor], needs: ModelNeeds) -> Iterator[str]:
-    takes = sorted(needs.forward_arguments)
+def _name_problems(headers: Mapping[str, torch.Tensor], signature: ForwardSignature) -> Iterator[str]:
+    takes = sorted(signature.forward_arguments)
     for name in headers:
         if name != LOSS_MASK and name not in takes:
             yield f"tensor {name!r} is no argument of the model's forward{nearest(name, takes)}; it takes {takes}"
     if not headers or list(headers) == [LOSS_MASK]:
         yield f"no tensors; expected some that the model's forward takes: {takes}"
-    elif needs_target(needs) and not any(name in headers for name in DECODER_INPUTS):
+    elif takes_target(signature) and not any(name in headers for name in DECODER_INPUTS):
         yield "an encoder-decoder model needs the decoder's tokens too: add a tensor 'decoder_input_ids'"
 
 
-def _shape_problems(headers: Mapping[str, torch.Tensor], needs: ModelNeeds) -> Iterator[str]:
+def _shape_problems(headers: Mapping[str, torch.Tensor], signature: ForwardSignature) -> Iterator[str]:
     shapes = {name: tuple(header.shape) for name, header in headers.items()}
     counts = {name: shape[0] if shape else None for name, shape in shapes.items()}
     for name, count in counts.items():
@@ -121,7 +125,7 @@ def _shape_problems(headers: Mapping[str, torch.Tensor], needs: ModelNeeds) -> I
         if name.endswith("input_ids") and header.dtype.is_floating_point:
             yield f"tensor {name!r} has {header.dtype}; expected integers"
     if LOSS_MASK in headers:
-        tokens = "decoder_input_ids" if needs.is_encoder_decoder else "input_ids"
+        tokens = "decoder_input_ids" if signature.is_encoder_decoder else "input_ids"
         expected = shapes.get(tokens) or shapes.get(tokens.replace("input_ids", "inputs_embeds"), ())[:2]
         if shapes[LOSS_MASK] != expected:
             found = f"is {list(shapes[LOSS_MASK])}"

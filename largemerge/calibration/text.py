@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from largemerge.calibration.batches import Sample
-from largemerge.calibration.columns import MAX_PROBLEMS, Row, needs_target
+from largemerge.calibration.columns import MAX_PROBLEMS, Row, takes_target
 from largemerge.calibration.tokenizer import TextReader, encode_conversation
 from largemerge.errors import CalibrationError
 
@@ -99,7 +99,7 @@ def _sample(row: Row, reader: TextReader) -> Sample:
     if row.text is not None or row.messages is not None:
         whole, mask = _encode(row, reader)
         sequences, mask = _with_attention_mask(*_truncate(row, whole, mask, reader), "", reader)
-    if needs_target(reader.needs):
+    if takes_target(reader.signature):
         decoder, mask = _with_attention_mask(*_decoder_tokens(row, reader), "decoder_", reader)
         sequences |= decoder
     return Sample(row.index, sequences, mask, row.image)
@@ -113,7 +113,7 @@ def _encode(row: Row, reader: TextReader) -> tuple[Tokens, Mask]:
     else:
         encoded = reader.tokenizer(row.text, verbose=False)
     tokens = {name: list(encoded[name]) for name in reader.token_arguments}
-    if row.loss_mask is None or needs_target(reader.needs):
+    if row.loss_mask is None or takes_target(reader.signature):
         return tokens, mask
     _check_lengths(row.loss_mask, tokens["input_ids"])
     both = row.loss_mask if mask is None else [a * b for a, b in zip(mask, row.loss_mask, strict=True)]
@@ -134,7 +134,7 @@ def _truncate(row: Row, whole: Tokens, mask: Mask, reader: TextReader) -> tuple[
 
 
 def _decoder_tokens(row: Row, reader: TextReader) -> tuple[Tokens, Mask]:
-    start = reader.needs.decoder_start_token_id
+    start = reader.signature.decoder_start_token_id
     assert start is not None and row.target is not None, "checked when the columns were chosen"
     whole: list[int] = list(reader.tokenizer(text_target=row.target, verbose=False)["input_ids"])
     target, mask = whole, row.loss_mask
@@ -171,6 +171,6 @@ def _with_attention_mask(tokens: Tokens, mask: Mask, prefix: str, reader: TextRe
     """Adds the attention mask; where the forward takes none, the loss mask keeps the padding out."""
     ones = [1] * len(tokens[f"{prefix}input_ids"])
     name = f"{prefix}attention_mask"
-    if name in reader.needs.forward_arguments:
+    if name in reader.signature.forward_arguments:
         return {**tokens, name: ones}, mask
     return tokens, ones if mask is None else mask

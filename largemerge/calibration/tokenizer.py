@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from largemerge.calibration.batches import ModelNeeds
-from largemerge.calibration.columns import Fields, needs_target
+from largemerge.calibration.batches import ForwardSignature
+from largemerge.calibration.columns import Fields, takes_target
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.errors import CalibrationError
 
@@ -36,29 +36,29 @@ class TextReader:
     max_length: int
     """Tokens of a sample at most: as configured, or as few as the tokenizer says that the model takes."""
     assistant_only: bool
-    needs: ModelNeeds
+    signature: ForwardSignature
     where: str
     """Candidate and data, for messages."""
 
     @property
     def token_arguments(self) -> list[str]:
         """The forward arguments that the tokenizer gives, one number per token; the attention mask is ours."""
-        known = set(self.tokenizer.model_input_names) & self.needs.forward_arguments
+        known = set(self.tokenizer.model_input_names) & self.signature.forward_arguments
         return ["input_ids", *(["token_type_ids"] if "token_type_ids" in known else [])]
 
     @property
     def arguments(self) -> list[str]:
         """All forward arguments that a sample's texts become."""
         masks = ["attention_mask"]
-        if needs_target(self.needs):
+        if takes_target(self.signature):
             masks.append("decoder_attention_mask")
-        given = [*self.token_arguments, *(mask for mask in masks if mask in self.needs.forward_arguments)]
-        return [*given, "decoder_input_ids"] if needs_target(self.needs) else given
+        given = [*self.token_arguments, *(mask for mask in masks if mask in self.signature.forward_arguments)]
+        return [*given, "decoder_input_ids"] if takes_target(self.signature) else given
 
     @property
     def padding(self) -> dict[str, int]:
         """What fills each forward argument on the right. It is masked: any id does that the model knows."""
-        choices = (self.tokenizer.pad_token_id, self.needs.pad_token_id, self.tokenizer.eos_token_id, 0)
+        choices = (self.tokenizer.pad_token_id, self.signature.pad_token_id, self.tokenizer.eos_token_id, 0)
         pad = next(choice for choice in choices if choice is not None and choice >= 0)
         types: int = getattr(self.tokenizer, "pad_token_type_id", 0)
         return {"input_ids": pad, "decoder_input_ids": pad, "token_type_ids": types}
@@ -68,7 +68,7 @@ def open_text_reader(
     checkpoint: Path,
     config: CalibrationConfig,
     fields: Fields,
-    needs: ModelNeeds,
+    signature: ForwardSignature,
     where: str,
     *,
     trust_remote_code: bool,
@@ -100,7 +100,7 @@ def open_text_reader(
         )
     if problems:
         raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
-    return TextReader(tokenizer, max_length, config.assistant_only, needs, where)
+    return TextReader(tokenizer, max_length, config.assistant_only, signature, where)
 
 
 @dataclass(frozen=True)

@@ -126,14 +126,14 @@ class Merger:
         way, begin = way_of(self._method, task.options, other=bool(task.otherwise))
         device = self._accelerator.device_of(self._name, task)
         load = PieceLoader(task, way, self._readers, self._seed, self._kept_bytes, device)
-        with told_as_merge_error(task, self._name), self._accelerator.stream():
+        with as_merge_error(task, self._name), self._accelerator.stream():
             merge = begin(way.survey(load.pieces) if way.survey is not None else None)
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
 
 
 @contextmanager
-def told_as_merge_error(task: Task, method: str) -> Iterator[None]:
+def as_merge_error(task: Task, method: str) -> Iterator[None]:
     """For the arithmetic of one task.
 
     Raises:
@@ -209,7 +209,7 @@ class Unscaler:
         make = self._scaled.matrix if task.is_matrix else self._scaled.others
         load = PieceLoader(task, way, self._readers, self._seed, device=self._accelerator.device_of(self._name, task))
         squares = []
-        with told_as_merge_error(task, self._name), self._accelerator.stream():
+        with as_merge_error(task, self._name), self._accelerator.stream():
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 made = make(piece)
                 squares.append(made.squares)
@@ -269,7 +269,7 @@ def run(
     if not passes.missing(_LAST):
         return 0, 0
     with ExitStack() as stack:
-        stack.enter_context(ranks.works())
+        stack.enter_context(ranks.busy())
         files = {**plan.checkpoints, **plan.companions}
         buffers = Buffers(plan.holding.buffer_bytes)
         readers = {
@@ -350,7 +350,7 @@ class _Passes:
             progress.step(task.name, self._plan.config.merge_method)
 
         def done(index: int) -> None:
-            with self._ranks.waits():
+            with self._ranks.blocked():
                 writer.flush()
             # Now everybody's tensors of this part are on the disk.
             everybodys = self._ranks.gather(notes(own[index]) if notes is not None else {})

@@ -40,7 +40,7 @@ Piece = Sequence[torch.Tensor]
 """Views of one dtype that travel together."""
 
 
-class Carrier(Protocol):
+class Transport(Protocol):
     """A way between ranks; every call is collective."""
 
     def add_up_(self, piece: Piece, owner: int) -> None:
@@ -64,14 +64,14 @@ class Collectives:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def add_up_(self, piece: Piece, owner: int) -> None:
-        """See `Carrier`."""
+        """See `Transport`."""
         flat = self._flat(piece)
         _distributed.reduce(flat, dst=owner, group=self._group)
         if self._rank == owner:
             _unpack(flat, piece)
 
     def copy_(self, piece: Piece, owner: int) -> None:
-        """See `Carrier`."""
+        """See `Transport`."""
         flat = self._flat(piece)
         _distributed.broadcast(flat, src=owner, group=self._group)
         if self._rank != owner:
@@ -115,7 +115,7 @@ class SharedMemory:
         paths[rank].unlink()
 
     def add_up_(self, piece: Piece, owner: int) -> None:
-        """See `Carrier`."""
+        """See `Transport`."""
         half = self._next_half()
         if self._rank != owner:
             _pack(piece, self._seen(self._rank, half, piece))
@@ -126,7 +126,7 @@ class SharedMemory:
                     _unpack(self._seen(other, half, piece), piece, adds=True)
 
     def copy_(self, piece: Piece, owner: int) -> None:
-        """See `Carrier`."""
+        """See `Transport`."""
         half = self._next_half()
         if self._rank == owner:
             _pack(piece, self._seen(owner, half, piece))
@@ -143,7 +143,7 @@ class SharedMemory:
         return self._buffers[rank][start : start + sum(view.nbytes for view in piece)].view(piece[0].dtype)
 
 
-def open_carrier(rank: int, members: Sequence[int], node: Node, device: torch.device) -> Carrier | None:
+def open_transport(rank: int, members: Sequence[int], node: Node, device: torch.device) -> Transport | None:
     """Collective: between some ranks, `None` for all others."""
     group = _distributed.new_group(list(members))
     if rank not in members:
@@ -210,42 +210,42 @@ def _unpack(flat: torch.Tensor, piece: Piece, *, adds: bool = False) -> None:
         start += view.numel()
 
 
-class Exchange:
+class AsyncCollectives:
     """Carries out orders in the background; all ranks give the same orders, one after the other.
 
     Args:
         ranks: All of them.
         carrier: The way between all.
         device: Of the tensors.
-        team: This rank's, and the way between its members, if it has one.
+        rank_group: This rank's, and the way between its members, if it has one.
     """
 
     def __init__(
         self,
         ranks: Ranks,
-        carrier: Carrier,
+        carrier: Transport,
         device: torch.device,
-        team: tuple[Sequence[int], Carrier] | None = None,
+        rank_group: tuple[Sequence[int], Transport] | None = None,
     ) -> None:
-        self._ranks, self._carrier, self._device, self._team = ranks, carrier, device, team
+        self._ranks, self._transport, self._device, self._rank_group = ranks, carrier, device, rank_group
         self._orders: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._stream = SideStream(device)
         # Where another rank is gone, this thread may stand still for ever; the process ends all the same.
         self._thread = threading.Thread(target=self._run, name="largemerge-exchange", daemon=True)
         self._thread.start()
 
-    def add_up(self, views: Sequence[torch.Tensor], owner: int) -> Future[Any]:
+    def reduce(self, views: Sequence[torch.Tensor], owner: int) -> Future[Any]:
         """Collective: the owner's tensors become the sums of all; the others' are of no use afterwards."""
-        return self._order(views, lambda piece: self._carrier.add_up_(piece, owner))
+        return self._order(views, lambda piece: self._transport.add_up_(piece, owner))
 
     def copy(self, views: Sequence[torch.Tensor], owner: int) -> Future[Any]:
         """Collective: everybody's tensors become the owner's."""
-        return self._order(views, lambda piece: self._carrier.copy_(piece, owner))
+        return self._order(views, lambda piece: self._transport.copy_(piece, owner))
 
     def share(self, views: Sequence[torch.Tensor]) -> Future[Any]:
         """Collective in this rank's team: everybody's tensors become the sums of all."""
-        assert self._team is not None
-        members, carrier = self._team
+        assert self._rank_group is not None
+        members, carrier = self._rank_group
 
         def carry(piece: Piece) -> None:
             carrier.add_up_(piece, members[0])
@@ -255,7 +255,7 @@ class Exchange:
 
     def wait(self, order: Future[Any]) -> None:
         """Until it is carried out: nobody may touch its tensors before."""
-        with self._ranks.waits():
+        with self._ranks.blocked():
             arrived = order.result()
         self._stream.wait(arrived)
 
@@ -265,13 +265,13 @@ class Exchange:
         self._thread.join()
 
     def _order(self, views: Sequence[torch.Tensor], carry: Callable[[Piece], None], *, times: int = 1) -> Future[Any]:
-        ready = self._stream.computed()
+        ready = self._stream.record()
 
         def work() -> Any:
-            with self._stream.after(ready), self._ranks.counted(times * sum(view.nbytes for view in views)):
+            with self._stream.wait_then_run(ready), self._ranks.timed(times * sum(view.nbytes for view in views)):
                 for piece in cut(views, piece_bytes(self._device)):
                     carry(piece)
-            return self._stream.arrived()
+            return self._stream.done()
 
         order: Future[Any] = Future()
         self._orders.put((work, order))
@@ -291,19 +291,19 @@ class Exchange:
 
 
 @contextmanager
-def open_exchange(
-    ranks: Ranks, node: Node, device: torch.device, teams: Sequence[Sequence[int]]
-) -> Iterator[Exchange | None]:
+def open_collectives(
+    ranks: Ranks, node: Node, device: torch.device, rank_groups: Sequence[Sequence[int]]
+) -> Iterator[AsyncCollectives | None]:
     """Collective: between all ranks, and between those of every team; `None` for a single one."""
     if ranks.size == 1:
         yield None
         return
-    everybody = open_carrier(ranks.rank, range(ranks.size), node, device)
+    everybody = open_transport(ranks.rank, range(ranks.size), node, device)
     assert everybody is not None
-    team = None
-    for members in teams:
-        own = open_carrier(ranks.rank, members, node, device) if len(members) > 1 else None
-        team = (members, own) if own is not None else team
-    exchange = Exchange(ranks, everybody, device, team)
+    rank_group = None
+    for members in rank_groups:
+        own = open_transport(ranks.rank, members, node, device) if len(members) > 1 else None
+        rank_group = (members, own) if own is not None else rank_group
+    exchange = AsyncCollectives(ranks, everybody, device, rank_group)
     yield exchange
     exchange.close()  # not after an error: the others may be gone

@@ -17,7 +17,7 @@ def samples_at_once(most: int, num_samples: int, size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Shares:
+class Partition:
     """Who has which calibration batches.
 
     Attributes:
@@ -27,7 +27,7 @@ class Shares:
     batches: tuple[tuple[tuple[int, ...], ...], ...]
 
     @property
-    def holders(self) -> tuple[tuple[int, ...], ...]:
+    def ranks_with_data(self) -> tuple[tuple[int, ...], ...]:
         """By candidate: the ranks that have some of its batches, in order."""
         return tuple(
             tuple(rank for rank, own in enumerate(self.batches) if own[candidate])
@@ -35,14 +35,18 @@ class Shares:
         )
 
     @property
-    def teams(self) -> tuple[tuple[int, ...], ...]:
+    def rank_groups(self) -> tuple[tuple[int, ...], ...]:
         """By candidate: the ranks that it is the last one of, all at the same time: they share its right-hand sides."""
-        holders = self.holders
+        ranks_with_data = self.ranks_with_data
         last = [max((number for number, batches in enumerate(own) if batches), default=-1) for own in self.batches]
-        return tuple(tuple(rank for rank in ranks if last[rank] == number) for number, ranks in enumerate(holders))
+        return tuple(
+            tuple(rank for rank in ranks if last[rank] == number) for number, ranks in enumerate(ranks_with_data)
+        )
 
 
-def share_out(costs: Sequence[Sequence[float]], size: int, right_hand_sides: Sequence[float] | None = None) -> Shares:
+def partition_batches(
+    costs: Sequence[Sequence[float]], size: int, right_hand_sides: Sequence[float] | None = None
+) -> Partition:
     """Gives every (candidate, batch) to one rank, so that all have about the same to do.
 
     A rank gets neighbours, so that few candidates are split, and most of their blocks are read by one rank only.
@@ -62,21 +66,23 @@ def share_out(costs: Sequence[Sequence[float]], size: int, right_hand_sides: Seq
     return min(ways, key=lambda shares: max(_loads(shares, costs, more)))
 
 
-def _loads(shares: Shares, costs: Sequence[Sequence[float]], right_hand_sides: Sequence[float]) -> list[float]:
+def _loads(shares: Partition, costs: Sequence[Sequence[float]], right_hand_sides: Sequence[float]) -> list[float]:
     """What every rank has to do."""
-    teams = shares.teams
+    rank_groups = shares.rank_groups
     loads = []
     for rank, own in enumerate(shares.batches):
         load = 0.0
         for candidate, numbers in enumerate(own):
             load += sum(costs[candidate][number] for number in numbers)
             if numbers:
-                load += right_hand_sides[candidate] / (len(teams[candidate]) if rank in teams[candidate] else 1)
+                load += right_hand_sides[candidate] / (
+                    len(rank_groups[candidate]) if rank in rank_groups[candidate] else 1
+                )
         loads.append(load)
     return loads
 
 
-def _along_a_line(costs: Sequence[Sequence[float]], size: int, split_costs: Sequence[float]) -> Shares:
+def _along_a_line(costs: Sequence[Sequence[float]], size: int, split_costs: Sequence[float]) -> Partition:
     """All batches in one line, cut into even parts; near a candidate's end there."""
     cuts = _cuts([sum(batches) for batches in costs], size, split_costs)
     shares: list[list[list[int]]] = [[[] for _ in costs] for _ in range(size)]
@@ -89,7 +95,7 @@ def _along_a_line(costs: Sequence[Sequence[float]], size: int, split_costs: Sequ
     return _frozen(shares)
 
 
-def _whole_ranks(costs: Sequence[Sequence[float]], size: int) -> Shares:
+def _whole_ranks(costs: Sequence[Sequence[float]], size: int) -> Partition:
     """Every candidate has some ranks of its own."""
     totals = [sum(batches) for batches in costs]
     counts = [1] * len(totals)
@@ -103,8 +109,8 @@ def _whole_ranks(costs: Sequence[Sequence[float]], size: int) -> Shares:
     return _frozen(shares)
 
 
-def _frozen(shares: Sequence[Sequence[Sequence[int]]]) -> Shares:
-    return Shares(tuple(tuple(tuple(numbers) for numbers in own) for own in shares))
+def _frozen(shares: Sequence[Sequence[Sequence[int]]]) -> Partition:
+    return Partition(tuple(tuple(tuple(numbers) for numbers in own) for own in shares))
 
 
 def _cuts(totals: Sequence[float], size: int, split_costs: Sequence[float]) -> list[float]:

@@ -21,7 +21,7 @@ import torch
 
 from largemerge.devices import choose_device
 from largemerge.distributed.watchdog import Heartbeat, StallWatch, join_store, open_store
-from largemerge.errors import LargemergeError, MergeError, ToldError
+from largemerge.errors import LargemergeError, MergeError, RankAbortedError
 
 Value = TypeVar("Value")
 
@@ -61,7 +61,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self.waits(), self.counted():
+        with self.blocked(), self.timed():
             torch.distributed.all_gather_object(values, value)
         return values
 
@@ -70,7 +70,7 @@ class Ranks:
         if self.size == 1:
             return value
         values = [value]
-        with self.waits(), self.counted():
+        with self.blocked(), self.timed():
             torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -84,7 +84,7 @@ class Ranks:
         layout = self.from_first([(name, tensor.shape, tensor.dtype) for name, tensor in loaded.items()])
         for name, shape, dtype in layout:
             tensor = loaded[name] if self.is_first else torch.empty(shape, dtype=dtype, device=device)
-            with self.waits(), self.counted(tensor.nbytes):
+            with self.blocked(), self.timed(tensor.nbytes):
                 torch.distributed.broadcast(tensor, src=0)
             loaded[name] = tensor
         return loaded
@@ -93,7 +93,7 @@ class Ranks:
         """Collective: runs `step` on every rank; if it fails on one, it fails on all.
 
         Raises:
-            LargemergeError: On the first rank, with everybody's problems; a `ToldError` on the others.
+            LargemergeError: On the first rank, with everybody's problems; a `RankAbortedError` on the others.
         """
         if self.size == 1:
             return step()
@@ -108,23 +108,23 @@ class Ranks:
             return result  # type: ignore[return-value]
         self._all_know = True
         if not self.is_first:
-            raise ToldError(*everybodys[self.rank])
-        raise LargemergeError(*told_together(everybodys))
+            raise RankAbortedError(*everybodys[self.rank])
+        raise LargemergeError(*join_problems(everybodys))
 
     @contextmanager
-    def works(self) -> Iterator[None]:
+    def busy(self) -> Iterator[None]:
         """Meanwhile this rank has something to do: that it hangs is found out."""
-        with self._watch.works() if self._watch is not None else nullcontext():
+        with self._watch.busy() if self._watch is not None else nullcontext():
             yield
 
     @contextmanager
-    def waits(self) -> Iterator[None]:
+    def blocked(self) -> Iterator[None]:
         """Meanwhile this rank does nothing for a good reason: it waits for another one, or for the disk."""
-        with self._watch.waits() if self._watch is not None else nullcontext():
+        with self._watch.blocked() if self._watch is not None else nullcontext():
             yield
 
     @contextmanager
-    def counted(self, num_bytes: int = 0) -> Iterator[None]:
+    def timed(self, num_bytes: int = 0) -> Iterator[None]:
         """Around collective calls: counts their bytes and seconds; says who is gone where a connection breaks.
 
         Raises:
@@ -136,10 +136,10 @@ class Ranks:
         except RuntimeError:
             if self._heartbeat is None:
                 raise
-            with self.waits():
+            with self.blocked():
                 why = self._heartbeat.why_gone()
             self._all_know = True
-            kind = MergeError if self.is_first or "rank 0" in why else ToldError
+            kind = MergeError if self.is_first or "rank 0" in why else RankAbortedError
             raise kind(f"{why}; what is finished is safe: go on with --resume") from None
         self.seconds += time.perf_counter() - start
         self.num_bytes += num_bytes
@@ -166,7 +166,7 @@ class Ranks:
         heartbeat.stop()
 
 
-def told_together(problems: Sequence[tuple[str, ...]]) -> list[str]:
+def join_problems(problems: Sequence[tuple[str, ...]]) -> list[str]:
     """Everybody's problems: as they are where all ranks have them, else with the numbers of those that do."""
     ranks: dict[str, list[str]] = {}
     for rank, own in enumerate(problems):

@@ -41,7 +41,7 @@ class StallWatch:
         self._last_busy = self._seen[0]
 
     @contextmanager
-    def works(self) -> Iterator[None]:
+    def busy(self) -> Iterator[None]:
         """Meanwhile this process has something to do."""
         self._add(-1)
         try:
@@ -50,7 +50,7 @@ class StallWatch:
             self._add(1)
 
     @contextmanager
-    def waits(self) -> Iterator[None]:
+    def blocked(self) -> Iterator[None]:
         """Meanwhile this process waits for another rank, or for the disk."""
         self._add(1)
         try:

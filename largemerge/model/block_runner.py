@@ -1,24 +1,30 @@
-"""Which rows of a stack's hidden states enter the statistics, and how many there are.
+"""Runs one block of a model on hidden states: weights in, hidden states in, hidden states out.
 
-Where activations come from: one block with given weights, run on the calibration data of one candidate.
+    runner = BlockRunner(skeleton, trace, load_non_block, compute_dtype, device, loss_input)
+    with runner.block(BlockId(stack, index), weights, owner) as block:
+        for batch, outputs in …:
+            output = block.run(batch, outputs, watch=["self_attn.q_proj"], on_input=see)
 
-Hidden states wait between blocks, one copy. What lies outside the stacks (embeddings, an encoder's final norm) is
-loaded only where the rehearsal saw that it matters; everywhere else stands a NaN, one element of memory for a
-whole tensor, so that a mistake could not go unnoticed.
+It knows nothing of merging. On the way it shows whoever asks the valid rows of every watched linear's input: padding
+and what a loss mask keeps out are gone. Weights are put in for the time of one run, so that two blocks with other
+weights, or two streams of hidden states, can take turns batch by batch.
+
+What lies outside the blocks (embeddings, an encoder's final norm) is loaded only where the trace saw that it matters.
+Everywhere else stands a NaN, one element of memory for a whole tensor, so that a mistake could not go unnoticed.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from largemerge.calibration.batches import Batch, CalibrationSet, split_batches
+from largemerge.calibration.batches import Batch, split_batches
 from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.errors import MergeError
 from largemerge.matmul import faster_linear
@@ -28,107 +34,57 @@ from largemerge.model.forward import (
     original_forward,
     replaced_forwards,
     resumed_at,
+    run_to_end,
     run_until,
     watched_linears,
 )
-from largemerge.model.hidden_states import HiddenStates
-from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in, poison_outside
-from largemerge.model.trace import Rehearsal, StackRehearsal
-from largemerge.regression.tensor_plan import BlockPlan
-from largemerge.regression.weights import Weights
+from largemerge.model.skeleton import Skeleton, assign_tensors, fill_with_nan, linears_in
+from largemerge.model.trace import ModelTrace, StackTrace, needed_at_end
+
+OnInput = Callable[[str, torch.Tensor], None]
+"""Called with a linear's path in the block and the valid rows `[N, in]` of its input."""
 
 
-def row_mask(batch: Batch, stack: StackRehearsal, loss_tokens: str) -> torch.Tensor | None:
-    """The tokens of a batch that count in one stack.
+class LoadNonBlock(Protocol):
+    """Reads tensors outside the blocks."""
 
-    Args:
-        batch: Forward arguments and loss mask.
-        stack: Says whose tokens the rows are.
-        loss_tokens: The input that the loss mask belongs to, `input_ids` or `decoder_input_ids`.
-
-    Returns:
-        bool `[B, T]`; `None` where all count.
-    """
-    if stack.tokens is None:
-        return None
-    mask = None
-    attention = batch.inputs.get(stack.tokens.replace("input_ids", "attention_mask"))
-    if attention is not None and attention.dim() == 2:
-        mask = attention != 0
-    if batch.loss_mask is not None and stack.tokens == loss_tokens:
-        mask = batch.loss_mask if mask is None else mask & batch.loss_mask
-    return None if mask is None or bool(mask.all()) else mask
+    def __call__(self, owner: Hashable, parameters: Sequence[str], buffers: Sequence[str]) -> Tensors:
+        """All of the parameters, and those of the buffers that the owner's files have, by name in the module."""
 
 
-def count_rows(batch: Batch, stack: StackRehearsal, loss_tokens: str) -> int:
-    """How many rows of a batch count in one stack."""
-    mask = row_mask(batch, stack, loss_tokens)
-    if mask is not None:
-        return int(mask.sum())
-    if stack.tokens is not None:
-        return batch.inputs[stack.tokens].numel()
-    return next(iter(batch.inputs.values())).shape[0] * stack.num_tokens
+@dataclass(frozen=True)
+class BlockId:
+    """A block, by the number of its stack in the skeleton and its own in the stack."""
 
-
-Masks = Mapping[int, torch.Tensor | None]
-"""Stack → which of its tokens count, bool `[B, T]`; `None` if all do."""
-
-VisitInput = Callable[[str, torch.Tensor, Masks], None]
-"""Called with a linear's path in the block, its input `[..., in]`, and the batch's masks."""
+    stack: int
+    index: int
 
 
 @dataclass
-class Samples:
-    """One run of a block over batches.
+class BlockRunner:
+    """Runs the blocks of one model.
 
     Attributes:
-        block: Which.
-        module: Of the skeleton.
-        until: The linear at whose input it stops, if it does.
-        masks: Of the present batch.
-        seen: Linears whose inputs on the present batch have been visited.
-    """
-
-    block: BlockPlan
-    module: torch.nn.Module
-    until: str | None
-    masks: Masks = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
-
-
-@dataclass
-class Activations:
-    """Runs blocks on calibration data.
-
-    Attributes:
-        skeleton: Of the model; its parameters are set and taken away here.
-        rehearsal: What the rehearsal saw.
-        calibration: By candidate, as far as it is this rank's.
-        row_counts: By candidate and stack: rows that count, on all ranks together.
-        own_row_counts: Those of them that this rank has.
-        weights: Where embeddings and the like are read from.
-        hidden_states: Waiting between blocks.
-        compute_dtype: Of the forward passes.
-        device: That computes.
-        loss_tokens: The input that loss masks belong to.
-        most_samples: That are run at once; halved when memory does not suffice.
-        retries: What had to be run again in smaller parts.
+        skeleton: The model; its parameters are set and taken away here.
+        trace: What a forward pass reads, found out beforehand.
+        load_non_block: Reads embeddings and the like.
+        compute_dtype: Dtype of the forward passes.
+        device: The device that computes.
+        loss_input: The input that loss masks belong to, `input_ids` or `decoder_input_ids`.
+        max_samples: How many samples run at once; halved when memory does not suffice.
+        retries: What had to be run again in smaller parts, for people.
     """
 
     skeleton: Skeleton
-    rehearsal: Rehearsal
-    calibration: Sequence[CalibrationSet]
-    row_counts: Sequence[Sequence[int]]
-    own_row_counts: Sequence[Sequence[int]]
-    weights: Weights
-    hidden_states: HiddenStates
+    trace: ModelTrace
+    load_non_block: LoadNonBlock
     compute_dtype: torch.dtype
     device: torch.device
-    loss_tokens: str
-    most_samples: int = sys.maxsize
+    loss_input: str
+    max_samples: int = sys.maxsize
     retries: list[str] = field(default_factory=list)
-    _outside_for: tuple[int, bool, int | None] | None = field(init=False, default=None)
-    _idle_shapes: dict[tuple[str, torch.Size], torch.Size] = field(init=False, default_factory=dict)
+    _non_block: tuple[Hashable, Tensors] = field(init=False, default_factory=lambda: (None, {}))
+    _unused_shapes: dict[tuple[str, torch.Size], torch.Size] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for module in self.skeleton.model.modules():
@@ -136,171 +92,265 @@ class Activations:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[key] = buffer.to(self.device)
 
-    def num_rows(self, candidate: int, stack: int) -> int:
-        """Rows of a candidate's data that count in a stack, on all ranks together."""
-        return self.row_counts[candidate][stack]
-
-    def num_own_rows(self, candidate: int, stack: int) -> int:
-        """Those of them that this rank has."""
-        return self.own_row_counts[candidate][stack]
-
-    def run(
-        self,
-        block: BlockPlan,
-        candidate: int,
-        tensors: Tensors,
-        *,
-        outside_of: int | None,
-        keep: bool,
-        watch: Sequence[str] = (),
-        visit: VisitInput | None = None,
-    ) -> Iterator[None]:
-        """Runs a block on all batches of one candidate, and pauses after each.
+    @contextmanager
+    def block(self, block: BlockId, tensors: Tensors, owner: Hashable) -> Iterator[RunningBlock]:
+        """Prepares a block with weights; several may be open at a time.
 
         Args:
             block: Which one.
-            candidate: Whose data.
-            tensors: The block's weights, by parameter name.
-            outside_of: Whose embeddings and the like: a candidate's, or `None` for the merged ones.
-            keep: Store the block's output as the next hidden states. Otherwise the block is run only as far as
-                the last linear of `watch`.
-            watch: Linears to watch, by path in the block, in the order in which they run.
-            visit: Sees their inputs.
+            tensors: Its weights by path in the block; they are cast and moved here.
+            owner: Whose embeddings and the like are read on the way, for `load_non_block`.
         """
-        module = self.skeleton.stacks[block.stack].blocks[block.index]
-        until = None if keep else watch[-1]
-        samples = Samples(block, module, until)
+        cast = {path: self.cast(tensor) for path, tensor in tensors.items()}
+        running = RunningBlock(self, block, cast, self.non_block_of(block, owner))
+        try:
+            yield running
+        finally:
+            running.close()
 
-        def see(path: str, x: torch.Tensor) -> None:
-            if visit is not None and path not in samples.seen:
-                visit(path, x, samples.masks)
-                samples.seen.add(path)
+    def non_block_of(self, block: BlockId, owner: Hashable) -> tuple[Hashable, Tensors]:
+        """Loads what matters outside the blocks on the way to a block, unless it was the last to be loaded.
 
-        self.set_outside(block, outside_of)
-        watching = watched_linears(module, watch, see) if visit is not None else nullcontext()
-        idle = self.rehearsal.stacks[block.stack].idle if block.index > 0 else ()
-        forwards = {self.skeleton.model.get_submodule(name): self._idle_forward(name) for name in idle}
-        for linear in linears_in(module).values():
-            faster = faster_linear(linear, self.compute_dtype, self.device)
-            forwards |= {} if faster is None else {linear: faster}
-        with block_weights(module, self._for_forward(block, tensors)), replaced_forwards(forwards), watching:
-            for number, batch in enumerate(self.calibration[candidate].batches):
-                self.hidden_states.ahead(candidate, number + 1)
-                outputs = self.hidden_states.get(candidate, number, self.device)
-                output = self._run_samples(samples, batch, outputs, frozenset())
-                if keep:
-                    self.hidden_states.put(candidate, number, block.stack, output)
-                del output, outputs
-                yield
+        Returns:
+            A key, and the tensors by name.
+        """
+        key = (block.stack, block.index == 0, owner)
+        if self._non_block[0] != key:
+            stack = self.trace.stacks[block.stack]
+            self._load_non_block(key, stack.first if block.index == 0 else stack.later, owner)
+        return self._non_block
 
-    def _run_samples(
-        self, samples: Samples, batch: Batch, outputs: Mapping[int, Output], seen: frozenset[str]
-    ) -> Output:
-        """Runs a block on a batch, in halves where memory does not suffice for all of it at once.
+    def _load_non_block(self, key: Hashable, wanted: frozenset[str], owner: Hashable) -> None:
+        self._non_block = (None, {})  # what was there goes before anything else comes
+        fill_with_nan(self.skeleton, self.device, but=wanted)
+        parameters = dict(self.skeleton.model.named_parameters())
+        buffers = [name for name in self.skeleton.non_block_tensors() if name not in parameters]
+        loaded = self.load_non_block(owner, sorted(wanted), buffers)
+        tensors = {name: self.cast(loaded.pop(name)) for name in list(loaded)}
+        assign_tensors(self.skeleton, tensors)
+        self._non_block = (key, tensors)
+
+    def use_non_block(self, non_block: tuple[Hashable, Tensors]) -> None:
+        """Puts tensors outside the blocks in their places, if others are there."""
+        if self._non_block[0] != non_block[0]:
+            fill_with_nan(self.skeleton, self.device, but=set(non_block[1]))
+            assign_tensors(self.skeleton, non_block[1])
+            self._non_block = non_block
+
+    def end(self, batch: Batch, outputs: Mapping[int, Output], owner: Hashable) -> Any:
+        """Runs what comes after the last block: final norm and head.
 
         Args:
-            samples: What stays the same from batch to batch.
-            batch: To run on.
-            outputs: The stored outputs of the stacks.
-            seen: Linears whose inputs on this batch have been visited by a try that ran out of memory later on.
+            batch: The forward arguments.
+            outputs: By stack: what its last block returned.
+            owner: Whose norm and head are read, for `load_non_block`.
+
+        Returns:
+            What the model's forward returns, such as an object with `logits`.
         """
-        if batch.num_samples <= self.most_samples:
-            samples.seen = set(seen)
-            samples.masks = self._masks(batch)
-            try:
-                return self._run_batch(samples, batch, outputs)
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                self._halve(samples.block.name, batch.num_samples, error)
-            seen = frozenset(samples.seen)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        half = -(-batch.num_samples // 2)
-        parts = [
-            self._run_samples(samples, part, _split(outputs, batch.num_samples, rows), seen)
-            for part, rows in zip(split_batches([batch], half), (slice(0, half), slice(half, None)), strict=True)
-        ]
-        return _joined(parts, half)
+        inputs = {name: self.cast(tensor) for name, tensor in batch.inputs.items()}
+        key = ("end", owner)
+        if self._non_block[0] != key:
+            fill_with_nan(self.skeleton, self.device)
+            self._load_non_block(key, needed_at_end(self.skeleton, self.trace.order, inputs, outputs), owner)
+        return run_to_end(self.skeleton, inputs, outputs)
 
-    def _halve(self, block: str, num_samples: int, error: RuntimeError) -> None:
-        if num_samples == 1:
-            raise MergeError(
-                f"{block}: out of memory with a single sample ({str(error).splitlines()[0]}); lower max_length"
-            ) from None
-        self.most_samples = num_samples // 2
-        self.retries.append(
-            f"{block}: out of memory with {num_samples} samples at once; from here on at most {self.most_samples}"
-        )
+    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device that computes, floating-point ones in the forward's dtype."""
+        return tensor.to(self.device, self.compute_dtype if tensor.is_floating_point() else None)
 
-    def _run_batch(self, samples: Samples, batch: Batch, outputs: Mapping[int, Output]) -> Output:
-        caught: list[Output] = []
+    def nan(self, shape: torch.Size) -> torch.Tensor:
+        """A tensor whose values nobody reads; all of it is one element of memory."""
+        return torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device).expand(shape)
 
-        def visit(*args: Any, **kwargs: Any) -> None:
-            caught.append(run_until(samples.module, samples.until, args, kwargs))
-
-        idle = self.rehearsal.stacks[samples.block.stack].idle_inputs if samples.block.index > 0 else ()
-        inputs = {
-            name: self._nan(tensor.shape) if name in idle else self._cast(tensor)
-            for name, tensor in batch.inputs.items()
-        }
-        with resumed_at(self.skeleton, samples.block.stack, samples.block.index) as run:
-            run(inputs, outputs, visit)
-        return caught[0]
-
-    def _idle_forward(self, name: str) -> Callable[..., torch.Tensor]:
-        """For a module whose output nobody reads: NaN of the right shape, which is found out once for each input."""
+    def unused_forward(self, name: str) -> Callable[..., torch.Tensor]:
+        """A forward for a module whose output nobody reads: NaN of the right shape, found out once for each input."""
         module = self.skeleton.model.get_submodule(name)
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             key = (name, x.shape)
-            if key not in self._idle_shapes:
-                self._idle_shapes[key] = original_forward(module)(x, *args, **kwargs).shape
-            return self._nan(self._idle_shapes[key])
+            if key not in self._unused_shapes:
+                self._unused_shapes[key] = original_forward(module)(x, *args, **kwargs).shape
+            return self.nan(self._unused_shapes[key])
 
         return forward
 
-    def _nan(self, shape: torch.Size) -> torch.Tensor:
-        """A tensor whose values nobody reads; all of it is one element of memory."""
-        return torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device).expand(shape)
+    def halve(self, block: str, num_samples: int, error: RuntimeError) -> None:
+        """Runs fewer samples at once from here on.
 
-    def _masks(self, batch: Batch) -> dict[int, torch.Tensor | None]:
-        masks = {}
-        for stack, seen in enumerate(self.rehearsal.stacks):
-            mask = row_mask(batch, seen, self.loss_tokens)
-            masks[stack] = None if mask is None else mask.to(self.device)
-        return masks
-
-    def _for_forward(self, block: BlockPlan, tensors: Tensors) -> Tensors:
-        """A block's tensors by path in the block, in the forward's dtype."""
-        prefix = block.name + "."
-        return {name.removeprefix(prefix): self._cast(tensor) for name, tensor in tensors.items()}
-
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, self.compute_dtype if tensor.is_floating_point() else None)
-
-    def set_outside(self, block: BlockPlan, candidate: int | None) -> None:
-        """Loads what outside the stacks matters on the way to a block, and nothing else.
-
-        For the merged weights (no candidate) the first call for a block is collective.
+        Raises:
+            MergeError: If there is only one.
         """
-        wanted_for = (block.stack, block.index == 0, candidate)
-        if self._outside_for == wanted_for:
-            return
-        self._outside_for = wanted_for
-        seen = self.rehearsal.stacks[block.stack]
-        wanted = set(seen.first if block.index == 0 else seen.later)
-        poison_outside(self.skeleton, self.device, but=wanted)
-        parameters = dict(self.skeleton.model.named_parameters())
-        buffers = [name for name in self.skeleton.outside_tensors() if name not in parameters]
-        names = [*sorted(wanted), *(name for name in buffers if self.weights.inputs.reference_names.has(name))]
-        loaded = self.weights.merged(names) if candidate is None else self.weights.candidate(candidate, names)
-        for name in names:
-            assign_tensors(self.skeleton, {name: self._cast(loaded.pop(name))})
+        if num_samples == 1:
+            raise MergeError(
+                f"{block}: out of memory with a single sample ({str(error).splitlines()[0]}); lower max_length"
+            ) from None
+        self.max_samples = num_samples // 2
+        self.retries.append(
+            f"{block}: out of memory with {num_samples} samples at once; from here on at most {self.max_samples}"
+        )
 
 
-def counted_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Rows `[N, in]` of a linear's input that count; the others may be anything, NaN included."""
+class RunningBlock:
+    """A block with weights, ready to be run on one batch after another.
+
+    Args:
+        runner: Of the model.
+        block: Which block.
+        tensors: Its weights by path, on the device and in the dtype that compute.
+        non_block: From `BlockRunner.non_block_of`.
+    """
+
+    def __init__(
+        self, runner: BlockRunner, block: BlockId, tensors: Tensors, non_block: tuple[Hashable, Tensors]
+    ) -> None:
+        skeleton, stack = runner.skeleton, runner.trace.stacks[block.stack]
+        self._runner, self._block, self._non_block = runner, block, non_block
+        self._name = skeleton.stacks[block.stack].block_name(block.index)
+        self._module = skeleton.stacks[block.stack].blocks[block.index]
+        self._rows = {role.name: role.rows for role in stack.roles[block.index]}
+        self._unused_inputs = stack.unused_inputs if block.index > 0 else frozenset[str]()
+        self._tensors: Mapping[str, torch.Tensor] = tensors
+        unused = stack.unused if block.index > 0 else ()
+        self._forwards = {skeleton.model.get_submodule(name): runner.unused_forward(name) for name in unused}
+        for linear in linears_in(self._module).values():
+            faster = faster_linear(linear, runner.compute_dtype, runner.device)
+            self._forwards |= {} if faster is None else {linear: faster}
+
+    def close(self) -> None:
+        """Lets go of the weights."""
+        self._tensors, self._non_block = {}, (None, {})
+
+    def run(
+        self,
+        batch: Batch,
+        outputs: Mapping[int, Output],
+        *,
+        watch: Sequence[str] = (),
+        on_input: OnInput | None = None,
+        whole: bool = True,
+    ) -> Output | None:
+        """Runs the block on one batch, in halves where memory does not suffice for all of it at once.
+
+        Args:
+            batch: The forward arguments, and the loss mask.
+            outputs: By stack: what its last block that has run returned.
+            watch: Linears whose inputs are wanted, by path in the block, in the order in which they run.
+            on_input: Sees them, once for each part of the batch.
+            whole: Run the block to its end; otherwise only as far as the last linear of `watch`.
+
+        Returns:
+            The block's output, or `None` if it was not run to its end.
+
+        Raises:
+            MergeError: If memory does not suffice for a single sample.
+        """
+        self._runner.use_non_block(self._non_block)
+        until = None if whole else watch[-1]
+        with block_weights(self._module, self._tensors), replaced_forwards(self._forwards):
+            return self._run_samples(batch, outputs, watch, on_input, until, frozenset())
+
+    def _run_samples(
+        self,
+        batch: Batch,
+        outputs: Mapping[int, Output],
+        watch: Sequence[str],
+        on_input: OnInput | None,
+        until: str | None,
+        seen: frozenset[str],
+    ) -> Output | None:
+        """Runs some samples; `seen` are linears that were shown by a try that ran out of memory later on."""
+        runner = self._runner
+        if batch.num_samples <= runner.max_samples:
+            shown = set(seen)
+            try:
+                return self._run_batch(batch, outputs, watch, on_input, until, shown)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                runner.halve(self._name, batch.num_samples, error)
+            seen = frozenset(shown)
+            if runner.device.type == "cuda":
+                torch.cuda.empty_cache()
+        half = -(-batch.num_samples // 2)
+        parts = [
+            self._run_samples(part, _split(outputs, batch.num_samples, rows), watch, on_input, until, seen)
+            for part, rows in zip(split_batches([batch], half), (slice(0, half), slice(half, None)), strict=True)
+        ]
+        return _joined(parts, half)
+
+    def _run_batch(
+        self,
+        batch: Batch,
+        outputs: Mapping[int, Output],
+        watch: Sequence[str],
+        on_input: OnInput | None,
+        until: str | None,
+        shown: set[str],
+    ) -> Output | None:
+        runner, caught = self._runner, list[Output]()
+        masks: dict[int, torch.Tensor | None] = {}
+
+        def see(path: str, x: torch.Tensor) -> None:
+            if on_input is not None and path not in shown:
+                rows = self._rows[path]
+                on_input(path, valid_rows(x, self._mask(batch, rows, masks) if rows is not None else None))
+                shown.add(path)
+
+        def visit(*args: Any, **kwargs: Any) -> None:
+            caught.append(run_until(self._module, until, args, kwargs))
+
+        inputs = {
+            name: runner.nan(tensor.shape) if name in self._unused_inputs else runner.cast(tensor)
+            for name, tensor in batch.inputs.items()
+        }
+        watching = watched_linears(self._module, watch, see) if on_input is not None else nullcontext()
+        with watching, resumed_at(runner.skeleton, self._block.stack, self._block.index) as run:
+            run(inputs, outputs, visit)
+        return caught[0]
+
+    def _mask(self, batch: Batch, stack: int, known: dict[int, torch.Tensor | None]) -> torch.Tensor | None:
+        """Which tokens of a stack are valid; made once for a batch."""
+        if stack not in known:
+            mask = valid_mask(batch, self._runner.trace.stacks[stack], self._runner.loss_input)
+            known[stack] = None if mask is None else mask.to(self._runner.device)
+        return known[stack]
+
+
+def valid_mask(batch: Batch, stack: StackTrace, loss_input: str) -> torch.Tensor | None:
+    """The tokens of a batch that are valid in one stack: neither padding nor kept out by the loss mask.
+
+    Args:
+        batch: Forward arguments and loss mask.
+        stack: Says whose tokens the rows are.
+        loss_input: The input that the loss mask belongs to, `input_ids` or `decoder_input_ids`.
+
+    Returns:
+        bool `[B, T]`; `None` where all tokens are valid.
+    """
+    if stack.tokens is None:
+        return None
+    mask = None
+    attention = batch.inputs.get(stack.tokens.replace("input_ids", "attention_mask"))
+    if attention is not None and attention.dim() == 2:
+        mask = attention != 0
+    if batch.loss_mask is not None and stack.tokens == loss_input:
+        mask = batch.loss_mask if mask is None else mask & batch.loss_mask
+    return None if mask is None or bool(mask.all()) else mask
+
+
+def count_valid_rows(batch: Batch, stack: StackTrace, loss_input: str) -> int:
+    """The number of valid tokens of a batch in one stack; arguments are those of `valid_mask`."""
+    mask = valid_mask(batch, stack, loss_input)
+    if mask is not None:
+        return int(mask.sum())
+    if stack.tokens is not None:
+        return batch.inputs[stack.tokens].numel()
+    return next(iter(batch.inputs.values())).shape[0] * stack.num_tokens
+
+
+def valid_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Rows `[N, in]` of a linear's input that are valid; the others may hold anything, NaN included."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if mask is None else flat[mask.reshape(-1)]
 

@@ -11,7 +11,7 @@ so the model's own code makes masks, position embeddings and per-layer arguments
 between blocks. Nothing is captured once and replayed wrongly, and no mask is stored. Stacks that run
 earlier (an encoder, for a decoder) answer with their last block's output.
 
-One block with weights: put in, watched, taken out.
+`run_to_end` does the same for what comes after the last block: final norm, head, logits.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ Visit = Callable[..., None]
 
 RunToBlock = Callable[[Mapping[str, torch.Tensor], Mapping[int, Output], Visit], None]
 """Calls the model on inputs, given the last output of each stack, up to the block, and visits it."""
+
+
+OnInputTensor = Callable[[str, torch.Tensor], None]
+"""Called with a watched linear's path and its input `[..., in]`."""
 
 
 class _Reached(Exception):
@@ -72,22 +76,11 @@ def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterat
     stored: dict[int, Output] = {}
     visits: list[Visit] = []
 
-    def stub(index: int) -> Callable[..., Output]:
-        def answer(*args: Any, **kwargs: Any) -> Output:
-            if index not in stored:
-                name = skeleton.stacks[index].name
-                raise ArchitectureError(f"{skeleton.class_name}: a block of {name} runs earlier than it should")
-            return stored[index]
-
-        return answer
-
     def reached(*args: Any, **kwargs: Any) -> Output:
         visits[-1](*args, **kwargs)
         raise _Reached
 
-    stubs = {index: stub(index) for index in range(len(skeleton.stacks))}
-    forwards = {block: stubs[index] for index, stack in enumerate(skeleton.stacks) for block in stack.blocks}
-    forwards[target] = reached
+    forwards = _stubs(skeleton, stored) | {target: reached}
 
     def run(inputs: Mapping[str, torch.Tensor], outputs: Mapping[int, Output], visit: Visit) -> None:
         stored.clear()
@@ -107,6 +100,43 @@ def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterat
         yield run
 
 
+def run_to_end(
+    skeleton: Skeleton,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Mapping[int, Output],
+    replaced: Mapping[nn.Module, Callable[..., Any]] | None = None,
+) -> Any:
+    """Runs what comes after the last block of every stack: final norm, head, logits.
+
+    Args:
+        skeleton: Its parameters outside the stacks must be set as far as the end needs them.
+        inputs: The forward arguments.
+        outputs: By stack: what its last block returned.
+        replaced: Other forwards of some modules.
+
+    Returns:
+        What the model's own forward returns.
+    """
+    with replaced_forwards(_stubs(skeleton, outputs) | dict(replaced or {})), torch.no_grad():
+        return skeleton.model(**inputs)
+
+
+def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module, Callable[..., Output]]:
+    """Forwards that answer the stored output of their stack, for every block."""
+
+    def stub(index: int) -> Callable[..., Output]:
+        def answer(*args: Any, **kwargs: Any) -> Output:
+            if index not in outputs:
+                name = skeleton.stacks[index].name
+                raise ArchitectureError(f"{skeleton.class_name}: a block of {name} runs earlier than it should")
+            return outputs[index]
+
+        return answer
+
+    stubs = [stub(index) for index in range(len(skeleton.stacks))]
+    return {block: stubs[index] for index, stack in enumerate(skeleton.stacks) for block in stack.blocks}
+
+
 def original_forward(block: nn.Module) -> Callable[..., Output]:
     """The block's own forward, whatever stands in its place now."""
     forward: Callable[..., Output] = type(block).forward.__get__(block)
@@ -115,10 +145,6 @@ def original_forward(block: nn.Module) -> Callable[..., Output]:
 
 class _Enough(Exception):
     """The last watched linear has been reached: what the block would compute after it, nobody reads."""
-
-
-VisitRows = Callable[[str, torch.Tensor], None]
-"""Called with a watched linear's path and its input `[..., in]`."""
 
 
 @contextmanager
@@ -146,7 +172,7 @@ def block_weights(block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iter
 
 
 @contextmanager
-def watched_linears(block: nn.Module, paths: Sequence[str], visit: VisitRows) -> Iterator[None]:
+def watched_linears(block: nn.Module, paths: Sequence[str], visit: OnInputTensor) -> Iterator[None]:
     """Calls `visit` with the input of each linear in `paths`, before it runs."""
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

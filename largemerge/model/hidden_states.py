@@ -27,8 +27,8 @@ from largemerge.checkpoint.direct_io import byte_view, read_tensor
 from largemerge.errors import MergeError
 
 Output = Any
-Key = tuple[int, int, int]
-"""Candidate, batch, stack."""
+Key = tuple[str, int, int, int]
+"""Stream, data set, batch, stack: two models may each have hidden states of their own on the same data."""
 
 _MOST_WRITES = 2
 _BLOCK_SIZE = 64  # elements that share a scale in 8 bits; never of two tokens, or a padded one's NaN would spread
@@ -185,7 +185,7 @@ class DiskStore:
 
 
 class HiddenStates:
-    """Outputs by (candidate, batch) and stack. A context manager.
+    """The last output of every stack, by stream, data set and batch. A context manager.
 
     Args:
         store: Where they wait.
@@ -210,7 +210,7 @@ class HiddenStates:
         """Bytes kept now."""
         return self._store.num_bytes
 
-    def put(self, candidate: int, batch: int, stack: int, output: Output) -> None:
+    def put(self, stream: str, dataset: int, batch: int, stack: int, output: Output) -> None:
         """Stores the output of a block of `stack`; that of the block before it is gone."""
         leaves, spec = tree_flatten(output)
         tensors: list[torch.Tensor] = []
@@ -224,22 +224,22 @@ class HiddenStates:
             parts = _quantized(leaf) if in_eight_bits else [leaf.detach().contiguous()]
             kept.append(_Stored(len(parts), leaf.dtype, leaf.shape))
             tensors += parts
-        key = (candidate, batch, stack)
+        key = (stream, dataset, batch, stack)
         self._trees[key] = (kept, spec)
         self._store.put(key, tensors)
 
-    def get(self, candidate: int, batch: int, device: torch.device) -> dict[int, Output]:
+    def get(self, stream: str, dataset: int, batch: int, device: torch.device) -> dict[int, Output]:
         """The stored outputs of every stack that has run, on `device`."""
-        return {key[2]: self._output(key, device) for key in self._keys(candidate, batch)}
+        return {key[3]: self._output(key, device) for key in self._keys(stream, dataset, batch)}
 
-    def ahead(self, candidate: int, batch: int) -> None:
+    def ahead(self, stream: str, dataset: int, batch: int) -> None:
         """Says that this batch comes next."""
-        for key in self._keys(candidate, batch):
+        for key in self._keys(stream, dataset, batch):
             self._store.ahead(key)
 
-    def _keys(self, candidate: int, batch: int) -> list[Key]:
-        stacks = sorted({stack for _, _, stack in self._trees})
-        return [key for stack in stacks if (key := (candidate, batch, stack)) in self._trees]
+    def _keys(self, stream: str, dataset: int, batch: int) -> list[Key]:
+        stacks = sorted({stack for *_, stack in self._trees})
+        return [key for stack in stacks if (key := (stream, dataset, batch, stack)) in self._trees]
 
     def _output(self, key: Key, device: torch.device) -> Output:
         kept, spec = self._trees[key]

@@ -42,7 +42,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class NameMap:
+class KeyMapping:
     """How one checkpoint's tensors map to the parameters and buffers of a model.
 
     Attributes:
@@ -61,20 +61,20 @@ class NameMap:
     mismatched: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str]
 
-    def on_disk(self, name: str) -> str:
+    def canonical(self, name: str) -> str:
         """The name under which a parameter is loaded: its own, or that of the one it is tied to."""
         return self.aliases.get(name, name)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has parameter `name`, or one that it is tied to, in the shape that the class wants."""
-        on_disk = self.on_disk(name)
+        on_disk = self.canonical(name)
         return on_disk not in self.missing and on_disk not in self.mismatched
 
     def conversion_of(self, name: str) -> Conversion | None:
         """The conversion that makes parameter `name`, if it is not a plain renaming."""
         return next((conversion for conversion in self.conversions if name in conversion.targets), None)
 
-    def sources_of(self, names: Iterable[str]) -> list[str]:
+    def disk_keys(self, names: Iterable[str]) -> list[str]:
         """All names on disk that the parameters `names` are made of."""
         sources: dict[str, None] = {}
         for name in names:
@@ -108,7 +108,7 @@ class NameMap:
         return stored
 
 
-def map_names(model: PreTrainedModel, checkpoint: Checkpoint) -> NameMap:
+def map_keys(model: PreTrainedModel, checkpoint: Checkpoint) -> KeyMapping:
     """Finds out how the checkpoint's tensors map to the model's parameters.
 
     Args:
@@ -157,7 +157,7 @@ def map_names(model: PreTrainedModel, checkpoint: Checkpoint) -> NameMap:
     if problems:
         raise CheckpointError(*problems)
     mismatched = {name: shape for name, shape in shapes.items() if name in state and shape != tuple(state[name].shape)}
-    return NameMap(renamed, tuple(conversions), tuple(unmapped), missing, mismatched, aliases)
+    return KeyMapping(renamed, tuple(conversions), tuple(unmapped), missing, mismatched, aliases)
 
 
 def _tied_aliases(model: PreTrainedModel, found: set[str]) -> dict[str, str]:

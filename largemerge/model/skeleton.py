@@ -76,7 +76,7 @@ class Skeleton:
         prefix = stack.block_name(index) + "."
         return [prefix + name for name in stack.blocks[index].state_dict()]
 
-    def outside_tensors(self) -> list[str]:
+    def non_block_tensors(self) -> list[str]:
         """Names of the parameters and persistent buffers of no block, tied ones once."""
         prefixes = tuple(stack.name + "." for stack in self.stacks)
         seen: set[int] = set()
@@ -259,7 +259,7 @@ def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> N
                 module._buffers[leaf] = tensor
 
 
-def poison_outside(skeleton: Skeleton, device: torch.device, but: Collection[str] = ()) -> None:
+def fill_with_nan(skeleton: Skeleton, device: torch.device, but: Collection[str] = ()) -> None:
     """Gives every parameter outside the stacks one NaN for all its elements: what is not loaded cannot be missed.
 
     Args:
@@ -268,7 +268,7 @@ def poison_outside(skeleton: Skeleton, device: torch.device, but: Collection[str
         but: Names that are left alone.
     """
     parameters = dict(skeleton.model.named_parameters())
-    for name in skeleton.outside_tensors():
+    for name in skeleton.non_block_tensors():
         if name in parameters and name not in but:
             poison = torch.full((), float("nan"), dtype=skeleton.dtype, device=device)
             assign_tensors(skeleton, {name: poison.expand(parameters[name].shape)})
@@ -281,7 +281,7 @@ def _aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {group[0]: tuple(group) for group in names.values() if len(group) > 1}
 
 
-def sketch_checkpoint(folder: Path, name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+def checkpoint_from_config(folder: Path, name: str, *, trust_remote_code: bool = False) -> Checkpoint:
     """The tensors that the class would save, tied ones once, in the config's dtype (bfloat16 where it names none).
 
     Args:

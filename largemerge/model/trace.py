@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten
 
 from largemerge.errors import ArchitectureError
 from largemerge.model.fake_forward import InputOutline, SeenBlock, Trial, block_kind, equal_trees, trial_run
-from largemerge.model.forward import original_forward, replaced_forwards
+from largemerge.model.forward import Output, original_forward, replaced_forwards, run_to_end
 from largemerge.model.skeleton import Skeleton, assign_tensors
 
 
@@ -50,15 +50,15 @@ class LinearRole:
 
 
 @dataclass(frozen=True)
-class StackRehearsal:
+class StackTrace:
     """What the rehearsal saw of one stack.
 
     Attributes:
         tokens: Name of the input whose tokens the rows are (`input_ids`), `None` for images.
         first: Tensors outside the stacks that matter on the way to the first block.
         later: … to any later block.
-        idle: Modules outside the stacks that run on the way to a later block though nobody reads their output.
-        idle_inputs: Floating-point inputs whose values no longer matter on the way to a later block.
+        unused: Modules outside the stacks that run on the way to a later block though nobody reads their output.
+        unused_inputs: Floating-point inputs whose values no longer matter on the way to a later block.
         roles: By block, the linears in the order in which the forward reaches them.
         output_shapes: By output tensor: its shape for `num_samples` samples of `num_tokens` tokens.
         num_tokens: Rows a sample has in this stack, in the rehearsal.
@@ -67,15 +67,15 @@ class StackRehearsal:
     tokens: str | None
     first: frozenset[str]
     later: frozenset[str]
-    idle: frozenset[str]
-    idle_inputs: frozenset[str]
+    unused: frozenset[str]
+    unused_inputs: frozenset[str]
     roles: tuple[tuple[LinearRole, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
     num_tokens: int
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class ModelTrace:
     """What the rehearsal saw of the whole model.
 
     Attributes:
@@ -84,10 +84,10 @@ class Rehearsal:
     """
 
     order: tuple[int, ...]
-    stacks: tuple[StackRehearsal, ...]
+    stacks: tuple[StackTrace, ...]
 
 
-def rehearse(skeleton: Skeleton, outline: InputOutline) -> Rehearsal:
+def trace_model(skeleton: Skeleton, outline: InputOutline) -> ModelTrace:
     """Proves that the model can be run block by block, and learns what the run needs to know.
 
     Args:
@@ -99,8 +99,8 @@ def rehearse(skeleton: Skeleton, outline: InputOutline) -> Rehearsal:
     """
     with trial_run(skeleton, outline) as trial:
         _compare_resumed(trial)
-        stacks = tuple(_stack_rehearsal(trial, index) for index in range(len(skeleton.stacks)))
-    return Rehearsal(tuple(trial.order), stacks)
+        stacks = tuple(_trace_stack(trial, index) for index in range(len(skeleton.stacks)))
+    return ModelTrace(tuple(trial.order), stacks)
 
 
 def _compare_resumed(trial: Trial) -> None:
@@ -116,7 +116,7 @@ def _compare_resumed(trial: Trial) -> None:
                 )
 
 
-def _stack_rehearsal(trial: Trial, stack: int) -> StackRehearsal:
+def _trace_stack(trial: Trial, stack: int) -> StackTrace:
     blocks = trial.skeleton.stacks[stack].blocks
     seen = trial.seen[stack]
     rows = {number: _rows(trial.seen[number][0].arguments) for number in trial.order}
@@ -125,12 +125,12 @@ def _stack_rehearsal(trial: Trial, stack: int) -> StackRehearsal:
     matter = [_tensors_that_matter(trial, stack, index) for index in later]
     output = [leaf for leaf in tree_flatten(seen[0].output)[0] if isinstance(leaf, torch.Tensor)]
     tokens = [name for name, x in trial.inputs.items() if name.endswith("input_ids") and tuple(x.shape) == rows[stack]]
-    return StackRehearsal(
+    return StackTrace(
         tokens=tokens[0] if tokens else None,
         first=_tensors_that_matter(trial, stack, 0),
         later=frozenset().union(*matter),
-        idle=_idle_modules(trial, stack, later),
-        idle_inputs=_idle_inputs(trial, stack, later),
+        unused=_unused_modules(trial, stack, later),
+        unused_inputs=_unused_inputs(trial, stack, later),
         roles=tuple(roles_by_kind[block_kind(block, index)] for index, block in enumerate(blocks)),
         output_shapes=tuple(tuple(leaf.shape) for leaf in output),
         num_tokens=rows[stack][1],
@@ -188,15 +188,52 @@ class _ReadParameters(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def needed_at_end(
+    skeleton: Skeleton,
+    order: Sequence[int],
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Mapping[int, Output],
+) -> frozenset[str]:
+    """Finds the parameters outside the stacks that are read after the last block of the first stack to run.
+
+    Args:
+        skeleton: Its parameters outside the stacks may hold anything, on the device of the inputs.
+        order: The stacks in the order in which they run.
+        inputs: The forward arguments.
+        outputs: By stack: what its last block returned.
+
+    Returns:
+        Names of final norms, heads and the like; with several stacks also what the others read on their way.
+    """
+    non_block = set(skeleton.non_block_tensors())
+    mode = _ReadParameters({id(parameter): name for name, parameter in skeleton.model.named_parameters()})
+    last = skeleton.stacks[order[0]].blocks[-1]
+
+    def answer_and_forget(*args: Any, **kwargs: Any) -> Output:
+        mode.read.clear()
+        return outputs[order[0]]
+
+    replaced: dict[nn.Module, Callable[..., Any]] = {last: answer_and_forget}
+    model: Any = skeleton.model
+    head = model.get_output_embeddings()
+    read = set[str]()
+    if isinstance(head, nn.Linear):  # its product would be as large as the logits, and only its names are wanted
+        read = {mode.names[id(parameter)] for parameter in head.parameters()}
+        replaced[head] = lambda x: x[..., :1].expand(*x.shape[:-1], head.out_features)
+    with mode:
+        run_to_end(skeleton, inputs, outputs, replaced)
+    return frozenset((read | mode.read) & non_block)
+
+
 def _tensors_that_matter(trial: Trial, stack: int, index: int) -> frozenset[str]:
     """Outside tensors whose values reach the block's arguments: those that show when they are poisoned."""
     skeleton = trial.skeleton
-    outside = set(skeleton.outside_tensors())
+    non_block = set(skeleton.non_block_tensors())
     names = {id(parameter): name for name, parameter in skeleton.model.named_parameters()}
     with _ReadParameters(names) as mode:
         expected, _ = trial.resume(stack, index, run_block=False)
     matter = set()
-    for name in sorted(mode.read & outside):
+    for name in sorted(mode.read & non_block):
         fake = trial.fake[name]
         assign_tensors(skeleton, {name: fake.new_full((), float("nan")).expand(fake.shape)})
         try:
@@ -208,7 +245,7 @@ def _tensors_that_matter(trial: Trial, stack: int, index: int) -> frozenset[str]
     return frozenset(matter)
 
 
-def _idle_modules(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[str]:
+def _unused_modules(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[str]:
     """Leaf modules whose output, replaced by NaN, changes nothing in the arguments of any of the blocks."""
     skeleton = trial.skeleton
     prefixes = tuple(each.name + "." for each in skeleton.stacks)
@@ -225,11 +262,11 @@ def _idle_modules(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[
             same = [equal_trees(trial.resume(stack, index, run_block=False)[0], expected[index]) for index in blocks]
         return all(same) and len(called) >= len(names)
 
-    idle = [name for name in leaves if blocks and unread([name])]
-    return frozenset(idle) if idle and unread(idle) else frozenset()
+    unused = [name for name in leaves if blocks and unread([name])]
+    return frozenset(unused) if unused and unread(unused) else frozenset()
 
 
-def _idle_inputs(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[str]:
+def _unused_inputs(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[str]:
     """Floating-point inputs that, replaced by NaN, change nothing in the arguments of any of the blocks."""
     floating = [name for name, tensor in trial.inputs.items() if tensor.is_floating_point()]
 

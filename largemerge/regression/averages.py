@@ -20,14 +20,14 @@ import torch
 
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.regression.gram import GRAM_DTYPE
-from largemerge.regression.tensor_plan import TensorPlan, Treatment
+from largemerge.regression.tensor_plan import MergeRule, TensorPlan
 from largemerge.regression.weights import Weights
 
 CHUNK_BYTES = 8 << 20
 """Of a tensor as it is stored; a few times as much is held in float32, whatever the number of candidates."""
 
 
-def merge_outside(
+def merge_non_block(
     plans: Sequence[TensorPlan], weights: Weights, shares: Sequence[float], step: Callable[[str], None]
 ) -> None:
     """Writes every tensor of no block: averaged, copied, or taken from the base. Only the first rank does so.
@@ -48,7 +48,7 @@ def merge_outside(
 
 def _merge_unknown(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
     """A tensor that the model class has no use for: found by its name on disk."""
-    if plan.treatment is Treatment.AVERAGED:
+    if plan.rule is MergeRule.AVERAGED:
         _stream([(reader, plan.name) for reader in weights.readers], shares, plan, plan.name, weights)
         return
     reference = weights.inputs.reference
@@ -60,17 +60,17 @@ def _merge_unknown(plan: TensorPlan, weights: Weights, shares: Sequence[float]) 
 def _merge_known(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
     inputs = weights.inputs
     sources = list(zip(weights.readers, inputs.candidate_names, strict=True))
-    if plan.treatment is Treatment.BASE:
+    if plan.rule is MergeRule.BASE:
         assert weights.base_reader is not None and inputs.base_names is not None
         sources = [(weights.base_reader, inputs.base_names)]
-    elif plan.treatment is Treatment.COPIED:
+    elif plan.rule is MergeRule.COPIED:
         sources = sources[:1]
     out = inputs.reference_names
-    plain = all(names.on_disk(plan.name) in names.renamed for names in (out, *(names for _, names in sources)))
+    plain = all(names.canonical(plan.name) in names.renamed for names in (out, *(names for _, names in sources)))
     if plain:
-        keyed = [(reader, names.renamed[names.on_disk(plan.name)]) for reader, names in sources]
-        _stream(keyed, shares, plan, out.renamed[out.on_disk(plan.name)], weights)
-    elif plan.treatment is Treatment.BASE:
+        keyed = [(reader, names.renamed[names.canonical(plan.name)]) for reader, names in sources]
+        _stream(keyed, shares, plan, out.renamed[out.canonical(plan.name)], weights)
+    elif plan.rule is MergeRule.BASE:
         weights.store({plan.name: weights.base([plan.name])[plan.name].to(plan.dtype)})
     else:
         loaded = [weights.candidate(index, [plan.name])[plan.name] for index in range(len(sources))]
@@ -124,7 +124,7 @@ class RunningAverages:
     """
 
     def __init__(self, plans: Sequence[TensorPlan], weights: Sequence[float]) -> None:
-        self._plans = [plan for plan in plans if plan.treatment in (Treatment.AVERAGED, Treatment.COPIED)]
+        self._plans = [plan for plan in plans if plan.rule in (MergeRule.AVERAGED, MergeRule.COPIED)]
         self._weights = weights
         self._anchors: dict[str, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor] = {}
@@ -135,9 +135,9 @@ class RunningAverages:
             tensor = tensors[plan.name]
             if index == 0:
                 self._anchors[plan.name] = tensor
-                if plan.treatment is Treatment.AVERAGED:
+                if plan.rule is MergeRule.AVERAGED:
                     self._sums[plan.name] = torch.zeros_like(tensor, dtype=GRAM_DTYPE)
-            elif plan.treatment is Treatment.AVERAGED:
+            elif plan.rule is MergeRule.AVERAGED:
                 difference = tensor.to(GRAM_DTYPE) - self._anchors[plan.name].to(GRAM_DTYPE)
                 self._sums[plan.name].add_(difference, alpha=self._weights[index])
 
@@ -150,7 +150,7 @@ class RunningAverages:
         return {
             plan.name: (
                 self._sums[plan.name].add_(self._anchors[plan.name])
-                if plan.treatment is Treatment.AVERAGED
+                if plan.rule is MergeRule.AVERAGED
                 else self._anchors[plan.name]
             ).to(plan.dtype)
             for plan in self._plans

@@ -14,13 +14,14 @@ import torch
 
 from largemerge.checkpoint.tensor_info import Tensors, dtype_name
 from largemerge.errors import MergeError
-from largemerge.model.block_runner import Activations, Masks, counted_rows
 from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RunningAverages
 from largemerge.regression.gram import Scratch
 from largemerge.regression.group_sums import GroupSums, differences, new_sums
+from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.passes import BlockPass, mean_dtype
-from largemerge.regression.rank_exchange import PassExchange, Together
+from largemerge.regression.rank_exchange import PassExchange, RankExchange
+from largemerge.regression.samples import SampleRunner
 from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
 from largemerge.regression.weights import Weights
 
@@ -33,20 +34,20 @@ class Settings:
     """The method's settings.
 
     Attributes:
-        own_stream: RegMean: hidden states come from a candidate's own blocks.
+        method: The method's row in the table.
         shares: c_i / Σ c, by candidate.
         off_diagonal_scale: s.
         ridge: λ as a fraction of the mean diagonal.
         prefetch: Read the next block while the present one computes.
-        write_behind: Write a merged block while the next one is merged.
+        write_in_background: Write a merged block while the next one is merged.
     """
 
-    own_stream: bool
+    method: RegressionMethod
     shares: tuple[float, ...]
     off_diagonal_scale: float
     ridge: float
     prefetch: bool = True
-    write_behind: bool = False
+    write_in_background: bool = False
 
 
 @dataclass
@@ -73,10 +74,10 @@ class Collector:
     settings: Settings
     names: tuple[str, ...]
     weights: Weights
-    activations: Activations
+    samples: SampleRunner
     watcher: Watcher
     clock: Clock
-    together: Together
+    together: RankExchange
     _scratch: Scratch = field(init=False, default_factory=Scratch)
 
     def collect(
@@ -86,9 +87,9 @@ class Collector:
         blocks_of_candidates: BlocksOfCandidates,
         exchange: PassExchange,
         *,
-        keep: bool,
+        advance: bool,
     ) -> Collected:
-        """Runs all candidates; with `keep` their hidden states move on."""
+        """Runs all candidates; with `advance` their hidden states move on."""
         averages = RunningAverages(block.tensors if each.averages else (), self.settings.shares)
         sums = {group.leader: self._new_sums(block, group) for group in each.groups}
         bytes_read = 0
@@ -103,10 +104,10 @@ class Collector:
                 anchor = {name: tensor for name, tensor in tensors.items() if name in solved}
             if tensors and self.together.reads(index):
                 bytes_read += self.weights.stored_bytes(index, each.reads)
-            if index == 0 or self.together.is_home(index):
+            if index == 0 or self.together.is_primary(index):
                 averages.add(index, tensors)
-            if self.together.has_data(index) and (each.groups or keep):
-                self._run(block, each, index, tensors, anchor, sums, keep=keep)
+            if self.together.has_data(index) and (each.groups or advance):
+                self._run(block, each, index, tensors, anchor, sums, advance=advance)
                 for group in exchange.groups:
                     if sums[group.leader].shares_gram:
                         exchange.share_gram(group.leader, sums[group.leader])
@@ -128,7 +129,7 @@ class Collector:
             group.num_inputs,
             self.settings.off_diagonal_scale,
             mean_dtype(block, group),
-            self.activations.device,
+            self.samples.runner.device,
             self._scratch,
         )
 
@@ -141,30 +142,26 @@ class Collector:
         anchor: Tensors,
         sums: Mapping[str, GroupSums],
         *,
-        keep: bool,
+        advance: bool,
     ) -> None:
         """Runs one candidate's block on its own data and builds its Gram matrices."""
-        own = self.settings.own_stream
         stacks = {group.leader: block.stack_of(group) for group in each.groups}
         for group in each.groups:
-            tokens = self.activations.num_rows(index, stacks[group.leader])
+            tokens = self.samples.num_rows(index, stacks[group.leader])
             difference = None if index == 0 else differences(block, group, tensors, anchor)
             sums[group.leader].start_candidate(
                 self.settings.shares[index],
                 tokens,
                 difference,
-                self.together.part(index, self.activations.num_own_rows(index, stacks[group.leader])),
+                self.together.part(index, self.samples.num_own_rows(index, stacks[group.leader])),
             )
 
-        def add(path: str, x: torch.Tensor, masks: Masks) -> None:
+        def add(path: str, x_NI: torch.Tensor) -> None:
             with self.clock.stage("gram"):
-                sums[path].add_rows(counted_rows(x, masks[stacks[path]] if rows[path] is not None else None))
+                sums[path].add_rows(x_NI)
 
-        rows = {group.leader: group.rows for group in each.groups}
         with self.clock.stage("candidate_forward"):
-            for _ in self.activations.run(
-                block, index, tensors, outside_of=index if own else None, keep=keep, watch=list(rows), visit=add
-            ):
+            for _ in self.samples.run(block, index, tensors, advance=advance, watch=list(stacks), on_input=add):
                 self.watcher.step(block.name, "collect", self.names[index])
 
     def _finish_candidate(self, block: BlockPlan, group: GroupPlan, index: int, sums: GroupSums) -> None:
@@ -180,10 +177,10 @@ class Collector:
     def _skip(self, block: BlockPlan, group: GroupPlan, candidates: Iterable[int], sums: GroupSums) -> None:
         """Counts candidates whose data is all on other ranks."""
         for index in candidates:
-            sums.skip_candidate(self.activations.num_rows(index, block.stack_of(group)))
+            sums.skip_candidate(self.samples.num_rows(index, block.stack_of(group)))
 
     def _not_finite(self, block: BlockPlan, group: GroupPlan, index: int, error: FloatingPointError) -> str:
-        dtype = dtype_name(self.activations.compute_dtype)
+        dtype = dtype_name(self.samples.runner.compute_dtype)
         return (
             f"{block.name}.{group.leader}: {error} for candidate {self.names[index]}, computed in {dtype}; "
             "try compute_dtype: float32, and check that the candidate's weights are finite"

@@ -12,8 +12,8 @@ RegMean (arXiv 2212.09849) differs in one point: a candidate's hidden states com
 move on in the first step, and embeddings are the candidate's own. In RegMean++ (arXiv 2508.03121) they come
 from the merged blocks before.
 
-The first line is `collect.py`: where activations come from is in `activations.py`, what is accumulated in `sums.py`.
-How it is solved is in `solve.py`.
+The first line is `collect.py`; the block runner says where activations come from, `group_sums.py` what is accumulated,
+`solve.py` how it is solved.
 
 Merged blocks on their way to the disk: one is written while the next one is merged.
 
@@ -37,15 +37,16 @@ from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.devices import SideStream, Transfer
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import MergeError
-from largemerge.model.block_runner import Activations
+from largemerge.model.block_runner import BlockId
 from largemerge.progress import Clock, Watcher
 from largemerge.regression.collect import BlocksOfCandidates, Collector, Settings
 from largemerge.regression.gram import float32_means_float32
-from largemerge.regression.group_sums import GroupSums, finish_linear
+from largemerge.regression.group_sums import GroupSums, weight_from_sums
 from largemerge.regression.passes import BlockPass
-from largemerge.regression.rank_exchange import ReadItem, Together
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan, Treatment
-from largemerge.regression.weights import Weights
+from largemerge.regression.rank_exchange import RankExchange, ReadItem
+from largemerge.regression.samples import SampleRunner
+from largemerge.regression.tensor_plan import BlockPlan, GroupPlan, MergeRule
+from largemerge.regression.weights import MERGED, Weights
 
 
 @dataclass
@@ -57,16 +58,16 @@ class Engine:
     blocks: tuple[BlockPlan, ...]
     passes: Mapping[str, tuple[BlockPass, ...]]
     weights: Weights
-    activations: Activations
+    samples: SampleRunner
     watcher: Watcher
     clock: Clock
-    together: Together
+    together: RankExchange
     _collector: Collector = field(init=False)
     _bytes_read: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._collector = Collector(
-            self.settings, self.names, self.weights, self.activations, self.watcher, self.clock, self.together
+            self.settings, self.names, self.weights, self.samples, self.watcher, self.clock, self.together
         )
 
     def run(self, finished: frozenset[str], done: Callable[[str, JsonObject], None]) -> None:
@@ -76,7 +77,7 @@ class Engine:
             finished: Names of blocks that are on disk already.
             done: Called on the first rank with each merged block's name and report, once it is written.
         """
-        transfer = Transfer(self.activations.device)
+        transfer = Transfer(self.samples.runner.device)
 
         def load(item: ReadItem) -> Callable[[], Tensors]:
             read = partial(self.weights.candidate, item.candidate, item.names)
@@ -87,7 +88,7 @@ class Engine:
         ranks = self.together.ranks
         with (
             float32_means_float32(),
-            WriteBehind(self.weights, self.clock, ranks, done) as output,
+            BackgroundWriter(self.weights, self.clock, ranks, done) as output,
             prefetched(load, wanted, ahead=ahead) as loaded,
         ):
             blocks_of_candidates = (arrive() for arrive in loaded)
@@ -102,7 +103,7 @@ class Engine:
         for block in self.blocks:
             if block.name not in finished:
                 reads = [each.reads for each in self.passes[block.name]]
-            elif self.settings.own_stream and not self._is_last(block):
+            elif self.settings.method.advances_while_collecting and not self._is_last(block):
                 reads = [tuple(plan.name for plan in block.tensors)]
             else:
                 reads = []
@@ -116,20 +117,20 @@ class Engine:
         """Whether nobody reads what the block computes."""
         return block is self.blocks[-1]
 
-    def _keeps(self, block: BlockPlan, each: BlockPass) -> bool:
+    def _advances(self, block: BlockPlan, each: BlockPass) -> bool:
         """Whether a candidate's hidden states move on while its Gram matrices are built."""
-        return self.settings.own_stream and each.last and not self._is_last(block)
+        return self.settings.method.advances_while_collecting and each.last and not self._is_last(block)
 
     def _merge_block(
-        self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates, output: WriteBehind
+        self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates, output: BackgroundWriter
     ) -> JsonObject:
         self._bytes_read = 0
         passes = self.passes[block.name]
         # What Transformers puts together from several tensors must be taken apart from all of them at once.
         names = self.weights.inputs.reference_names
-        at_once = any(names.conversion_of(names.on_disk(plan.name)) for plan in block.tensors)
-        if not self.settings.own_stream:
-            self.activations.set_outside(block, None)
+        at_once = any(names.conversion_of(names.canonical(plan.name)) for plan in block.tensors)
+        if self.settings.method.forwards_merged:
+            self._load_non_block(block)
         merged: Tensors = {}
         linears: JsonObject = {}
         whole = len(passes) == 1 or at_once
@@ -137,13 +138,13 @@ class Engine:
         for each in passes:
             linears |= self._merge_pass(block, each, blocks_of_candidates, merged)
             if each.last or not at_once:
-                output.write(merged, behind=self.settings.write_behind and whole and not quantizes)
+                output.write(merged, in_background=self.settings.write_in_background and whole and not quantizes)
             if not each.last and not at_once:
                 merged.clear()
-        if not self.settings.own_stream and not self._is_last(block):
+        if self.settings.method.forwards_merged and not self._is_last(block):
             self._forward(block, self.weights.as_written(merged) if whole else self._merged(block))
         errors = self.weights.quantization_errors(plan.name for plan in block.tensors)
-        linears, bytes_read = self.together.everybodys(linears, self._bytes_read)
+        linears, bytes_read = self.together.gather_reports(linears, self._bytes_read)
         report: JsonObject = {"linears": linears, "bytes_read": bytes_read}
         return report | ({"quantization_errors": errors} if errors else {})
 
@@ -152,11 +153,13 @@ class Engine:
     ) -> JsonObject:
         """Adds what one pass makes to `merged`; returns the report of its linears."""
         exchange = self.together.begin(each.groups)
-        collected = self._collector.collect(block, each, blocks_of_candidates, exchange, keep=self._keeps(block, each))
+        collected = self._collector.collect(
+            block, each, blocks_of_candidates, exchange, advance=self._advances(block, each)
+        )
         self._bytes_read += collected.bytes_read
-        excluded = {plan.name: plan.dtype for plan in block.tensors if plan.treatment is Treatment.BASE}
+        excluded = {plan.name: plan.dtype for plan in block.tensors if plan.rule is MergeRule.BASE}
         for name, tensor in (self.weights.base(list(excluded)) if excluded and each.averages else {}).items():
-            merged[name] = tensor.to(self.activations.device, excluded[name])
+            merged[name] = tensor.to(self.samples.runner.device, excluded[name])
         linears: JsonObject = {}
         for group in exchange.groups:
             with self.clock.stage("communicate"):
@@ -184,7 +187,7 @@ class Engine:
         report: JsonObject = {}
         for path in group.outputs:
             name = f"{block.name}.{path}.weight"
-            merged[name], report[name] = finish_linear(
+            merged[name], report[name] = weight_from_sums(
                 group, path, anchor.pop(name), dtypes[name], sums, solution, self.names
             )
         return report
@@ -192,18 +195,22 @@ class Engine:
     def _merged(self, block: BlockPlan) -> Tensors:
         return self.weights.merged([plan.name for plan in block.tensors])
 
+    def _load_non_block(self, block: BlockPlan) -> None:
+        """Collective: merged embeddings and the like, on every rank, whether it has data or not."""
+        self.samples.runner.non_block_of(BlockId(block.stack, block.index), MERGED)
+
     def _forward(self, block: BlockPlan, merged: Tensors) -> None:
         """Runs the merged block on this rank's hidden states, as it will be read from disk."""
-        self.activations.set_outside(block, None)
+        self._load_non_block(block)
         with self.clock.stage("merged_forward"):
             for index, name in enumerate(self.names):
-                for _ in self.activations.run(block, index, merged, outside_of=None, keep=True):
+                for _ in self.samples.run(block, index, merged, advance=True):
                     self.watcher.step(block.name, "forward", name)
 
     def _replay(self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates) -> None:
         if self._is_last(block):
             return
-        if not self.settings.own_stream:
+        if self.settings.method.forwards_merged:
             self._forward(block, self._merged(block))
             return
         with self.clock.stage("candidate_forward"):
@@ -211,14 +218,14 @@ class Engine:
                 if not self.together.has_data(index):
                     continue
                 tensors = next(blocks_of_candidates)
-                for _ in self.activations.run(block, index, tensors, outside_of=index, keep=True):
+                for _ in self.samples.run(block, index, tensors, advance=True):
                     self.watcher.step(block.name, "forward", name)
 
 
 JsonObject = dict[str, Any]
 
 
-class WriteBehind:
+class BackgroundWriter:
     """Writes blocks, at once or behind, and says which are on the disk. A context manager.
 
     Args:
@@ -236,7 +243,7 @@ class WriteBehind:
         self._merged: tuple[str, JsonObject] | None = None
         self._num_bytes = 0
 
-    def __enter__(self) -> WriteBehind:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(
@@ -248,21 +255,21 @@ class WriteBehind:
         finally:
             self._pool.shutdown()
 
-    def write(self, tensors: Tensors, *, behind: bool) -> None:
+    def write(self, tensors: Tensors, *, in_background: bool) -> None:
         """Writes parameters of a block; on other ranks than the first nothing happens.
 
         Args:
             tensors: Of the output, on the device. Nobody may change them before the next call.
-            behind: Come back at once. They are not to be read from the disk before the next call.
+            in_background: Come back at once. They are not to be read from the disk before the next call.
         """
         self._settle()
-        on_disk = self._weights.laid_out(tensors)
+        on_disk = self._weights.to_disk_layout(tensors)
         if not on_disk:
             return
-        if behind:
-            self._writing = self._pool.submit(self._write_later, on_disk, self._stream.computed())
+        if in_background:
+            self._writing = self._pool.submit(self._write_later, on_disk, self._stream.record())
             return
-        with self._clock.stage("write"), self._ranks.waits():
+        with self._clock.stage("write"), self._ranks.blocked():
             self._num_bytes += self._weights.write(on_disk)
 
     def merged(self, block: str, report: JsonObject) -> None:
@@ -274,13 +281,13 @@ class WriteBehind:
             self._settle()
 
     def _write_later(self, on_disk: Tensors, computed: Any) -> int:
-        with self._stream.after(computed):
+        with self._stream.wait_then_run(computed):
             return self._weights.write(on_disk)
 
     def _settle(self) -> None:
         """Waits until all that was given is on the disk, and says so."""
         if self._writing is not None:
-            with self._clock.stage("write"), self._ranks.waits():
+            with self._clock.stage("write"), self._ranks.blocked():
                 self._num_bytes += self._writing.result()
             self._writing = None
         if self._merged is not None:

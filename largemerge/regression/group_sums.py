@@ -102,15 +102,15 @@ class Part:
 
     Attributes:
         own_tokens: How many of its rows come here.
-        at_home: Whether this rank counts what does not depend on the rows.
+        is_primary: Whether this rank counts what does not depend on the rows.
         place: Number of this rank among those that add up the candidate's Gram and share its right-hand side.
-        team_size: How many these are.
+        group_size: How many these are.
     """
 
     own_tokens: int
-    at_home: bool = True
+    is_primary: bool = True
     place: int = 0
-    team_size: int = 1
+    group_size: int = 1
 
 
 @dataclass
@@ -158,13 +158,13 @@ class GroupSums:
         self._part = part if part is not None else Part(tokens)
         self._share = share
         self._differences = differences
-        rows = tokens if self._part.team_size > 1 else self._part.own_tokens
+        rows = tokens if self._part.group_size > 1 else self._part.own_tokens
         self._by_rows = differences is not None and multiplies_by_rows(rows, self.gram.num_inputs)
 
     @property
     def shares_gram(self) -> bool:
         """Whether the present candidate's Gram must be that of all of its team before `finish_candidate`."""
-        return self._part.team_size > 1 and self._differences is not None and not self._by_rows
+        return self._part.group_size > 1 and self._differences is not None and not self._by_rows
 
     def skip_candidate(self, tokens: int) -> None:
         """The next candidate's rows are all on other ranks."""
@@ -205,7 +205,7 @@ class GroupSums:
                 self.rhs_OI[rows].addcmul_(difference_OI, diagonal_I, value=alpha * (1 - self.off_diagonal_scale))
             else:
                 self.gram.add_candidate_product_(self.rhs_OI[rows], difference_OI, alpha, self.off_diagonal_scale)
-            if self._part.at_home or self.shares_gram:
+            if self._part.is_primary or self.shares_gram:
                 self.sketcher.add_(sketch_BS, rows, difference_OI)
                 self.mean_OI[rows].add_(difference_OI, alpha=self._share)
         self.sketches_BS.append(sketch_BS)
@@ -220,18 +220,18 @@ class GroupSums:
         total = self.rhs_OI.shape[0]
         if not self.shares_gram:
             return slice(0, total)
-        place, size = self._part.place, self._part.team_size
+        place, size = self._part.place, self._part.group_size
         return slice(total * place // size, total * (place + 1) // size)
 
     def solve(self, ridge: float) -> Solution:
         """X for all linears of the group at once, in the place of R."""
-        most_rank = sum(self.tokens) if self.off_diagonal_scale == 1 else None
+        max_rank = sum(self.tokens) if self.off_diagonal_scale == 1 else None
         return solve_anchored_(
             self.gram,
             self.rhs_OI,
             self.mean_OI,
             ridge,
-            most_rank,
+            max_rank,
             surely_well_conditioned=not may_need_float64(self.gram.num_inputs, self.off_diagonal_scale),
         )
 
@@ -320,7 +320,7 @@ def differences(
     return rows
 
 
-def finish_linear(
+def weight_from_sums(
     group: GroupPlan,
     path: str,
     anchor: torch.Tensor,

@@ -18,8 +18,8 @@ from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.quantized import model_dtype, transposed
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
-from largemerge.model.key_mapping import NameMap, map_names
-from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, sketch_checkpoint, weight_is_transposed
+from largemerge.model.key_mapping import KeyMapping, map_keys
+from largemerge.model.skeleton import Skeleton, build_skeleton, checkpoint_from_config, linears_in, weight_is_transposed
 from largemerge.regression.config import MergeConfig
 
 _UNIMPORTANT_CONFIG_KEYS = frozenset(
@@ -64,9 +64,9 @@ class Inputs:
     base: Checkpoint | None
     reference: Checkpoint
     skeleton: Skeleton
-    candidate_names: tuple[NameMap, ...]
-    base_names: NameMap | None
-    reference_names: NameMap
+    candidate_names: tuple[KeyMapping, ...]
+    base_names: KeyMapping | None
+    reference_names: KeyMapping
     notes: tuple[str, ...]
 
     def quantized(self) -> dict[str, dict[str, int]]:
@@ -108,7 +108,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     candidates = tuple(_oriented(skeleton, checkpoint) for checkpoint in candidates)
     base = _oriented(skeleton, base) if base is not None else None
     reference = base if base is not None and from_base else candidates[0]
-    maps: dict[Layout, NameMap] = {}
+    maps: dict[Layout, KeyMapping] = {}
     candidate_names = tuple(_names_of(skeleton, checkpoint, maps) for checkpoint in candidates)
     base_names = _names_of(skeleton, base, maps) if base is not None else None
     reference_names = candidate_names[0]
@@ -128,7 +128,7 @@ def _open_all(config: MergeConfig, from_config: bool) -> tuple[tuple[Checkpoint,
         try:
             folder = locate_checkpoint(reference, name, weights=not from_config)
             if from_config:
-                return sketch_checkpoint(folder, name, trust_remote_code=config.trust_remote_code)
+                return checkpoint_from_config(folder, name, trust_remote_code=config.trust_remote_code)
             return open_checkpoint(folder, name)
         except LargemergeError as error:
             problems.extend(error.problems)
@@ -159,7 +159,7 @@ def _oriented(skeleton: Skeleton, checkpoint: Checkpoint) -> Checkpoint:
     turned = [f"{path}.weight" for path, module in linears_in(skeleton.model).items() if weight_is_transposed(module)]
     if not turned or not checkpoint.quantized():
         return checkpoint
-    renamed = map_names(skeleton.model, checkpoint).renamed
+    renamed = map_keys(skeleton.model, checkpoint).renamed
     keys = {renamed[name] for name in turned if name in renamed}
     tensors = {
         key: transposed(info) if info.quantization is not None and key in keys else info
@@ -168,11 +168,11 @@ def _oriented(skeleton: Skeleton, checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def _names_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, NameMap]) -> NameMap:
+def _names_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, KeyMapping]) -> KeyMapping:
     """The checkpoint's name map: the same object for all that are laid out alike."""
     layout = tuple((name, info.shape, info.dtype) for name, info in checkpoint.tensors.items())
     if layout not in known:
-        known[layout] = map_names(skeleton.model, checkpoint)
+        known[layout] = map_keys(skeleton.model, checkpoint)
     return known[layout]
 
 

@@ -19,41 +19,42 @@ from typing import Any
 
 import torch
 
-from largemerge.calibration import CalibrationSet, assume_calibration, load_calibration, outline_calibration
-from largemerge.calibration.batches import split_batches, spooled
+from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration, outline_from_config
+from largemerge.calibration.batches import mapped_inputs, split_batches
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.devices import choose_device
-from largemerge.distributed.collectives import SHARED_BYTES, Exchange, open_exchange
+from largemerge.distributed.collectives import SHARED_BYTES, AsyncCollectives, open_collectives
 from largemerge.distributed.partition import samples_at_once
 from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks, too_many_threads
 from largemerge.distributed.shared_memory import ALONE, Node, find_node
 from largemerge.errors import CalibrationError, LargemergeError
 from largemerge.machine import MemoryUse, MemoryWatch, versions
-from largemerge.model.block_runner import Activations
+from largemerge.model.block_runner import BlockRunner
 from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
 from largemerge.output import OutputFolder, check_output, open_for_ranks
 from largemerge.progress import Clock, RunProgress
-from largemerge.regression.averages import merge_outside
+from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import Settings
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
 from largemerge.regression.inputs import Inputs, open_inputs
 from largemerge.regression.passes import block_passes
 from largemerge.regression.plan import MergePlan, Preparation, forecast, make_plan
-from largemerge.regression.planning.placement import waits_on_disk
+from largemerge.regression.planning.placement import maps_inputs
 from largemerge.regression.planning.rates import Cluster, Machines
-from largemerge.regression.planning.workload import Waiting
-from largemerge.regression.rank_exchange import Together
+from largemerge.regression.planning.workload import OffloadTo
+from largemerge.regression.rank_exchange import RankExchange
 from largemerge.regression.report import MergeReport, config_text, write_side_files
 from largemerge.regression.samples import (
     OwnSamples,
+    SampleRunner,
+    check_samples,
     for_every_candidate,
-    loss_tokens,
-    model_needs,
-    sample_problems,
+    forward_signature,
+    loss_input,
     share_samples,
 )
 from largemerge.regression.weights import Weights
@@ -74,7 +75,7 @@ def plan_regression(
     else:
         machines = Machines(choose_device(device), num_ranks, num_ranks)
     inputs = open_inputs(config, from_config=from_config)
-    outlines = for_every_candidate(config, inputs, assume_calibration if from_config else outline_calibration)
+    outlines = for_every_candidate(config, inputs, outline_from_config if from_config else outline_calibration)
     prepared = make_plan(config, inputs, machines, outlines)
     return forecast(prepared, outlines, machines, probe=probe and not from_config)
 
@@ -152,10 +153,10 @@ def _prepare(
     preparation = replace(preparation, plan=replace(preparation.plan, placement=placement))
     most = samples_at_once(placement.samples, sum(data.num_samples for data in calibration), ranks.size)
     split = tuple(replace(data, batches=split_batches(data.batches, most)) for data in calibration)
-    counted = loss_tokens(model_needs(preparation.inputs.skeleton))
+    counted = loss_input(forward_signature(preparation.inputs.skeleton))
     return _Prepared(
         preparation,
-        share_samples(split, preparation.plan.blocks, preparation.rehearsal, counted, ranks),
+        share_samples(split, preparation.plan.blocks, preparation.trace, counted, ranks),
         {data.name: {"num_samples": data.num_samples, "sha256": data.fingerprint} for data in calibration},
         input_paths,
     )
@@ -211,7 +212,7 @@ def _plan_with_data(
     preparation = make_plan(config, inputs, machines, outlines, calibration, out)
     notes = (*preparation.plan.notes, *too_many_threads(ranks, device))
     preparation = replace(preparation, plan=replace(preparation.plan, notes=notes))
-    misfits = sample_problems(inputs.skeleton, preparation.rehearsal, calibration)
+    misfits = check_samples(inputs.skeleton, preparation.trace, calibration)
     if misfits:
         raise CalibrationError(*misfits)
     if preparation.plan.problems:
@@ -221,10 +222,10 @@ def _plan_with_data(
 
 def _keep(config: MergeConfig, out: Path) -> Callable[[CalibrationSet], CalibrationSet] | None:
     """Where the user has set limits, pixels and the like wait on disk."""
-    if not waits_on_disk(config.memory):
+    if not maps_inputs(config.memory):
         return None
     folder = existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
-    return lambda calibration: spooled(calibration, folder)
+    return lambda calibration: mapped_inputs(calibration, folder)
 
 
 def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -276,7 +277,7 @@ class Job:
         # Each tensor is read once, unless a block takes several passes, or ranks share a candidate.
         past_cache = plan.placement.passes == 1 and self.ranks.size == 1
         with ExitStack() as stack:
-            stack.enter_context(self.ranks.works())
+            stack.enter_context(self.ranks.busy())
 
             def reader(checkpoint: Checkpoint) -> CheckpointReader:
                 return stack.enter_context(CheckpointReader(checkpoint, past_cache=past_cache))
@@ -301,16 +302,18 @@ class Job:
             for note in plan.notes:
                 progress.tell(f"note: {note}")
             if OUTSIDE not in finished and self.ranks.is_first:
-                self._merge_outside(weights, progress)
+                self._merge_non_block(weights, progress)
             hidden_states = stack.enter_context(self._hidden_states())
             if self.ranks.size > 1:
                 self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)
                 stack.callback(self.node.clean_up)
-            teams = self.samples.shares.teams[1:]  # the first candidate is the anchor: it has no right-hand side
-            exchange = stack.enter_context(open_exchange(self.ranks, self.node, plan.device, teams))
+            rank_groups = self.samples.shares.rank_groups[
+                1:
+            ]  # the first candidate is the anchor: it has no right-hand side
+            exchange = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
             self._engine(weights, hidden_states, progress, exchange).run(finished, self.folder.record)
             self.bytes_read = weights.bytes_read
-            if plan.placement.hidden_states is Waiting.DISK:
+            if plan.placement.hidden_states is OffloadTo.DISK:
                 self.hidden_bytes_on_disk = hidden_states.num_bytes
 
     def _largest_block(self, weights: Weights) -> int:
@@ -322,65 +325,66 @@ class Job:
         plan = self.preparation.plan
         waiting = plan.placement.hidden_states
         store: Store
-        if waiting is Waiting.DISK:
+        if waiting is OffloadTo.DISK:
             store = DiskStore(Path(plan.config.memory.disk or self.folder.working))
         else:
-            store = MemoryStore(plan.device if waiting is Waiting.DEVICE else torch.device("cpu"), plan.device)
+            store = MemoryStore(plan.device if waiting is OffloadTo.DEVICE else torch.device("cpu"), plan.device)
         return HiddenStates(store, eight_bit=plan.config.memory.hidden_states_8bit)
 
     def _engine(
-        self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress, exchange: Exchange | None
+        self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress, exchange: AsyncCollectives | None
     ) -> Engine:
-        plan, inputs, rehearsal = self.preparation.plan, self.preparation.inputs, self.preparation.rehearsal
+        plan, inputs, trace = self.preparation.plan, self.preparation.inputs, self.preparation.trace
         parameters, placement = plan.config.parameters, plan.placement
-        own_stream = plan.config.merge_method == "regmean"
+        method = plan.config.method
         return Engine(
             settings=Settings(
-                own_stream=own_stream,
+                method=method,
                 shares=plan.config.shares,
                 off_diagonal_scale=parameters.off_diagonal_scale,
                 ridge=parameters.ridge,
                 prefetch=placement.prefetch,
-                write_behind=placement.writes_behind(plan.device),
+                write_in_background=placement.writes_in_background(plan.device),
             ),
             names=plan.config.names,
             blocks=plan.blocks,
             passes={
                 block.name: block_passes(
                     block,
-                    rehearsal.stacks[block.stack].roles[block.index],
+                    trace.stacks[block.stack].roles[block.index],
                     placement.passes,
-                    keeps_outputs=own_stream and block is not plan.blocks[-1],
+                    advances=method.advances_while_collecting and block is not plan.blocks[-1],
                 )
                 for block in plan.blocks
             },
             weights=weights,
-            activations=Activations(
-                skeleton=inputs.skeleton,
-                rehearsal=rehearsal,
-                calibration=self.samples.calibration,
-                row_counts=self.samples.row_counts,
-                own_row_counts=self.samples.own_row_counts,
-                weights=weights,
-                hidden_states=hidden_states,
-                compute_dtype=plan.compute_dtype,
-                device=plan.device,
-                loss_tokens=loss_tokens(model_needs(inputs.skeleton)),
-                retries=self.retries,
+            samples=SampleRunner(
+                BlockRunner(
+                    skeleton=inputs.skeleton,
+                    trace=trace,
+                    load_non_block=weights.load_non_block,
+                    compute_dtype=plan.compute_dtype,
+                    device=plan.device,
+                    loss_input=loss_input(forward_signature(inputs.skeleton)),
+                    retries=self.retries,
+                ),
+                self.samples,
+                hidden_states,
+                method.inputs,
             ),
             watcher=progress,
             clock=self.clock,
-            together=Together(self.ranks, self.samples.shares, self.node, exchange),
+            together=RankExchange(self.ranks, self.samples.shares, self.node, exchange),
         )
 
-    def _merge_outside(self, weights: Weights, progress: RunProgress) -> None:
+    def _merge_non_block(self, weights: Weights, progress: RunProgress) -> None:
         plan = self.preparation.plan
         self.clock.begin("")
         with self.clock.stage(OUTSIDE):
-            merge_outside(plan.outside, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
-            with self.ranks.waits():
+            merge_non_block(plan.non_block, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
+            with self.ranks.blocked():
                 weights.own_writer.flush()
-        errors = weights.quantization_errors(tensor.name for tensor in plan.outside)
+        errors = weights.quantization_errors(tensor.name for tensor in plan.non_block)
         entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}
         self.folder.record(OUTSIDE, entry | {"seconds": self.clock.seconds()})
@@ -388,8 +392,8 @@ class Job:
     def _num_steps(self, finished: frozenset[str]) -> int:
         plan = self.preparation.plan
         batches = sum(len(data.batches) for data in self.samples.calibration)
-        forwards = 0 if plan.config.merge_method == "regmean" else 1
-        steps = 0 if OUTSIDE in finished else len(plan.outside)
+        forwards = int(plan.config.method.forwards_merged)
+        steps = 0 if OUTSIDE in finished else len(plan.non_block)
         for block in plan.blocks:
             last = block is plan.blocks[-1]
             if block.name in finished:

@@ -14,7 +14,7 @@ import torch
 
 from largemerge.model.trace import LinearRole
 from largemerge.regression.group_sums import sums_bytes
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan, TensorPlan, Treatment
+from largemerge.regression.tensor_plan import BlockPlan, GroupPlan, MergeRule, TensorPlan
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BlockPass:
 
 
 def block_passes(
-    block: BlockPlan, roles: Sequence[LinearRole], num_passes: int, *, keeps_outputs: bool
+    block: BlockPlan, roles: Sequence[LinearRole], num_passes: int, *, advances: bool
 ) -> tuple[BlockPass, ...]:
     """Cuts the groups of a block into passes.
 
@@ -43,13 +43,13 @@ def block_passes(
         block: Whose groups.
         roles: Its linears in the order in which the forward reaches them.
         num_passes: As many, or one for every group if those are fewer.
-        keeps_outputs: Whether the last pass also makes the next hidden states, with the whole block (RegMean).
+        advances: Whether the last pass also makes the next hidden states, with the whole block.
     """
     cuts = _even_cuts([_group_bytes(block, group) for group in block.groups], num_passes)
     passes = []
     for number, (start, stop) in enumerate(cuts):
         groups, last = block.groups[start:stop], number == len(cuts) - 1
-        whole = keeps_outputs and last
+        whole = advances and last
         reads = [plan.name for plan in block.tensors if whole or _is_read(block, plan, roles, groups, number == 0)]
         passes.append(BlockPass(groups, tuple(reads), number == 0, last))
     return tuple(passes)
@@ -59,7 +59,7 @@ def _is_read(
     block: BlockPlan, plan: TensorPlan, roles: Sequence[LinearRole], groups: Sequence[GroupPlan], averages: bool
 ) -> bool:
     module, _, leaf = plan.name.removeprefix(block.name + ".").rpartition(".")
-    if averages and plan.treatment in (Treatment.AVERAGED, Treatment.COPIED):
+    if averages and plan.rule in (MergeRule.AVERAGED, MergeRule.COPIED):
         return True
     if leaf == "weight" and any(module in group.outputs for group in groups):
         return True

@@ -33,8 +33,8 @@ from largemerge.config_file import gib
 from largemerge.devices import compute_a_little, warm_up
 from largemerge.distributed.partition import samples_at_once
 from largemerge.machine import memory_in_use
-from largemerge.model.key_mapping import NameMap
-from largemerge.model.trace import Rehearsal, rehearse
+from largemerge.model.key_mapping import KeyMapping
+from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
@@ -45,7 +45,7 @@ from largemerge.regression.planning.placement import (
     choose_placement,
     find_limits,
     footprint,
-    waits_on_disk,
+    maps_inputs,
 )
 from largemerge.regression.planning.ranks import RankPlan, plan_ranks, share_work
 from largemerge.regression.planning.rates import Machines, measure_rates
@@ -59,14 +59,14 @@ from largemerge.regression.planning.workload import (
 )
 from largemerge.regression.tensor_plan import (
     BlockPlan,
+    MergeRule,
     TensorPlan,
-    Treatment,
+    check_tensors,
     output_tensors,
     plan_blocks,
-    plan_outside,
+    plan_non_block,
     quantize_output,
     tensor_labels,
-    treatment_problems,
 )
 
 _MAX_RANK_ROWS = 8
@@ -83,7 +83,7 @@ class MergePlan:
         compute_dtype: Of the forward passes.
         stacks: Name and number of blocks, in the order in which they run.
         blocks: In order.
-        outside: Tensors of no block.
+        non_block: Tensors of no block.
         output: What is written, by name on disk.
         num_samples: Calibration samples by candidate (upper bounds before the data is read).
         quantized: By input: how many of its weights are quantised, and how.
@@ -105,7 +105,7 @@ class MergePlan:
     compute_dtype: torch.dtype
     stacks: tuple[tuple[str, int], ...]
     blocks: tuple[BlockPlan, ...]
-    outside: tuple[TensorPlan, ...]
+    non_block: tuple[TensorPlan, ...]
     output: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
     quantized: Mapping[str, Mapping[str, int]]
@@ -123,7 +123,7 @@ class MergePlan:
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
         """All tensors of the output."""
-        return (*(plan for block in self.blocks for plan in block.tensors), *self.outside)
+        return (*(plan for block in self.blocks for plan in block.tensors), *self.non_block)
 
     @property
     def bytes_written(self) -> int:
@@ -141,7 +141,7 @@ class MergePlan:
 
     def counts(self) -> dict[str, int]:
         """Tensors by treatment, and by reason where they are not solved."""
-        counter = Counter(plan.treatment.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors)
+        counter = Counter(plan.rule.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors)
         return dict(counter.most_common())
 
     def quantized_output(self) -> dict[str, int]:
@@ -170,9 +170,9 @@ class MergePlan:
                 for group in block.groups
             ],
             "not_solved": {
-                plan.name: {"treatment": plan.treatment.value, "reason": plan.reason}
+                plan.name: {"treatment": plan.rule.value, "reason": plan.reason}
                 for plan in self.tensors
-                if plan.treatment is not Treatment.SOLVED
+                if plan.rule is not MergeRule.SOLVED
             },
             "quantized": {name: dict(kinds) for name, kinds in self.quantized.items()},
             "quantized_output": self.quantized_output(),
@@ -271,7 +271,7 @@ class Preparation:
 
     plan: MergePlan
     inputs: Inputs
-    rehearsal: Rehearsal
+    trace: ModelTrace
 
 
 def make_plan(
@@ -295,29 +295,29 @@ def make_plan(
     Raises:
         ArchitectureError: If the model cannot be run block by block.
     """
-    rehearsal = rehearse(inputs.skeleton, _joint_outline(outlines))
-    blocks = plan_blocks(config, inputs, rehearsal)
-    outside = plan_outside(config, inputs)
-    tensors = (*(plan for block in blocks for plan in block.tensors), *outside)
+    trace = trace_model(inputs.skeleton, _joint_outline(outlines))
+    blocks = plan_blocks(config, inputs, trace)
+    non_block = plan_non_block(config, inputs)
+    tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
     shapes = batch_shapes(outlines, calibration)
-    problems = treatment_problems(inputs, tensors)
+    problems = check_tensors(inputs, tensors)
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
-    workload = partial(workload_of, config, inputs, rehearsal, blocks, outside)
-    works = share_work(shapes, blocks, rehearsal, workload, machines.num_ranks)
+    workload = partial(workload_of, config, inputs, trace, blocks, non_block)
+    works = share_work(shapes, blocks, trace, workload, machines.num_ranks)
     limits = _limits(config, machines, out)
     choice = _choose(config, max(works, key=lambda each: each.num_rows).work, limits, machines, calibration is not None)
     problems += [*choice.problems, *_disk_problems(output, choice, limits, out)]
-    if not any(plan.treatment is Treatment.SOLVED for plan in tensors):
+    if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
         problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
     plan = MergePlan(
         config=config,
         class_name=inputs.skeleton.class_name,
         device=machines.device,
         compute_dtype=inputs.skeleton.dtype,
-        stacks=tuple((stack.name, len(stack.blocks)) for stack in (inputs.skeleton.stacks[i] for i in rehearsal.order)),
+        stacks=tuple((stack.name, len(stack.blocks)) for stack in (inputs.skeleton.stacks[i] for i in trace.order)),
         blocks=blocks,
-        outside=outside,
+        non_block=non_block,
         output=output,
         num_samples=_num_samples(inputs, shapes),
         quantized=inputs.quantized(),
@@ -329,28 +329,28 @@ def make_plan(
         notes=(*inputs.notes, *_notes(config, inputs, tensors)),
         problems=tuple(problems),
     )
-    return Preparation(plan, inputs, rehearsal)
+    return Preparation(plan, inputs, trace)
 
 
 def workload_of(
     config: MergeConfig,
     inputs: Inputs,
-    rehearsal: Rehearsal,
+    trace: ModelTrace,
     blocks: Sequence[BlockPlan],
-    outside: Sequence[TensorPlan],
+    non_block: Sequence[TensorPlan],
     shapes: Sequence[Sequence[BatchShapes]],
 ) -> Workload:
     """What some calibration batches, by candidate, make of a merge."""
     state = inputs.skeleton.model.state_dict()
     return measure_workload(
         inputs,
-        rehearsal,
+        trace,
         blocks,
         shapes,
-        own_stream=config.merge_method == "regmean",
+        method=config.method,
         off_diagonal_scale=config.parameters.off_diagonal_scale,
-        spooled=waits_on_disk(config.memory),
-        outside_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in outside if p.name in state),
+        mapped_inputs=maps_inputs(config.memory),
+        non_block_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in non_block if p.name in state),
     )
 
 
@@ -406,18 +406,18 @@ def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tu
 
 
 def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
-    def size(checkpoint: Checkpoint, names: NameMap, plan: TensorPlan) -> int:
+    def size(checkpoint: Checkpoint, names: KeyMapping, plan: TensorPlan) -> int:
         if plan.name in inputs.reference_names.unmapped:
             return checkpoint.tensors[plan.name].num_bytes if plan.name in checkpoint.tensors else 0
-        name = names.on_disk(plan.name)
-        keys = [] if name in names.missing else names.sources_of([name])
+        name = names.canonical(plan.name)
+        keys = [] if name in names.missing else names.disk_keys([name])
         return sum(checkpoint.tensors[key].num_bytes for key in keys)
 
     total = 0
     for plan in tensors:
-        if plan.treatment is Treatment.BASE and inputs.base is not None and inputs.base_names is not None:
+        if plan.rule is MergeRule.BASE and inputs.base is not None and inputs.base_names is not None:
             total += size(inputs.base, inputs.base_names, plan)
-        elif plan.treatment is Treatment.COPIED:
+        elif plan.rule is MergeRule.COPIED:
             total += size(inputs.candidates[0], inputs.candidate_names[0], plan)
         else:
             total += sum(size(c, n, plan) for c, n in zip(inputs.candidates, inputs.candidate_names, strict=True))
@@ -463,20 +463,20 @@ def forecast(
         probe: Measure this machine for some seconds; without, only a cluster's times are told.
     """
     plan = prepared.plan
-    workload = partial(workload_of, plan.config, prepared.inputs, prepared.rehearsal, plan.blocks, plan.outside)
+    workload = partial(workload_of, plan.config, prepared.inputs, prepared.trace, plan.blocks, plan.non_block)
     shapes = batch_shapes(outlines, None)
     whole = workload(shapes)
-    behind = plan.placement.writes_behind(plan.device)
+    in_background = plan.placement.writes_in_background(plan.device)
     timed = not plan.problems and (probe or machines.cluster is not None)
     if machines.num_ranks == 1 and machines.cluster is None:
         rates = _rates(prepared, machines, whole) if timed else None
         if rates is None:
             return plan
-        return replace(plan, seconds=estimate_seconds(whole, plan.placement, rates, writes_behind=behind))
+        return replace(plan, seconds=estimate_seconds(whole, plan.placement, rates, writes_in_background=in_background))
     batches = split_shapes(
         shapes, samples_at_once(plan.placement.samples, sum(plan.num_samples.values()), machines.num_ranks)
     )
-    works = share_work(batches, plan.blocks, prepared.rehearsal, workload, machines.num_ranks)
+    works = share_work(batches, plan.blocks, prepared.trace, workload, machines.num_ranks)
     held = partial(
         footprint,
         placement=plan.placement,
@@ -492,7 +492,9 @@ def forecast(
     parts = [each.work for each in works]
     moved = max(rank.bytes_communicated for rank in plan.ranks)
     links = _links(machines, rates)
-    seconds = estimate_rank_seconds(whole, parts, plan.placement, rates, links, moved, writes_behind=behind)
+    seconds = estimate_rank_seconds(
+        whole, parts, plan.placement, rates, links, moved, writes_in_background=in_background
+    )
     return replace(plan, seconds=seconds, measured=machines.cluster is None)
 
 

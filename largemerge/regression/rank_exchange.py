@@ -1,11 +1,11 @@
-"""What the ranks of a merge do together for one block: whose work is what, adding up, spreading what was solved.
+"""What the ranks of a merge exchange for one block: sums reduced to their owners, merged weights broadcast.
 
-    every rank:      its (candidate, batch) items → its part of every group's sums
-    team:            ranks that have parts of the same last candidate: its Gram, added up → some right-hand sides each
-    owner of group:  the parts, added up → solved → copied to all
+    every rank         its (candidate, batch) items → its part of every group's sums
+    group of ranks     those with parts of the same last candidate: its Gram all-reduced → some right-hand sides each
+    owner of a group   the parts, reduced → solved → broadcast
 
 Sums travel while others are still collected, and merged weights while others are solved. Hidden states never leave
-their rank. With one rank all of this is nothing.
+their rank. With one rank nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.tensor_info import Tensors
-from largemerge.distributed.collectives import Exchange
-from largemerge.distributed.partition import Shares, choose_owners
+from largemerge.distributed.collectives import AsyncCollectives
+from largemerge.distributed.partition import Partition, choose_owners
 from largemerge.distributed.ranks import Ranks
 from largemerge.distributed.shared_memory import Node
 from largemerge.regression.averages import RunningAverages
@@ -54,7 +54,7 @@ class ReadItem:
 
 
 @dataclass(frozen=True)
-class Together:
+class RankExchange:
     """Who does what.
 
     Attributes:
@@ -65,38 +65,38 @@ class Together:
     """
 
     ranks: Ranks
-    shares: Shares
+    shares: Partition
     node: Node
-    exchange: Exchange | None
+    exchange: AsyncCollectives | None
 
-    def is_home(self, candidate: int) -> bool:
+    def is_primary(self, candidate: int) -> bool:
         """Whether this rank counts what does not depend on the candidate's rows."""
-        return self.holders[candidate][0] == self.ranks.rank
+        return self.ranks_with_data[candidate][0] == self.ranks.rank
 
     def has_data(self, candidate: int) -> bool:
         """Whether this rank has some of the candidate's batches."""
-        return self.ranks.rank in self.holders[candidate]
+        return self.ranks.rank in self.ranks_with_data[candidate]
 
     @cached_property
-    def holders(self) -> Sequence[Sequence[int]]:
+    def ranks_with_data(self) -> Sequence[Sequence[int]]:
         """By candidate: the ranks that have some of its batches, in order."""
-        return self.shares.holders
+        return self.shares.ranks_with_data
 
     def part(self, candidate: int, own_tokens: int) -> Part:
         """What this rank counts of a candidate."""
-        team = self._teams[candidate]
-        if len(team) < 2 or self.ranks.rank not in team:
-            return Part(own_tokens, self.is_home(candidate))
-        return Part(own_tokens, self.is_home(candidate), team.index(self.ranks.rank), len(team))
+        rank_group = self._rank_groups[candidate]
+        if len(rank_group) < 2 or self.ranks.rank not in rank_group:
+            return Part(own_tokens, self.is_primary(candidate))
+        return Part(own_tokens, self.is_primary(candidate), rank_group.index(self.ranks.rank), len(rank_group))
 
     @cached_property
-    def _teams(self) -> Sequence[Sequence[int]]:
-        return self.shares.teams
+    def _rank_groups(self) -> Sequence[Sequence[int]]:
+        return self.shares.rank_groups
 
     @property
     def last(self) -> int:
         """The last candidate that adds something here; the first one, if none does."""
-        return max(filter(self.has_data, range(len(self.holders))), default=0)
+        return max(filter(self.has_data, range(len(self.ranks_with_data))), default=0)
 
     def wants(self, candidate: int) -> bool:
         """Whether this rank needs the candidate's blocks; the first candidate's are the anchor of all."""
@@ -110,12 +110,12 @@ class Together:
         """A candidate's tensors, from disk or from the rank of this machine that reads them."""
         wanted_by = self._wanted_by(item.candidate, replayed=item.replayed)
         reads = self.node.reader(wanted_by) == self.ranks.rank
-        with nullcontext() if reads else self.ranks.waits():
+        with nullcontext() if reads else self.ranks.blocked():
             return self.node.load(item.key, wanted_by, read)
 
     def _wanted_by(self, candidate: int, *, replayed: bool) -> Sequence[int]:
         """The ranks that need a candidate's tensors."""
-        return range(self.ranks.size) if candidate == 0 and not replayed else self.holders[candidate]
+        return range(self.ranks.size) if candidate == 0 and not replayed else self.ranks_with_data[candidate]
 
     def begin(self, groups: Sequence[GroupPlan]) -> PassExchange:
         """For one pass over a block."""
@@ -123,7 +123,7 @@ class Together:
         dearest_first = sorted(groups, key=lambda group: -group.solve_operations)
         return PassExchange(self, dearest_first, choose_owners(costs, self.ranks.size))
 
-    def everybodys(self, linears: Mapping[str, Any], bytes_read: int) -> tuple[dict[str, Any], int]:
+    def gather_reports(self, linears: Mapping[str, Any], bytes_read: int) -> tuple[dict[str, Any], int]:
         """Collective: the reports of all linears, and the bytes that all ranks have read."""
         told = self.ranks.gather((dict(linears), bytes_read))
         joined = {name: report for own, _ in told for name, report in own.items()}
@@ -135,13 +135,13 @@ class PassExchange:
     """What is exchanged in one pass over a block. All ranks complete its groups in the same order, and spread them so.
 
     Attributes:
-        together: The ranks.
+        rank_exchange: The ranks.
         groups: In the order in which they are completed and solved, the dearest first: its owner solves it while others
             are still at the right-hand sides of the rest.
         owners: By group.
     """
 
-    together: Together
+    together: RankExchange
     groups: Sequence[GroupPlan]
     owners: Mapping[str, int]
     _adding: dict[str, Future[Any]] = field(default_factory=dict)
@@ -165,13 +165,13 @@ class PassExchange:
     def complete(self, leader: str, sums: GroupSums) -> None:
         """Collective: this rank has added all that it has to the sums of a group."""
         if self.together.exchange is not None:
-            self._adding[leader] = self.together.exchange.add_up(sums.views(), self.owners[leader])
+            self._adding[leader] = self.together.exchange.reduce(sums.views(), self.owners[leader])
 
     def complete_averages(self, averages: RunningAverages) -> None:
         """Collective: as with a group's sums; all ranks get the averages."""
         exchange, views = self.together.exchange, averages.views()
         if exchange is not None and views:
-            exchange.add_up(views, 0)
+            exchange.reduce(views, 0)
             self._others.append(exchange.copy(views, 0))
 
     def wait_for_sums(self, leader: str) -> None:

@@ -42,7 +42,7 @@ class MergeReport:
         inputs: Fingerprints of all files, by checkpoint.
         calibration: By candidate: number of samples and fingerprint of what the model saw.
         blocks: By name: seconds by phase, bytes written, and a report for every linear.
-        outside: Seconds and bytes of the tensors outside the blocks.
+        non_block: Seconds and bytes of the tensors outside the blocks.
         seconds: Total, and of the preparation.
         bytes_read: From checkpoints, in this run.
         resumed_parts: How many parts an earlier run had finished.
@@ -59,7 +59,7 @@ class MergeReport:
     inputs: Mapping[str, Any]
     calibration: Mapping[str, Any]
     blocks: Mapping[str, Any]
-    outside: Mapping[str, Any]
+    non_block: Mapping[str, Any]
     seconds: Mapping[str, float]
     bytes_read: int
     resumed_parts: int
@@ -100,7 +100,7 @@ class MergeReport:
             },
             calibration=calibration,
             blocks={block.name: parts[block.name] for block in plan.blocks},
-            outside=parts["outside"],
+            non_block=parts["outside"],
             seconds={"total": round(total_seconds, 3), "preparation": round(prepared_seconds, 3)},
             bytes_read=bytes_read,
             resumed_parts=resumed_parts,
@@ -120,13 +120,13 @@ class MergeReport:
     @property
     def quantization_errors(self) -> dict[str, float]:
         """‖written - merged‖ / ‖merged‖ of every weight that was written quantised, by parameter name."""
-        parts = (self.outside, *self.blocks.values())
+        parts = (self.non_block, *self.blocks.values())
         return {name: error for part in parts for name, error in part.get("quantization_errors", {}).items()}
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         phases: Counter[str] = Counter()
-        for part in (*self.blocks.values(), self.outside):
+        for part in (*self.blocks.values(), self.non_block):
             phases.update(part["seconds"])
         return {
             "versions": versions(),
@@ -137,7 +137,7 @@ class MergeReport:
             "plan": self.plan.to_json(),
             "seconds": {**self.seconds, "by_phase": {key: round(value, 3) for key, value in phases.items()}},
             "bytes_read": self.bytes_read,
-            "bytes_written": sum(part["bytes_written"] for part in (*self.blocks.values(), self.outside)),
+            "bytes_written": sum(part["bytes_written"] for part in (*self.blocks.values(), self.non_block)),
             "resumed_parts": self.resumed_parts,
             "peak_bytes": {
                 "planned_host": self.plan.footprint.host,
@@ -153,7 +153,7 @@ class MergeReport:
             "ranks": list(self.ranks),
             "quantization": self._quantization(),
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
-            "outside": self.outside,
+            "outside": self.non_block,
             "blocks": self.blocks,
         }
 
@@ -186,7 +186,7 @@ class MergeReport:
             table.add_row("quantisation error", f"{mean:.4f}, relative, mean over {len(errors)} linears")
         total = self.seconds["total"]
         table.add_row("time", f"{total:.1f} s, of which preparation {self.seconds['preparation']:.1f} s")
-        written = sum(part["bytes_written"] for part in (*self.blocks.values(), self.outside))
+        written = sum(part["bytes_written"] for part in (*self.blocks.values(), self.non_block))
         table.add_row("disk", f"{gib(self.bytes_read)} read, {gib(written)} written")
         planned = self.plan.footprint
         peak = f"{gib(self.peak.host_anonymous)} anonymous (planned {gib(planned.host)}), "

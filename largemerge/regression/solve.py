@@ -180,7 +180,7 @@ def solve_anchored_(
     rhs_OI: torch.Tensor,
     mean_OI: torch.Tensor,
     ridge: float,
-    most_rank: int | None = None,
+    max_rank: int | None = None,
     *,
     surely_well_conditioned: bool = False,
 ) -> Solution:
@@ -191,7 +191,7 @@ def solve_anchored_(
         rhs_OI: R, the sum of E_i G̃_i, float32; becomes X.
         mean_OI: Ē, the weighted average of the E_i, in any floating dtype.
         ridge: λ as a fraction of the mean diagonal of G.
-        most_rank: The rank that G can have at most, if that is known.
+        max_rank: The rank that G can have at most, if that is known.
         surely_well_conditioned: Float32 suffices whatever the estimate of the condition says; a rougher one will do.
 
     Raises:
@@ -214,10 +214,8 @@ def solve_anchored_(
         ("cholesky_float64", lambda: _by_cholesky(system, torch.float64, iterations)),
         ("eigenvalues_float64", lambda: _by_eigenvalues(system)),
     ]
-    if most_rank is not None and most_rank < gram.num_inputs:
-        fallbacks.append(
-            f"{most_rank} tokens for {gram.num_inputs} inputs: directions that they leave out are averaged"
-        )
+    if max_rank is not None and max_rank < gram.num_inputs:
+        fallbacks.append(f"{max_rank} tokens for {gram.num_inputs} inputs: directions that they leave out are averaged")
         attempts = attempts[2:]
     for name, attempt in attempts:
         try:

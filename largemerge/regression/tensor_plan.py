@@ -30,14 +30,14 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import bitsandbytes, quantized_tensor
 from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name, torch_dtype
 from largemerge.errors import LargemergeError
-from largemerge.model.key_mapping import NameMap
+from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton, linears_in, weight_is_transposed
-from largemerge.model.trace import LinearRole, Rehearsal
+from largemerge.model.trace import LinearRole, ModelTrace
 from largemerge.regression.config import MergeConfig, OutputConfig
 from largemerge.regression.inputs import Inputs
 
 
-class Treatment(str, Enum):
+class MergeRule(str, Enum):
     """How a tensor of the output comes about."""
 
     SOLVED = "solved"
@@ -52,13 +52,13 @@ class TensorPlan:
 
     Attributes:
         name: Parameter name in the module; the name on disk for tensors that the class has no use for.
-        treatment: How it is made.
+        rule: How it is made.
         reason: Why it is not solved, or "".
         dtype: It is written in.
     """
 
     name: str
-    treatment: Treatment
+    rule: MergeRule
     reason: str
     dtype: torch.dtype
 
@@ -102,17 +102,17 @@ class BlockPlan:
         return self.stack if group.rows is None else group.rows
 
 
-def plan_blocks(config: MergeConfig, inputs: Inputs, rehearsal: Rehearsal) -> tuple[BlockPlan, ...]:
+def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple[BlockPlan, ...]:
     """The blocks in the order in which they run."""
     blocks = []
-    for stack_index in rehearsal.order:
+    for stack_index in trace.order:
         stack = inputs.skeleton.stacks[stack_index]
         for index in range(len(stack.blocks)):
             names = [name for name in inputs.skeleton.block_tensors(stack, index) if _exists(inputs, name)]
-            roles = {role.name: role for role in rehearsal.stacks[stack_index].roles[index]}
+            roles = {role.name: role for role in trace.stacks[stack_index].roles[index]}
             prefix = stack.block_name(index) + "."
             linears = linears_in(stack.blocks[index])
-            images = rehearsal.stacks[stack_index].tokens is None
+            images = trace.stacks[stack_index].tokens is None
             tensors = [
                 _plan_tensor(config, inputs, name, _unsolvable(name.removeprefix(prefix), linears, roles, images))
                 for name in names
@@ -122,11 +122,11 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, rehearsal: Rehearsal) -> tu
     return tuple(blocks)
 
 
-def plan_outside(config: MergeConfig, inputs: Inputs) -> tuple[TensorPlan, ...]:
+def plan_non_block(config: MergeConfig, inputs: Inputs) -> tuple[TensorPlan, ...]:
     """The tensors of no block, and those that the model class has no use for."""
     known = [
         _plan_tensor(config, inputs, name, "not in a block")
-        for name in inputs.skeleton.outside_tensors()
+        for name in inputs.skeleton.non_block_tensors()
         if _exists(inputs, name)
     ]
     unknown = [_plan_unknown(config, inputs, key) for key in inputs.reference_names.unmapped]
@@ -141,11 +141,11 @@ def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, O
         if plan.name in names.unmapped:
             dtypes[plan.name] = plan.dtype
         else:
-            dtypes |= {key: plan.dtype for key in names.sources_of([names.on_disk(plan.name)])}
+            dtypes |= {key: plan.dtype for key in names.disk_keys([names.canonical(plan.name)])}
     return {key: OutputTensor(dtypes[key], info.shape) for key, info in reference.tensors.items() if key in dtypes}
 
 
-def treatment_problems(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
+def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
     """Tensors that candidates lack or hold in other shapes, unless the base stands in for them."""
     problems = []
     stacks = tuple(f".{stack.name}." for stack in inputs.skeleton.stacks)
@@ -157,11 +157,11 @@ def treatment_problems(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[st
             problems.append(f"{checkpoint.name}: has {len(extra)} tensors in blocks that others lack, such as {some}")
     state = inputs.skeleton.model.state_dict()
     for plan in plans:
-        if plan.name not in state or plan.treatment is Treatment.BASE:
+        if plan.name not in state or plan.rule is MergeRule.BASE:
             continue
         shapes = {}
         for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
-            name = names.on_disk(plan.name)
+            name = names.canonical(plan.name)
             if name in names.missing:
                 problems.append(f"{checkpoint.name}: has no tensor for {plan.name}, which the others have")
             elif name in names.mismatched:
@@ -177,26 +177,26 @@ def treatment_problems(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[st
 
 def _exists(inputs: Inputs, name: str) -> bool:
     """Whether any candidate has the tensor, so that the output must."""
-    return any(names.on_disk(name) not in names.missing for names in inputs.candidate_names)
+    return any(names.canonical(name) not in names.missing for names in inputs.candidate_names)
 
 
 def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str | None) -> TensorPlan:
     dtype = _output_dtype(config, inputs, name)
     if not dtype.is_floating_point:
-        return TensorPlan(name, Treatment.COPIED, "not a floating-point tensor", dtype)
+        return TensorPlan(name, MergeRule.COPIED, "not a floating-point tensor", dtype)
     labels = tensor_labels(inputs.reference_names, name)
     if _matches(config.parameters.exclude, labels):
         base = inputs.base_names
         if base is None:
-            return TensorPlan(name, Treatment.AVERAGED, "excluded, and there is no base", dtype)
+            return TensorPlan(name, MergeRule.AVERAGED, "excluded, and there is no base", dtype)
         if not base.has(name):
-            return TensorPlan(name, Treatment.AVERAGED, "excluded, but the base does not have it", dtype)
-        return TensorPlan(name, Treatment.BASE, "excluded", dtype)
+            return TensorPlan(name, MergeRule.AVERAGED, "excluded, but the base does not have it", dtype)
+        return TensorPlan(name, MergeRule.BASE, "excluded", dtype)
     if unsolvable is not None:
-        return TensorPlan(name, Treatment.AVERAGED, unsolvable, dtype)
+        return TensorPlan(name, MergeRule.AVERAGED, unsolvable, dtype)
     if config.parameters.include and not _matches(config.parameters.include, labels):
-        return TensorPlan(name, Treatment.AVERAGED, "not included", dtype)
-    return TensorPlan(name, Treatment.SOLVED, "", dtype)
+        return TensorPlan(name, MergeRule.AVERAGED, "not included", dtype)
+    return TensorPlan(name, MergeRule.SOLVED, "", dtype)
 
 
 def _plan_unknown(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
@@ -206,8 +206,8 @@ def _plan_unknown(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
     dtype = reference.dtype
     if everywhere and dtype.is_floating_point:
         wanted = torch_dtype(config.dtype) if config.dtype else dtype
-        return TensorPlan(key, Treatment.AVERAGED, "unknown to the model class", wanted)
-    return TensorPlan(key, Treatment.COPIED, "unknown to the model class", dtype)
+        return TensorPlan(key, MergeRule.AVERAGED, "unknown to the model class", wanted)
+    return TensorPlan(key, MergeRule.COPIED, "unknown to the model class", dtype)
 
 
 def _unsolvable(
@@ -229,7 +229,7 @@ def _plan_groups(
 ) -> tuple[GroupPlan, ...]:
     linears = linears_in(block)
     solved = [
-        plan.name.removeprefix(prefix).removesuffix(".weight") for plan in tensors if plan.treatment is Treatment.SOLVED
+        plan.name.removeprefix(prefix).removesuffix(".weight") for plan in tensors if plan.rule is MergeRule.SOLVED
     ]
     groups: dict[tuple[str, bool], dict[str, tuple[int, int]]] = {}
     for path in [name for name in roles if name in solved]:
@@ -263,19 +263,19 @@ def _output_dtype(config: MergeConfig, inputs: Inputs, name: str) -> torch.dtype
     return torch_dtype(config.dtype) if config.dtype and result.is_floating_point else result
 
 
-def _info(checkpoint: Checkpoint, names: NameMap, name: str) -> TensorInfo | None:
+def _info(checkpoint: Checkpoint, names: KeyMapping, name: str) -> TensorInfo | None:
     keys = _names_on_disk(names, name)
     return checkpoint.tensors[keys[0]] if keys else None
 
 
-def tensor_labels(names: NameMap, name: str) -> set[str]:
+def tensor_labels(names: KeyMapping, name: str) -> set[str]:
     """What patterns are matched with: a tensor's name in the module, and its names on disk."""
     return {name} if name in names.unmapped else {name, *_names_on_disk(names, name)}
 
 
-def _names_on_disk(names: NameMap, name: str) -> list[str]:
-    on_disk = names.on_disk(name)
-    return [] if on_disk in names.missing else names.sources_of([on_disk])
+def _names_on_disk(names: KeyMapping, name: str) -> list[str]:
+    on_disk = names.canonical(name)
+    return [] if on_disk in names.missing else names.disk_keys([on_disk])
 
 
 def _matches(patterns: tuple[str, ...], labels: set[str]) -> bool:
@@ -359,7 +359,7 @@ def quantize_output(
     result, problems = dict(output), []
     linears = quantized_linears(inputs.skeleton, quantization)
     for path, transposed in linears.items():
-        name = names.on_disk(f"{path}.weight")
+        name = names.canonical(f"{path}.weight")
         if names.conversion_of(name) is not None:
             problems.append(
                 f"output.quantization: {name} is no tensor of its own on disk, and cannot be written quantised; "

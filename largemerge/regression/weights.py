@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,11 @@ from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.tensor_info import OutputTensor, Tensors
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.distributed.ranks import Ranks
-from largemerge.model.key_mapping import NameMap, ReadTensor
+from largemerge.model.key_mapping import KeyMapping, ReadTensor
 from largemerge.regression.inputs import Inputs
+
+MERGED = "merged"
+"""As an owner of weights: the output, as far as it has been written."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,30 @@ class Weights:
             lambda: self._load(self.inputs.reference_names, names, self.own_writer.read), self.device
         )
 
+    def load_non_block(self, owner: Hashable, parameters: Sequence[str], buffers: Sequence[str]) -> Tensors:
+        """Parameters outside the blocks, and those of the buffers that the output has.
+
+        Collective if the owner is `MERGED`.
+
+        Args:
+            owner: `MERGED`, or a candidate's number.
+            parameters: Names of those that are needed.
+            buffers: Names of those that are taken if they are there.
+        """
+        names = [*parameters, *(name for name in buffers if self.inputs.reference_names.has(name))]
+        return self.candidate(owner, names) if isinstance(owner, int) else self.merged(names)
+
     def store(self, tensors: Tensors) -> None:
         """Writes parameters of the output, on the only rank that may."""
-        with self.ranks.waits():
-            self.write(self.laid_out(tensors))
+        with self.ranks.blocked():
+            self.write(self.to_disk_layout(tensors))
 
-    def laid_out(self, tensors: Tensors) -> Tensors:
+    def to_disk_layout(self, tensors: Tensors) -> Tensors:
         """Parameters of the output as they lie on disk, by their names there; nothing on ranks that do not write."""
         if self.writer is None:
             return {}
         names = self.inputs.reference_names
-        on_disk = {names.on_disk(name): tensor for name, tensor in tensors.items()}
+        on_disk = {names.canonical(name): tensor for name, tensor in tensors.items()}
         return names.store(self.inputs.skeleton.model, on_disk)
 
     def write(self, on_disk: Tensors) -> int:
@@ -106,23 +122,23 @@ class Weights:
     def _quantized_as(self, name: str) -> str | None:
         """The name on disk of a parameter that is written quantised."""
         names = self.inputs.reference_names
-        key = names.renamed.get(names.on_disk(name))
+        key = names.renamed.get(names.canonical(name))
         return key if key is not None and self.output[key].quantization is not None else None
 
     def stored_bytes(self, index: int, wanted: Sequence[str]) -> int:
         """Bytes on disk of what `candidate` reads."""
         name_map, checkpoint = self.inputs.candidate_names[index], self.inputs.candidates[index]
-        own = {name_map.on_disk(name) for name in wanted if name_map.has(name)}
-        total = sum(checkpoint.tensors[key].num_bytes for key in name_map.sources_of(own))
+        own = {name_map.canonical(name) for name in wanted if name_map.has(name)}
+        total = sum(checkpoint.tensors[key].num_bytes for key in name_map.disk_keys(own))
         lacking = [name for name in wanted if not name_map.has(name)]
         if lacking:
             assert self.inputs.base is not None and self.inputs.base_names is not None, lacking
             names = self.inputs.base_names
-            keys = names.sources_of([names.on_disk(name) for name in lacking])
+            keys = names.disk_keys([names.canonical(name) for name in lacking])
             total += sum(self.inputs.base.tensors[key].num_bytes for key in keys)
         return total
 
-    def _load(self, name_map: NameMap, names: Sequence[str], read: ReadTensor) -> Tensors:
-        wanted = {name: name_map.on_disk(name) for name in names}
+    def _load(self, name_map: KeyMapping, names: Sequence[str], read: ReadTensor) -> Tensors:
+        wanted = {name: name_map.canonical(name) for name in names}
         loaded = name_map.load(self.inputs.skeleton.model, list(wanted.values()), read)
         return {name: loaded[on_disk] for name, on_disk in wanted.items()}

@@ -21,7 +21,7 @@ def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     Raises:
         LargemergeError: If Transformers does not know the model, or it has no token embeddings.
     """
-    from largemerge.model.key_mapping import map_names
+    from largemerge.model.key_mapping import map_keys
     from largemerge.model.skeleton import build_skeleton
 
     model: Any = build_skeleton(checkpoint).model
@@ -41,7 +41,7 @@ def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
         )
     found = [weight, getattr(outputs, "weight", None), getattr(outputs, "bias", None)]
     wanted = {id(each) for each in found if isinstance(each, torch.Tensor) and each.shape[0] == weight.shape[0]}
-    on_disk = map_names(model, checkpoint).renamed
+    on_disk = map_keys(model, checkpoint).renamed
     names = (name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in wanted)
     return frozenset(on_disk[name] for name in names if name in on_disk)
 

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from largemerge.calibration import ModelNeeds
+from largemerge.calibration import ForwardSignature
 from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<user>", "<assistant>"]
@@ -64,28 +64,28 @@ def checkpoint(tmp_path: Path, save_tokenizer: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def text_needs() -> ModelNeeds:
+def text_needs() -> ForwardSignature:
     """A decoder-only language model."""
-    return ModelNeeds(frozenset({"input_ids", "attention_mask", "position_ids"}), False, None, None)
+    return ForwardSignature(frozenset({"input_ids", "attention_mask", "position_ids"}), False, None, None)
 
 
 @pytest.fixture
-def seq2seq_needs() -> ModelNeeds:
+def seq2seq_needs() -> ForwardSignature:
     """An encoder-decoder such as T5."""
     arguments = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
-    return ModelNeeds(frozenset(arguments), True, IDS["<s>"], None)
+    return ForwardSignature(frozenset(arguments), True, IDS["<s>"], None)
 
 
 @pytest.fixture
-def vision_needs() -> ModelNeeds:
+def vision_needs() -> ForwardSignature:
     """An image classifier."""
-    return ModelNeeds(frozenset({"pixel_values"}), False, None, None)
+    return ForwardSignature(frozenset({"pixel_values"}), False, None, None)
 
 
 @pytest.fixture
-def clip_needs() -> ModelNeeds:
+def clip_needs() -> ForwardSignature:
     """A model of two towers."""
-    return ModelNeeds(frozenset({"input_ids", "attention_mask", "pixel_values"}), False, None, None)
+    return ForwardSignature(frozenset({"input_ids", "attention_mask", "pixel_values"}), False, None, None)
 
 
 @pytest.fixture

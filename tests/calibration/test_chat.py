@@ -26,8 +26,8 @@ def turns(*contents):
 
 @pytest.fixture
 def load(make_config, checkpoint, text_needs):
-    def run(data, needs=text_needs, folder=checkpoint, **settings):
-        return load_calibration(make_config(data, messages_field="chat", **settings), "chatty", folder, needs)
+    def run(data, signature=text_needs, folder=checkpoint, **settings):
+        return load_calibration(make_config(data, messages_field="chat", **settings), "chatty", folder, signature)
 
     return run
 

@@ -12,17 +12,17 @@ NOTHING = Fields(None, None, None, None, None, None)
 
 @pytest.fixture
 def choose(make_config):
-    def run(columns, needs, **settings):
-        return choose_fields(make_config("data.jsonl", **settings), columns, needs, "candidate 'math': data.jsonl")
+    def run(columns, signature, **settings):
+        return choose_fields(make_config("data.jsonl", **settings), columns, signature, "candidate 'math': data.jsonl")
 
     return run
 
 
 @pytest.fixture
 def complaint(choose):
-    def find(columns, needs, **settings):
+    def find(columns, signature, **settings):
         with pytest.raises(CalibrationError) as caught:
-            choose(columns, needs, **settings)
+            choose(columns, signature, **settings)
         assert all(problem.startswith("candidate 'math': data.jsonl: ") for problem in caught.value.problems)
         return "\n".join(caught.value.problems)
 

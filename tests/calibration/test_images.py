@@ -31,8 +31,8 @@ def vision_checkpoint(tmp_path, save_image_processor):
 
 @pytest.fixture
 def load(make_config, vision_checkpoint, vision_needs):
-    def run(data, needs=vision_needs, checkpoint=vision_checkpoint, **settings):
-        return load_calibration(make_config(data, **settings), "cars", checkpoint, needs)
+    def run(data, signature=vision_needs, checkpoint=vision_checkpoint, **settings):
+        return load_calibration(make_config(data, **settings), "cars", checkpoint, signature)
 
     return run
 
@@ -139,18 +139,18 @@ def test_folder_with_captions(load, folder, clip_needs, vision_checkpoint, save_
 def test_image_and_target(load, folder, seq2seq_needs, vision_checkpoint, save_tokenizer, write_jsonl, ids):
     save_tokenizer(vision_checkpoint)
     arguments = frozenset({"pixel_values", "decoder_input_ids", "decoder_attention_mask"})
-    needs = type(seq2seq_needs)(arguments, True, 1, None)
+    signature = type(seq2seq_needs)(arguments, True, 1, None)
     path = write_jsonl([{"image": "images/a.png", "words": "the cat"}])
 
-    inputs = load(path, needs, target_field="words").batches[0].inputs
+    inputs = load(path, signature, target_field="words").batches[0].inputs
 
     assert inputs["decoder_input_ids"].tolist() == [ids("<s> the")]
     assert inputs["pixel_values"].shape == (1, 3, 8, 8) and "input_ids" not in inputs
 
 
 def test_outline(folder, make_config, vision_checkpoint, vision_needs, clip_needs, save_tokenizer):
-    def outline(data, needs=vision_needs, **settings):
-        return outline_calibration(make_config(data, **settings), "cars", vision_checkpoint, needs)
+    def outline(data, signature=vision_needs, **settings):
+        return outline_calibration(make_config(data, **settings), "cars", vision_checkpoint, signature)
 
     assert outline(folder).inputs == {"pixel_values": ((3, 8, 8), torch.float32)}
     assert outline(folder).num_samples == 3 and outline(folder, num_samples=2).num_samples == 2

@@ -55,8 +55,8 @@ def test_outline_reads_no_samples(make_config, checkpoint, text_needs, write_jso
 def test_outline_knows_the_tokenizers_limit_and_arguments(make_config, tmp_path, save_tokenizer, text_needs):
     names = ["input_ids", "token_type_ids", "attention_mask"]
     folder = save_tokenizer(tmp_path / "bert", model_max_length=5, model_input_names=names)
-    needs = replace(text_needs, forward_arguments=text_needs.forward_arguments | {"token_type_ids"})
-    outline = outline_calibration(make_config("owner/texts"), "math", folder, needs)
+    signature = replace(text_needs, forward_arguments=text_needs.forward_arguments | {"token_type_ids"})
+    outline = outline_calibration(make_config("owner/texts"), "math", folder, signature)
     assert set(outline.inputs) == set(names)
     assert outline.inputs["token_type_ids"] == ((5,), torch.int64)
 

@@ -26,12 +26,12 @@ def save(tmp_path):
 def complaint(save, make_config, tmp_path, text_needs):
     """The problems that a file of these tensors gives, in the outline as in loading."""
 
-    def find(tensors, needs=text_needs, **settings):
+    def find(tensors, signature=text_needs, **settings):
         config = make_config(save(tensors), **settings)
         found = []
         for function in (outline_calibration, load_calibration):
             with pytest.raises(CalibrationError) as caught:
-                function(config, "math", tmp_path, needs)
+                function(config, "math", tmp_path, signature)
             found.append(caught.value.problems)
         assert found[0] == found[1]
         return "\n".join(found[0])
@@ -178,8 +178,8 @@ def test_settings_change_the_fingerprint(save, make_config, tmp_path, text_needs
 
 
 def test_decoder_tokens_may_come_as_embeddings(save, make_config, tmp_path, seq2seq_needs):
-    needs = replace(seq2seq_needs, forward_arguments=seq2seq_needs.forward_arguments | {"decoder_inputs_embeds"})
+    signature = replace(seq2seq_needs, forward_arguments=seq2seq_needs.forward_arguments | {"decoder_inputs_embeds"})
     embeddings = torch.randn(5, 2, 4)
     path = save({"input_ids": TOKENS, "decoder_inputs_embeds": embeddings, "loss_mask": torch.ones(5, 2)})
-    calibration = load_calibration(make_config(path), "math", tmp_path, needs)
+    calibration = load_calibration(make_config(path), "math", tmp_path, signature)
     assert torch.equal(calibration.batches[0].inputs["decoder_inputs_embeds"], embeddings[:2])

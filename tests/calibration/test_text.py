@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from largemerge.calibration import ModelNeeds, load_calibration
+from largemerge.calibration import ForwardSignature, load_calibration
 from largemerge.calibration.text import _mask_of_kept
 from largemerge.errors import CalibrationError
 
@@ -16,8 +16,8 @@ BERT = "<s> $A </s>"
 
 @pytest.fixture
 def load(make_config, checkpoint, text_needs):
-    def run(data, needs=text_needs, folder=checkpoint, **settings):
-        return load_calibration(make_config(data, **settings), "math", folder, needs)
+    def run(data, signature=text_needs, folder=checkpoint, **settings):
+        return load_calibration(make_config(data, **settings), "math", folder, signature)
 
     return run
 
@@ -116,8 +116,8 @@ def test_token_types_only_where_both_sides_know_them(load, write_jsonl, tmp_path
 
 
 def test_model_without_attention_mask_has_its_padding_in_the_loss_mask(load, write_jsonl):
-    needs = ModelNeeds(frozenset({"input_ids"}), False, None, None)
-    batch = load(write_jsonl(texts("the cat", "sat")), needs).batches[0]
+    signature = ForwardSignature(frozenset({"input_ids"}), False, None, None)
+    batch = load(write_jsonl(texts("the cat", "sat")), signature).batches[0]
     assert set(batch.inputs) == {"input_ids"}
     assert batch.loss_mask is not None and batch.loss_mask.tolist() == [[True, True], [True, False]]
 

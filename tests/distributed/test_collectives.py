@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from largemerge.distributed import collectives, shared_memory
-from largemerge.distributed.collectives import Exchange, Piece, SharedMemory, cut
+from largemerge.distributed.collectives import AsyncCollectives, Piece, SharedMemory, cut
 from largemerge.distributed.ranks import Ranks
 from largemerge.distributed.shared_memory import Node
 from largemerge.errors import MergeError
@@ -50,7 +50,7 @@ def test_pieces_hold_everything_once_and_are_small() -> None:
     assert sum(view.numel() for piece in pieces for view in piece) == sum(view.numel() for view in views)
 
 
-def on_ranks(size: int, work: Callable[[Ranks, Exchange], None]) -> None:
+def on_ranks(size: int, work: Callable[[Ranks, AsyncCollectives], None]) -> None:
     """Every rank is a thread; they meet at a barrier."""
     barrier = threading.Barrier(size, timeout=20)
     failures: list[BaseException] = []
@@ -60,7 +60,7 @@ def on_ranks(size: int, work: Callable[[Ranks, Exchange], None]) -> None:
         try:
             shared = Node(rank, tuple(range(size)), "largemerge-1-")
             way = SharedMemory(rank, range(size), shared, lambda: barrier.wait() and None)
-            between = Exchange(ranks, way, CPU, (range(size), way))
+            between = AsyncCollectives(ranks, way, CPU, (range(size), way))
             work(ranks, between)
             between.close()
         except BaseException as error:
@@ -82,11 +82,11 @@ def test_shared_memory_adds_up_and_copies(size: int, tmp_path: Path) -> None:
     expected = [[sum(view.float() for view in views) for views in zip(*each, strict=True)] for each in given]
     last = given.pop()
 
-    def work(ranks: Ranks, between: Exchange) -> None:
+    def work(ranks: Ranks, between: AsyncCollectives) -> None:
         orders = []
         for number, each in enumerate(given):
             owner = (number * 2) % size
-            orders.append(between.add_up(each[ranks.rank], owner))
+            orders.append(between.reduce(each[ranks.rank], owner))
             orders.append(between.copy(each[ranks.rank], owner))
         orders.append(between.share(last[ranks.rank]))
         for order in orders:
@@ -115,8 +115,8 @@ def test_after_a_failure_nothing_more_is_carried_out() -> None:
             self.calls += 1
 
     carrier = Broken()
-    between = Exchange(Ranks(size=2), carrier, CPU)
-    orders = [between.add_up([torch.ones(2)], 0), between.copy([torch.ones(2)], 0)]
+    between = AsyncCollectives(Ranks(size=2), carrier, CPU)
+    orders = [between.reduce([torch.ones(2)], 0), between.copy([torch.ones(2)], 0)]
     for order in orders:
         with pytest.raises(MergeError, match="rank 1 is gone"):
             between.wait(order)

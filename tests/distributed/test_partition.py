@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from largemerge.distributed import ranks
-from largemerge.distributed.partition import choose_owners, samples_at_once, share_out
-from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks, told_together, too_many_threads
+from largemerge.distributed.partition import choose_owners, partition_batches, samples_at_once
+from largemerge.distributed.ranks import Ranks, device_of_rank, join_problems, start_ranks, too_many_threads
 from largemerge.errors import LargemergeError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_every_batch_has_one_rank_and_ranks_have_neighbours(size: int) -> None:
     costs = [[5, 3, 1], [4], [2, 2, 2, 2]]
-    shares = share_out(costs, size).batches
+    shares = partition_batches(costs, size).batches
     items = [(candidate, number) for share in shares for candidate, numbers in enumerate(share) for number in numbers]
     assert items == [(candidate, number) for candidate, batches in enumerate(costs) for number in range(len(batches))]
     loads = [sum(costs[c][n] for c, numbers in enumerate(share) for n in numbers) for share in shares]
@@ -22,34 +22,36 @@ def test_every_batch_has_one_rank_and_ranks_have_neighbours(size: int) -> None:
 
 
 def test_whole_candidates_where_that_is_even() -> None:
-    assert share_out([[4], [4], [2, 2], [4]], 2).batches == (((0,), (0,), (), ()), ((), (), (0, 1), (0,)))
+    assert partition_batches([[4], [4], [2, 2], [4]], 2).batches == (((0,), (0,), (), ()), ((), (), (0, 1), (0,)))
 
 
 def test_a_candidate_is_kept_whole_where_splitting_it_costs_more() -> None:
     costs = [[20, 20], [15, 15], [15, 15], [15, 15]]  # the first one has no right-hand sides
-    assert share_out(costs, 2, [0, 20, 20, 20]).batches[1][:2] == ((), ())
-    assert share_out([[30] * 2, [40] * 4], 2, [0, 5]).batches[0][1] == (0,), "but not where that would be too uneven"
+    assert partition_batches(costs, 2, [0, 20, 20, 20]).batches[1][:2] == ((), ())
+    assert partition_batches([[30] * 2, [40] * 4], 2, [0, 5]).batches[0][1] == (0,), (
+        "but not where that would be too uneven"
+    )
 
 
 def test_a_team_is_done_with_its_candidate_at_the_same_time() -> None:
-    shares = share_out([[6] * 2, [4] * 9, [6] * 2], 3)
-    assert shares.holders == ((0,), (0, 1, 2), (2,))
-    assert shares.teams == ((), (0, 1), (2,)), "rank 2 goes on with the last candidate"
+    shares = partition_batches([[6] * 2, [4] * 9, [6] * 2], 3)
+    assert shares.ranks_with_data == ((0,), (0, 1, 2), (2,))
+    assert shares.rank_groups == ((), (0, 1), (2,)), "rank 2 goes on with the last candidate"
 
 
 def test_no_rank_has_two_candidates_where_right_hand_sides_would_be_made_twice() -> None:
     costs = [[1.0] * 64 for _ in range(3)]
-    shares = share_out(costs, 16, [0.0, 100.0, 100.0])
+    shares = partition_batches(costs, 16, [0.0, 100.0, 100.0])
     assert all(sum(map(bool, own)) == 1 for own in shares.batches)
-    assert shares.teams == shares.holders
-    alone, *others = map(len, shares.teams)
+    assert shares.rank_groups == shares.ranks_with_data
+    alone, *others = map(len, shares.rank_groups)
     assert alone < min(others), "who has right-hand sides has more ranks"
 
 
 def test_ranks_without_work() -> None:
-    shares = share_out([[8], [8]], 4)
+    shares = partition_batches([[8], [8]], 4)
     assert sum(1 for share in shares.batches if any(share)) == 2
-    assert all(len(team) == 1 for team in shares.teams)
+    assert all(len(rank_group) == 1 for rank_group in shares.rank_groups)
 
 
 def test_solves_are_spread_by_cost() -> None:
@@ -89,7 +91,7 @@ def test_every_rank_gets_batches() -> None:
 
 
 def test_problems_say_whose_they_are() -> None:
-    told = told_together([("a", "b"), ("b",), ("b", "c")])
+    told = join_problems([("a", "b"), ("b",), ("b", "c")])
     assert told == ["rank 0: a", "b", "rank 2: c"]
 
 

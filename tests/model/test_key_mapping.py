@@ -19,7 +19,7 @@ import largemerge
 from largemerge import CheckpointError, LargemergeError
 from largemerge.checkpoint.index import open_checkpoint
 from largemerge.checkpoint.reader import CheckpointReader
-from largemerge.model.key_mapping import map_names
+from largemerge.model.key_mapping import map_keys
 from largemerge.model.skeleton import build_skeleton
 
 CONVERTED = ("mixtral", "dinov2_swiglu")
@@ -100,7 +100,7 @@ def test_names_on_disk_and_in_the_module_both_match_patterns(make_case: MakeCase
     case = make_case("clip_vision", exclude=[r"^vision_model\.encoder\.layers\.0\.", r"^encoder\.layers\.1\."])
     rename_all(case, lambda name: f"vision_model.{name}")
     plan = largemerge.plan(case.config)
-    solved = {tensor.name.split(".")[2] for tensor in plan.tensors if tensor.treatment.value == "solved"}
+    solved = {tensor.name.split(".")[2] for tensor in plan.tensors if tensor.rule.value == "solved"}
     assert solved == {"2"}
     assert not [note for note in plan.notes if "matches no tensor" in note]
 
@@ -211,7 +211,7 @@ def test_converted_checkpoints_come_out_in_their_layout(make_case: MakeCase, arc
 def test_mixtral_attention_is_solved_and_its_experts_are_averaged(make_case: MakeCase) -> None:
     case = make_case("mixtral", weights=[1.0, 3.0])
     plan = largemerge.plan(case.config)
-    solved = {tensor.name.split(".", 3)[3] for tensor in plan.tensors if tensor.treatment.value == "solved"}
+    solved = {tensor.name.split(".", 3)[3] for tensor in plan.tensors if tensor.rule.value == "solved"}
     assert solved == {f"self_attn.{name}_proj.weight" for name in "qkvo"}
     not_solved = reasons(case)
     for block in range(3):
@@ -231,7 +231,7 @@ def test_loading_agrees_with_transformers_and_storing_undoes_it(make_case: MakeC
     case = make_case(architecture)
     checkpoint = open_checkpoint(case.folder / "model0", "model0")
     skeleton = build_skeleton(checkpoint)
-    names = map_names(skeleton.model, checkpoint)
+    names = map_keys(skeleton.model, checkpoint)
     assert not (names.missing or names.unmapped or names.mismatched)
     expected = case.models[0].state_dict()
     with CheckpointReader(checkpoint) as reader:
@@ -249,7 +249,7 @@ def test_a_block_is_loaded_from_its_own_tensors_alone(make_case: MakeCase, archi
     case = make_case(architecture)
     checkpoint = open_checkpoint(case.folder / "model0", "model0")
     skeleton = build_skeleton(checkpoint)
-    names = map_names(skeleton.model, checkpoint)
+    names = map_keys(skeleton.model, checkpoint)
     (stack,) = skeleton.stacks
     read: list[str] = []
     with CheckpointReader(checkpoint) as reader:

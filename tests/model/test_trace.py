@@ -23,7 +23,7 @@ from largemerge.checkpoint.index import open_checkpoint
 from largemerge.model.fake_forward import equal_trees
 from largemerge.model.forward import block_weights, original_forward, resumed_at
 from largemerge.model.skeleton import Skeleton, assign_tensors, build_skeleton
-from largemerge.model.trace import Rehearsal, rehearse
+from largemerge.model.trace import ModelTrace, trace_model
 
 Inputs = dict[str, torch.Tensor]
 
@@ -70,7 +70,7 @@ def noted_blocks(model: PreTrainedModel, skeleton: Skeleton) -> Iterator[dict[st
 def run_one_by_one(model: PreTrainedModel, skeleton: Skeleton, inputs: Inputs, order: tuple[int, ...]) -> Mapping:
     """The outputs of all blocks; of those, only the one that runs has weights."""
     state = model.state_dict()
-    assign_tensors(skeleton, {name: state[name] for name in skeleton.outside_tensors()})
+    assign_tensors(skeleton, {name: state[name] for name in skeleton.non_block_tensors()})
     outputs: dict[int, Any] = {}
     seen: dict[str, Any] = {}
     for number in order:
@@ -107,7 +107,7 @@ def test_resumed_blocks_agree_in_bfloat16_too(tmp_path: Path, name: str) -> None
 def check_resumed(architecture: str, padding: str, dtype: torch.dtype, folder: Path) -> None:
     model, skeleton = build(architecture, folder, dtype)
     inputs = padded_inputs(architecture, padding, dtype)
-    order = rehearse(skeleton, outline(inputs)).order
+    order = trace_model(skeleton, outline(inputs)).order
     with noted_blocks(model, skeleton) as expected, torch.no_grad():
         model(**inputs)
     found = run_one_by_one(model, skeleton, inputs, order)
@@ -134,9 +134,9 @@ def test_sliding_windows_matter_in_this_test(tmp_path: Path) -> None:
 # What the rehearsal finds out
 
 
-def rehearsed(architecture: str, folder: Path, inputs: Inputs | None = None) -> tuple[Skeleton, Rehearsal]:
+def rehearsed(architecture: str, folder: Path, inputs: Inputs | None = None) -> tuple[Skeleton, ModelTrace]:
     _, skeleton = build(architecture, folder)
-    return skeleton, rehearse(skeleton, outline(inputs or padded_inputs(architecture, "right", torch.float32)))
+    return skeleton, trace_model(skeleton, outline(inputs or padded_inputs(architecture, "right", torch.float32)))
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gemma2", "gpt2", "clip", "t5", "mixtral"])
@@ -148,9 +148,9 @@ def test_the_skeleton_is_as_before(tmp_path: Path, name: str) -> None:
     assert not any(module._forward_pre_hooks for module in skeleton.model.modules())
 
 
-def groups_of(rehearsal: Rehearsal, stack: int) -> dict[str, set[str]]:
+def groups_of(trace: ModelTrace, stack: int) -> dict[str, set[str]]:
     groups: dict[str, set[str]] = {}
-    for role in rehearsal.stacks[stack].roles[0]:
+    for role in trace.stacks[stack].roles[0]:
         groups.setdefault(role.group, set()).add(role.name.rpartition(".")[2])
     return groups
 
@@ -169,20 +169,20 @@ def groups_of(rehearsal: Rehearsal, stack: int) -> dict[str, set[str]]:
     ],
 )
 def test_linears_that_read_the_same_tensor_are_one_group(tmp_path: Path, name: str, expected: list[set[str]]) -> None:
-    _, rehearsal = rehearsed(name, tmp_path)
-    assert list(groups_of(rehearsal, 0).values()) == expected
+    _, trace = rehearsed(name, tmp_path)
+    assert list(groups_of(trace, 0).values()) == expected
 
 
 def test_only_what_matters_outside_the_blocks_is_loaded(tmp_path: Path) -> None:
-    _, rehearsal = rehearsed("llama", tmp_path)
-    assert rehearsal.stacks[0].first == {"model.embed_tokens.weight"}
-    assert rehearsal.stacks[0].later == frozenset()
+    _, trace = rehearsed("llama", tmp_path)
+    assert trace.stacks[0].first == {"model.embed_tokens.weight"}
+    assert trace.stacks[0].later == frozenset()
 
 
 def test_an_encoders_final_norm_matters_to_the_decoder(tmp_path: Path) -> None:
-    skeleton, rehearsal = rehearsed("t5", tmp_path)
-    assert [skeleton.stacks[number].name for number in rehearsal.order] == ["encoder.block", "decoder.block"]
-    encoder, decoder = (rehearsal.stacks[number] for number in rehearsal.order)
+    skeleton, trace = rehearsed("t5", tmp_path)
+    assert [skeleton.stacks[number].name for number in trace.order] == ["encoder.block", "decoder.block"]
+    encoder, decoder = (trace.stacks[number] for number in trace.order)
     assert encoder.first == {"shared.weight"}
     assert decoder.first == {"shared.weight", "encoder.final_layer_norm.weight"}
     assert decoder.later == {"encoder.final_layer_norm.weight"}
@@ -204,14 +204,14 @@ def seq2seq_inputs(lengths: tuple[int, int], seed: int = 0, num_samples: int = 2
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_cross_attention_reads_rows_of_the_encoder(tmp_path: Path, name: str, lengths: tuple[int, int]) -> None:
     """However short the calibration samples are."""
-    _, rehearsal = rehearsed(name, tmp_path, seq2seq_inputs(lengths))
-    encoder, decoder = rehearsal.order
-    for roles in rehearsal.stacks[decoder].roles:
+    _, trace = rehearsed(name, tmp_path, seq2seq_inputs(lengths))
+    encoder, decoder = trace.order
+    for roles in trace.stacks[decoder].roles:
         rows = {role.name: role.rows for role in roles}
         crossing = {path for path in rows if path.endswith(reference.CROSS)}
         assert len(crossing) == 2
         assert {path: rows[path] for path in rows} == {path: encoder if path in crossing else decoder for path in rows}
-    assert {role.rows for roles in rehearsal.stacks[encoder].roles for role in roles} == {encoder}
+    assert {role.rows for roles in trace.stacks[encoder].roles for role in roles} == {encoder}
 
 
 @pytest.mark.parametrize("lengths", [(5, 9), (4, 4), (2, 3)])
@@ -327,9 +327,9 @@ class GossipingLayer(tf.models.llama.modeling_llama.LlamaDecoderLayer):
 def test_a_model_that_computes_something_else_when_resumed_is_refused(tmp_path: Path) -> None:
     _, skeleton = build("llama", tmp_path)
     inputs = padded_inputs("llama", "right", torch.float32)
-    rehearse(skeleton, outline(inputs))
+    trace_model(skeleton, outline(inputs))
     for block in skeleton.stacks[0].blocks:
         block.__class__ = GossipingLayer
     with pytest.raises(ArchitectureError, match=r"model\.layers\.0 computes something else .* resumed"):
-        rehearse(skeleton, outline(inputs))
+        trace_model(skeleton, outline(inputs))
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())

@@ -20,14 +20,14 @@ from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import LargemergeError, OutputError
 from largemerge.progress import Clock
-from largemerge.regression.engine import Engine, WriteBehind
+from largemerge.regression.engine import BackgroundWriter, Engine
 from largemerge.regression.planning.workload import Placement
 from largemerge.regression.tensor_plan import BlockPlan
 from largemerge.regression.weights import Weights
 
 
 @pytest.fixture
-def behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     monkeypatch.setattr(Placement, "writes_behind", lambda placement, device: placement.prefetch)
 
@@ -102,11 +102,11 @@ def test_on_a_gpu_writing_waits_for_what_is_computed(monkeypatch: pytest.MonkeyP
         gpu.told.append("written")
         return 4
 
-    weights: Any = SimpleNamespace(device=torch.device("cuda"), laid_out=dict, write=write)
+    weights: Any = SimpleNamespace(device=torch.device("cuda"), to_disk_layout=dict, write=write)
     clock = Clock(0.0)
     clock.begin("block")
-    with WriteBehind(weights, clock, Ranks(), lambda *entry: done.append(entry)) as output:
-        output.write({"a": torch.zeros(1)}, behind=True)
+    with BackgroundWriter(weights, clock, Ranks(), lambda *entry: done.append(entry)) as output:
+        output.write({"a": torch.zeros(1)}, in_background=True)
         output.merged("block", {"linears": {}})
     assert gpu.told == ["made on computing", "on its own", "wait", "written", "no longer"]
     ((block, report),) = done

@@ -152,10 +152,10 @@ def test_excluded_tensors_come_from_the_base_or_are_averaged(make_case: MakeCase
         assert torch.equal(tensor, base.state_dict()[name]) == (excluded and with_base), name
         if excluded and not with_base:
             assert torch.allclose(tensor.double(), average(case, name), atol=1e-6), name
-            assert treatments[name].treatment.value == "averaged"
+            assert treatments[name].rule.value == "averaged"
             assert treatments[name].reason == "excluded, and there is no base"
         if excluded and with_base:
-            assert (treatments[name].treatment.value, treatments[name].reason) == ("base", "excluded")
+            assert (treatments[name].rule.value, treatments[name].reason) == ("base", "excluded")
 
 
 def test_what_is_not_included_is_averaged(make_case: MakeCase) -> None:

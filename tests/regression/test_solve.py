@@ -34,7 +34,7 @@ def system(seed: int = 0, num_rows: int = 200, scales: torch.Tensor | None = Non
 
 
 def solved(
-    gram: torch.Tensor, rhs: torch.Tensor, mean: torch.Tensor, ridge: float, most_rank: int | None = None
+    gram: torch.Tensor, rhs: torch.Tensor, mean: torch.Tensor, ridge: float, max_rank: int | None = None
 ) -> tuple[Solution, torch.Tensor]:
     """The solution of a system that is given as plain matrices, and X."""
     sums = Gram(gram.shape[0], torch.device("cpu"))
@@ -42,7 +42,7 @@ def solved(
         sums.halves_II[rows.stop :, rows] = gram[rows.stop :, rows].float()
         sums._sum_blocks[number].copy_(gram[rows, rows])
     update = rhs.float().clone()
-    return solve_anchored_(sums, update, mean.float(), ridge, most_rank), update
+    return solve_anchored_(sums, update, mean.float(), ridge, max_rank), update
 
 
 def exact(gram: torch.Tensor, rhs: torch.Tensor, mean: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -79,9 +79,9 @@ def test_an_ill_conditioned_system_goes_to_float64_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("most_rank", [None, 12])
-def test_directions_without_data_get_the_average(most_rank: int | None) -> None:
+def test_directions_without_data_get_the_average(max_rank: int | None) -> None:
     gram, rhs, mean = system(num_rows=4)  # three candidates with four rows each: rank 12 of 40
-    found, update = solved(gram, rhs, mean, 0.0, most_rank)
+    found, update = solved(gram, rhs, mean, 0.0, max_rank)
     assert found.solver == "eigenvalues_float64" and found.fallbacks
     _, vectors = torch.linalg.eigh(gram)
     silent = vectors[:, : INPUTS - 12]

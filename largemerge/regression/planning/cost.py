@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from largemerge.distributed.partition import choose_owners
 from largemerge.regression.group_sums import multiplies_by_rows
 from largemerge.regression.passes import BlockPass
-from largemerge.regression.planning.workload import BlockKind, Placement, Waiting, Workload
+from largemerge.regression.planning.workload import BlockKind, OffloadTo, Placement, Workload
 from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
 
 
@@ -67,29 +67,31 @@ _MEMORY_TRIPS = 6  # a value that a linear computes is read or written this ofte
 
 
 def estimate_seconds(
-    work: Workload, placement: Placement, rates: Rates, *, writes_behind: bool = False
+    work: Workload, placement: Placement, rates: Rates, *, writes_in_background: bool = False
 ) -> dict[str, float]:
     """Seconds by stage; `writes_behind` if blocks are written while the next ones are merged."""
     stages = dict.fromkeys(("read", "candidate_forward", "gram", "right_hand_side", "solve", "merged_forward"), 0.0)
     read_bytes = 0
     for kind in work.kinds:
-        for each in kind.passes(placement.passes, keeps_outputs=work.own_stream):
+        for each in kind.passes(placement.passes, advances=work.method.advances_while_collecting):
             for stage, seconds in _pass_seconds(work, kind, each, placement, rates).items():
                 stages[stage] += kind.count * seconds
             read_bytes += kind.count * work.num_candidates * kind.bytes_of(each.reads)
-        if not work.own_stream:
+        if work.method.forwards_merged:
             stages["merged_forward"] += kind.num_outputs_read * _forward_seconds(work, kind, None, placement, rates)
     num_bytes = sum(kind.count * kind.bytes_of(kind.names) for kind in work.kinds)
     reading, writing, computing = read_bytes / rates.read, num_bytes / rates.write, sum(stages.values())
-    stages |= disk_seconds(reading, writing, computing, ahead=placement.prefetch, behind=writes_behind)
-    stages["outside"] = work.outside_bytes * (work.num_candidates / rates.read + 1 / rates.write)
+    stages |= disk_seconds(reading, writing, computing, ahead=placement.prefetch, in_background=writes_in_background)
+    stages["outside"] = work.non_block_bytes * (work.num_candidates / rates.read + 1 / rates.write)
     stages["hidden_states"] = _waiting_seconds(work, placement, rates)
     return stages
 
 
-def disk_seconds(reading: float, writing: float, computing: float, *, ahead: bool, behind: bool) -> dict[str, float]:
+def disk_seconds(
+    reading: float, writing: float, computing: float, *, ahead: bool, in_background: bool
+) -> dict[str, float]:
     """What shows of seconds of reading and writing, where computing hides them; a tenth does in any case."""
-    if not behind:
+    if not in_background:
         return {"read": max(reading - computing, 0.1 * reading) if ahead else reading, "write": writing}
     both = reading + writing
     shown = max(both - computing, 0.1 * both) / both if both else 0.0
@@ -99,7 +101,7 @@ def disk_seconds(reading: float, writing: float, computing: float, *, ahead: boo
 def _pass_seconds(
     work: Workload, kind: BlockKind, each: BlockPass, placement: Placement, rates: Rates
 ) -> dict[str, float]:
-    keep = work.own_stream and each.last
+    keep = work.method.advances_while_collecting and each.last
     until = None if keep else (each.groups[-1].leader if each.groups else "")
     gram = rhs = solve = 0.0
     for group in each.groups:
@@ -121,8 +123,8 @@ def _times_rows(work: Workload, number: int, stack: int, size: int) -> float:
     """Operations of a candidate's right-hand side for every input and output."""
     rows = work.rows[number][stack]
     total = work.total_rows[number][stack] if work.total_rows else rows
-    if rows and work.team_sizes and work.team_sizes[number] > 1 and not multiplies_by_rows(total, size):
-        return 2 * size / work.team_sizes[number]
+    if rows and work.rank_group_sizes and work.rank_group_sizes[number] > 1 and not multiplies_by_rows(total, size):
+        return 2 * size / work.rank_group_sizes[number]
     return 4 * rows if multiplies_by_rows(rows, size) else 2 * size
 
 
@@ -183,11 +185,11 @@ def _waiting_seconds(work: Workload, placement: Placement, rates: Rates) -> floa
     """Of moving hidden states where they wait and back, as far as nothing hides it."""
     blocks = sum(kind.num_outputs_read for kind in work.kinds)
     moved = work.hidden_bytes * blocks * (placement.passes + 2)
-    if placement.hidden_states is Waiting.DEVICE:
+    if placement.hidden_states is OffloadTo.DEVICE:
         return 0.0
     # Read ahead and written behind: a tenth of it shows.
     return moved * (
-        0.1 / rates.read + 0.1 / rates.write if placement.hidden_states is Waiting.DISK else 0.1 / rates.memory
+        0.1 / rates.read + 0.1 / rates.write if placement.hidden_states is OffloadTo.DISK else 0.1 / rates.memory
     )
 
 
@@ -202,7 +204,7 @@ def estimate_rank_seconds(
     links: Links,
     num_bytes: int,
     *,
-    writes_behind: bool = False,
+    writes_in_background: bool = False,
 ) -> dict[str, float]:
     """Seconds by stage, of all ranks together.
 
@@ -213,7 +215,7 @@ def estimate_rank_seconds(
         rates: Of one rank, while all are at work.
         links: Between the ranks.
         num_bytes: Of sums and merged weights that are exchanged.
-        writes_behind: Blocks are written while the next ones are merged.
+        writes_in_background: Blocks are written while the next ones are merged.
     """
     alone = estimate_seconds(whole, placement, rates)
     each = [estimate_seconds(work, placement, rates) for work in own]
@@ -224,7 +226,9 @@ def estimate_rank_seconds(
     stages["communicate"] = num_bytes / links.bandwidth + _num_exchanges(whole) * links.latency
     reading = _most_read(whole, own, placement, links) / rates.read
     computing = sum(stages.values())
-    stages |= disk_seconds(reading, alone["write"], computing, ahead=placement.prefetch, behind=writes_behind)
+    stages |= disk_seconds(
+        reading, alone["write"], computing, ahead=placement.prefetch, in_background=writes_in_background
+    )
     stages["hidden_states"] = max(stages_of_rank["hidden_states"] for stages_of_rank in each)
     return stages | {"outside": alone["outside"]}
 
@@ -250,7 +254,7 @@ def _most_read(whole: Workload, own: Sequence[Workload], placement: Placement, l
     block_bytes = sum(
         kind.count * kind.bytes_of(each.reads)
         for kind in whole.kinds
-        for each in kind.passes(placement.passes, keeps_outputs=whole.own_stream)
+        for each in kind.passes(placement.passes, advances=whole.method.advances_while_collecting)
     )
     most = 0
     for first in range(0, len(own), links.ranks_per_node):

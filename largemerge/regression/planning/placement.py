@@ -28,7 +28,7 @@ from largemerge.regression.config import MemoryConfig
 from largemerge.regression.group_sums import CHUNK_BYTES, sums_bytes
 from largemerge.regression.passes import BlockPass, mean_dtype
 from largemerge.regression.planning.cost import NOMINAL_RATES, estimate_seconds
-from largemerge.regression.planning.workload import BlockKind, Placement, Waiting, Workload
+from largemerge.regression.planning.workload import BlockKind, OffloadTo, Placement, Workload
 from largemerge.regression.solve import may_need_float64
 
 _BITSANDBYTES_BITS = 8.5  # a byte, and a float32 scale for every 64
@@ -73,34 +73,37 @@ def footprint(
     moments = [
         moment | {"embeddings": work.first_bytes if kind.block.index == 0 else 0}
         for kind in work.kinds
-        for each in kind.passes(placement.passes, keeps_outputs=work.own_stream)
+        for each in kind.passes(placement.passes, advances=work.method.advances_while_collecting)
         for moment in _moments(work, kind, each, placement)
     ]
     computing = max(moments, key=_total)
     before_blocks = [
         {"loading of calibration inputs": work.loading_bytes},
-        {"tensors outside the blocks": min(work.outside_bytes, 8 * AVERAGE_CHUNK_BYTES)},
+        {"tensors outside the blocks": min(work.non_block_bytes, 8 * AVERAGE_CHUNK_BYTES)},
     ]
     shrunk = _BITSANDBYTES_BITS / 8 / work.compute_dtype.itemsize if eight_bit else 1.0
     hidden = round(work.hidden_bytes * shrunk)
     waiting = placement.hidden_states
     # On disk: the present batch, the next one, and those that are still being written.
-    buffers = 4 * work.sample_hidden_bytes * placement.samples if waiting is Waiting.DISK else 0
+    buffers = 4 * work.sample_hidden_bytes * placement.samples if waiting is OffloadTo.DISK else 0
     host = {"process": before + _LIBRARIES_BYTES, "calibration inputs": work.input_bytes}
-    host["hidden states"] = hidden if waiting is Waiting.HOST else buffers
-    on_disk = hidden if waiting is Waiting.DISK else 0
+    host["hidden states"] = hidden if waiting is OffloadTo.HOST else buffers
+    on_disk = hidden if waiting is OffloadTo.DISK else 0
     if device.type == "cpu":
         parts, sparing = _with_allocator(host | max(computing, *before_blocks, key=_total), limited)
         return Footprint(_total(parts), 0, on_disk, parts, sparing)
     largest_block = max((kind.bytes_of(kind.names) for kind in work.kinds), default=0)
-    behind = largest_block if placement.writes_behind(device) else 0
+    in_background = largest_block if placement.writes_in_background(device) else 0
     in_transit = {
         "blocks in transit": 2 * max(_largest_read(work, placement.passes), work.first_bytes),
-        "a block on its way to the disk": behind,  # a tensor at a time, and what the allocator keeps of it
+        "a block on its way to the disk": in_background,  # a tensor at a time, and what the allocator keeps of it
     }
     in_host, sparing = _with_allocator(host | max(in_transit, *before_blocks, key=_total), limited)
     # On the device, torch's own allocator.
-    on_device = {"hidden states": hidden if waiting is Waiting.DEVICE else 0, "a block on its way to the disk": behind}
+    on_device = {
+        "hidden states": hidden if waiting is OffloadTo.DEVICE else 0,
+        "a block on its way to the disk": in_background,
+    }
     parts, _ = _with_allocator(computing | on_device, True)
     return Footprint(_total(in_host), _total(parts), on_disk, max(parts, in_host, key=_total), sparing)
 
@@ -126,7 +129,9 @@ def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placem
         sums_bytes(list(group.outputs.values()), group.num_inputs, mean_dtype(block, group)) for group in each.groups
     )
     widest = max((group.num_inputs for group in each.groups), default=0)
-    until = None if each.last and work.own_stream else (each.groups[-1].leader if each.groups else "")
+    until = (
+        None if each.last and work.method.advances_while_collecting else (each.groups[-1].leader if each.groups else "")
+    )
     largest_group = max((4 * group.num_inputs * sum(group.outputs.values()) for group in each.groups), default=0)
     chunks = 3 * min(CHUNK_BYTES, largest_group)  # of differences, and of what is made of them
     collect = {
@@ -140,7 +145,7 @@ def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placem
         "sums": sums,
         "solve": _fallback_bytes(work, widest) + chunks,
     }
-    if work.own_stream:
+    if not work.method.forwards_merged:
         return [collect, solve]
     forward = {
         "weights": kind.bytes_of(kind.names) + ahead + _cast_bytes(kind, kind.names, dtype),
@@ -152,8 +157,8 @@ def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placem
 
 def _fallback_bytes(work: Workload, num_inputs: int) -> int:
     """Of a second try at a solve in float64; of eigenvectors, where the whole Gram has too few tokens."""
-    most_rank = sum(max(rows.values()) for rows in work.rows)
-    if work.off_diagonal_scale == 1 and most_rank < num_inputs:
+    max_rank = sum(max(rows.values()) for rows in work.rows)
+    if work.off_diagonal_scale == 1 and max_rank < num_inputs:
         return 32 * num_inputs**2
     return 8 * num_inputs**2 if may_need_float64(num_inputs, work.off_diagonal_scale) else 0
 
@@ -167,7 +172,7 @@ def _largest_read(work: Workload, num_passes: int) -> int:
         (
             kind.bytes_of(each.reads)
             for kind in work.kinds
-            for each in kind.passes(num_passes, keeps_outputs=work.own_stream)
+            for each in kind.passes(num_passes, advances=work.method.advances_while_collecting)
         ),
         default=0,
     )
@@ -269,7 +274,7 @@ def _placements(work: Workload, device: torch.device) -> Iterator[Placement]:
     while samples > 1:
         samples = -(-samples // 2)
         counts.append(samples)
-    places = [Waiting.HOST, Waiting.DISK] if device.type == "cpu" else list(Waiting)
+    places = [OffloadTo.HOST, OffloadTo.DISK] if device.type == "cpu" else list(OffloadTo)
     for waiting in places:
         for passes in range(1, max(1, most_passes) + 1):
             for prefetch in (True, False):
@@ -297,7 +302,7 @@ def _what(is_set: bool) -> str:
     return "the limit is" if is_set else "available are"
 
 
-def waits_on_disk(memory: MemoryConfig) -> bool:
+def maps_inputs(memory: MemoryConfig) -> bool:
     """Whether calibration inputs in floating point (pixels) wait in a mapped file."""
     return memory.host is not None or memory.disk is not None
 

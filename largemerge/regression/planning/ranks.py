@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from largemerge.distributed.partition import choose_owners, share_out
-from largemerge.model.trace import Rehearsal
+from largemerge.distributed.partition import choose_owners, partition_batches
+from largemerge.model.trace import ModelTrace
 from largemerge.regression.gram import GRAM_DTYPE, panels
 from largemerge.regression.group_sums import multiplies_by_rows, sketch_bytes
 from largemerge.regression.passes import mean_dtype
 from largemerge.regression.planning.cost import Rates, batch_costs, estimate_seconds
 from largemerge.regression.planning.placement import Footprint
 from largemerge.regression.planning.workload import BatchShapes, Placement, Workload, count_rows_of
-from largemerge.regression.tensor_plan import BlockPlan, Treatment
+from largemerge.regression.tensor_plan import BlockPlan, MergeRule
 
 _OPERATIONS = Rates(1.0, 1.0, 1.0, 1.0, math.inf, math.inf, math.inf, 0.0)
 """With these, what takes a second is one operation, and bytes take no time."""
@@ -72,24 +72,24 @@ class RankWork:
 def share_work(
     shapes: Sequence[Sequence[BatchShapes]],
     blocks: Sequence[BlockPlan],
-    rehearsal: Rehearsal,
+    trace: ModelTrace,
     workload: Callable[[Sequence[Sequence[BatchShapes]]], Workload],
     num_ranks: int,
 ) -> list[RankWork]:
-    """Shares the work out as a merge would.
+    """Partition the work out as a merge would.
 
     Args:
         shapes: Of every candidate's batches, as many samples each as run at once.
         blocks: Of the model.
-        rehearsal: Says how many rows a batch has.
+        trace: Says how many rows a batch has.
         workload: Of some of the batches.
         num_ranks: How many there are.
     """
-    rows = [[count_rows_of(rehearsal, batch) for batch in batches] for batches in shapes]
+    rows = [[count_rows_of(trace, batch) for batch in batches] for batches in shapes]
     works = []
     costs, right_hand_sides = batch_costs(blocks, rows)
-    shares = share_out(costs, num_ranks, right_hand_sides)
-    whole, teams = workload(shapes), shares.teams
+    shares = partition_batches(costs, num_ranks, right_hand_sides)
+    whole, rank_groups = workload(shapes), shares.rank_groups
     for rank, numbers in enumerate(shares.batches):
         own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
         num_rows = sum(rows[candidate][number] for candidate, mine in enumerate(numbers) for number in mine)
@@ -97,7 +97,7 @@ def share_work(
             workload(own),
             loading_bytes=whole.loading_bytes,  # every rank reads all of the calibration data, and keeps its part
             total_rows=whole.rows,
-            team_sizes=tuple(len(team) if rank in team else 1 for team in teams),
+            rank_group_sizes=tuple(len(rank_group) if rank in rank_group else 1 for rank_group in rank_groups),
         )
         works.append(RankWork(sum(map(bool, own)), sum(map(len, own)), num_rows, work))
     return works
@@ -128,7 +128,7 @@ def plan_ranks(
                 num_rows=each.num_rows,
                 host=footprint.host,
                 device=footprint.device,
-                bytes_communicated=moved + team_bytes(each.work),
+                bytes_communicated=moved + rank_group_bytes(each.work),
                 operations=round(sum(stages.values()) - stages["solve"] + solves[rank]),
             )
         )
@@ -145,14 +145,16 @@ def _solve_operations(work: Workload, num_ranks: int) -> list[float]:
     return totals
 
 
-def team_bytes(work: Workload) -> int:
+def rank_group_bytes(work: Workload) -> int:
     """Of the Gram matrices that a rank adds up with others of its team, there and back."""
-    teams = [number for number, size in enumerate(work.team_sizes) if size > 1 and number > 0]
+    rank_groups = [number for number, size in enumerate(work.rank_group_sizes) if size > 1 and number > 0]
     total = 0
-    for kind in work.kinds if teams else ():
+    for kind in work.kinds if rank_groups else ():
         for group in kind.block.groups:
             stack = kind.block.stack_of(group)
-            by_teams = sum(not multiplies_by_rows(work.total_rows[number][stack], group.num_inputs) for number in teams)
+            by_teams = sum(
+                not multiplies_by_rows(work.total_rows[number][stack], group.num_inputs) for number in rank_groups
+            )
             total += 2 * kind.count * by_teams * GRAM_DTYPE.itemsize * _half(group.num_inputs)
     return total
 
@@ -166,7 +168,7 @@ def bytes_communicated(work: Workload) -> int:
     """Of the sums of every group, of the weights that are solved from them, of averages, and of merged embeddings."""
     total = work.first_bytes
     for kind in work.kinds:
-        averaged = [plan.name for plan in kind.block.tensors if plan.treatment is Treatment.AVERAGED]
+        averaged = [plan.name for plan in kind.block.tensors if plan.rule is MergeRule.AVERAGED]
         total += 2 * kind.count * kind.bytes_of(averaged, GRAM_DTYPE)  # added up at one rank, copied to all
         dtypes: Mapping[str, torch.dtype] = {plan.name: plan.dtype for plan in kind.block.tensors}
         for group in kind.block.groups:

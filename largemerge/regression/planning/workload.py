@@ -15,13 +15,14 @@ import torch
 
 from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.model.skeleton import linears_in, weight_is_transposed
-from largemerge.model.trace import LinearRole, Rehearsal, StackRehearsal
+from largemerge.model.trace import LinearRole, ModelTrace, StackTrace
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.passes import BlockPass, block_passes
 from largemerge.regression.tensor_plan import BlockPlan
 
 
-class Waiting(str, Enum):
+class OffloadTo(str, Enum):
     """Where hidden states wait between blocks."""
 
     DEVICE = "device"
@@ -40,17 +41,17 @@ class Placement:
         samples: That run at once.
     """
 
-    hidden_states: Waiting
+    hidden_states: OffloadTo
     passes: int
     prefetch: bool
     samples: int
 
-    def writes_behind(self, device: torch.device) -> bool:
+    def writes_in_background(self, device: torch.device) -> bool:
         """Whether a merged block is written while the next one is merged: where a GPU would wait for the disk."""
         return self.prefetch and device.type != "cpu"
 
     def __str__(self) -> str:
-        where = {Waiting.DEVICE: "on the device", Waiting.HOST: "in host memory", Waiting.DISK: "on disk"}
+        where = {OffloadTo.DEVICE: "on the device", OffloadTo.HOST: "in host memory", OffloadTo.DISK: "on disk"}
         linears = "all linears of a block at once" if self.passes == 1 else f"a block's linears in {self.passes} passes"
         ahead = "the next block read ahead" if self.prefetch else "no block read ahead"
         return f"hidden states {where[self.hidden_states]}, {linears}, {ahead}, {self.samples} samples at once"
@@ -80,9 +81,9 @@ class BlockKind:
     count: int
     num_outputs_read: int
 
-    def passes(self, num_passes: int, *, keeps_outputs: bool) -> tuple[BlockPass, ...]:
+    def passes(self, num_passes: int, *, advances: bool) -> tuple[BlockPass, ...]:
         """See `block_passes`."""
-        return block_passes(self.block, self.roles, num_passes, keeps_outputs=keeps_outputs)
+        return block_passes(self.block, self.roles, num_passes, advances=advances)
 
     def bytes_of(self, names: Sequence[str], dtype: torch.dtype | None = None) -> int:
         """Bytes of some of its tensors, as they are written or in one dtype."""
@@ -101,7 +102,7 @@ class Workload:
 
     Attributes:
         num_candidates: K.
-        own_stream: RegMean: candidates keep hidden states of their own.
+        method: Its row in the table.
         off_diagonal_scale: s.
         compute_dtype: Of the forward passes.
         kinds: All blocks, by kind.
@@ -114,13 +115,13 @@ class Workload:
         input_bytes: Of the calibration inputs that are held all the time.
         loading_bytes: Of those that are held only until they are on disk.
         first_bytes: Of the tensors outside the stacks that the first block needs, in the compute dtype.
-        outside_bytes: Of all tensors outside the stacks, as they are written.
+        non_block_bytes: Of all tensors outside the stacks, as they are written.
         total_rows: Of one rank's work: like `rows`, of all ranks; empty where one does everything.
-        team_sizes: Of one rank's work: how many ranks share each candidate's right-hand sides with it, itself counted.
+        rank_group_sizes: Of one rank's work: how many ranks, itself counted, share each candidate's right-hand sides.
     """
 
     num_candidates: int
-    own_stream: bool
+    method: RegressionMethod
     off_diagonal_scale: float
     compute_dtype: torch.dtype
     kinds: tuple[BlockKind, ...]
@@ -133,9 +134,9 @@ class Workload:
     input_bytes: int
     loading_bytes: int
     first_bytes: int
-    outside_bytes: int
+    non_block_bytes: int
     total_rows: tuple[Mapping[int, int], ...] = ()
-    team_sizes: tuple[int, ...] = ()
+    rank_group_sizes: tuple[int, ...] = ()
 
 
 def batch_shapes(
@@ -157,28 +158,28 @@ def batch_shapes(
 
 def measure_workload(
     inputs: Inputs,
-    rehearsal: Rehearsal,
+    trace: ModelTrace,
     blocks: Sequence[BlockPlan],
     shapes: Sequence[Sequence[BatchShapes]],
     *,
-    own_stream: bool,
+    method: RegressionMethod,
     off_diagonal_scale: float,
-    spooled: bool,
-    outside_bytes: int,
+    mapped_inputs: bool,
+    non_block_bytes: int,
 ) -> Workload:
     """Counts everything."""
     dtype = inputs.skeleton.dtype
     state = inputs.skeleton.model.state_dict()
     batches = [batch for of_candidate in shapes for batch in of_candidate]
-    stacks = {number: rehearsal.stacks[number] for number in rehearsal.order}
-    hidden = [_hidden_bytes(rehearsal, batch, dtype) for batch in batches]
+    stacks = {number: trace.stacks[number] for number in trace.order}
+    hidden = [_hidden_bytes(trace, batch, dtype) for batch in batches]
     floating = [sum(_input_bytes(batch, floating=True) for batch in of_candidate) for of_candidate in shapes]
     return Workload(
         num_candidates=len(inputs.candidates),
-        own_stream=own_stream,
+        method=method,
         off_diagonal_scale=off_diagonal_scale,
         compute_dtype=dtype,
-        kinds=_kinds(inputs, rehearsal, blocks),
+        kinds=_kinds(inputs, trace, blocks),
         rows=tuple(
             {number: sum(_num_rows(seen, batch) for batch in of_candidate) for number, seen in stacks.items()}
             for of_candidate in shapes
@@ -193,17 +194,17 @@ def measure_workload(
             (size // _num_samples(batch) for size, batch in zip(hidden, batches, strict=True)), default=0
         ),
         hidden_bytes=sum(hidden),
-        input_bytes=sum(_input_bytes(batch, floating=False) for batch in batches) + (0 if spooled else sum(floating)),
-        loading_bytes=max(floating) if spooled else 0,
-        first_bytes=dtype.itemsize
-        * max(sum(state[name].numel() for name in stack.first) for stack in rehearsal.stacks),
-        outside_bytes=outside_bytes,
+        input_bytes=sum(_input_bytes(batch, floating=False) for batch in batches)
+        + (0 if mapped_inputs else sum(floating)),
+        loading_bytes=max(floating) if mapped_inputs else 0,
+        first_bytes=dtype.itemsize * max(sum(state[name].numel() for name in stack.first) for stack in trace.stacks),
+        non_block_bytes=non_block_bytes,
     )
 
 
-def count_rows_of(rehearsal: Rehearsal, batch: BatchShapes) -> int:
+def count_rows_of(trace: ModelTrace, batch: BatchShapes) -> int:
     """Rows of a batch, over all stacks, padding included."""
-    return sum(_num_rows(stack, batch) for stack in rehearsal.stacks)
+    return sum(_num_rows(stack, batch) for stack in trace.stacks)
 
 
 def split_shapes(shapes: Sequence[Sequence[BatchShapes]], most: int) -> list[list[BatchShapes]]:
@@ -219,14 +220,14 @@ def split_shapes(shapes: Sequence[Sequence[BatchShapes]], most: int) -> list[lis
     ]
 
 
-def _kinds(inputs: Inputs, rehearsal: Rehearsal, blocks: Sequence[BlockPlan]) -> tuple[BlockKind, ...]:
+def _kinds(inputs: Inputs, trace: ModelTrace, blocks: Sequence[BlockPlan]) -> tuple[BlockKind, ...]:
     state = inputs.skeleton.model.state_dict()
     found: dict[object, list[BlockPlan]] = {}
     for block in blocks:
         prefix = len(block.name)
-        tensors = [(plan.name[prefix:], plan.treatment, plan.dtype, state[plan.name].shape) for plan in block.tensors]
+        tensors = [(plan.name[prefix:], plan.rule, plan.dtype, state[plan.name].shape) for plan in block.tensors]
         groups = [(group.leader, group.num_inputs, *group.outputs.items()) for group in block.groups]
-        roles = rehearsal.stacks[block.stack].roles[block.index]
+        roles = trace.stacks[block.stack].roles[block.index]
         found.setdefault((block.stack, repr(tensors), repr(groups), roles), []).append(block)
     kinds = []
     for members in found.values():
@@ -236,7 +237,7 @@ def _kinds(inputs: Inputs, rehearsal: Rehearsal, blocks: Sequence[BlockPlan]) ->
         kinds.append(
             BlockKind(
                 block=block,
-                roles=rehearsal.stacks[block.stack].roles[block.index],
+                roles=trace.stacks[block.stack].roles[block.index],
                 sizes={plan.name: state[plan.name].numel() for plan in block.tensors},
                 linears={
                     path: (shape[0], shape[1]) if weight_is_transposed(linears[path]) else (shape[1], shape[0])
@@ -259,18 +260,18 @@ def _num_samples(batch: BatchShapes) -> int:
     return next(iter(batch.values()))[0]
 
 
-def _num_tokens(stack: StackRehearsal, batch: BatchShapes) -> int:
+def _num_tokens(stack: StackTrace, batch: BatchShapes) -> int:
     return batch[stack.tokens][1] if stack.tokens is not None and stack.tokens in batch else stack.num_tokens
 
 
-def _num_rows(stack: StackRehearsal, batch: BatchShapes) -> int:
+def _num_rows(stack: StackTrace, batch: BatchShapes) -> int:
     return _num_samples(batch) * _num_tokens(stack, batch)
 
 
-def _hidden_bytes(rehearsal: Rehearsal, batch: BatchShapes, dtype: torch.dtype) -> int:
+def _hidden_bytes(trace: ModelTrace, batch: BatchShapes, dtype: torch.dtype) -> int:
     """Of the outputs of all stacks, from their shapes for the rehearsal's two samples."""
     total = 0
-    for stack in rehearsal.stacks:
+    for stack in trace.stacks:
         tokens = _num_tokens(stack, batch)
         for shape in stack.output_shapes:
             scaled = [_num_samples(batch) if i == 0 and n == 2 else n for i, n in enumerate(shape)]

@@ -18,7 +18,7 @@ from largemerge.model import forward as block_module
 from largemerge.regression import plan
 from largemerge.regression.config import MemoryConfig
 from largemerge.regression.planning.placement import Choice, find_limits, footprint
-from largemerge.regression.planning.workload import Placement, Waiting, Workload
+from largemerge.regression.planning.workload import OffloadTo, Placement, Workload
 
 METHODS = ("regmean", "regmean_plusplus")
 
@@ -45,7 +45,7 @@ def assert_same_bits(case: Case, left: str, right: str) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "bert", "t5", "clip_vision", "mixtral", "gpt2"])
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_states": Waiting.DISK}, {"prefetch": False}, {"passes": 2}, {"passes": 99, "prefetch": False}],
+    [{"hidden_states": OffloadTo.DISK}, {"prefetch": False}, {"passes": 2}, {"passes": 99, "prefetch": False}],
     ids=lambda changes: "-".join(changes),
 )
 def test_the_placement_changes_no_bit(
@@ -152,12 +152,12 @@ def wide_case(folder: Path, num_samples: int = 1500) -> Case:
 def test_hidden_states_go_to_disk_where_the_limit_says_so(tmp_path: Path) -> None:
     case = wide_case(tmp_path)
     roomy = largemerge.plan(case.config, device="cpu", probe=False)
-    assert roomy.placement.hidden_states is Waiting.HOST and roomy.reasons == ("the fastest placement fits",)
+    assert roomy.placement.hidden_states is OffloadTo.HOST and roomy.reasons == ("the fastest placement fits",)
     hidden = roomy.footprint.parts["hidden states"]
     limit = roomy.footprint.host - hidden // 2
     case.config["memory"] = {"host": limit, "disk": str(tmp_path / "scratch")}
     plan = largemerge.plan(case.config, device="cpu", probe=False)
-    assert plan.placement.hidden_states is Waiting.DISK and plan.footprint.host <= limit
+    assert plan.placement.hidden_states is OffloadTo.DISK and plan.footprint.host <= limit
     assert plan.footprint.disk == hidden
     assert any("the limit is" in reason for reason in plan.reasons)
 
@@ -172,7 +172,7 @@ def test_what_is_loaded_first_is_no_memory_of_the_gpu(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(plan, "choose_placement", seen)
     largemerge.plan(wide_case(tmp_path).config, probe=False)
-    placement = Placement(Waiting.DEVICE, passes=1, prefetch=True, samples=1)
+    placement = Placement(OffloadTo.DEVICE, passes=1, prefetch=True, samples=1)
     on_gpu = footprint(works[0], placement, torch.device("cuda"), 0, eight_bit=False, limited=False)
     assert on_gpu.device < 1 << 40 < on_gpu.host
     assert on_gpu.parts["loading of calibration inputs"] == 1 << 40, "the parts are those of the larger one"
@@ -223,7 +223,7 @@ def test_hidden_states_in_eight_bits(make_case: MakeCase) -> None:
 
 
 def test_a_placement_reads_in_one_line() -> None:
-    text = str(Placement(Waiting.DISK, 2, False, 4))
+    text = str(Placement(OffloadTo.DISK, 2, False, 4))
     assert text == ("hidden states on disk, a block's linears in 2 passes, no block read ahead, 4 samples at once")
 
 

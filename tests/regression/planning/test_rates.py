@@ -17,7 +17,7 @@ from largemerge.cli import main
 from largemerge.errors import LargemergeError
 from largemerge.regression.planning.cost import disk_seconds
 from largemerge.regression.planning.rates import GPUS, Cluster, find_gpu, parse_rate
-from largemerge.regression.planning.workload import Waiting
+from largemerge.regression.planning.workload import OffloadTo
 
 GEOMETRIES = Path(__file__).parents[3] / "configs"
 CLUSTER = Cluster(2, 4, GPUS["h100"], interconnect=50e9, disk=2e9, host_memory=2**40)
@@ -48,7 +48,7 @@ def test_a_config_says_what_the_checkpoint_would(tmp_path: Path, architecture: s
     case = write_case(tmp_path, models, [tiny_models.inputs(kind, 14, seed) for seed in range(3)])
     real = largemerge.plan(case.config, probe=False)
     assert (plan.bytes_read, plan.bytes_written) == (real.bytes_read, real.bytes_written)
-    assert {tensor.name: tensor.treatment for tensor in plan.tensors} == {t.name: t.treatment for t in real.tensors}
+    assert {tensor.name: tensor.rule for tensor in plan.tensors} == {t.name: t.rule for t in real.tensors}
 
 
 def test_a_folder_without_weights_is_no_checkpoint_otherwise(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_hidden_states_leave_a_gpu_that_is_too_small(tmp_path: Path) -> None:
     config = bare_case(tmp_path)
     config["calibration"] |= {"num_samples": 4000}
     roomy = largemerge.plan(config, cluster=CLUSTER, from_config=True)
-    assert roomy.placement.hidden_states is Waiting.DEVICE
+    assert roomy.placement.hidden_states is OffloadTo.DEVICE
     tight = replace(CLUSTER, gpu=replace(GPUS["h100"], memory=int(roomy.ranks[0].device / 0.92 * 0.8)))
     plan = largemerge.plan(config, cluster=tight, from_config=True)
     assert plan.placement != roomy.placement and not plan.problems
