@@ -19,10 +19,10 @@ from largemerge.regression.averages import RunningAverages
 from largemerge.regression.gram import Scratch
 from largemerge.regression.group_sums import GroupSums, differences, new_sums
 from largemerge.regression.methods import RegressionMethod
-from largemerge.regression.passes import BlockPass, mean_dtype
+from largemerge.regression.passes import BlockPass
 from largemerge.regression.rank_exchange import PassExchange, RankExchange
 from largemerge.regression.samples import SampleRunner
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
+from largemerge.regression.tensor_plan import BlockPlan, LinearGroup
 from largemerge.regression.weights import Weights
 
 BlocksOfCandidates = Iterator[Tensors]
@@ -91,9 +91,9 @@ class Collector:
     ) -> Collected:
         """Runs all candidates; with `advance` their hidden states move on."""
         averages = RunningAverages(block.tensors if each.averages else (), self.settings.shares)
-        sums = {group.leader: self._new_sums(block, group) for group in each.groups}
+        sums = {group.leader: self._new_sums(group) for group in each.groups}
         bytes_read = 0
-        solved = {f"{block.name}.{path}.weight" for group in each.groups for path in group.outputs}
+        solved = {linear.name for group in each.groups for linear in group.linears}
         anchor: Tensors = {}
         for index in range(len(self.names)):
             tensors: Tensors = {}
@@ -123,12 +123,12 @@ class Collector:
         exchange.complete_averages(averages)
         return Collected(sums, averages, anchor, bytes_read)
 
-    def _new_sums(self, block: BlockPlan, group: GroupPlan) -> GroupSums:
+    def _new_sums(self, group: LinearGroup) -> GroupSums:
         return new_sums(
             group.outputs,
             group.num_inputs,
             self.settings.off_diagonal_scale,
-            mean_dtype(block, group),
+            group.mean_dtype,
             self.samples.runner.device,
             self._scratch,
         )
@@ -148,7 +148,7 @@ class Collector:
         stacks = {group.leader: block.stack_of(group) for group in each.groups}
         for group in each.groups:
             tokens = self.samples.num_rows(index, stacks[group.leader])
-            difference = None if index == 0 else differences(block, group, tensors, anchor)
+            difference = None if index == 0 else differences(group, tensors, anchor)
             sums[group.leader].start_candidate(
                 self.settings.shares[index],
                 tokens,
@@ -164,7 +164,7 @@ class Collector:
             for _ in self.samples.run(block, index, tensors, advance=advance, watch=list(stacks), on_input=add):
                 self.watcher.step(block.name, "collect", self.names[index])
 
-    def _finish_candidate(self, block: BlockPlan, group: GroupPlan, index: int, sums: GroupSums) -> None:
+    def _finish_candidate(self, block: BlockPlan, group: LinearGroup, index: int, sums: GroupSums) -> None:
         if not self.together.has_data(index):
             self._skip(block, group, [index], sums)
             return
@@ -174,12 +174,12 @@ class Collector:
             except FloatingPointError as error:
                 raise MergeError(self._not_finite(block, group, index, error)) from None
 
-    def _skip(self, block: BlockPlan, group: GroupPlan, candidates: Iterable[int], sums: GroupSums) -> None:
+    def _skip(self, block: BlockPlan, group: LinearGroup, candidates: Iterable[int], sums: GroupSums) -> None:
         """Counts candidates whose data is all on other ranks."""
         for index in candidates:
             sums.skip_candidate(self.samples.num_rows(index, block.stack_of(group)))
 
-    def _not_finite(self, block: BlockPlan, group: GroupPlan, index: int, error: FloatingPointError) -> str:
+    def _not_finite(self, block: BlockPlan, group: LinearGroup, index: int, error: FloatingPointError) -> str:
         dtype = dtype_name(self.samples.runner.compute_dtype)
         return (
             f"{block.name}.{group.leader}: {error} for candidate {self.names[index]}, computed in {dtype}; "

@@ -45,7 +45,7 @@ from largemerge.regression.group_sums import GroupSums, weight_from_sums
 from largemerge.regression.passes import BlockPass
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
 from largemerge.regression.samples import SampleRunner
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan, MergeRule
+from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule
 from largemerge.regression.weights import MERGED, Weights
 
 
@@ -97,7 +97,7 @@ class Engine:
                 if block.name in finished:
                     self._replay(block, blocks_of_candidates)
                     continue
-                output.merged(block.name, self._merge_block(block, blocks_of_candidates, output))
+                output.finish_block(block.name, self._merge_block(block, blocks_of_candidates, output))
 
     def _wanted(self, finished: frozenset[str]) -> Iterator[ReadItem]:
         for block in self.blocks:
@@ -169,7 +169,7 @@ class Engine:
                 if exchange.owns(group.leader):
                     linears |= self._solve(block, group, complete, collected.anchor, merged)
                 del complete
-            exchange.spread(block, group, collected.anchor, merged)
+            exchange.broadcast(group, collected.anchor, merged)
             self.watcher.step(block.name, "solve")
         with self.clock.stage("communicate"):
             exchange.wait()
@@ -177,18 +177,16 @@ class Engine:
         return linears
 
     def _solve(
-        self, block: BlockPlan, group: GroupPlan, sums: GroupSums, anchor: Tensors, merged: Tensors
+        self, block: BlockPlan, group: LinearGroup, sums: GroupSums, anchor: Tensors, merged: Tensors
     ) -> JsonObject:
         try:
             solution = sums.solve(self.settings.ridge)
         except FloatingPointError as error:
             raise MergeError(f"{block.name}.{group.leader}: cannot be solved: {error}") from None
-        dtypes = {plan.name: plan.dtype for plan in block.tensors}
         report: JsonObject = {}
-        for path in group.outputs:
-            name = f"{block.name}.{path}.weight"
-            merged[name], report[name] = weight_from_sums(
-                group, path, anchor.pop(name), dtypes[name], sums, solution, self.names
+        for linear in group.linears:
+            merged[linear.name], report[linear.name] = weight_from_sums(
+                group, linear, anchor.pop(linear.name), sums, solution, self.names
             )
         return report
 
@@ -272,7 +270,7 @@ class BackgroundWriter:
         with self._clock.stage("write"), self._ranks.blocked():
             self._num_bytes += self._weights.write(on_disk)
 
-    def merged(self, block: str, report: JsonObject) -> None:
+    def finish_block(self, block: str, report: JsonObject) -> None:
         """A block is merged; all of it has been given to `write`."""
         if not self._ranks.is_first:
             return

@@ -42,7 +42,7 @@ import torch
 from largemerge.matmul import add_product_, product
 from largemerge.regression.gram import GRAM_DTYPE, PANEL, Gram, Scratch
 from largemerge.regression.solve import Solution, may_need_float64, solve_anchored_
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
+from largemerge.regression.tensor_plan import LinearGroup, LinearPlan
 
 _COLUMNS = 32
 _BUCKETS = 64
@@ -299,15 +299,15 @@ def sums_bytes(outputs: Sequence[int], num_inputs: int, mean_dtype: torch.dtype)
 
 
 def differences(
-    block: BlockPlan, group: GroupPlan, tensors: Mapping[str, torch.Tensor], anchor: Mapping[str, torch.Tensor]
+    group: LinearGroup, tensors: Mapping[str, torch.Tensor], anchor: Mapping[str, torch.Tensor]
 ) -> Differences:
     """E = W - A of all linears of a group, below one another, any rows of it when they are asked for."""
     weights = []
     start = 0
-    for path, outputs in group.outputs.items():
-        name = f"{block.name}.{path}.weight"
-        weights.append((start, start + outputs, _oriented(tensors[name], group), _oriented(anchor[name], group)))
-        start += outputs
+    for linear in group.linears:
+        weight_OI, anchor_OI = _oriented(tensors[linear.name], group), _oriented(anchor[linear.name], group)
+        weights.append((start, start + linear.num_outputs, weight_OI, anchor_OI))
+        start += linear.num_outputs
 
     def rows(wanted: slice) -> torch.Tensor:
         parts = []
@@ -321,10 +321,9 @@ def differences(
 
 
 def weight_from_sums(
-    group: GroupPlan,
-    path: str,
+    group: LinearGroup,
+    linear: LinearPlan,
     anchor: torch.Tensor,
-    dtype: torch.dtype,
     sums: GroupSums,
     solution: Solution,
     names: Sequence[str],
@@ -333,24 +332,23 @@ def weight_from_sums(
 
     Args:
         group: Of the linear.
-        path: Of the linear in its block.
+        linear: The linear, one of the group's.
         anchor: A, in the module's layout.
-        dtype: Of the output.
         sums: Of the group, solved.
         solution: How.
         names: Of the candidates.
     """
-    rows = sums.rows_of(path)
+    rows = sums.rows_of(linear.path)
     anchor_OI = _oriented(anchor, group)
-    weight_OI = torch.empty(anchor_OI.shape, dtype=dtype, device=anchor.device)
+    weight_OI = torch.empty(anchor_OI.shape, dtype=linear.dtype, device=anchor.device)
     squares = 0.0
     for chunk in row_chunks(rows, group.num_inputs):
         own = slice(chunk.start - rows.start, chunk.stop - rows.start)
         exact_OI = sums.rhs_OI[chunk] + anchor_OI[own]
         squares += exact_OI.square().sum().item()
-        weight_OI[own] = exact_OI.to(dtype)
+        weight_OI[own] = exact_OI.to(linear.dtype)
     norm = squares**0.5 or 1.0
-    to_candidates, to_average = sums.distances(path)
+    to_candidates, to_average = sums.distances(linear.path)
     report = {
         "shape": list(weight_OI.shape),
         "shares_gram_with": group.leader,
@@ -368,6 +366,6 @@ def weight_from_sums(
     return _oriented(weight_OI, group).contiguous(), report
 
 
-def _oriented(weight: torch.Tensor, group: GroupPlan) -> torch.Tensor:
+def _oriented(weight: torch.Tensor, group: LinearGroup) -> torch.Tensor:
     """`[out, in]` from the module's layout, or the other way round."""
     return weight.T if group.transposed else weight

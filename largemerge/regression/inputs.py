@@ -69,6 +69,11 @@ class Inputs:
     reference_names: KeyMapping
     notes: tuple[str, ...]
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes that adapters keep in memory while the models are read."""
+        return 0
+
     def quantized(self) -> dict[str, dict[str, int]]:
         """By checkpoint: how many of its weights are quantised, and how; without the plain ones."""
         checkpoints = [*self.candidates, *([self.base] if self.base is not None else [])]

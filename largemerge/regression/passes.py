@@ -10,11 +10,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from largemerge.model.trace import LinearRole
 from largemerge.regression.group_sums import sums_bytes
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan, MergeRule, TensorPlan
+from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule, TensorPlan
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class BlockPass:
         last: Whether it is the block's last one.
     """
 
-    groups: tuple[GroupPlan, ...]
+    groups: tuple[LinearGroup, ...]
     reads: tuple[str, ...]
     averages: bool
     last: bool
@@ -45,7 +43,7 @@ def block_passes(
         num_passes: As many, or one for every group if those are fewer.
         advances: Whether the last pass also makes the next hidden states, with the whole block.
     """
-    cuts = _even_cuts([_group_bytes(block, group) for group in block.groups], num_passes)
+    cuts = _even_cuts([group_bytes(group) for group in block.groups], num_passes)
     passes = []
     for number, (start, stop) in enumerate(cuts):
         groups, last = block.groups[start:stop], number == len(cuts) - 1
@@ -56,7 +54,7 @@ def block_passes(
 
 
 def _is_read(
-    block: BlockPlan, plan: TensorPlan, roles: Sequence[LinearRole], groups: Sequence[GroupPlan], averages: bool
+    block: BlockPlan, plan: TensorPlan, roles: Sequence[LinearRole], groups: Sequence[LinearGroup], averages: bool
 ) -> bool:
     module, _, leaf = plan.name.removeprefix(block.name + ".").rpartition(".")
     if averages and plan.rule in (MergeRule.AVERAGED, MergeRule.COPIED):
@@ -69,14 +67,9 @@ def _is_read(
     return bool(groups) and order.index(module) < order.index(groups[-1].leader)
 
 
-def _group_bytes(block: BlockPlan, group: GroupPlan) -> int:
-    return sums_bytes(list(group.outputs.values()), group.num_inputs, mean_dtype(block, group))
-
-
-def mean_dtype(block: BlockPlan, group: GroupPlan) -> torch.dtype:
-    """In which the mean difference of a group is kept: the widest in which one of its weights is written."""
-    names = {f"{block.name}.{path}.weight" for path in group.outputs}
-    return max((plan.dtype for plan in block.tensors if plan.name in names), key=lambda dtype: dtype.itemsize)
+def group_bytes(group: LinearGroup) -> int:
+    """Bytes of the sums of a group."""
+    return sums_bytes(list(group.outputs.values()), group.num_inputs, group.mean_dtype)
 
 
 def _even_cuts(sizes: Sequence[int], num_parts: int) -> list[tuple[int, int]]:

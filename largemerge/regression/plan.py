@@ -52,6 +52,7 @@ from largemerge.regression.planning.rates import Machines, measure_rates
 from largemerge.regression.planning.workload import (
     BatchShapes,
     Placement,
+    RankShare,
     Workload,
     batch_shapes,
     measure_workload,
@@ -339,6 +340,7 @@ def workload_of(
     blocks: Sequence[BlockPlan],
     non_block: Sequence[TensorPlan],
     shapes: Sequence[Sequence[BatchShapes]],
+    share: RankShare | None = None,
 ) -> Workload:
     """What some calibration batches, by candidate, make of a merge."""
     state = inputs.skeleton.model.state_dict()
@@ -349,7 +351,8 @@ def workload_of(
         shapes,
         method=config.method,
         off_diagonal_scale=config.parameters.off_diagonal_scale,
-        mapped_inputs=maps_inputs(config.memory),
+        maps_inputs=maps_inputs(config.memory),
+        share=share,
         non_block_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in non_block if p.name in state),
     )
 
@@ -481,7 +484,7 @@ def forecast(
         footprint,
         placement=plan.placement,
         device=plan.device,
-        before=process_bytes(machines),
+        process_bytes=process_bytes(machines),
         eight_bit=plan.config.memory.hidden_states_8bit,
         limited=plan.config.memory.host is not None,
     )
@@ -503,7 +506,7 @@ def _rates(prepared: Preparation, machines: Machines, work: Workload) -> Rates:
     if machines.cluster is not None:
         return machines.cluster.rates(plan.compute_dtype)
     return measure_rates(
-        work,
+        work.probe,
         prepared.inputs.candidates[0],
         plan.limits.scratch,
         plan.device,

@@ -26,7 +26,7 @@ from largemerge.distributed.ranks import Ranks
 from largemerge.distributed.shared_memory import Node
 from largemerge.regression.averages import RunningAverages
 from largemerge.regression.group_sums import GroupSums, Part
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
+from largemerge.regression.tensor_plan import LinearGroup
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class RankExchange:
         """The ranks that need a candidate's tensors."""
         return range(self.ranks.size) if candidate == 0 and not replayed else self.ranks_with_data[candidate]
 
-    def begin(self, groups: Sequence[GroupPlan]) -> PassExchange:
+    def begin(self, groups: Sequence[LinearGroup]) -> PassExchange:
         """For one pass over a block."""
         costs = {group.leader: group.solve_operations for group in groups}
         dearest_first = sorted(groups, key=lambda group: -group.solve_operations)
@@ -142,7 +142,7 @@ class PassExchange:
     """
 
     together: RankExchange
-    groups: Sequence[GroupPlan]
+    groups: Sequence[LinearGroup]
     owners: Mapping[str, int]
     _adding: dict[str, Future[Any]] = field(default_factory=dict)
     _sharing: dict[str, Future[Any]] = field(default_factory=dict)
@@ -179,17 +179,15 @@ class PassExchange:
         if self.together.exchange is not None:
             self.together.exchange.wait(self._adding.pop(leader))
 
-    def spread(self, block: BlockPlan, group: GroupPlan, anchor: Tensors, merged: Tensors) -> None:
+    def broadcast(self, group: LinearGroup, anchor: Tensors, merged: Tensors) -> None:
         """Collective: the weights that a group's owner has solved are to become known to all."""
         exchange = self.together.exchange
         if exchange is None:
             return
-        dtypes = {plan.name: plan.dtype for plan in block.tensors}
-        names = [f"{block.name}.{path}.weight" for path in group.outputs]
-        for name in names if not self.owns(group.leader) else ():
-            like = anchor.pop(name)
-            merged[name] = torch.empty_like(like, dtype=dtypes[name], memory_format=torch.contiguous_format)
-        self._others.append(exchange.copy([merged[name] for name in names], self.owners[group.leader]))
+        for linear in group.linears if not self.owns(group.leader) else ():
+            like = anchor.pop(linear.name)
+            merged[linear.name] = torch.empty_like(like, dtype=linear.dtype, memory_format=torch.contiguous_format)
+        self._others.append(exchange.copy([merged[linear.name] for linear in group.linears], self.owners[group.leader]))
 
     def wait(self) -> None:
         """Until everything is everywhere."""

@@ -28,7 +28,7 @@ from largemerge.model.trace import ModelTrace
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.methods import Stream
-from largemerge.regression.planning.cost import batch_costs
+from largemerge.regression.planning.ranks import batch_costs
 from largemerge.regression.tensor_plan import BlockPlan
 from largemerge.regression.weights import MERGED
 

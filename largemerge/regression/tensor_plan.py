@@ -64,27 +64,59 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
-class GroupPlan:
+class LinearPlan:
+    """A linear whose weight is solved for.
+
+    Attributes:
+        path: Its path in the block, such as `self_attn.q_proj`.
+        name: Parameter name of its weight in the module.
+        num_outputs: Number of its outputs.
+        dtype: Dtype in which the weight is written.
+    """
+
+    path: str
+    name: str
+    num_outputs: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LinearGroup:
     """Linears of one block that read the same tensor and are solved together.
 
     Attributes:
         leader: The linear whose input is watched, by its path in the block.
         rows: The stack whose tokens the rows are.
         num_inputs: Features of the shared input.
-        outputs: Path in the block → number of outputs of every solved linear of the group.
+        linears: The linears that are solved, in the order in which they run.
         transposed: Whether the weights lie `[in, out]`.
     """
 
     leader: str
     rows: int | None
     num_inputs: int
-    outputs: Mapping[str, int]
+    linears: tuple[LinearPlan, ...]
     transposed: bool
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """Number of outputs of every linear, by its path in the block."""
+        return {linear.path: linear.num_outputs for linear in self.linears}
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs of all linears together."""
+        return sum(linear.num_outputs for linear in self.linears)
+
+    @property
+    def mean_dtype(self) -> torch.dtype:
+        """Dtype of the mean difference: the widest in which one of the weights is written."""
+        return max((linear.dtype for linear in self.linears), key=lambda dtype: dtype.itemsize)
 
     @property
     def solve_operations(self) -> int:
         """Of its factorisation and two triangular solves: multiplications and additions."""
-        return self.num_inputs**3 // 3 + 2 * self.num_inputs**2 * sum(self.outputs.values())
+        return self.num_inputs**3 // 3 + 2 * self.num_inputs**2 * self.num_outputs
 
 
 @dataclass(frozen=True)
@@ -95,9 +127,9 @@ class BlockPlan:
     index: int
     name: str
     tensors: tuple[TensorPlan, ...]
-    groups: tuple[GroupPlan, ...]
+    groups: tuple[LinearGroup, ...]
 
-    def stack_of(self, group: GroupPlan) -> int:
+    def stack_of(self, group: LinearGroup) -> int:
         """Whose rows a group counts: the stack that its own are tokens of, else the block's."""
         return self.stack if group.rows is None else group.rows
 
@@ -226,11 +258,13 @@ def _unsolvable(
 
 def _plan_groups(
     block: torch.nn.Module, tensors: list[TensorPlan], prefix: str, roles: Mapping[str, LinearRole]
-) -> tuple[GroupPlan, ...]:
+) -> tuple[LinearGroup, ...]:
     linears = linears_in(block)
-    solved = [
-        plan.name.removeprefix(prefix).removesuffix(".weight") for plan in tensors if plan.rule is MergeRule.SOLVED
-    ]
+    solved = {
+        plan.name.removeprefix(prefix).removesuffix(".weight"): plan
+        for plan in tensors
+        if plan.rule is MergeRule.SOLVED
+    }
     groups: dict[tuple[str, bool], dict[str, tuple[int, int]]] = {}
     for path in [name for name in roles if name in solved]:
         linear = linears[path]
@@ -240,11 +274,14 @@ def _plan_groups(
         groups.setdefault((roles[path].group, transposed), {})[path] = size
     order = list(roles)
     return tuple(
-        GroupPlan(
+        LinearGroup(
             leader=leader,
             rows=roles[leader].rows,
             num_inputs=next(iter(members.values()))[1],
-            outputs={path: outputs for path, (outputs, _) in members.items()},
+            linears=tuple(
+                LinearPlan(path, solved[path].name, outputs, solved[path].dtype)
+                for path, (outputs, _) in members.items()
+            ),
             transposed=transposed,
         )
         for (leader, transposed), members in sorted(groups.items(), key=lambda item: order.index(item[0][0]))

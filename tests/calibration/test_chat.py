@@ -187,9 +187,11 @@ def test_conversation_that_begins_with_the_assistant(complaint, write_jsonl):
 
 
 def test_generation_marks_that_find_no_token(complaint, write_jsonl, tmp_path, save_tokenizer):
-    # This tokenizer drops spaces, and the marked text begins with one.
-    template = GENERATION_TEMPLATE.replace("<assistant> {% generation %}", "<assistant>{% generation %} ")
-    folder = save_tokenizer(tmp_path / "spaced", chat_template=template)
+    # This tokenizer drops spaces, and nothing else is marked.
+    marked = "{% generation %}{{ message['content'] }} </s>{% endgeneration %}"
+    assert marked in GENERATION_TEMPLATE
+    spaces = "{% generation %} {% endgeneration %}{{ message['content'] }} </s>"
+    folder = save_tokenizer(tmp_path / "spaced", chat_template=GENERATION_TEMPLATE.replace(marked, spaces))
     problem = complaint(write_jsonl([turns("hello", "fine")]), folder=folder, assistant_only=True)
     assert "marks the assistant's text by {% generation %}, yet no token" in problem
 

@@ -40,15 +40,15 @@ def test_what_was_put_last_comes_back(make_store: Callable[[], Store]) -> None:
         for turn in range(3):
             for candidate in range(2):
                 for batch in range(4):
-                    states.ahead(candidate, batch + 1)
+                    states.ahead("merged", candidate, batch + 1)
                     if turn:
-                        before = states.get(candidate, batch, CPU)
+                        before = states.get("merged", candidate, batch, CPU)
                         assert list(before) == [0]
                         assert_same(before[0][0], output(100 * turn - 100 + 10 * candidate + batch)[0])
-                    states.put(candidate, batch, 0, output(100 * turn + 10 * candidate + batch))
+                    states.put("merged", candidate, batch, 0, output(100 * turn + 10 * candidate + batch))
         for candidate in range(2):
             for batch in range(4):
-                found, expected = states.get(candidate, batch, CPU)[0], output(200 + 10 * candidate + batch)
+                found, expected = states.get("merged", candidate, batch, CPU)[0], output(200 + 10 * candidate + batch)
                 assert_same(found[0], expected[0])
                 assert found[1] is None
                 assert_same(found[2], expected[2])
@@ -56,20 +56,20 @@ def test_what_was_put_last_comes_back(make_store: Callable[[], Store]) -> None:
 
 def test_stacks_are_kept_apart_and_lengths_may_change(make_store: Callable[[], Store]) -> None:
     with HiddenStates(make_store()) as states:
-        states.put(0, 0, 1, torch.ones(2, 3))
-        states.put(0, 0, 0, torch.zeros(4))
-        states.put(0, 0, 1, torch.full((5, 3), 7.0))  # more than before
-        states.put(0, 0, 1, torch.full((1, 3), 8.0))  # less
-        found = states.get(0, 0, CPU)
+        states.put("merged", 0, 0, 1, torch.ones(2, 3))
+        states.put("merged", 0, 0, 0, torch.zeros(4))
+        states.put("merged", 0, 0, 1, torch.full((5, 3), 7.0))  # more than before
+        states.put("merged", 0, 0, 1, torch.full((1, 3), 8.0))  # less
+        found = states.get("merged", 0, 0, CPU)
         assert_same(found, {0: torch.zeros(4), 1: torch.full((1, 3), 8.0)})
-        assert states.get(0, 1, CPU) == {}
+        assert states.get("merged", 0, 1, CPU) == {}
 
 
 def test_the_place_on_disk_is_used_again(tmp_path: Path) -> None:
     with HiddenStates(DiskStore(tmp_path)) as states:
         for _ in range(5):
             for batch in range(3):
-                states.put(0, batch, 0, torch.ones(100))
+                states.put("merged", 0, batch, 0, torch.ones(100))
         assert states.num_bytes == 3 * 400
         assert not list(tmp_path.iterdir()), "the file must be gone when the process is, however it ends"
 
@@ -79,7 +79,7 @@ def test_a_full_disk_is_told_with_its_folder() -> None:
     store._file.close()
     with pytest.raises((MergeError, ValueError)):
         for batch in range(5):
-            store.put((0, batch, 0), [torch.ones(10)])
+            store.put(("merged", 0, batch, 0), [torch.ones(10)])
 
 
 @pytest.mark.parametrize("width", [48, 64, 100, 576])
@@ -88,8 +88,8 @@ def test_eight_bits_take_less_room_and_keep_nan_where_it_was(width: int) -> None
     hidden = torch.randn(2, 7, width, generator=torch.Generator().manual_seed(0)).bfloat16()
     hidden[1, -1] = float("nan")
     with HiddenStates(MemoryStore(CPU, CPU), eight_bit=True) as states:
-        states.put(0, 0, 0, (hidden, torch.arange(3)))
-        found, numbers = states.get(0, 0, CPU)[0]
+        states.put("merged", 0, 0, 0, (hidden, torch.arange(3)))
+        found, numbers = states.get("merged", 0, 0, CPU)[0]
         if width % 64 == 0:
             assert states.num_bytes < 0.6 * hidden.nbytes + 24
     assert found.dtype == hidden.dtype and found.shape == hidden.shape
@@ -107,15 +107,15 @@ from largemerge.machine import memory_in_use
 cpu = torch.device("cpu")
 number, size = 1600, 64 * 1024  # 256 KiB each
 with HiddenStates(DiskStore(Path(sys.argv[1]))) as states:
-    states.put(0, 0, 0, torch.zeros(size))
-    states.get(0, 0, cpu)
+    states.put("merged", 0, 0, 0, torch.zeros(size))
+    states.get("merged", 0, 0, cpu)
     before = peak = memory_in_use(cpu).host_anonymous
     for turn in range(3):
         for batch in range(number):
-            states.ahead(0, batch + 1)
+            states.ahead("merged", 0, batch + 1)
             if turn:
-                assert states.get(0, batch, cpu)[0][0] == 1000 * turn - 1000 + batch
-            states.put(0, batch, 0, torch.full((size,), 1000.0 * turn + batch))
+                assert states.get("merged", 0, batch, cpu)[0][0] == 1000 * turn - 1000 + batch
+            states.put("merged", 0, batch, 0, torch.full((size,), 1000.0 * turn + batch))
             peak = max(peak, memory_in_use(cpu).host_anonymous)
     print(states.num_bytes / (peak - before))
 """

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from largemerge import ConfigError, MergeConfig, load_config
-from largemerge.api import is_data_free
-from largemerge.data_free.config import load_data_free
+from largemerge.api import read_config
+from largemerge.data_free.config import DataFreeConfig, load_data_free
 from largemerge.data_free.methods.table import METHODS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.y*ml"))
@@ -411,8 +411,8 @@ def test_loading_a_loaded_configuration_changes_nothing(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
-    if is_data_free(path):
-        assert load_data_free(path).merge_method in METHODS
+    config = read_config(path)
+    if isinstance(config, DataFreeConfig):
+        assert config == load_data_free(path) and config.merge_method in METHODS
         return
-    config = load_config(path)
-    assert load_config(config) == config
+    assert config == load_config(path) == load_config(config)

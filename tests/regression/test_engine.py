@@ -29,7 +29,7 @@ from largemerge.regression.weights import Weights
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
-    monkeypatch.setattr(Placement, "writes_behind", lambda placement, device: placement.prefetch)
+    monkeypatch.setattr(Placement, "writes_in_background", lambda placement, device: placement.prefetch)
 
 
 @pytest.mark.parametrize("method", ["regmean", "regmean_plusplus"])
@@ -37,16 +37,16 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_bits(make_case: MakeCase, request: pytest.FixtureRequest, architecture: str, method: str) -> None:
     case = make_case(architecture, method=method)
     at_once = largemerge.merge(case.config, case.folder / "at-once", device="cpu").to_json()
-    request.getfixturevalue("behind")
-    later = largemerge.merge(case.config, case.folder / "behind", device="cpu").to_json()
-    expected, found = weights_in(case.folder / "at-once"), weights_in(case.folder / "behind")
+    request.getfixturevalue("in_background")
+    later = largemerge.merge(case.config, case.folder / "in_background", device="cpu").to_json()
+    expected, found = weights_in(case.folder / "at-once"), weights_in(case.folder / "in_background")
     assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
     assert list(later["blocks"]) == list(at_once["blocks"])
     for name, entry in at_once["blocks"].items():
         assert later["blocks"][name] | {"seconds": 0} == entry | {"seconds": 0}
 
 
-@pytest.mark.usefixtures("behind")
+@pytest.mark.usefixtures("in_background")
 def test_a_block_is_written_while_the_next_is_merged(make_case: MakeCase, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("llama")
     events: list[str] = []
@@ -107,13 +107,13 @@ def test_on_a_gpu_writing_waits_for_what_is_computed(monkeypatch: pytest.MonkeyP
     clock.begin("block")
     with BackgroundWriter(weights, clock, Ranks(), lambda *entry: done.append(entry)) as output:
         output.write({"a": torch.zeros(1)}, in_background=True)
-        output.merged("block", {"linears": {}})
+        output.finish_block("block", {"linears": {}})
     assert gpu.told == ["made on computing", "on its own", "wait", "written", "no longer"]
     ((block, report),) = done
     assert block == "block" and report["bytes_written"] == 4
 
 
-@pytest.mark.usefixtures("behind")
+@pytest.mark.usefixtures("in_background")
 def test_what_could_not_be_written_is_merged_again(make_case: MakeCase, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("llama")
     out = case.folder / "out"

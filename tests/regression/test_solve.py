@@ -78,7 +78,7 @@ def test_an_ill_conditioned_system_goes_to_float64_and_says_so() -> None:
     assert any(text.startswith("cholesky_float32: ") for text in found.fallbacks)
 
 
-@pytest.mark.parametrize("most_rank", [None, 12])
+@pytest.mark.parametrize("max_rank", [None, 12])
 def test_directions_without_data_get_the_average(max_rank: int | None) -> None:
     gram, rhs, mean = system(num_rows=4)  # three candidates with four rows each: rank 12 of 40
     found, update = solved(gram, rhs, mean, 0.0, max_rank)

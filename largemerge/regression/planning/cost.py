@@ -1,38 +1,38 @@
-"""How long a merge takes: operations and bytes, over rates.
+"""How long a merge takes: operations and bytes over the rates of a machine.
 
-    candidate forward   Σ 2·N·I·O over the linears that are reached, and attention 4·N·T·I
-    Gram                N·I²             half of it, for it is symmetric
-    right-hand side     2·I²·O, or 4·N·I·O where that is less, for all candidates but the first
-    solve               I³/3 + 2·I²·O
-    merged forward      like a candidate's, all linears
-    disk                bytes over rate, as far as it is not hidden by computing
+One process:
 
-Shapes: N rows of one candidate, T rows of one sample, I inputs, O outputs.
+    candidate forward, Gram, right-hand side, solve, merged forward     operations / rate
+    disk                                                                bytes / rate, where computing does not hide it
 
-How long a merge by several ranks takes.
+Several ranks wait for each other in every block, so the slowest one of every stage counts:
 
-    collect        the slowest rank: its candidates' forward passes, Grams, right-hand sides
-    communicate    sums and merged weights, at the rate of the slowest link: bytes / bandwidth + exchanges · latency
+    collect        the rank whose candidates' forward passes, Grams and right-hand sides take longest
+    communicate    sums and merged weights: bytes / bandwidth of the slowest link + exchanges · latency
     solve          of every block, the rank whose solves take longest
-    merged forward the slowest rank
-    read           per node: the blocks of all candidates that one of its ranks wants, once; hidden behind computing
-    write          the first rank; hidden behind computing on GPUs
+    read           per node: the blocks of all candidates that one of its ranks wants, once
+    write          the first rank
 
-Ranks wait for each other in every block, so the slowest one of every stage counts. Sums and weights travel along a
-ring or tree in pieces, so that the bytes pass every link once, however many ranks there are.
+Sums and weights travel along a ring or tree in pieces, so that the bytes pass every link once, however many ranks
+there are.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from largemerge.distributed.partition import choose_owners
-from largemerge.regression.group_sums import multiplies_by_rows
-from largemerge.regression.passes import BlockPass
-from largemerge.regression.planning.workload import BlockKind, OffloadTo, Placement, Workload
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
+from largemerge.regression.planning.workload import (
+    BlockNumbers,
+    ForwardNumbers,
+    GroupNumbers,
+    OffloadTo,
+    Placement,
+    Workload,
+)
+
+_COLLECT = ("candidate_forward", "gram", "right_hand_side")
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,55 @@ class Rates:
 NOMINAL_RATES = Rates(400e9, 200e9, 150e9, 80e9, 5e9, 1e9, 1e9, 2e-3)
 """Of no machine in particular: placements are compared with them."""
 
-_MEMORY_TRIPS = 6  # a value that a linear computes is read or written this often, by activations, norms, additions
+
+@dataclass(frozen=True)
+class Links:
+    """What lies between the ranks of a merge.
+
+    Attributes:
+        bandwidth: Bytes a second at which a sum reaches its owner, or a merged weight everybody.
+        latency: Seconds that each such exchange takes, however small.
+        ranks_per_node: Ranks that share what is read from disk.
+    """
+
+    bandwidth: float
+    latency: float
+    ranks_per_node: int
 
 
 def estimate_seconds(
     work: Workload, placement: Placement, rates: Rates, *, writes_in_background: bool = False
 ) -> dict[str, float]:
-    """Seconds by stage; `writes_behind` if blocks are written while the next ones are merged."""
+    """Estimates the seconds of one process, by stage.
+
+    Args:
+        work: What there is to do.
+        placement: How it is laid out.
+        rates: Of the machine.
+        writes_in_background: Whether blocks are written while the next ones are merged.
+    """
     stages = dict.fromkeys(("read", "candidate_forward", "gram", "right_hand_side", "solve", "merged_forward"), 0.0)
+    num_calls = work.num_batches * -(-work.batch_samples // placement.samples)
+
+    def forward(numbers: ForwardNumbers) -> float:
+        computing = numbers.operations / rates.linear + numbers.moved_bytes / rates.memory
+        return computing + num_calls * rates.batch_seconds
+
     read_bytes = 0
-    for kind in work.kinds:
-        for each in kind.passes(placement.passes, advances=work.method.advances_while_collecting):
-            for stage, seconds in _pass_seconds(work, kind, each, placement, rates).items():
-                stages[stage] += kind.count * seconds
-            read_bytes += kind.count * work.num_candidates * kind.bytes_of(each.reads)
-        if work.method.forwards_merged:
-            stages["merged_forward"] += kind.num_outputs_read * _forward_seconds(work, kind, None, placement, rates)
-    num_bytes = sum(kind.count * kind.bytes_of(kind.names) for kind in work.kinds)
+    for kind in work.blocks:
+        for each in kind.in_passes(placement.passes):
+            stages["candidate_forward"] += kind.count * forward(each.forward) if each.runs else 0.0
+            stages["gram"] += kind.count * each.gram_operations / rates.gram
+            stages["right_hand_side"] += kind.count * each.right_hand_side_operations / rates.product
+            stages["solve"] += kind.count * sum(solve_seconds(group, rates) for group in each.groups)
+            read_bytes += kind.count * work.num_candidates * each.read_bytes
+        if work.forwards_merged:
+            stages["merged_forward"] += kind.num_outputs_read * forward(kind.forward)
+    num_bytes = sum(kind.count * kind.bytes for kind in work.blocks)
     reading, writing, computing = read_bytes / rates.read, num_bytes / rates.write, sum(stages.values())
     stages |= disk_seconds(reading, writing, computing, ahead=placement.prefetch, in_background=writes_in_background)
     stages["outside"] = work.non_block_bytes * (work.num_candidates / rates.read + 1 / rates.write)
-    stages["hidden_states"] = _waiting_seconds(work, placement, rates)
+    stages["hidden_states"] = _offload_seconds(work, placement, rates)
     return stages
 
 
@@ -98,102 +126,22 @@ def disk_seconds(
     return {"read": reading * shown, "write": writing * shown}
 
 
-def _pass_seconds(
-    work: Workload, kind: BlockKind, each: BlockPass, placement: Placement, rates: Rates
-) -> dict[str, float]:
-    keep = work.method.advances_while_collecting and each.last
-    until = None if keep else (each.groups[-1].leader if each.groups else "")
-    gram = rhs = solve = 0.0
-    for group in each.groups:
-        size, outputs = group.num_inputs, sum(group.outputs.values())
-        stack = kind.block.stack_of(group)
-        for number, rows in enumerate(work.rows):
-            gram += rows[stack] * size**2 / rates.gram
-            rhs += (number > 0) * _times_rows(work, number, stack, size) * size * outputs / rates.product
-        solve += solve_seconds(group, rates)
-    return {
-        "candidate_forward": _forward_seconds(work, kind, until, placement, rates) if each.groups or keep else 0.0,
-        "gram": gram,
-        "right_hand_side": rhs,
-        "solve": solve,
-    }
-
-
-def _times_rows(work: Workload, number: int, stack: int, size: int) -> float:
-    """Operations of a candidate's right-hand side for every input and output."""
-    rows = work.rows[number][stack]
-    total = work.total_rows[number][stack] if work.total_rows else rows
-    if rows and work.rank_group_sizes and work.rank_group_sizes[number] > 1 and not multiplies_by_rows(total, size):
-        return 2 * size / work.rank_group_sizes[number]
-    return 4 * rows if multiplies_by_rows(rows, size) else 2 * size
-
-
-def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> tuple[list[list[float]], list[float]]:
-    """What every candidate's batches cost, to share them out evenly, in seconds of no machine in particular.
-
-    Args:
-        blocks: All of them.
-        rows: By candidate and batch.
-
-    Returns:
-        By candidate and batch; and by candidate, what does not depend on how many rows there are: its right-hand
-        sides, unless they are made row by row. The first candidate has none.
-    """
-    groups = Counter((group.num_inputs, sum(group.outputs.values())) for block in blocks for group in block.groups)
-    rates = NOMINAL_RATES
-    of_row = sum(
-        n * (size**2 / rates.gram + 4 * size * outputs / rates.linear) for (size, outputs), n in groups.items()
-    )
-    costs, right_hand_sides = [], []
-    for number, batches in enumerate(rows):
-        total = max(1, sum(batches))
-        by_rows = whole = 0.0
-        for (size, outputs), count in groups.items() if number > 0 else ():
-            weights = count * size * outputs / rates.product
-            if multiplies_by_rows(total, size):
-                by_rows += 4 * total * weights
-            else:
-                whole += 2 * size * weights
-        costs.append([count * (of_row + by_rows / total) for count in batches])
-        right_hand_sides.append(whole)
-    return costs, right_hand_sides
-
-
-def solve_seconds(group: GroupPlan, rates: Rates) -> float:
-    """Of one Gram's factorisation, the triangular solves, and what is copied and rounded around them."""
-    size, outputs = group.num_inputs, sum(group.outputs.values())
+def solve_seconds(group: GroupNumbers, rates: Rates) -> float:
+    """Seconds of one factorisation, the triangular solves, and what is copied and rounded around them."""
+    size, outputs = group.num_inputs, group.num_outputs
     products = size**3 / 3 / rates.cholesky + 2 * size**2 * outputs / rates.product
     return products + 12 * size * (outputs + size) * 4 / rates.memory
 
 
-def _forward_seconds(work: Workload, kind: BlockKind, until: str | None, placement: Placement, rates: Rates) -> float:
-    """Of all candidates' data through one block, up to the linear `until`."""
-    order = [role.name for role in kind.roles]
-    reached = list(kind.linears) if until is None else order[: order.index(until)] if until in order else []
-    stack = kind.block.stack
-    rows = sum(of_candidate[stack] for of_candidate in work.rows)
-    weights = sum(kind.linears[path][0] * kind.linears[path][1] for path in reached)
-    width = kind.linears[order[0]][0] if order else 0
-    attention = 4 * work.sample_rows[stack] * width if len(reached) > 2 else 0
-    features = sum(kind.linears[path][1] for path in reached) + 2 * width
-    num_batches = work.num_batches * -(-work.batch_samples // placement.samples)
-    trips = _MEMORY_TRIPS * rows * features * work.compute_dtype.itemsize
-    return rows * (2 * weights + attention) / rates.linear + trips / rates.memory + num_batches * rates.batch_seconds
-
-
-def _waiting_seconds(work: Workload, placement: Placement, rates: Rates) -> float:
-    """Of moving hidden states where they wait and back, as far as nothing hides it."""
-    blocks = sum(kind.num_outputs_read for kind in work.kinds)
-    moved = work.hidden_bytes * blocks * (placement.passes + 2)
+def _offload_seconds(work: Workload, placement: Placement, rates: Rates) -> float:
+    """Seconds of moving hidden states to where they are offloaded and back, as far as nothing hides it."""
+    moved = work.hidden_bytes * sum(kind.num_outputs_read for kind in work.blocks) * (placement.passes + 2)
     if placement.hidden_states is OffloadTo.DEVICE:
         return 0.0
-    # Read ahead and written behind: a tenth of it shows.
+    # Read ahead and written in the background: a tenth of it shows.
     return moved * (
         0.1 / rates.read + 0.1 / rates.write if placement.hidden_states is OffloadTo.DISK else 0.1 / rates.memory
     )
-
-
-_COLLECT = ("candidate_forward", "gram", "right_hand_side")
 
 
 def estimate_rank_seconds(
@@ -234,46 +182,30 @@ def estimate_rank_seconds(
 
 
 def _longest_solves(work: Workload, rates: Rates, num_ranks: int) -> float:
-    total = 0.0
-    for kind in work.kinds:
-        owners = choose_owners({group.leader: group.solve_operations for group in kind.block.groups}, num_ranks)
-        loads = [0.0] * num_ranks
-        for group in kind.block.groups:
-            loads[owners[group.leader]] += solve_seconds(group, rates)
-        total += kind.count * max(loads)
-    return total
+    return sum(kind.count * _longest_solves_of(kind, rates, num_ranks) for kind in work.blocks)
+
+
+def _longest_solves_of(kind: BlockNumbers, rates: Rates, num_ranks: int) -> float:
+    owners = choose_owners({group.leader: group.solve_operations for group in kind.groups}, num_ranks)
+    loads = [0.0] * num_ranks
+    for group in kind.groups:
+        loads[owners[group.leader]] += solve_seconds(group, rates)
+    return max(loads)
 
 
 def _num_exchanges(work: Workload) -> int:
-    """The sums and the weights of every group, and averages, there and back."""
-    return sum(kind.count * (2 * len(kind.block.groups) + 2) for kind in work.kinds)
+    """Number of exchanges: the sums and the weights of every group, and averages, there and back."""
+    return sum(kind.count * (2 * len(kind.groups) + 2) for kind in work.blocks)
 
 
 def _most_read(whole: Workload, own: Sequence[Workload], placement: Placement, links: Links) -> int:
     """Bytes of candidates that the node reads that reads most; the first candidate is wanted by all."""
     block_bytes = sum(
-        kind.count * kind.bytes_of(each.reads)
-        for kind in whole.kinds
-        for each in kind.passes(placement.passes, advances=whole.method.advances_while_collecting)
+        kind.count * each.read_bytes for kind in whole.blocks for each in kind.in_passes(placement.passes)
     )
     most = 0
     for first in range(0, len(own), links.ranks_per_node):
         node = own[first : first + links.ranks_per_node]
-        wanted = {0} | {number for work in node for number, rows in enumerate(work.rows) if any(rows.values())}
+        wanted = {0} | {number for work in node for number, has_rows in enumerate(work.has_rows) if has_rows}
         most = max(most, len(wanted))
     return most * block_bytes
-
-
-@dataclass(frozen=True)
-class Links:
-    """What lies between the ranks of a merge.
-
-    Attributes:
-        bandwidth: Bytes a second at which a sum reaches its owner, or a merged weight everybody.
-        latency: Seconds that each such exchange takes, however small.
-        ranks_per_node: Ranks that share what is read from disk.
-    """
-
-    bandwidth: float
-    latency: float
-    ranks_per_node: int

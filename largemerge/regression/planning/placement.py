@@ -23,13 +23,9 @@ import torch
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.config_file import gib
 from largemerge.machine import free_on_gpu, memory_in_use
-from largemerge.regression.averages import CHUNK_BYTES as AVERAGE_CHUNK_BYTES
 from largemerge.regression.config import MemoryConfig
-from largemerge.regression.group_sums import CHUNK_BYTES, sums_bytes
-from largemerge.regression.passes import BlockPass, mean_dtype
 from largemerge.regression.planning.cost import NOMINAL_RATES, estimate_seconds
-from largemerge.regression.planning.workload import BlockKind, OffloadTo, Placement, Workload
-from largemerge.regression.solve import may_need_float64
+from largemerge.regression.planning.workload import BlockNumbers, OffloadTo, PassNumbers, Placement, Workload
 
 _BITSANDBYTES_BITS = 8.5  # a byte, and a float32 scale for every 64
 _SPARING_SHARE, _REUSING_SHARE = 0.04, 0.2  # of everything: what the allocator keeps between two uses
@@ -58,7 +54,7 @@ class Footprint:
 
 
 def footprint(
-    work: Workload, placement: Placement, device: torch.device, before: int, *, eight_bit: bool, limited: bool
+    work: Workload, placement: Placement, device: torch.device, process_bytes: int, *, eight_bit: bool, limited: bool
 ) -> Footprint:
     """What a placement holds.
 
@@ -66,43 +62,44 @@ def footprint(
         work: To be done.
         placement: How.
         device: That computes.
-        before: Bytes that the process holds before it starts.
+        process_bytes: Anonymous memory of the process before the work.
         eight_bit: Hidden states wait in 8 bits.
         limited: The user has set the most host memory.
     """
     moments = [
-        moment | {"embeddings": work.first_bytes if kind.block.index == 0 else 0}
-        for kind in work.kinds
-        for each in kind.passes(placement.passes, advances=work.method.advances_while_collecting)
+        moment | {"embeddings": work.first_bytes if kind.is_first else 0}
+        for kind in work.blocks
+        for each in kind.in_passes(placement.passes)
         for moment in _moments(work, kind, each, placement)
     ]
     computing = max(moments, key=_total)
     before_blocks = [
         {"loading of calibration inputs": work.loading_bytes},
-        {"tensors outside the blocks": min(work.non_block_bytes, 8 * AVERAGE_CHUNK_BYTES)},
+        {"tensors outside the blocks": work.non_block_buffer_bytes},
     ]
-    shrunk = _BITSANDBYTES_BITS / 8 / work.compute_dtype.itemsize if eight_bit else 1.0
+    shrunk = _BITSANDBYTES_BITS / 8 / work.hidden_itemsize if eight_bit else 1.0
     hidden = round(work.hidden_bytes * shrunk)
-    waiting = placement.hidden_states
+    offload = placement.hidden_states
     # On disk: the present batch, the next one, and those that are still being written.
-    buffers = 4 * work.sample_hidden_bytes * placement.samples if waiting is OffloadTo.DISK else 0
-    host = {"process": before + _LIBRARIES_BYTES, "calibration inputs": work.input_bytes}
-    host["hidden states"] = hidden if waiting is OffloadTo.HOST else buffers
-    on_disk = hidden if waiting is OffloadTo.DISK else 0
+    buffers = 4 * work.sample_hidden_bytes * placement.samples if offload is OffloadTo.DISK else 0
+    host = {"process": process_bytes + _LIBRARIES_BYTES, "calibration inputs": work.input_bytes}
+    host["hidden states"] = hidden if offload is OffloadTo.HOST else buffers
+    host |= {"adapters": work.adapter_bytes} if work.adapter_bytes else {}
+    on_disk = hidden if offload is OffloadTo.DISK else 0
     if device.type == "cpu":
         parts, sparing = _with_allocator(host | max(computing, *before_blocks, key=_total), limited)
         return Footprint(_total(parts), 0, on_disk, parts, sparing)
-    largest_block = max((kind.bytes_of(kind.names) for kind in work.kinds), default=0)
-    in_background = largest_block if placement.writes_in_background(device) else 0
+    largest_block = max((kind.bytes for kind in work.blocks), default=0)
+    written = largest_block if placement.writes_in_background(device) else 0
     in_transit = {
         "blocks in transit": 2 * max(_largest_read(work, placement.passes), work.first_bytes),
-        "a block on its way to the disk": in_background,  # a tensor at a time, and what the allocator keeps of it
+        "a block on its way to the disk": written,  # a tensor at a time, and what the allocator keeps of it
     }
     in_host, sparing = _with_allocator(host | max(in_transit, *before_blocks, key=_total), limited)
     # On the device, torch's own allocator.
     on_device = {
-        "hidden states": hidden if waiting is OffloadTo.DEVICE else 0,
-        "a block on its way to the disk": in_background,
+        "hidden states": hidden if offload is OffloadTo.DEVICE else 0,
+        "a block on its way to the disk": written,
     }
     parts, _ = _with_allocator(computing | on_device, True)
     return Footprint(_total(in_host), _total(parts), on_disk, max(parts, in_host, key=_total), sparing)
@@ -119,81 +116,32 @@ def _with_allocator(parts: Mapping[str, int], limited: bool) -> tuple[dict[str, 
     return {**parts, "allocator": round(ours * (_SPARING_SHARE if sparing else _REUSING_SHARE))}, sparing
 
 
-def _moments(work: Workload, kind: BlockKind, each: BlockPass, placement: Placement) -> list[dict[str, int]]:
+def _moments(work: Workload, kind: BlockNumbers, each: PassNumbers, placement: Placement) -> list[dict[str, int]]:
     """The moments of a pass when most is held: collecting, solving, and the merged block's forward pass."""
-    block, dtype = kind.block, work.compute_dtype
-    solved = [f"{block.name}.{path}.weight" for group in each.groups for path in group.outputs]
     ahead = _largest_read(work, placement.passes) if placement.prefetch else 0
-    averaged = sum(kind.sizes[name] for name in kind.names if name not in _all_solved(kind)) * 4 if each.averages else 0
-    sums = averaged + sum(
-        sums_bytes(list(group.outputs.values()), group.num_inputs, mean_dtype(block, group)) for group in each.groups
-    )
-    widest = max((group.num_inputs for group in each.groups), default=0)
-    until = (
-        None if each.last and work.method.advances_while_collecting else (each.groups[-1].leader if each.groups else "")
-    )
-    largest_group = max((4 * group.num_inputs * sum(group.outputs.values()) for group in each.groups), default=0)
-    chunks = 3 * min(CHUNK_BYTES, largest_group)  # of differences, and of what is made of them
     collect = {
-        "weights": kind.bytes_of(each.reads) + kind.bytes_of(solved) + ahead + _cast_bytes(kind, each.reads, dtype),
-        "sums": sums,
-        "activations": _activation_bytes(work, kind, placement.samples, until) + chunks,
+        "weights": each.read_bytes + each.solved_bytes + ahead + each.cast_bytes,
+        "sums": each.sums_bytes,
+        "activations": placement.samples * each.forward.sample_bytes + each.chunk_bytes,
     }
-    largest = max((kind.bytes_of([name]) for name in solved), default=0)
     solve = {
-        "weights": kind.bytes_of(solved) + largest + ahead,
-        "sums": sums,
-        "solve": _fallback_bytes(work, widest) + chunks,
+        "weights": each.solved_bytes + each.largest_solved_bytes + ahead,
+        "sums": each.sums_bytes,
+        "solve": each.fallback_bytes + each.chunk_bytes,
     }
-    if not work.method.forwards_merged:
+    if not work.forwards_merged:
         return [collect, solve]
     forward = {
-        "weights": kind.bytes_of(kind.names) + ahead + _cast_bytes(kind, kind.names, dtype),
+        "weights": kind.bytes + ahead + kind.cast_bytes,
         "sums": 0,
-        "activations": _activation_bytes(work, kind, placement.samples, None),
+        "activations": placement.samples * kind.forward.sample_bytes,
     }
     return [collect, solve, forward]
 
 
-def _fallback_bytes(work: Workload, num_inputs: int) -> int:
-    """Of a second try at a solve in float64; of eigenvectors, where the whole Gram has too few tokens."""
-    max_rank = sum(max(rows.values()) for rows in work.rows)
-    if work.off_diagonal_scale == 1 and max_rank < num_inputs:
-        return 32 * num_inputs**2
-    return 8 * num_inputs**2 if may_need_float64(num_inputs, work.off_diagonal_scale) else 0
-
-
-def _all_solved(kind: BlockKind) -> set[str]:
-    return {f"{kind.block.name}.{path}.weight" for group in kind.block.groups for path in group.outputs}
-
-
 def _largest_read(work: Workload, num_passes: int) -> int:
-    return max(
-        (
-            kind.bytes_of(each.reads)
-            for kind in work.kinds
-            for each in kind.passes(num_passes, advances=work.method.advances_while_collecting)
-        ),
-        default=0,
-    )
-
-
-def _cast_bytes(kind: BlockKind, names: tuple[str, ...] | list[str], dtype: torch.dtype) -> int:
-    """Of the copies in the forward's dtype, where that is not the stored one."""
-    different = [plan.name for plan in kind.block.tensors if plan.dtype != dtype and plan.name in set(names)]
-    return kind.bytes_of(different, dtype)
-
-
-def _activation_bytes(work: Workload, kind: BlockKind, samples: int, until: str | None) -> int:
-    """Of what a block computes for some samples, up to the linear `until`, and of a Gram's rows in float32."""
-    order = [role.name for role in kind.roles]
-    reached = order if until is None else order[: order.index(until)] if until in order else []
-    rows = samples * work.sample_rows[kind.block.stack]
-    features = sum(kind.linears[path][1] for path in reached)  # outputs; the inputs of one are others' outputs
-    widest = max((group.num_inputs for group in kind.block.groups), default=0)
-    width = max((sizes[0] for sizes in kind.linears.values()), default=0)
-    float32_rows = 0 if until is None else rows * 4 * widest
-    return rows * (features + 4 * width) * work.compute_dtype.itemsize + float32_rows
+    reads = [each.read_bytes for kind in work.blocks for each in kind.in_passes(num_passes)]
+    return max(reads, default=0)
 
 
 _MARGIN = 0.95  # of what is free now, where the user has set no limit
@@ -268,7 +216,6 @@ def choose_placement(work: Workload, limits: Limits, device: torch.device, befor
 
 
 def _placements(work: Workload, device: torch.device) -> Iterator[Placement]:
-    most_passes = max((len(kind.block.groups) for kind in work.kinds), default=1)
     samples = work.batch_samples
     counts = [samples]
     while samples > 1:
@@ -276,7 +223,7 @@ def _placements(work: Workload, device: torch.device) -> Iterator[Placement]:
         counts.append(samples)
     places = [OffloadTo.HOST, OffloadTo.DISK] if device.type == "cpu" else list(OffloadTo)
     for waiting in places:
-        for passes in range(1, max(1, most_passes) + 1):
+        for passes in range(1, work.max_passes + 1):
             for prefetch in (True, False):
                 for count in counts:
                     yield Placement(waiting, passes, prefetch, count)

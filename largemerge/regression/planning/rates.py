@@ -27,7 +27,7 @@ from largemerge.matmul import product
 from largemerge.regression.gram import Gram, float32_means_float32
 from largemerge.regression.planning.cost import Links, Rates
 from largemerge.regression.planning.placement import Limits
-from largemerge.regression.planning.workload import Workload
+from largemerge.regression.planning.workload import ProbeShapes
 from largemerge.regression.solve import cholesky_
 
 _GPU_SHARE = 0.92  # of its memory; the rest is the driver's, the libraries', and what fragments
@@ -168,13 +168,13 @@ class Machines:
     cluster: Cluster | None = None
 
 
-_MOST_FEATURES = 2048
-_MOST_ROWS = 2048
+_MAX_FEATURES = 2048
+_MAX_ROWS = 2048
 _CALL_SECONDS = 2e-3  # of Python and small operations on the way to a block
 
 
 def measure_rates(
-    work: Workload,
+    shapes: ProbeShapes,
     checkpoint: Checkpoint,
     scratch: Path | None,
     device: torch.device,
@@ -185,7 +185,7 @@ def measure_rates(
     """Times products, copies, reads and writes.
 
     Args:
-        work: Whose shapes count.
+        shapes: At which products are timed.
         checkpoint: A candidate, of which some megabytes are read.
         scratch: A folder to write a temporary file to; `None` for the system's.
         device: That computes.
@@ -194,28 +194,26 @@ def measure_rates(
     """
     read, write = read_rate([checkpoint]), write_rate(scratch)
     if at_once == 1 or device.type != "cpu":
-        return replace(_compute_rates(work, device, samples), read=read, write=write)
+        return replace(_compute_rates(shapes, device, samples), read=read, write=write)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // at_once))
     try:
         with ThreadPoolExecutor(at_once) as pool:
-            each = list(pool.map(lambda _: _compute_rates(work, device, samples), range(at_once)))
+            each = list(pool.map(lambda _: _compute_rates(shapes, device, samples), range(at_once)))
     finally:
         torch.set_num_threads(threads)
     mean = {name: sum(getattr(rates, name) for rates in each) / at_once for name in vars(each[0])}
     return Rates(**mean | {"read": read, "write": write})
 
 
-def _compute_rates(work: Workload, device: torch.device, samples: int) -> Rates:
-    """All but those of the disk."""
-    kind = max(work.kinds, key=lambda kind: sum(kind.sizes.values()) * kind.count)
-    rows = min(_MOST_ROWS, samples * work.sample_rows[kind.block.stack])
-    inputs, outputs = max(kind.linears.values(), key=lambda shape: shape[0] * shape[1])
-    inputs, outputs = min(inputs, _MOST_FEATURES), min(outputs, _MOST_FEATURES)
-    size = min(_MOST_FEATURES, max((group.num_inputs for group in kind.block.groups), default=inputs))
-    x_NI = torch.randn(rows, inputs, device=device).to(work.compute_dtype)
-    weight_OI = torch.randn(outputs, inputs, device=device).to(work.compute_dtype)
-    x_NS = torch.randn(rows, size, device=device).to(work.compute_dtype)
+def _compute_rates(shapes: ProbeShapes, device: torch.device, samples: int) -> Rates:
+    """Measures compute and memory rates; disk rates are left out."""
+    rows = min(_MAX_ROWS, samples * shapes.sample_rows)
+    inputs, outputs = min(shapes.num_inputs, _MAX_FEATURES), min(shapes.num_outputs, _MAX_FEATURES)
+    size = min(shapes.gram_size, _MAX_FEATURES)
+    x_NI = torch.randn(rows, inputs, device=device).to(shapes.dtype)
+    weight_OI = torch.randn(outputs, inputs, device=device).to(shapes.dtype)
+    x_NS = torch.randn(rows, size, device=device).to(shapes.dtype)
     left_SS, gram = torch.randn(size, size, device=device), Gram(size, device)
     system_SS = left_SS @ left_SS.T / size + torch.eye(size, device=device)
     work_SS = torch.empty_like(system_SS)

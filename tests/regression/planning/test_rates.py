@@ -93,13 +93,13 @@ def test_communication_is_bytes_over_the_slowest_link(tmp_path: Path) -> None:
 
 
 def test_a_gpu_writes_while_it_computes() -> None:
-    assert disk_seconds(10.0, 5.0, 100.0, ahead=True, behind=False) == {"read": 1.0, "write": 5.0}
-    assert disk_seconds(10.0, 5.0, 100.0, ahead=False, behind=False) == {"read": 10.0, "write": 5.0}
-    hidden = disk_seconds(10.0, 5.0, 100.0, ahead=True, behind=True)
+    assert disk_seconds(10.0, 5.0, 100.0, ahead=True, in_background=False) == {"read": 1.0, "write": 5.0}
+    assert disk_seconds(10.0, 5.0, 100.0, ahead=False, in_background=False) == {"read": 10.0, "write": 5.0}
+    hidden = disk_seconds(10.0, 5.0, 100.0, ahead=True, in_background=True)
     assert hidden == pytest.approx({"read": 1.0, "write": 0.5}), "a tenth"
-    slow = disk_seconds(10.0, 5.0, 3.0, ahead=True, behind=True)
+    slow = disk_seconds(10.0, 5.0, 3.0, ahead=True, in_background=True)
     assert slow == pytest.approx({"read": 8.0, "write": 4.0}), "all but what computing hides"
-    assert disk_seconds(0.0, 0.0, 0.0, ahead=True, behind=True) == {"read": 0.0, "write": 0.0}
+    assert disk_seconds(0.0, 0.0, 0.0, ahead=True, in_background=True) == {"read": 0.0, "write": 0.0}
 
 
 def test_hidden_states_leave_a_gpu_that_is_too_small(tmp_path: Path) -> None:
