@@ -2,7 +2,8 @@
 #
 #   make demo    install, merge a few tiny models, show what came out
 #   make test    the test suite
-#   make check   lint, format, types
+#   make check   lint, format, types, layers
+#   make wheel   build the wheel, and try it in an environment of its own
 
 PYTHON ?= python3
 
@@ -12,7 +13,7 @@ TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 PIP := .venv/bin/python -m pip -qq --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml
 
-.PHONY: demo test check install install-dev clean
+.PHONY: demo test check wheel install install-dev clean
 
 demo: install
 	.venv/bin/largemerge demo
@@ -22,6 +23,9 @@ test: install-dev
 
 check: install-dev
 	scripts/check
+
+wheel:
+	TORCH='$(TORCH)' PYTHON='$(PYTHON)' scripts/try_wheel
 
 install: .venv/.installed
 

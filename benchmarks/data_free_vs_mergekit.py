@@ -119,8 +119,8 @@ def merge_config(method: str, models: Sequence[Path], dtype: str | None) -> dict
     based = row.base is Base.REQUIRED
     merged = models[1:][: row.num_models[1]]
     values = {"weight": 1 / len(merged), "density": 0.5}
-    each = {name: values[name] for name in row.each if name in values}
-    options = {name: 0.4 for name, default in row.options.items() if default is REQUIRED}
+    each = {name: values[name] for name in row.per_model if name in values}
+    options = {name: 0.4 for name, default in row.shared.items() if default is REQUIRED}
     config: dict[str, Any] = {"merge_method": method}
     config |= {"base_model": str(models[0])} if based else {}
     config["models"] = [{"model": str(model)} | ({"parameters": each} if each else {}) for model in merged]

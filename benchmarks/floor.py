@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from largemerge import MergePlan
-from largemerge.regression.tensor_plan import BlockPlan, GroupPlan
+from largemerge.regression.tensor_plan import BlockPlan, LinearGroup
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def mandatory_work(plan: MergePlan, report: Mapping[str, Any]) -> Work:
     return work
 
 
-def _tokens(linears: Mapping[str, Any], block: BlockPlan, group: GroupPlan, candidate: str) -> int:
+def _tokens(linears: Mapping[str, Any], block: BlockPlan, group: LinearGroup, candidate: str) -> int:
     return int(linears[f"{block.name}.{group.leader}.weight"]["tokens"][candidate])
 
 
@@ -134,7 +134,7 @@ def _forward(
         yield Kernel("attention", shape, dtype)
 
 
-def _right_hand_side(group: GroupPlan, tokens: int) -> Kernel:
+def _right_hand_side(group: LinearGroup, tokens: int) -> Kernel:
     """D G, or (D Xᵀ) X, whichever takes fewer operations; all linears of the group at once, in float32."""
     size, outputs = group.num_inputs, sum(group.outputs.values())
     if 4 * tokens * size * outputs < 2 * size**2 * outputs:

@@ -161,9 +161,9 @@ def merge(
     _check_no_disk(memory)
     from largemerge.data_free.merge import merge_data_free
     from largemerge.data_free.multi import merge_series
-    from largemerge.data_free.resources import Limits
+    from largemerge.data_free.resources import MemoryBudget
 
-    options["limits"] = Limits(memory.host, memory.device)
+    options["limits"] = MemoryBudget(memory.host, memory.device)
     if isinstance(resolved, DataFreeConfig):
         return merge_data_free(resolved, Path(out), **options)
     folder = Path(intermediate_dir) if intermediate_dir is not None else None
@@ -216,9 +216,9 @@ def plan(
         raise ConfigError("ranks, other machines and --from-config are for regression methods")
     from largemerge.data_free.multi import plan_series
     from largemerge.data_free.plan import plan_data_free
-    from largemerge.data_free.resources import Limits
+    from largemerge.data_free.resources import MemoryBudget
 
-    limits = Limits(memory.host, memory.device)
+    limits = MemoryBudget(memory.host, memory.device)
     if isinstance(resolved, DataFreeConfig):
         return plan_data_free(resolved, device=device, limits=limits, probe=probe)
     return plan_series(resolved, other_methods=tuple(REGRESSION_METHODS), device=device, limits=limits, probe=probe)

@@ -21,7 +21,7 @@ Config = dict[str, Any]
 
 
 def write_models(folder: Path, architecture: str = "llama", count: int = 4, dtype: torch.dtype = torch.float32) -> None:
-    """`model0`, which serves as the base, and others beside it."""
+    """Saves `model0`, which serves as the base, and others beside it."""
     for seed in range(count):
         tiny_models.perturbed(architecture, seed).to(dtype).save_pretrained(folder / f"model{seed}")
 
@@ -45,7 +45,7 @@ def load(out: Path, build: Callable[..., PreTrainedModel] = LlamaForCausalLM) ->
 
 
 def kill_and_resume(path: Path, folder: Path, kill_at: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge is killed at its n-th operation on files, goes on, and ends as an unbroken one, bit for bit."""
+    """Kills a merge at its n-th operation on files, resumes it, and compares it with an unbroken one, bit for bit."""
     command = ["merge", path, folder / "out", "--quiet", "--max-shard-size", "1MB"]
     small = {processes.PART_BYTES: str(part_bytes)}
     assert processes.finish(processes.start(command, folder / "log", kill_at, environment=small)) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Methods of the literature as their papers write them, densely, in float64. Task vectors in, their merge out."""
+"""Methods of the literature as their papers write them, dense, in float64: functions from task vectors to a merge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHAPES = [(37, 24), (24, 37), (32, 32)]
 
 
 def models(count: int, shape: tuple[int, ...], spread: float = 0.1) -> tuple[torch.Tensor, Deltas]:
-    """A base and some models, float32."""
+    """Makes a base and some models, float32."""
     generator = torch.Generator().manual_seed(5)
     base = torch.randn(shape, generator=generator)
     return base, [base + spread * torch.randn(shape, generator=generator) for _ in range(count)]
@@ -20,7 +20,7 @@ def task_vectors(base: torch.Tensor, tensors: Deltas) -> Deltas:
 
 
 def check(found: torch.Tensor, base: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """What a merge has added to the base; beside the tolerance, what float32 rounds of the sum."""
+    """Compares what a merge has added to the base; beside the tolerance, float32 may round the sum."""
     assert found.shape == base.shape and found.dtype == torch.float32
     error = (found.double() - base.double() - expected).norm()
     assert error <= tolerance * expected.norm() + 2**-24 * base.double().norm()
@@ -68,7 +68,7 @@ def wudi_loss(merged: torch.Tensor, deltas: Deltas) -> torch.Tensor:
 
 
 def ace(deltas: Deltas, eps: float = 1e-2, k_frac: float = 0.3, tau: float = 0.3) -> torch.Tensor:
-    """Equations 5 to 19 of the paper."""
+    """Merges by equations 5 to 19 of the paper."""
     logs = torch.stack([delta.square().sum().log() for delta in deltas])
     unlike = bool(logs.var() / logs.mean() ** 2 > tau)
     size = deltas[0].shape[1]
@@ -94,7 +94,7 @@ def ace(deltas: Deltas, eps: float = 1e-2, k_frac: float = 0.3, tau: float = 0.3
 
 
 def opcm(models: list[dict[str, torch.Tensor]], matrices: set[str], alpha: float = 0.5) -> dict[str, torch.Tensor]:
-    """Step by step, with the factor of every step, over the task vectors of whole models."""
+    """Merges step by step, with the factor of every step, over the task vectors of whole models."""
 
     def norm(of: dict[str, torch.Tensor]) -> float:
         return sum(float(tensor.square().sum()) for tensor in of.values()) ** 0.5

@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def commands_in(block: Block) -> list[list[str]]:
 # What the examples name: tiny models and data, made when a page wants them
 
 
+@cache
 def tokenizer(kind: str = "code") -> PreTrainedTokenizerFast:
     texts = {"code": [*ENGLISH, *CODE], "german": ["das Verschmelzen von Modellen ist bloß Addieren", *ENGLISH]}[kind]
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
@@ -224,9 +226,9 @@ MAKERS: dict[str, Maker] = {
     "fisher-code.safetensors": fisher,
 }
 OF_PAGES: dict[str, dict[str, Maker]] = {
-    # Its examples name layers up to the 24th.
+    # Its examples name layers up to the twelfth.
     "docs/mergekit-yaml.md": {
-        name: lambda folder, seed: llama(folder, seed, layers=24)
+        name: lambda folder, seed: llama(folder, seed, layers=12)
         for name in ("base", "expert-math", "expert-code", "expert-chat")
     },
     "docs/quantisation.md": {
@@ -406,7 +408,7 @@ def test_every_method_is_explained_with_its_parameters() -> None:
         for text in re.findall(r"`(\w+(?:: [^`]+)?)`", "|".join(cells[-3:])):
             key, _, value = text.partition(": ")
             told[key] = yaml.safe_load(value) if value else None
-        defaults = {**method.options, **method.each}
+        defaults = {**method.shared, **method.per_model}
         assert told == {key: None if value is REQUIRED else value for key, value in defaults.items()}, name
 
 

@@ -26,7 +26,7 @@ Config = dict[str, Any]
 
 
 def train(kind: str, texts: Sequence[str], size: int = 300) -> tokenizers.Tokenizer:
-    """A tokenizer of one of the kinds that there are."""
+    """Trains a tokenizer of one kind: `BPE`, `WordPiece` or `Unigram`."""
     made: tokenizers.Tokenizer
     options: Any = {"vocab_size": size, "show_progress": False, "special_tokens": SPECIAL}
     if kind == "BPE":
@@ -86,13 +86,13 @@ def write_model(
 
 
 def rows_by_token(folder: Path, ids: dict[str, int], name: str = "model.embed_tokens.weight") -> Rows:
-    """The embedding of every token that has one."""
+    """Reads the embedding of every token that has one."""
     weight = weights_in(folder)[name]
     return {token: weight[number] for token, number in ids.items() if number < len(weight)}
 
 
 def expected_row(token: str, rows: Sequence[Rows], base: int | None) -> list[torch.Tensor]:
-    """What every model has of a token by the default rules."""
+    """Computes every model's embedding of a token by the default rules."""
     having = [each[token] for each in rows if token in each]
     like = next(iter(rows[0].values()))
     if not having:
@@ -126,7 +126,7 @@ def linear(folder: Path, names: list[str], weights: list[float], **more: Any) ->
 
 
 def loads_and_speaks(out: Path, text: str) -> None:
-    """The output loads as people load it, and its tokens are rows of its embeddings."""
+    """Checks that the output loads as people load it, and that its tokens are rows of its embeddings."""
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokenizer = AutoTokenizer.from_pretrained(out)

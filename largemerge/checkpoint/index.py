@@ -1,17 +1,11 @@
-"""What lies in a checkpoint folder, read from headers alone.
-
-A safetensors file starts with eight bytes (the header's length, little endian), a JSON header (name →
-dtype, shape, byte range) and then the bytes of all tensors. Reading headers costs kilobytes, whatever
-the size of the model. Pickle files are unpickled onto the meta device with `weights_only=True`.
-"""
+"""What lies in a checkpoint folder, read from headers alone: its config, its files, and every tensor in them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +13,11 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.quantized import fold_quantized, quantization_method
-from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo
+from largemerge.checkpoint.tensor_files import SafetensorsFile, open_tensor_file
+from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-_MOST_PROBLEMS = 20
+_MAX_PROBLEMS = 20
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -73,7 +67,8 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     problems: list[str] = []
     for file, wanted in files.items():
         try:
-            found, header = read_tensors(file)
+            opened = open_tensor_file(file)
+            found = opened.tensors()
         except CheckpointError as error:
             problems.extend(f"{name}: {problem}" for problem in error.problems)
             continue
@@ -81,9 +76,9 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
         if missing:
             problems.append(f"{name}: the index says that {file.name} holds {_some(missing)}, but it does not")
         tensors |= {key: info for key, info in found.items() if not wanted or key in wanted}
-        fingerprint[file.name] = file_fingerprint(file, header)
+        fingerprint[file.name] = file_fingerprint(file, opened.header)
     if problems:
-        raise CheckpointError(*problems[:_MOST_PROBLEMS])
+        raise CheckpointError(*problems[:_MAX_PROBLEMS])
     ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
     return Checkpoint(name, folder, config, fold_quantized(ordered, config, name, _read_small), fingerprint)
 
@@ -107,8 +102,8 @@ def open_tensors(path: Path, name: str) -> Checkpoint:
     problems: list[str] = []
     for file in files:
         try:
-            header, raw = _read_safetensors_header(file)
-            found_here = {info.name: info for info in _tensors(file, header, 8 + len(raw))}
+            opened = SafetensorsFile(file)
+            found_here = opened.tensors()
         except CheckpointError as error:
             problems.extend(f"{name}: {problem}" for problem in error.problems)
             continue
@@ -116,9 +111,9 @@ def open_tensors(path: Path, name: str) -> Checkpoint:
         if twice:
             problems.append(f"{name}: {_some(twice)} in several files; expected each tensor once")
         tensors |= found_here
-        fingerprint[file.name] = file_fingerprint(file, raw)
+        fingerprint[file.name] = file_fingerprint(file, opened.header)
     if problems:
-        raise CheckpointError(*problems[:_MOST_PROBLEMS])
+        raise CheckpointError(*problems[:_MAX_PROBLEMS])
     return Checkpoint(name, path if path.is_dir() else path.parent, {}, tensors, fingerprint)
 
 
@@ -162,10 +157,7 @@ def _weight_files(folder: Path, name: str) -> dict[Path, frozenset[str]]:
 def _adapter_hint(folder: Path) -> str:
     if not (folder / "adapter_config.json").exists():
         return ""
-    return (
-        " This is an adapter (LoRA), not a model: data-free methods take it behind its model, as model+adapter; "
-        "for others, merge it into its base first (peft: merge_and_unload)."
-    )
+    return " This is an adapter (LoRA), not a model: name it behind its model, as model+adapter."
 
 
 def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str) -> dict[Path, frozenset[str]]:
@@ -179,86 +171,17 @@ def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str)
         by_file.setdefault(index_path.parent / file_name, set()).add(tensor_name)
     problems += [f"{name}: {file} is named in {index_path.name} but missing" for file in by_file if not file.exists()]
     if problems:
-        raise CheckpointError(*problems[:_MOST_PROBLEMS])
+        raise CheckpointError(*problems[:_MAX_PROBLEMS])
     return {file: frozenset(names) for file, names in sorted(by_file.items())}
-
-
-def read_tensors(file: Path) -> tuple[dict[str, TensorInfo], bytes | None]:
-    """The tensors of one file by name, and its safetensors header.
-
-    Raises:
-        CheckpointError: If it is cut short, or no file of weights.
-    """
-    if file.suffix == ".bin":
-        return {info.name: info for info in _pickle_tensors(file)}, None
-    header, raw = _read_safetensors_header(file)
-    return {info.name: info for info in _tensors(file, header, 8 + len(raw))}, raw
-
-
-def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{file}: not a safetensors file, or cut short ({size} bytes, header {length}); fetch it again"
-            )
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise CheckpointError(f"{file}: the safetensors header is not JSON; fetch the file again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: the safetensors header is a {type(header).__name__}, expected an object")
-    return header, raw
-
-
-def _tensors(file: Path, header: dict[str, Any], start: int) -> Iterator[TensorInfo]:
-    size = file.stat().st_size
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            begin, end = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-            if not all(type(number) is int for number in (begin, end, *shape)) or min(shape, default=0) < 0:
-                raise TypeError
-        except KeyError as error:
-            raise CheckpointError(f"{file}: {name}: dtype or field {error} is not supported") from None
-        except (TypeError, ValueError):
-            raise CheckpointError(f"{file}: {name}: broken header entry {entry!r}") from None
-        info = TensorInfo(name, shape, dtype, file, start + begin)
-        if end - begin != info.num_bytes or start + end > size or begin < 0:
-            raise CheckpointError(
-                f"{file}: {name}: bytes {begin}..{end} do not hold {entry['dtype']} {list(shape)} "
-                f"in a file of {size} bytes; the file is cut short or broken: fetch it again"
-            )
-        yield info
-
-
-def _pickle_tensors(file: Path) -> Iterator[TensorInfo]:
-    try:
-        state = torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:  # what a broken or malicious pickle may raise, nobody has listed
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file}: cannot be read with weights_only=True: {first_line}") from None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise CheckpointError(f"{file}: holds something else than a model's weights; expected tensors by name")
-    for name, tensor in state.items():
-        yield TensorInfo(name, tuple(tensor.shape), tensor.dtype, file, None)
 
 
 def _read_small(info: TensorInfo) -> bytes:
     """The bytes of a small tensor."""
-    if info.offset is None:
-        state = torch.load(info.file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(info.file))
-        return bytes(state[info.name].reshape(-1).view(torch.uint8).tolist())
-    with info.file.open("rb") as stream:
-        stream.seek(info.offset)
-        return stream.read(info.num_bytes)
+    file = open_tensor_file(info.file)
+    try:
+        return bytes(file.read(info).reshape(-1).view(torch.uint8).tolist())
+    finally:
+        file.close()
 
 
 def file_fingerprint(file: Path, header: bytes | None = None) -> dict[str, Any]:

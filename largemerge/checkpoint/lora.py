@@ -1,14 +1,11 @@
-"""LoRA adapters: what their files say that is to be done to a model's weights.
+"""Models by reference, and LoRA adapters on top of them: read, checked, added to weights as they are read.
 
     W + s·B·A        s = lora_alpha / r, or lora_alpha / √r with use_rslora
     W' = m · (W + s·B·A) / ‖W + s·B·A‖, row by row        with use_dora
 
-Tensors that an
-adapter holds as a whole (`modules_to_save`, biases, embeddings) replace the model's.
-
-Reads a model's weights with an adapter applied: no merged copy is ever written.
-
-B·A is computed in float32 and the sum rounded to the dtype of W, as peft's `merge_and_unload` does.
+No merged copy is ever written. B·A is computed in float32 and the sum rounded to the dtype of W, as peft's
+`merge_and_unload` does. Tensors that an adapter holds as a whole (`modules_to_save`, biases, embeddings) replace the
+model's. LoRA: arXiv 2106.09685; rsLoRA: 2312.03732; DoRA: 2402.09353.
 """
 
 from __future__ import annotations
@@ -16,14 +13,18 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint, file_fingerprint, read_json, read_tensors
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.direct_io import Buffers
+from largemerge.checkpoint.index import Checkpoint, file_fingerprint, open_checkpoint, read_json
+from largemerge.checkpoint.locate import locate_checkpoint, split_reference
+from largemerge.checkpoint.reader import CheckpointReader, TensorReader
+from largemerge.checkpoint.tensor_files import Rows, open_tensor_file
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
@@ -94,7 +95,12 @@ class Adapter:
     @property
     def num_bytes(self) -> int:
         """Of what is added, on disk."""
-        return sum(self.checkpoint.tensors[key].num_bytes for delta in self.deltas.values() for key in delta.names)
+        return self.bytes_of(self.deltas)
+
+    def bytes_of(self, keys: Iterable[str]) -> int:
+        """Bytes on disk of what is added to some of the model's tensors."""
+        deltas = (self.deltas[key] for key in keys if key in self.deltas)
+        return sum(self.checkpoint.tensors[name].num_bytes for delta in deltas for name in delta.names)
 
     @property
     def kept_bytes(self) -> int:
@@ -130,9 +136,10 @@ def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint
         problems.append(f"{name}: no weights in {folder}; expected {' or '.join(_FILES)}")
     if problems or file is None:
         raise CheckpointError(*problems)
-    tensors, header = read_tensors(file)
+    opened = open_tensor_file(file)
+    tensors = opened.tensors()
     fingerprint = {each.name: file_fingerprint(each) for each in (folder / "adapter_config.json",)}
-    fingerprint[file.name] = file_fingerprint(file, header)
+    fingerprint[file.name] = file_fingerprint(file, opened.header)
     own = Checkpoint(name, folder, config, tensors, fingerprint)
     parts, whole, problems = _sorted_out(own, model)
     deltas = {key: delta for key, found in parts.items() for delta in _delta(own, model, key, found, problems)}
@@ -253,7 +260,7 @@ class AdaptedReader:
         adapter: What is added to them.
     """
 
-    def __init__(self, model: CheckpointReader, own: CheckpointReader, adapter: Adapter) -> None:
+    def __init__(self, model: TensorReader, own: TensorReader, adapter: Adapter) -> None:
         self.checkpoint = model.checkpoint
         self._model, self._own, self._adapter = model, own, adapter
         self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -269,13 +276,9 @@ class AdaptedReader:
         """Of them, past the system's cache."""
         return self._model.bytes_past_cache
 
-    def read(self, name: str, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
-        """A tensor, or some rows of it, with what the adapter adds."""
+    def read(self, name: str, rows: Rows = None, *, again: bool = False) -> torch.Tensor:
+        """Reads a tensor, or some of its rows, with what the adapter adds."""
         return self._adapted(name, self._model.read(name, rows, again=again), slice(None) if rows is None else rows)
-
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows, in any order, with what the adapter adds."""
-        return self._adapted(name, self._model.read_rows(name, rows), rows)
 
     def _adapted(self, name: str, weight: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         delta = self._adapter.deltas.get(name)
@@ -300,3 +303,47 @@ class AdaptedReader:
                     del self._factors[next(iter(self._factors))]
                 self._factors[name] = found
         return found
+
+
+def open_model(
+    reference: str, made: Mapping[str, Checkpoint] | None = None, *, name: str | None = None
+) -> tuple[Checkpoint, Adapter | None]:
+    """Opens a model and its adapter, if it has one, from their headers.
+
+    Args:
+        reference: A folder or Hub id, with `@revision` and `+adapter` if wanted.
+        made: Checkpoints that other merges have made, by the name that a reference may use.
+        name: What the user calls it, for messages; by default what the reference says.
+
+    Returns:
+        The checkpoint, with the adapter's whole tensors in it; and the adapter, or `None`.
+
+    Raises:
+        LargemergeError: If either cannot be opened, or they do not fit together.
+    """
+    model, lora = split_reference(reference)
+    called = name or model
+    checkpoint = (made or {}).get(model) or open_checkpoint(locate_checkpoint(model, called), called)
+    if lora is None:
+        return checkpoint, None
+    return open_adapter(locate_checkpoint(lora, name or reference), name or reference, checkpoint)
+
+
+@contextmanager
+def open_reader(
+    checkpoint: Checkpoint, adapter: Adapter | None, *, past_cache: bool = True, buffers: Buffers | None = None
+) -> Iterator[TensorReader]:
+    """Opens a model's tensors, with its adapter if it has one.
+
+    Args:
+        checkpoint: From `open_model`.
+        adapter: From `open_model`.
+        past_cache: Leave nothing in the system's cache but what is to be read again.
+        buffers: Lend memory to tensors; `None`: it is allocated.
+    """
+    with CheckpointReader(checkpoint, past_cache=past_cache, buffers=buffers) as reader:
+        if adapter is None:
+            yield reader
+            return
+        with CheckpointReader(adapter.checkpoint) as own:
+            yield AdaptedReader(reader, own, adapter)

@@ -1,17 +1,16 @@
-"""Reading tensors one at a time, into memory of their own.
+"""Reading the tensors of a model one at a time, by name, into memory of their own.
 
-`pread` into a fresh buffer instead of a mapped file: the kernel's page cache still helps, but no mapped
-pages pile up in the process, and reads from a helper thread run while this one computes.
+    TensorReader        what merges read through
+    CheckpointReader    a checkpoint's files, put together; quantised weights dequantised
+    (AdaptedReader)     one of these with an adapter on top, in `lora.py`
 
-Reading ahead: the next item is loaded by a thread while the present one is in use.
+`prefetched` loads the next item in a thread while the present one is in use.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,17 +19,15 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from largemerge.checkpoint.direct_io import Buffers, DataFile
+from largemerge.checkpoint.direct_io import Buffers
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import dequantize
+from largemerge.checkpoint.tensor_files import Rows, TensorFile, open_tensor_file
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.errors import CheckpointError
-
-_GAP_BYTES = 32 << 10  # between two rows: reading them in vain costs less than another call
 
 
 class TensorReader(Protocol):
-    """Reads tensors of one model: from its files alone, or with an adapter."""
+    """Reads the tensors of one model, whatever lies on disk. Safe to use from several threads."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -38,45 +35,47 @@ class TensorReader(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """So far."""
+        """Bytes read so far."""
 
     @property
     def bytes_past_cache(self) -> int:
-        """Of them, those that did not go through the system's cache."""
+        """Bytes read so far that did not go through the system's cache."""
 
-    def read(self, name: str, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
-        """A tensor, or some rows of it; it stays in the system's cache where it is to be read again."""
+    def read(self, name: str, rows: Rows = None, *, again: bool = False) -> torch.Tensor:
+        """Reads a tensor on the CPU, in memory of its own, in its stored dtype.
 
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows, in any order."""
+        Args:
+            name: Its name on disk.
+            rows: Only these of the first dimension.
+            again: Whether it will be read again soon, so that the system's cache should keep it.
+        """
 
 
 class CheckpointReader:
-    """Reads tensors of one checkpoint by name. A context manager; safe to use from several threads.
+    """Reads the tensors of one checkpoint (see `TensorReader`). A context manager.
 
     Args:
         checkpoint: What it reads.
         buffers: Lend memory to tensors; `None`: it is allocated.
         past_cache: Leave nothing in the system's cache but what is to be read again: for tensors that are read once.
-
-    Attributes:
-        checkpoint: What it reads.
-        bytes_read: So far.
-        bytes_past_cache: Of them, past the system's cache.
-        seconds: Spent reading, so far.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, past_cache: bool = False, buffers: Buffers | None = None) -> None:
         self.checkpoint = checkpoint
         self._past_cache, self._buffers = past_cache, buffers
-        self.bytes_read = 0
-        self.seconds = 0.0
-        self._files: dict[Path, DataFile] = {}
-        self._pickles: dict[Path, Mapping[str, torch.Tensor]] = {}
+        self._files: dict[Path, TensorFile] = {}
+        self._bytes_before = 0  # of files that are closed
         self._lock = threading.Lock()
 
     @property
-    def bytes_past_cache(self) -> int:  # noqa: D102 (see above)
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        with self._lock:
+            return self._bytes_before + sum(file.bytes_read for file in self._files.values())
+
+    @property
+    def bytes_past_cache(self) -> int:
+        """Bytes read so far that did not go through the system's cache."""
         with self._lock:
             return sum(file.bytes_past_cache for file in self._files.values())
 
@@ -86,100 +85,38 @@ class CheckpointReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._bytes_before = self.bytes_read
         for file in self._files.values():
             file.close()
         self._files.clear()
-        self._pickles.clear()
 
-    def read(self, name: str, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
-        """A tensor, on the CPU, with its own memory, in its stored dtype; quantised weights are dequantised.
+    def read(self, name: str, rows: Rows = None, *, again: bool = False) -> torch.Tensor:
+        """Reads a tensor; a quantised weight comes back dequantised.
 
         Args:
-            name: On disk.
-            rows: Only this part of the first dimension.
-            again: It will be read again soon.
+            name: Its name on disk.
+            rows: Only these of the first dimension.
+            again: Whether it will be read again soon.
 
         Raises:
             CheckpointError: If the file has become shorter since its header was read.
         """
         info = self.checkpoint.tensors[name]
-        start = time.perf_counter()
         if info.quantization is None:
-            tensor = self._read_plain(info, rows, again=again)
-        else:
-            tensor = self._read_quantized(info, rows, again=again)
-        with self._lock:
-            self.seconds += time.perf_counter() - start
-        return tensor
-
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows of a tensor, in any order, as `read` returns them.
-
-        Args:
-            name: On disk.
-            rows: Their numbers; one may come more than once.
-        """
-        info = self.checkpoint.tensors[name]
-        if not len(rows):
-            return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
-        if info.offset is None:
-            return self._read_pickle(info, rows)
-        assert info.quantization is None, "checked before: blocks of 64 numbers know no rows"
-        wanted, places = torch.unique(rows, return_inverse=True)
-        gap = 1 + _GAP_BYTES // max(1, info.num_bytes // max(1, info.shape[0]))
-        starts = torch.cat([torch.tensor([0]), 1 + torch.nonzero(wanted.diff() > gap).view(-1)]).tolist()
-        parts = []
-        for start, stop in zip(starts, [*starts[1:], len(wanted)], strict=True):
-            first = int(wanted[start])
-            read = self.read(name, slice(first, int(wanted[stop - 1]) + 1))
-            parts.append(read if len(read) == stop - start else read[wanted[start:stop] - first])
-        return torch.cat(parts)[places]
-
-    def _read_plain(self, info: TensorInfo, rows: slice | None = None, *, again: bool = False) -> torch.Tensor:
-        if info.offset is None:
-            tensor = self._read_pickle(info, rows)
-        else:
-            tensor = self._read_bytes(info, info.offset, rows, past_cache=self._past_cache and not again)
-        with self._lock:
-            self.bytes_read += tensor.nbytes
-        return tensor
-
-    def _read_quantized(self, info: TensorInfo, rows: slice | None, *, again: bool) -> torch.Tensor:
-        assert info.quantization is not None
+            return self._read_stored(info, rows, again=again)
         again = again or rows is not None  # each part of the rows reads it whole
-        parts = {name: self._read_plain(part, again=again) for name, part in info.parts.items()}
+        parts = {part: self._read_stored(stored, again=again) for part, stored in info.parts.items()}
         tensor = dequantize(info.name, parts, info.quantization, info.dtype)
         return tensor if rows is None else tensor[rows].clone()  # blocks of 64 numbers know no rows
 
-    def _read_bytes(self, info: TensorInfo, offset: int, rows: slice | None, *, past_cache: bool) -> torch.Tensor:
-        shape = info.shape
-        if rows is not None:
-            row_bytes = info.num_bytes // max(1, shape[0])
-            offset += rows.start * row_bytes
-            shape = (rows.stop - rows.start, *shape[1:])
-        try:
-            return self._open(info.file).read_tensor(offset, info.dtype, shape, past_cache=past_cache)
-        except EOFError:
-            raise CheckpointError(
-                f"{info.file}: ended in the middle of {info.name}; was it changed meanwhile?"
-            ) from None
+    def _read_stored(self, info: TensorInfo, rows: Rows = None, *, again: bool) -> torch.Tensor:
+        return self._file(info.file).read(info, rows, past_cache=self._past_cache and not again)
 
-    def _open(self, file: Path) -> DataFile:
+    def _file(self, path: Path) -> TensorFile:
         with self._lock:
-            if file not in self._files:
-                self._files[file] = DataFile(file, buffers=self._buffers)
-            return self._files[file]
-
-    def _read_pickle(self, info: TensorInfo, rows: slice | torch.Tensor | None) -> torch.Tensor:
-        with self._lock:
-            state = self._pickles.get(info.file)
-            if state is None:
-                mapped = zipfile.is_zipfile(info.file)
-                state = torch.load(info.file, map_location="cpu", weights_only=True, mmap=mapped)
-                if not mapped:
-                    self._pickles[info.file] = state  # the format of before 2020: it can be read only as a whole
-        tensor = state[info.name]
-        return (tensor if rows is None else tensor[rows]).clone(memory_format=torch.contiguous_format)
+            if path not in self._files:
+                self._files[path] = open_tensor_file(path, self._buffers)
+            return self._files[path]
 
 
 Item = TypeVar("Item")

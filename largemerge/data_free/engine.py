@@ -1,18 +1,18 @@
-"""Reads, merges and writes: one or two workers for every core, each at one tensor of the output at a time.
+"""The long work of a data-free merge: every part that is not in the journal yet, shared among ranks and workers.
 
-    worker: task → its pieces: read → (survey) → read again or from memory → merge → to their place in the shard
+One or two workers for every core read, merge and write, each at one tensor of the output at a time:
+
+    worker: task → its pieces: read → (first pass) → read again or from memory → merge → to their place in the shard
     main:   in order, waits for all tasks of a part, forces them onto the disk, notes the part in the journal
 
 A worker holds a tensor of all models where that is small, else a few megabytes of each.
 
-Merges with a factor that only the whole model knows: all merged task vectors first, then the output.
+A method with a factor that only the whole model knows goes over all tensors twice (`TwoPassMerge`):
 
     first    every tensor: its merged task vector, float32, to a scratch file; its sums of squares to the journal
     second   every tensor: the base's + factor · what the scratch file has, to the output
 
 The scratch files lie in the working folder, and go with it when the merge is done.
-
-The long work of a data-free merge: every part that is not in the journal yet, shared among ranks and workers.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from largemerge.checkpoint.direct_io import Buffers
-from largemerge.checkpoint.model_source import open_reader
+from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
-from largemerge.data_free.loader import PieceLoader, Turns, cost, others_turn
-from largemerge.data_free.methods.base import Cut, Way, way_of
+from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, release_slot
+from largemerge.data_free.methods.base import Access, Cut, select_formula
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.plan import DataFreePlan
+from largemerge.data_free.resources import Accelerator
 from largemerge.data_free.tasks import Task
 from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.partition import choose_owners
@@ -45,15 +46,18 @@ from largemerge.errors import MergeError
 from largemerge.output import OutputFolder
 from largemerge.progress import RunProgress
 
-if TYPE_CHECKING:
-    from largemerge.data_free.resources import Accelerator
-
 PART_BYTES = 256 << 20
-"""Of the output, at least, between two lines of the journal."""
+"""The least bytes of the output between two lines of the journal."""
+
+_SCRATCH_FOLDER = "scratch"
+_DELTAS, _OUTPUT = "unscaled part", "part"  # kinds of passes over all parts, as the journal calls them
+
+Squares = dict[str, list[float]]
+"""Sums of `UnscaledDelta.squares` over a tensor, by its name."""
 
 
-def parts(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Tasks that are noted as finished together, the largest first: at the end no worker is at a large one alone."""
+def split_into_parts(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Groups tasks that are noted as finished together; large ones first, so that none is left to the end."""
     found: list[list[Task]] = [[]]
     filled = 0
     for task in sorted(tasks, key=lambda task: -task.num_elements):
@@ -72,15 +76,22 @@ def run_parts(
     *,
     num_workers: int,
 ) -> None:
-    """Does all tasks; `done` is called with the number of each part, in order, when all of its tasks are done."""
-    turns = Turns(torch.get_num_threads())
+    """Does all tasks of some parts, with several workers.
 
-    def in_turn(task: Task) -> None:
-        with turns.taken():
+    Args:
+        unfinished: The tasks of each part.
+        work: Does one task.
+        done: Called with the number of each part, in order, when all of its tasks are done.
+        num_workers: The number of workers.
+    """
+    slots = ComputeSlots(torch.get_num_threads())
+
+    def with_slot(task: Task) -> None:
+        with slots.acquire():
             work(task)
 
     with one_thread_each(), ThreadPoolExecutor(num_workers, thread_name_prefix="largemerge-merge") as pool:
-        futures: list[list[Future[None]]] = [[pool.submit(in_turn, task) for task in part] for part in unfinished]
+        futures: list[list[Future[None]]] = [[pool.submit(with_slot, task) for task in part] for part in unfinished]
         try:
             for number, part in enumerate(futures):
                 for future in part:
@@ -92,15 +103,15 @@ def run_parts(
 
 
 class Merger:
-    """Merges single tasks.
+    """Merges single tasks, by methods that need no factor of the whole model.
 
     Args:
-        method: Name in the table.
-        seed: Of random methods.
-        readers: By model.
-        writer: Of the output.
-        kept_bytes: Of a tensor of all models, at most, that is kept in memory.
-        accelerator: What computes matrices.
+        method: Name of the method in the table.
+        seed: Seed of random numbers.
+        readers: A reader for every model, and for every path of auxiliary tensors.
+        writer: Writer of the output.
+        kept_bytes: The most bytes of all models' tensors that are kept between two passes.
+        accelerator: The GPU that weight matrices are merged on, if there is one.
     """
 
     def __init__(
@@ -120,24 +131,24 @@ class Merger:
         """Reads, merges and writes one tensor."""
         if task.copied:
             ((model, key),) = task.sources
-            with others_turn():
+            with release_slot():
                 self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
             return
-        way, begin = way_of(self._method, task.options, other=bool(task.otherwise))
+        access, prepare = select_formula(self._method, task.shared, falls_back=bool(task.fallback_reason))
         device = self._accelerator.device_of(self._name, task)
-        load = PieceLoader(task, way, self._readers, self._seed, self._kept_bytes, device)
+        load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device)
         with as_merge_error(task, self._name), self._accelerator.stream():
-            merge = begin(way.survey(load.pieces) if way.survey is not None else None)
+            merge = prepare(access.first_pass(load.pieces) if access.first_pass is not None else None)
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
 
 
 @contextmanager
 def as_merge_error(task: Task, method: str) -> Iterator[None]:
-    """For the arithmetic of one task.
+    """Runs the arithmetic of one task without autograd, and names the tensor in what goes wrong.
 
     Raises:
-        MergeError: With the tensor's name, for a `FloatingPointError`, or where a GPU has no memory left.
+        MergeError: If the method raises a `FloatingPointError`, or a GPU has no memory left.
     """
     try:
         with torch.inference_mode():
@@ -155,24 +166,19 @@ def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tens
     """Writes rows of a tensor as it is stored, from a piece as the method sees it."""
     merged = (merged.T if task.inputs_first else merged).to(dtype).to(CPU)
     shape = (rows.stop - rows.start, *task.shape[1:]) if task.shape else ()
-    with others_turn():
+    with release_slot():
         writer.write(task.name, merged.reshape(shape), first_row=rows.start)
 
 
-_FOLDER = "scratch"
-Squares = dict[str, list[float]]
-"""By tensor: what `Unscaled.squares` says of it."""
-
-
-class Unscaler:
-    """Both halves of such a merge, task by task. A context manager.
+class TwoPassMerge:
+    """Both passes of a merge with a factor of the whole model, task by task. A context manager.
 
     Args:
-        plan: What is merged.
-        readers: By model.
-        writer: Of the output.
+        plan: The plan of the merge.
+        readers: A reader for every model.
+        writer: Writer of the output.
         working: The working folder.
-        max_shard_bytes: Of a scratch file.
+        max_shard_bytes: The most bytes of a scratch file, unless one tensor is larger.
     """
 
     def __init__(
@@ -183,16 +189,17 @@ class Unscaler:
         working: Path,
         max_shard_bytes: int,
     ) -> None:
-        scaled = METHODS[plan.config.merge_method].scaled
-        assert scaled is not None, "asked only for methods with a factor"
-        self._scaled, self._name, self._seed = scaled, plan.config.merge_method, plan.config.seed
-        self._readers, self._writer, self._accelerator = readers, writer, plan.holding.accelerator
-        (working / _FOLDER).mkdir(exist_ok=True)
-        self.scratch = ShardWriter(working / _FOLDER, plan.unscaled, layout_shards(plan.unscaled, max_shard_bytes))
+        global_scale = METHODS[plan.config.merge_method].global_scale
+        assert global_scale is not None, "asked only for methods with a factor"
+        self._global_scale, self._name, self._seed = global_scale, plan.config.merge_method, plan.config.seed
+        self._readers, self._writer, self._accelerator = readers, writer, plan.resources.accelerator
+        (working / _SCRATCH_FOLDER).mkdir(exist_ok=True)
+        deltas = plan.unscaled_deltas
+        self.scratch = ShardWriter(working / _SCRATCH_FOLDER, deltas, layout_shards(deltas, max_shard_bytes))
         self._squares: Squares = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Unscaler:
+    def __enter__(self) -> TwoPassMerge:
         self.scratch.__enter__()
         return self
 
@@ -201,13 +208,14 @@ class Unscaler:
     ) -> None:
         self.scratch.__exit__(kind, error, trace)
 
-    def merge(self, task: Task) -> None:
-        """The first half."""
+    def merge_deltas(self, task: Task) -> None:
+        """Merges the task vectors of one task, to the scratch file: the first pass."""
         if task.copied:
             return
-        way = Way(Cut.WHOLE if task.is_matrix else Cut.ELEMENTS, one_by_one=True)
-        make = self._scaled.matrix if task.is_matrix else self._scaled.others
-        load = PieceLoader(task, way, self._readers, self._seed, device=self._accelerator.device_of(self._name, task))
+        access = Access(Cut.WHOLE if task.is_matrix else Cut.ELEMENTS, lazy=True)
+        make = self._global_scale.matrix if task.is_matrix else self._global_scale.fallback
+        device = self._accelerator.device_of(self._name, task)
+        load = PieceLoader(task, access, self._readers, self._seed, device=device)
         squares = []
         with as_merge_error(task, self._name), self._accelerator.stream():
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
@@ -218,37 +226,34 @@ class Unscaler:
             self._squares[task.name] = [math.fsum(column) for column in zip(*squares, strict=True)]
 
     def take_squares(self, tasks: Iterable[Task]) -> Squares:
-        """What the first half has found of some tasks."""
+        """Returns the squares that the first pass has found for some tasks, and forgets them."""
         with self._lock:
             return {task.name: self._squares.pop(task.name) for task in tasks if task.name in self._squares}
 
     def factor(self, squares: Squares) -> float:
-        """From the sums of all tensors; the same in whatever order they were made."""
-        return self._scaled.factor([math.fsum(column) for column in zip(*squares.values(), strict=True)])
+        """Computes the factor from the squares of all tensors; the same in whatever order they were made."""
+        return self._global_scale.factor([math.fsum(column) for column in zip(*squares.values(), strict=True)])
 
-    def rescale(self, factor: float, otherwise: Callable[[Task], None]) -> Callable[[Task], None]:
-        """The second half.
+    def scale_by(self, factor: float, copy: Callable[[Task], None]) -> Callable[[Task], None]:
+        """Makes the second pass: a function that writes the output of one task.
 
         Args:
-            factor: Of every merged task vector.
-            otherwise: What is done with a tensor that has none.
+            factor: Factor of every merged task vector.
+            copy: Does a task without one, whose tensor is copied.
         """
 
         def work(task: Task) -> None:
             if task.copied:
-                otherwise(task)
+                copy(task)
                 return
             as_stored = replace(task, inputs_first=False)
-            load = PieceLoader(as_stored, Way(Cut.ELEMENTS, one_by_one=True), self._readers, self._seed)
+            load = PieceLoader(as_stored, Access(Cut.ELEMENTS, lazy=True), self._readers, self._seed)
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 with torch.inference_mode():
-                    scratch = self.scratch.read_rows(task.name, rows if task.shape else None)
-                    write_piece(self._writer, as_stored, rows, scratch.mul_(factor).add_(piece.origin), task.out_dtype)
+                    delta = self.scratch.read_rows(task.name, rows if task.shape else None)
+                    write_piece(self._writer, as_stored, rows, delta.mul_(factor).add_(piece.origin), task.out_dtype)
 
         return work
-
-
-_FIRST, _LAST = "unscaled part", "part"  # names in the journal
 
 
 def run(
@@ -260,64 +265,60 @@ def run(
     max_shard_bytes: int,
     quiet: bool,
 ) -> tuple[int, int]:
-    """Collective: merges what is not in the journal yet.
+    """Merges what is not in the journal yet. Collective.
 
     Returns:
         The bytes that this rank has read, and those that it has read and written past the system's cache.
     """
-    passes = _Passes(plan, folder, ranks)
-    if not passes.missing(_LAST):
+    parts = _PartRunner(plan, folder, ranks)
+    if not parts.missing(_OUTPUT):
         return 0, 0
+    method = plan.config.merge_method
     with ExitStack() as stack:
         stack.enter_context(ranks.busy())
-        files = {**plan.checkpoints, **plan.companions}
-        buffers = Buffers(plan.holding.buffer_bytes)
+        buffers = Buffers(plan.resources.buffer_bytes)
         readers = {
-            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name), buffers))
-            for name, checkpoint in files.items()
+            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name), buffers=buffers))
+            for name, checkpoint in {**plan.checkpoints, **plan.auxiliary}.items()
         }
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
-        merge: Callable[[Task], None] = Merger(
-            plan.config.merge_method,
-            plan.config.seed,
-            readers,
-            writer,
-            plan.holding.kept_bytes,
-            plan.holding.accelerator,
-        )
-        kinds = [_LAST] if METHODS[plan.config.merge_method].scaled is None else [_FIRST, _LAST]
-        num_tasks = sum(len(part) for kind in kinds for part in passes.own(kind))
+        kept_bytes, accelerator = plan.resources.kept_bytes, plan.resources.accelerator
+        merge: Callable[[Task], None] = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator)
+        kinds = [_OUTPUT] if METHODS[method].global_scale is None else [_DELTAS, _OUTPUT]
+        num_tasks = sum(len(part) for kind in kinds for part in parts.own(kind))
         progress = stack.enter_context(RunProgress(num_tasks, num_tasks, plan.device, quiet=quiet))
-        for note in (*plan.layout.notes, *too_many_threads(ranks, CPU)):
+        for note in (*plan.notes, *too_many_threads(ranks, CPU)):
             progress.tell(f"note: {note}")
-        if _FIRST in kinds:
-            unscaler = Unscaler(plan, readers, writer, folder.working, max_shard_bytes)
-            stack.enter_context(unscaler)
-            passes.run(_FIRST, unscaler.merge, unscaler.scratch, progress, unscaler.take_squares)
-            squares = [folder.entries[name]["notes"] for name in passes.names(_FIRST)]
-            merge = unscaler.rescale(unscaler.factor({key: of for each in squares for key, of in each.items()}), merge)
-        passes.run(_LAST, merge, writer, progress)
+        if _DELTAS in kinds:
+            two_pass = TwoPassMerge(plan, readers, writer, folder.working, max_shard_bytes)
+            stack.enter_context(two_pass)
+            parts.run(_DELTAS, two_pass.merge_deltas, two_pass.scratch, progress, two_pass.take_squares)
+            squares: Squares = {}
+            for name in parts.journal_names(_DELTAS):
+                squares |= folder.entries[name]["notes"]
+            merge = two_pass.scale_by(two_pass.factor(squares), merge)
+        parts.run(_OUTPUT, merge, writer, progress)
         past_cache = writer.bytes_past_cache + sum(reader.bytes_past_cache for reader in readers.values())
         return sum(reader.bytes_read for reader in readers.values()), past_cache
 
 
-class _Passes:
-    """Goes through all parts of the merge, maybe several times."""
+class _PartRunner:
+    """Runs passes over all parts of the output, and notes finished parts in the journal, by kind of pass."""
 
     def __init__(self, plan: DataFreePlan, folder: OutputFolder, ranks: Ranks) -> None:
         self._plan, self._folder, self._ranks = plan, folder, ranks
-        self._parts = parts(plan.layout.tasks)
+        self._parts = split_into_parts(plan.tasks)
 
-    def names(self, kind: str) -> list[str]:
-        """Of all parts, in the journal."""
+    def journal_names(self, kind: str) -> list[str]:
+        """Lists the names that a kind of pass over every part has in the journal."""
         return [f"{kind} {number}" for number in range(len(self._parts))]
 
     def missing(self, kind: str) -> list[int]:
-        """Numbers of the parts that are not in the journal."""
-        return [number for number, name in enumerate(self.names(kind)) if name not in self._folder.entries]
+        """Lists the numbers of the parts that are not in the journal."""
+        return [number for number, name in enumerate(self.journal_names(kind)) if name not in self._folder.entries]
 
     def own(self, kind: str) -> list[list[Task]]:
-        """This rank's tensors of every missing part."""
+        """Lists this rank's tasks of every missing part; parts are balanced by cost."""
         found = []
         for part in (self._parts[number] for number in self.missing(kind)):
             costs = {task.name: cost(self._plan.config.merge_method, task) for task in part}
@@ -333,17 +334,17 @@ class _Passes:
         progress: RunProgress,
         notes: Callable[[Sequence[Task]], dict[str, Any]] | None = None,
     ) -> None:
-        """Collective: all missing parts.
+        """Does all missing parts. Collective.
 
         Args:
-            kind: Of pass.
+            kind: The kind of pass.
             work: Does one task.
-            writer: What it writes with.
-            progress: Is told of every task.
-            notes: What the journal is to know of this rank's tasks of a finished part, by their names.
+            writer: Writer that `work` uses, flushed after every part.
+            progress: Counts the tasks.
+            notes: Function from this rank's tasks of a finished part to what the journal notes of them, by their names.
         """
         numbers, own = self.missing(kind), self.own(kind)
-        names = self.names(kind)
+        names = self.journal_names(kind)
 
         def step(task: Task) -> None:
             work(task)
@@ -352,12 +353,12 @@ class _Passes:
         def done(index: int) -> None:
             with self._ranks.blocked():
                 writer.flush()
-            # Now everybody's tensors of this part are on the disk.
-            everybodys = self._ranks.gather(notes(own[index]) if notes is not None else {})
+            # Once this is gathered, every rank's tensors of this part are on the disk.
+            gathered = self._ranks.gather(notes(own[index]) if notes is not None else {})
             number = numbers[index]
             entry: dict[str, Any] = {"tensors": len(self._parts[number])}
             if notes is not None:
-                entry["notes"] = {name: note for each in everybodys for name, note in each.items()}
+                entry["notes"] = {name: note for of_rank in gathered for name, note in of_rank.items()}
             if self._ranks.is_first:
                 self._folder.record(names[number], entry)
             self._folder.entries[names[number]] = entry

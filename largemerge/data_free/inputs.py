@@ -1,4 +1,11 @@
-"""Everything that a data-free merge reads, opened: models, their adapters, and what belongs to them."""
+"""The inputs of a data-free merge, opened from their headers: models, adapters, auxiliary tensors.
+
+    references of the configuration → open_model → checkpoint, adapter
+    auxiliary parameter, such as `fisher` → open_tensors → tensors with the models' names
+    earlier merges of the same file → PriorMerges → checkpoints that are used like models
+
+No weight is read here.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from largemerge.checkpoint.index import Checkpoint, open_tensors
-from largemerge.checkpoint.lora import Adapter
-from largemerge.checkpoint.model_source import open_model
+from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.methods.table import METHODS
 from largemerge.errors import CheckpointError, LargemergeError
@@ -17,75 +23,75 @@ from largemerge.tokenizer.tokenizers import has_tokenizer
 
 
 @dataclass(frozen=True)
-class Before:
-    """What other merges of the same file have made, for one that needs it.
+class PriorMerges:
+    """Results of earlier merges of the same file, for a merge that needs them.
 
     Attributes:
-        checkpoints: Results, by name.
-        configs: Of these merges, in order.
-        reports: As `merge_report.json` has them, by name.
+        checkpoints: The results, by name.
+        configs: Configurations of these merges, in order.
+        reports: Contents of their `merge_report.json`, by name.
     """
 
     checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)
     configs: tuple[DataFreeConfig, ...] = ()
     reports: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_result(self, config: DataFreeConfig, checkpoint: Checkpoint, report: Any) -> Before:
-        """With one more."""
+    def with_result(self, config: DataFreeConfig, checkpoint: Checkpoint, report: Any) -> PriorMerges:
+        """Returns a copy that also holds this merge's result."""
         name = checkpoint.name
         checkpoints, reports = {**self.checkpoints, name: checkpoint}, {**self.reports, name: report}
-        return Before(checkpoints, (*self.configs, config), reports)
+        return PriorMerges(checkpoints, (*self.configs, config), reports)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """From headers alone.
+class DataFreeInputs:
+    """The inputs of a data-free merge, opened from their headers.
 
     Attributes:
-        checkpoints: By model.
-        adapters: By model, of those that have one.
-        companions: What the method wants beside the models, by path: tensors with the models' names.
+        checkpoints: The models, by reference.
+        adapters: The adapters of models that have one, by reference.
+        auxiliary: Tensors that the method needs beside the models', by path; they have the models' names.
     """
 
     checkpoints: dict[str, Checkpoint]
     adapters: dict[str, Adapter]
-    companions: dict[str, Checkpoint]
+    auxiliary: dict[str, Checkpoint]
 
     @property
     def tokenizer_folders(self) -> dict[str, Path]:
-        """By model: where its tokenizer lies, if it has one."""
+        """Folder of every model's tokenizer, if it has one, by reference."""
         return {name: tokenizer_folder(found, self.adapters.get(name)) for name, found in self.checkpoints.items()}
 
 
-def open_all(config: DataFreeConfig, before: Before) -> Opened:
-    """Opens all models, and what belongs to them.
+def open_inputs(config: DataFreeConfig, prior: PriorMerges) -> DataFreeInputs:
+    """Opens all models with their adapters, and the auxiliary tensors.
 
     Raises:
-        CheckpointError: With the problems of all of them.
+        CheckpointError: If any of them cannot be opened; it lists the problems of all.
     """
-    opened = Opened({}, {}, {})
+    inputs = DataFreeInputs({}, {}, {})
     problems: list[str] = []
     for reference in config.references:
         try:
-            opened.checkpoints[reference], adapter = open_model(reference, before.checkpoints)
+            inputs.checkpoints[reference], adapter = open_model(reference, prior.checkpoints)
         except LargemergeError as error:
             problems.extend(error.problems)
             continue
         if adapter is not None:
-            opened.adapters[reference] = adapter
-    parameter = METHODS[config.merge_method].companion
-    for path in config.companions(parameter) if parameter is not None else ():
+            inputs.adapters[reference] = adapter
+    parameter = METHODS[config.merge_method].auxiliary_parameter
+    for path in config.auxiliary_paths(parameter) if parameter is not None else ():
         try:
-            opened.companions[path] = open_tensors(Path(path), f"{parameter}: {path}")
+            inputs.auxiliary[path] = open_tensors(Path(path), f"{parameter}: {path}")
         except LargemergeError as error:
             problems.extend(error.problems)
     if problems:
         raise CheckpointError(*problems)
-    return opened
+    return inputs
 
 
 def tokenizer_folder(checkpoint: Checkpoint, adapter: Adapter | None) -> Path:
-    """Where the tokenizer of a model lies: beside an adapter that has brought embeddings, else beside the model."""
+    """Returns the folder of a model's tokenizer: an adapter's that has brought embeddings, else the model's."""
     if adapter is not None and adapter.embeddings and has_tokenizer(adapter.checkpoint.folder):
         return adapter.checkpoint.folder
     return checkpoint.folder

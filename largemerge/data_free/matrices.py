@@ -1,4 +1,4 @@
-"""Which tensors are weight matrices, and which way round they are stored: from names, shapes and config alone.
+"""Tells weight matrices, and which way round they are stored, from names, shapes and config alone.
 
 A weight matrix is what a linear multiplies its inputs by. Embeddings and the output head are tables of the vocabulary's
 size: no method of matrices treats them, since an SVD of 128,000 x 4,096 would take longer than all else together.
@@ -12,22 +12,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from largemerge.checkpoint.index import Checkpoint
 
 LAYER = re.compile(r"^(?P<stack>[^\d]*?[^\d.]+)\.(?P<number>\d+)\.(?P<rest>.+)$")
-"""A tensor of a layer: whatever stands before a number that counts is a stack."""
+"""Matches the name of a layer's tensor: `stack`, the layer's `number` in it, and the `rest`."""
 
 _TABLES = re.compile(r"embed|(^|\.)(wte|wpe|lm_head|relative_attention_bias)\.")
-_LEFT_OUT = "text_projection"  # of CLIP: by the authors of TSV-M, Iso-C and ACE
+_EXCLUDED = "text_projection"  # CLIP's, which the authors of TSV-M, Iso-C and ACE leave out
 _VOCABULARY_KEYS = ("vocab_size", "n_vocab")
 
 
 def vocabulary_sizes(checkpoint: Checkpoint) -> frozenset[int]:
-    """Of the model and its parts, as its config has them."""
+    """Collects the vocabulary sizes of the model and its parts from its config."""
     parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, Mapping))]
     sizes = (part.get(key) for part in parts for key in _VOCABULARY_KEYS)
     return frozenset(size for size in sizes if isinstance(size, int))
 
 
 def why_not_a_matrix(name: str, shape: Sequence[int], vocabulary: frozenset[int] = frozenset()) -> str:
-    """Why a tensor is not taken for a linear's weight; empty if it is."""
+    """Says why a tensor is not taken for a linear's weight; empty if it is."""
     if len(shape) != 2:
         return {0: "a number", 1: "a vector"}.get(len(shape), f"{len(shape)} dimensions")
     if name and not name.endswith("weight"):
@@ -36,18 +36,18 @@ def why_not_a_matrix(name: str, shape: Sequence[int], vocabulary: frozenset[int]
         return "an embedding or output head"
     if LAYER.match(name) is None and vocabulary & set(shape):
         return "as large as the vocabulary"
-    return "a projection that the papers leave out" if _LEFT_OUT in name else ""
+    return "a projection that the papers leave out" if _EXCLUDED in name else ""
 
 
 def too_small(shape: Sequence[int], num_models: int) -> str:
-    """Why a matrix has no room for a direction of every model; empty if it has."""
+    """Says why a matrix has no room for a direction of every model; empty if it has."""
     return "fewer rows or columns than models" if min(shape) < num_models else ""
 
 
 def stored_inputs_first(checkpoint: Checkpoint) -> frozenset[str]:
-    """Names of the matrices that are `[inputs, outputs]` (GPT-2's `Conv1D`): their bias is as long as a row.
+    """Finds the matrices that are stored `[inputs, outputs]` (GPT-2's `Conv1D`): their bias is as long as a row.
 
-    Of a square matrix the bias says nothing; it lies as all other matrices with a bias in its stack of layers do.
+    A square matrix's bias says nothing; it lies as all other matrices with a bias in its stack of layers do.
     Without a bias a matrix counts as `[outputs, inputs]`, as `torch.nn.Linear` has it.
     """
     by_stack: dict[str, dict[str, bool | None]] = {}
@@ -57,15 +57,15 @@ def stored_inputs_first(checkpoint: Checkpoint) -> frozenset[str]:
             continue
         rows, columns = info.shape
         match = LAYER.match(name)
-        told = None if rows == columns else bias.shape[0] == columns
-        by_stack.setdefault(match["stack"] if match else "", {})[name] = told
+        by_bias = None if rows == columns else bias.shape[0] == columns
+        by_stack.setdefault(match["stack"] if match else "", {})[name] = by_bias
     found: set[str] = set()
     for names in by_stack.values():
-        told_ways = {told for told in names.values() if told is not None}
-        found |= {name for name, told in names.items() if told or (told is None and told_ways == {True})}
+        by_biases = {by_bias for by_bias in names.values() if by_bias is not None}
+        found |= {name for name, by_bias in names.items() if by_bias or (by_bias is None and by_biases == {True})}
     return frozenset(found)
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """Names with their layers' numbers as `*`, each once."""
+    """Replaces the layers' numbers in names by `*`, and returns each result once."""
     return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))

@@ -1,6 +1,6 @@
 """A data-free merge as a list of steps.
 
-config → headers of all models → tasks → output folder → workers → side files, index, config → report
+    config → headers of all models → tasks → output folder → workers → side files, index, config → report
 
 Several ranks share the tensors of every part, and write them to their places in the same files.
 """
@@ -15,12 +15,12 @@ from typing import Any
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.engine import run
-from largemerge.data_free.inputs import Before
+from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
-from largemerge.data_free.resources import Limits
+from largemerge.data_free.resources import MemoryBudget
 from largemerge.devices import CPU
-from largemerge.distributed.ranks import start_ranks
+from largemerge.distributed.ranks import Ranks, start_ranks
 from largemerge.errors import LargemergeError
 from largemerge.machine import MemoryWatch, versions
 from largemerge.output import OutputFolder, check_output, open_for_ranks
@@ -35,14 +35,23 @@ def merge_data_free(
     force: bool,
     max_shard_bytes: int,
     quiet: bool,
-    before: Before | None = None,
-    limits: Limits | None = None,
+    prior: PriorMerges | None = None,
+    limits: MemoryBudget | None = None,
     planned: Callable[[DataFreePlan], None] | None = None,
 ) -> DataFreeReport:
-    """Merges without data; the arguments are those of `largemerge.merge`, and two more.
+    """Merges models without data into one checkpoint.
 
-    `before` is what other merges of the same file have made for this one; `limits` of memory come before those of the
-    configuration.
+    Args:
+        config: The configuration, from `load_data_free`.
+        out: The output folder.
+        device: Device that weight matrices are merged on: `auto`, `cpu`, `cuda:0`, ….
+        resume: Whether to go on with an interrupted merge.
+        force: Whether to replace what is in `out`, once the merge is finished.
+        max_shard_bytes: Size of a shard in bytes, unless one tensor is larger.
+        quiet: Whether to show no progress.
+        prior: Results of earlier merges of the same file.
+        limits: Limits of memory that come before those of the configuration.
+        planned: Called with the plan before the long work.
 
     Raises:
         LargemergeError: For anything wrong with config, inputs or output, before the long work.
@@ -51,22 +60,16 @@ def merge_data_free(
     with start_ranks() as ranks:
         with MemoryWatch(CPU) as watch:
 
-            def plan_it() -> tuple[DataFreePlan, list[Path]]:
-                plan = plan_data_free(config, before, device=device, ranks=ranks, limits=limits)
-                if plan.layout.problems:
-                    raise LargemergeError(*plan.layout.problems)
-                opened = (*plan.checkpoints.values(), *plan.companions.values())
-                folders = [checkpoint.folder for checkpoint in opened]
-                folders += [adapter.checkpoint.folder for adapter in plan.adapters.values()]
-                if ranks.is_first:
-                    check_output(out, folders, resume=resume, force=force)
-                return plan, folders
+            def plan_and_check() -> DataFreePlan:
+                plan = plan_data_free(config, prior, device=device, ranks=ranks, limits=limits)
+                _check(plan, out, ranks, resume=resume, force=force)
+                return plan
 
-            plan, folders = ranks.agree(plan_it)
+            plan = ranks.agree(plan_and_check)
             watch.follow(plan.device)
             if planned is not None:
                 planned(plan)
-            shards = layout_shards(plan.output, max_shard_bytes)
+            shards, folders = layout_shards(plan.output, max_shard_bytes), _input_folders(plan)
             with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
                 ranks.agree(lambda: _check_shared(folder))
                 prepared = time.perf_counter() - start
@@ -84,18 +87,32 @@ def merge_data_free(
     return report
 
 
+def _check(plan: DataFreePlan, out: Path, ranks: Ranks, *, resume: bool, force: bool) -> None:
+    """Checks that the merge is possible, and on the first rank, that the output folder may be written."""
+    if plan.problems:
+        raise LargemergeError(*plan.problems)
+    if ranks.is_first:
+        check_output(out, _input_folders(plan), resume=resume, force=force)
+
+
+def _input_folders(plan: DataFreePlan) -> list[Path]:
+    """Lists the folders that are read, which the output must not be."""
+    folders = [checkpoint.folder for checkpoint in (*plan.checkpoints.values(), *plan.auxiliary.values())]
+    return folders + [adapter.checkpoint.folder for adapter in plan.adapters.values()]
+
+
 def _check_shared(folder: OutputFolder) -> None:
-    """Every rank writes what it has merged."""
+    """Checks that this rank, which writes what it has merged, sees the output folder."""
     if not folder.working.is_dir():
         raise LargemergeError(f"{folder.path} is not there on this machine; expected a folder that all ranks share")
 
 
 def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
-    """What a merge and its continuation must have in common."""
+    """Collects what a merge and its continuation must have in common."""
     return {
-        "config": plan.config.model_dump(mode="json", exclude={"memory"}),  # which changes no bit
+        "config": plan.config.model_dump(mode="json", exclude={"memory"}),  # memory changes no bit
         "inputs": {
-            name: dict(checkpoint.fingerprint) for name, checkpoint in (plan.checkpoints | plan.companions).items()
+            name: dict(checkpoint.fingerprint) for name, checkpoint in (plan.checkpoints | plan.auxiliary).items()
         },
         "versions": versions(),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},

@@ -8,13 +8,12 @@
     base_model: first
     …
 
-They run in the order of what they need. The last one's result is the output: the document without a name, or else the
-one that no other needs. All the others go to a folder of their own, each a checkpoint like any other.
+    load_documents → in the order of what they need → all are planned before the first begins → merged one by one
 
-Merges that need each other's results: all are planned before the first begins, then made one after the other.
-
-Without `--intermediate-dir`, intermediate results lie in OUT/.largemerge and go with it. There or elsewhere, one that
-is finished, and was made from the same configuration and files, is not made again.
+The last one's result is the output: that of the document without a name, or else of the one that no other needs. All
+the others go to a folder of their own, each a checkpoint like any other. Without `--intermediate-dir`, these lie in
+OUT/.largemerge and go with it. There or elsewhere, one that is finished, and was made from the same configuration and
+files, is not made again.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from typing import Any
 
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import split_reference
-from largemerge.checkpoint.model_source import open_model
+from largemerge.checkpoint.lora import open_model
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.config_file import nearest
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
-from largemerge.data_free.inputs import Before
+from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.merge import merge_data_free
 from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_tokenizer
@@ -48,12 +47,12 @@ from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER, check_output
 
 @dataclass(frozen=True)
 class Document:
-    """One of the merges.
+    """One of the merges of a file.
 
     Attributes:
-        label: Its name; where it has none, what messages call it.
-        config: Of the merge; other documents' results stand there by their names.
-        needs: Names of the documents that it is made of.
+        label: The document's name; where it has none, what messages call it.
+        config: The configuration of the merge, where other documents' results stand by their names.
+        needs: Names of the documents whose results it is made of.
     """
 
     label: str
@@ -62,18 +61,18 @@ class Document:
 
 
 def load_documents(file: Documents, *, keeps_all: bool, other_methods: Sequence[str] = ()) -> list[Document]:
-    """Checks all documents of a file.
+    """Checks all documents of a file, and orders them.
 
     Args:
-        file: As it was read.
+        file: The documents, as they were read.
         keeps_all: Whether results that no other document needs are kept, too.
-        other_methods: Names of methods that are not data-free.
+        other_methods: Names of methods that are not data-free, for messages.
 
     Returns:
-        In an order in which they can be made; the last one makes the output.
+        The documents in an order in which they can be merged; the last one makes the output.
 
     Raises:
-        ConfigError: With every mistake found.
+        ConfigError: If anything is wrong; it lists every mistake found.
     """
     raw = file.raw
     names = [str(document["name"]) for document in raw if document.get("name") is not None]
@@ -90,7 +89,7 @@ def load_documents(file: Documents, *, keeps_all: bool, other_methods: Sequence[
             problems += [f"{label}: {problem}" for problem in error.problems]
             continue
         used = [model_of(reference) for reference in references_of(config)]
-        documents.append(Document(label, config, tuple(dict.fromkeys(each for each in used if each in names))))
+        documents.append(Document(label, config, tuple(dict.fromkeys(model for model in used if model in names))))
         problems += [f"{label}: {problem}" for problem in _unknown(used, names)]
     if not problems:
         problems += _order_problems(documents, keeps_all)
@@ -100,7 +99,7 @@ def load_documents(file: Documents, *, keeps_all: bool, other_methods: Sequence[
 
 
 def references_of(config: DataFreeConfig) -> list[str]:
-    """All that a configuration names as models, those included that only its vocabulary needs."""
+    """Lists all models that a configuration names, those included that only its vocabulary needs."""
     found = list(config.references)
     if config.vocabulary is not None:
         if config.vocabulary.source not in ("union", "base"):
@@ -110,7 +109,7 @@ def references_of(config: DataFreeConfig) -> list[str]:
 
 
 def model_of(reference: str) -> str:
-    """Without adapter and revision, as a document's name stands there."""
+    """Returns a reference without adapter and revision, such as the name of a document."""
     return split_reference(reference)[0].partition("@")[0]
 
 
@@ -135,39 +134,47 @@ def _unknown(used: Sequence[str], names: Sequence[str]) -> Iterator[str]:
 
 def _order_problems(documents: Sequence[Document], keeps_all: bool) -> Iterator[str]:
     try:
-        tuple(graphlib.TopologicalSorter({each.label: each.needs for each in documents}).static_order())
+        tuple(graphlib.TopologicalSorter({document.label: document.needs for document in documents}).static_order())
     except graphlib.CycleError as error:
         yield f"documents need each other in a circle: {' → '.join(error.args[1])}"
         return
     ends = _ends(documents)
-    unnamed = [each for each in documents if each.config.name is None]
+    unnamed = [document for document in documents if document.config.name is None]
     if not unnamed and len(ends) > 1:
         yield (
-            f"{', '.join(each.label for each in ends)}: no other document needs them; expected one such document, "
-            "or one without a name, which makes the output"
+            f"{', '.join(document.label for document in ends)}: no other document needs them; "
+            "expected one such document, or one without a name, which makes the output"
         )
     elif unnamed and not keeps_all:
-        for each in ends:
-            if each is not unnamed[0]:
-                yield f"{each.label}: no other document needs it; --intermediate-dir would keep what it makes"
+        for document in ends:
+            if document is not unnamed[0]:
+                yield f"{document.label}: no other document needs it; --intermediate-dir would keep what it makes"
 
 
 def _ends(documents: Sequence[Document]) -> list[Document]:
-    needed = {name for each in documents for name in each.needs}
-    return [each for each in documents if each.label not in needed]
+    """Lists the documents that no other needs."""
+    needed = {name for document in documents for name in document.needs}
+    return [document for document in documents if document.label not in needed]
 
 
 def _ordered(documents: Sequence[Document]) -> list[Document]:
-    last = next((each for each in documents if each.config.name is None), None) or _ends(documents)[0]
-    by_label = {each.label: each for each in documents}
-    order = graphlib.TopologicalSorter({each.label: each.needs for each in documents}).static_order()
+    """Orders documents by what they need; the one that makes the output is the last."""
+    last = next((document for document in documents if document.config.name is None), None) or _ends(documents)[0]
+    by_label = {document.label: document for document in documents}
+    order = graphlib.TopologicalSorter({document.label: document.needs for document in documents}).static_order()
     return [*(by_label[label] for label in order if label != last.label), last]
 
 
 def plan_series(
     file: Documents, *, other_methods: Sequence[str] = (), probe: bool = False, **options: Any
 ) -> SeriesPlan:
-    """Plans all merges of a file, from configurations and headers; options are those of a single one's plan.
+    """Plans all merges of a file, from configurations and headers.
+
+    Args:
+        file: The documents, as they were read.
+        other_methods: Names of methods that are not data-free, for messages.
+        probe: Whether to measure this machine, so that the plans say how long the merges will take.
+        options: Other options of `plan_data_free`.
 
     Raises:
         LargemergeError: If the inputs cannot be opened.
@@ -179,14 +186,14 @@ def plan_series(
 def merge_series(
     file: Documents, out: Path, intermediate: Path | None, *, other_methods: Sequence[str] = (), **options: Any
 ) -> DataFreeReport:
-    """Makes all merges of a file; the last one's result goes to OUT.
+    """Runs all merges of a file; the last one's result goes to OUT.
 
     Args:
-        file: Several documents, as they were read.
+        file: The documents, as they were read.
         out: The output folder.
-        intermediate: Where the others' results go, and stay.
-        other_methods: Names of methods that are not data-free.
-        options: Of `merge_data_free`.
+        intermediate: Folder where the others' results go, and stay; by default they are deleted at the end.
+        other_methods: Names of methods that are not data-free, for messages.
+        options: Options of `merge_data_free`.
 
     Raises:
         LargemergeError: For anything wrong with any of them, before the first one begins.
@@ -196,24 +203,24 @@ def merge_series(
     resume, force = options.pop("resume"), options.pop("force")
     with stay_together():
         with start_ranks() as ranks:
-            where = {"device": options["device"], "limits": options.get("limits")}
-            ranks.agree(lambda: _check(documents, out, folder, ranks, where, resume=resume, force=force))
+            machine = {"device": options["device"], "limits": options.get("limits")}
+            ranks.agree(lambda: _check(documents, out, folder, ranks, machine, resume=resume, force=force))
             is_quiet = options["quiet"] or not ranks.is_first
-        before = Before()
+        prior = PriorMerges()
         for number, document in enumerate(documents, start=1):
             is_last = number == len(documents)
             target = out if is_last else folder / document.label
             if not is_quiet:
                 print(f"largemerge: merge {number} of {len(documents)}: {document.label} → {target}", file=sys.stderr)
-            goes_on = resume and (target / WORKING_FOLDER / "manifest.json").exists()
+            resumes = resume and (target / WORKING_FOLDER / "manifest.json").exists()
             if is_last:
-                return merge_data_free(document.config, out, before=before, resume=goes_on, force=force, **options)
+                return merge_data_free(document.config, out, prior=prior, resume=resumes, force=force, **options)
             with start_ranks() as ranks:
-                made = ranks.agree(partial(_is_made, document, target, before, force=force and not resume))
+                made = ranks.agree(partial(_is_made, document, target, prior, force=force and not resume))
             if not made:
-                merge_data_free(document.config, target, before=before, resume=goes_on, force=force, **options)
-            told = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
-            before = before.with_result(document.config, open_checkpoint(target, document.label), told)
+                merge_data_free(document.config, target, prior=prior, resume=resumes, force=force, **options)
+            report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+            prior = prior.with_result(document.config, open_checkpoint(target, document.label), report)
     raise AssertionError("there is a last document")
 
 
@@ -222,13 +229,13 @@ def _check(
     out: Path,
     folder: Path,
     ranks: Ranks,
-    where: Mapping[str, Any],
+    machine: Mapping[str, Any],
     *,
     resume: bool,
     force: bool,
 ) -> None:
     """Plans everything, and looks at the output folder, before the first merge begins."""
-    with _planned(documents, ranks=ranks, **where) as plan:
+    with _planned(documents, ranks=ranks, **machine) as plan:
         if plan.problems:
             raise LargemergeError(*plan.problems)
     if not ranks.is_first:
@@ -242,20 +249,24 @@ def _check(
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _is_made(document: Document, target: Path, before: Before, *, force: bool) -> bool:
-    """Whether the result is there already, from the same configuration and files."""
+def _is_made(document: Document, target: Path, prior: PriorMerges, *, force: bool) -> bool:
+    """Whether the result is there already, made from the same configuration and files.
+
+    Raises:
+        OutputError: If something else is there.
+    """
     if force or not (target / "config.json").exists() or (target / WORKING_FOLDER / "manifest.json").exists():
         return False
     try:
-        told = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
-        inputs = {name: described["files"] for name, described in told["inputs"].items()}
+        report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+        inputs = {name: described["files"] for name, described in report["inputs"].items()}
     except (OSError, ValueError, KeyError):
         raise OutputError(f"{target} is no result of a merge; remove it, or take another --intermediate-dir") from None
-    plan = plan_data_free(document.config, before, device="cpu")  # whose device does not matter here
+    plan = plan_data_free(document.config, prior, device="cpu")  # the device does not matter here
     vocabulary = plan.vocabulary.to_json() if plan.vocabulary is not None else None
-    same_config = told["config"] == json.loads(document.config.model_dump_json(exclude_defaults=True))
+    same_config = report["config"] == json.loads(document.config.model_dump_json(exclude_defaults=True))
     now = {name: dict(checkpoint.fingerprint) for name, checkpoint in plan.checkpoints.items()}
-    if not same_config or [inputs, told["plan"]["vocabulary"]] != json.loads(json.dumps([now, vocabulary])):
+    if not same_config or [inputs, report["plan"]["vocabulary"]] != json.loads(json.dumps([now, vocabulary])):
         changed = "inputs" if same_config else "configuration"
         raise OutputError(f"{target} was made from another {changed}; --force makes it again")
     return True
@@ -263,32 +274,32 @@ def _is_made(document: Document, target: Path, before: Before, *, force: bool) -
 
 @contextmanager
 def _planned(documents: list[Document], *, probe: bool = False, **options: Any) -> Iterator[SeriesPlan]:
-    """Plans one after the other; what is yet to be made stands there as a folder without weights, meanwhile."""
+    """Plans one merge after the other; while the block runs, results yet to be made are folders without weights."""
     plans: dict[str, DataFreePlan] = {}
     problems: list[str] = []
-    before = Before()
+    prior = PriorMerges()
     with tempfile.TemporaryDirectory(prefix="largemerge-plan-") as folder:
         for document in documents:
-            if not set(document.needs) <= set(before.checkpoints):
-                problems += _open_problems(document)  # what it needs cannot be planned, which is told
+            if not set(document.needs) <= set(prior.checkpoints):
+                problems += _open_problems(document)  # that what it needs cannot be planned is among them already
                 continue
             try:
                 probes = probe and not document.needs  # of what is yet to be made nothing can be read
-                plan = plan_data_free(document.config, before, probe=probes, **options)
+                plan = plan_data_free(document.config, prior, probe=probes, **options)
             except LargemergeError as error:
                 problems += [f"{document.label}: {problem}" for problem in error.problems]
                 continue
             plans[document.label] = plan
             if not plan.problems:
-                made = _promised(plan, Path(folder) / document.label, document.label)
-                before = before.with_result(document.config, made, {})
+                placeholder = _placeholder(plan, Path(folder) / document.label, document.label)
+                prior = prior.with_result(document.config, placeholder, {})
         if problems:
             raise LargemergeError(*problems, *SeriesPlan(plans).problems)
         yield SeriesPlan(plans)
 
 
 def _open_problems(document: Document) -> Iterator[str]:
-    """What is wrong with its own models."""
+    """Yields what is wrong with the models of a document that are no results of others."""
     for reference in document.config.references:
         if model_of(reference) not in document.needs:
             try:
@@ -297,12 +308,12 @@ def _open_problems(document: Document) -> Iterator[str]:
                 yield from (f"{document.label}: {problem}" for problem in error.problems)
 
 
-def _promised(plan: DataFreePlan, folder: Path, name: str) -> Checkpoint:
-    """The checkpoint that a merge will make, for the plans of those that need it."""
+def _placeholder(plan: DataFreePlan, folder: Path, name: str) -> Checkpoint:
+    """Makes a checkpoint without weights like the one that a merge will write, for the plans of those that need it."""
     folder.mkdir(parents=True)
     text = config_text(plan)
     (folder / "config.json").write_text(text, encoding="utf-8")
     write_tokenizer(folder, plan)
     file = folder / "model.safetensors"
-    tensors = {key: TensorInfo(key, made.shape, made.dtype, file, 0) for key, made in plan.output.items()}
+    tensors = {key: TensorInfo(key, tensor.shape, tensor.dtype, file, 0) for key, tensor in plan.output.items()}
     return Checkpoint(name, folder, json.loads(text), tensors, {})

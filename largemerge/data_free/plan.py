@@ -1,10 +1,12 @@
-"""What a data-free merge will do, from the configuration and the checkpoints' headers.
+"""What a data-free merge will do, and how long it takes.
 
-How long a data-free merge takes: a probe of the disk, and of the method itself on one piece.
+    configuration, headers → inputs, vocabulary, tasks, resources → DataFreePlan
 
-disk         bytes read / rate + bytes written / rate
-computing    Σ cost of every tensor · seconds per cost, over the workers that compute at once; cost as in `stream.cost`
-total        the longer of the two, for one goes on beside the other
+Time comes from a probe of the disk, and of the method itself on one piece:
+
+    disk         bytes read / rate + bytes written / rate
+    computing    Σ cost of every tensor · seconds per cost, over the workers at once; cost as in `loader.cost`
+    total        the longer of the two, for one goes on beside the other
 """
 
 from __future__ import annotations
@@ -26,18 +28,21 @@ from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.throughput import read_rate, write_rate
 from largemerge.config_file import gib
 from largemerge.data_free.config import DataFreeConfig
-from largemerge.data_free.inputs import Before, Opened, open_all
+from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
 from largemerge.data_free.loader import cost, is_factored
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
 from largemerge.data_free.methods.table import METHODS, merge_tensors
-from largemerge.data_free.resources import Holding, Limits, accelerated_device, choose_holding
-from largemerge.data_free.tasks import Layout, Task, lay_out
+from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_device, choose_resources
+from largemerge.data_free.tasks import OutputTasks, Task, plan_tasks
 from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.ranks import Ranks
 from largemerge.tokenizer.chat_templates import choose_template
-from largemerge.tokenizer.token_ids import move_ids
+from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
 from largemerge.tokenizer.tokenizers import has_tokenizer
 from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary
+
+_MAX_SIDE = {"cpu": 384, "cuda": 4096}  # the shorter side of a matrix that is factored for the probe
+_PROBE_COLUMNS = 1024  # at most, of any other tensor
 
 
 @dataclass(frozen=True)
@@ -45,88 +50,89 @@ class DataFreePlan:
     """What a data-free merge will do.
 
     Attributes:
-        config: Resolved.
-        checkpoints: By model.
-        companions: What the method wants beside the models, by path: tensors with the models' names.
+        config: The configuration, checked, with absolute paths.
+        checkpoints: All models, by reference.
+        auxiliary: Tensors that the method needs beside the models', by path; they have the models' names.
         reference: The model whose names and config the output has.
-        layout: All tensors of the output.
-        holding: How much is held at once.
-        vocabulary: Of the output, where embeddings are arranged by token.
-        before: What other merges have made for this one.
-        adapters: By model, of those that have one.
+        tasks: A task for every tensor of the output, in its order.
+        layers: The layers of its first source that a stack's layers come from, by stack.
+        resources: Workers and memory.
+        vocabulary: The output's vocabulary, where embeddings are arranged by token.
+        prior: Results of earlier merges of the same file.
+        adapters: Adapters of models that have one, by reference.
         template: The output's chat template, where it is not its tokenizer's.
-        sparing: Whether freed host memory is to go back to the system at once: where the user has set a limit.
-        seconds: By stage, where the machine was probed.
+        notes: What a user should know.
+        problems: What makes the merge impossible.
+        sparing: Whether freed host memory goes back to the system at once: where the user has set a limit.
+        seconds: Expected seconds of `disk`, `computing` and `total`, where the machine was probed.
     """
 
     config: DataFreeConfig
     checkpoints: dict[str, Checkpoint]
-    companions: dict[str, Checkpoint]
+    auxiliary: dict[str, Checkpoint]
     reference: str
-    layout: Layout
-    holding: Holding
+    tasks: list[Task]
+    layers: dict[str, list[int]]
+    resources: Resources
     vocabulary: Vocabulary | None
-    before: Before
+    prior: PriorMerges
     adapters: Mapping[str, Adapter]
     template: str | None
+    notes: list[str]
+    problems: list[str]
     sparing: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def problems(self) -> list[str]:
-        """What makes it impossible."""
-        return self.layout.problems
-
-    @property
     def output(self) -> dict[str, OutputTensor]:
-        """What is written, by name."""
-        return {task.name: OutputTensor(task.out_dtype, task.shape) for task in self.layout.tasks}
+        """The tensors of the output, by name."""
+        return {task.name: OutputTensor(task.out_dtype, task.shape) for task in self.tasks}
 
     @property
     def bytes_read(self) -> int:
-        """From checkpoints and what belongs to them, each tensor counted once."""
+        """Bytes read from models, adapters and auxiliary tensors, each tensor counted once."""
         return sum(
             files[model].tensors[key].num_bytes
-            for task in self.layout.tasks
-            for files, keys in ((self.checkpoints, task.inputs), (self.companions, task.companions))
+            for task in self.tasks
+            for files, keys in ((self.checkpoints, task.inputs), (self.auxiliary, task.auxiliary))
             for model, key in keys
         ) + sum(adapter.num_bytes for adapter in self.adapters.values())
 
     @property
     def bytes_written(self) -> int:
-        """Of all tensors of the output."""
+        """Bytes of all tensors of the output."""
         return sum(tensor.num_bytes for tensor in self.output.values())
 
     @property
     def scratch_bytes(self) -> int:
-        """On the output's disk while the merge runs, beside the output: merged task vectors that wait for a factor."""
-        return sum(tensor.num_bytes for tensor in self.unscaled.values())
+        """Bytes of scratch files beside the output while the merge runs: merged task vectors that wait for a factor."""
+        return sum(tensor.num_bytes for tensor in self.unscaled_deltas.values())
 
     @property
-    def unscaled(self) -> dict[str, OutputTensor]:
-        """Merged task vectors that wait for the whole model's factor, by name."""
-        if METHODS[self.config.merge_method].scaled is None:
+    def unscaled_deltas(self) -> dict[str, OutputTensor]:
+        """Merged task vectors that wait for the whole model's factor, by name; see `GlobalScale`."""
+        if METHODS[self.config.merge_method].global_scale is None:
             return {}
-        tasks = [task for task in self.layout.tasks if not task.copied]
+        tasks = [task for task in self.tasks if not task.copied]
         return {task.name: OutputTensor(torch.float32, task.shape) for task in tasks}
 
     @property
     def num_workers(self) -> int:
-        """That work side by side."""
-        return self.holding.num_workers
+        """How many workers merge side by side."""
+        return self.resources.num_workers
 
     @property
     def device(self) -> torch.device:
-        """Where matrices are computed."""
-        return self.holding.accelerator.device
+        """The device that weight matrices are merged on."""
+        return self.resources.accelerator.device
 
     @property
     def peak_bytes(self) -> int:
-        """Anonymous memory, libraries included: the process as it is, and all workers at their largest tasks."""
-        return self.holding.peak_bytes
+        """Peak anonymous memory: the process as it is, libraries included, and all workers at their largest tasks."""
+        return self.resources.peak_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The plan as plain JSON values."""
         return {
             "merge_method": self.config.merge_method,
             "models": list(self.checkpoints),
@@ -135,22 +141,22 @@ class DataFreePlan:
                 for name, adapter in self.adapters.items()
             },
             "reference": self.reference,
-            "tensors": len(self.layout.tasks),
-            "copied": {task.name: task.copied for task in self.layout.tasks if task.copied},
-            "merged_otherwise": {task.name: task.otherwise for task in self.layout.tasks if task.otherwise},
+            "tensors": len(self.tasks),
+            "copied": {task.name: task.copied for task in self.tasks if task.copied},
+            "merged_otherwise": {task.name: task.fallback_reason for task in self.tasks if task.fallback_reason},
             "scratch_bytes": self.scratch_bytes,
-            "layers": self.layout.layers,
+            "layers": self.layers,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "peak_bytes": self.peak_bytes,
             "num_workers": self.num_workers,
             "device": str(self.device),
-            "device_bytes": self.holding.device_bytes,
-            "kept_bytes": self.holding.kept_bytes,
+            "device_bytes": self.resources.device_bytes,
+            "kept_bytes": self.resources.kept_bytes,
             "seconds": dict(self.seconds),
             "vocabulary": self.vocabulary.to_json() if self.vocabulary is not None else None,
-            "notes": self.layout.notes,
-            "problems": self.layout.problems,
+            "notes": self.notes,
+            "problems": self.problems,
         }
 
     def print(self, console: Console) -> None:
@@ -159,7 +165,7 @@ class DataFreePlan:
         table.add_column()
         table.add_column(overflow="fold")
         add_common_rows(table, self)
-        on_device = f" and {gib(self.holding.device_bytes)} on {self.device}" if self.holding.device_bytes else ""
+        on_device = f" and {gib(self.resources.device_bytes)} on {self.device}" if self.resources.device_bytes else ""
         table.add_row("peak memory", f"{gib(self.peak_bytes)} on the host{on_device}, {self.num_workers} workers")
         if self.seconds:
             disk, computing, total = (self.seconds[stage] for stage in ("disk", "computing", "total"))
@@ -174,19 +180,19 @@ class SeriesPlan:
     """What all merges of a file will do.
 
     Attributes:
-        plans: By document, in the order in which they are made.
+        plans: The plan of every document, in the order in which they are run.
     """
 
     plans: dict[str, DataFreePlan]
 
     @property
     def problems(self) -> list[str]:
-        """What makes it impossible."""
+        """What makes the merges impossible, with the documents' names."""
         return [f"{label}: {problem}" for label, plan in self.plans.items() for problem in plan.problems]
 
     @property
     def sparing(self) -> bool:
-        """Whether freed host memory is to go back to the system at once."""
+        """Whether freed host memory goes back to the system at once."""
         return any(plan.sparing for plan in self.plans.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -203,10 +209,10 @@ class SeriesPlan:
 def add_common_rows(table: Table, plan: DataFreePlan) -> None:
     """Adds what the tables of a plan and of a report both show."""
     table.add_row("models", "\n".join(plan.checkpoints))
-    copied = [task for task in plan.layout.tasks if task.copied]
-    counts = f"{len(plan.layout.tasks) - len(copied)} merged"
-    otherwise = sum(bool(task.otherwise) for task in plan.layout.tasks)
-    counts += f", {otherwise} of them otherwise (see the notes)" if otherwise else ""
+    copied = [task for task in plan.tasks if task.copied]
+    counts = f"{len(plan.tasks) - len(copied)} merged"
+    by_fallback = sum(bool(task.fallback_reason) for task in plan.tasks)
+    counts += f", {by_fallback} of them otherwise (see the notes)" if by_fallback else ""
     table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
     scratch = f", {gib(plan.scratch_bytes)} beside it for the time being" if plan.scratch_bytes else ""
     table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write" + scratch)
@@ -214,74 +220,77 @@ def add_common_rows(table: Table, plan: DataFreePlan) -> None:
         replaced = f", {len(adapter.replaced)} replaced" if adapter.replaced else ""
         table.add_row("adapter", f"{name}: {len(adapter.deltas)} weights adapted{replaced}")
     if plan.vocabulary is not None:
-        table.add_row("vocabulary", plan.vocabulary.told())
-    for note in plan.layout.notes:
+        table.add_row("vocabulary", plan.vocabulary.summary())
+    for note in plan.notes:
         table.add_row("note", note)
 
 
 def plan_data_free(
     config: DataFreeConfig,
-    before: Before | None = None,
+    prior: PriorMerges | None = None,
     *,
     device: str = "auto",
     ranks: Ranks | None = None,
-    limits: Limits | None = None,
+    limits: MemoryBudget | None = None,
     probe: bool = False,
 ) -> DataFreePlan:
     """Plans a data-free merge from the configuration and the checkpoints' headers.
 
     Args:
-        config: From `load_data_free`.
-        before: What other merges have made for this one.
-        device: Where matrices are computed, see `accelerated_device`.
-        ranks: That share the merge; by default there is one.
-        limits: That come before those of the configuration.
-        probe: Measure this machine for a second, so that the plan says how long the merge will take.
+        config: The configuration, from `load_data_free`.
+        prior: Results of earlier merges of the same file.
+        device: Device that weight matrices are merged on, see `accelerated_device`.
+        ranks: The ranks that share the merge; by default there is one.
+        limits: Limits of memory that come before those of the configuration.
+        probe: Whether to measure this machine for a second, so that the plan says how long the merge will take.
 
     Raises:
         LargemergeError: If the inputs cannot be opened, or the device not be used. What merely makes the merge
-            impossible is in the layout's `problems`.
+            impossible is in the plan's `problems`.
     """
-    before, ranks = before or Before(), ranks or Ranks()
-    computes_on = accelerated_device(config.merge_method, device, ranks)
-    opened = open_all(config, before)
+    prior, ranks = prior or PriorMerges(), ranks or Ranks()
+    method = config.merge_method
+    computes_on = accelerated_device(method, device, ranks)
+    inputs = open_inputs(config, prior)
     reference = config.base_model if config.base_model is not None else config.references[0]
-    vocabulary = _vocabulary(config, opened, reference, before)
-    layout = lay_out(config, opened.checkpoints, reference, opened.companions, vocabulary)
+    vocabulary = _vocabulary(config, inputs, reference, prior)
+    output = plan_tasks(config, inputs.checkpoints, reference, inputs.auxiliary, vocabulary)
     if vocabulary is not None:
-        layout.notes.extend(vocabulary.notes)
-    adapter_bytes = sum(adapter.kept_bytes for adapter in opened.adapters.values())
+        output.notes.extend(vocabulary.notes)
+    adapter_bytes = sum(adapter.kept_bytes for adapter in inputs.adapters.values())
     if device not in ("auto", "cpu") and computes_on.type == "cpu":
-        layout.notes.append(f"{config.merge_method} goes element by element, at the speed of the disk: on the CPU")
-    limits = (limits or Limits()).or_those_of(config.memory, ranks.local_size)
+        output.notes.append(f"{method} goes element by element, at the speed of the disk: on the CPU")
+    limits = (limits or MemoryBudget()).with_defaults(config.memory, ranks.local_size)
+    template = _template(config, inputs, output)
     plan = DataFreePlan(
         config=config,
-        checkpoints=opened.checkpoints,
-        companions=opened.companions,
+        checkpoints=inputs.checkpoints,
+        auxiliary=inputs.auxiliary,
         reference=reference,
-        template=_template(config, opened, layout),
-        layout=layout,
-        holding=choose_holding(config.merge_method, layout, adapter_bytes, limits, computes_on),
+        tasks=output.tasks,
+        layers=output.layers,
+        resources=choose_resources(method, output, adapter_bytes, limits, computes_on),
         vocabulary=vocabulary,
-        before=before,
-        adapters=opened.adapters,
+        prior=prior,
+        adapters=inputs.adapters,
+        template=template,
+        notes=output.notes,
+        problems=output.problems,
         sparing=limits.host is not None,
     )
-    if not probe or plan.problems:
-        return plan
-
-    return replace(plan, seconds=estimate_seconds(plan))
+    return replace(plan, seconds=estimate_seconds(plan)) if probe and not plan.problems else plan
 
 
-def _vocabulary(config: DataFreeConfig, opened: Opened, reference: str, before: Before) -> Vocabulary | None:
+def _vocabulary(
+    config: DataFreeConfig, inputs: DataFreeInputs, reference: str, prior: PriorMerges
+) -> Vocabulary | None:
+    """Builds the output's vocabulary, where the configuration arranges embeddings by token."""
     if config.vocabulary is None:
         return None
-    from largemerge.tokenizer.token_ids import find_token_tensors
-
-    found = opened.checkpoints[reference]
-    elsewhere = {name: checkpoint.folder for name, checkpoint in before.checkpoints.items()}
+    found = inputs.checkpoints[reference]
+    elsewhere = {name: checkpoint.folder for name, checkpoint in prior.checkpoints.items()}
     vocabulary = build_vocabulary(
-        config.vocabulary, opened.tokenizer_folders, config.base_model, reference, find_token_tensors(found), elsewhere
+        config.vocabulary, inputs.tokenizer_folders, config.base_model, reference, find_token_tensors(found), elsewhere
     )
     moved = copy.deepcopy(dict(found.config))
     vocabulary.notes += move_ids(
@@ -290,31 +299,27 @@ def _vocabulary(config: DataFreeConfig, opened: Opened, reference: str, before: 
     return vocabulary
 
 
-def _template(config: DataFreeConfig, opened: Opened, layout: Layout) -> str | None:
-    """The chat template, where the configuration says something of it; notes and problems go to the layout."""
+def _template(config: DataFreeConfig, inputs: DataFreeInputs, output: OutputTasks) -> str | None:
+    """Chooses the chat template, where the configuration has one; notes and problems go to `output`."""
     if not config.chat_template:
         return None
-    folders = list(opened.tokenizer_folders.values())
+    folders = list(inputs.tokenizer_folders.values())
     if config.vocabulary is None and not any(map(has_tokenizer, folders)):
-        layout.problems.append("chat_template: no model has a tokenizer that could have one; leave it out")
-    template, told = choose_template(config.chat_template, folders)
-    layout.notes.append(f"chat template: {told}")
+        output.problems.append("chat_template: no model has a tokenizer that could have one; leave it out")
+    template, origin = choose_template(config.chat_template, folders)
+    output.notes.append(f"chat template: {origin}")
     return template
 
 
-_MOST_SIDE = {"cpu": 384, "cuda": 4096}  # the shorter one, of a matrix that is factored for the probe
-_COLUMNS = 1024
-
-
 def estimate_seconds(plan: DataFreePlan) -> dict[str, float]:
-    """Seconds by stage of a plan without problems, from a probe of about a second.
+    """Estimates the seconds of every stage of a plan without problems, from a probe of about a second.
 
     Where the output will lie is not known yet: the rate of writing is that of the system's temporary files.
     """
     method = plan.config.merge_method
     workers = plan.num_workers
     read = read_rate(list(plan.checkpoints.values()), num_workers=workers, past_cache=True)
-    moved = plan.bytes_written + 2 * plan.scratch_bytes
+    moved = plan.bytes_written + 2 * plan.scratch_bytes  # scratch files are written and read
     disk = plan.bytes_read / read + moved / write_rate(None, num_workers=workers)
     computing = 0.0
     at_once = min(workers, torch.get_num_threads())
@@ -325,36 +330,36 @@ def estimate_seconds(plan: DataFreePlan) -> dict[str, float]:
 
 
 def _alike(plan: DataFreePlan) -> Iterator[tuple[torch.device, list[Task]]]:
-    """Tasks of which one tells of the others, and where they are computed: matrices of one shape, and all the rest."""
+    """Yields tasks of like speed, with their device: weight matrices of one shape, and all the rest."""
     method, kinds = plan.config.merge_method, dict[Any, list[Task]]()
-    for task in plan.layout.tasks:
+    for task in plan.tasks:
         if not task.copied and task.num_elements:
-            device = plan.holding.accelerator.device_of(method, task)
+            device = plan.resources.accelerator.device_of(method, task)
             kinds.setdefault((device, task.shape if is_factored(method, task) else None), []).append(task)
     yield from ((device, tasks) for (device, _), tasks in kinds.items())
 
 
 def _seconds_per_cost(method: str, tasks: Sequence[Task], device: torch.device) -> float:
-    """Of the largest of some tasks, cut down to a piece, or, where matrices are factored, to a smaller one."""
-    task = max(tasks, key=lambda each: each.num_elements)
+    """Measures the largest of some tasks, cut down to a piece, or, where it is factored, to a smaller matrix."""
+    task = max(tasks, key=lambda task: task.num_elements)
     if is_factored(method, task):
         rows, columns = reversed(task.shape) if task.inputs_first else task.shape
-        scale = min(1.0, _MOST_SIDE[device.type] / min(rows, columns))
+        scale = min(1.0, _MAX_SIDE[device.type] / min(rows, columns))
         shape: tuple[int, ...] = (round(rows * scale), round(columns * scale))
-    elif len(task.shape) < 2 or task.otherwise:
+    elif len(task.shape) < 2 or task.fallback_reason:
         shape = (min(PIECE_ELEMENTS, task.num_elements),)
     else:
-        columns = min(task.num_elements // task.shape[0], _COLUMNS)
+        columns = min(task.num_elements // task.shape[0], _PROBE_COLUMNS)
         shape = (max(1, min(task.shape[0], PIECE_ELEMENTS // columns)), columns)
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(shape, generator=generator).to(device)
     tensors = [(base + 0.1 * torch.randn(shape, generator=generator).to(device)).to(task.dtype) for _ in task.sources]
-    companions = [torch.rand(shape, generator=generator) for _ in task.companions]
+    auxiliary = [torch.rand(shape, generator=generator) for _ in task.auxiliary]
     origin = base.to(task.dtype) if task.base is not None else None
     times = []
     with one_thread_each(), torch.inference_mode():
         for _ in range(2 if device.type == "cpu" else 1):
             start = time.perf_counter()
-            merge_tensors(method, tensors, origin, each=task.each, companions=companions, **task.options).to(CPU)
+            merge_tensors(method, tensors, origin, per_model=task.per_model, auxiliary=auxiliary, **task.shared).to(CPU)
             times.append(time.perf_counter() - start)
     return min(times) / (base.numel() * (min(shape) if is_factored(method, task) else 1))

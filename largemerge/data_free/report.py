@@ -1,8 +1,8 @@
-"""What a data-free merge did, as `merge_report.json` tells it.
+"""What a data-free merge did, and what it writes beside its weights.
 
-The tables on the terminal, for data-free merges.
-
-What a data-free merge writes beside its weights: config, tokenizer, model card, report.
+DataFreeReport → merge_report.json, the closing table on the terminal
+config_text → config.json              write_tokenizer → the tokenizer's files
+write_side_files → tokenizer, processor, generation config, largemerge_config.yaml, model card, merge_report.json
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class DataFreeReport:
     """What a data-free merge did; `to_json` is what `merge_report.json` holds.
 
     Attributes:
-        plan: That was run.
-        seconds: Total, and of the preparation.
-        bytes_read: In this run; tensors that are read twice count twice.
-        bytes_past_cache: In this run; read and written straight from and to the disk.
-        resumed_parts: How many parts an earlier run had finished.
-        peaks: Measured, by rank.
+        plan: The plan that was run.
+        seconds: Seconds of the `preparation`, and in `total`.
+        bytes_read: Bytes read in this run; tensors that are read twice count twice.
+        bytes_past_cache: Bytes read and written in this run past the system's cache.
+        resumed_parts: Number of parts that an earlier run had finished.
+        peaks: Measured peak memory of every rank.
         out: The output folder, as the user named it.
     """
 
@@ -65,12 +65,12 @@ class DataFreeReport:
 
     @property
     def peak(self) -> MemoryUse:
-        """That of the rank that held most."""
+        """Peak memory of the rank that held most."""
         return max(self.peaks, key=lambda peak: peak.host_anonymous)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        checkpoints = (self.plan.checkpoints | self.plan.companions).items()
+        """The report as plain JSON values."""
+        checkpoints = (self.plan.checkpoints | self.plan.auxiliary).items()
         return {
             "versions": versions(),
             "machine": machine(self.plan.device),
@@ -87,12 +87,12 @@ class DataFreeReport:
             "resumed_parts": self.resumed_parts,
             "peak_bytes": asdict(self.peak),
             "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
-            "before": dict(self.plan.before.reports),
-            "tensors": {task.name: self._described(task) for task in self.plan.layout.tasks},
+            "before": dict(self.plan.prior.reports),
+            "tensors": {task.name: self._described(task) for task in self.plan.tasks},
         }
 
     def print(self, console: Console) -> None:
-        """Shows the closing table."""
+        """Shows the closing table on the terminal."""
         plan = self.plan
         table = Table(
             title=f"{plan.config.merge_method}: {len(plan.checkpoints)} models → {self.out}", show_header=False
@@ -103,33 +103,35 @@ class DataFreeReport:
         total = self.seconds["total"]
         table.add_row("time", f"{total:.1f} s, of which preparation {self.seconds['preparation']:.1f} s")
         table.add_row("peak memory", f"{gib(self.peak.host_anonymous)} anonymous (planned {gib(plan.peak_bytes)})")
-        if plan.holding.device_bytes:
-            planned = gib(plan.holding.device_bytes)
+        if plan.resources.device_bytes:
+            planned = gib(plan.resources.device_bytes)
             table.add_row(f"on {plan.device}", f"{gib(self.peak.device)} at most (planned {planned})")
         console.print(table)
 
     def _described(self, task: Task) -> dict[str, Any]:
-        described: dict[str, Any] = {"from": [f"{model}: {key}" for model, key in (*task.inputs, *task.companions)]}
+        """Says what one tensor was made of, and by which parameters."""
+        described: dict[str, Any] = {"from": [f"{model}: {key}" for model, key in (*task.inputs, *task.auxiliary)]}
         if task.copied:
             return described | {"copied": task.copied}
-        matrices = METHODS[self.plan.config.merge_method].matrices
-        if task.otherwise and matrices is not None:
-            described |= {"merged_otherwise": f"{matrices.others_are}: {task.otherwise}"}
+        formula = METHODS[self.plan.config.merge_method].matrix_formula
+        if task.fallback_reason and formula is not None:
+            described |= {"merged_otherwise": f"{formula.fallback_name}: {task.fallback_reason}"}
         if task.inputs_first:
             described |= {"stored_as": "[inputs, outputs]"}
-        return described | {"each": {name: list(values) for name, values in task.each.items()}, **dict(task.options)}
+        each = {name: list(values) for name, values in task.per_model.items()}
+        return described | {"each": each, **dict(task.shared)}
 
 
 def config_text(plan: DataFreePlan) -> str:
-    """The reference's config, with the output's dtype, number of layers and vocabulary."""
+    """Makes `config.json`: the reference's, with the output's dtype, number of layers and vocabulary."""
     sizes: dict[torch.dtype, int] = {}
-    for task in plan.layout.tasks:
+    for task in plan.tasks:
         if task.out_dtype.is_floating_point:
             sizes[task.out_dtype] = sizes.get(task.out_dtype, 0) + task.num_elements
-    dtype = max(sizes, key=lambda each: sizes[each])
+    dtype = max(sizes, key=lambda dtype: sizes[dtype])
     config = json.loads(output_config(plan.checkpoints[plan.reference], dtype))
-    if plan.config.slices and len(plan.layout.layers) == 1:
-        (layers,) = plan.layout.layers.values()
+    if plan.config.slices and len(plan.layers) == 1:
+        (layers,) = plan.layers.values()
         _set_layers(config, layers)
     adapter = plan.adapters.get(plan.reference)
     if adapter is not None:
@@ -141,7 +143,7 @@ def config_text(plan: DataFreePlan) -> str:
 
 
 def _set_layers(config: dict[str, Any], layers: list[int]) -> None:
-    """Writes the number of layers wherever it stands, and lists with an entry for every layer."""
+    """Sets the number of layers wherever it stands, and lists with an entry for every layer."""
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         counts = [key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in part]
         for key in counts:
@@ -153,19 +155,20 @@ def _set_layers(config: dict[str, Any], layers: list[int]) -> None:
 
 
 def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary, rows_before: set[int]) -> None:
-    """Writes the rows of the embeddings, and the numbers of tokens that have moved."""
+    """Sets the rows of the embeddings, and the numbers of tokens that have moved."""
     for before in rows_before:
         set_vocabulary_size(config, before, vocabulary.num_rows)
     move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
 
 
 def _set_rows_of_adapter(config: dict[str, Any], model: Checkpoint, adapter: Adapter) -> None:
-    """An adapter may have brought embeddings with more rows than the model's config says."""
+    """Sets the rows of embeddings that an adapter has brought, which may be more than the model's config says."""
     for name in adapter.embeddings:
         set_vocabulary_size(config, model.config.get("vocab_size", -1), model.tensors[name].shape[0])
 
 
 def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
+    """Sets the numbers of tokens that have moved in a `generation_config.json`, if there is one."""
     if path.is_file():
         config = read_json(path, path.name)
         move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
@@ -173,7 +176,7 @@ def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
 
 
 def write_tokenizer(path: Path, plan: DataFreePlan) -> None:
-    """Writes the output's tokenizer: that of its vocabulary, else a copy of the reference's, or the first there is."""
+    """Writes the output's tokenizer: its vocabulary's, else a copy of the reference's, else of the first there is."""
     if plan.vocabulary is not None:
         files = plan.vocabulary.tokenizer.files
     else:
@@ -192,7 +195,7 @@ def write_side_files(path: Path, report: DataFreeReport) -> None:
     write_tokenizer(path, plan)
     if plan.vocabulary is not None:
         _move_generation_ids(path / GENERATION_FILES[0], plan.vocabulary)
-    documents = [each.model_dump(mode="json", exclude_defaults=True) for each in (*plan.before.configs, config)]
+    documents = [one.model_dump(mode="json", exclude_defaults=True) for one in (*plan.prior.configs, config)]
     text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
     (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")
     weights = {entry.model: entry.parameters.get("weight", 1.0) for entry in config.models}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.regression.gram import GRAM_DTYPE
 from largemerge.regression.tensor_plan import MergeRule, TensorPlan
 from largemerge.regression.weights import Weights
@@ -78,7 +78,7 @@ def _merge_known(plan: TensorPlan, weights: Weights, shares: Sequence[float]) ->
 
 
 def _stream(
-    sources: Sequence[tuple[CheckpointReader, str]],
+    sources: Sequence[tuple[TensorReader, str]],
     shares: Sequence[float],
     plan: TensorPlan,
     out_key: str,

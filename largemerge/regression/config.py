@@ -17,6 +17,7 @@ import pydantic
 from pydantic import Field
 
 from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
+from largemerge.checkpoint.locate import Reference, absolute_reference
 from largemerge.config_file import DtypeName, Size, Strict, explain, nearest, read_yaml, to_json
 from largemerge.errors import ConfigError
 from largemerge.regression.methods import METHODS, RegressionMethod
@@ -43,8 +44,8 @@ class CandidateParameters(Strict):
 class CandidateConfig(Strict):
     """One of the K models to merge."""
 
-    model: str = Field(min_length=1)
-    """A folder, or a Hub id (`owner/name` or `owner/name@revision`)."""
+    model: Reference
+    """A folder, or a Hub id (`owner/name` or `owner/name@revision`), with `+adapter` behind it if it has one."""
     name: str | None = Field(None, min_length=1)
     """Unique; default: the last part of `model`."""
     calibration: CalibrationConfig | None = None
@@ -100,7 +101,7 @@ class MergeConfig(Strict):
 
     merge_method: str
     models: tuple[CandidateConfig, ...] = Field(min_length=2)
-    base_model: str | None = Field(None, min_length=1)
+    base_model: Reference | None = None
     calibration: CalibrationDefaults = CalibrationDefaults()
     parameters: MethodParameters = MethodParameters()
     output: OutputConfig = OutputConfig()
@@ -222,9 +223,13 @@ def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfi
         if calibration is not None:
             calibration = calibration.with_defaults(config.calibration)
             calibration = calibration.model_copy(update={"data": absolute(calibration.data)})
-        update = {"model": absolute(candidate.model), "name": candidate.label, "calibration": calibration}
+        update = {
+            "model": absolute_reference(absolute(candidate.model), folders),
+            "name": candidate.label,
+            "calibration": calibration,
+        }
         models.append(candidate.model_copy(update=update))
-    base = None if config.base_model is None else absolute(config.base_model)
+    base = None if config.base_model is None else absolute_reference(absolute(config.base_model), folders)
     memory = config.memory
     if memory.disk is not None:
         memory = memory.model_copy(update={"disk": str(folders[0] / os.path.expanduser(memory.disk))})

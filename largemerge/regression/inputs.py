@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint, open_checkpoint
-from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.locate import locate_checkpoint, split_reference
+from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.checkpoint.quantized import model_dtype, transposed
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
@@ -58,6 +59,7 @@ class Inputs:
         base_names: The base's, `None` without one.
         reference_names: The reference's.
         notes: What a user should know though it stops nothing.
+        adapters: By checkpoint, of those that have one.
     """
 
     candidates: tuple[Checkpoint, ...]
@@ -68,11 +70,18 @@ class Inputs:
     base_names: KeyMapping | None
     reference_names: KeyMapping
     notes: tuple[str, ...]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def adapter_bytes(self) -> int:
         """Bytes that adapters keep in memory while the models are read."""
-        return 0
+        return sum(adapter.kept_bytes for adapter in self.adapters.values())
+
+    def stored_bytes(self, checkpoint: Checkpoint, keys: Sequence[str]) -> int:
+        """Bytes on disk of some tensors of a checkpoint, by their names there, adapters included."""
+        adapter = self.adapters.get(checkpoint.name)
+        added = adapter.bytes_of(keys) if adapter is not None else 0
+        return sum(checkpoint.tensors[key].num_bytes for key in keys) + added
 
     def quantized(self) -> dict[str, dict[str, int]]:
         """By checkpoint: how many of its weights are quantised, and how; without the plain ones."""
@@ -91,7 +100,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         CheckpointError: With all problems of all checkpoints.
         ArchitectureError: If the model class is unknown or has no stacks.
     """
-    candidates, base = _open_all(config, from_config)
+    candidates, base, adapters = _open_all(config, from_config)
     classes = {checkpoint.name: _class_name(checkpoint) for checkpoint in candidates}
     if len(set(classes.values())) > 1:
         raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
@@ -110,8 +119,8 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         dtype=_compute_dtype(config, candidates[0]),
         trust_remote_code=config.trust_remote_code,
     )
-    candidates = tuple(_oriented(skeleton, checkpoint) for checkpoint in candidates)
-    base = _oriented(skeleton, base) if base is not None else None
+    candidates = tuple(_oriented(skeleton, each, adapters.get(each.name)) for each in candidates)
+    base = _oriented(skeleton, base, adapters.get(base.name)) if base is not None else None
     reference = base if base is not None and from_base else candidates[0]
     maps: dict[Layout, KeyMapping] = {}
     candidate_names = tuple(_names_of(skeleton, checkpoint, maps) for checkpoint in candidates)
@@ -123,18 +132,25 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         else:
             notes.append(f"the base lacks {len(base_names.missing)} tensors: names come from {candidates[0].name}")
             reference = candidates[0]
-    return Inputs(candidates, base, reference, skeleton, candidate_names, base_names, reference_names, tuple(notes))
+    names = (candidate_names, base_names, reference_names)
+    return Inputs(candidates, base, reference, skeleton, *names, tuple(notes), adapters)
 
 
-def _open_all(config: MergeConfig, from_config: bool) -> tuple[tuple[Checkpoint, ...], Checkpoint | None]:
+def _open_all(
+    config: MergeConfig, from_config: bool
+) -> tuple[tuple[Checkpoint, ...], Checkpoint | None, dict[str, Adapter]]:
     problems: list[str] = []
+    adapters: dict[str, Adapter] = {}
 
     def attempt(reference: str, name: str) -> Checkpoint | None:
         try:
-            folder = locate_checkpoint(reference, name, weights=not from_config)
             if from_config:
+                folder = locate_checkpoint(split_reference(reference)[0], name, weights=False)
                 return checkpoint_from_config(folder, name, trust_remote_code=config.trust_remote_code)
-            return open_checkpoint(folder, name)
+            checkpoint, adapter = open_model(reference, name=name)
+            if adapter is not None:
+                adapters[name] = adapter
+            return checkpoint
         except LargemergeError as error:
             problems.extend(error.problems)
             return None
@@ -143,7 +159,7 @@ def _open_all(config: MergeConfig, from_config: bool) -> tuple[tuple[Checkpoint,
     base = attempt(config.base_model, "base") if config.base_model is not None else None
     if problems:
         raise CheckpointError(*problems)
-    return tuple(checkpoint for checkpoint in opened if checkpoint is not None), base
+    return tuple(checkpoint for checkpoint in opened if checkpoint is not None), base, adapters
 
 
 def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
@@ -159,13 +175,23 @@ def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
     return elements.most_common(1)[0][0] if elements else torch.float32
 
 
-def _oriented(skeleton: Skeleton, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with quantised weights turned to how the modules hold them (see `Quantization.transposed`)."""
+def _oriented(skeleton: Skeleton, checkpoint: Checkpoint, adapter: Adapter | None) -> Checkpoint:
+    """The checkpoint with quantised weights turned to how the modules hold them (see `Quantization.transposed`).
+
+    Raises:
+        CheckpointError: If an adapter adds to one of them.
+    """
     turned = [f"{path}.weight" for path, module in linears_in(skeleton.model).items() if weight_is_transposed(module)]
     if not turned or not checkpoint.quantized():
         return checkpoint
     renamed = map_keys(skeleton.model, checkpoint).renamed
     keys = {renamed[name] for name in turned if name in renamed}
+    adapted = [key for key in keys if adapter is not None and key in adapter.deltas]
+    if any(checkpoint.tensors[key].quantization is not None for key in adapted):
+        raise CheckpointError(
+            f"{checkpoint.name}: its adapter adds to {sorted(adapted)[0]}, which is quantised and held as [in, out]; "
+            "merge the adapter into its model first (peft: merge_and_unload)"
+        )
     tensors = {
         key: transposed(info) if info.quantization is not None and key in keys else info
         for key, info in checkpoint.tensors.items()

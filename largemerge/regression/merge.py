@@ -23,7 +23,8 @@ from largemerge.calibration import CalibrationSet, load_calibration, outline_cal
 from largemerge.calibration.batches import mapped_inputs, split_batches
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.lora import open_reader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.devices import choose_device
 from largemerge.distributed.collectives import SHARED_BYTES, AsyncCollectives, open_collectives
@@ -199,6 +200,7 @@ def _report(
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
     """Everything on disk that a merge reads and must not write to."""
     paths = [checkpoint.folder for checkpoint in (*inputs.candidates, inputs.base) if checkpoint is not None]
+    paths += [adapter.checkpoint.folder for adapter in inputs.adapters.values()]
     data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
     return paths + [path for path in data if path.exists()]
 
@@ -279,8 +281,9 @@ class Job:
         with ExitStack() as stack:
             stack.enter_context(self.ranks.busy())
 
-            def reader(checkpoint: Checkpoint) -> CheckpointReader:
-                return stack.enter_context(CheckpointReader(checkpoint, past_cache=past_cache))
+            def reader(checkpoint: Checkpoint) -> TensorReader:
+                adapter = inputs.adapters.get(checkpoint.name)
+                return stack.enter_context(open_reader(checkpoint, adapter, past_cache=past_cache))
 
             weights = Weights(
                 inputs=inputs,

@@ -88,6 +88,7 @@ class MergePlan:
         output: What is written, by name on disk.
         num_samples: Calibration samples by candidate (upper bounds before the data is read).
         quantized: By input: how many of its weights are quantised, and how.
+        adapters: By input that has an adapter: how many weights it adds to, and which tensors it replaces.
         bytes_read: From checkpoints.
         placement: Where things are held, chosen to keep the limits.
         reasons: Why this placement.
@@ -110,6 +111,7 @@ class MergePlan:
     output: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
     quantized: Mapping[str, Mapping[str, int]]
+    adapters: Mapping[str, Mapping[str, Any]]
     bytes_read: int
     placement: Placement
     reasons: tuple[str, ...]
@@ -177,6 +179,7 @@ class MergePlan:
             },
             "quantized": {name: dict(kinds) for name, kinds in self.quantized.items()},
             "quantized_output": self.quantized_output(),
+            **({"adapters": {name: dict(told) for name, told in self.adapters.items()}} if self.adapters else {}),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "placement": {**vars(self.placement), "hidden_states": self.placement.hidden_states.value},
@@ -209,7 +212,7 @@ class MergePlan:
         for group in self.blocks[0].groups if self.blocks else ():
             table.add_row("solved together", f"{', '.join(group.outputs)}: {group.num_inputs} inputs")
         table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in self.counts().items()))
-        for label, text in quantization_rows(self):
+        for label, text in input_rows(self):
             table.add_row(label, text)
         table.add_row("disk", f"{gib(self.bytes_read)} to read, {gib(self.bytes_written)} to write")
         table.add_row("forward passes", f"{str(self.compute_dtype).removeprefix('torch.')} on {self.device}")
@@ -237,8 +240,8 @@ class MergePlan:
         console.print(table)
 
 
-def quantization_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
-    """Rows of a table that say which inputs and outputs are quantised, and how."""
+def input_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
+    """Rows of a table that say which inputs and outputs are quantised, and which inputs have adapters."""
 
     def text(kinds: Mapping[str, int]) -> str:
         return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
@@ -247,6 +250,9 @@ def quantization_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
         yield "quantised inputs", "\n".join(f"{name}: {text(kinds)}" for name, kinds in plan.quantized.items())
     if plan.quantized_output():
         yield "quantised output", text(plan.quantized_output())
+    for name, told in plan.adapters.items():
+        replaced = f", {len(told['replaced'])} replaced" if told["replaced"] else ""
+        yield "adapter", f"{name}: {told['adapted']} weights adapted{replaced}"
 
 
 def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
@@ -322,6 +328,10 @@ def make_plan(
         output=output,
         num_samples=_num_samples(inputs, shapes),
         quantized=inputs.quantized(),
+        adapters={
+            name: {"adapted": len(adapter.deltas), "replaced": list(adapter.replaced)}
+            for name, adapter in inputs.adapters.items()
+        },
         bytes_read=_bytes_read(inputs, tensors),
         placement=choice.placement,
         reasons=choice.reasons,
@@ -414,7 +424,7 @@ def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
             return checkpoint.tensors[plan.name].num_bytes if plan.name in checkpoint.tensors else 0
         name = names.canonical(plan.name)
         keys = [] if name in names.missing else names.disk_keys([name])
-        return sum(checkpoint.tensors[key].num_bytes for key in keys)
+        return inputs.stored_bytes(checkpoint, keys)
 
     total = 0
     for plan in tensors:

@@ -23,7 +23,7 @@ from largemerge.config_file import gib
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
-from largemerge.regression.plan import MergePlan, Preparation, quantization_rows
+from largemerge.regression.plan import MergePlan, Preparation, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
 
 
@@ -178,7 +178,7 @@ class MergeReport:
             worst = max(linears, key=lambda name: linears[name]["condition"])
             table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
             table.add_row("distance", _mean_distances(self))
-        for label, text in quantization_rows(self.plan):
+        for label, text in input_rows(self.plan):
             table.add_row(label, text)
         errors = self.quantization_errors
         if errors:

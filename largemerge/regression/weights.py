@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.tensor_info import OutputTensor, Tensors
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.distributed.ranks import Ranks
@@ -33,8 +33,8 @@ class Weights:
     """
 
     inputs: Inputs
-    readers: Sequence[CheckpointReader]
-    base_reader: CheckpointReader | None
+    readers: Sequence[TensorReader]
+    base_reader: TensorReader | None
     output: Mapping[str, OutputTensor]
     writer: ShardWriter | None
     ranks: Ranks
@@ -129,13 +129,13 @@ class Weights:
         """Bytes on disk of what `candidate` reads."""
         name_map, checkpoint = self.inputs.candidate_names[index], self.inputs.candidates[index]
         own = {name_map.canonical(name) for name in wanted if name_map.has(name)}
-        total = sum(checkpoint.tensors[key].num_bytes for key in name_map.disk_keys(own))
+        total = self.inputs.stored_bytes(checkpoint, name_map.disk_keys(own))
         lacking = [name for name in wanted if not name_map.has(name)]
         if lacking:
             assert self.inputs.base is not None and self.inputs.base_names is not None, lacking
             names = self.inputs.base_names
             keys = names.disk_keys([names.canonical(name) for name in lacking])
-            total += sum(self.inputs.base.tensors[key].num_bytes for key in keys)
+            total += self.inputs.stored_bytes(self.inputs.base, keys)
         return total
 
     def _load(self, name_map: KeyMapping, names: Sequence[str], read: ReadTensor) -> Tensors:

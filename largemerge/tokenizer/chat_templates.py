@@ -1,4 +1,4 @@
-"""Chat templates: the output's is a built-in one, one that the user wrote, or the one that most models have.
+"""The output's chat template: a built-in one, one that the user wrote, or the one that most models have (`auto`).
 
 The built-in ones are written from the public descriptions of these formats.
 """
@@ -85,7 +85,7 @@ BUILT_IN: Mapping[str, str] = {
 
 
 def template_problem(setting: str) -> str | None:
-    """What is wrong with `chat_template`, if anything."""
+    """Says what is wrong with the setting `chat_template`; `None` if nothing is."""
     if setting == AUTO or setting in BUILT_IN:
         return None
     if "{" not in setting:
@@ -99,11 +99,11 @@ def template_problem(setting: str) -> str | None:
 
 
 def choose_template(setting: str, folders: Iterable[Path]) -> tuple[str | None, str]:
-    """The text of the output's chat template, and where it comes from.
+    """Chooses the text of the output's chat template, `None` for none, and says where it comes from.
 
     Args:
-        setting: From the configuration.
-        folders: Of the models' tokenizers, in order.
+        setting: The configuration's `chat_template`.
+        folders: Folders of the models' tokenizers, in order.
     """
     if setting != AUTO:
         return (BUILT_IN[setting], setting) if setting in BUILT_IN else (setting, "from the configuration")
@@ -115,7 +115,7 @@ def choose_template(setting: str, folders: Iterable[Path]) -> tuple[str | None, 
 
 
 def template_in(folder: Path) -> str | None:
-    """The chat template of a folder's tokenizer; the default one where there are several."""
+    """Reads the chat template of a folder's tokenizer; the default one where there are several."""
     if (folder / _FILE).is_file():
         return (folder / _FILE).read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
@@ -124,7 +124,7 @@ def template_in(folder: Path) -> str | None:
         except (OSError, ValueError, AttributeError):
             continue  # what is wrong with them is told where the tokenizer is read
         if isinstance(template, list):
-            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
         if isinstance(template, str) and template:
             return template
@@ -132,7 +132,7 @@ def template_in(folder: Path) -> str | None:
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """A tokenizer's files with another chat template."""
+    """Replaces the chat template in a tokenizer's files, by name, and returns the new files."""
     made = {name: content for name, content in files.items() if name != "chat_template.json"}
     made[_FILE] = template.encode()
     if "tokenizer_config.json" in made:

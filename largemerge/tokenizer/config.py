@@ -1,4 +1,4 @@
-"""What the configuration says of the output's vocabulary: mergekit's `tokenizer` and `tokenizer_source`."""
+"""Settings of the output's tokenizer and vocabulary: mergekit's `tokenizer` and `tokenizer_source`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ UNION, BASE = "union", "base"
 
 
 class ZeroSource(Strict):
-    """Zeros."""
+    """An embedding of zeros."""
 
     kind: Literal["zero"]
 
 
 class TokenSource(Strict):
-    """The embedding of another token."""
+    """The embedding that a model has of some token, named by its text or its number."""
 
     kind: Literal["model_token"]
     model: Reference
@@ -46,7 +46,7 @@ Source = Annotated[
     | Annotated[Reference, pydantic.Tag("model")],
     pydantic.Discriminator(_source_kind),
 ]
-"""Where an embedding comes from; a model's name stands for its embedding of the same token."""
+"""Where a token's embedding comes from; a model's name stands for its embedding of the same token."""
 
 
 class TokenSettings(Strict):
@@ -63,17 +63,17 @@ class TokenSettings(Strict):
 
 
 class TokenizerSettings(Strict):
-    """The output's vocabulary."""
+    """Settings of the output's vocabulary."""
 
     source: Reference = UNION
     """`union`, `base`, or a model, whose tokenizer becomes the output's."""
     tokens: dict[str, TokenSettings] = Field(default_factory=dict)
-    """By token; those that the tokenizer does not have are added to it."""
+    """Settings by token; tokens that the tokenizer does not have are added to it."""
     pad_to_multiple_of: int | None = Field(None, ge=1)
-    """Rows of the embeddings."""
+    """The number of rows of the embeddings is rounded up to a multiple of this."""
 
     def models(self) -> Iterator[tuple[str, str]]:
-        """The models that embeddings of single tokens are taken from, with their places in the file."""
+        """Yields the models that embeddings of single tokens are taken from, after their places in the file."""
         for token, settings in self.tokens.items():
             source = settings.source
             if isinstance(source, TokenSource):

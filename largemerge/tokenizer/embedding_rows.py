@@ -1,6 +1,6 @@
-"""What the embedding of every token of the output is, for every model; the rules are mergekit's.
+"""The rows of the models' embeddings that make those of the output, token by token; and a reader of these rows.
 
-A model that has a token has its embedding of it. A model that lacks it gets, in this order,
+The rules are mergekit's. A model that has a token has its embedding of it. A model that lacks it gets, in this order,
 
     what `tokens` says (with `force`, even models that have it)
     the embedding of the only model that has it
@@ -10,7 +10,8 @@ A model that has a token has its embedding of it. A model that lacks it gets, in
 
 Rows beyond the last token, and numbers that no token has, are the mean of the model's rows.
 
-Reads rows of all models' embeddings in the order of the output's tokens, a few megabytes at a time.
+    choose_rows: tokens and their numbers in every model → TokenRows
+    TokenReader: TokenRows → rows of every model in the order of the output's tokens, a few megabytes at a time
 """
 
 from __future__ import annotations
@@ -28,22 +29,26 @@ from largemerge.checkpoint.reader import TensorReader
 from largemerge.tokenizer.config import TokenSettings, TokenSource, ZeroSource
 
 ZERO, AVERAGE, MEAN = -1, -2, -3
-"""In the place of a donor's number."""
-_MOST_LISTED = 100
+"""Stand in the place of a donor's number: zeros, the average of the models that have a token, the mean of all rows."""
+
+_MAX_LISTED = 100  # tokens of one rule in a report
+_SUM_DTYPE = torch.float64
+_ELEMENTS_OF_MEAN = 1 << 19  # of a model, read at once when the mean of all rows is wanted
 
 Rows = NDArray[np.int64]
+"""Numbers of rows, or of models."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Which rows of some models' embeddings make those of the output.
+    """The rows of some models' embeddings that make those of the output.
 
     Attributes:
-        own: By model and row of the output: the model's row; -1 where it gets the row's default.
-        donor: By row: the number of the model whose row is the default, or `ZERO`, `AVERAGE`, `MEAN`.
-        donor_row: By row: which of its rows.
-        counts: How many rows by rule, for people.
-        listed: Tokens by rule, where a user may want to know them, up to a sensible number.
+        own: The row of every model for every row of the output, `[models, rows]`; -1 where the model gets the default.
+        donor: The number of the model whose row is the default, or `ZERO`, `AVERAGE`, `MEAN`, for every row `[rows]`.
+        donor_row: The donor's row, for every row of the output `[rows]`.
+        counts: Number of rows that each rule has made, by the rule's name.
+        listed: Tokens by rule, where a user may want to know them, a hundred at most.
     """
 
     own: Rows
@@ -54,83 +59,99 @@ class TokenRows:
 
     @property
     def num_rows(self) -> int:
-        """Of the output."""
+        """Number of rows of the output."""
         return len(self.donor)
 
-    def is_plain(self, num_rows: Sequence[int]) -> bool:
-        """Whether every model's rows are taken as they lie on disk; `num_rows` says how many each has."""
+    def is_identity(self, num_rows: Sequence[int]) -> bool:
+        """Whether the rows of every model, `num_rows` of each, are taken as they lie on disk."""
         in_order = np.arange(self.num_rows)
         return all(rows == self.num_rows for rows in num_rows) and all((own == in_order).all() for own in self.own)
 
 
 def choose_rows(
     ids: Mapping[str, int],
-    natural: Mapping[str, Rows],
+    model_ids: Mapping[str, Rows],
     num_rows: Mapping[str, int],
     base: str | None,
     tokens: Mapping[str, tuple[TokenSettings, Mapping[str, int] | None]],
 ) -> tuple[TokenRows, list[str], list[str]]:
-    """Applies the rules.
+    """Applies the rules to every token of the output.
 
     Args:
-        ids: The output's tokens.
-        natural: By model, in order: for every row of the output, the number that its token has there, -1 for none.
-        num_rows: By model: how many rows its embeddings have; numbers beyond count as none.
-        base: Its name, where it is one of the models.
-        tokens: What the user says; and the numbers of the model's tokens, where another token is named.
+        ids: The output's tokens and their numbers.
+        model_ids: The numbers that every model, in order, has for the tokens of the output's rows `[rows]`; -1 for
+            none.
+        num_rows: Number of rows of every model's embeddings; token numbers beyond it count as none.
+        base: Name of the base, if it is one of the models.
+        tokens: Settings of single tokens; with each the numbers of a model's tokens, where another token of that model
+            is named.
 
     Returns:
-        The rows, what is wrong with the user's wishes, and which of these change nothing.
+        The rows, what is wrong with the settings of single tokens, and the tokens whose settings change nothing.
     """
-    models = list(natural)
-    own = np.stack([np.where(natural[model] < num_rows[model], natural[model], -1) for model in models])
+    models = list(model_ids)
+    own = np.stack([np.where(model_ids[model] < num_rows[model], model_ids[model], -1) for model in models])
     present = own >= 0
     count = present.sum(axis=0)
-    donor = np.full(own.shape[1], MEAN, dtype=np.int64)
-    donor_row = np.full(own.shape[1], -1, dtype=np.int64)
     is_token = np.zeros(own.shape[1], dtype=bool)
     is_token[list(ids.values())] = True
-    donor[is_token & (count == 0)] = ZERO
-    donor[is_token & (count > 1)] = AVERAGE
-    if base in models:
-        donor[is_token & (count > 1) & present[models.index(base)]] = models.index(base)
-    only = is_token & (count == 1)
-    donor[only] = present.argmax(axis=0)[only]
-    given = np.flatnonzero(donor >= 0)
-    donor_row[given] = own[donor[given], given]
+    donor, donor_row = _default_donors(own, is_token, models.index(base) if base in models else None)
     lacking = is_token & (count < len(models))
-    asked: list[str] = []
-    idle: list[str] = []
+    by_user: list[str] = []
+    unused: list[str] = []
     problems: list[str] = []
     for token, (settings, source_ids) in tokens.items():
         number = ids[token]
         if settings.source is None:
             continue
         if not (lacking[number] or settings.force):
-            idle.append(token)
+            unused.append(token)
             continue
-        source, row = _asked_row(settings.source, token, natural, number, source_ids)
+        source, row = _wanted_row(settings.source, token, model_ids, number, source_ids)
         if source is not None and (source not in models or not 0 <= row < num_rows[source]):
             problems.append(_missing(token, settings.source, source, models))
             continue
         donor[number] = ZERO if source is None else models.index(source)
         donor_row[number] = row
         own[:, number] = -1 if settings.force else own[:, number]
-        asked.append(token)
-    counts, listed = _told(ids, donor, count, lacking, asked, models, base)
-    return TokenRows(own, donor, donor_row, counts, listed), problems, idle
+        by_user.append(token)
+    counts, listed = _summarize(ids, donor, count, lacking, by_user, models)
+    return TokenRows(own, donor, donor_row, counts, listed), problems, unused
 
 
-def _asked_row(
-    source: Any, token: str, natural: Mapping[str, Rows], number: int, source_ids: Mapping[str, int] | None
+def _default_donors(own: Rows, is_token: NDArray[np.bool_], base: int | None) -> tuple[Rows, Rows]:
+    """Chooses the donor of every row and the donor's row by the rules, without the user's settings.
+
+    Args:
+        own: The row of every model, `[models, rows]`, -1 for none.
+        is_token: Whether a row of the output is a token.
+        base: Number of the base among the models.
+    """
+    present = own >= 0
+    count = present.sum(axis=0)
+    donor = np.full(own.shape[1], MEAN, dtype=np.int64)
+    donor_row = np.full(own.shape[1], -1, dtype=np.int64)
+    donor[is_token & (count == 0)] = ZERO
+    donor[is_token & (count > 1)] = AVERAGE
+    if base is not None:
+        donor[is_token & (count > 1) & present[base]] = base
+    only = is_token & (count == 1)
+    donor[only] = present.argmax(axis=0)[only]
+    given = np.flatnonzero(donor >= 0)
+    donor_row[given] = own[donor[given], given]
+    return donor, donor_row
+
+
+def _wanted_row(
+    source: Any, token: str, model_ids: Mapping[str, Rows], number: int, source_ids: Mapping[str, int] | None
 ) -> tuple[str | None, int]:
-    """The model and its row, where the user names one."""
+    """Finds the model and the row of it that the user wants for a token; no model and -1 for zeros."""
     if isinstance(source, ZeroSource):
         return None, -1
     if isinstance(source, TokenSource):
         row = source.token_id if source.token_id is not None else (source_ids or {}).get(source.token or "", -1)
         return source.model, row
-    return source, int(natural[source][number]) if source in natural else -1
+    return source, int(model_ids[source][number]) if source in model_ids else -1
 
 
 def _missing(token: str, source: Any, model: str, models: Sequence[str]) -> str:
@@ -142,18 +163,18 @@ def _missing(token: str, source: Any, model: str, models: Sequence[str]) -> str:
     return f"{where}: {model} has no token {wanted} with an embedding; expected a token that it has, or kind: zero"
 
 
-def _told(
+def _summarize(
     ids: Mapping[str, int],
     donor: Rows,
     count: Rows,
     lacking: NDArray[np.bool_],
-    asked: Sequence[str],
+    by_user: Sequence[str],
     models: Sequence[str],
-    base: str | None,
 ) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Counts the rows by rule, and lists the tokens of those rules that a user may want to know."""
     counts: dict[str, int] = {}
     listed: dict[str, list[str]] = {}
-    settled = set(asked)
+    settled = set(by_user)
 
     def rule(token: str, number: int) -> tuple[str, bool]:
         if token in settled:
@@ -171,32 +192,28 @@ def _told(
     for token, number in ids.items():
         name, wanted = rule(token, number)
         counts[name] = counts.get(name, 0) + 1
-        if wanted and len(listed.setdefault(name, [])) < _MOST_LISTED:
+        if wanted and len(listed.setdefault(name, [])) < _MAX_LISTED:
             listed[name].append(token)
     padding = int((donor == MEAN).sum())
     return counts | ({"mean of all rows: no token": padding} if padding else {}), listed
 
 
-def labels(rows: TokenRows) -> Iterator[str]:
-    """For people: how many tokens by rule."""
+def rule_labels(rows: TokenRows) -> Iterator[str]:
+    """Yields how many tokens each rule has made, and the first few of them, for people."""
     for name, number in rows.counts.items():
         some = ", ".join(repr(token) for token in rows.listed.get(name, [])[:5])
         more = ", …" if len(rows.listed.get(name, [])) > 5 else ""
         yield f"{number} {name}" + (f" ({some}{more})" if some else "")
 
 
-_SUM_DTYPE = torch.float64
-_ELEMENTS_OF_MEAN = 1 << 19  # of a model, read at once when the mean of all rows is wanted
-
-
 class TokenReader:
-    """Reads what a method merges of one tensor with a row for every token.
+    """Reads the rows of all models of one tensor that has a row for every token.
 
     Args:
-        rows: Which rows.
+        rows: The rows of the models that make those of the output.
         inputs: Model and name on disk of every tensor.
-        readers: By model.
-        dtype: Of what is read.
+        readers: A reader for every model.
+        dtype: The dtype of the rows that are returned.
     """
 
     def __init__(
@@ -211,7 +228,7 @@ class TokenReader:
         self._means: list[torch.Tensor] | None = None
 
     def read(self, span: slice) -> list[torch.Tensor]:
-        """Rows of the output, of every model."""
+        """Reads some rows of the output, of every model."""
         numbers = np.arange(span.start, span.stop)
         tensors = self._read_tokens(numbers)
         beyond = torch.from_numpy(np.flatnonzero(self._rows.donor[numbers] == MEAN))
@@ -223,7 +240,7 @@ class TokenReader:
         return tensors
 
     def _read_tokens(self, numbers: np.ndarray) -> list[torch.Tensor]:
-        """Rows of the output that are tokens; others are zero."""
+        """Reads rows of the output that are tokens, of every model; others are 0."""
         own = self._rows.own[:, numbers]
         lacking = (own < 0).any(axis=0)
         defaults = self._defaults(numbers[lacking], own[:, lacking]) if lacking.any() else None
@@ -231,7 +248,7 @@ class TokenReader:
         tensors = []
         for (reader, key), rows in zip(self._sources, own, strict=True):
             found = np.flatnonzero(rows >= 0)
-            read = reader.read_rows(key, torch.from_numpy(rows[found])).to(self._dtype)
+            read = reader.read(key, torch.from_numpy(rows[found])).to(self._dtype)
             if defaults is not None:
                 tensor = torch.zeros((len(rows), *read.shape[1:]), dtype=self._dtype)
                 tensor[torch.from_numpy(found)] = read
@@ -242,14 +259,14 @@ class TokenReader:
         return tensors
 
     def _defaults(self, numbers: np.ndarray, own: np.ndarray) -> torch.Tensor:
-        """The same for all models that lack them."""
+        """Reads the default of every row, which is the same for all models that lack it."""
         donors, donor_rows = self._rows.donor[numbers], self._rows.donor_row[numbers]
         made: torch.Tensor | None = None
         sums: torch.Tensor | None = None
         averaged = np.flatnonzero(donors == AVERAGE)
         for model, (reader, key) in enumerate(self._sources):
             given = np.flatnonzero(donors == model)
-            read = reader.read_rows(key, torch.from_numpy(donor_rows[given])).to(self._dtype)
+            read = reader.read(key, torch.from_numpy(donor_rows[given])).to(self._dtype)
             if made is None:
                 made = torch.zeros((len(numbers), *read.shape[1:]), dtype=self._dtype)
                 sums = torch.zeros((len(averaged), *read.shape[1:]), dtype=_SUM_DTYPE)
@@ -257,7 +274,7 @@ class TokenReader:
             having = np.flatnonzero(own[model, averaged] >= 0)
             if len(having):
                 assert sums is not None
-                more = reader.read_rows(key, torch.from_numpy(own[model, averaged[having]])).to(self._dtype)
+                more = reader.read(key, torch.from_numpy(own[model, averaged[having]])).to(self._dtype)
                 sums[torch.from_numpy(having)] += more
         assert made is not None and sums is not None, "there is a model"
         if len(averaged):
@@ -266,7 +283,7 @@ class TokenReader:
         return made
 
     def _mean_rows(self) -> list[torch.Tensor]:
-        """The mean over all tokens, of every model."""
+        """Computes the mean over all tokens, of every model."""
         tokens = np.flatnonzero(self._rows.donor != MEAN)
         reader, key = self._sources[0]
         shape = reader.checkpoint.tensors[key].shape

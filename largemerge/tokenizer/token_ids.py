@@ -1,6 +1,7 @@
-"""Which tensors have a row for every token: found through the model's own code, not by a table of names.
+"""Where a checkpoint depends on its tokens' numbers: tensors with a row for every token, and keys of its config.
 
-Token numbers in `config.json` and `generation_config.json`, where tokens have moved.
+The tensors are found through the model's own code, not by a table of names. Numbers in `config.json` and
+`generation_config.json` are changed where tokens have moved.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.errors import ArchitectureError
 
+_ENDINGS = ("_token_id", "_token_ids", "_token_index")  # of keys whose values are numbers of tokens
+
 
 def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
-    """Names on disk of the input and output embeddings, and of the latter's bias.
+    """Finds the names on disk of the input and output embeddings, and of the latter's bias.
 
     Raises:
         LargemergeError: If Transformers does not know the model, or it has no token embeddings.
@@ -40,24 +43,22 @@ def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
             "'tokenizer_source' do not support; leave them out"
         )
     found = [weight, getattr(outputs, "weight", None), getattr(outputs, "bias", None)]
-    wanted = {id(each) for each in found if isinstance(each, torch.Tensor) and each.shape[0] == weight.shape[0]}
+    tensors = (tensor for tensor in found if isinstance(tensor, torch.Tensor))
+    wanted = {id(tensor) for tensor in tensors if tensor.shape[0] == weight.shape[0]}
     on_disk = map_keys(model, checkpoint).renamed
     names = (name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in wanted)
     return frozenset(on_disk[name] for name in names if name in on_disk)
 
 
-_ENDINGS = ("_token_id", "_token_ids", "_token_index")
-
-
 def move_ids(
     config: dict[str, Any], before: Mapping[str, int], after: Mapping[str, int], special: Mapping[str, str]
 ) -> list[str]:
-    """Changes all numbers of tokens to those of the output.
+    """Changes all numbers of tokens in a config to those of the output.
 
     Args:
         config: A parsed `config.json` or `generation_config.json`; changed in place.
-        before: The numbers of its model's tokens.
-        after: Those of the output's.
+        before: The numbers of the tokens of the config's model.
+        after: The numbers of the output's tokens.
         special: The output's special tokens by their roles, such as `pad_token`.
 
     Returns:
@@ -78,20 +79,21 @@ def move_ids(
 
     for part, key, value in _token_keys(config):
         if isinstance(value, list):
-            part[key] = list(dict.fromkeys(number for each in value if (number := moved(key, each)) is not None))
+            part[key] = list(dict.fromkeys(number for old in value if (number := moved(key, old)) is not None))
         else:
             part[key] = moved(key, value)
     return notes
 
 
 def set_vocabulary_size(config: dict[str, Any], before: int, after: int) -> None:
-    """Writes how many rows the embeddings have, wherever it stands."""
+    """Changes the number of rows of the embeddings from `before` to `after`, wherever it stands in a config."""
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if part.get("vocab_size") == before:
             part["vocab_size"] = after
 
 
 def _token_keys(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Yields the keys whose values are numbers of tokens, each with the part of the config that it stands in."""
     for key, value in list(config.items()):
         if isinstance(value, dict):
             yield from _token_keys(value)

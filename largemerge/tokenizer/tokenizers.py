@@ -1,16 +1,15 @@
-"""Tokenizers in folders: which tokens they have, and the files that they are.
+"""Tokenizers in folders: read as Transformers reads them, extended, and united to one with the tokens of several.
 
 Tokens and numbers are those of what `AutoTokenizer.from_pretrained` makes of a folder: its classes may add tokens of
 their own, which no file names.
 
-One tokenizer with the tokens of several: `tokenizer.json` of the first, with what it lacks of the others.
-
-Tokens of the first keep their numbers; new ones follow, in the order of the models and of their numbers there. What is
-part of another's vocabulary becomes part of this one's, with the merges (BPE) or scores (Unigram) that lead to it, so
-that text is still cut by the tokenizer's own rules. mergekit makes them *added tokens*, which are cut out of any text
-in which their letters stand, words included ("ing", "er"), before the tokenizer sees it. Added tokens stay added ones.
-The first one's merges come before the others', so that its texts are cut as before, or into fewer tokens; some tokens
-of the others may then never come out of a text, where the first one's merges lead another way.
+A union is the first one's `tokenizer.json` with what it lacks of the others. Tokens of the first keep their numbers;
+new ones follow, in the order of the models and of their numbers there. What is part of another's vocabulary becomes
+part of this one's, with the merges (BPE) or scores (Unigram) that lead to it, so that text is still cut by the
+tokenizer's own rules. mergekit makes them *added tokens*, which are cut out of any text in which their letters stand,
+words included ("ing", "er"), before the tokenizer sees it. Added tokens stay added ones. The first one's merges come
+before the others', so that its texts are cut as before, or into fewer tokens; some tokens of the others may then never
+come out of a text, where the first one's merges lead another way.
 """
 
 from __future__ import annotations
@@ -27,8 +26,10 @@ from largemerge.checkpoint.side_files import TEMPLATE_FOLDER, TOKENIZER_FILES
 from largemerge.errors import CheckpointError
 
 Document = dict[str, Any]
-"""What lies in `tokenizer.json`."""
-_OF_THE_OLD_VOCABULARY = (
+"""The contents of a `tokenizer.json`."""
+
+_PLACEHOLDER_PENALTY = 10.0  # below the lowest score of a Unigram vocabulary: never chosen over another piece
+_OLD_VOCABULARY_FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
@@ -41,13 +42,13 @@ _OF_THE_OLD_VOCABULARY = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.
+    """A tokenizer as data: its tokens and its files.
 
     Attributes:
-        ids: By token.
-        document: Its `tokenizer.json`; `None` for one that is Python code.
-        special: Its special tokens by their roles, such as `pad_token`.
-        files: Its files by name.
+        ids: The number of every token.
+        document: The contents of its `tokenizer.json`; `None` for a tokenizer that is Python code.
+        special: Special tokens by their roles, such as `pad_token`.
+        files: Contents of its files, by name.
     """
 
     ids: Mapping[str, int]
@@ -57,7 +58,7 @@ class Tokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there are files of a tokenizer."""
+    """Whether a folder holds the files of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES if "template" not in name)
 
 
@@ -65,11 +66,11 @@ def load_tokenizer(folder: Path, name: str) -> Tokenizer:
     """Reads the tokenizer of a folder.
 
     Args:
-        folder: A checkpoint's.
+        folder: Folder of the tokenizer, such as a checkpoint's.
         name: What the user calls it, for messages.
 
     Raises:
-        CheckpointError: If Transformers does not understand it.
+        CheckpointError: If Transformers does not understand the tokenizer.
     """
     import transformers
 
@@ -85,17 +86,17 @@ def load_tokenizer(folder: Path, name: str) -> Tokenizer:
 
 
 def with_document(tokenizer: Tokenizer, document: Document, name: str) -> Tokenizer:
-    """The tokenizer with another vocabulary, as it will be read from its files.
+    """Replaces the vocabulary of a tokenizer, and returns what will be read from the new files.
 
     Args:
-        tokenizer: Whose settings it has.
-        document: The new `tokenizer.json`.
-        name: For messages.
+        tokenizer: The tokenizer whose other settings are kept.
+        document: The contents of the new `tokenizer.json`.
+        name: What the new tokenizer is called in messages.
 
     Raises:
         CheckpointError: If it cannot be read back with the tokens and numbers that it should have.
     """
-    files = {key: content for key, content in tokenizer.files.items() if key not in _OF_THE_OLD_VOCABULARY}
+    files = {key: content for key, content in tokenizer.files.items() if key not in _OLD_VOCABULARY_FILES}
     files["tokenizer.json"] = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
     settings = json.loads(files.get("tokenizer_config.json", b"{}"))
     settings.pop("added_tokens_decoder", None)  # tokenizer.json has them, with the numbers of now
@@ -115,7 +116,7 @@ def with_document(tokenizer: Tokenizer, document: Document, name: str) -> Tokeni
 
 
 def document_ids(document: Document) -> dict[str, int]:
-    """All tokens of a `tokenizer.json`, added ones included, by number."""
+    """Reads the numbers of all tokens of a `tokenizer.json`, added ones included."""
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, list):
         ids = {str(piece): number for number, (piece, _) in enumerate(vocabulary)}
@@ -132,23 +133,20 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder's tokenizer, by name."""
+    """Reads the files of a folder's tokenizer, by name."""
     paths = [folder / name for name in TOKENIZER_FILES] + sorted((folder / TEMPLATE_FOLDER).glob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
 
-_PLACEHOLDER_PENALTY = 10.0  # below the lowest score of a Unigram vocabulary: never chosen over another piece
-
-
 def join_documents(first: Document, others: Mapping[str, Document]) -> tuple[Document, list[str], list[str]]:
-    """The first one's `tokenizer.json`, extended.
+    """Extends a copy of the first `tokenizer.json` by the tokens that it lacks of the others.
 
     Args:
-        first: It is left as it is.
-        others: By the names of their models.
+        first: The document to extend.
+        others: The other documents, by the names of their models.
 
     Returns:
-        The document (equal to `first` if it has all tokens), problems, notes.
+        The extended document (equal to `first` if it has all tokens), problems, notes.
     """
     made = copy.deepcopy(first)
     problems: list[str] = []
@@ -178,7 +176,7 @@ def join_documents(first: Document, others: Mapping[str, Document]) -> tuple[Doc
 
 
 def add_plain_tokens(document: Document, tokens: Iterable[str]) -> Document:
-    """With tokens that the user names, as `add_tokens` of a tokenizer would add them; known ones are left alone."""
+    """Adds tokens to a copy of a document, as `add_tokens` of a tokenizer would; known ones are left alone."""
     made = copy.deepcopy(document)
     known = document_ids(made)
     for token in tokens:
@@ -190,19 +188,19 @@ def add_plain_tokens(document: Document, tokens: Iterable[str]) -> Document:
 
 
 def _regular_tokens(document: Document) -> list[str]:
-    """All that are not added, by number."""
+    """Lists all tokens that are no added ones, by number."""
     added = {entry["content"] for entry in document["added_tokens"]}
     ids = document_ids(document)
     return sorted((token for token in ids if token not in added), key=lambda token: ids[token])
 
 
 def _add_added_tokens(made: Document, name: str, other: Document) -> Iterator[str]:
-    """Adds what is missing of another's added tokens; yields notes."""
+    """Adds what is missing of another tokenizer's added tokens, in place; yields notes."""
     known = document_ids(made)
     present = {entry["content"]: entry for entry in made["added_tokens"]}
     unlike = []
     next_number = max(known.values(), default=-1) + 1
-    for entry in sorted(other["added_tokens"], key=lambda each: int(each["id"])):
+    for entry in sorted(other["added_tokens"], key=lambda entry: int(entry["id"])):
         token = entry["content"]
         if token not in present:
             # Where it is a regular token here, it keeps its number and is added now: as special as it is there.
@@ -218,7 +216,7 @@ def _add_added_tokens(made: Document, name: str, other: Document) -> Iterator[st
 
 
 def _extend(made: Document, new: Sequence[str], other: Document) -> None:
-    """Makes tokens part of the vocabulary."""
+    """Makes new tokens of another tokenizer part of the vocabulary, in place, with the merges or scores they need."""
     model = made["model"]
     _include_added_tokens(made)
     start = max(document_ids(made).values(), default=-1) + 1
@@ -237,10 +235,10 @@ def _extend(made: Document, new: Sequence[str], other: Document) -> None:
 
 
 def _include_added_tokens(made: Document) -> None:
-    """Added tokens become entries of the vocabulary, too.
+    """Makes added tokens entries of the vocabulary, too, in place.
 
-    When a tokenizer is read, those that are none are numbered behind the vocabulary, whatever their `id` says: they
-    would move once it grows.
+    When a tokenizer is read, added tokens that are no entries are numbered behind the vocabulary, whatever their `id`
+    says: they would move once it grows.
     """
     model = made["model"]
     entries = sorted(made["added_tokens"], key=lambda entry: int(entry["id"]))
@@ -255,5 +253,6 @@ def _include_added_tokens(made: Document) -> None:
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    """Splits a merge of BPE, which is a text or a pair, depending on the version of the file."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right

@@ -1,4 +1,8 @@
-"""From the settings and the models to the output's vocabulary."""
+"""The output's vocabulary: its tokenizer, and which rows of every model's embeddings its tokens get.
+
+`build_vocabulary` reads the models' tokenizers and makes the output's, by the settings: a union, or one of them. Then
+`Vocabulary.rows_for` says of one tensor's models which of their rows the output's are made of.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.side_files import TOKENIZER_FILES
 from largemerge.errors import ConfigError, LargemergeError
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
-from largemerge.tokenizer.embedding_rows import Rows, TokenRows, choose_rows, labels
+from largemerge.tokenizer.embedding_rows import Rows, TokenRows, choose_rows, rule_labels
 from largemerge.tokenizer.tokenizers import (
     Tokenizer,
     add_plain_tokens,
@@ -28,17 +32,17 @@ from largemerge.tokenizer.tokenizers import (
 
 @dataclass
 class Vocabulary:
-    """The output's vocabulary.
+    """The output's vocabulary: tokenizer, size, and the rows of its embeddings.
 
     Attributes:
-        tokenizer: The output's.
-        settings: From the configuration.
+        tokenizer: The output's tokenizer.
+        settings: Settings of the configuration.
         reference: The tokenizer of the model whose config the output has.
-        by_model: The tokenizers of all models.
-        num_rows: Of the output's embeddings.
+        by_model: The tokenizer of every model.
+        num_rows: Number of rows of the output's embeddings.
         tensors: Names on disk of tensors with a row for every token.
         notes: What a user should know.
-        rows: By the models of a tensor: which rows it is made of; filled while the output is laid out.
+        rows: What `rows_for` has found, by its arguments.
     """
 
     tokenizer: Tokenizer
@@ -49,44 +53,44 @@ class Vocabulary:
     tensors: frozenset[str]
     notes: list[str]
     rows: dict[Any, TokenRows] = field(default_factory=dict)
-    _natural: dict[str, Rows] = field(default_factory=dict)
+    _model_ids: dict[str, Rows] = field(default_factory=dict)
 
     def rows_for(
         self, models: Sequence[str], num_rows: Mapping[str, int], base: str | None
     ) -> tuple[TokenRows, list[str]]:
-        """Which rows a tensor of these models is made of, in their order, and what is wrong with the user's wishes.
+        """Chooses the rows that a tensor is made of, and says what is wrong with the settings of single tokens.
 
         Args:
-            models: Whose tensors are merged.
-            num_rows: How many rows each has.
+            models: The models whose tensors are merged, in order.
+            num_rows: Number of rows of every model's tensor.
             base: The base, if there is one.
         """
         key = (tuple(models), tuple(num_rows[model] for model in models), base)
         if key in self.rows:
             return self.rows[key], []
-        natural = {model: self._numbers(model) for model in models}
+        model_ids = {model: self._ids_in(model) for model in models}
         tokens = {}
         for token, settings in self.settings.tokens.items():
             other = self.by_model.get(settings.source.model) if isinstance(settings.source, TokenSource) else None
             tokens[token] = (settings, other.ids if other is not None else None)
-        self.rows[key], problems, idle = choose_rows(self.tokenizer.ids, natural, num_rows, base, tokens)
-        for token in idle:
+        self.rows[key], problems, unused = choose_rows(self.tokenizer.ids, model_ids, num_rows, base, tokens)
+        for token in unused:
             note = f"tokenizer.tokens.{token}: all models have it and keep their own; force: true would replace it"
             self.notes += [note] if note not in self.notes else []
         return self.rows[key], problems
 
-    def _numbers(self, model: str) -> Rows:
-        """For every row of the output, the number that its token has in a model, -1 for none."""
-        if model not in self._natural:
+    def _ids_in(self, model: str) -> Rows:
+        """Looks up the number that the token of every row of the output has in a model; -1 for none."""
+        if model not in self._model_ids:
             numbers = np.full(self.num_rows, -1, dtype=np.int64)
             theirs = self.by_model[model].ids
             for token, number in self.tokenizer.ids.items():
                 numbers[number] = theirs.get(token, -1)
-            self._natural[model] = numbers
-        return self._natural[model]
+            self._model_ids[model] = numbers
+        return self._model_ids[model]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a merge and its continuation must have in common."""
+        """Hashes what a merge and its continuation must have in common: files and tokens."""
         files = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.tokenizer.files.items())}
         ids = {
             model: hashlib.sha256(json.dumps(sorted(tokenizer.ids.items())).encode()).hexdigest()
@@ -95,7 +99,7 @@ class Vocabulary:
         return {"files": files, "tokens": ids}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The vocabulary as plain JSON values."""
         return {
             "source": self.settings.source,
             "tokens": len(self.tokenizer.ids),
@@ -108,13 +112,13 @@ class Vocabulary:
             ],
         }
 
-    def told(self) -> str:
-        """For tables."""
+    def summary(self) -> str:
+        """Describes the vocabulary for a table: its size, and how many tokens each rule has made."""
         text = f"{len(self.tokenizer.ids)} tokens, {self.num_rows} rows ({self.settings.source})"
-        return "\n".join([text, *(line for rows in self._unlike_rows() for line in labels(rows))])
+        return "\n".join([text, *(line for rows in self._unlike_rows() for line in rule_labels(rows))])
 
     def _unlike_rows(self) -> list[TokenRows]:
-        """Input and output embeddings mostly have the same rules: told once."""
+        """Lists rows that differ in their rules; input and output embeddings mostly have the same ones."""
         unlike: list[TokenRows] = []
         for rows in self.rows.values():
             if all(rows.counts != other.counts or rows.listed != other.listed for other in unlike):
@@ -133,15 +137,15 @@ def build_vocabulary(
     """Reads all tokenizers and makes the output's.
 
     Args:
-        settings: From the configuration.
-        folders: By model, in order: where its tokenizer is.
+        settings: Settings of the configuration.
+        folders: Folder of every model's tokenizer, in the order of the models.
         base: The base, if there is one.
         reference: The model whose config the output has.
         tensors: Names on disk of tensors with a row for every token.
         elsewhere: Folders of models that are not merged here, by name; others are located.
 
     Raises:
-        LargemergeError: With all that is wrong.
+        LargemergeError: If anything is wrong; it lists all of it.
     """
     problems = [
         f"{place}: {model} is not among the models of this merge: {list(folders)}"
@@ -173,7 +177,7 @@ def build_vocabulary(
 
 
 def _load_all(folders: Mapping[str, Path], first: str, problems: list[str], notes: list[str]) -> dict[str, Tokenizer]:
-    """By model; models with the same files share one."""
+    """Loads the tokenizer of every model; models with the same files share one."""
     by_model: dict[str, Tokenizer] = {}
     loaded: dict[str, Tokenizer] = {}
     for model in dict.fromkeys([first, *folders]):
@@ -196,6 +200,7 @@ def _load_all(folders: Mapping[str, Path], first: str, problems: list[str], note
 
 
 def _files_key(folder: Path) -> str:
+    """Hashes the files that make a folder's tokenizer what it is."""
     digest = hashlib.sha256()
     for name in (*TOKENIZER_FILES, "config.json"):  # the config may decide on the tokenizer's class
         path = folder / name
@@ -205,6 +210,7 @@ def _files_key(folder: Path) -> str:
 
 
 def _union(by_model: Mapping[str, Tokenizer], first: str, notes: list[str]) -> Tokenizer:
+    """Unites the tokenizers of all models; the first one's tokens keep their numbers."""
     base = by_model[first]
     others = {
         model: tokenizer
@@ -228,6 +234,7 @@ def _union(by_model: Mapping[str, Tokenizer], first: str, notes: list[str]) -> T
 
 
 def _with_user_tokens(tokenizer: Tokenizer, settings: TokenizerSettings) -> Tokenizer:
+    """Adds the tokens that have settings and that the tokenizer lacks."""
     new = [token for token in settings.tokens if token not in tokenizer.ids]
     if not new:
         return tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from adapters import shapes_of, write_adapter
 from cases import weights_in
 from rich.console import Console
-from safetensors.torch import save_file
 from tokenized import ENGLISH, train, write_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -22,34 +21,8 @@ from largemerge import LargemergeError
 from largemerge.cli import main
 from largemerge.data_free.methods import base
 from largemerge.data_free.plan import DataFreePlan
-from largemerge.data_free.report import print_plan
 
-Tensors = dict[str, torch.Tensor]
 Q, DOWN, NORM = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.norm"
-
-
-def write_adapter(
-    folder: Path,
-    shapes: dict[str, tuple[int, int]],
-    seed: int = 0,
-    whole: Tensors | None = None,
-    rank: int = 4,
-    **more: Any,
-) -> Tensors:
-    """Saves an adapter for weights of these shapes as peft would; returns its tensors by their names there."""
-    torch.manual_seed(seed)
-    tensors: Tensors = {}
-    rank = 4
-    for module, (out, inner) in shapes.items():
-        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, inner)
-        tensors[f"{module}.lora_B.weight"] = torch.randn(out, rank)
-    tensors |= whole or {}
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": list(shapes), "bias": "none"}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config | more))
-    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    return tensors
 
 
 def passthrough(folder: Path, reference: Any = None) -> dict[str, Any]:
@@ -58,13 +31,8 @@ def passthrough(folder: Path, reference: Any = None) -> dict[str, Any]:
 
 def told(plan: DataFreePlan) -> str:
     console = Console(file=io.StringIO(), width=300)
-    print_plan(plan, console)
+    plan.print(console)
     return console.file.getvalue()
-
-
-def shapes_of(folder: Path, *modules: str) -> dict[str, tuple[int, int]]:
-    weights = weights_in(folder)
-    return {module: (weights[f"{module}.weight"].shape[0], weights[f"{module}.weight"].shape[1]) for module in modules}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""What a parameter is for one tensor: scalars, gradients, filters, levels."""
+"""The value of a parameter for one tensor: scalars, gradients, filters, levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU computes of a data-free merge; most of it needs one."""
+"""Data-free merges on a GPU; most of these tests need one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.resources import Accelerator, device_bytes
 from largemerge.errors import LargemergeError
 
-OF_MATRICES = [name for name, method in METHODS.items() if method.matrices is not None]
+OF_MATRICES = [name for name, method in METHODS.items() if method.matrix_formula is not None]
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
 SHARD = 2_000_000
@@ -26,7 +26,7 @@ SHARD = 2_000_000
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
-    """Three models with square, wide and tall matrices."""
+    """Saves three models with square, wide and tall matrices."""
     sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2, "vocab_size": 500}
     torch.manual_seed(0)
     base = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
@@ -40,29 +40,29 @@ def config(tmp_path: Path) -> dict[str, Any]:
     return {"merge_method": "tsv_m", "base_model": str(tmp_path / "base"), "models": models}
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, most_bytes: int) -> None:
-    """A GPU of so much memory, for plans."""
-    monkeypatch.setattr(resources, "open_accelerator", lambda *_: (Accelerator(GPU, most_bytes), ""))
+def pretend(monkeypatch: pytest.MonkeyPatch, max_bytes: int) -> None:
+    """Makes plans believe that there is a GPU with some memory."""
+    monkeypatch.setattr(resources, "open_accelerator", lambda *_: (Accelerator(GPU, max_bytes), ""))
 
 
 def test_the_plan_for_a_gpu_holds_no_more_than_it_has(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = largemerge.plan(config, device="cpu", probe=False)
-    assert (on_cpu.device.type, on_cpu.holding.device_bytes) == ("cpu", 0)
+    assert (on_cpu.device.type, on_cpu.resources.device_bytes) == ("cpu", 0)
     pretend(monkeypatch, 1 << 40)
     ample = largemerge.plan(config, device="cpu", probe=False)
     assert ample.device == GPU and ample.num_workers == 4
-    assert not any("workers at a time" in note for note in ample.layout.notes)
-    there = sorted((device_bytes("tsv_m", task) for task in ample.layout.tasks), reverse=True)
-    assert ample.holding.device_bytes == sum(there[:4]) and there[-1] == 0, "vectors stay on the CPU"
-    assert ample.to_json()["device"] == "cuda" and ample.to_json()["device_bytes"] == ample.holding.device_bytes
+    assert not any("workers at a time" in note for note in ample.notes)
+    there = sorted((device_bytes("tsv_m", task) for task in ample.tasks), reverse=True)
+    assert ample.resources.device_bytes == sum(there[:4]) and there[-1] == 0, "vectors stay on the CPU"
+    assert ample.to_json()["device"] == "cuda" and ample.to_json()["device_bytes"] == ample.resources.device_bytes
     pretend(monkeypatch, sum(there[:2]))
     two = largemerge.plan(config, device="cpu", probe=False)
-    assert (two.num_workers, two.holding.device_bytes) == (2, sum(there[:2]))
-    assert any("on cuda" in note and "workers at a time: 2" in note for note in two.layout.notes)
+    assert (two.num_workers, two.resources.device_bytes) == (2, sum(there[:2]))
+    assert any("on cuda" in note and "workers at a time: 2" in note for note in two.notes)
     pretend(monkeypatch, there[0] - 1)
     small = largemerge.plan(config, device="cpu", probe=False)
-    largest = max(small.layout.tasks, key=lambda task: device_bytes("tsv_m", task))
-    assert 0 < small.holding.device_bytes < there[0] and not small.holding.accelerator.computes("tsv_m", largest)
+    largest = max(small.tasks, key=lambda task: device_bytes("tsv_m", task))
+    assert 0 < small.resources.device_bytes < there[0] and not small.resources.accelerator.computes("tsv_m", largest)
 
 
 @pytest.mark.parametrize("method", ["ties", "tsv_m"])
@@ -82,7 +82,7 @@ def test_on_a_gpu_as_on_the_cpu(config: dict[str, Any], tmp_path: Path, method: 
     report = largemerge.merge(config, tmp_path / "gpu")
     largemerge.merge(config, tmp_path / "again")
     assert (expected.plan.device.type, report.plan.device.type) == ("cpu", "cuda")
-    assert before < report.peak.device <= before + report.plan.holding.device_bytes
+    assert before < report.peak.device <= before + report.plan.resources.device_bytes
     assert report.to_json()["machine"]["device_name"] and expected.peak.device == 0
     found, again = weights_in(tmp_path / "gpu"), weights_in(tmp_path / "again")
     base = weights_in(tmp_path / "base")
@@ -96,19 +96,19 @@ def test_on_a_gpu_as_on_the_cpu(config: dict[str, Any], tmp_path: Path, method: 
 def test_what_is_too_large_for_the_gpu_is_the_cpus(config: dict[str, Any], tmp_path: Path) -> None:
     largemerge.merge(config, tmp_path / "cpu", device="cpu")
     report = largemerge.merge(config | {"memory": {"device": 1 << 20}}, tmp_path / "small")
-    (note,) = (note for note in report.plan.layout.notes if "are too little" in note)
+    (note,) = (note for note in report.plan.notes if "are too little" in note)
     assert "on the CPU" in note and "model.layers.*.mlp.up_proj.weight" in note
     found = weights_in(tmp_path / "small")
     assert all(torch.equal(found[name], tensor) for name, tensor in weights_in(tmp_path / "cpu").items())
-    assert report.plan.holding.device_bytes == 0
+    assert report.plan.resources.device_bytes == 0
 
 
 @on_a_gpu
 def test_elementwise_methods_say_that_they_stay_on_the_cpu(config: dict[str, Any]) -> None:
     config |= {"merge_method": "ties", "parameters": {"weight": 0.5}}
     plan = largemerge.plan(config, device="cuda", probe=False)
-    assert plan.device.type == "cpu" and any("element by element" in note for note in plan.layout.notes)
-    assert not any("element by element" in note for note in largemerge.plan(config, probe=False).layout.notes)
+    assert plan.device.type == "cpu" and any("element by element" in note for note in plan.notes)
+    assert not any("element by element" in note for note in largemerge.plan(config, probe=False).notes)
 
 
 @on_a_gpu

@@ -1,4 +1,4 @@
-"""No more workers compute at once than there are turns, and who waits for the disk gives its turn away."""
+"""Compute slots: as many workers compute at once as there are slots; one that waits for the disk releases its own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from largemerge.data_free.loader import Turns, others_turn
+from largemerge.data_free.loader import ComputeSlots, release_slot
 
 
 def test_so_many_at_once_and_more_while_some_wait() -> None:
-    turns, lock = Turns(2), threading.Lock()
+    slots, lock = ComputeSlots(2), threading.Lock()
     computing = waiting = most_computing = most_waiting = 0
 
     def work(_: int) -> None:
         nonlocal computing, waiting, most_computing, most_waiting
-        with turns.taken():
+        with slots.acquire():
             for _ in range(3):
                 with lock:
                     computing += 1
@@ -25,7 +25,7 @@ def test_so_many_at_once_and_more_while_some_wait() -> None:
                 time.sleep(0.002)
                 with lock:
                     computing -= 1
-                with others_turn():
+                with release_slot():
                     with lock:
                         waiting += 1
                         most_waiting = max(most_waiting, waiting)
@@ -38,15 +38,15 @@ def test_so_many_at_once_and_more_while_some_wait() -> None:
     assert most_computing == 2 < most_waiting
 
 
-def test_an_error_gives_the_turn_back() -> None:
-    turns = Turns(1)
+def test_an_error_releases_the_slot() -> None:
+    slots = ComputeSlots(1)
     for _ in range(3):
-        with pytest.raises(ValueError), turns.taken(), others_turn():
+        with pytest.raises(ValueError), slots.acquire(), release_slot():
             raise ValueError
-    with turns.taken(), others_turn(), turns.taken():
+    with slots.acquire(), release_slot(), slots.acquire():
         pass  # somebody else's would be the same
 
 
-def test_without_a_turn_nothing_is_given_away() -> None:
-    with others_turn(), others_turn():
+def test_without_a_slot_nothing_is_released() -> None:
+    with release_slot(), release_slot():
         pass

@@ -27,8 +27,8 @@ def test_a_merge_loads_and_is_what_its_method_says(tmp_path: Path) -> None:
     merged = weights_in(tmp_path / "out")
     assert set(merged) == set(base)
     for name, tensor in merged.items():
-        each = {"weight": [0.5, 0.3, 0.2]}
-        expected = merge_tensors("ties", [other[name] for other in others], base[name], name=name, each=each)
+        per_model = {"weight": [0.5, 0.3, 0.2]}
+        expected = merge_tensors("ties", [other[name] for other in others], base[name], name=name, per_model=per_model)
         assert torch.equal(tensor, expected), name
     told = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert told["tensors"]["model.norm.weight"]["each"]["weight"] == [0.5, 0.3, 0.2]
@@ -44,12 +44,12 @@ def test_every_method_merges_files(tmp_path: Path, method: str) -> None:
     config = config_of(tmp_path, method, numbers)
     if row.base.name == "REQUIRED":
         config["base_model"] = str(tmp_path / "model0")
-    for entry in config["models"] if row.companion is not None else ():
+    for entry in config["models"] if row.auxiliary_parameter is not None else ():
         diagonals = {name: tensor.abs() for name, tensor in weights_in(Path(entry["model"])).items()}
         save_file(diagonals, f"{entry['model']}.safetensors")
-        entry["parameters"] = {row.companion: f"{entry['model']}.safetensors"}
-    options = {name: 0.3 for name in row.options if name == "t"}
-    config["parameters"] = options | {"weight": 0.4} if "weight" in row.each else options
+        entry["parameters"] = {row.auxiliary_parameter: f"{entry['model']}.safetensors"}
+    options = {name: 0.3 for name in row.shared if name == "t"}
+    config["parameters"] = options | {"weight": 0.4} if "weight" in row.per_model else options
     largemerge.merge(config, tmp_path / "out")
     merged = load(tmp_path / "out")
     assert merged.dtype == torch.bfloat16
@@ -102,7 +102,7 @@ def test_gradients_and_filters(tmp_path: Path) -> None:
     config = config_of(tmp_path, "slerp", [1], base_model=str(tmp_path / "model0"))
     config["parameters"] = {"t": [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.25}]}
     plan = largemerge.plan(config)
-    used = {task.name: task.options["t"] for task in plan.layout.tasks}
+    used = {task.name: task.shared["t"] for task in plan.tasks}
     mlp = [used[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(NUM_LAYERS)]
     assert mlp == [0.0, 0.5, 1.0]
     assert {value for name, value in used.items() if "mlp" not in name} == {0.25}
@@ -147,7 +147,7 @@ def test_unlike_dtypes_are_noted(tmp_path: Path) -> None:
     tiny_models.perturbed("llama", 2).save_pretrained(tmp_path / "model2")
     config = config_of(tmp_path, "linear", [1, 2], parameters={"weight": 0.5})
     plan = largemerge.plan(config)
-    assert any("unlike dtypes; computed in float32" in note for note in plan.layout.notes)
+    assert any("unlike dtypes; computed in float32" in note for note in plan.notes)
 
 
 def test_a_tied_head_is_the_embeddings(tmp_path: Path) -> None:
@@ -173,10 +173,10 @@ def test_workers_and_readings_change_nothing(tmp_path: Path, method: str, monkey
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        monkeypatch.setattr(resources, "_LITTLE_BYTES", 0)
+        monkeypatch.setattr(resources, "_SMALL_BYTES", 0)
         assert largemerge.merge(config, tmp_path / "one").plan.num_workers == 1
         torch.set_num_threads(4)
-        monkeypatch.setattr(resources, "_LITTLE_BYTES", 2 << 30)
+        monkeypatch.setattr(resources, "_SMALL_BYTES", 2 << 30)
         monkeypatch.setattr(loader, "KEPT_BYTES", 0)
         monkeypatch.setattr(loader, "_SPAN_BYTES", 1000)
         report = largemerge.merge(config, tmp_path / "four")

@@ -20,7 +20,7 @@ from largemerge.data_free import engine, tasks
 
 
 def long_config(folder: Path) -> Path:
-    """A merge of several parts, in shards."""
+    """Writes the configuration of a merge of several parts, in shards."""
     for seed in range(3):
         torch.manual_seed(seed)
         sizes = tiny_models.LLM | {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 512}

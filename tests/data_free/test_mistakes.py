@@ -1,4 +1,4 @@
-"""What is wrong with a data-free merge is told before the work."""
+"""Mistakes in data-free merges are reported before the work."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_keys_without_values_are_none(tmp_path: Path) -> None:
     config = weighted(tmp_path) | empty | {"parameters": None}
     config["models"][0]["parameters"]["weight"] = [{"filter": None, "value": 0.5}]
     plan = largemerge.plan(config)
-    assert not plan.problems and plan.layout.tasks[0].each["weight"] == [0.5, 0.3, 0.2]
+    assert not plan.problems and plan.tasks[0].per_model["weight"] == [0.5, 0.3, 0.2]
     with pytest.raises(LargemergeError, match=r"slices\[0\].residual_weight: unknown key"):
         largemerge.plan({"merge_method": "linear", "slices": [{"sources": [], "residual_weight": 0.5}]})
 

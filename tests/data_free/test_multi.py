@@ -42,7 +42,7 @@ def write(folder: Path, *documents: Config) -> Path:
 
 
 def three(folder: Path) -> Path:
-    """The mean of (mean of 0 and 1) and (mean of 2 and the first): out of order, as people may write them."""
+    """Writes merges to the mean of (mean of 0 and 1) and (mean of 2 and the first), out of order, as people may."""
     return write(
         folder,
         linear("first", "second"),

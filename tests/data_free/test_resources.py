@@ -1,4 +1,4 @@
-"""What a data-free merge may hold, and how long it is expected to take."""
+"""The memory and workers of a data-free merge, and how long it is expected to take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from largemerge.machine import memory_in_use
 
 @pytest.fixture(autouse=True)
 def four_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(resources, "_LITTLE_BYTES", 0)  # no more of them than threads
+    monkeypatch.setattr(resources, "_SMALL_BYTES", 0)  # no more of them than threads
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     yield
@@ -31,7 +31,7 @@ def four_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
-    """Three models with matrices of some megabytes."""
+    """Saves three models with matrices of some megabytes."""
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "vocab_size": 2000}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -53,30 +53,30 @@ def test_less_memory_less_at_once_the_same_bits(
     monkeypatch.setattr(base, "PIECE_ELEMENTS", 500)
     monkeypatch.setattr(loader, "_SPAN_BYTES", 4000)
     free = largemerge.merge(config, tmp_path / "free")
-    assert free.plan.num_workers == 4 and free.plan.holding.kept_bytes == loader.KEPT_BYTES
-    assert not any("workers at a time" in note for note in free.plan.layout.notes)
-    least = sorted((loader.worker_bytes("ties", task, 0) for task in free.plan.layout.tasks), reverse=True)
+    assert free.plan.num_workers == 4 and free.plan.resources.kept_bytes == loader.KEPT_BYTES
+    assert not any("workers at a time" in note for note in free.plan.notes)
+    least = sorted((loader.worker_bytes("ties", task, 0) for task in free.plan.tasks), reverse=True)
     for fewer, limit in ((0, free.plan.peak_bytes - 1), (2, before.host_anonymous + int(1.125 * sum(least[:2])))):
         out = tmp_path / f"limited-{fewer}"
         limited = largemerge.merge(config | {"memory": {"host": limit}}, out)
         assert limited.plan.peak_bytes <= limit
-        assert (limited.plan.num_workers, limited.plan.holding.kept_bytes) <= (4 - fewer, loader.KEPT_BYTES)
-        assert limited.plan.holding != free.plan.holding
-        assert any("workers at a time" in note for note in limited.plan.layout.notes)
+        assert (limited.plan.num_workers, limited.plan.resources.kept_bytes) <= (4 - fewer, loader.KEPT_BYTES)
+        assert limited.plan.resources != free.plan.resources
+        assert any("workers at a time" in note for note in limited.plan.notes)
         merged, expected = weights_in(out), weights_in(tmp_path / "free")
         assert all(torch.equal(merged[name], expected[name]) for name in expected)
-    assert limited.plan.holding.kept_bytes == 0 and limited.bytes_read > free.bytes_read, "read twice, not kept"
+    assert limited.plan.resources.kept_bytes == 0 and limited.bytes_read > free.bytes_read, "read twice, not kept"
 
 
 def test_more_workers_than_cores_only_where_they_take_little(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "_LITTLE_BYTES", 2 << 30)
+    monkeypatch.setattr(resources, "_SMALL_BYTES", 2 << 30)
     ample = largemerge.merge(config, tmp_path / "ample")
     assert ample.plan.num_workers == 8
-    monkeypatch.setattr(resources, "_LITTLE_BYTES", 0)
+    monkeypatch.setattr(resources, "_SMALL_BYTES", 0)
     few = largemerge.merge(config, tmp_path / "few")
-    assert few.plan.num_workers == 4 and not few.plan.layout.notes
+    assert few.plan.num_workers == 4 and not few.plan.notes
     factored = config | {"merge_method": "tsv_m", "parameters": {}}
     assert largemerge.plan(factored, device="cpu", probe=False).num_workers == 4
     merged, expected = weights_in(tmp_path / "few"), weights_in(tmp_path / "ample")
@@ -86,11 +86,11 @@ def test_more_workers_than_cores_only_where_they_take_little(
 def test_many_cores_hold_no_more(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(16)
     least = largemerge.plan(config, probe=False)
-    assert least.num_workers == 4 and not least.layout.notes
-    one = max(loader.worker_bytes("ties", task, loader.KEPT_BYTES) for task in least.layout.tasks)
-    monkeypatch.setattr(resources, "_LITTLE_BYTES", least.peak_bytes + 2 * one)
+    assert least.num_workers == 4 and not least.notes
+    one = max(loader.worker_bytes("ties", task, loader.KEPT_BYTES) for task in least.tasks)
+    monkeypatch.setattr(resources, "_SMALL_BYTES", least.peak_bytes + 2 * one)
     plan = largemerge.plan(config, probe=False)
-    assert 6 <= plan.num_workers < 16 and plan.peak_bytes <= resources._LITTLE_BYTES and not plan.layout.notes
+    assert 6 <= plan.num_workers < 16 and plan.peak_bytes <= resources._SMALL_BYTES and not plan.notes
 
 
 def test_too_little_is_refused_and_says_what_would_do(

@@ -42,7 +42,7 @@ def merged(folder: Path, count: int = 2, **more: Any) -> Any:
 
 
 def write_models(folder: Path, templates: list[Any]) -> None:
-    """Models whose tokenizers have these templates, in one of the places where they may be."""
+    """Saves models whose tokenizers have these templates, in one of the places where they may be."""
     tokenizer = train("BPE", ENGLISH)
     for number, template in enumerate(templates):
         write_model(folder / f"m{number}", number, tokenizer, [f"<{number}>"])
@@ -71,14 +71,14 @@ def test_auto_takes_what_most_models_have(tmp_path: Path) -> None:
     write_models(tmp_path, ["{{ 'one' }}", named, "{{ 'two' }}", None])
     tokenizer, report = merged(tmp_path, 4, chat_template="auto", tokenizer_source="union")
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "two"
-    assert "chat template: auto: that of 2 of the 3 models that have one" in report.plan.layout.notes
+    assert "chat template: auto: that of 2 of the 3 models that have one" in report.plan.notes
 
 
 def test_auto_without_any(tmp_path: Path) -> None:
     write_models(tmp_path, [None, None])
     tokenizer, report = merged(tmp_path, chat_template="auto", tokenizer_source="union")
     assert tokenizer.chat_template is None
-    assert "chat template: auto: no model has one" in report.plan.layout.notes
+    assert "chat template: auto: no model has one" in report.plan.notes
 
 
 def test_a_template_of_one_s_own_replaces_a_copied_one(tmp_path: Path) -> None:

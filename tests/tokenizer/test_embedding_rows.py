@@ -1,4 +1,4 @@
-"""What tokens get that a model lacks: the user's wishes, padding, holes; and mistakes, told before the work."""
+"""Embeddings of tokens that a model lacks: settings of single tokens, padding, holes; and mistakes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = EMBEDDINGS[0]
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, dict[str, int]]:
-    """`a` with `<x>`, `b` and `c` with `<y>`; all have the rest in common."""
+    """Saves `a` with `<x>`, `b` and `c` with `<y>`; all have the rest in common."""
     tokenizer = train("BPE", ENGLISH)
     added = {"a": ["<x>"], "b": ["<y>"], "c": ["<y>"]}
     return {name: write_model(tmp_path / name, seed, tokenizer, added[name]) for seed, name in enumerate(added)}
@@ -62,7 +62,7 @@ def test_every_way_to_name_a_source(tmp_path: Path, models: dict[str, dict[str, 
     (rules,) = report.to_json()["plan"]["vocabulary"]["rules"]
     assert rules["counts"]["as `tokens` says"] == 5, "</s> is in all models: there is nothing to be done"
     assert set(rules["tokens"]["as `tokens` says"]) == set(tokens) - {"</s>"}
-    assert any("</s>" in note and "force: true" in note for note in report.plan.layout.notes)
+    assert any("</s>" in note and "force: true" in note for note in report.plan.notes)
 
 
 def test_default_rules_are_reported(tmp_path: Path, models: dict[str, dict[str, int]]) -> None:
@@ -106,7 +106,7 @@ def test_a_model_without_a_tokenizer_is_noted(tmp_path: Path) -> None:
     ids = write_model(tmp_path / "a", 0, train("BPE", ENGLISH), ["<x>"])
     write_model(tmp_path / "b", 1, None, num_rows=301)
     report = largemerge.merge(linear(tmp_path, ["a", "b"], [0.5, 0.5], tokenizer_source="union"), tmp_path / "out")
-    assert any("has no tokenizer; its tokens are taken to be those of" in note for note in report.plan.layout.notes)
+    assert any("has no tokenizer; its tokens are taken to be those of" in note for note in report.plan.notes)
     a, b = (rows_by_token(tmp_path / name, ids) for name in "ab")
     assert torch.allclose(weights_in(tmp_path / "out")[NAME][ids["<x>"]], (a["<x>"] + b["<x>"]) / 2)
 

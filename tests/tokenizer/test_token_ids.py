@@ -1,4 +1,4 @@
-"""Which tensors have a row for every token, in models of many kinds."""
+"""Tensors with a row for every token are found in models of many kinds."""
 
 from __future__ import annotations
 

@@ -86,9 +86,9 @@ def test_with_a_base_its_embeddings_stand_in(tmp_path: Path, method: str, monkey
         from largemerge.data_free.methods.table import METHODS, merge_tensors
 
         row = METHODS[method]
-        each = {key: [value] * len(names) for key, value in parameters.items() if key in row.each}
-        options = {key: value for key, value in parameters.items() if key in row.options}
-        expected = merge_tensors(method, dense[:-1], dense[-1], name=name, each=each, **options)
+        per_model = {key: [value] * len(names) for key, value in parameters.items() if key in row.per_model}
+        options = {key: value for key, value in parameters.items() if key in row.shared}
+        expected = merge_tensors(method, dense[:-1], dense[-1], name=name, per_model=per_model, **options)
         assert torch.allclose(weights_in(tmp_path / "out")[name], expected, atol=1e-7), name
 
 
@@ -131,7 +131,7 @@ def test_unlike_sizes_without_a_setting_are_refused(tmp_path: Path) -> None:
 
 
 def long_config(folder: Path) -> Path:
-    """Three models, several pieces and parts, padding."""
+    """Writes the configuration of three models with several pieces and parts, and padding."""
     tokenizer = train("BPE", ENGLISH)
     for seed, added in enumerate((["<x>"], ["<y>", "<x>"], ["<y>", "<z>"])):
         write_model(folder / f"m{seed}", seed, tokenizer, added)

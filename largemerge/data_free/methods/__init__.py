@@ -1,1 +1,1 @@
-"""The formulas of the data-free methods, as functions on tensors, and the table of them."""
+"""The formulas of the data-free methods, as functions on tensors, and the table of the methods."""

@@ -1,9 +1,14 @@
-"""A tensor of all models at once, cut into pieces.
+"""What a data-free method is, and what it is given: a row of the table in `table.py`, pieces of tensors.
 
-Where the cuts are depends on the tensor's shape and on the method alone, never on how much memory there is or on how
-many workers there are: so random numbers, which are drawn piece by piece, are the same everywhere.
+A method goes over a tensor once or twice, a piece of all models at a time:
 
-What a data-free method is: one row of the table in `registry.py`.
+    access(shared parameters)     → how the tensor is read: where it may be cut, whether there is a first pass
+    first_pass(all pieces)        → statistics of the whole tensor, such as thresholds or inner products
+    prepare(statistics)           → merge
+    merge(piece), for every piece → the merged rows
+
+Where a tensor is cut depends on its shape and on the method alone, never on how much memory or how many workers there
+are. So random numbers, which are drawn piece by piece, are the same everywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +24,10 @@ import numpy as np
 import torch
 
 PIECE_ELEMENTS = 1 << 19
-"""Of one model: a megabyte in 16 bits, so that a piece of some models stays in a core's cache."""
+"""Elements of one model in a piece: a megabyte in 16 bits, so that a piece of some models stays in a core's cache."""
+
+REQUIRED = object()
+"""Stands in the place of a default for parameters that have none."""
 
 
 class Cut(Enum):
@@ -35,25 +43,24 @@ class Piece:
     """Some rows of a tensor of all models.
 
     Attributes:
-        tensors: Of every model but the base, all of one shape and dtype; for some methods less the base (see
-            `Way.less_base`).
-        base: Of the base, where the method has one.
-        each: Parameters of every model, by name, in the order of `tensors`.
-        options: Parameters of all models together, by name.
-        first: Number of the first element in the whole tensor.
-        num_elements: Of the whole tensor.
-        key: Of random numbers: seed, tensor, piece.
-        companions: What belongs to each of `tensors` and has its shape; empty for methods that want none.
+        tensors: Rows of every model but the base, all of one shape and dtype; some methods are given task vectors
+            instead (see `Access.as_task_vectors`).
+        base: Rows of the base, where the method has one.
+        per_model: Parameters of every model, by name, in the order of `tensors`.
+        shared: Parameters of all models together, by name.
+        num_elements: Number of elements of the whole tensor.
+        key: Seed, tensor and piece, which random numbers depend on.
+        auxiliary: Tensors that belong to `tensors` one by one and have their shape, such as Fisher diagonals; empty
+            for methods that need none.
     """
 
     tensors: Sequence[torch.Tensor]
     base: torch.Tensor | None
-    each: Mapping[str, Sequence[Any]]
-    options: Mapping[str, Any]
-    first: int = 0
+    per_model: Mapping[str, Sequence[Any]]
+    shared: Mapping[str, Any]
     num_elements: int = 0
     key: str = ""
-    companions: Sequence[torch.Tensor] = ()
+    auxiliary: Sequence[torch.Tensor] = ()
 
     @property
     def origin(self) -> torch.Tensor:
@@ -61,8 +68,12 @@ class Piece:
         assert self.base is not None, "the configuration is checked before"
         return self.base
 
+    def task_vector(self, model: int) -> torch.Tensor:
+        """Computes Δ_i = W_i - W_0 in float32, for methods whose `tensors` are the models' own."""
+        return self.tensors[model].to(torch.float32).sub(self.origin.to(torch.float32))
+
     def random(self, model: int) -> np.ndarray:
-        """Random integers from 0 to 65535, in the shape of the piece; the same whenever asked for."""
+        """Draws integers from 0 to 65535 in the shape of the piece; the same ones at every call."""
         seed = hashlib.sha256(f"{self.key} {model}".encode()).digest()
         generator = np.random.SFC64(list(np.frombuffer(seed, dtype=np.uint32)))
         shape = self.tensors[model].shape
@@ -71,11 +82,14 @@ class Piece:
 
 
 Pieces = Callable[[], Iterator[Piece]]
-"""All pieces of a tensor, in order; may be called again."""
+"""Yields all pieces of a tensor, in order; may be called again."""
+
+Merge = Callable[[Piece], torch.Tensor]
+"""Merges one piece after the other, in order."""
 
 
 def rows_of_pieces(shape: Sequence[int], cut: Cut) -> list[slice]:
-    """Which rows each piece of a tensor of some shape has; a vector's rows are its elements."""
+    """Cuts a tensor of some shape into the rows of its pieces; a vector's rows are its elements."""
     num_rows = shape[0] if shape else 1
     row_elements = 1
     for size in shape[1:]:
@@ -87,15 +101,8 @@ def rows_of_pieces(shape: Sequence[int], cut: Cut) -> list[slice]:
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-REQUIRED = object()
-"""In the place of a default: there is none."""
-
-Merge = Callable[[Piece], torch.Tensor]
-"""Merges one piece after the other, in order."""
-
-
 class Base(Enum):
-    """What a method wants of `base_model`."""
+    """What `base_model` means to a method."""
 
     NONE = "is not used: leave base_model out, or name it among the models"
     OPTIONAL = "is optional"
@@ -104,42 +111,48 @@ class Base(Enum):
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a method goes about a tensor.
+class Access:
+    """How a method reads a tensor.
 
     Attributes:
-        cut: Where the tensor may be cut.
-        survey: Reads all pieces first; what it finds goes to `Method.begin`.
-        one_by_one: A model's tensor is read when the method asks for it, and not kept.
-        twice: It asks for every one twice: small ones are kept.
-        less_base: All that the method wants of a model is its task vector: a piece's tensors are W_i - W_0, and
-            merging, not the survey, may change them.
+        cut: The places where the tensor may be cut.
+        first_pass: Function that reads all pieces before any is merged; `Method.prepare` gets what it returns.
+        lazy: Whether a model's tensor is read only when the method asks for it, and not kept.
+        as_task_vectors: Whether a piece's tensors are W_i - W_0. Merging may change them in place, the first pass may
+            not.
+        reread: Whether a lazy method asks for every tensor twice, so that small ones are worth keeping.
     """
 
     cut: Cut
-    survey: Callable[[Pieces], Any] | None = None
-    one_by_one: bool = False
-    less_base: bool = False
-    twice: bool = False
+    first_pass: Callable[[Pieces], Any] | None = None
+    lazy: bool = False
+    as_task_vectors: bool = False
+    reread: bool = False
 
     @property
-    def reads_again(self) -> bool:
+    def reads_twice(self) -> bool:
         """Whether tensors that are not kept are read twice."""
-        return self.survey is not None or self.twice
+        return self.first_pass is not None or self.reread
 
 
 @dataclass(frozen=True)
 class Range:
-    """Which values a parameter may have."""
+    """Values that a parameter may have: numbers from `low` to `high`.
+
+    Attributes:
+        low: The smallest number.
+        high: The largest number.
+        whole: Whether only whole numbers are allowed.
+        above: Whether `low` itself is excluded.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     whole: bool = False
     above: bool = False
-    """`low` itself is not one of them."""
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value."""
+        """Says what is wrong with a value; `None` if nothing is."""
         kinds = int if self.whole else int | float
         number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
         if number and self.low <= value <= self.high and not (self.above and value == self.low):
@@ -150,28 +163,28 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """A method whose formula is one of matrices.
+class MatrixFormula:
+    """What else there is to know of a method whose formula holds for weight matrices only.
 
     Attributes:
-        others: Merges the pieces of what is no weight matrix, or too large a one.
-        others_are: What `others` makes of them, for people.
-        work_bytes: From a matrix's rows and columns to what the formula allocates, at most, beside the tensors that it
-            is given.
+        fallback: Merges the pieces of every other tensor.
+        fallback_name: What `fallback` computes, in words for reports.
+        work_bytes: Function from a matrix's rows and columns to the most bytes that the formula allocates beside the
+            tensors that it is given.
     """
 
-    others: Merge
-    others_are: str
+    fallback: Merge
+    fallback_name: str
     work_bytes: Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
-class Unscaled:
-    """A merged task vector, or a piece of one, before the whole model's factor.
+class UnscaledDelta:
+    """A merged task vector, or a piece of one, before it is multiplied by the whole model's factor.
 
     Attributes:
-        vector: float32.
-        squares: Of it and of every model's task vector, in this order: Σ x².
+        vector: The merged task vector, float32.
+        squares: Σ x² of the merged task vector, then of every model's.
     """
 
     vector: torch.Tensor
@@ -179,17 +192,17 @@ class Unscaled:
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """A method that makes merged task vectors first, and multiplies all of them by one factor of the whole model.
+class GlobalScale:
+    """How a method with a factor of the whole model merges: all task vectors first, then each times that factor.
 
     Attributes:
         matrix: Merges a weight matrix.
-        others: Merges the pieces of what is none.
-        factor: From the sums of `Unscaled.squares` over the whole model.
+        fallback: Merges the pieces of any other tensor.
+        factor: Function from the sums of `UnscaledDelta.squares` over the whole model to the factor.
     """
 
-    matrix: Callable[[Piece], Unscaled]
-    others: Callable[[Piece], Unscaled]
+    matrix: Callable[[Piece], UnscaledDelta]
+    fallback: Callable[[Piece], UnscaledDelta]
     factor: Callable[[Sequence[float]], float]
 
 
@@ -198,58 +211,65 @@ class Method:
     """One row of the table.
 
     Attributes:
-        title: For people.
-        source: Paper, or where it comes from.
-        way: From the parameters of all models together.
-        begin: From what the survey has found, to what merges the pieces.
-        base: What it wants of `base_model`.
+        title: The method's name in reports and model cards.
+        source: The paper, or where else the method comes from.
+        access: Function from the shared parameters to how a tensor is read.
+        prepare: Function from what the first pass has found (`None` without one) to what merges the pieces.
+        base: What `base_model` means to the method.
         num_models: Fewest and most models, the base not counted.
-        options: Parameters of all models together, with their defaults.
-        each: Parameters of every model, with their defaults; the base needs none.
-        ranges: Of parameters that are numbers of some range.
-        companion: The parameter of every model that names a folder or file of tensors as large as the model's own.
-        matrices: Of methods whose formula is one of matrices.
-        scaled: Of methods with a factor of the whole model; `begin` then knows one tensor only.
+        shared: Parameters of all models together, with their defaults.
+        per_model: Parameters of every model, with their defaults; the base needs none.
+        ranges: Allowed values of parameters, for those that are checked.
+        auxiliary_parameter: Name of the parameter whose value for each model is a file or folder of tensors as large
+            as the model's own.
+        matrix_formula: The rest of a method whose formula holds for weight matrices only.
+        global_scale: The functions of a method with a factor of the whole model; its `prepare` merges a tensor as if
+            it were the whole model.
     """
 
     title: str
     source: str
-    way: Callable[[Mapping[str, Any]], Way]
-    begin: Callable[[Any], Merge]
+    access: Callable[[Mapping[str, Any]], Access]
+    prepare: Callable[[Any], Merge]
     base: Base
     num_models: tuple[int, int] = (1, 1 << 30)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    each: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    per_model: Mapping[str, Any] = field(default_factory=dict)
     ranges: Mapping[str, Range] = field(default_factory=dict)
-    companion: str | None = None
-    matrices: Matrices | None = None
-    scaled: Scaled | None = None
+    auxiliary_parameter: str | None = None
+    matrix_formula: MatrixFormula | None = None
+    global_scale: GlobalScale | None = None
 
 
-def way_of(method: Method, options: Mapping[str, Any], *, other: bool) -> tuple[Way, Callable[[Any], Merge]]:
-    """The way and `begin` for one tensor.
+def select_formula(
+    method: Method, shared: Mapping[str, Any], *, falls_back: bool
+) -> tuple[Access, Callable[[Any], Merge]]:
+    """Selects how one tensor is read and what prepares its merge: the method's formula, or its fallback.
 
     Args:
-        method: The row.
-        options: Of this tensor.
-        other: The method's formula is one of matrices, and the tensor is none.
+        method: The row of the table.
+        shared: The shared parameters of this tensor.
+        falls_back: Whether the tensor is no weight matrix, which matters only to methods of weight matrices.
     """
-    if not other or method.matrices is None:
-        return method.way(options), method.begin
-    # The factor of a model that is one tensor is known when all of it is.
-    return Way(Cut.ELEMENTS if method.scaled is None else Cut.WHOLE), plain(method.matrices.others)
+    if not falls_back or method.matrix_formula is None:
+        return method.access(shared), method.prepare
+    # A factor of a model that is this tensor alone is known only when all of the tensor is: nothing may be cut.
+    cut = Cut.ELEMENTS if method.global_scale is None else Cut.WHOLE
+    return Access(cut), without_first_pass(method.matrix_formula.fallback)
 
 
-def always(cut: Cut, survey: Callable[[Pieces], Any] | None = None, **more: bool) -> Callable[[Mapping[str, Any]], Way]:
-    """The same way whatever the parameters are; `more` as `Way` has it."""
-    return lambda _: Way(cut, survey, **more)
+def fixed_access(
+    cut: Cut, first_pass: Callable[[Pieces], Any] | None = None, **more: bool
+) -> Callable[[Mapping[str, Any]], Access]:
+    """Makes a `Method.access` that ignores the parameters; `more` are the other fields of `Access`."""
+    return lambda _: Access(cut, first_pass, **more)
 
 
-def plain(merge: Merge) -> Callable[[Any], Merge]:
-    """Of a method that surveys nothing."""
+def without_first_pass(merge: Merge) -> Callable[[Any], Merge]:
+    """Makes the `Method.prepare` of a method that merges every piece without a look at the others."""
     return lambda _: merge
 
 
-def knowing(merge: Callable[[Piece, Any], torch.Tensor]) -> Callable[[Any], Merge]:
-    """Of a method that looks at what its survey has found in every piece."""
+def with_first_pass(merge: Callable[[Piece, Any], torch.Tensor]) -> Callable[[Any], Merge]:
+    """Makes the `Method.prepare` of a method that merges a piece by what the first pass has found."""
     return lambda found: lambda piece: merge(piece, found)

@@ -1,4 +1,4 @@
-"""Methods that take a task vector for what is known of the task's inputs, and then solve what RegMean solves.
+"""Methods that take a task vector for what is known of the task's inputs: WUDI, ACE. They solve what RegMean solves.
 
     Δ_i = W_i - W_0  [O, I]           G_i ∝ Δ_iᵀ Δ_i  [I, I]           M = ( Σ Δ_i G_i ) ( Σ G_i )⁻¹
 
@@ -14,15 +14,15 @@ from __future__ import annotations
 import torch
 
 from largemerge.data_free.methods.base import Piece
-from largemerge.data_free.methods.svd import FACTOR_DTYPE, gram, singular_vectors, task_vector
+from largemerge.data_free.methods.svd import FACTOR_DTYPE, gram, singular_vectors, sum_of_squares
 
 _RIDGE = 1e-11  # of the mean diagonal element: what makes the minimum unique where it is not
-_SMALLEST = 1e-12  # of the largest eigenvalue: smaller ones count as 0
-_TINY = 1e-12
+_SMALLEST_EIGENVALUE = 1e-12  # of the largest one: smaller ones count as 0
+_TINY = 1e-12  # keeps divisors and arguments of logarithms from 0
 
 
 def wudi(piece: Piece) -> torch.Tensor:
-    """WUDI-Merging in closed form: W_0 + M, M = argmin Σ ‖(M - Δ_i) Δ_iᵀ‖² / ‖Δ_i‖². arXiv 2503.08099.
+    """Merges by WUDI in closed form: W_0 + M, M = argmin Σ ‖(M - Δ_i) Δ_iᵀ‖² / ‖Δ_i‖². arXiv 2503.08099.
 
     The paper approaches this minimum by Adam from Σ Δ_i, 300 steps of 1e-5 (FusionBench: 400), and stops before it is
     reached. The loss is a square in M, so the minimum itself is
@@ -36,7 +36,7 @@ def wudi(piece: Piece) -> torch.Tensor:
     sums_II = piece.origin.new_zeros(inputs, inputs, dtype=FACTOR_DTYPE)
     right_OI = piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE)
     for model in range(len(piece.tensors)):
-        delta = task_vector(piece, model).to(FACTOR_DTYPE)
+        delta = piece.task_vector(model).to(FACTOR_DTYPE)
         square = delta.square().sum()
         if square == 0:
             continue
@@ -50,11 +50,11 @@ def wudi(piece: Piece) -> torch.Tensor:
 
 
 def _solve_symmetric(right_OI: torch.Tensor, sums_II: torch.Tensor) -> torch.Tensor:
-    """B · A⁺, A the sums, where the rows of B, on the right side, lie in the range of A.
+    """Computes B A⁺ `[O, I]`, where the rows of B, on the right side, lie in the range of A, the sums.
 
-    B A (A + λ)⁻² by Cholesky, λ = 1e-11 of A's mean diagonal element: in directions that A does not know, the first
-    division makes little of B's rounding errors, the second one nothing. Where rounding has made A indefinite, the same
-    from its eigenvalues.
+    By Cholesky it is B A (A + λ)⁻², λ = 1e-11 of A's mean diagonal element: in directions that A does not know, the
+    first division makes little of B's rounding errors, the second one nothing. Where rounding has made A indefinite,
+    B A⁺ comes from A's eigenvalues.
     """
     mean = sums_II.diagonal().mean()
     if mean == 0:
@@ -69,13 +69,13 @@ def _solve_symmetric(right_OI: torch.Tensor, sums_II: torch.Tensor) -> torch.Ten
         return once_IO.sub_(torch.cholesky_solve(once_IO, lower_II).mul_(ridge)).T
     del lower_II
     values_I, vectors_II = torch.linalg.eigh(sums_II)
-    known = values_I > _SMALLEST * values_I[-1]
+    known = values_I > _SMALLEST_EIGENVALUE * values_I[-1]
     vectors_II = vectors_II[:, known]
     return torch.mm(torch.mm(right_OI, vectors_II) / values_I[known], vectors_II.T)
 
 
 def ace(piece: Piece) -> torch.Tensor:
-    """ACE-Merging, adaptive covariance estimation: W_0 + scaling_coefficient · M. Xu et al., arXiv 2603.02945.
+    """Merges by ACE, adaptive covariance estimation: W_0 + scaling_coefficient · M. Xu et al., arXiv 2603.02945.
 
         Δ̃_i = Δ_i - their mean row              Σ_i = Δ̃_iᵀ Δ̃_i, divided by its trace t_i where tasks are unlike
         R_i = Σ_i + eps·1, or + eps/t_i·1        cᵀ = mean row of Σ Σ_i, divided by mean ‖Δ_i‖² where tasks are unlike
@@ -87,19 +87,19 @@ def ace(piece: Piece) -> torch.Tensor:
     As its authors' program has it, and a transcription of the paper's equations. The names of `eps` and `k_frac` and
     all defaults are the program's; the threshold has no name there.
     """
-    options, count = piece.options, len(piece.tensors)
-    squares = torch.tensor([_norm_square(task_vector(piece, model)) for model in range(count)], dtype=FACTOR_DTYPE)
-    unlike = _heterogeneity(squares) > options["heterogeneity"]
+    parameters, count = piece.shared, len(piece.tensors)
+    squares = torch.tensor([sum_of_squares(piece.task_vector(model)) for model in range(count)], dtype=FACTOR_DTYPE)
+    unlike = _heterogeneity(squares) > parameters["heterogeneity"]
     outputs, inputs = piece.origin.shape
     sums_II = piece.origin.new_zeros(inputs, inputs, dtype=FACTOR_DTYPE)
     right_OI, total_OI, extra_OI = (piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE) for _ in range(3))
     ridges = 0.0
     for model in range(count):
-        delta = task_vector(piece, model).to(FACTOR_DTYPE)
+        delta = piece.task_vector(model).to(FACTOR_DTYPE)
         centred = delta - delta.mean(dim=0, keepdim=True)
         gram_II = gram(centred)
         trace = gram_II.trace().item() + _TINY
-        ridge = options["eps"] / trace if unlike else options["eps"]
+        ridge = parameters["eps"] / trace if unlike else parameters["eps"]
         if unlike:
             gram_II /= trace
             total_OI += delta
@@ -112,18 +112,15 @@ def ace(piece: Piece) -> torch.Tensor:
     merged_OI = torch.linalg.solve(sums_II + prior_I, right_OI, left=False)
     if unlike:
         fused_OI = merged_OI + extra_OI - total_OI @ sums_II / count
-        u_OR, s_R, v_IR = singular_vectors(fused_OI.to(torch.float32), int(min(outputs, inputs) * options["k_frac"]))
+        u_OR, s_R, v_IR = singular_vectors(fused_OI.to(torch.float32), int(min(outputs, inputs) * parameters["k_frac"]))
         merged_OI += (u_OR @ v_IR.T).mul_(s_R.mean().item() if len(s_R) else 0.0)
-    merged: torch.Tensor = merged_OI.mul_(options["scaling_coefficient"]).to(torch.float32)
+    merged: torch.Tensor = merged_OI.mul_(parameters["scaling_coefficient"]).to(torch.float32)
     return merged.add_(piece.origin)
 
 
 def _heterogeneity(squares_K: torch.Tensor) -> float:
+    """Computes Var(log ‖Δ_i‖²) / mean(log ‖Δ_i‖²)² from the ‖Δ_i‖²; 0 for a single task."""
     if len(squares_K) == 1:
         return 0.0
     logarithms = (squares_K + _TINY).log()
     return (logarithms.var() / (logarithms.mean().square() + _TINY)).item()
-
-
-def _norm_square(tensor: torch.Tensor) -> float:
-    return tensor.square().sum(dtype=FACTOR_DTYPE).item()

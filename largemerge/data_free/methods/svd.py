@@ -1,26 +1,22 @@
-"""Singular vectors and polar factors of a matrix, from the eigenvalues of its smaller Gram matrix.
+"""Methods that merge the singular vectors of task vectors: TSV-M, Iso-C, Iso-CTS, OPCM.
+
+    Δ_i = W_i - W_0 = U_i S_i V_iᵀ                 of a weight matrix, `[O, I]`
+
+TSV-M, Iso-C and Iso-CTS merge all models at once. OPCM merges one after the other, each orthogonally to what is merged
+already; of all models together it keeps the merged task vector only, so memory does not grow with their number.
+
+Singular vectors and polar factors come from the eigenvalues of the smaller Gram matrix:
 
     X = U S Vᵀ  [O, I], I ≤ O       G = XᵀX = V S² Vᵀ  [I, I]       U = X V S⁻¹       U Vᵀ = X (V S⁻¹ Vᵀ)
 
 A wide X is transposed first. On a CPU this takes half the time of an SVD and less. The price is that S is squared: so
 G and its eigenvectors are float64, which knows directions down to a millionth of the largest singular value. What is
 smaller than that counts as 0: float32 weights have no more digits, and an SVD's vectors there are rounding errors.
-Such directions are left out of U and V, and a polar factor is 0 in them.
-
-Shapes: O rows, I columns, R singular values.
-
-Methods that merge the singular vectors of task vectors: TSV-M, Iso-C, Iso-CTS.
-
-    Δ_i = W_i - W_0 = U_i S_i V_iᵀ                 of a weight matrix, `[O, I]`
 
 An SVD leaves open what U and V are where singular values are 0, and so do the papers' programs, whose results there
-depend on the library. Here such directions are left out (`factors.py`): they add nothing.
+depend on the library. Here such directions are left out of U and V, and a polar factor is 0 in them: they add nothing.
 
-Shapes: O outputs, I inputs, R = min(O, I), K models.
-
-OPCM: models are merged one after the other, each orthogonally to what is merged already.
-
-Of all models together only the merged task vector is kept, so memory does not grow with their number.
+Shapes: O outputs (rows), I inputs (columns), R singular values, min(O, I) at most, K models.
 """
 
 from __future__ import annotations
@@ -30,105 +26,45 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from largemerge.data_free.methods.base import Piece, Unscaled
+from largemerge.data_free.methods.base import Piece, UnscaledDelta
 
 FACTOR_DTYPE = torch.float64
 """The precision of every Gram matrix here, and of its eigenvectors."""
 
-_SMALLEST = 1e-6  # of the largest singular value
+_SMALLEST_VALUE = 1e-6  # of the largest singular value: smaller ones count as 0
 _NUM_PANELS = 4
 _ROWS_AT_ONCE = 1024
 _FLOAT32_ERROR = 1e-5  # relative; up to there X V S⁻¹ is multiplied in float32
+_ROUNDING = 1 + 1e-12  # so that OPCM's `alpha: 1` is all of the singular values
 
 
-def lower_gram(x_NI: torch.Tensor) -> torch.Tensor:
-    """XᵀX, float64, on and below the diagonal panels; 0 above them. `[I, I]`."""
-    size = x_NI.shape[1]
-    gram_II = torch.zeros(size, size, dtype=FACTOR_DTYPE, device=x_NI.device)
-    width = max(1, -(-size // _NUM_PANELS))
-    for rows in torch.split(x_NI, _ROWS_AT_ONCE):
-        wide = rows.to(FACTOR_DTYPE)
-        for start in range(0, size, width):
-            stop = min(start + width, size)
-            gram_II[start:, start:stop].addmm_(wide[:, start:].T, wide[:, start:stop])
-    return gram_II
-
-
-def gram(x_NI: torch.Tensor) -> torch.Tensor:
-    """XᵀX, float64. `[I, I]`."""
-    lower_II = lower_gram(x_NI).tril_()
-    return lower_II.add_(lower_II.tril(-1).T)
-
-
-def singular_vectors(x_OI: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U `[O, R]`, S `[R]`, V `[I, R]` of the largest singular values, largest first; float32, S float64.
-
-    Args:
-        x_OI: float32.
-        most: How many; fewer come back where the others count as 0.
-    """
-    if x_OI.shape[1] > x_OI.shape[0]:
-        v_IR, s_R, u_OR = singular_vectors(x_OI.T, most)
-        return u_OR, s_R, v_IR
-    s_R, v_IR = _spectrum(x_OI)
-    s_R, v_IR = s_R[:most], v_IR[:, :most]
-    return _product(x_OI, v_IR / s_R, s_R), s_R, v_IR.to(torch.float32)
-
-
-def polar_factor(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """U Vᵀ `[O, I]`, the nearest matrix with orthonormal columns (or rows), float32; and S `[R]`, float64."""
-    if x_OI.shape[1] > x_OI.shape[0]:
-        factor_IO, s_R = polar_factor(x_OI.T)
-        return factor_IO.T, s_R
-    s_R, v_IR = _spectrum(x_OI)
-    return _product(x_OI, (v_IR / s_R) @ v_IR.T, s_R), s_R
-
-
-def _spectrum(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """S, largest first, and V, float64, without what counts as 0."""
-    squares_I, vectors_II = torch.linalg.eigh(lower_gram(x_OI), UPLO="L")
-    s_I = squares_I.clamp_(min=0).sqrt_().flip(0)
-    count = int((s_I > _SMALLEST * s_I[:1]).sum()) if len(s_I) else 0
-    return s_I[:count], vectors_II.flip(1)[:, :count]
-
-
-def _product(x_OI: torch.Tensor, right: torch.Tensor, s_R: torch.Tensor) -> torch.Tensor:
-    """X times something as large as S⁻¹, in float32 where the smallest singular values allow it, else in float64."""
-    error = torch.finfo(torch.float32).eps * (s_R[:1] / s_R).square().mean().sqrt()
-    if len(s_R) == 0 or error <= _FLOAT32_ERROR:
-        return x_OI @ right.to(torch.float32)
-    return torch.cat([rows.to(FACTOR_DTYPE).mm(right).to(torch.float32) for rows in torch.split(x_OI, _ROWS_AT_ONCE)])
-
-
-def task_vector(piece: Piece, model: int) -> torch.Tensor:
-    """W_i - W_0, float32."""
-    return piece.tensors[model].to(torch.float32).sub(piece.origin.to(torch.float32))
+# Methods
 
 
 def sum_of_task_vectors(piece: Piece) -> torch.Tensor:
-    """Σ Δ_i, float32; one model is read after the other."""
-    total = task_vector(piece, 0)
+    """Computes Σ Δ_i, float32; one model is read after the other."""
+    total = piece.task_vector(0)
     for model in range(1, len(piece.tensors)):
-        total.add_(task_vector(piece, model))
+        total.add_(piece.task_vector(model))
     return total
 
 
 def mean_of_task_vectors(scale: str | None = None) -> Callable[[Piece], torch.Tensor]:
-    """A function that merges what is no weight matrix: W_0 + scale · Σ Δ_i / K.
+    """Makes the merge of tensors that are no weight matrices: W_0 + scale · Σ Δ_i / K.
 
     Args:
-        scale: Name of the parameter that scales; `None`: 1.
+        scale: Name of the shared parameter that scales; `None` for a scale of 1.
     """
 
     def merge(piece: Piece) -> torch.Tensor:
-        factor = 1.0 if scale is None else piece.options[scale]
+        factor = 1.0 if scale is None else piece.shared[scale]
         return sum_of_task_vectors(piece).mul_(factor / len(piece.tensors)).add_(piece.origin)
 
     return merge
 
 
 def tsv_m(piece: Piece) -> torch.Tensor:
-    """Task singular vectors, TSV-M: W_0 + alpha · Ũ S Ṽᵀ. Gargiulo et al., arXiv 2412.00081.
+    """Merges task singular vectors, TSV-M: W_0 + alpha · Ũ S Ṽᵀ. Gargiulo et al., arXiv 2412.00081.
 
     Of every task vector the R // K largest singular values and their vectors; side by side,
 
@@ -137,26 +73,26 @@ def tsv_m(piece: Piece) -> torch.Tensor:
     and each of U and V is replaced by the nearest matrix with orthonormal columns: Ũ = P Qᵀ where U = P D Qᵀ.
     """
     rank = min(piece.origin.shape) // len(piece.tensors)
-    found = [singular_vectors(task_vector(piece, model), rank) for model in range(len(piece.tensors))]
+    found = [singular_vectors(piece.task_vector(model), rank) for model in range(len(piece.tensors))]
     lefts, values, rights = zip(*found, strict=True)
     left = polar_factor(torch.cat(lefts, dim=1))[0].mul_(torch.cat(values).to(torch.float32))
     right = polar_factor(torch.cat(rights, dim=1))[0]
-    return (left @ right.T).mul_(piece.options["alpha"]).add_(piece.origin)
+    return (left @ right.T).mul_(piece.shared["alpha"]).add_(piece.origin)
 
 
 def iso_c(piece: Piece) -> torch.Tensor:
-    """Isotropic merging in the common subspace: W_0 + scaling_factor · s̄ U Vᵀ. Marczak et al., arXiv 2502.04959.
+    """Merges isotropically in the common subspace, Iso-C. Marczak et al., arXiv 2502.04959.
 
-    U S Vᵀ = Σ Δ_i, and all singular values become their mean s̄.
+    The result is W_0 + scaling_factor · s̄ U Vᵀ, where U S Vᵀ = Σ Δ_i, and all singular values become their mean s̄.
     """
     total = sum_of_task_vectors(piece)
     factor, values = polar_factor(total)
     mean = values.sum().item() / min(total.shape)
-    return factor.mul(mean * piece.options["scaling_factor"]).add_(piece.origin)
+    return factor.mul(mean * piece.shared["scaling_factor"]).add_(piece.origin)
 
 
 def iso_cts(piece: Piece) -> torch.Tensor:
-    """Isotropic merging in common and task-specific subspaces, Iso-CTS. Marczak et al., arXiv 2502.04959.
+    """Merges isotropically in common and task-specific subspaces, Iso-CTS. Marczak et al., arXiv 2502.04959.
 
     Of U S Vᵀ = Σ Δ_i the C largest singular values and their vectors stay; of every (1 - U_C U_Cᵀ) Δ_i the T largest
     come beside them, C + K·T = R. Then, as in TSV-M and Iso-C,
@@ -166,26 +102,23 @@ def iso_cts(piece: Piece) -> torch.Tensor:
     with Ũ and Ṽ the nearest matrices with orthonormal columns. T = round((R - C₀) / K), C₀ = R · common_space_fraction.
     """
     size, count = min(piece.origin.shape), len(piece.tensors)
-    own = round((size - int(size * piece.options["common_space_fraction"])) / count)
+    own = round((size - int(size * piece.shared["common_space_fraction"])) / count)
     own = min(own, size // count)
     common = size - own * count
     left, values, right = singular_vectors(sum_of_task_vectors(piece), common)
     lefts, all_values, rights = [left], [values], [right]
     for model in range(count if own else 0):
-        delta = task_vector(piece, model)
+        delta = piece.task_vector(model)
         delta.sub_(left @ (left.T @ delta))
         for each, parts in zip(singular_vectors(delta, own), (lefts, all_values, rights), strict=True):
             parts.append(each)
     mean = torch.cat(all_values).sum().item() / size
     merged = polar_factor(torch.cat(lefts, dim=1))[0] @ polar_factor(torch.cat(rights, dim=1))[0].T
-    return merged.mul_(mean * piece.options["scaling_factor"]).add_(piece.origin)
+    return merged.mul_(mean * piece.shared["scaling_factor"]).add_(piece.origin)
 
 
-_ROUNDING = 1 + 1e-12  # so that `alpha: 1` is all of them
-
-
-def opcm_matrix(piece: Piece) -> Unscaled:
-    """Orthogonal projection-based continual merging, before the last factor. Tang et al., arXiv 2501.09522.
+def opcm_matrix(piece: Piece) -> UnscaledDelta:
+    """Merges a weight matrix by orthogonal projections, OPCM, before the last factor. Tang et al., arXiv 2501.09522.
 
         M_1 = Δ_1        M_t = M_{t-1} + P_{t-1}(Δ_t)        Δ_t = W_t - W_0, in the order of the configuration
 
@@ -195,37 +128,42 @@ def opcm_matrix(piece: Piece) -> Unscaled:
     model. The paper scales by such a factor after every step; since none of these changes U, V or r, the last one is
     all that remains.
     """
-    return _one_after_the_other(piece, lambda delta, merged: _project_(delta, merged, piece.options["alpha"]))
+    return _merge_in_turn(piece, lambda delta, merged: _project_(delta, merged, piece.shared["alpha"]))
 
 
-def opcm_others(piece: Piece) -> Unscaled:
-    """Σ Δ_t: what is no weight matrix is added up, as in the authors' program."""
-    return _one_after_the_other(piece, lambda delta, merged: delta)
+def opcm_fallback(piece: Piece) -> UnscaledDelta:
+    """Computes Σ Δ_t of a tensor that is no weight matrix, as in the authors' program."""
+    return _merge_in_turn(piece, lambda delta, merged: delta)
 
 
-def _one_after_the_other(piece: Piece, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Unscaled:
+def _merge_in_turn(piece: Piece, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> UnscaledDelta:
+    """Adds up task vectors one after the other, each changed by what is merged before it."""
     merged, squares = torch.empty(0), []
     for model in range(len(piece.tensors)):
-        delta = task_vector(piece, model)
-        squares.append(_square(delta))
+        delta = piece.task_vector(model)
+        squares.append(sum_of_squares(delta))
         merged = merged.add_(change(delta, merged)) if model else delta
-    return Unscaled(merged, (_square(merged), *squares))
+    return UnscaledDelta(merged, (sum_of_squares(merged), *squares))
 
 
 def opcm_alone(piece: Piece) -> torch.Tensor:
-    """OPCM of a model that has no other tensor than this one."""
-    made = opcm_matrix(piece) if piece.origin.dim() == 2 else opcm_others(piece)
+    """Merges by OPCM a model that has no other tensor than this one, the factor included."""
+    made = opcm_matrix(piece) if piece.origin.dim() == 2 else opcm_fallback(piece)
     return made.vector.mul_(opcm_factor(made.squares)).add_(piece.origin)
 
 
 def opcm_factor(squares: Sequence[float]) -> float:
-    """The mean norm of the task vectors over the norm of the merged one; 1 where that is 0."""
+    """Computes the mean norm of the task vectors over the norm of the merged one; 1 where that is 0.
+
+    Args:
+        squares: Σ x² over the whole model, of the merged task vector first, then of every model's.
+    """
     merged, *models = (math.sqrt(square) for square in squares)
     return sum(models) / len(models) / merged if merged else 1.0
 
 
 def _project_(delta_OI: torch.Tensor, merged_OI: torch.Tensor, alpha: float) -> torch.Tensor:
-    """P(Δ), in the place of Δ."""
+    """Computes P(Δ), in place of Δ: what is left of it orthogonally to the merged task vector (see `opcm_matrix`)."""
     u_OR, s_R, v_IR = singular_vectors(merged_OI)
     if len(s_R) == 0:
         return delta_OI
@@ -239,5 +177,70 @@ def _project_(delta_OI: torch.Tensor, merged_OI: torch.Tensor, alpha: float) -> 
     return delta_OI.sub_(u_OR @ rows_RI)
 
 
-def _square(tensor: torch.Tensor) -> float:
-    return tensor.square().sum(dtype=torch.float64).item()
+# Gram matrices, singular vectors, polar factors
+
+
+def lower_gram(x_NI: torch.Tensor) -> torch.Tensor:
+    """Computes XᵀX `[I, I]`, float64, on and below the diagonal panels; 0 above them."""
+    size = x_NI.shape[1]
+    gram_II = torch.zeros(size, size, dtype=FACTOR_DTYPE, device=x_NI.device)
+    width = max(1, -(-size // _NUM_PANELS))
+    for rows in torch.split(x_NI, _ROWS_AT_ONCE):
+        wide = rows.to(FACTOR_DTYPE)
+        for start in range(0, size, width):
+            stop = min(start + width, size)
+            gram_II[start:, start:stop].addmm_(wide[:, start:].T, wide[:, start:stop])
+    return gram_II
+
+
+def gram(x_NI: torch.Tensor) -> torch.Tensor:
+    """Computes XᵀX `[I, I]`, float64."""
+    lower_II = lower_gram(x_NI).tril_()
+    return lower_II.add_(lower_II.tril(-1).T)
+
+
+def singular_vectors(
+    x_OI: torch.Tensor, max_rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes U `[O, R]`, S `[R]`, V `[I, R]` of the largest singular values, largest first; float32, S float64.
+
+    Args:
+        x_OI: The matrix, float32.
+        max_rank: The most singular values to return; fewer come back where the others count as 0.
+    """
+    if x_OI.shape[1] > x_OI.shape[0]:
+        v_IR, s_R, u_OR = singular_vectors(x_OI.T, max_rank)
+        return u_OR, s_R, v_IR
+    s_R, v_IR = _spectrum(x_OI)
+    s_R, v_IR = s_R[:max_rank], v_IR[:, :max_rank]
+    return _product(x_OI, v_IR / s_R, s_R), s_R, v_IR.to(torch.float32)
+
+
+def polar_factor(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes U Vᵀ `[O, I]`, the nearest matrix with orthonormal columns (or rows), float32; and S `[R]`, float64."""
+    if x_OI.shape[1] > x_OI.shape[0]:
+        factor_IO, s_R = polar_factor(x_OI.T)
+        return factor_IO.T, s_R
+    s_R, v_IR = _spectrum(x_OI)
+    return _product(x_OI, (v_IR / s_R) @ v_IR.T, s_R), s_R
+
+
+def _spectrum(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes S, largest first, and V, float64, without what counts as 0."""
+    squares_I, vectors_II = torch.linalg.eigh(lower_gram(x_OI), UPLO="L")
+    s_I = squares_I.clamp_(min=0).sqrt_().flip(0)
+    count = int((s_I > _SMALLEST_VALUE * s_I[:1]).sum()) if len(s_I) else 0
+    return s_I[:count], vectors_II.flip(1)[:, :count]
+
+
+def _product(x_OI: torch.Tensor, right: torch.Tensor, s_R: torch.Tensor) -> torch.Tensor:
+    """Multiplies X by a matrix as large as S⁻¹; in float32 where the smallest singular value allows, else float64."""
+    error = torch.finfo(torch.float32).eps * (s_R[:1] / s_R).square().mean().sqrt()
+    if len(s_R) == 0 or error <= _FLOAT32_ERROR:
+        return x_OI @ right.to(torch.float32)
+    return torch.cat([rows.to(FACTOR_DTYPE).mm(right).to(torch.float32) for rows in torch.split(x_OI, _ROWS_AT_ONCE)])
+
+
+def sum_of_squares(tensor: torch.Tensor) -> float:
+    """Computes Σ x² in float64."""
+    return tensor.square().sum(dtype=FACTOR_DTYPE).item()

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from largemerge.data_free.methods.exact_statistics import Numbers, largest, order_statistics, without_outliers
-from largemerge.data_free.methods.exact_statistics import magnitudes as patterns
+from largemerge.data_free.methods.exact_statistics import magnitude_bits as patterns
 from largemerge.data_free.methods.task_arithmetic import by_row_rank
 
 
 def magnitudes(dtype: torch.dtype, *, coarse: bool, count: int = 4001) -> torch.Tensor:
-    """With many equals, or with few."""
+    """Draws magnitudes with many equals (`coarse`), or with few."""
     numbers = torch.randn(count, generator=torch.Generator().manual_seed(1)).abs()
     return ((numbers * 4).round() / 4 if coarse else numbers).to(dtype)
 
 
 def pieces_of(numbers: torch.Tensor, size: int) -> Numbers:
-    """Of a single set."""
+    """Cuts a single set of numbers into pieces."""
     return lambda: ([piece] for piece in numbers.split(size))
 
 
@@ -43,7 +43,7 @@ def test_the_largest_are_those_of_a_stable_sort(dtype: torch.dtype, coarse: bool
     numbers = magnitudes(dtype, coarse=coarse)
     expected = torch.zeros(len(numbers), dtype=torch.bool)
     expected[numbers.float().argsort(descending=True, stable=True)[: int(density * len(numbers))]] = True
-    keep = largest(pieces_of(numbers, 700), len(numbers), [density])[0].new()
+    keep = largest(pieces_of(numbers, 700), len(numbers), [density])[0].masker()
     assert torch.equal(torch.cat([keep(patterns(piece)) for piece in numbers.split(700)]) == -1, expected)
 
 
@@ -56,7 +56,7 @@ def test_outliers_go_as_in_a_stable_sort(coarse: bool, density: float, gamma: fl
     bottom, top = (0, top + bottom) if bottom < 0 else (bottom, top)
     expected = torch.zeros(len(numbers), dtype=torch.bool)
     expected[numbers.sort(stable=True).indices[bottom : len(numbers) - top]] = True
-    keep = without_outliers(pieces_of(numbers, 700), len(numbers), [density], [gamma])[0].new()
+    keep = without_outliers(pieces_of(numbers, 700), len(numbers), [density], [gamma])[0].masker()
     found = torch.cat([keep(patterns(piece)) for piece in numbers.split(700)]) == -1
     assert int(found.sum()) == count and torch.equal(found, expected)
 
@@ -64,18 +64,18 @@ def test_outliers_go_as_in_a_stable_sort(coarse: bool, density: float, gamma: fl
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_all_equal(value: float) -> None:
     numbers = torch.full((1000,), value)
-    keep = largest(pieces_of(numbers, 300), 1000, [0.25])[0].new()
+    keep = largest(pieces_of(numbers, 300), 1000, [0.25])[0].masker()
     found = torch.cat([keep(patterns(piece)) for piece in numbers.split(300)]) == -1
     assert found[:250].all() and not found[250:].any()
-    keep = without_outliers(pieces_of(numbers, 300), 1000, [0.5], [0.1])[0].new()
+    keep = without_outliers(pieces_of(numbers, 300), 1000, [0.5], [0.1])[0].masker()
     found = torch.cat([keep(patterns(piece)) for piece in numbers.split(300)]) == -1
     assert found.nonzero().flatten().tolist() == list(range(400, 900))
 
 
 def test_at_least_one_is_kept_of_the_largest_but_none_without_outliers() -> None:
     numbers = torch.tensor([1.0, 3.0, 2.0])
-    assert largest(pieces_of(numbers, 3), 3, [0.1])[0].new()(patterns(numbers)).tolist() == [0, -1, 0]
-    assert not without_outliers(pieces_of(numbers, 3), 3, [0.1], [0.5])[0].new()(patterns(numbers)).any()
+    assert largest(pieces_of(numbers, 3), 3, [0.1])[0].masker()(patterns(numbers)).tolist() == [0, -1, 0]
+    assert not without_outliers(pieces_of(numbers, 3), 3, [0.1], [0.5])[0].masker()(patterns(numbers)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,7 +20,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def write_models(folder: Path) -> list[Weights]:
-    """Two models and their diagonals: a file, and a folder of two files."""
+    """Saves two models and their diagonals: a file, and a folder of two files."""
     found = []
     for seed in (1, 2):
         tiny_models.perturbed("llama", seed).save_pretrained(folder / f"model{seed}")

@@ -1,4 +1,4 @@
-"""Whole merges by methods of the literature: every tensor, what is merged otherwise, resuming, ranks, memory."""
+"""Whole merges by methods of the literature: every tensor, fallbacks, resuming, ranks, memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from largemerge.data_free import engine, loader
 from largemerge.data_free.methods.table import METHODS
 
 Weights = dict[str, torch.Tensor]
-MATRIX_METHODS = sorted(name for name, row in METHODS.items() if row.matrices is not None)
+MATRIX_METHODS = sorted(name for name, row in METHODS.items() if row.matrix_formula is not None)
 LINEARS = ("_proj.weight", "c_attn.weight", "c_fc.weight", "c_proj.weight")
 
 
 def write_models(folder: Path, architecture: str = "llama", count: int = 4, dtype: torch.dtype = torch.float32) -> None:
-    """`model0` is the base."""
+    """Saves `model0`, the base, and other models near it."""
     base = tiny_models.perturbed(architecture, 0).to(dtype)
     base.save_pretrained(folder / "model0")
     for seed in range(1, count):
@@ -56,7 +56,7 @@ def read_deltas(folder: Path, models: list[int]) -> list[Weights]:
 
 
 def expected_of(method: str, deltas: list[Weights], matrices: set[str], *, turned: bool = False) -> Weights:
-    """The merged task vectors."""
+    """Computes the merged task vectors, densely."""
     if method == "opcm":
         return reference.opcm(deltas, matrices)
     expected = {}
@@ -178,7 +178,7 @@ def test_checkpoints_in_16_bits(tmp_path: Path, method: str) -> None:
 
 
 def large_config(folder: Path, method: str) -> Path:
-    """Of several parts and shards."""
+    """Writes the configuration of a merge of several parts and shards."""
     sizes = tiny_models.LLM | {"num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 256}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -214,14 +214,14 @@ def test_fewer_workers_where_memory_is_short(tmp_path: Path, monkeypatch: pytest
     try:
         torch.set_num_threads(4)
         plan = largemerge.plan(path, device="cpu")
-        one = max(loader.worker_bytes("tsv_m", task, loader.KEPT_BYTES) for task in plan.layout.tasks)
+        one = max(loader.worker_bytes("tsv_m", task, loader.KEPT_BYTES) for task in plan.tasks)
         free = psutil.virtual_memory()._replace(available=int(2.5 * one / 0.9))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
         short = largemerge.plan(path, device="cpu")
     finally:
         torch.set_num_threads(threads)
-    assert plan.num_workers == 4 and not any("workers" in note for note in plan.layout.notes)
-    assert short.num_workers == 2 and any("workers at a time: 2" in note for note in short.layout.notes)
+    assert plan.num_workers == 4 and not any("workers" in note for note in plan.notes)
+    assert short.num_workers == 2 and any("workers at a time: 2" in note for note in short.notes)
 
 
 @pytest.mark.parametrize("method", ["ace", "iso_cts"])

@@ -24,9 +24,11 @@ def test_consensus(shape: tuple[int, ...], count: int, votes: int) -> None:
     base, tensors = models(count, shape)
     deltas = task_vectors(base, tensors)
     expected = 0.4 * reference.consensus_ta(deltas, 0.5, votes)
-    each = {"tall_mask_lambda": [0.5] * count}
+    per_model = {"tall_mask_lambda": [0.5] * count}
     check(
-        merge_tensors("consensus_ta", tensors, base, each=each, prun_thre_k=votes, scaling_factor=0.4), base, expected
+        merge_tensors("consensus_ta", tensors, base, per_model=per_model, prun_thre_k=votes, scaling_factor=0.4),
+        base,
+        expected,
     )
 
 
@@ -34,8 +36,8 @@ def test_consensus_of_two_that_agree_and_one_that_does_not() -> None:
     base = torch.zeros(1, 4)
     tensors = [torch.tensor([row]) for row in ([1.0, 1.0, 0.1, 0.0], [1.0, -1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 5.0])]
     # λ = 0.4: in the first column 1 > 0.4 · 2 for all three; in the last one only one task is served.
-    each = {"tall_mask_lambda": [0.4] * 3}
-    assert merge_tensors("consensus_ta", tensors, base, each=each)[0].tolist() == [3.0, 0.0, 0.0, 0.0]
+    per_model = {"tall_mask_lambda": [0.4] * 3}
+    assert merge_tensors("consensus_ta", tensors, base, per_model=per_model)[0].tolist() == [3.0, 0.0, 0.0, 0.0]
 
 
 def largest(delta: torch.Tensor, share: float) -> torch.Tensor:
@@ -56,7 +58,7 @@ def test_localize_and_stitch(shape: tuple[int, ...], shares: list[float], dtype:
     masks = [largest(delta, share) for delta, share in zip(deltas, shares, strict=True)]
     total = sum(mask * delta for mask, delta in zip(masks, deltas, strict=True))
     expected = total / sum(masks).clamp(min=1)
-    check(merge_tensors("localize_and_stitch", tensors, base, each={"sparsity": shares}), base, expected)
+    check(merge_tensors("localize_and_stitch", tensors, base, per_model={"sparsity": shares}), base, expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,7 +68,7 @@ def test_fisher(shape: tuple[int, ...], count: int) -> None:
     generator = torch.Generator().manual_seed(9)
     diagonals = [torch.rand(shape, generator=generator) ** 8 * 1e-9 for _ in range(count)]
     weights = [1.0, 2.0, 0.5, 1.0, 3.0][:count]
-    found = merge_tensors("fisher", tensors, each={"fisher": [""] * count, "weight": weights}, companions=diagonals)
+    found = merge_tensors("fisher", tensors, per_model={"fisher": [""] * count, "weight": weights}, auxiliary=diagonals)
     shares = [weight * diagonal.double() for weight, diagonal in zip(weights, diagonals, strict=True)]
     expected = sum(share * tensor for share, tensor in zip(shares, tensors, strict=True)) / sum(shares)
     check(found, torch.zeros(shape), expected)
@@ -75,10 +77,10 @@ def test_fisher(shape: tuple[int, ...], count: int) -> None:
 def test_fisher_where_nobody_knows_anything() -> None:
     tensors = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])]
     diagonals = [torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 7.0, 0.0])]
-    each = {"fisher": ["", ""], "weight": [1.0, 2.0]}
-    assert merge_tensors("fisher", tensors, each=each, companions=diagonals).tolist() == [3.0, 5.0, 3.0]
+    per_model = {"fisher": ["", ""], "weight": [1.0, 2.0]}
+    assert merge_tensors("fisher", tensors, per_model=per_model, auxiliary=diagonals).tolist() == [3.0, 5.0, 3.0]
     with pytest.raises(FloatingPointError, match="negative or NaN"):
-        merge_tensors("fisher", tensors, each=each, companions=[diagonals[0], -diagonals[1]])
+        merge_tensors("fisher", tensors, per_model=per_model, auxiliary=[diagonals[0], -diagonals[1]])
 
 
 @pytest.mark.parametrize("method", ["consensus_ta", "localize_and_stitch"])

@@ -15,7 +15,7 @@ from largemerge.data_free.methods.table import METHODS, merge_tensors
 
 SHAPE = (37, 24)
 WEIGHTS = [0.5, 0.8, -0.3]
-ALONE = sorted(name for name, row in METHODS.items() if row.companion is None)
+ALONE = sorted(name for name, row in METHODS.items() if row.auxiliary_parameter is None)
 
 
 def models(
@@ -40,7 +40,7 @@ def on_sphere(t: float, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def largest_kept(delta: torch.Tensor, density: float, dropped: float = 0.0) -> torch.Tensor:
-    """But for a share of even larger ones."""
+    """Keeps the largest elements, but for a share of even larger ones."""
     order = delta.abs().flatten().argsort(descending=True, stable=True)
     top = int(dropped * delta.numel())
     mask = torch.zeros(delta.numel(), dtype=delta.dtype)
@@ -65,20 +65,20 @@ def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
 def test_linear() -> None:
     _, tensors = models()
     total = sum(w * t for w, t in zip(WEIGHTS, wide(tensors), strict=True))
-    check(merge_tensors("linear", tensors, each={"weight": WEIGHTS}), total / sum(WEIGHTS))
-    check(merge_tensors("linear", tensors, each={"weight": WEIGHTS}, normalize=False), total)
+    check(merge_tensors("linear", tensors, per_model={"weight": WEIGHTS}), total / sum(WEIGHTS))
+    check(merge_tensors("linear", tensors, per_model={"weight": WEIGHTS}, normalize=False), total)
 
 
 def test_task_arithmetic_and_negation() -> None:
     base, tensors = models()
     deltas = [t - base.double() for t in wide(tensors)]
     total = sum(w * d for w, d in zip(WEIGHTS, deltas, strict=True))
-    check(merge_tensors("task_arithmetic", tensors, base, each={"weight": WEIGHTS}), base + total)
+    check(merge_tensors("task_arithmetic", tensors, base, per_model={"weight": WEIGHTS}), base + total)
     scaled = merge_tensors(
-        "task_arithmetic", tensors, base, each={"weight": WEIGHTS}, normalize=True, **{"lambda": 0.7}
+        "task_arithmetic", tensors, base, per_model={"weight": WEIGHTS}, normalize=True, **{"lambda": 0.7}
     )
     check(scaled, base + 0.7 * total / sum(WEIGHTS))
-    forgotten = merge_tensors("task_arithmetic", tensors[:1], base, each={"weight": [-1.0]})
+    forgotten = merge_tensors("task_arithmetic", tensors[:1], base, per_model={"weight": [-1.0]})
     check(forgotten, base - deltas[0])
 
 
@@ -86,37 +86,39 @@ def test_task_arithmetic_and_negation() -> None:
 @pytest.mark.parametrize("shape", [SHAPE, (41,), (5, 3, 4, 2)])
 def test_ties(normalize: bool, shape: tuple[int, ...]) -> None:
     base, tensors = models(shape=shape)
-    each = {"weight": WEIGHTS, "density": [0.3, 0.5, 1.0]}
-    deltas = torch.stack([largest_kept((t - base).double(), p) for t, p in zip(tensors, each["density"], strict=True)])
+    per_model = {"weight": WEIGHTS, "density": [0.3, 0.5, 1.0]}
+    deltas = torch.stack(
+        [largest_kept((t - base).double(), p) for t, p in zip(tensors, per_model["density"], strict=True)]
+    )
     weights = torch.tensor(WEIGHTS, dtype=torch.float64).view(-1, *[1] * len(shape))
     expected = base + elected(deltas, weights, normalize=normalize)
-    check(merge_tensors("ties", tensors, base, each=each, normalize=normalize), expected)
+    check(merge_tensors("ties", tensors, base, per_model=per_model, normalize=normalize), expected)
 
 
 @pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
 def test_breadcrumbs(method: str) -> None:
     base, tensors = models()
-    each = {"weight": WEIGHTS, "density": [0.6] * 3, "gamma": [0.05] * 3}
+    per_model = {"weight": WEIGHTS, "density": [0.6] * 3, "gamma": [0.05] * 3}
     deltas = torch.stack([largest_kept((t - base).double(), 0.6, 0.05) for t in tensors])
     weights = torch.tensor(WEIGHTS, dtype=torch.float64).view(-1, 1, 1)
     plain = (deltas * weights).sum(0)
     expected = plain if method == "breadcrumbs" else elected(deltas, weights, normalize=False)
-    check(merge_tensors(method, tensors, base, each=each), base + expected)
+    check(merge_tensors(method, tensors, base, per_model=per_model), base + expected)
 
 
 def test_rescaling_keeps_the_sum_of_magnitudes() -> None:
     base, tensors = models(1)
-    each = {"weight": [1.0], "density": [0.3]}
+    per_model = {"weight": [1.0], "density": [0.3]}
     delta = (tensors[0] - base).double()
     kept = largest_kept(delta, 0.3)
     expected = base + kept * delta.abs().sum() / kept.abs().sum()
-    check(merge_tensors("ties", tensors, base, each=each, rescale=True), expected)
+    check(merge_tensors("ties", tensors, base, per_model=per_model, rescale=True), expected)
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare_keeps_the_right_share_and_the_norm(method: str) -> None:
     base, tensors = models(1, (600, 500))
-    found = merge_tensors(method, tensors, base, each={"weight": [1.0], "density": [0.3]})
+    found = merge_tensors(method, tensors, base, per_model={"weight": [1.0], "density": [0.3]})
     delta, change = (tensors[0] - base).double(), (found - base).double()
     kept = change.abs() > 1e-7
     assert kept.double().mean().item() == pytest.approx(0.3, abs=0.005)
@@ -129,10 +131,10 @@ def test_dare_keeps_the_right_share_and_the_norm(method: str) -> None:
 
 def test_random_numbers_are_those_of_the_seed_the_tensor_and_the_model() -> None:
     base, tensors = models(1)
-    each = {"weight": [0.5, 0.5], "density": [0.5, 0.5]}
+    per_model = {"weight": [0.5, 0.5], "density": [0.5, 0.5]}
 
     def merged(**more: Any) -> torch.Tensor:
-        return merge_tensors("dare_linear", tensors * 2, base, each=each, **more)
+        return merge_tensors("dare_linear", tensors * 2, base, per_model=per_model, **more)
 
     assert torch.equal(merged(seed=1, name="a"), merged(seed=1, name="a"))
     assert not torch.equal(merged(seed=1, name="a"), merged(seed=2, name="a"))
@@ -144,8 +146,8 @@ def test_random_numbers_are_those_of_the_seed_the_tensor_and_the_model() -> None
 
 def test_della_keeps_large_elements_more_often() -> None:
     base, tensors = models(1, (400, 1000))
-    each = {"weight": [1.0], "density": [0.5], "epsilon": [0.3]}
-    found = merge_tensors("della_linear", tensors, base, each=each, rescale=False)
+    per_model = {"weight": [1.0], "density": [0.5], "epsilon": [0.3]}
+    found = merge_tensors("della_linear", tensors, base, per_model=per_model, rescale=False)
     ranks = (tensors[0] - base).abs().argsort(dim=1).argsort(dim=1).double() / 999
     kept = ((found - base).abs() > 1e-7).double()
     for low in (0.0, 0.25, 0.5, 0.75):
@@ -156,7 +158,7 @@ def test_della_keeps_large_elements_more_often() -> None:
 def test_epsilon_must_leave_room() -> None:
     base, tensors = models(1)
     with pytest.raises(FloatingPointError, match="leaves the range"):
-        merge_tensors("della", tensors, base, each={"weight": [1.0], "density": [0.5], "epsilon": [0.5]})
+        merge_tensors("della", tensors, base, per_model={"weight": [1.0], "density": [0.5], "epsilon": [0.5]})
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
@@ -181,8 +183,8 @@ def test_nuslerp(based: bool, way: str) -> None:
     else:
         merged = torch.stack([on_sphere(t, a, b) for a, b in zip(first.T, second.T, strict=True)]).T
     options = {"nuslerp_flatten": way == "flat", "nuslerp_row_wise": way == "columns"}
-    each = {"weight": [1.0, 3.0]}
-    found = merge_tensors("nuslerp", tensors, base if based else None, each=each, **options)
+    per_model = {"weight": [1.0, 3.0]}
+    found = merge_tensors("nuslerp", tensors, base if based else None, per_model=per_model, **options)
     check(found, merged + base if based else merged)
 
 
@@ -191,7 +193,7 @@ def test_multislerp_of_two_is_slerp_of_directions() -> None:
     first, second = wide(tensors)
     direction = on_sphere(0.5, first / first.norm(), second / second.norm())
     expected = direction * (first.norm() + second.norm()) / 2
-    check(merge_tensors("multislerp", tensors, each={"weight": [0.5, 0.5]}), expected)
+    check(merge_tensors("multislerp", tensors, per_model={"weight": [0.5, 0.5]}), expected)
 
 
 @pytest.mark.parametrize("based", [False, True])
@@ -206,14 +208,14 @@ def test_multislerp(based: bool) -> None:
     tangent = weights @ (units - (units @ mean)[:, None] * mean)
     direction = mean * tangent.norm().cos() + tangent * (tangent.norm().sin() / tangent.norm())
     expected = (direction * (weights @ vectors.norm(dim=1))).view(SHAPE) + origin
-    found = merge_tensors("multislerp", tensors, base if based else None, each={"weight": weights.tolist()})
+    found = merge_tensors("multislerp", tensors, base if based else None, per_model={"weight": weights.tolist()})
     check(found, expected)
 
 
 def test_directions_that_cancel_out() -> None:
     _, (one,) = models(1)
     with pytest.raises(FloatingPointError, match="cancel out"):
-        merge_tensors("multislerp", [one, -one, one, -one], each={"weight": [1.0] * 4})
+        merge_tensors("multislerp", [one, -one, one, -one], per_model={"weight": [1.0] * 4})
 
 
 def test_the_karcher_mean_has_no_tangent() -> None:
@@ -280,7 +282,7 @@ def test_arcee_fusion() -> None:
 def test_passthrough() -> None:
     _, (one,) = models(1)
     assert torch.equal(merge_tensors("passthrough", [one]), one)
-    check(merge_tensors("passthrough", [one], each={"scale": [0.5]}), 0.5 * one.double())
+    check(merge_tensors("passthrough", [one], per_model={"scale": [0.5]}), 0.5 * one.double())
 
 
 Settings = tuple[int, dict[str, list[Any]], dict[str, Any]]
@@ -289,21 +291,21 @@ Settings = tuple[int, dict[str, list[Any]], dict[str, Any]]
 def settings_of(method: str) -> Settings:
     row = METHODS[method]
     count = min(max(2, row.num_models[0]), row.num_models[1])
-    each = {"weight": [0.6, 0.4], "density": [0.5, 0.7], "gamma": [0.1] * 2, "epsilon": [0.1] * 2}
-    options = {name: 0.4 for name, default in row.options.items() if default is REQUIRED}
-    if "select_topk" in row.options:
+    per_model = {"weight": [0.6, 0.4], "density": [0.5, 0.7], "gamma": [0.1] * 2, "epsilon": [0.1] * 2}
+    options = {name: 0.4 for name, default in row.shared.items() if default is REQUIRED}
+    if "select_topk" in row.shared:
         options["select_topk"] = 0.5
-    return count, {name: each[name][:count] for name in row.each if name in each}, options
+    return count, {name: per_model[name][:count] for name in row.per_model if name in per_model}, options
 
 
 @pytest.mark.parametrize("method", ALONE)
 def test_cuts_change_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    count, each, options = settings_of(method)
+    count, per_model, options = settings_of(method)
     base, tensors = models(count, (50, 40), spread=0.5)
     based = base if METHODS[method].base is Base.REQUIRED else None
-    whole = merge_tensors(method, tensors, based, each=each, **options)
+    whole = merge_tensors(method, tensors, based, per_model=per_model, **options)
     monkeypatch.setattr(pieces_module, "PIECE_ELEMENTS", 300)
-    cut = merge_tensors(method, tensors, based, each=each, **options)
+    cut = merge_tensors(method, tensors, based, per_model=per_model, **options)
     random = method.startswith(("dare", "della"))
     assert random or (cut - whole).norm() <= 1e-6 * whole.norm()
 
@@ -311,20 +313,20 @@ def test_cuts_change_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("method", ALONE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inputs_stay_as_they_are(method: str, dtype: torch.dtype) -> None:
-    count, each, options = settings_of(method)
+    count, per_model, options = settings_of(method)
     base, tensors = models(count)
     base, tensors = base.to(dtype), [tensor.to(dtype) for tensor in tensors]
     before = [tensor.clone() for tensor in (base, *tensors)]
     based = base if METHODS[method].base is Base.REQUIRED else None
-    merged = merge_tensors(method, tensors, based, each=each, **options)
+    merged = merge_tensors(method, tensors, based, per_model=per_model, **options)
     assert torch.isfinite(merged).all()
     assert all(torch.equal(now, then) for now, then in zip((base, *tensors), before, strict=True))
 
 
 @pytest.mark.parametrize("method", ALONE)
 def test_models_that_are_the_same_come_back(method: str) -> None:
-    count, each, options = settings_of(method)
+    count, per_model, options = settings_of(method)
     base, _ = models(count)
     based = base if METHODS[method].base is Base.REQUIRED else None
-    merged = merge_tensors(method, [base.clone() for _ in range(count)], based, each=each, **options)
+    merged = merge_tensors(method, [base.clone() for _ in range(count)], based, per_model=per_model, **options)
     check(merged, base.double(), 1e-6)

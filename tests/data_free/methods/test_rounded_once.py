@@ -13,10 +13,10 @@ from largemerge.data_free.methods.table import METHODS, merge_tensors
 HALVES = {"weight": [0.5, 0.5]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "slerp": ("slerp", {"t": 0.3}),
-    "nuslerp": ("nuslerp", {"each": HALVES}),
-    "nuslerp of rows": ("nuslerp", {"each": HALVES, "nuslerp_flatten": False}),
-    "nuslerp of columns": ("nuslerp", {"each": HALVES, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
-    "multislerp": ("multislerp", {"each": {"weight": [0.5, 0.2, 0.3]}}),
+    "nuslerp": ("nuslerp", {"per_model": HALVES}),
+    "nuslerp of rows": ("nuslerp", {"per_model": HALVES, "nuslerp_flatten": False}),
+    "nuslerp of columns": ("nuslerp", {"per_model": HALVES, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    "multislerp": ("multislerp", {"per_model": {"weight": [0.5, 0.2, 0.3]}}),
     "karcher": ("karcher", {}),
     "model_stock": ("model_stock", {}),
     "model_stock of rows": ("model_stock", {"filter_wise": True}),
@@ -24,7 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def models(count: int) -> list[torch.Tensor]:
-    """A base and others near it, in bfloat16."""
+    """Makes a base and others near it, in bfloat16."""
     generator = torch.Generator().manual_seed(5)
     base = torch.randn(200, 300, generator=generator)
     return [base.bfloat16()] + [

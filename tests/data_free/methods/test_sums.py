@@ -1,4 +1,4 @@
-"""Sums of short stretches are those of float64, whatever is left over at the end."""
+"""Sums of short runs are those of float64, whatever is left over at the end."""
 
 from __future__ import annotations
 

@@ -1,0 +1,248 @@
+"""Files with tensors, one implementation for each format, behind one small protocol.
+
+    TensorFile      tensors()          what the file holds, from its header alone
+                    read(info, rows)   one of them, or some of its rows
+
+A safetensors file starts with eight bytes (the header's length, little endian), a JSON header (name → dtype, shape,
+byte range) and then the bytes of all tensors. Reading headers costs kilobytes, whatever the size of the model. Pickle
+files are unpickled onto the meta device with `weights_only=True`. Another format is one more class, and a line in
+`open_tensor_file`.
+
+Whoever merges sees models, not files: `reader.py` puts the files of a checkpoint together and dequantises, `lora.py`
+adds an adapter to them. Both kinds of merge read through these.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from largemerge.checkpoint.direct_io import Buffers, DataFile
+from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo
+from largemerge.errors import CheckpointError
+
+Rows = slice | torch.Tensor | None
+"""A part of the first dimension, without a step; rows in any order, by their numbers; or all of it."""
+
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_GAP_BYTES = 32 << 10  # between two rows: reading them in vain costs less than another call
+
+
+class TensorFile(Protocol):
+    """One file with tensors. Safe to use from several threads."""
+
+    @property
+    def header(self) -> bytes | None:
+        """Bytes that tell this file from another of the same size; `None` where the format has no header."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far, those between rows that were read in vain included."""
+
+    @property
+    def bytes_past_cache(self) -> int:
+        """Bytes read so far that did not go through the system's cache."""
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """What the file holds, by name, from its header alone.
+
+        Raises:
+            CheckpointError: If the file is cut short, broken, or no file of weights.
+        """
+
+    def read(self, info: TensorInfo, rows: Rows = None, *, past_cache: bool = False) -> torch.Tensor:
+        """Reads a tensor as it is stored, into memory of its own on the CPU.
+
+        Args:
+            info: One of `tensors`.
+            rows: Only these.
+            past_cache: Leave nothing in the system's cache, where that can be done.
+
+        Raises:
+            CheckpointError: If the file has become shorter since its header was read.
+        """
+
+    def close(self) -> None:
+        """Closes the file."""
+
+
+def open_tensor_file(path: Path, buffers: Buffers | None = None) -> TensorFile:
+    """Opens a file by the format that its name says; nothing is read yet.
+
+    Args:
+        path: The file.
+        buffers: Lend memory to tensors; `None`: it is allocated.
+    """
+    return PickleFile(path) if path.suffix == ".bin" else SafetensorsFile(path, buffers)
+
+
+class SafetensorsFile:
+    """A safetensors file, read at byte positions (see `TensorFile`).
+
+    `pread` into a fresh buffer instead of a mapped file: the system's cache still helps, but no mapped pages pile up
+    in the process, and reads from a helper thread run while this one computes.
+    """
+
+    def __init__(self, path: Path, buffers: Buffers | None = None) -> None:
+        self.bytes_read = 0
+        self._path, self._buffers = path, buffers
+        self._header: tuple[dict[str, Any], bytes] | None = None
+        self._file: DataFile | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def header(self) -> bytes:
+        """The JSON header as it stands in the file."""
+        return self._read_header()[1]
+
+    @property
+    def bytes_past_cache(self) -> int:
+        """Bytes read so far that did not go through the system's cache."""
+        return self._file.bytes_past_cache if self._file is not None else 0
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """What the file holds, by name, with the byte position of each."""
+        header, raw = self._read_header()
+        return {info.name: info for info in _infos(self._path, header, 8 + len(raw))}
+
+    def read(self, info: TensorInfo, rows: Rows = None, *, past_cache: bool = False) -> torch.Tensor:
+        """Reads a tensor, or some of its rows: those that lie near each other at once."""
+        if not isinstance(rows, torch.Tensor):
+            return self._read_range(info, rows, past_cache=past_cache)
+        if not len(rows):
+            return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
+        wanted, places = torch.unique(rows, return_inverse=True)
+        gap = 1 + _GAP_BYTES // max(1, info.num_bytes // max(1, info.shape[0]))
+        starts = torch.cat([torch.tensor([0]), 1 + torch.nonzero(wanted.diff() > gap).view(-1)]).tolist()
+        parts = []
+        for start, stop in zip(starts, [*starts[1:], len(wanted)], strict=True):
+            first = int(wanted[start])
+            read = self._read_range(info, slice(first, int(wanted[stop - 1]) + 1), past_cache=past_cache)
+            parts.append(read if len(read) == stop - start else read[wanted[start:stop] - first])
+        return torch.cat(parts)[places]
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read_range(self, info: TensorInfo, rows: slice | None, *, past_cache: bool) -> torch.Tensor:
+        assert info.offset is not None
+        offset, shape = info.offset, info.shape
+        if rows is not None:
+            offset += rows.start * (info.num_bytes // max(1, shape[0]))
+            shape = (rows.stop - rows.start, *shape[1:])
+        try:
+            tensor = self._open().read_tensor(offset, info.dtype, shape, past_cache=past_cache)
+        except EOFError:
+            raise CheckpointError(
+                f"{info.file}: ended in the middle of {info.name}; was it changed meanwhile?"
+            ) from None
+        with self._lock:
+            self.bytes_read += tensor.nbytes
+        return tensor
+
+    def _open(self) -> DataFile:
+        with self._lock:
+            if self._file is None:
+                self._file = DataFile(self._path, buffers=self._buffers)
+            return self._file
+
+    def _read_header(self) -> tuple[dict[str, Any], bytes]:
+        if self._header is None:
+            self._header = _read_safetensors_header(self._path)
+        return self._header
+
+
+class PickleFile:
+    """A file that `torch.save` wrote (see `TensorFile`). The format of before 2020 can be read only as a whole."""
+
+    header = None
+    bytes_past_cache = 0
+
+    def __init__(self, path: Path) -> None:
+        self.bytes_read = 0
+        self._path = path
+        self._whole: Mapping[str, torch.Tensor] | None = None
+        self._lock = threading.Lock()
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """What the file holds, by name."""
+        file = self._path
+        try:
+            state = torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # what a broken or malicious pickle may raise, nobody has listed
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{file}: cannot be read with weights_only=True: {first_line}") from None
+        if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+        ):
+            raise CheckpointError(f"{file}: holds something else than a model's weights; expected tensors by name")
+        return {name: TensorInfo(name, tuple(each.shape), each.dtype, file, None) for name, each in state.items()}
+
+    def read(self, info: TensorInfo, rows: Rows = None, *, past_cache: bool = False) -> torch.Tensor:
+        """Reads a tensor, or some of its rows, from the mapped file."""
+        with self._lock:
+            state = self._whole
+            if state is None:
+                mapped = zipfile.is_zipfile(self._path)
+                state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
+                if not mapped:
+                    self._whole = state
+        tensor = state[info.name]
+        tensor = (tensor if rows is None else tensor[rows]).clone(memory_format=torch.contiguous_format)
+        with self._lock:
+            self.bytes_read += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        """Lets go of what was read as a whole."""
+        self._whole = None
+
+
+def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: not a safetensors file, or cut short ({size} bytes, header {length}); fetch it again"
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise CheckpointError(f"{file}: the safetensors header is not JSON; fetch the file again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the safetensors header is a {type(header).__name__}, expected an object")
+    return header, raw
+
+
+def _infos(file: Path, header: dict[str, Any], start: int) -> Iterator[TensorInfo]:
+    size = file.stat().st_size
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            if not all(type(number) is int for number in (begin, end, *shape)) or min(shape, default=0) < 0:
+                raise TypeError
+        except KeyError as error:
+            raise CheckpointError(f"{file}: {name}: dtype or field {error} is not supported") from None
+        except (TypeError, ValueError):
+            raise CheckpointError(f"{file}: {name}: broken header entry {entry!r}") from None
+        info = TensorInfo(name, shape, dtype, file, start + begin)
+        if end - begin != info.num_bytes or start + end > size or begin < 0:
+            raise CheckpointError(
+                f"{file}: {name}: bytes {begin}..{end} do not hold {entry['dtype']} {list(shape)} "
+                f"in a file of {size} bytes; the file is cut short or broken: fetch it again"
+            )
+        yield info
