@@ -1,0 +1,44 @@
+"""What is installed: found from any folder, whole, and light to import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import setuptools
+
+import largemerge
+
+ROOT = Path(largemerge.__file__).parents[1]
+
+
+def run(code: str, folder: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_the_folder_above_a_clone_does_not_hide_the_package(tmp_path: Path) -> None:
+    """A folder called largemerge without `__init__.py` would be a namespace package, if nothing else were found."""
+    (tmp_path / "largemerge" / "largemerge").mkdir(parents=True)
+    code = "import largemerge; print(largemerge.__file__, largemerge.__version__)"
+    assert run(code, tmp_path) == f"{ROOT / 'largemerge' / '__init__.py'} {largemerge.__version__}"
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    packages = {name.replace(".", "/") for name in setuptools.find_packages(str(ROOT), include=["largemerge*"])}
+    folders = {str(path.parent.relative_to(ROOT)) for path in (ROOT / "largemerge").rglob("*.py")}
+    assert folders == packages
+    assert (ROOT / "largemerge" / "py.typed").exists()
+
+
+def test_every_public_name_is_there() -> None:
+    assert sorted(largemerge.__all__) == largemerge.__all__
+    assert all(getattr(largemerge, name) is not None for name in largemerge.__all__)
+
+
+def test_the_package_and_its_command_line_come_without_torch(tmp_path: Path) -> None:
+    code = "import json, sys, largemerge, largemerge.cli; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(run(code, tmp_path))
+    assert not {"torch", "transformers", "pydantic", "yaml", "rich", "shtab"} & set(loaded)
