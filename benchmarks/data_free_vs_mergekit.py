@@ -183,7 +183,7 @@ def load_tensor(files: dict[str, Path], name: str) -> torch.Tensor:
 
 
 def _agreement(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Partition of elements that are the same, and one unit in the last place away, in bfloat16."""
+    """Shares of elements that are the same, and one unit in the last place away, in bfloat16."""
     left, right = tensor_files(ours), tensor_files(theirs)
     total = same = near = 0
     for name in left.keys() & right.keys():

@@ -92,7 +92,7 @@ def _merge(config: Config, work: Path, python: Path | None) -> dict[str, Path]:
 
 
 def _judge(method: str, config: Config, merges: Mapping[str, Path]) -> dict[str, Any]:
-    """Partition of elements that are the same and one unit in the last place away, by pair; errors, by merge."""
+    """Shares of elements that are the same and one unit in the last place away, by pair; errors, by merge."""
     based = [config["base_model"]] if "base_model" in config else []
     inputs = [tensor_files(Path(model)) for model in [*based, *(entry["model"] for entry in config["models"])]]
     outputs = {label: tensor_files(folder) for label, folder in merges.items()}

@@ -77,7 +77,7 @@ def _sampled_tensors(geometry: Geometry) -> list[str]:
     """All tensors outside the blocks, and of blocks from the first to the last."""
     last = geometry.num_layers - 1
     layers = sorted({round(step * last / (SAMPLED_BLOCKS - 1)) for step in range(SAMPLED_BLOCKS)})
-    return [*geometry.non_block(), *(name for layer in layers for name in geometry.block(layer))]
+    return [*geometry.outside(), *(name for layer in layers for name in geometry.block(layer))]
 
 
 def _number_problems(merged: Path, candidates: Sequence[Path], name: str) -> list[str]:

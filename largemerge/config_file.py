@@ -19,7 +19,8 @@ from largemerge.errors import ConfigError
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 _BYTE_SIZE = pydantic.TypeAdapter(pydantic.ByteSize)
-_WHOLE_SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-zA-Z]*\s*")  # pydantic reads 4,5GB as 4 bytes, and leaves out what follows
+# Bits are no size here; and pydantic would read 4,5GB as 4 bytes.
+_WHOLE_SIZE = re.compile(r"\s*\d*\.?\d+\s*([kmgtpe]i?)?b?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:

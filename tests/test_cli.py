@@ -149,6 +149,8 @@ def test_unknown_devices(command: Command, case: Case, name: str, device: str) -
         ("1000000", 10**6),
         ("5GB", 5 * 10**9),
         ("5gb", 5 * 10**9),
+        ("5G", 5 * 10**9),
+        ("1.5TB", 15 * 10**11),
         ("500 MB", 5 * 10**8),
         ("2GiB", 2 * 2**30),
         ("1.5KiB", 1536),
@@ -161,7 +163,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "0", "0GB", "-5GB", "5TB", "5G", "5iB", "5 apples", "1e9", "inf", "nan", "5GBs", "0.4"]
+    "text", ["", "GB", "0", "0GB", "-5GB", "4,5GB", "5Gbit", "5iB", "5 apples", "1e9", "inf", "nan", "5GBs", "0.4"]
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{text!r}: expected a size such as 5GB")):

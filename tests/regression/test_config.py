@@ -104,7 +104,7 @@ def test_an_unknown_key_that_is_near_to_none_comes_with_all() -> None:
         ("compute_dtype", "float64", "'float64'"),
         ("stacks", "model.layers", "'model.layers'"),
         ("trust_remote_code", 1, "1"),
-        ("base_model", {"model": "x"}, ""),
+        ("base_model", {"modle": "x"}, ""),
     ],
 )
 def test_wrong_types_are_told_with_what_was_found(path: str, value: Any, found: str) -> None:
