@@ -5,8 +5,8 @@
     report = largemerge.merge("config.yaml", "merged")
     plan = largemerge.plan("config.yaml")
 
-Names are imported when they are first used, so that importing the package costs nothing and a mistake in a
-configuration is told before torch is loaded.
+Names are imported when they are first used, so that importing the package costs nothing, and the command says what is
+wrong with a configuration before torch is loaded.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     configuration ──► read_config ──► regression/   MergeConfig
                                   └─► data_free/    DataFreeConfig, or Documents: several merges in one file
 
-Both kinds give plans and reports of one shape, so that whoever shows them needs to know neither.
+Plans and reports of both kinds follow the same protocol, so that the command line knows neither kind.
 """
 
 from __future__ import annotations
@@ -29,33 +29,36 @@ if TYPE_CHECKING:
     from largemerge.regression.report import MergeReport
 
 Source = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig | Documents
+"""A configuration: a path, a mapping, or one that has been read."""
 Config = MergeConfig | DataFreeConfig | Documents
+"""A configuration that has been read."""
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+"""Size of an output file in bytes, unless one tensor is larger."""
 
 
 class Plan(Protocol):
-    """What a merge will do, whichever kind it is."""
+    """The plan of a merge of either kind."""
 
     @property
     def problems(self) -> Sequence[str]:
-        """What makes the merge impossible; empty for a plan that can be run."""
+        """Reasons why the merge is impossible; empty for a plan that can be run."""
 
     @property
     def sparing(self) -> bool:
         """Whether freed host memory is to go back to the system at once."""
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
+        """Returns the plan as plain JSON values."""
 
     def print(self, console: Console) -> None:
         """Shows the plan as a table."""
 
 
 class Report(Protocol):
-    """What a merge did, whichever kind it is; the same is in `merge_report.json`."""
+    """The report of a merge of either kind; the same is in `merge_report.json`."""
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """Returns the report as plain JSON values."""
 
     def print(self, console: Console) -> None:
         """Shows the report as a table."""
@@ -63,11 +66,11 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Limits of memory that come before those of the configuration. Sizes are in bytes.
+    """Limits of memory that override those of the configuration. Sizes are in bytes.
 
     Attributes:
-        host: Most anonymous memory of a process; `None` for what the configuration says, or for what is free.
-        device: Most memory on the accelerator, likewise.
+        host: Maximum of anonymous memory of a process; `None` for the configuration's, or for all that is free.
+        device: Maximum of memory on the accelerator, likewise.
         disk: Folder for hidden states that fit into neither.
     """
 
@@ -77,7 +80,7 @@ class Memory:
 
 
 def read_config(source: Source) -> Config:
-    """Reads a configuration once, and checks it as the kind of merge that its method belongs to.
+    """Reads and checks a configuration as the kind of merge that its method belongs to.
 
     Args:
         source: A path, a mapping, or a configuration that has been read.
@@ -87,7 +90,7 @@ def read_config(source: Source) -> Config:
         several merges, which are checked when they are planned.
 
     Raises:
-        ConfigError: With every mistake found.
+        ConfigError: If there are mistakes; it names all of them.
     """
     if isinstance(source, MergeConfig):
         return load_config(source)
@@ -108,7 +111,7 @@ def read_config(source: Source) -> Config:
 
 
 def preload(config: Config) -> None:
-    """Imports what a merge of this configuration needs: torch, Transformers, and our own code."""
+    """Imports what a merge of this kind needs: torch, Transformers, and our own code."""
     if isinstance(config, MergeConfig):
         import largemerge.regression.merge
     else:
@@ -136,18 +139,18 @@ def merge(
         device: `auto`, `cpu`, `cuda:0`, ….
         resume: Go on with an interrupted merge; the result is bit for bit that of an unbroken run.
         force: Replace what is in `out`, once the merge is finished.
-        max_shard_bytes: Size of a shard in bytes, unless one tensor is larger.
+        max_shard_bytes: Size of an output file in bytes, unless one tensor is larger.
         quiet: Show no progress.
-        intermediate_dir: For a file of several merges: the folder that keeps the results that the last one is made
-            of. By default they lie in `out` until it is finished.
-        memory: Limits that come before those of the configuration.
+        intermediate_dir: Folder that keeps the results that the last one of several merges is made of. By default they
+            lie in `out` until it is finished.
+        memory: Limits that override those of the configuration.
         planned: Called with the plan before the long work.
 
     Returns:
-        What happened; the same is in `out/merge_report.json`.
+        The report; the same is in `out/merge_report.json`.
 
     Raises:
-        LargemergeError: For anything wrong with config, inputs, data or output, before the long work.
+        LargemergeError: If anything is wrong with config, inputs, data or output; before the long work.
     """
     resolved, memory = read_config(config), memory or Memory()
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
@@ -186,14 +189,15 @@ def plan(
         config: A path, a mapping, or a configuration that has been read.
         device: `auto`, `cpu`, `cuda:0`, ….
         probe: Measure this machine for a few seconds, so that the plan says how long the merge will take.
-        num_ranks: For regression methods: as many ranks share this machine; say what each holds, moves and computes.
-        cluster: For regression methods: plan for these machines instead, one rank for each of their GPUs.
-        from_config: For regression methods: each checkpoint's `config.json` is all there is.
-        memory: Limits that come before those of the configuration.
+        num_ranks: Number of ranks that share this machine, for regression methods; the plan says what each holds, moves
+            and computes.
+        cluster: Other machines to plan for, for regression methods, with one rank for each of their GPUs.
+        from_config: Look at each checkpoint's `config.json` alone, for regression methods.
+        memory: Limits that override those of the configuration.
 
     Raises:
-        LargemergeError: If the inputs cannot be opened. What merely makes the merge impossible is in the
-            plan's `problems`.
+        LargemergeError: If the inputs cannot be opened. Reasons why the merge is impossible are in the plan's
+            `problems`.
     """
     resolved, memory = read_config(config), memory or Memory()
     if isinstance(resolved, MergeConfig):
@@ -233,18 +237,18 @@ def cluster(
     disk_rate: str = "2GB/s",
     node_memory: int = 2**40,
 ) -> Cluster:
-    """Describes machines that are not here, for `plan`, by the data sheets of their parts.
+    """Describes other machines, for `plan`, by the data sheets of their parts.
 
     Args:
-        num_nodes: How many nodes there are.
-        gpus_per_node: How many GPUs each of them has.
-        gpu: `a100`, `h100`, `h200`, `b200`, `l40s` or `rtx4090`.
+        num_nodes: Number of nodes.
+        gpus_per_node: Number of GPUs in each node.
+        gpu: Name of the GPU: `a100`, `h100`, `h200`, `b200`, `l40s` or `rtx4090`.
         interconnect: Rate between nodes, each way, such as `400Gbit` or `25GB/s`.
         disk_rate: Rate at which a node reads, likewise.
         node_memory: Host memory of a node in bytes.
 
     Raises:
-        ConfigError: For a number below 1, a GPU that is not known, or a text that is no rate.
+        ConfigError: If a number is below 1, the GPU is not known, or a text is not a rate.
     """
     from largemerge.regression.planning.rates import Cluster, find_gpu, parse_rate
 
@@ -262,7 +266,7 @@ def cluster(
 
 
 def _limited(config: MergeConfig, memory: Memory) -> MergeConfig:
-    """The configuration with other limits over its own."""
+    """Returns the configuration with other limits in place of its own."""
     limits: dict[str, Any] = {"device": memory.device, "host": memory.host}
     if memory.disk is not None:
         limits["disk"] = str(memory.disk.expanduser().absolute())

@@ -1,6 +1,10 @@
 """The command line: parse, call the public API, print.
 
-It knows neither kind of merge: `api` looks at the method, and plans and reports print themselves.
+    arguments ──► options ──► _merge, _plan: api.read_config ──► api.merge, api.plan ──► report or plan, printed
+                          └─► _demo
+
+It knows neither kind of merge: `api` looks at the method, and plans and reports print themselves. torch and the like
+are imported only once the configuration is known to be right.
 """
 
 from __future__ import annotations
@@ -19,14 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from largemerge import __version__
-from largemerge.errors import EXIT_CODE, INTERRUPTED, ConfigError, LargemergeError, RankAbortedError
+from largemerge.errors import EXIT_CODE, INTERRUPTED, ConfigError, LargemergeError, RankAborted
 
 if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
 
 
 def own_rank() -> int:
-    """As the launcher says; MPI, which Accelerate knows too, names it otherwise."""
+    """Number of this process, as its launcher says: torchrun, Accelerate, DeepSpeed, or MPI."""
     names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
 
@@ -42,10 +46,10 @@ def _size(text: str, option: str) -> int:
 
 @contextmanager
 def _importing(options: argparse.Namespace) -> Iterator[None]:
-    """For imports of torch and the like: they make very many objects that stay to the end.
+    """Keeps the garbage collector away from what is imported inside, in a process of our own.
 
-    In a process of our own the garbage collector leaves them alone, then, later, and at the end, which saves a command
-    some tenths of a second.
+    torch and the like make very many objects that stay to the end. Never to look at them saves a command some tenths
+    of a second.
     """
     if not options.own_process:
         yield
@@ -59,7 +63,7 @@ def _importing(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _memory(options: argparse.Namespace) -> Memory:
-    """The limits of memory that the command line names."""
+    """Reads the limits of memory among the options."""
     from largemerge.api import Memory
 
     sizes = {
@@ -112,7 +116,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _interrupted(options: argparse.Namespace) -> int:
-    """Says how to go on with a merge that has begun."""
+    """Says how to go on with an interrupted merge, if it has begun."""
     from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER
 
     begun = [options.out / WORKING_FOLDER / name for name in ("manifest.json", INTERMEDIATE_FOLDER)]
@@ -147,7 +151,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _cluster(options: argparse.Namespace) -> Cluster | None:
-    """The machines to plan for, if any option names them."""
+    """Reads the description of other machines among the options, if there is one."""
     from largemerge import api
 
     names = ("num_nodes", "gpus_per_node", "gpu", "interconnect", "disk_rate", "node_memory")
@@ -187,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(options: argparse.Namespace) -> int:
     try:
         code = COMMANDS[options.command](options)
-    except RankAbortedError:
+    except RankAborted:
         code = EXIT_CODE
     except LargemergeError as error:
         print(f"largemerge: {error}", file=sys.stderr)
@@ -199,33 +203,33 @@ def _run(options: argparse.Namespace) -> int:
 
 
 class _Numbered(io.TextIOBase):
-    """A stream whose lines begin with the rank: what several processes say goes to one terminal."""
+    """A stream whose lines begin with the rank, for several processes on one terminal."""
 
     def __init__(self, stream: TextIO, rank: int) -> None:
         self._stream, self._prefix, self._begins = stream, f"[rank {rank}] ", True
 
     def write(self, text: str) -> int:
-        """Writes it, each line with the prefix."""
+        """Writes a text, with the rank before each line."""
         for line in text.splitlines(keepends=True):
             self._stream.write(self._prefix + line if self._begins else line)
             self._begins = line.endswith("\n")
         return len(text)
 
     def flush(self) -> None:
-        """Flushes the stream behind it."""
+        """Flushes the wrapped stream."""
         self._stream.flush()
 
     def fileno(self) -> int:
-        """Of the stream behind it."""
+        """File descriptor of the wrapped stream."""
         return self._stream.fileno()
 
     def isatty(self) -> bool:
-        """Never: only the first rank draws."""
+        """Always False, so that only rank 0 draws a progress bar."""
         return False
 
 
 def _numbered(stream: TextIO) -> TextIO:
-    """The stream itself on the first rank."""
+    """Wraps a stream so that lines begin with the rank; rank 0 keeps it as it is."""
     rank = own_rank()
     return cast(TextIO, _Numbered(stream, rank)) if rank else stream
 
@@ -248,7 +252,7 @@ class _PrintCompletion(argparse.Action):
 
 
 def _all_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """The options and arguments of a parser and of its commands."""
+    """Yields the options and arguments of a parser and of its commands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

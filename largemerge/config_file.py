@@ -1,4 +1,10 @@
-"""Configuration files: read strictly, with types that both kinds of merge share, and all mistakes told at once."""
+"""Configuration files: YAML read strictly, with one error for all mistakes.
+
+    path ──► read_yaml, read_documents ──► mappings ──► a `Strict` model of either kind of merge
+                                                             └─► explain: one message for each mistake
+
+The types that both kinds of merge share are here, too: dtypes by name, sizes such as 8GiB.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from largemerge.errors import ConfigError
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+"""Dtypes by the names that configurations use; `checkpoint.tensor_info.torch_dtype` makes torch's of them."""
 
 _BYTE_SIZE = pydantic.TypeAdapter(pydantic.ByteSize)
 # Bits are no size here; and pydantic would read 4,5GB as 4 bytes.
@@ -24,10 +31,10 @@ _WHOLE_SIZE = re.compile(r"\s*\d*\.?\d+\s*([kmgtpe]i?)?b?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `5GB`, `500MiB`, `2G`, `1000000`.
+    """Reads a size such as `5GB`, `500MiB`, `2G` or `1000000`, in bytes.
 
     Raises:
-        ValueError: If it is no size.
+        ValueError: If the text is not a size.
     """
     try:
         size = int(_BYTE_SIZE.validate_python(text)) if _WHOLE_SIZE.fullmatch(text) else 0
@@ -39,7 +46,7 @@ def parse_size(text: str) -> int:
 
 
 def gib(num_bytes: float) -> str:
-    """Bytes for people."""
+    """Formats a size in bytes with a unit that suits it: `1.5 KiB`, `20.0 MiB`, `3.25 GiB`."""
     if num_bytes < 2**20:
         return f"{num_bytes / 2**10:.1f} KiB"
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
@@ -50,20 +57,20 @@ def _check_size(value: object) -> object:
 
 
 Size = Annotated[int, pydantic.BeforeValidator(_check_size), Field(ge=1)]
-"""Bytes: a number, or text such as 8GiB."""
+"""A size in bytes: a number, or a text such as 8GiB."""
 
 
 class Strict(BaseModel):
-    """A part of the configuration: unknown keys and values of another type are mistakes."""
+    """Base of all parts of a configuration: unknown keys and values of another type are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Reads the mapping in a YAML file.
 
     Raises:
-        ConfigError: If there is no such file, or it holds something else.
+        ConfigError: If there is no such file, or it does not hold mappings.
     """
     documents = read_documents(path)
     if len(documents) > 1:
@@ -72,10 +79,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_documents(path: Path) -> list[dict[str, Any]]:
-    """The mappings in a YAML file, where `---` separates several; empty ones are left out.
+    """Reads the mappings in a YAML file, where `---` separates several; empty ones are left out.
 
     Raises:
-        ConfigError: If there is no such file, or it holds something else.
+        ConfigError: If there is no such file, or it does not hold mappings.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
@@ -91,7 +98,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number, a key given twice is a mistake."""
+    """Loads YAML as people write it: `1e-6` is a number, and a key given twice is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -109,7 +116,7 @@ _YamlLoader.add_implicit_resolver(
 
 
 def to_json(raw: Any) -> str:
-    """A raw configuration as JSON text.
+    """Writes a raw configuration as JSON text.
 
     Raises:
         ConfigError: If it holds what JSON cannot.
@@ -121,10 +128,10 @@ def to_json(raw: Any) -> str:
 
 
 def explain(error: pydantic.ValidationError, root: type[BaseModel]) -> Iterator[str]:
-    """One message for each mistake that pydantic found, with the nearest right key for an unknown one.
+    """Yields a message for each mistake that pydantic found, with the nearest known key for an unknown one.
 
     Args:
-        error: From validating a configuration.
+        error: The error that validating raised.
         root: The model that was validated against.
     """
     details = error.errors()
@@ -157,7 +164,7 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean …?`, or nothing if no known word is near."""
+    """Returns `; did you mean …?` for the nearest known word, or nothing if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -1,10 +1,8 @@
-"""Which device a merge computes on.
+"""The device that a merge computes on, and work that runs beside the computing: streams, copies, threads.
 
-A stream of its own on a GPU, for a thread that works beside the one that computes; on a CPU nothing of it.
-
-Bringing a candidate's tensors to the device that computes, while it is busy with something else.
-
-On a GPU: through pinned memory, on a stream of their own; the stream that computes waits for them by an event.
+On a GPU, a thread that works beside the computing one queues its work on a stream of its own (`SideStream`). Tensors
+come from pinned memory on another (`Transfer`). What depends on them waits for an event, not for the whole device. On
+a CPU, all of this does nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +17,12 @@ from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.errors import LargemergeError
 
 CPU = torch.device("cpu")
-_SIZE = 1024
+_SIZE = 1024  # of the matrices that load a GPU's kernels
+_cuda: Any = torch.cuda  # its streams and events carry no types
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU.
+    """Returns the device of that name; `auto` is the first CUDA device where there is one, else the CPU.
 
     Raises:
         LargemergeError: If torch knows no such device, or cannot use it.
@@ -40,11 +39,11 @@ def choose_device(device: str) -> torch.device:
 
 
 def warm_up(device: torch.device, compute: Callable[[], None]) -> None:
-    """Loads what torch loads late on a GPU: libraries and kernels hold host memory, of which a plan is to know.
+    """Makes torch load its libraries and kernels for a GPU: they hold host memory, which a plan must count.
 
     Args:
-        device: That will compute; on the CPU nothing happens.
-        compute: Something small of all that will be computed.
+        device: The device that will compute; nothing happens for a CPU.
+        compute: Runs one small operation of every kind that will be needed.
     """
     if device.type != "cuda":
         return
@@ -54,7 +53,7 @@ def warm_up(device: torch.device, compute: Callable[[], None]) -> None:
 
 
 def compute_a_little(device: torch.device) -> None:
-    """What a regression merge does on a GPU: attention, the kinds of products in Gram matrices, solves."""
+    """Runs one small operation of every kind in a regression merge: attention, products of Gram matrices, solves."""
     x_NN = torch.rand(_SIZE, _SIZE, device=device)
     half_NN = x_NN.to(torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
     heads = half_NN.view(1, 8, _SIZE, -1)
@@ -69,14 +68,11 @@ def compute_a_little(device: torch.device) -> None:
         torch.cholesky_solve(exact_NN, lower_NN).to(CPU)
 
 
-_cuda: Any = torch.cuda  # its streams and events carry no types
-
-
 class SideStream:
-    """What another thread queues on a GPU, in order with what the computing one does.
+    """A CUDA stream for a thread that works beside the computing one; the two wait for each other by events.
 
     Args:
-        device: Of both; on the CPU every moment is `None`.
+        device: The device of both; on a CPU there is no stream, and every event is `None`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -84,27 +80,27 @@ class SideStream:
         self._stream = _cuda.Stream(device) if device.type == "cuda" else None
 
     def record(self) -> Any:
-        """The moment when all that the computing stream has been told is done."""
+        """Records an event on the computing stream, behind all that is queued there now."""
         return None if self._stream is None else _recorded(_cuda.current_stream(self._device))
 
     @contextmanager
-    def wait_then_run(self, record: Any) -> Iterator[None]:
-        """Meanwhile this thread's work is queued on the side stream, after that moment."""
+    def wait_then_run(self, event: Any) -> Iterator[None]:
+        """Queues what this thread does inside on the side stream, behind an event of the computing one."""
         if self._stream is None:
             yield
             return
         with _cuda.device(self._device), _cuda.stream(self._stream):
-            self._stream.wait_event(record)
+            self._stream.wait_event(event)
             yield
 
     def done(self) -> Any:
-        """The moment when all that the side stream has been told is done."""
+        """Records an event on the side stream, behind all that is queued there now."""
         return None if self._stream is None else _recorded(self._stream)
 
-    def wait(self, arrived: Any) -> None:
-        """What is computed from now on waits for that moment."""
-        if arrived is not None:
-            _cuda.current_stream(self._device).wait_event(arrived)
+    def wait(self, event: Any) -> None:
+        """Makes the computing stream wait for an event, before all that is queued there from now on."""
+        if event is not None:
+            _cuda.current_stream(self._device).wait_event(event)
 
 
 def _recorded(stream: Any) -> Any:
@@ -114,10 +110,10 @@ def _recorded(stream: Any) -> Any:
 
 
 class Transfer:
-    """Moves tensors to a device.
+    """Copies a candidate's tensors to the device while it computes.
 
     Args:
-        device: That computes.
+        device: The device that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -125,10 +121,10 @@ class Transfer:
         self._stream = _cuda.Stream(device) if device.type == "cuda" else None
 
     def begin(self, tensors: Tensors) -> Callable[[], Tensors]:
-        """Starts to move tensors, from any thread.
+        """Starts to copy tensors, from any thread.
 
         Returns:
-            To be called once, by the thread that computes: the tensors on the device. It keeps none of them.
+            A function for the computing thread, to be called once: returns the tensors on the device, keeps none.
         """
         if self._stream is None:
             waiting = [{name: tensor.to(self._device) for name, tensor in tensors.items()}]
@@ -136,15 +132,14 @@ class Transfer:
         pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         with torch.cuda.stream(self._stream):
             waiting = [{name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}]
-            arrived = _cuda.Event()
-            arrived.record(self._stream)
+            event = _recorded(self._stream)
 
         def arrive() -> Tensors:
             computing = torch.cuda.current_stream(self._device)
-            computing.wait_event(arrived)
+            computing.wait_event(event)
             moved = waiting.pop()
             for tensor in moved.values():
-                tensor.record_stream(computing)  # its memory is not given to others before this stream is done
+                tensor.record_stream(computing)  # its memory is not used again before this stream is done
             pinned.clear()
             return moved
 
@@ -153,7 +148,7 @@ class Transfer:
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Meanwhile every worker computes alone: pieces are small, and there are workers enough."""
+    """Makes every worker compute with a single thread meanwhile: there are workers enough, and their work is small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

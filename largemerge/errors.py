@@ -6,8 +6,8 @@
     ├── ArchitectureError   a model class whose blocks cannot be run one at a time
     ├── CalibrationError    calibration data: missing, unreadable, or unfit for the model
     ├── OutputError         the output folder: in the way, or not what a resume needs
-    ├── MergeError          something in the data that only showed while merging
-    └── RankAbortedError           of several ranks, this one ends because of what the first one tells
+    ├── MergeError          something in the data that shows only while merging
+    └── RankAborted         this rank ends because of problems that rank 0 tells
 
 Each says what was found, what was expected, in which file or key, and what to do. The command line
 prints the message without a traceback and exits with `EXIT_CODE`.
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_CODE, INTERRUPTED = 2, 130
+"""Exit codes of the command: after a `LargemergeError`, and after Ctrl-C."""
 
 
 class LargemergeError(Exception):
@@ -59,8 +60,8 @@ class OutputError(LargemergeError):
 
 
 class MergeError(LargemergeError):
-    """Something that only the data itself could show."""
+    """Something in the data that shows only while merging."""
 
 
-class RankAbortedError(LargemergeError):
-    """A rank ends because of problems that the first rank tells: nothing is left to be said."""
+class RankAborted(LargemergeError):
+    """This rank ends because of problems that rank 0 tells; nothing more has to be said."""

@@ -1,9 +1,7 @@
-"""What a merge runs on: versions and machine, for reports and manifests.
+"""This machine and this process: versions and hardware for reports, memory in use and its peak.
 
-How much memory this process holds, and the most that it held.
-
-Host memory is counted twice over: anonymous (what the process allocated: `RssAnon` on Linux) and total
-(with the pages of mapped files, which the kernel may drop at any time).
+Host memory is counted twice over: anonymous memory, which the process has allocated (`RssAnon` on Linux), and the
+total, with pages of mapped files, which the kernel may drop at any time. Limits and plans mean the first.
 """
 
 from __future__ import annotations
@@ -21,11 +19,13 @@ from typing import Any
 import psutil
 import torch
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
+_INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 
 
 def versions() -> dict[str, str]:
-    """Versions of largemerge and of what it stands on."""
+    """Looks up the versions of Python, largemerge and the packages that decide its results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the merge ran on."""
+    """Describes this machine: system, processor, memory, device."""
     described = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -59,18 +59,14 @@ def _processor() -> str:
         return platform.processor()
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
-_INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
-
-
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes.
+    """Memory of this process, in bytes.
 
     Attributes:
-        host_anonymous: Allocated by the process.
-        host_total: With mapped files.
-        device: Allocated by torch on the accelerator; 0 without one.
+        host_anonymous: Memory that the process has allocated.
+        host_total: Anonymous memory and the pages of mapped files.
+        device: Memory that torch has allocated on the accelerator; 0 without one.
     """
 
     host_anonymous: int
@@ -79,37 +75,38 @@ class MemoryUse:
 
 
 def memory_in_use(device: torch.device) -> MemoryUse:
-    """What the process holds now."""
+    """Measures the memory of this process."""
     total = psutil.Process().memory_info().rss
     on_device = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     return MemoryUse(_anonymous_bytes(total), total, on_device)
 
 
 def free_on_gpu(device: torch.device, local_ranks: int) -> int:
-    """Bytes: the part of each of so many processes, shared out evenly over this machine's GPUs."""
+    """Bytes that are free for each of `local_ranks` processes, spread evenly over this machine's GPUs."""
     return int(torch.cuda.mem_get_info(device)[0]) // -(-local_ranks // torch.cuda.device_count())
 
 
-def _anonymous_bytes(otherwise: int) -> int:
+def _anonymous_bytes(default: int) -> int:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
-        return otherwise
+        return default
     line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), None)
-    return int(line.split()[1]) * 1024 if line else otherwise
+    return int(line.split()[1]) * 1024 if line else default
 
 
 def reuse_freed_memory(*, sparingly: bool) -> None:
-    """Fixes what the C library does with freed memory (glibc; nothing elsewhere).
+    """Sets how the C library reuses freed memory (glibc; does nothing elsewhere).
 
-    Pieces that come and go, an activation or a block's weights, are fastest when the next one takes the same place: a
-    fresh page costs the system more time than the model's own operations on it. But pieces of changing sizes leave
-    holes, and a merge then holds more than it uses, up to a third for wide models. Blocks are read by one thread and
-    given back by another: both share one arena. It is a setting of the whole process: for a program of ours, not for
-    somebody's who imports us.
+    Allocations that come and go, of activations or a block's weights, are fastest when the next one takes the same
+    place: a fresh page costs the system more time than the model's own operations on it. But allocations of changing
+    sizes leave holes, and a merge then holds more than it uses, up to a third for wide models. Blocks are read by one
+    thread and freed by another: both get the same arena. All of this holds for the whole process, so it is for our own
+    command, not for a program that imports us.
 
     Args:
-        sparingly: Give even medium pieces back to the system at once: for merges that must stay within little memory.
+        sparingly: Return freed memory to the system from 8 MiB on, not from 32 MiB on: for merges that must stay
+            within little memory.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -122,7 +119,7 @@ def reuse_freed_memory(*, sparingly: bool) -> None:
 
 
 class MemoryWatch:
-    """Samples memory in a thread while it is entered, and keeps the peaks. A context manager."""
+    """Measures memory in a thread and keeps the peaks. A context manager."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -142,16 +139,16 @@ class MemoryWatch:
         self._thread.join()
 
     def follow(self, device: torch.device) -> None:
-        """From now on, memory on this device."""
+        """Measures memory on this device from now on."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self.device = device
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_SECONDS):
-            self._note()
+            self._measure()
 
-    def _note(self) -> None:
+    def _measure(self) -> None:
         now = memory_in_use(self.device)
         self._peak = MemoryUse(
             max(self._peak.host_anonymous, now.host_anonymous),
@@ -160,8 +157,8 @@ class MemoryWatch:
         )
 
     def peak(self) -> MemoryUse:
-        """The most held so far."""
-        self._note()
+        """Returns the peaks so far; those on the device as torch counts them."""
+        self._measure()
         if self.device.type == "cuda":
             device = torch.cuda.max_memory_allocated(self.device)
             return MemoryUse(self._peak.host_anonymous, self._peak.host_total, device)

@@ -1,16 +1,16 @@
-"""The output folder, from its first byte to a finished checkpoint, whatever happens in between.
+"""The output folder, from its first byte to a finished checkpoint, crashes and resumes in between.
 
     OUT/.largemerge/              while the merge runs
         manifest.json             config, fingerprints of all inputs and data, versions, layout
         journal.jsonl             one line for each finished part, appended once its bytes are on disk
         model-….safetensors       shards under way
         lock                      held by the running process
-        intermediate/             results of other merges, where one configuration has several
+        intermediate/             results of earlier merges, where one configuration has several
 
 At the end: side files, shards, the index, `config.json` last, then the working folder goes. A folder
 without `config.json`, or with a working folder, is no finished merge.
 
-The output folder of a merge that ranks share: all must want the same thing, the first one opens it.
+Where ranks share a merge, all must agree on the manifest; rank 0 opens the folder and writes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import LargemergeError, OutputError
 
+_MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
 INTERMEDIATE_FOLDER = "intermediate"
-"""In the working folder: results of merges that this one is made of."""
+"""Folder in the working folder, for results of merges that this one is made of."""
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 _CHECKPOINT_FILES = (*_WEIGHT_FILES, "adapter_config.json", *GENERATION_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
 
@@ -43,9 +44,9 @@ class OutputFolder:
     """The output of one merge, begun or resumed.
 
     Attributes:
-        path: OUT.
-        entries: Finished parts, by name, from the journal.
+        path: The folder, OUT.
         replaces: Whether an earlier checkpoint here is to be replaced at the end.
+        entries: Entries of the journal by the name of the finished part.
     """
 
     path: Path
@@ -54,11 +55,11 @@ class OutputFolder:
 
     @property
     def working(self) -> Path:
-        """The working folder."""
+        """Path of the working folder."""
         return self.path / WORKING_FOLDER
 
     def record(self, part: str, entry: Mapping[str, Any]) -> None:
-        """Notes that a part is finished; its bytes must be on disk by now."""
+        """Notes in the journal that a part is finished; its bytes must be on disk by now."""
         line = json.dumps({"part": part, "entry": entry}) + "\n"
         with (self.working / "journal.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line)
@@ -67,12 +68,12 @@ class OutputFolder:
         self.entries[part] = dict(entry)
 
     def finish(self, shards: tuple[Shard, ...], write_side_files: Callable[[Path], None], config: str) -> None:
-        """Makes the folder a checkpoint. May be repeated after a crash at any point.
+        """Makes the folder a checkpoint; may be repeated after a crash at any point.
 
         Args:
-            shards: All written and flushed.
-            write_side_files: Writes tokenizer, report, … into the folder it is given.
-            config: Text of `config.json`, which comes last.
+            shards: All shards, written and flushed.
+            write_side_files: Writes tokenizer, report, … into a folder.
+            config: Text of `config.json`, which is written last.
         """
         names = {shard.file_name for shard in shards}
         if self.replaces:
@@ -100,11 +101,11 @@ class OutputFolder:
 def open_output(
     path: Path, manifest: Mapping[str, Any], inputs: list[Path], *, resume: bool, force: bool
 ) -> Iterator[OutputFolder]:
-    """Begins or resumes a merge in `path` and holds its lock.
+    """Begins or resumes a merge in `path`, and holds its lock meanwhile.
 
     Args:
-        path: OUT.
-        manifest: What a resumed run must have in common with the one before.
+        path: The folder, OUT.
+        manifest: Everything that a resumed run must have in common with the one before.
         inputs: Folders that must not be written to.
         resume: Go on with what is there.
         force: Replace what is there.
@@ -139,7 +140,7 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
     """Refuses an output folder that is in the way, before anything is done.
 
     Raises:
-        OutputError: Saying what is there and what to do.
+        OutputError: If it is in the way; it says what is there and what to do.
     """
     present = existing_folder(path)
     if not present.is_dir():
@@ -209,13 +210,13 @@ def _check_same(before: Any, now: Any, path: Path) -> None:
     found = list(changes(before, now))
     if found:
         raise OutputError(
-            *(f"{path}: cannot be resumed: {change}" for change in found[:20]),
+            *(f"{path}: cannot be resumed: {change}" for change in found[:_MAX_PROBLEMS]),
             "put back what changed, or start afresh with --force",
         )
 
 
 def changes(before: Any, now: Any, where: str = "") -> Iterator[str]:
-    """Every place where two manifests differ: `config → seed was 1 and is 2`."""
+    """Yields every place where two manifests differ: `config → seed was 1 and is 2`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             yield from changes(before.get(key), now.get(key), f"{where} → {key}" if where else key)
@@ -226,14 +227,11 @@ def changes(before: Any, now: Any, where: str = "") -> Iterator[str]:
         yield f"{where} was {before!r} and is {now!r}"
 
 
-_MOST_PROBLEMS = 20
-
-
 @contextmanager
 def open_for_ranks(
     out: Path, manifest: Mapping[str, Any], inputs: list[Path], ranks: Ranks, *, resume: bool, force: bool
 ) -> Iterator[OutputFolder]:
-    """Collective: the output folder, the first rank's own; for the others, what is finished in it.
+    """Opens the output folder on rank 0, and tells the other ranks what is finished in it (collective).
 
     Raises:
         LargemergeError: If manifests differ between ranks; an `OutputError` as `open_output` does.
@@ -244,7 +242,7 @@ def open_for_ranks(
         unlike = changes(first, manifest)
         problems = [f"{change} here; expected the same config, files and versions everywhere" for change in unlike]
         if problems:
-            raise LargemergeError(*problems[:_MOST_PROBLEMS])
+            raise LargemergeError(*problems[:_MAX_PROBLEMS])
 
     ranks.agree(check)
     with ExitStack() as stack:

@@ -1,12 +1,16 @@
-"""Progress of a long run: a live bar on a terminal, a plain line now and then anywhere else.
+"""Progress of a long run, and where its time goes.
 
-Where the time of a merge goes: seconds by stage, and when each stage began.
+    StepBar        a live bar on a terminal, a plain line now and then anywhere else
+    RunProgress    that bar for a merge: stage, block, candidate, rate, memory
+    Clock          seconds by stage, and when each stage began, for the report
+
+Whoever merges reports steps and stages to them, and need not know how they are shown.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
@@ -18,28 +22,31 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from largemerge.machine import memory_in_use
 
 _PLAIN_INTERVAL_SECONDS = 10.0
+_MIN_TIMELINE_SECONDS = 0.001  # the timeline leaves out what is shorter
 
 
-class RunProgress:
-    """Shows stage, block, candidate, rate, time left and memory. A context manager.
+class Watcher(Protocol):
+    """Follows the steps of a merge."""
+
+    def step(self, block: str, stage: str, candidate: str | None = None) -> None:
+        """Counts one batch or one solve that has been done."""
+
+
+class StepBar:
+    """Shows how many steps of a run are done, and the time left. A context manager.
 
     Args:
-        total: Steps in all: batches through a block, solves, tensors written.
-        num_blocks: Of all stacks.
-        device: Whose memory is shown.
-        quiet: Show nothing.
+        total: Number of steps.
+        console: Console to show it on; nothing is shown if it is quiet.
     """
 
-    def __init__(self, total: int, num_blocks: int, device: torch.device, *, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False)
-        self._live = self._console.is_terminal and not quiet
+    def __init__(self, total: int, console: Console) -> None:
+        self._console = console
+        self._live = console.is_terminal and not console.quiet
         self._total = max(1, total)
-        self._num_blocks = num_blocks
-        self._device = device
         self._done = 0
         self._start = time.monotonic()
         self._last_line = self._start
-        self._blocks: dict[str, int] = {}
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -49,12 +56,12 @@ class RunProgress:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[more]}", markup=False),
-            console=self._console,
+            console=console,
             transient=True,
         )
         self._task: TaskID = self._bar.add_task("starting", total=self._total, more="")
 
-    def __enter__(self) -> RunProgress:
+    def __enter__(self) -> StepBar:
         if self._live:
             self._bar.start()
         return self
@@ -65,56 +72,78 @@ class RunProgress:
         if self._live:
             self._bar.stop()
 
-    def tell(self, text: str) -> None:
-        """Shows a line of its own."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+    @property
+    def rate(self) -> float:
+        """Steps a second so far."""
+        return self._done / max(1e-9, time.monotonic() - self._start)
 
-    def step(self, block: str, stage: str, candidate: str | None = None) -> None:
-        """One step of `stage` has been done."""
+    def advance(self, text: str, more: Callable[[], str] = str) -> None:
+        """Counts one step.
+
+        Args:
+            text: Description of the step.
+            more: Returns what else to show; called only when it is shown.
+        """
         self._done += 1
-        if stage != "outside":
-            self._blocks.setdefault(block, len(self._blocks) + 1)
         now = time.monotonic()
         if self._live:
-            self._bar.update(
-                self._task, completed=self._done, description=self._what(block, stage, candidate), more=self._more(now)
-            )
+            self._bar.update(self._task, completed=self._done, description=text, more=more())
         elif now - self._last_line >= _PLAIN_INTERVAL_SECONDS:
             self._last_line = now
-            self._console.print(
-                f"{100 * self._done / self._total:3.0f}% {self._what(block, stage, candidate)}, {self._more(now)}, "
-                f"{_clock((now - self._start) * (self._total - self._done) / self._done)} left",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-    def _what(self, block: str, stage: str, candidate: str | None) -> str:
-        where = f"{block} ({self._blocks[block]}/{self._num_blocks})" if block in self._blocks else block
-        return f"{stage} {where}" + (f" {candidate}" if candidate else "")
-
-    def _more(self, now: float) -> str:
-        memory = memory_in_use(self._device)
-        rate = self._done / max(1e-9, now - self._start)
-        held = f"{memory.host_anonymous / 2**30:.1f} GiB"
-        if memory.device:
-            held += f" + {memory.device / 2**30:.1f} GiB on {self._device}"
-        return f"{rate:.1f} steps/s, {held}"
+            left = _clock_time((now - self._start) * (self._total - self._done) / self._done)
+            shown = ", ".join(part for part in (text, more(), f"{left} left") if part)
+            self._console.print(f"{100 * self._done / self._total:3.0f}% {shown}", highlight=False, soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def _clock_time(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-_SHORTEST_SECONDS = 0.001  # the timeline leaves out what is shorter
+class RunProgress:
+    """Shows stage, block, candidate, rate, time left and memory of a merge. A context manager.
 
+    Args:
+        total: Number of steps: batches through a block, solves, tensors written.
+        num_blocks: Number of blocks in all stacks.
+        device: The device whose memory is shown.
+        quiet: Show nothing.
+    """
 
-class Watcher(Protocol):
-    """Is told how far the work is."""
+    def __init__(self, total: int, num_blocks: int, device: torch.device, *, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False)
+        self._bar = StepBar(total, self._console)
+        self._num_blocks = num_blocks
+        self._device = device
+        self._blocks: dict[str, int] = {}
+
+    def __enter__(self) -> RunProgress:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
+
+    def tell(self, text: str) -> None:
+        """Shows a line of its own, above the bar."""
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, block: str, stage: str, candidate: str | None = None) -> None:
-        """One batch or one solve has been done."""
+        """Counts one step of a stage."""
+        if stage != "outside":
+            self._blocks.setdefault(block, len(self._blocks) + 1)
+        where = f"{block} ({self._blocks[block]}/{self._num_blocks})" if block in self._blocks else block
+        self._bar.advance(f"{stage} {where}" + (f" {candidate}" if candidate else ""), self._rate_and_memory)
+
+    def _rate_and_memory(self) -> str:
+        memory = memory_in_use(self._device)
+        held = f"{memory.host_anonymous / 2**30:.1f} GiB"
+        if memory.device:
+            held += f" + {memory.device / 2**30:.1f} GiB on {self._device}"
+        return f"{self._bar.rate:.1f} steps/s, {held}"
 
 
 class Clock:
@@ -122,11 +151,13 @@ class Clock:
 
     Args:
         start: `time.perf_counter()` at the start of the merge.
+
+    Attributes:
+        timeline: Seconds since the start, stage and block, for every stage that began.
     """
 
     def __init__(self, start: float) -> None:
         self.timeline: list[tuple[float, str, str]] = []
-        """When (seconds since the start) which stage of which block began."""
         self._start = start
         self._block = ""
         self._seconds: dict[str, float] = {}
@@ -134,33 +165,34 @@ class Clock:
         self._since = start
 
     def begin(self, block: str) -> None:
-        """From now on it is about another block."""
+        """Starts to count for another block, from zero."""
         self._block, self._seconds = block, {}
 
     def seconds(self) -> dict[str, float]:
-        """By stage, since `begin`."""
+        """Returns the seconds of every stage since `begin`."""
         return {stage: round(value, 4) for stage, value in self._seconds.items()}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Counts what happens inside."""
-        self._change()
+        """Counts the time inside for a stage."""
+        self._add_elapsed()
         self._stages.append(name)
         if len(self._stages) == 1 and (not self.timeline or self.timeline[-1][1:] != (name, self._block)):
-            self._note(name)
+            self._note_start(name)
         try:
             yield
         finally:
-            self._change()
+            self._add_elapsed()
             self._stages.pop()
 
-    def _note(self, name: str) -> None:
+    def _note_start(self, stage: str) -> None:
         now = time.perf_counter() - self._start
-        if self.timeline and now - self.timeline[-1][0] < _SHORTEST_SECONDS:
+        if self.timeline and now - self.timeline[-1][0] < _MIN_TIMELINE_SECONDS:
             self.timeline.pop()
-        self.timeline.append((round(now, 3), name, self._block))
+        self.timeline.append((round(now, 3), stage, self._block))
 
-    def _change(self) -> None:
+    def _add_elapsed(self) -> None:
+        """Adds the time since the last change to the innermost stage."""
         now = time.perf_counter()
         if self._stages:
             self._seconds[self._stages[-1]] = self._seconds.get(self._stages[-1], 0.0) + now - self._since

@@ -1,21 +1,17 @@
 """Calibration data: a candidate's files become the batches that its model's forward takes.
 
-Regression methods ask each candidate to show, on a little of its own data, which directions its
-linears use. `load_calibration` reads that data; `outline_calibration` says beforehand, without
-reading it, how large it will be.
+Regression methods run each candidate on a little of its own data, to see which directions its linears use.
+`load_calibration` reads that data; `outline_calibration` says beforehand, without reading it, how large it will be.
 
-    load.py           the two functions, as a list of steps
-    batches.py        what comes out: batches, and their fingerprint
+    load.py           the ways in, as lists of steps: read, outline, outline from the configuration alone
+    config.py         settings
     sources.py        a file, a folder or a Hub id becomes a table
-    fields.py         which columns are text, target, image and mask
-    draw.py           which rows of it are drawn, and whether they hold what they should
-    tokenizer.py      the checkpoint's tokenizer
-    text.py           tokens (chat.py: of conversations)
-    images.py         pixels
-    tensors.py        .safetensors files, used as they are
-    assumed.py        the size of data that is not at hand
-
-What becomes of them in a merge: `rows.py` (which tokens count), `hidden_states.py` (where they wait).
+    columns.py        columns and rows of the table become samples
+    tokenizer.py      the checkpoint's tokenizer and chat template
+    text.py           texts become tokens and loss masks
+    images.py         images become pixels
+    pretokenized.py   .safetensors files, used as they are
+    batches.py        the result: batches of samples, and their fingerprint
 """
 
 from largemerge.calibration.batches import Batch, CalibrationOutline, CalibrationSet, ForwardSignature

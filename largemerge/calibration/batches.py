@@ -1,13 +1,14 @@
-"""What calibration hands on: batches of forward arguments, and a fingerprint of them.
+"""Batches of calibration samples, as a model's forward takes them, and a fingerprint of them.
 
-Samples of unlike length share a batch by padding on the right, so that position i is the same
-token with and without padding. They are sorted by length first: a batch of equals pads nothing.
-The statistics do not depend on the order of samples, hence not on the sorting.
+    samples ──► group_samples ──► pad_samples ──► Batch ──► split_batches, where memory is short
+                                                        └─► mmap_inputs, where pixels shall not take memory
 
-Calibration inputs that wait on disk: pixels and the like, which take more room than hidden states.
+Samples of unlike length share a batch by padding on the right, so that position i is the same token with and without
+padding. They are sorted by length first: a batch of equals pads nothing. The statistics do not depend on the order of
+samples, hence not on the sorting.
 
-Floating-point inputs are written to a file that nobody sees and mapped into memory: the kernel reads what is used and
-drops what is not, so they are no anonymous memory of the process.
+Pixels and the like take more room than hidden states. `mmap_inputs` writes them to a file without a name and maps it:
+the kernel reads what is used and drops what is not, so they are not anonymous memory of the process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from largemerge.checkpoint.direct_io import byte_view
 
 @dataclass(frozen=True)
 class ForwardSignature:
-    """What the model class says of its inputs."""
+    """Inputs of a model's forward, as its class and config say.
+
+    Attributes:
+        forward_arguments: Names of all arguments.
+        is_encoder_decoder: Whether a decoder reads tokens of its own.
+        decoder_start_token_id: Token that the decoder begins with, if the config names one.
+        pad_token_id: Token for padding, if the config names one.
+    """
 
     forward_arguments: frozenset[str]
     is_encoder_decoder: bool
@@ -37,62 +45,77 @@ class ForwardSignature:
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of one candidate, as the model's forward takes them."""
+    """B samples of one candidate, as the model's forward takes them.
+
+    Attributes:
+        inputs: Tensors `[B, ...]` by forward argument, contiguous, on the CPU.
+        loss_mask: Bools `[B, T]` over the tokens, those of the decoder where there is one; False keeps a token out of
+            the statistics. `None` if all count.
+    """
 
     inputs: dict[str, torch.Tensor]
-    """Forward argument to tensor `[B, ...]`, contiguous, on CPU."""
     loss_mask: torch.Tensor | None
-    """`[B, T]` bool: False keeps a token out of the statistics. Over the decoder's tokens where there is one."""
 
     @property
     def num_samples(self) -> int:
-        """B."""
+        """Number of samples B."""
         return next(iter(self.inputs.values())).shape[0]
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The calibration data of one candidate."""
+    """The calibration data of one candidate.
+
+    Attributes:
+        name: Name of the candidate.
+        batches: All batches.
+        fingerprint: A hash that changes whenever data, tokenizer or settings change what the model sees.
+    """
 
     name: str
-    """The candidate's."""
     batches: tuple[Batch, ...]
     fingerprint: str
-    """Changes whenever data, tokenizer or settings change what the model sees."""
 
     @property
     def num_samples(self) -> int:
-        """Samples in all batches: as many as asked for, or as there are."""
+        """Number of samples in all batches: as many as asked for, or as there are."""
         return sum(batch.num_samples for batch in self.batches)
 
 
 @dataclass(frozen=True)
 class CalibrationOutline:
-    """What a candidate's calibration will look like, known without reading the samples."""
+    """Upper bounds of a candidate's calibration data, known without reading samples.
+
+    Attributes:
+        num_samples: Maximum of samples.
+        batch_size: Samples in a batch.
+        inputs: Shape of one sample and dtype, by forward argument; lengths of texts are upper bounds.
+    """
 
     num_samples: int
-    """Upper bound."""
     batch_size: int
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    """Forward argument to the shape of one sample, and dtype. The lengths of texts are upper bounds."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, not yet padded."""
+    """One sample, not yet padded.
+
+    Attributes:
+        row: Its row in the source, from 0.
+        sequences: Numbers for each token, by forward argument; empty for a sample without text.
+        loss_mask: 0 or 1 for each token of `input_ids`, or of `decoder_input_ids` where there is a decoder.
+        image: A path, bytes, or a dataset's dictionary of both; opened only when its batch is made.
+    """
 
     row: int
-    """Where it lies in its source, counted from 0."""
     sequences: dict[str, list[int]]
-    """Forward argument to one number per token; nothing for a sample without text."""
     loss_mask: list[int] | None = None
-    """0 or 1 per token of `input_ids`, or of `decoder_input_ids` where there is a decoder."""
     image: Any = None
-    """A path, bytes, or what the dataset has for an image; opened only when its batch is made."""
 
 
 def group_samples(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
-    """Cuts samples into batches of neighbours in length, longest first, equals in their old order.
+    """Groups samples of similar length into batches, longest first, equals in their old order.
 
     Longest first, so that a batch that does not fit into memory fails at once.
     """
@@ -108,11 +131,11 @@ def pad_samples(samples: Sequence[Sample], padding: Mapping[str, int]) -> Batch:
     """Puts samples into one batch, padded on the right to the longest of them.
 
     Args:
-        samples: All with the same forward arguments.
-        padding: Forward argument to its padding value; 0 where it is not named.
+        samples: Samples that all have the same forward arguments.
+        padding: Padding values by forward argument; 0 for those that are not named.
 
     Returns:
-        Tensors `[B, T]` of int64, and the loss mask `[B, T]` (False in the padding) if the samples have one.
+        A batch with tensors `[B, T]` of int64, and a loss mask `[B, T]` (False in the padding) if the samples have one.
     """
     inputs = {
         name: _pad([sample.sequences[name] for sample in samples], padding.get(name, 0))
@@ -129,7 +152,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 def split_batches(batches: Sequence[Batch], max_samples: int) -> tuple[Batch, ...]:
-    """Cuts batches into smaller ones of at most `most_samples`; the padding stays as it is."""
+    """Splits batches into smaller ones of at most `max_samples`; the padding stays as it is."""
     return tuple(
         Batch(
             {name: tensor[start : start + max_samples] for name, tensor in batch.inputs.items()},
@@ -141,7 +164,7 @@ def split_batches(batches: Sequence[Batch], max_samples: int) -> tuple[Batch, ..
 
 
 def fingerprint_batches(batches: Sequence[Batch]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors of all batches, in order."""
+    """Hashes names, dtypes, shapes and bytes of all tensors of all batches, in order, by SHA-256."""
     digest = hashlib.sha256()
     for index, batch in enumerate(batches):
         tensors = dict(sorted(batch.inputs.items()))
@@ -154,21 +177,21 @@ def fingerprint_batches(batches: Sequence[Batch]) -> str:
     return digest.hexdigest()
 
 
-def mapped_inputs(calibration: CalibrationSet, folder: Path) -> CalibrationSet:
-    """The same data, its floating-point inputs mapped from a file in `folder`.
+def mmap_inputs(calibration: CalibrationSet, folder: Path) -> CalibrationSet:
+    """Moves floating-point inputs into mapped files in `folder`.
 
-    The file has no name: it is gone when the process is, however that ends.
+    The files have no names: they are gone when the process is, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return replace(calibration, batches=tuple(_spooled(batch, folder) for batch in calibration.batches))
+
+    def mapped(batch: Batch) -> Batch:
+        inputs = {name: _mmap(x, folder) if x.is_floating_point() else x for name, x in batch.inputs.items()}
+        return replace(batch, inputs=inputs)
+
+    return replace(calibration, batches=tuple(map(mapped, calibration.batches)))
 
 
-def _spooled(batch: Batch, folder: Path) -> Batch:
-    inputs = {name: _mapped(x, folder) if x.is_floating_point() else x for name, x in batch.inputs.items()}
-    return replace(batch, inputs=inputs)
-
-
-def _mapped(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+def _mmap(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".calibration-") as stream:
         stream.write(byte_view(tensor.contiguous().reshape(-1).view(torch.uint8)))
         stream.flush()

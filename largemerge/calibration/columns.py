@@ -1,13 +1,13 @@
-"""Which columns of the data are text, conversation, target, image and loss mask.
+"""The columns and rows of a table that become samples, and whether they hold what they should.
 
-What the configuration names counts, and only that. Where it names neither text nor image, the
-columns `text` and `image` do, as far as the model has a use for them.
+    columns, settings, model ──► choose_fields ──► Fields
+    number of rows, seed     ──► sample_order  ──► row numbers ──► read_rows ──► Row, checked
 
-Which rows of the data become samples, and whether they hold what they should.
+Columns: those that the configuration names, and no others. Where it names neither text nor image, the columns `text`
+and `image` are taken, as far as the model has a use for them.
 
-Where there are more rows than samples wanted, they are drawn without replacement by a seeded
-permutation. Blank texts are passed over. Only drawn rows are looked at, so a dataset of millions
-costs no more than one of hundreds.
+Rows: where there are more than samples wanted, they are drawn without replacement by a seeded permutation. Blank texts
+are passed over. Only drawn rows are looked at, so a dataset of millions costs no more than one of hundreds.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from largemerge.calibration.sources import Source
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 
+MAX_PROBLEMS = 5
+"""Number of bad rows in one error; whoever has more has one mistake, not many."""
+
 
 @dataclass(frozen=True)
 class Fields:
-    """Column names (and a template of them); None where there is nothing of the kind."""
+    """Names of the columns for each part of a sample, or a template of them; `None` where there is no such part."""
 
     text: str | None
     template: str | None
@@ -38,18 +41,18 @@ class Fields:
 
     @property
     def has_text(self) -> bool:
-        """Whether samples have tokens."""
+        """Whether samples have texts, which become tokens."""
         return any(name is not None for name in (self.text, self.template, self.messages, self.target))
 
     @property
     def text_columns(self) -> list[str]:
-        """Columns that must hold text."""
+        """Names of the columns that must hold text."""
         templated = template_columns(self.template) if self.template is not None else []
         return [name for name in (self.text, *templated, self.target) if name is not None]
 
     @property
     def columns(self) -> list[str]:
-        """All columns that have to be read."""
+        """Names of all columns that have to be read."""
         named = (*self.text_columns, self.messages, self.image, self.loss_mask)
         return list(dict.fromkeys(name for name in named if name is not None))
 
@@ -57,16 +60,16 @@ class Fields:
 def choose_fields(
     config: CalibrationConfig, columns: tuple[str, ...] | None, signature: ForwardSignature, where: str
 ) -> Fields:
-    """Finds the columns to read, and checks that settings, columns and model fit together.
+    """Chooses the columns to read, and checks that settings, columns and model fit together.
 
     Args:
-        config: What the user asked for.
-        columns: What the data has; None if that is not known yet (then every column is taken to be there).
-        signature: What the model takes.
+        config: Settings of the candidate's calibration data.
+        columns: Columns of the table; `None` if they are not known yet (then every column is taken to be there).
+        signature: Inputs of the model's forward.
         where: Candidate and file, for messages.
 
     Raises:
-        CalibrationError: With every mistake found.
+        CalibrationError: If something does not fit; it names all mistakes.
     """
     text, image = config.text_field, config.image_field
     if text is None and image is None and config.messages_field is None and config.text_template is None:
@@ -162,13 +165,9 @@ def _misfits_among_settings(fields: Fields, config: CalibrationConfig, signature
         yield f"pack: texts that have {partner} each cannot be joined; remove it"
 
 
-MAX_PROBLEMS = 5
-"""Bad rows told in one error; whoever has more has one mistake, not many."""
-
-
 @dataclass(frozen=True)
 class Row:
-    """What one row holds, checked; None for what was not asked for."""
+    """Checked contents of one row of the table; `None` for what was not asked for."""
 
     index: int
     text: str | None
@@ -178,11 +177,11 @@ class Row:
     image: Any
 
 
-def draw_order(num_rows: int, config: CalibrationConfig) -> Iterator[int]:
-    """The order in which rows are taken until there are enough.
+def sample_order(num_rows: int, config: CalibrationConfig) -> Iterator[int]:
+    """Yields row numbers in the order in which rows are taken until there are enough.
 
-    As they come if all are wanted; else, and always for packing (where it shows only later how
-    many texts fill the samples), by a permutation drawn with `config.seed`.
+    If all rows are wanted, they are taken as they come. Otherwise, and always for packing, where it shows only later
+    how many texts fill the samples, they are taken by a permutation that `config.seed` draws.
     """
     assert config.num_samples is not None and config.seed is not None
     if num_rows <= config.num_samples and not config.pack:
@@ -195,10 +194,10 @@ def draw_order(num_rows: int, config: CalibrationConfig) -> Iterator[int]:
 
 
 def read_rows(source: Source, fields: Fields, order: Iterable[int], limit: int) -> list[Row]:
-    """Reads rows in this order until `limit` of them are not blank.
+    """Reads rows in a given order until `limit` of them are not blank.
 
     Raises:
-        CalibrationError: A row does not hold what its columns should; several at once.
+        CalibrationError: If a row does not hold what its columns should; it names several.
     """
     table = source.select(fields.columns)
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""The part of the configuration that says where calibration data comes from and how it is read."""
+"""Settings of calibration data: the part of the YAML that says where it lies and how it is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from largemerge.config_file import Strict
 
 
 def template_columns(template: str) -> list[str]:
-    r"""The columns that a text template names: `["query", "response"]` for `"{query}\n{response}"`.
+    r"""Lists the columns that a text template names: `["query", "response"]` for `"{query}\n{response}"`.
 
     Raises:
         ValueError: If it names none, or asks for more than a column.
@@ -33,23 +33,24 @@ def _check_template(template: str) -> str:
 
 
 Template = Annotated[str, pydantic.AfterValidator(_check_template)]
+"""A text with names of columns in braces."""
 
 
 class CalibrationDefaults(Strict):
-    """How calibration samples are drawn and batched; the defaults of all candidates."""
+    """Defaults of all candidates: how calibration samples are drawn and batched."""
 
     num_samples: int = Field(256, ge=1)
-    """Samples per candidate; published methods stop gaining at 256."""
+    """Samples of each candidate; published methods stop gaining at 256."""
     max_length: int = Field(2048, ge=1)
     """Tokens at which a text sample is truncated."""
     batch_size: int = Field(8, ge=1)
     """Samples in one forward pass; the result does not depend on it."""
     seed: int = Field(0, ge=0)
-    """Draws the samples where the data has more than `num_samples`."""
+    """Seed that draws the samples where the data has more than `num_samples`."""
 
 
 class CalibrationConfig(Strict):
-    """The calibration data of one candidate. Unset numbers come from the defaults of all."""
+    """Calibration data of one candidate. Unset numbers come from the defaults of all."""
 
     data: str = Field(min_length=1)
     """A .safetensors, .jsonl, .json, .csv, .parquet or .txt file, a folder of images, or a Hub dataset id."""
@@ -64,7 +65,7 @@ class CalibrationConfig(Strict):
     text_field: str | None = None
     """Column with the text; default: `text` where there is one."""
     text_template: Template | None = None
-    """The text put together from several columns: `"### Question:\\n{query}\\n### Answer:\\n{response}"`."""
+    """Template of the text, from several columns: `"### Question:\\n{query}\\n### Answer:\\n{response}"`."""
     messages_field: str | None = None
     """Column with chat messages, put through the tokenizer's chat template."""
     target_field: str | None = None
@@ -74,13 +75,13 @@ class CalibrationConfig(Strict):
     loss_mask_field: str | None = None
     """Column with 0/1 per token (as many as the text has tokens): 0 keeps a token out of the statistics."""
     assistant_only: bool = False
-    """With `messages_field`: only the assistant's tokens enter the statistics."""
+    """Only the assistant's tokens enter the statistics; needs `messages_field`."""
     one_per: Literal["document", "line"] = "document"
-    """In a .txt file: a sample is a document (they are separated by blank lines) or a line."""
+    """Part of a .txt file that is one sample: a document (blank lines separate them) or a line."""
     pack: bool = False
     """Join the texts, separated by the end-of-text token, and cut them into samples of `max_length` tokens."""
 
     def with_defaults(self, defaults: CalibrationDefaults) -> CalibrationConfig:
-        """This configuration with every unset number taken from `defaults`."""
+        """Returns a copy with every unset number taken from `defaults`."""
         unset = {name: value for name, value in defaults if getattr(self, name) is None}
         return self.model_copy(update=unset)

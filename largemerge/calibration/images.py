@@ -1,7 +1,9 @@
-"""Images to pixels, through the checkpoint's own image processor.
+"""Images to pixels, by the checkpoint's own image processor.
 
-The processor's PIL version is asked for always: it is there without torchvision, and its numbers are
-the same on every machine. (The two versions resize a little differently.)
+    path, bytes, or a dataset's dictionary of both ──► Pillow: upright, RGB or grey ──► image processor ──► pixel_values
+
+The processor is always the version that uses Pillow: it needs no torchvision, and its numbers are the same on every
+machine. (The two versions resize a little differently.)
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ PIXELS = "pixel_values"
 
 
 def load_image_processor(checkpoint: Path, where: str, *, trust_remote_code: bool) -> Any:
-    """Loads the image processor that lies in the checkpoint.
+    """Loads the image processor in a checkpoint's folder.
 
     Raises:
-        CalibrationError: There is none, or none that can be used here.
+        CalibrationError: If there is none, or it cannot be loaded.
     """
     import transformers
 
@@ -51,17 +53,17 @@ def read_images(
     """Opens and processes the images of all batches.
 
     Args:
-        groups: The samples of each batch.
-        processor: From `load_image_processor`.
-        folder: Where relative paths start; None where there is no such place.
-        signature: What the model's forward takes.
+        groups: Samples of each batch.
+        processor: The checkpoint's image processor.
+        folder: Folder that relative paths start from; `None` where there is no such folder.
+        signature: Inputs of the model's forward.
         where: Candidate and data, for messages.
 
     Returns:
-        For each batch `pixel_values` `[B, ...]`, and what else the processor gives that the forward takes.
+        Tensors of each batch: `pixel_values` `[B, ...]`, and what else the processor gives that the forward takes.
 
     Raises:
-        CalibrationError: Images that cannot be opened, several at once; or that do not fit into one batch.
+        CalibrationError: If images cannot be opened (it names several), or do not fit into one batch.
     """
     batches: list[dict[str, torch.Tensor]] = []
     problems: list[str] = []
@@ -84,7 +86,7 @@ def read_images(
 def outline_images(
     first: Path | None, processor: Any, signature: ForwardSignature, where: str
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Forward argument to shape and dtype of one sample, from one image: the first, or a blank one."""
+    """Finds shape and dtype of one sample by forward argument, from one image: the first, or a blank one."""
     from PIL import Image
 
     if first is None:
@@ -104,7 +106,7 @@ def _mode(processor: Any) -> str:
 
 
 def _open_image(value: Any, folder: Path | None, processor: Any) -> Any:
-    """Opens a path, bytes, or a dict of both as `datasets` has it; upright and in the processor's colours."""
+    """Opens a path, bytes, or a dictionary of both as `datasets` has it; upright, and in the processor's colours."""
     from PIL import Image, ImageOps
 
     path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)

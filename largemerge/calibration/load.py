@@ -1,9 +1,11 @@
-"""The two ways in: read a candidate's calibration data, or say beforehand how large it will be.
+"""The ways in: read a candidate's calibration data, or say beforehand how large it will be.
 
-Both find and check the same things in the same order, so whatever can be known without reading the
-samples fails in the outline already.
+    load_calibration      locate ──► columns ──► rows ──► tokens, pixels ──► batches ──► CalibrationSet
+    outline_calibration   locate ──► columns ──► tokenizer, one image ──────────────► CalibrationOutline
+    outline_from_config   settings alone, where neither data nor tokenizer is at hand ──► CalibrationOutline
 
-How large calibration data will be, from the configuration alone: where neither data nor tokenizer is at hand.
+The first two find and check the same things in the same order, so that whatever can be known without reading samples
+fails in the outline already.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from largemerge.calibration.batches import (
     group_samples,
     pad_samples,
 )
-from largemerge.calibration.columns import Fields, Row, choose_fields, draw_order, read_rows, takes_target
+from largemerge.calibration.columns import Fields, Row, choose_fields, read_rows, sample_order, takes_target
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.images import load_image_processor, outline_images, read_images
 from largemerge.calibration.pretokenized import outline_tensors, read_tensors
@@ -48,18 +50,18 @@ def load_calibration(
     """Reads a candidate's calibration data.
 
     Args:
-        config: Where it lies and how it is read; every number set (`CalibrationConfig.with_defaults`).
-        name: The candidate's.
+        config: Settings, with every number set (`CalibrationConfig.with_defaults`).
+        name: Name of the candidate.
         checkpoint: The candidate's folder, with its tokenizer or image processor.
-        signature: What the model's forward takes.
-        base: The base's folder: its tokenizer or image processor is used where the candidate has none.
+        signature: Inputs of the model's forward.
+        base: The base's folder, whose tokenizer or image processor is used where the candidate has none.
         trust_remote_code: Allow the checkpoint's tokenizer or image processor to be code that it ships.
 
     Returns:
         At most `num_samples` samples in batches; fewer if the data has fewer.
 
     Raises:
-        CalibrationError: The data cannot be read, or fits neither the settings nor the model.
+        CalibrationError: If the data cannot be read, or does not fit the settings or the model.
     """
     _assert_resolved(config)
     where, path = locate_data(config, name)
@@ -70,7 +72,7 @@ def load_calibration(
         fields = choose_fields(config, source.columns, signature, where)
         folders = (checkpoint, *([base] if base is not None else []))
         batches = _read_table(source, fields, config, folders, signature, trust_remote_code)
-    _check_that_something_counts(batches, where)
+    _check_loss_mask(batches, where)
     return CalibrationSet(name, batches, fingerprint_batches(batches))
 
 
@@ -83,13 +85,13 @@ def outline_calibration(
     base: Path | None = None,
     trust_remote_code: bool = False,
 ) -> CalibrationOutline:
-    """Says what `load_calibration` will give, at most, without reading samples.
+    """Finds upper bounds of what `load_calibration` will return for the same arguments, without reading samples.
 
-    It takes the same arguments. Of a table whose columns are not known before it is read, those that
-    the configuration names are taken to be there, or else whatever the model takes.
+    Where the columns of a table are not known before it is read, those that the configuration names are taken to be
+    there, or else all that the model has a use for.
 
     Raises:
-        CalibrationError: What can be known already to be missing or not to fit.
+        CalibrationError: If something is missing or does not fit, as far as that can be known already.
     """
     _assert_resolved(config)
     assert config.num_samples is not None and config.batch_size is not None
@@ -113,6 +115,31 @@ def outline_calibration(
     return CalibrationOutline(num_samples, config.batch_size, inputs)
 
 
+def outline_from_config(
+    config: CalibrationConfig,
+    name: str,
+    checkpoint: Path,
+    signature: ForwardSignature,
+    *,
+    base: Path | None = None,
+    trust_remote_code: bool = False,
+) -> CalibrationOutline:
+    """Outlines `num_samples` texts of `max_length` tokens; takes the same arguments as `outline_calibration`.
+
+    Raises:
+        CalibrationError: If the model takes something else than texts.
+    """
+    assert config.num_samples is not None and config.max_length is not None and config.batch_size is not None
+    if "input_ids" not in signature.forward_arguments or "pixel_values" in signature.forward_arguments:
+        raise CalibrationError(f"candidate {name!r}: only models of text can be planned from {checkpoint}/config.json")
+    arguments = ["input_ids", "attention_mask"]
+    if takes_target(signature):
+        arguments += ["decoder_attention_mask", "decoder_input_ids"]
+    shape: tuple[int, ...] = (config.max_length,)
+    inputs = {name: (shape, torch.int64) for name in arguments if name in signature.forward_arguments}
+    return CalibrationOutline(config.num_samples, config.batch_size, inputs)
+
+
 def _assert_resolved(config: CalibrationConfig) -> None:
     numbers = (config.num_samples, config.max_length, config.batch_size, config.seed)
     assert all(isinstance(number, int) for number in numbers), "call CalibrationConfig.with_defaults first"
@@ -130,7 +157,7 @@ def _read_table(
     signature: ForwardSignature,
     trust_remote_code: bool,
 ) -> tuple[Batch, ...]:
-    """Draw rows, tokenise, group by length, pad, open images."""
+    """Draws rows, tokenises, groups by length, pads, opens images."""
     assert config.num_samples is not None and config.batch_size is not None
     where = source.where
     reader = processor = None
@@ -152,7 +179,7 @@ def _read_table(
 
 def _read_samples(source: Source, fields: Fields, config: CalibrationConfig, reader: TextReader | None) -> list[Sample]:
     assert config.num_samples is not None
-    order = draw_order(source.num_rows, config)
+    order = sample_order(source.num_rows, config)
     if config.pack and reader is not None:
         return pack(_rows_in_parts(source, fields, order), reader, config.num_samples)
     rows = read_rows(source, fields, order, config.num_samples)
@@ -162,40 +189,15 @@ def _read_samples(source: Source, fields: Fields, config: CalibrationConfig, rea
 
 
 def _rows_in_parts(source: Source, fields: Fields, order: Iterator[int]) -> Iterator[Row]:
-    """Packing does not know how many rows it takes: not many more are read than it asks for."""
+    """Reads rows some at a time, for packing, which does not know beforehand how many it needs."""
     while part := list(itertools.islice(order, 64)):
         yield from read_rows(source, fields, part, len(part))
 
 
-def _check_that_something_counts(batches: tuple[Batch, ...], where: str) -> None:
+def _check_loss_mask(batches: tuple[Batch, ...], where: str) -> None:
     if any(batch.loss_mask is None or batch.loss_mask.any() for batch in batches):
         return
     raise CalibrationError(
         f"{where}: the loss mask keeps every token of every sample out (as truncated); expected some to count. "
         "Raise 'max_length' if what counts stands late in the samples"
     )
-
-
-def outline_from_config(
-    config: CalibrationConfig,
-    name: str,
-    checkpoint: Path,
-    signature: ForwardSignature,
-    *,
-    base: Path | None = None,
-    trust_remote_code: bool = False,
-) -> CalibrationOutline:
-    """`num_samples` texts of `max_length` tokens; it takes the arguments of `outline_calibration`.
-
-    Raises:
-        CalibrationError: The model takes something else than texts.
-    """
-    assert config.num_samples is not None and config.max_length is not None and config.batch_size is not None
-    if "input_ids" not in signature.forward_arguments or "pixel_values" in signature.forward_arguments:
-        raise CalibrationError(f"candidate {name!r}: only models of text can be planned from {checkpoint}/config.json")
-    arguments = ["input_ids", "attention_mask"]
-    if takes_target(signature):
-        arguments += ["decoder_attention_mask", "decoder_input_ids"]
-    shape: tuple[int, ...] = (config.max_length,)
-    inputs = {name: (shape, torch.int64) for name in arguments if name in signature.forward_arguments}
-    return CalibrationOutline(config.num_samples, config.batch_size, inputs)

@@ -1,7 +1,7 @@
 """Calibration data that is ready: a .safetensors file with the forward's arguments by name.
 
-The tensors are used exactly as they are, in order. Of each, the first dimension counts samples;
-only the rows asked for are read. A tensor `loss_mask` `[N, T]` keeps tokens out of the statistics.
+The tensors are used exactly as they are, in order. The first dimension of each counts the N samples; only the rows
+asked for are read. A tensor `loss_mask` `[N, T]` of 0 and 1 keeps tokens out of the statistics.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def read_tensors(path: Path, config: CalibrationConfig, signature: ForwardSignat
 
     Args:
         path: The .safetensors file.
-        config: Says how many samples, and how many to a batch.
-        signature: What the model's forward takes.
+        config: Settings: how many samples, and how many in a batch.
+        signature: Inputs of the model's forward.
         where: Candidate and file, for messages.
 
     Raises:
-        CalibrationError: With every mistake found.
+        CalibrationError: If something does not fit; it names all mistakes.
     """
     assert config.num_samples is not None and config.batch_size is not None
     with _open(path, where) as file:
@@ -55,7 +55,7 @@ def read_tensors(path: Path, config: CalibrationConfig, signature: ForwardSignat
 def outline_tensors(
     path: Path, config: CalibrationConfig, signature: ForwardSignature, where: str
 ) -> CalibrationOutline:
-    """What `read_tensors` will give, from the file's header alone; it takes the same and raises the same."""
+    """Outlines what `read_tensors` will return for the same arguments, from the file's header alone."""
     assert config.num_samples is not None and config.batch_size is not None
     with _open(path, where) as file:
         tensors = _checked_headers(file, config, signature, where)
@@ -76,7 +76,7 @@ def _open(path: Path, where: str) -> Any:
 def _checked_headers(
     file: Any, config: CalibrationConfig, signature: ForwardSignature, where: str
 ) -> dict[str, torch.Tensor]:
-    """The tensors' shapes and dtypes, as tensors on the meta device."""
+    """Reads the shapes and dtypes of all tensors and checks them; returns tensors on the meta device."""
     headers: dict[str, torch.Tensor] = {}
     for name in sorted(file.keys()):
         lazy = file.get_slice(name)

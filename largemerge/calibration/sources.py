@@ -1,4 +1,4 @@
-"""Where calibration data lies: a file, a folder or a Hub id becomes a table of rows.
+"""Sources of calibration data: a file, a folder or a Hub id becomes a table of rows.
 
     .jsonl .json .csv .parquet   one row each, read by `datasets`
     .txt                         a row per document (blank lines separate them) or per line
@@ -7,7 +7,9 @@
     owner/name                   a dataset of the Hub
 
 Rows are read when asked for. `datasets` keeps its own converted copy of tabular files in its cache
-(`HF_DATASETS_CACHE`); only the first run pays for it. (.safetensors files: see tensors.py.)
+(`HF_DATASETS_CACHE`); only the first run pays for it. Files of text are read here: the "text" reader of `datasets`
+takes a blank line with spaces in it for text, keeps a byte order mark, and makes a row of every blank line.
+.safetensors files are no tables: see `pretokenized.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ FILE_SUFFIXES = (".safetensors", *TABLE_BUILDERS, ".txt")
 
 
 class Rows(Protocol):
-    """What a list of dicts and a `datasets.Dataset` have in common."""
+    """Rows by their numbers: a list of dictionaries, or a `datasets.Dataset`."""
 
     def __len__(self) -> int: ...
 
@@ -40,30 +42,35 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A table of samples."""
+    """A table of samples.
+
+    Attributes:
+        where: Candidate and file, for messages.
+        columns: Names of all columns.
+        num_rows: Number of rows.
+        select: Returns the rows with some columns alone, so that no other column is decoded.
+        folder: Folder that relative paths of images start from; `None` where there is no such folder.
+    """
 
     where: str
-    """Candidate and file, for messages."""
     columns: tuple[str, ...]
     num_rows: int
     select: Callable[[Sequence[str]], Rows]
-    """Rows with these columns alone, so that no other column is decoded."""
     folder: Path | None = None
-    """Relative paths of images start here; None where there is no such place."""
 
 
 def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]:
-    """Finds the file or folder that `config.data` means, and checks what only some kinds of data have.
+    """Finds the file or folder that `config.data` means, and checks settings that only some kinds of data have.
 
     Args:
-        config: Its `data` is a path, or a Hub dataset id.
-        name: The candidate's, for messages.
+        config: Settings; `data` is a path, or a Hub dataset id.
+        name: Name of the candidate, for messages.
 
     Returns:
-        Candidate and data, for messages; and the path, or None for a Hub dataset.
+        Candidate and data, for messages; and the path, or `None` for a Hub dataset.
 
     Raises:
-        CalibrationError: There is no such file, of a kind that can be read; or settings do not apply to it.
+        CalibrationError: If there is no file of a kind that can be read, or settings do not apply to it.
     """
     where = f"candidate {name!r}: {config.data}"
     path = Path(config.data).expanduser()
@@ -89,12 +96,12 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
     """Opens everything but .safetensors as a table.
 
     Args:
-        config: Says which part of it, and what makes a row of a .txt file.
+        config: Settings: which part of a dataset, and which part of a .txt file is one row.
         where: Candidate and data, for messages.
-        path: From `locate_data`; None for a Hub dataset.
+        path: The path that `locate_data` has found; `None` for a Hub dataset.
 
     Raises:
-        CalibrationError: Nothing in it, or it cannot be read.
+        CalibrationError: If there is nothing in it, or it cannot be read.
     """
     if path is None:
         return _from_datasets(where, None, config.data, config.subset, split=config.split)
@@ -112,9 +119,9 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
 
 
 def is_image_folder(path: Path) -> bool:
-    """Whether a folder is taken as nothing but images.
+    """Whether a folder is a table of images alone.
 
-    One with images and a `metadata` file beside them (captions, in the `imagefolder` layout) is a dataset.
+    A folder with images and a `metadata` file beside them (captions, in the `imagefolder` layout) is a dataset.
     """
     if not path.is_dir():
         return False
@@ -123,7 +130,7 @@ def is_image_folder(path: Path) -> bool:
 
 
 def list_images(path: Path) -> list[Path]:
-    """All images under a folder, sorted; hidden files and folders are passed over."""
+    """Lists all images under a folder, sorted; hidden files and folders are passed over."""
     return sorted(_images_under(path))
 
 
@@ -216,7 +223,7 @@ def _why_unreadable(path: Path | None, error: Exception, arguments: Sequence[Any
 
 
 def _first_bad_json(path: Path) -> str | None:
-    """Says which line is at fault; None if Python's parser finds none."""
+    """Says which line of a JSON file is at fault; `None` if Python's parser finds none."""
     line = 0
     try:
         with path.open(encoding="utf-8") as file:
@@ -235,7 +242,7 @@ def _first_bad_json(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No progress bars and no log lines: what goes wrong is told by our own error."""
+    """Keeps progress bars and log lines of `datasets` away: our own errors say what is wrong."""
     import datasets
     from datasets.utils import are_progress_bars_disabled
 

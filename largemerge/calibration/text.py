@@ -1,4 +1,7 @@
-"""Texts to tokens: truncated, or packed; with a loss mask; with a target for the decoder.
+"""Texts to tokens: truncated or packed, with a loss mask, with a target for the decoder.
+
+    rows ──► tokenise: one sample each, truncated   (a conversation by its chat template, see `tokenizer.py`)
+         └─► pack: joined, cut into full samples
 
 Packing joins texts, the end-of-text token between them, and cuts the stream into full samples:
 nothing is padded, and nothing is left out because it stands late in a long text.
@@ -17,21 +20,21 @@ from largemerge.calibration.tokenizer import TextReader, encode_conversation
 from largemerge.errors import CalibrationError
 
 Tokens = dict[str, list[int]]
-"""Forward argument (`input_ids`, ...) to one number per token."""
+"""Numbers for each token, by forward argument (`input_ids`, …)."""
 
 Mask = list[int] | None
-"""0 or 1 per token; None if all count."""
+"""0 or 1 for each token; `None` if all count."""
 
 MAX_LAST_TOKENS = 8
-"""Special tokens that a tokenizer adds at the end, at most (BERT 1, T5 1, NLLB 2)."""
+"""Maximum of special tokens that a tokenizer adds at the end (BERT 1, T5 1, NLLB 2)."""
 
 
 def tokenise(rows: Sequence[Row], reader: TextReader) -> list[Sample]:
     """Turns rows into samples, one each, truncated. Texts without any token are left out.
 
     Raises:
-        CalibrationError: A loss mask of another length, or a conversation that the chat template rejects;
-            several at once.
+        CalibrationError: If a loss mask has another length, or the chat template rejects a conversation; it names
+            several rows.
     """
     samples: list[Sample] = []
     problems: list[str] = []
@@ -56,7 +59,7 @@ def pack(rows: Iterable[Row], reader: TextReader, num_samples: int) -> list[Samp
     What is left at the end is dropped, unless it is all there is.
 
     Raises:
-        CalibrationError: A conversation that the chat template rejects.
+        CalibrationError: If the chat template rejects a conversation.
     """
     length, eos = reader.max_length, reader.tokenizer.eos_token_id
     stream: Tokens = {name: [] for name in reader.token_arguments}
@@ -106,7 +109,7 @@ def _sample(row: Row, reader: TextReader) -> Sample:
 
 
 def _encode(row: Row, reader: TextReader) -> tuple[Tokens, Mask]:
-    """The row's text or conversation as a whole, and the mask over its tokens."""
+    """Encodes the row's whole text or conversation; returns its tokens and the mask over them."""
     mask: Mask = None
     if row.messages is not None:
         encoded, mask = encode_conversation(reader.tokenizer, row.messages, assistant_only=reader.assistant_only)
@@ -156,7 +159,7 @@ def _check_lengths(mask: list[int], ids: list[int]) -> None:
 
 
 def _mask_of_kept(mask: list[int], whole: list[int], short: list[int]) -> list[int]:
-    """The mask of the tokens that truncation kept: the first ones, and the special ones at the end."""
+    """Cuts a mask to the tokens that truncation has kept: the first ones, and special ones at the end."""
     for num_last in range(min(len(short), MAX_LAST_TOKENS) + 1):
         num_first, last = len(short) - num_last, len(whole) - num_last
         if whole[:num_first] + whole[last:] == short:

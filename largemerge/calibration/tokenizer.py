@@ -1,12 +1,14 @@
-"""A candidate's own tokenizer, loaded from its folder and checked before any text is read.
+"""A candidate's tokenizer and chat template: loaded from its folder, and checked before any text is read.
 
-Conversations to tokens, through the checkpoint's chat template; and which of them the assistant wrote.
+    folder ──► open_text_reader ──► TextReader: tokenizer, length, forward arguments, padding
+    messages ──► encode_conversation ──► tokens, and a mask of the assistant's
 
-Some templates mark what the assistant says (`{% generation %}`); Transformers then returns the
-mask. For the others it is found by prefixes: the conversation up to an assistant's turn, with the
-generation prompt, ends where the turn begins; the conversation up to and with the turn ends where
-it ends. That holds only if these prefixes are, token for token, the beginning of the whole, so
-this is checked. (Templates that drop earlier reasoning, for one, break it.)
+Some chat templates mark what the assistant says (`{% generation %}`); Transformers then returns the mask. For the
+others it is found by prefixes: the conversation up to an assistant's turn, with the generation prompt, ends where the
+turn begins; the conversation up to and with the turn ends where it ends. That holds only if these prefixes are, token
+for token, the beginning of the whole, so this is checked. (Templates that drop earlier reasoning, for one, break it.)
+
+Candidates with the same tokenizer files share one tokenizer (`shared_tokenizers`).
 """
 
 from __future__ import annotations
@@ -23,32 +25,42 @@ from typing import Any
 from largemerge.calibration.batches import ForwardSignature
 from largemerge.calibration.columns import Fields, takes_target
 from largemerge.calibration.config import CalibrationConfig
+from largemerge.checkpoint.side_files import auto_tokenizer
 from largemerge.errors import CalibrationError
 
-_LARGEST_COMPARED_BYTES = 128 << 20
+Message = dict[str, Any]
+"""A message of a conversation: `role`, and mostly `content`."""
+_MAX_COMPARED_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """How one candidate's texts become tokens."""
+    """One candidate's tokenizer, and how its texts become tokens.
+
+    Attributes:
+        tokenizer: A Transformers tokenizer.
+        max_length: Maximum of tokens in a sample: as configured, or fewer if the tokenizer says that the model takes
+            fewer.
+        assistant_only: Whether only the assistant's tokens enter the statistics.
+        signature: Inputs of the model's forward.
+        where: Candidate and data, for messages.
+    """
 
     tokenizer: Any
     max_length: int
-    """Tokens of a sample at most: as configured, or as few as the tokenizer says that the model takes."""
     assistant_only: bool
     signature: ForwardSignature
     where: str
-    """Candidate and data, for messages."""
 
     @property
     def token_arguments(self) -> list[str]:
-        """The forward arguments that the tokenizer gives, one number per token; the attention mask is ours."""
+        """Names of the forward arguments that the tokenizer makes; attention masks are added by us."""
         known = set(self.tokenizer.model_input_names) & self.signature.forward_arguments
         return ["input_ids", *(["token_type_ids"] if "token_type_ids" in known else [])]
 
     @property
     def arguments(self) -> list[str]:
-        """All forward arguments that a sample's texts become."""
+        """Names of all forward arguments that a sample's texts become."""
         masks = ["attention_mask"]
         if takes_target(self.signature):
             masks.append("decoder_attention_mask")
@@ -57,7 +69,7 @@ class TextReader:
 
     @property
     def padding(self) -> dict[str, int]:
-        """What fills each forward argument on the right. It is masked: any id does that the model knows."""
+        """Padding values by forward argument. Padding is masked, so any id will do that the model knows."""
         choices = (self.tokenizer.pad_token_id, self.signature.pad_token_id, self.tokenizer.eos_token_id, 0)
         pad = next(choice for choice in choices if choice is not None and choice >= 0)
         types: int = getattr(self.tokenizer, "pad_token_type_id", 0)
@@ -76,7 +88,7 @@ def open_text_reader(
     """Loads the checkpoint's tokenizer and checks that it can do what is asked.
 
     Raises:
-        CalibrationError: There is no tokenizer, or it lacks a chat template, an end-of-text token, or room.
+        CalibrationError: If there is no tokenizer, or it lacks a chat template, an end-of-text token, or room.
     """
     assert config.max_length is not None
     tokenizer = _load_tokenizer(checkpoint, where, trust_remote_code)
@@ -105,7 +117,7 @@ def open_text_reader(
 
 @dataclass(frozen=True)
 class _TokenizerFiles:
-    """What a tokenizer is made from; equal for folders with the same files."""
+    """Files that a tokenizer is made from; equal for folders with the same files."""
 
     digests: tuple[tuple[str, str], ...]
     folder: Path = field(compare=False)
@@ -113,7 +125,7 @@ class _TokenizerFiles:
 
 @contextmanager
 def shared_tokenizers() -> Iterator[None]:
-    """Candidates whose tokenizer files are the same share one tokenizer meanwhile: loading it can take seconds."""
+    """Keeps the last tokenizer for further candidates with the same files meanwhile: loading it can take seconds."""
     try:
         yield
     finally:
@@ -122,13 +134,11 @@ def shared_tokenizers() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _load_from(files: _TokenizerFiles) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(files.folder), local_files_only=True)
+    return auto_tokenizer(files.folder)
 
 
 def _files_of(checkpoint: Path) -> _TokenizerFiles:
-    """All files of a checkpoint but its weights: a tokenizer may read any of them."""
+    """Lists all files of a checkpoint but its weights: a tokenizer may read any of them."""
     others = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and not _is_of_weights(path)]
     return _TokenizerFiles(tuple((path.name, _digest(path)) for path in others), checkpoint)
 
@@ -139,22 +149,18 @@ def _is_of_weights(path: Path) -> bool:
 
 def _digest(path: Path) -> str:
     state = path.stat()
-    if state.st_size > _LARGEST_COMPARED_BYTES:  # no part of a tokenizer; never taken for equal in another folder
+    if state.st_size > _MAX_COMPARED_BYTES:  # no part of a tokenizer; never taken for equal in another folder
         return f"{path} {state.st_size} {state.st_mtime_ns}"
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
     missing = (
         f"{where}: no tokenizer in {checkpoint}; put the files of the model's tokenizer there (tokenizer.json, ...)"
     )
     try:
         if trust_remote_code:  # its code may read whatever it likes
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(checkpoint), trust_remote_code=True, local_files_only=True
-            )
+            tokenizer = auto_tokenizer(checkpoint, trust_remote_code=True)
         else:
             tokenizer = _load_from(_files_of(checkpoint))
     except Exception as error:  # Transformers raises many types for files that are missing or broken
@@ -174,24 +180,22 @@ def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> An
     return tokenizer
 
 
-Message = dict[str, Any]
-
-
 def encode_conversation(
     tokenizer: Any, messages: Sequence[Message], *, assistant_only: bool
 ) -> tuple[dict[str, list[int]], list[int] | None]:
     """Tokenises a whole conversation, without truncation.
 
     Args:
-        tokenizer: With a chat template.
-        messages: Dicts with `role` and mostly `content`.
-        assistant_only: Whether to return the mask too.
+        tokenizer: A tokenizer that has a chat template.
+        messages: Dictionaries with `role` and mostly `content`.
+        assistant_only: Whether to return the mask, too.
 
     Returns:
-        What the tokenizer gives (`input_ids`, ...), and 1 for each token of the assistant, 0 for others.
+        The tokenizer's numbers for each token (`input_ids`, …); and the mask, 1 for tokens of the assistant, 0 for
+        others, or `None`.
 
     Raises:
-        CalibrationError: The template rejects the conversation, or the assistant's tokens cannot be told.
+        CalibrationError: If the template rejects the conversation, or the assistant's tokens cannot be found.
     """
     if not assistant_only:
         return _apply(tokenizer, messages), None

@@ -1,4 +1,10 @@
-"""What lies in a checkpoint folder, read from headers alone: its config, its files, and every tensor in them."""
+"""The contents of a checkpoint folder, read from headers alone: its config, its files, every tensor in them.
+
+    folder ──► config.json
+           └─► model.safetensors, or the files that an index names ──► headers ──► tensors, quantised ones folded
+
+A file is known by size, modification time and a hash of its header, so that a resumed merge notices if it has changed.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +32,11 @@ class Checkpoint:
     """A checkpoint folder: its config and where each tensor lies.
 
     Attributes:
-        name: What the user calls it.
-        folder: Where it lies.
-        config: `config.json`.
-        tensors: By name on disk, in natural order; a quantised weight is one of them, whatever lies on disk.
-        fingerprint: By file: size, modification time, sha256 of the header (or of a small text file).
+        name: Name that the user gives it.
+        folder: Folder that it lies in.
+        config: Contents of `config.json`.
+        tensors: Tensors by name on disk, in natural order; a quantised weight is one tensor, with its parts.
+        fingerprint: Size, modification time and sha256 of the header (or of a small text file), by file.
     """
 
     name: str
@@ -41,11 +47,11 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors on disk, in bytes."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def quantized(self) -> dict[str, int]:
-        """How many weights are quantised, by how they are: `{"nf4, double quantised": 210}`."""
+        """Counts quantised weights by the kind of quantisation: `{"nf4, double quantised": 210}`."""
         return dict(Counter(info.quantization.label for info in self.tensors.values() if info.quantization))
 
 
@@ -54,10 +60,10 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
 
     Args:
         folder: A local folder with `config.json` and weights.
-        name: What the user calls it, for messages.
+        name: Name that the user gives it, for messages.
 
     Raises:
-        CheckpointError: Naming every missing or broken file.
+        CheckpointError: If files are missing or broken; it names all of them.
     """
     config = read_json(folder / "config.json", name)
     quantization_method(config, name)
@@ -84,11 +90,11 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
 
 
 def open_tensors(path: Path, name: str) -> Checkpoint:
-    """Headers of a safetensors file, or of all in a folder, without a model's config.
+    """Reads the headers of a safetensors file, or of all in a folder, without a model's config.
 
     Args:
         path: The file or folder.
-        name: What the user calls it, for messages.
+        name: Name that the user gives it, for messages.
 
     Raises:
         CheckpointError: If there are none, one is broken, or two hold a tensor of the same name.
@@ -118,7 +124,15 @@ def open_tensors(path: Path, name: str) -> Checkpoint:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object from `path`, or a `CheckpointError` that names the checkpoint."""
+    """Reads a JSON object.
+
+    Args:
+        path: The file.
+        name: Name of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: If there is no such file, or it holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -132,12 +146,12 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
+    """Makes a key by which `layers.2` is sorted before `layers.10`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def _weight_files(folder: Path, name: str) -> dict[Path, frozenset[str]]:
-    """The files with weights, and which tensors the index wants of each (none named: all)."""
+    """Lists the files with weights, and the tensors that the index wants of each (none named: all)."""
     for weights in _WEIGHT_FILES:
         # In the order of Transformers: an index may be left over from an earlier save in several files.
         if (folder / weights).exists():
@@ -176,7 +190,7 @@ def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str)
 
 
 def _read_small(info: TensorInfo) -> bytes:
-    """The bytes of a small tensor."""
+    """Reads the bytes of a small tensor."""
     file = open_tensor_file(info.file)
     try:
         return bytes(file.read(info).reshape(-1).view(torch.uint8).tolist())
@@ -185,7 +199,7 @@ def _read_small(info: TensorInfo) -> bytes:
 
 
 def file_fingerprint(file: Path, header: bytes | None = None) -> dict[str, Any]:
-    """Size, modification time, and sha256 of a header; of the whole where it is small."""
+    """Returns size, modification time, and the sha256 of a header, or of the whole file where it is small."""
     status = file.stat()
     if header is None and status.st_size < 1_000_000:
         header = file.read_bytes()

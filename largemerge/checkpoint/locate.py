@@ -1,11 +1,10 @@
-"""From what the user wrote (`./folder`, `owner/name`, `owner/name@revision`) to a local folder.
-
-What names a model in mergekit's YAML: a folder or a Hub id, maybe a revision, maybe an adapter on top.
+"""References to models, as a user writes them, and the local folders that they mean.
 
     ./model      owner/name      owner/name@revision      ./model+./adapter
     {model: {path: owner/name, revision: main}, lora: {path: ./adapter}}
 
-Everywhere else it is one text, `model@revision+adapter@revision`.
+A reference names a folder or a Hub id, with a revision if wanted, and an adapter on top if wanted. mergekit's mappings
+(second line) become texts, `model@revision+adapter@revision`, as soon as a configuration is read.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ _CODE_PATTERNS = ["*.json", "*.py", "*.jinja", "*.txt", "*.model"]
 
 
 def locate_checkpoint(reference: str, name: str, *, weights: bool = True) -> Path:
-    """The local folder of a checkpoint; fetched from the Hub (or its cache) if it is no folder.
+    """Finds the local folder of a checkpoint; fetches it from the Hub (or its cache) if it is no folder.
 
     Args:
         reference: A folder, or a Hub id, with `@revision` if wanted.
-        name: What the user calls it, for messages.
-        weights: Fetch them, too, not only the config.
+        name: Name that the user gives it, for messages.
+        weights: Fetch the weights, too, not only the config.
 
     Raises:
         CheckpointError: If there is no such folder and the Hub does not have it or cannot be reached.
@@ -72,7 +71,7 @@ def _from_hub(repository: str, revision: str | None, name: str, weights: bool) -
 
 
 def _reference(value: object) -> object:
-    """The mapping as one text."""
+    """Makes one text of mergekit's mapping."""
     if not isinstance(value, Mapping):
         return value
     if "model" not in value:
@@ -99,7 +98,7 @@ Reference = Annotated[str, pydantic.BeforeValidator(_reference), Field(min_lengt
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
-    """The model and its adapter; a plus sign may also be part of a folder's name."""
+    """Splits a reference into model and adapter; a plus sign may also be part of a folder's name."""
     if "+" not in reference or Path(os.path.expanduser(reference)).exists():
         return reference, None
     splits = list(_splits(reference))
@@ -108,7 +107,13 @@ def split_reference(reference: str) -> tuple[str, str | None]:
 
 
 def absolute_reference(reference: str, folders: Sequence[Path], names: Collection[str] = ()) -> str:
-    """With the paths of what lies in one of the folders made absolute; the rest, and `names`, are left as they are."""
+    """Makes paths absolute.
+
+    Args:
+        reference: A model, with an adapter if it has one.
+        folders: Folders that relative paths may start from; what lies in none of them is left as it is.
+        names: Names of other merges' results, which are no paths.
+    """
     if reference in names:
         return reference
     named = next(((model, adapter) for model, adapter in _splits(reference) if model in names), None)
@@ -124,11 +129,12 @@ def absolute_reference(reference: str, folders: Sequence[Path], names: Collectio
 
 
 def short_name(reference: str) -> str:
-    """For tables: the last part of every path."""
+    """Shortens a reference for tables, to the last part of every path."""
     return "+".join(Path(part).name for part in split_reference(reference) if part is not None)
 
 
 def _splits(reference: str) -> Iterator[tuple[str, str]]:
+    """Yields every way to split a reference at a plus sign."""
     for place, letter in enumerate(reference):
         if letter == "+":
             yield reference[:place], reference[place + 1 :]
@@ -143,5 +149,5 @@ def _absolute_path(path: str, folders: Sequence[Path]) -> str | None:
 
 
 def existing_folder(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
+    """Returns `path`, or the nearest folder above it that exists."""
     return next(each for each in (path, *path.absolute().parents) if each.exists())

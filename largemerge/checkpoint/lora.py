@@ -1,4 +1,4 @@
-"""Models by reference, and LoRA adapters on top of them: read, checked, added to weights as they are read.
+"""Models by reference, with LoRA adapters on top: read, checked, and added to weights as they are read.
 
     W + s·B·A        s = lora_alpha / r, or lora_alpha / √r with use_rslora
     W' = m · (W + s·B·A) / ‖W + s·B·A‖, row by row        with use_dora
@@ -6,6 +6,10 @@
 No merged copy is ever written. B·A is computed in float32 and the sum rounded to the dtype of W, as peft's
 `merge_and_unload` does. Tensors that an adapter holds as a whole (`modules_to_save`, biases, embeddings) replace the
 model's. LoRA: arXiv 2106.09685; rsLoRA: 2312.03732; DoRA: 2402.09353.
+
+    open_model:     reference ──► model's Checkpoint, adapter's headers ──► Checkpoint as the merge sees it, Adapter
+    open_reader:    CheckpointReader (model) ──► AdaptedReader ──► weights with the adapter added
+                    CheckpointReader (adapter) ──┘
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
 DELTA_DTYPE = torch.float32
-MOST_FACTORS = 16  # pairs of A and B that are kept in memory: more than there are workers, mostly
+MAX_FACTORS = 16
+"""Number of pairs of A and B that are kept in memory: more than there are workers, mostly."""
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _REFUSED = (
@@ -48,7 +53,7 @@ _REFUSED = (
 )
 """Keys of `adapter_config.json` that change what an adapter does to a weight, or to which."""
 _REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to begin a training that change the model's own weights, which the adapter then does not hold."""
+"""Initialisations of an adapter that change the model's own weights, which the adapter then does not hold."""
 _PART = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$"
 )
@@ -56,13 +61,13 @@ _PART = re.compile(
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to one weight.
+    """The tensors that an adapter adds to one weight.
 
     Attributes:
-        down: Name of A in the adapter's file, `[r, in]`.
-        up: Name of B, `[out, r]`.
-        magnitude: Name of m, if it has one (DoRA).
-        scale: s.
+        down: Name of A `[r, in]` in the adapter's file.
+        up: Name of B `[out, r]`.
+        magnitude: Name of m `[out]`, if there is one (DoRA).
+        scale: Factor s of B·A.
         transposed: Whether the weight is `[in, out]`: GPT-2's `Conv1D`, embeddings.
     """
 
@@ -74,7 +79,7 @@ class Delta:
 
     @property
     def names(self) -> list[str]:
-        """Of its tensors."""
+        """Names of all its tensors in the adapter's file."""
         return [self.down, self.up, *([self.magnitude] if self.magnitude is not None else [])]
 
 
@@ -83,9 +88,9 @@ class Adapter:
     """An adapter, fitted to its model.
 
     Attributes:
-        checkpoint: The tensors in its own files.
-        deltas: By the weight's name on disk.
-        replaced: Names on disk of the model's tensors that it holds as a whole.
+        checkpoint: The tensors in the adapter's own file.
+        deltas: Deltas by the weight's name on disk.
+        replaced: Names on disk of the model's tensors that the adapter holds as a whole.
     """
 
     checkpoint: Checkpoint
@@ -94,24 +99,24 @@ class Adapter:
 
     @property
     def num_bytes(self) -> int:
-        """Of what is added, on disk."""
+        """Size of all deltas on disk, in bytes."""
         return self.bytes_of(self.deltas)
 
     def bytes_of(self, keys: Iterable[str]) -> int:
-        """Bytes on disk of what is added to some of the model's tensors."""
+        """Sums the sizes on disk of the deltas of some of the model's tensors, in bytes."""
         deltas = (self.deltas[key] for key in keys if key in self.deltas)
         return sum(self.checkpoint.tensors[name].num_bytes for delta in deltas for name in delta.names)
 
     @property
     def kept_bytes(self) -> int:
-        """In memory at most, while the model is read."""
+        """Maximum of memory that A and B take while the model is read, in bytes."""
         tensors = self.checkpoint.tensors
         sizes = (sum(tensors[key].num_elements for key in delta.names) for delta in self.deltas.values())
-        return sum(sorted(sizes, reverse=True)[:MOST_FACTORS]) * DELTA_DTYPE.itemsize
+        return sum(sorted(sizes, reverse=True)[:MAX_FACTORS]) * DELTA_DTYPE.itemsize
 
     @property
     def embeddings(self) -> tuple[str, ...]:
-        """Input embeddings among them: it may have brought tokens of its own."""
+        """Names of input embeddings that the adapter replaces: it may have brought tokens of its own."""
         return tuple(name for name in self.replaced if name.endswith(_EMBEDDINGS))
 
 
@@ -119,15 +124,15 @@ def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint
     """Reads an adapter's config and headers, and fits them to its model.
 
     Args:
-        folder: With `adapter_config.json`.
-        name: What the user calls model and adapter together.
+        folder: The adapter's folder, with `adapter_config.json`.
+        name: Name that the user gives model and adapter together.
         model: The model's checkpoint.
 
     Returns:
-        The checkpoint as the merge sees it: the model's, but for tensors that the adapter replaces; and the adapter.
+        The checkpoint as the merge sees it, in which the adapter's whole tensors replace the model's; and the adapter.
 
     Raises:
-        CheckpointError: Naming everything in the adapter that is not supported or does not fit.
+        CheckpointError: If something in the adapter is not supported or does not fit; it names all of that.
     """
     config = read_json(folder / "adapter_config.json", name)
     problems = [f"{name}: adapter_config.json: {problem}" for problem in _config_problems(config)]
@@ -141,8 +146,8 @@ def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint
     fingerprint = {each.name: file_fingerprint(each) for each in (folder / "adapter_config.json",)}
     fingerprint[file.name] = file_fingerprint(file, opened.header)
     own = Checkpoint(name, folder, config, tensors, fingerprint)
-    parts, whole, problems = _sorted_out(own, model)
-    deltas = {key: delta for key, found in parts.items() for delta in _delta(own, model, key, found, problems)}
+    parts, whole, problems = _match_names(own, model)
+    deltas = {key: delta for key, found in parts.items() for delta in _read_delta(own, model, key, found, problems)}
     if problems:
         raise CheckpointError(*(f"{name}: {problem}" for problem in problems[:20]))
     adapted = replace(
@@ -171,10 +176,10 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {config.get(key)!r}; expected a number"
 
 
-def _sorted_out(
+def _match_names(
     own: Checkpoint, model: Checkpoint
 ) -> tuple[dict[str, dict[str, str]], dict[str, TensorInfo], list[str]]:
-    """Names in the file by weight and part; whole tensors by the model's names; problems."""
+    """Matches the adapter's names to the model's: parts by weight, whole tensors; and problems."""
     parts: dict[str, dict[str, str]] = {}
     whole: dict[str, TensorInfo] = {}
     problems: list[str] = []
@@ -183,7 +188,7 @@ def _sorted_out(
         match = _PART.match(inner)
         plain = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         wanted = f"{match['module']}.weight" if match else plain
-        target = _on_disk(wanted, model.tensors) if match or "lora_" not in inner else None
+        target = _find_tensor(wanted, model.tensors) if match or "lora_" not in inner else None
         if target is None:
             problems.append(
                 f"{own.name} holds {key}, but {model.name} has no tensor {wanted}; expected the adapter's own model, "
@@ -198,8 +203,8 @@ def _sorted_out(
     return parts, whole, problems
 
 
-def _on_disk(name: str, tensors: Iterable[str]) -> str | None:
-    """The tensor of that name, or the only one whose name begins otherwise, as `transformer.h.0…` and `h.0…` do."""
+def _find_tensor(name: str, tensors: Iterable[str]) -> str | None:
+    """Finds the tensor of that name, or the only one with another prefix, as `transformer.h.0…` and `h.0…` have."""
     known = set(tensors)
     if name in known:
         return name
@@ -207,10 +212,10 @@ def _on_disk(name: str, tensors: Iterable[str]) -> str | None:
     return near[0] if len(near) == 1 else None
 
 
-def _delta(
+def _read_delta(
     own: Checkpoint, model: Checkpoint, key: str, found: Mapping[str, str], problems: list[str]
 ) -> Iterator[Delta]:
-    """The delta of one weight, unless something is wrong with it."""
+    """Yields the delta of one weight, or adds to the problems if something is wrong with it."""
     config = own.config
     embedding = "lora_embedding_A" in found
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -244,7 +249,7 @@ def _delta(
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """As peft reads `rank_pattern` and `alpha_pattern`: the first one that is the end of the module's path."""
+    """Looks up `rank_pattern` or `alpha_pattern` as peft does: the first pattern that the module's path ends with."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -255,9 +260,9 @@ class AdaptedReader:
     """Reads a model's tensors with an adapter applied.
 
     Args:
-        model: Reads the model's tensors, replaced ones included.
-        own: Reads the adapter's.
-        adapter: What is added to them.
+        model: Reader of the model's tensors, replaced ones included.
+        own: Reader of the adapter's tensors.
+        adapter: The adapter.
     """
 
     def __init__(self, model: TensorReader, own: TensorReader, adapter: Adapter) -> None:
@@ -268,23 +273,23 @@ class AdaptedReader:
 
     @property
     def bytes_read(self) -> int:
-        """So far, of both."""
+        """Bytes read so far, of model and adapter."""
         return self._model.bytes_read + self._own.bytes_read
 
     @property
     def bytes_past_cache(self) -> int:
-        """Of them, past the system's cache."""
+        """Bytes read so far that did not go through the system's cache."""
         return self._model.bytes_past_cache
 
     def read(self, name: str, rows: Rows = None, *, again: bool = False) -> torch.Tensor:
-        """Reads a tensor, or some of its rows, with what the adapter adds."""
+        """Reads a tensor, or some of its rows, with its delta added (see `TensorReader`)."""
         return self._adapted(name, self._model.read(name, rows, again=again), slice(None) if rows is None else rows)
 
     def _adapted(self, name: str, weight: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         delta = self._adapter.deltas.get(name)
         if delta is None:
             return weight
-        down, up = self._both(name, delta)
+        down, up = self._read_factors(name, delta)
         product = down[:, rows].T @ up.T if delta.transposed else up[rows] @ down
         adapted = weight.to(torch.promote_types(weight.dtype, DELTA_DTYPE)) + delta.scale * product
         if delta.magnitude is not None:
@@ -292,14 +297,14 @@ class AdaptedReader:
             adapted *= (magnitude / adapted.norm(dim=1)).unsqueeze(1)
         return adapted.to(weight.dtype)
 
-    def _both(self, name: str, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B, kept for the next pieces of the same weight."""
+    def _read_factors(self, name: str, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads A and B in float32; they are kept for other rows of the same weight."""
         with self._lock:
             found = self._factors.get(name)
         if found is None:
             found = (self._own.read(delta.down).to(DELTA_DTYPE), self._own.read(delta.up).to(DELTA_DTYPE))
             with self._lock:
-                if len(self._factors) >= MOST_FACTORS:
+                if len(self._factors) >= MAX_FACTORS:
                     del self._factors[next(iter(self._factors))]
                 self._factors[name] = found
         return found
@@ -312,8 +317,8 @@ def open_model(
 
     Args:
         reference: A folder or Hub id, with `@revision` and `+adapter` if wanted.
-        made: Checkpoints that other merges have made, by the name that a reference may use.
-        name: What the user calls it, for messages; by default what the reference says.
+        made: Results of other merges by the names that references may use for them.
+        name: Name that the user gives it, for messages; by default the reference.
 
     Returns:
         The checkpoint, with the adapter's whole tensors in it; and the adapter, or `None`.
@@ -336,10 +341,10 @@ def open_reader(
     """Opens a model's tensors, with its adapter if it has one.
 
     Args:
-        checkpoint: From `open_model`.
-        adapter: From `open_model`.
+        checkpoint: The checkpoint that `open_model` has opened.
+        adapter: Its adapter, if it has one.
         past_cache: Leave nothing in the system's cache but what is to be read again.
-        buffers: Lend memory to tensors; `None`: it is allocated.
+        buffers: Buffers for tensors; `None`: their memory is allocated.
     """
     with CheckpointReader(checkpoint, past_cache=past_cache, buffers=buffers) as reader:
         if adapter is None:

@@ -1,23 +1,24 @@
-"""Weights that bitsandbytes has quantised: which tensors on disk are one weight, and how it becomes a weight again.
+"""Weights quantised by bitsandbytes: the tensors on disk that make up one weight, read and written.
 
     int8       X.weight        int8 [out, in]            W = weight · SCB / 127, row by row
                X.SCB           float32 [out]
                X.weight_format uint8 [], 0: by rows      (older files may lack it)
     nf4, fp4   X.weight        two numbers a byte, in blocks of 64 as a rule
                X.weight.absmax                           a scale for each block
-               X.weight.quant_map                        what the 16 numbers stand for
+               X.weight.quant_map                        the values of the 16 numbers
                X.weight.quant_state.bitsandbytes__nf4    JSON as bytes: the weight's shape, dtype, block size
                X.weight.nested_absmax, .nested_quant_map where the scales are quantised too ("double")
 
-The arithmetic is bitsandbytes' own, here and in `quantizing.py`; it is imported only when such a weight is met.
-Methods: LLM.int8() (arXiv 2208.07339), NF4 and double quantisation (QLoRA, arXiv 2305.14314).
+    reading:   headers ──► fold_quantized ──► one TensorInfo with parts ──► dequantize ──► weight
+    writing:   shape ──► quantized_tensor ──► one OutputTensor with parts; weight ──► quantize ──► parts
 
-Writing weights quantised, as Transformers' `save_pretrained` lays them out (see `quantized.py`).
+The layout is that of Transformers' `save_pretrained`, the arithmetic bitsandbytes' own, which is imported only when
+such a weight is met. Methods: LLM.int8() (arXiv 2208.07339), NF4 and double quantisation (QLoRA, arXiv 2305.14314).
 
-A shard's header stands before its first tensor is known, so the sizes of all parts must be known from the shape
-alone. bitsandbytes tells them on the meta device. Only the quantisation state varies with the numbers: as JSON
-it holds the mean of the scales (`nested_offset`), 3 to 23 characters. It gets room for the longest, filled up
-with spaces, which every JSON reader skips.
+A shard's header is written before its first tensor is known, so the sizes of all parts must follow from the shape
+alone; bitsandbytes computes them on the meta device. Only the quantisation state varies with the numbers: as JSON it
+holds the mean of the scales (`nested_offset`), 3 to 23 characters. It gets room for the longest, filled up with
+spaces, which every JSON reader skips.
 """
 
 from __future__ import annotations
@@ -38,19 +39,26 @@ from largemerge.errors import CheckpointError, MergeError
 ReadBytes = Callable[[TensorInfo], bytes]
 """Reads one small tensor."""
 
+BLOCK_SIZE = 64
+"""Number of elements that share a scale in 4 bits: bitsandbytes' default, which Transformers leaves, too."""
 STATE = ".quant_state.bitsandbytes__"
 SCALES = ".SCB"
 FORMAT = ".weight_format"
 _PLAIN_PARTS = ("absmax", "quant_map")
 _NESTED_PARTS = ("nested_absmax", "nested_quant_map")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LONGEST_OFFSET = -1.1754943508222875e-38  # 23 characters
+_MAX_PROBLEMS = 20
 
 
 def bitsandbytes(what_for: str) -> Any:
-    """The package, imported when it is needed.
+    """Imports bitsandbytes.
+
+    Args:
+        what_for: Beginning of the message: what needs it.
 
     Raises:
-        CheckpointError: If it is not installed, or cannot be loaded; `what_for` begins the message.
+        CheckpointError: If it is not installed, or cannot be loaded.
     """
     try:
         return importlib.import_module("bitsandbytes")
@@ -61,7 +69,7 @@ def bitsandbytes(what_for: str) -> Any:
 
 
 def quantization_method(config: Mapping[str, Any], name: str) -> str | None:
-    """`bitsandbytes`, or `None` for a plain checkpoint.
+    """Returns `bitsandbytes` for a quantised checkpoint, `None` for a plain one.
 
     Raises:
         CheckpointError: If the checkpoint is quantised in a way that cannot be read.
@@ -81,7 +89,7 @@ def quantization_method(config: Mapping[str, Any], name: str) -> str | None:
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """In which a quantised model computes: its config's dtype, else bitsandbytes' compute dtype, else bfloat16."""
+    """Finds the dtype that a quantised model computes in: its config's, else bitsandbytes', else bfloat16."""
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     named = [part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
     named.append(config.get("quantization_config", {}).get("bnb_4bit_compute_dtype"))
@@ -91,19 +99,19 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
 def fold_quantized(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], name: str, read: ReadBytes
 ) -> dict[str, TensorInfo]:
-    """Puts the parts of every quantised weight together as one tensor.
+    """Folds the parts of every quantised weight into one tensor.
 
     Args:
         tensors: All tensors of a checkpoint as they lie on disk.
-        config: `config.json`.
-        name: What the user calls the checkpoint, for messages.
-        read: For the quantisation states, which hold a weight's shape: some hundred bytes each.
+        config: Contents of `config.json`.
+        name: Name that the user gives the checkpoint, for messages.
+        read: Reads a quantisation state, some hundred bytes that hold a weight's shape.
 
     Returns:
-        The tensors as the model sees them: logical shapes, floating dtypes.
+        The tensors as the model sees them: logical shapes, floating-point dtypes.
 
     Raises:
-        CheckpointError: Naming every part that is missing or broken.
+        CheckpointError: If parts are missing or broken; it names all of them.
     """
     folded: dict[str, TensorInfo] = {}
     problems: list[str] = []
@@ -123,7 +131,7 @@ def fold_quantized(
     if not problems and quantization_method(config, name) is not None:
         problems += [f"{name}: {key}: {_orphan(tensors[key])}" for key in left if _orphan(tensors[key])]
     if problems:
-        raise CheckpointError(*problems[:20])
+        raise CheckpointError(*problems[:_MAX_PROBLEMS])
     if folded:
         bitsandbytes(f"{name}: a checkpoint with quantised weights")
     return {key: folded.get(key, info) for key, info in tensors.items() if key in folded or key not in used}
@@ -173,7 +181,7 @@ def _parts(names: list[str], tensors: Mapping[str, TensorInfo]) -> dict[str, Ten
 
 
 def _orphan(info: TensorInfo) -> str:
-    """Why a tensor that belongs to no quantised weight should: "" if it need not."""
+    """Says why a tensor that is part of no quantised weight should be; "" if it need not."""
     if info.dtype == torch.int8 and info.name.endswith(".weight"):
         return f"an int8 weight without its scales ({info.name.removesuffix('.weight')}{SCALES})"
     if info.name.endswith(tuple(f".weight.{part}" for part in (*_PLAIN_PARTS, *_NESTED_PARTS))):
@@ -192,7 +200,7 @@ def _reason(error: Exception) -> str:
 
 
 def transposed(info: TensorInfo) -> TensorInfo:
-    """The same quantised weight for a module that holds it the other way round."""
+    """Describes the same quantised weight for a module that holds its transpose."""
     assert info.quantization is not None and len(info.shape) == 2, info.name
     quantization = dataclasses.replace(info.quantization, transposed=not info.quantization.transposed)
     return dataclasses.replace(info, shape=info.shape[::-1], quantization=quantization)
@@ -201,13 +209,13 @@ def transposed(info: TensorInfo) -> TensorInfo:
 def dequantize(
     name: str, parts: Mapping[str, torch.Tensor], quantization: Quantization, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A weight from its parts, on their device.
+    """Dequantises a weight, on the device of its parts.
 
     Args:
-        name: Of the weight on disk.
-        parts: By their names on disk.
-        quantization: Of the weight.
-        dtype: Of the result.
+        name: Name of the weight on disk.
+        parts: Its parts by their names on disk.
+        quantization: Kind of quantisation.
+        dtype: Dtype of the result.
     """
     functional = bitsandbytes(f"{name}: a quantised weight").functional
     if quantization.method == "int8":
@@ -224,19 +232,14 @@ def dequantize(
     return weight.T.contiguous() if quantization.transposed else weight
 
 
-BLOCK_SIZE = 64
-"""Numbers that share a scale in 4 bits: Transformers leaves bitsandbytes' default, and so do its readers."""
-_LONGEST_OFFSET = -1.1754943508222875e-38
-
-
 def quantized_tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], quantization: Quantization) -> OutputTensor:
-    """The layout of a quantised weight.
+    """Lays out a quantised weight.
 
     Args:
-        name: On disk, ending with `.weight`.
-        dtype: It is handed over in, and dequantised to.
-        shape: As the module holds it.
-        quantization: How.
+        name: Name on disk, ending with `.weight`.
+        dtype: Dtype that it is handed over in and will be dequantised to.
+        shape: Shape in the module.
+        quantization: Kind of quantisation.
     """
     out_in = shape[::-1] if quantization.transposed else shape
     if quantization.method == "int8":
@@ -254,12 +257,15 @@ def quantized_tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], quan
 
 
 def quantize(name: str, tensor: torch.Tensor, expected: OutputTensor) -> dict[str, torch.Tensor]:
-    """The parts of a weight, on its device.
+    """Quantises a weight, on its device.
 
     Args:
-        name: On disk.
-        tensor: As the module holds it.
-        expected: From `quantized_tensor`.
+        name: Name on disk.
+        tensor: The weight in the module's layout.
+        expected: Layout that `quantized_tensor` has made.
+
+    Returns:
+        Its parts by their names on disk.
 
     Raises:
         MergeError: If the weight, or its scale, is not finite.

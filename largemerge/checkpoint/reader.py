@@ -1,8 +1,8 @@
-"""Reading the tensors of a model one at a time, by name, into memory of their own.
+"""The tensors of a model, read one at a time, by name, into memory of their own.
 
-    TensorReader        what merges read through
-    CheckpointReader    a checkpoint's files, put together; quantised weights dequantised
-    (AdaptedReader)     one of these with an adapter on top, in `lora.py`
+    TensorReader        the protocol that merges read through
+    CheckpointReader    the files of a checkpoint put together; quantised weights dequantised
+    (AdaptedReader)     another reader with an adapter on top, in `lora.py`
 
 `prefetched` loads the next item in a thread while the present one is in use.
 """
@@ -25,13 +25,16 @@ from largemerge.checkpoint.quantized import dequantize
 from largemerge.checkpoint.tensor_files import Rows, TensorFile, open_tensor_file
 from largemerge.checkpoint.tensor_info import TensorInfo
 
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+
 
 class TensorReader(Protocol):
     """Reads the tensors of one model, whatever lies on disk. Safe to use from several threads."""
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What there is to read."""
+        """The checkpoint that is read: names, shapes, dtypes."""
 
     @property
     def bytes_read(self) -> int:
@@ -45,9 +48,9 @@ class TensorReader(Protocol):
         """Reads a tensor on the CPU, in memory of its own, in its stored dtype.
 
         Args:
-            name: Its name on disk.
-            rows: Only these of the first dimension.
-            again: Whether it will be read again soon, so that the system's cache should keep it.
+            name: Name on disk.
+            rows: Rows to read; `None` for all.
+            again: Whether the tensor will be read again soon, so that the system's cache should keep it.
         """
 
 
@@ -55,23 +58,23 @@ class CheckpointReader:
     """Reads the tensors of one checkpoint (see `TensorReader`). A context manager.
 
     Args:
-        checkpoint: What it reads.
-        buffers: Lend memory to tensors; `None`: it is allocated.
+        checkpoint: The checkpoint.
         past_cache: Leave nothing in the system's cache but what is to be read again: for tensors that are read once.
+        buffers: Buffers for tensors; `None`: their memory is allocated.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, past_cache: bool = False, buffers: Buffers | None = None) -> None:
         self.checkpoint = checkpoint
         self._past_cache, self._buffers = past_cache, buffers
         self._files: dict[Path, TensorFile] = {}
-        self._bytes_before = 0  # of files that are closed
+        self._bytes_of_closed = 0
         self._lock = threading.Lock()
 
     @property
     def bytes_read(self) -> int:
         """Bytes read so far."""
         with self._lock:
-            return self._bytes_before + sum(file.bytes_read for file in self._files.values())
+            return self._bytes_of_closed + sum(file.bytes_read for file in self._files.values())
 
     @property
     def bytes_past_cache(self) -> int:
@@ -85,7 +88,7 @@ class CheckpointReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bytes_before = self.bytes_read
+        self._bytes_of_closed = self.bytes_read
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -94,9 +97,9 @@ class CheckpointReader:
         """Reads a tensor; a quantised weight comes back dequantised.
 
         Args:
-            name: Its name on disk.
-            rows: Only these of the first dimension.
-            again: Whether it will be read again soon.
+            name: Name on disk.
+            rows: Rows to read; `None` for all.
+            again: Whether the tensor will be read again soon.
 
         Raises:
             CheckpointError: If the file has become shorter since its header was read.
@@ -119,10 +122,6 @@ class CheckpointReader:
             return self._files[path]
 
 
-Item = TypeVar("Item")
-Loaded = TypeVar("Loaded")
-
-
 @contextmanager
 def prefetched(
     load: Callable[[Item], Loaded], items: Sequence[Item], *, ahead: bool = True
@@ -132,9 +131,9 @@ def prefetched(
     An error while loading is raised where the item is asked for.
 
     Args:
-        load: Called once for every item, in order.
-        items: What to load.
-        ahead: If not, an item is loaded only when it is asked for, so that there is never more than one.
+        load: Loads one item; called once for each, in order.
+        items: All items.
+        ahead: If False, an item is loaded only when it is asked for, so that there is never more than one.
     """
     if not ahead:
         yield (load(item) for item in items)

@@ -1,4 +1,8 @@
-"""What makes a folder of weights a checkpoint: config, tokenizer, processor, model card."""
+"""The files beside the weights of a checkpoint: config, tokenizer, processor, model card.
+
+They are copied from the models that a merge takes them from; only `config.json` and the model card are written anew.
+The tokenizer of a folder is loaded here, too, for all who need it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 
 
 def output_config(reference: Checkpoint, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None) -> str:
-    """The text of the output's `config.json`: the reference's, with the output's dtype and quantisation."""
+    """Makes the text of the output's `config.json`: the reference's, with the output's dtype and quantisation."""
     config: dict[str, Any] = dict(read_json(reference.folder / "config.json", reference.name))
     name = dtype_name(dtype)
     for part in (config, *config.values()):
@@ -53,7 +57,18 @@ def output_config(reference: Checkpoint, dtype: torch.dtype, quantization: Mappi
 def copy_side_files(
     out: Path, config_source: Path, tokenizer_source: Path | None, processor_source: Path, *, with_code: bool
 ) -> list[str]:
-    """Copies generation config, tokenizer (if any) and processor files; returns the names of those that were there."""
+    """Copies generation config, tokenizer and processor files, as far as they are there.
+
+    Args:
+        out: The output folder.
+        config_source: Folder of the generation config, of a sentence encoder's files, and of Python code.
+        tokenizer_source: Folder of the tokenizer; `None` to copy none.
+        processor_source: Folder of the image processor.
+        with_code: Copy Python files, too.
+
+    Returns:
+        Names of the copied files and folders.
+    """
     copied = []
     wanted = [
         (config_source, GENERATION_FILES),
@@ -79,13 +94,28 @@ def copy_side_files(
     return copied
 
 
+def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Loads the tokenizer in a folder, as Transformers makes it of the files there; the Hub is not asked.
+
+    Args:
+        folder: Folder of the tokenizer, such as a checkpoint's.
+        trust_remote_code: Allow it to be code that lies in the folder.
+
+    Raises:
+        Exception: Of almost any type: nobody has listed what the many tokenizer classes may raise.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+
+
 def find_processor(*folders: Path) -> Path:
-    """The first folder that has image processor files; the first of all if none has."""
+    """Finds the first folder that has image processor files; the first of all if none has."""
     return _first_with(folders, PROCESSOR_FILES)
 
 
 def find_tokenizer(*folders: Path) -> Path:
-    """The first folder that has tokenizer files; the first of all if none has."""
+    """Finds the first folder that has tokenizer files; the first of all if none has."""
     return _first_with(folders, TOKENIZER_FILES)
 
 
@@ -96,15 +126,15 @@ def _first_with(folders: tuple[Path, ...], names: tuple[str, ...]) -> Path:
 def model_card(
     *, method: str, class_name: str, models: list[dict[str, Any]], base: str | None, config_yaml: str, version: str
 ) -> str:
-    """The text of the output's `README.md`.
+    """Makes the text of the output's `README.md`.
 
     Args:
-        method: `regmean`, ….
+        method: Name of the merging method.
         class_name: Transformers class that loads the output.
-        models: For each candidate its `name`, `model`, `weight` and `data`.
-        base: Of the config, if any.
+        models: Fields `name`, `model`, `weight` and `data` of each model.
+        base: The base model, if there is one.
         config_yaml: The resolved configuration.
-        version: Of largemerge.
+        version: Version of largemerge.
     """
     sources = [str(model["model"]) for model in models] + ([base] if base else [])
     sources = [source.partition("@")[0] for source in sources if not source.startswith(("/", "."))]

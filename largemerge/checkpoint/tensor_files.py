@@ -1,15 +1,15 @@
-"""Files with tensors, one implementation for each format, behind one small protocol.
+"""Files with tensors: one small protocol, one implementation for each format.
 
-    TensorFile      tensors()          what the file holds, from its header alone
-                    read(info, rows)   one of them, or some of its rows
+    TensorFile      tensors()          lists the tensors of a file, from its header alone
+                    read(info, rows)   reads one of them, or some of its rows
 
 A safetensors file starts with eight bytes (the header's length, little endian), a JSON header (name → dtype, shape,
 byte range) and then the bytes of all tensors. Reading headers costs kilobytes, whatever the size of the model. Pickle
 files are unpickled onto the meta device with `weights_only=True`. Another format is one more class, and a line in
 `open_tensor_file`.
 
-Whoever merges sees models, not files: `reader.py` puts the files of a checkpoint together and dequantises, `lora.py`
-adds an adapter to them. Both kinds of merge read through these.
+Merges see models, not files: `reader.py` puts the files of a checkpoint together and dequantises, `lora.py` adds an
+adapter. Both kinds of merge read through these two.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo
 from largemerge.errors import CheckpointError
 
 Rows = slice | torch.Tensor | None
-"""A part of the first dimension, without a step; rows in any order, by their numbers; or all of it."""
+"""Rows of a tensor (its first dimension): a slice without a step, numbers in any order, or `None` for all."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-_GAP_BYTES = 32 << 10  # between two rows: reading them in vain costs less than another call
+_MAX_GAP_BYTES = 32 << 10  # between two rows: reading it in vain costs less than another call
 
 
 class TensorFile(Protocol):
@@ -50,18 +50,18 @@ class TensorFile(Protocol):
         """Bytes read so far that did not go through the system's cache."""
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """What the file holds, by name, from its header alone.
+        """Lists the tensors of the file by name, from its header alone.
 
         Raises:
-            CheckpointError: If the file is cut short, broken, or no file of weights.
+            CheckpointError: If the file is cut short, broken, or holds no weights.
         """
 
     def read(self, info: TensorInfo, rows: Rows = None, *, past_cache: bool = False) -> torch.Tensor:
         """Reads a tensor as it is stored, into memory of its own on the CPU.
 
         Args:
-            info: One of `tensors`.
-            rows: Only these.
+            info: A tensor of this file.
+            rows: Rows to read; `None` for all.
             past_cache: Leave nothing in the system's cache, where that can be done.
 
         Raises:
@@ -77,7 +77,7 @@ def open_tensor_file(path: Path, buffers: Buffers | None = None) -> TensorFile:
 
     Args:
         path: The file.
-        buffers: Lend memory to tensors; `None`: it is allocated.
+        buffers: Buffers for tensors; `None`: their memory is allocated.
     """
     return PickleFile(path) if path.suffix == ".bin" else SafetensorsFile(path, buffers)
 
@@ -85,8 +85,8 @@ def open_tensor_file(path: Path, buffers: Buffers | None = None) -> TensorFile:
 class SafetensorsFile:
     """A safetensors file, read at byte positions (see `TensorFile`).
 
-    `pread` into a fresh buffer instead of a mapped file: the system's cache still helps, but no mapped pages pile up
-    in the process, and reads from a helper thread run while this one computes.
+    It is not mapped but read by `pread` into buffers: the system's cache still helps, but no mapped pages pile up in
+    the process, and a helper thread can read while this one computes.
     """
 
     def __init__(self, path: Path, buffers: Buffers | None = None) -> None:
@@ -107,18 +107,18 @@ class SafetensorsFile:
         return self._file.bytes_past_cache if self._file is not None else 0
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """What the file holds, by name, with the byte position of each."""
+        """Lists the tensors of the file by name, with their byte positions."""
         header, raw = self._read_header()
         return {info.name: info for info in _infos(self._path, header, 8 + len(raw))}
 
     def read(self, info: TensorInfo, rows: Rows = None, *, past_cache: bool = False) -> torch.Tensor:
-        """Reads a tensor, or some of its rows: those that lie near each other at once."""
+        """Reads a tensor, or some of its rows; those that lie near each other are read at once."""
         if not isinstance(rows, torch.Tensor):
             return self._read_range(info, rows, past_cache=past_cache)
         if not len(rows):
             return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
         wanted, places = torch.unique(rows, return_inverse=True)
-        gap = 1 + _GAP_BYTES // max(1, info.num_bytes // max(1, info.shape[0]))
+        gap = 1 + _MAX_GAP_BYTES // max(1, info.num_bytes // max(1, info.shape[0]))
         starts = torch.cat([torch.tensor([0]), 1 + torch.nonzero(wanted.diff() > gap).view(-1)]).tolist()
         parts = []
         for start, stop in zip(starts, [*starts[1:], len(wanted)], strict=True):
@@ -161,7 +161,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A file that `torch.save` wrote (see `TensorFile`). The format of before 2020 can be read only as a whole."""
+    """A file that `torch.save` has written (see `TensorFile`); one of before 2020 can be read only as a whole."""
 
     header = None
     bytes_past_cache = 0
@@ -173,7 +173,7 @@ class PickleFile:
         self._lock = threading.Lock()
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """What the file holds, by name."""
+        """Lists the tensors of the file by name."""
         file = self._path
         try:
             state = torch.load(file, map_location="meta", weights_only=True)
@@ -202,7 +202,7 @@ class PickleFile:
         return tensor
 
     def close(self) -> None:
-        """Lets go of what was read as a whole."""
+        """Drops the tensors, where the file was read as a whole."""
         self._whole = None
 
 

@@ -1,9 +1,10 @@
-"""Dtypes by the names that configurations use. Apart from `config.py`, so that reading a file needs no torch.
+"""Tensors on disk before they are read or written: name, shape, dtype, place, quantisation.
 
-What is known of a tensor on disk before it is read or written, quantised ones included.
+    TensorInfo      a tensor to read, as a file's header describes it
+    OutputTensor    a tensor to write
 
-A quantised weight lies on disk as several tensors: packed numbers, scales, …. Here it is one tensor with the
-shape and dtype that it has for the model, and its `parts`. Which parts there are is known to `quantized.py`.
+A quantised weight lies on disk as several tensors: packed numbers, scales, …. Here it is one tensor with the shape and
+dtype that it has for the model, and its `parts`. `quantized.py` knows which parts there are.
 """
 
 from __future__ import annotations
@@ -17,20 +18,8 @@ import torch
 
 from largemerge.config_file import DtypeName
 
-
-def torch_dtype(name: DtypeName) -> torch.dtype:
-    """The torch dtype that a configuration's name means."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
 Tensors = dict[str, torch.Tensor]
-"""Parameter name in the module → tensor in the module's layout."""
-
+"""Tensors by name; on the way through a merge: in the module's layout, by parameter name."""
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,11 +35,22 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+"""Dtypes by their names in safetensors headers."""
+
+
+def torch_dtype(name: DtypeName) -> torch.dtype:
+    """Returns the torch dtype of a configuration's name."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns a dtype's name without `torch.`, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a weight is quantised.
+    """Kind of quantisation of a weight.
 
     Attributes:
         method: `nf4`, `fp4` or `int8`, as bitsandbytes means them.
@@ -65,7 +65,7 @@ class Quantization:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Description for people."""
         return f"{self.method}, double quantised" if self.double_quant else self.method
 
 
@@ -74,13 +74,13 @@ class TensorInfo:
     """One tensor of a checkpoint, as its header describes it.
 
     Attributes:
-        name: On disk.
-        shape: Dimensions.
-        dtype: As stored; of a quantised weight: what it is dequantised to.
+        name: Name on disk.
+        shape: Shape for the model.
+        dtype: Stored dtype; for a quantised weight, the dtype that it is dequantised to.
         file: The file that holds it.
         offset: Byte position in `file`; `None` in a pickle file.
-        quantization: `None` for a plain tensor.
-        parts: Of a quantised weight, by their names on disk; empty for a plain tensor.
+        quantization: Kind of quantisation; `None` for a plain tensor.
+        parts: Tensors on disk that make up a quantised weight, by name; empty for a plain tensor.
     """
 
     name: str
@@ -93,12 +93,12 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        """For the model, whatever lies on disk."""
+        """Number of elements for the model, whatever lies on disk."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk."""
+        """Size on disk, in bytes."""
         if self.parts:
             return sum(part.num_bytes for part in self.parts.values())
         return self.num_elements * self.dtype.itemsize
@@ -109,10 +109,10 @@ class OutputTensor:
     """A tensor to be written: its dtype and shape for the model, and how it is to be stored.
 
     Attributes:
-        dtype: In which it is handed over; of a quantised weight: what it will be dequantised to.
-        shape: Dimensions.
-        quantization: `None` for a plain tensor.
-        parts: Of a quantised weight, by their names on disk; empty for a plain tensor.
+        dtype: Dtype that it is handed over in, and that a quantised weight will be dequantised to.
+        shape: Shape for the model.
+        quantization: Kind of quantisation; `None` for a plain tensor.
+        parts: Tensors on disk that make up a quantised weight, by name; empty for a plain tensor.
     """
 
     dtype: torch.dtype
@@ -122,7 +122,7 @@ class OutputTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk."""
+        """Size on disk, in bytes."""
         if self.parts:
             return sum(part.num_bytes for part in self.parts.values())
         return math.prod(self.shape) * self.dtype.itemsize

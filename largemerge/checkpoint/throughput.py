@@ -1,4 +1,8 @@
-"""TODO."""
+"""Rates at which this disk reads and writes, measured for a fraction of a second, for the time in a plan.
+
+Reading takes some tensors of the checkpoints themselves, so that the rate is that of the system's cache if they lie
+there. Writing takes a temporary file that is forced onto the disk.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,18 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.reader import CheckpointReader
 
+PROBE_SECONDS = 0.12
+"""Time that is enough to measure one rate, in seconds."""
 _DISK_BYTES = 64 << 20
-_SECONDS = 0.12  # for each rate
 
 
 def read_rate(checkpoints: Sequence[Checkpoint], *, num_workers: int = 1, past_cache: bool = False) -> float:
-    """Bytes a second of some tensors of all checkpoints; from the system's cache, if that is where they are.
+    """Measures how fast tensors of all checkpoints are read, in bytes a second.
 
     Args:
-        checkpoints: As much is read of each.
-        num_workers: Read side by side.
-        past_cache: As a data-free merge reads.
+        checkpoints: The checkpoints; as much is read of each.
+        num_workers: Number of threads that read.
+        past_cache: Read past the system's cache where that helps, as a data-free merge does.
     """
     with ExitStack() as stack:
         readers = [stack.enter_context(CheckpointReader(each, past_cache=past_cache)) for each in checkpoints]
@@ -35,7 +40,7 @@ def read_rate(checkpoints: Sequence[Checkpoint], *, num_workers: int = 1, past_c
 
         def read(reader: CheckpointReader) -> None:
             for info in reader.checkpoint.tensors.values():
-                if reader.bytes_read >= _DISK_BYTES or time.perf_counter() - start > 4 * _SECONDS:
+                if reader.bytes_read >= _DISK_BYTES or time.perf_counter() - start > 4 * PROBE_SECONDS:
                     return
                 if info.num_bytes <= _DISK_BYTES:
                     reader.read(info.name)
@@ -46,14 +51,19 @@ def read_rate(checkpoints: Sequence[Checkpoint], *, num_workers: int = 1, past_c
 
 
 def write_rate(scratch: Path | None, *, num_workers: int = 1) -> float:
-    """Bytes a second, forced onto the disk; `None` for where temporary files go."""
+    """Measures how fast bytes are forced onto a disk, in bytes a second.
+
+    Args:
+        scratch: Folder on the disk, or one yet to be made; `None` for where temporary files go.
+        num_workers: Number of threads that write.
+    """
     folder = None if scratch is None else existing_folder(scratch)
     data = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8))
     with tempfile.TemporaryDirectory(dir=folder) as made, DataFile(Path(made) / "probe", size=_DISK_BYTES) as file:
         start = time.perf_counter()
 
         def write(offset: int) -> int:
-            if time.perf_counter() - start > 4 * _SECONDS:
+            if time.perf_counter() - start > 4 * PROBE_SECONDS:
                 return 0
             file.write(offset, data)
             return data.numel()

@@ -1,4 +1,4 @@
-"""Writing a sharded safetensors checkpoint as a stream, so that a crash at any moment loses one block.
+"""A sharded safetensors checkpoint written as a stream, so that a crash at any moment loses one block.
 
 All names, dtypes and shapes are known before the first tensor is, so every shard's header and every
 tensor's byte position are too: files are laid out at the start, tensors are written in any order at
@@ -34,10 +34,10 @@ class Shard:
     """One file of the output.
 
     Attributes:
-        file_name: Final name.
-        header: Its bytes up to the first tensor.
-        offsets: Absolute byte position of each tensor, by name; of a quantised weight: of each part.
-        num_bytes: Of the whole file.
+        file_name: Name of the file.
+        header: Bytes of the file up to the first tensor.
+        offsets: Byte position in the file of each tensor, or of each part of a quantised weight, by name.
+        num_bytes: Size of the whole file, in bytes.
     """
 
     file_name: str
@@ -63,7 +63,7 @@ def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> 
 
 
 def _stored(tensors: Mapping[str, OutputTensor]) -> dict[str, OutputTensor]:
-    """What really lies on disk: the parts of quantised weights in their place."""
+    """Lists the tensors that really lie on disk: parts instead of quantised weights."""
     return {key: part for name, tensor in tensors.items() for key, part in (tensor.parts or {name: tensor}).items()}
 
 
@@ -92,13 +92,12 @@ class ShardWriter:
 
     Args:
         folder: Working folder for the unfinished shards.
-        tensors: What will be written, by name on disk.
-        shards: From `layout_shards`, of the same tensors.
+        tensors: All tensors that will be written, by name on disk.
+        shards: Shards that `layout_shards` has laid out for them.
 
     Attributes:
-        bytes_written: So far.
-        bytes_past_cache: Of them, and of what was read back: past the system's cache.
-        quantization_errors: ‖written - given‖ / ‖given‖ of every quantised weight written so far.
+        bytes_written: Bytes written so far.
+        quantization_errors: Relative error ‖written - given‖ / ‖given‖ of every quantised weight written so far.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, OutputTensor], shards: tuple[Shard, ...]) -> None:
@@ -114,7 +113,8 @@ class ShardWriter:
         self._lock = threading.Lock()  # several threads may write
 
     @property
-    def bytes_past_cache(self) -> int:  # noqa: D102 (see above)
+    def bytes_past_cache(self) -> int:
+        """Bytes written or read back so far that did not go through the system's cache."""
         return sum(file.bytes_past_cache for file in self._files.values())
 
     def __enter__(self) -> ShardWriter:
@@ -140,7 +140,7 @@ class ShardWriter:
         file.write(0, torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
-        """Writes a tensor of the dtype that the layout knows, or rows of it from `first_row` on."""
+        """Writes a tensor in the dtype of the layout, or rows of it from `first_row` on."""
         expected = self.tensors[name]
         assert tensor.dtype == expected.dtype, (name, tensor.dtype, expected.dtype)
         assert tensor.shape[1:] == expected.shape[1:] and tensor.dim() == len(expected.shape), (name, tensor.shape)
@@ -165,30 +165,30 @@ class ShardWriter:
             self.bytes_written += data.numel()
             self._dirty.add(shard.file_name)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Reads back a tensor written earlier; a quantised one as any reader will see it."""
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Reads back a tensor written earlier; a quantised one as any reader will see it.
+
+        Args:
+            name: Name on disk.
+            rows: Rows to read, of a plain tensor; `None` for all.
+        """
         expected = self.tensors[name]
         if expected.quantization is None:
-            return self._read(name)
+            return self._read(name, rows)
+        assert rows is None, f"{name}: rows of a quantised weight"
         parts = {part: self._read(part) for part in expected.parts}
         return dequantize(name, parts, expected.quantization, expected.dtype)
 
-    def read_rows(self, name: str, rows: slice | None) -> torch.Tensor:
-        """Reads back a part of the first dimension (`None`: all of it) of a plain tensor written earlier."""
+    def _read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         shard, stored = self._shard_of[name], self._stored[name]
-        if rows is None:
-            return self._read(name)
-        shape = (rows.stop - rows.start, *stored.shape[1:])
-        row_bytes = stored.num_bytes // max(1, stored.shape[0])
-        offset = shard.offsets[name] + rows.start * row_bytes
+        offset, shape = shard.offsets[name], stored.shape
+        if rows is not None:
+            offset += rows.start * (stored.num_bytes // max(1, shape[0]))
+            shape = (rows.stop - rows.start, *shape[1:])
         return self._files[shard.file_name].read_tensor(offset, stored.dtype, shape)
 
-    def _read(self, name: str) -> torch.Tensor:
-        shard, stored = self._shard_of[name], self._stored[name]
-        return self._files[shard.file_name].read_tensor(shard.offsets[name], stored.dtype, stored.shape)
-
     def flush(self) -> None:
-        """Forces everything written so far onto the disk; what other threads write meanwhile may have to wait."""
+        """Forces everything written so far onto the disk; not what other threads write meanwhile."""
         with self._lock:
             dirty, self._dirty = self._dirty, set()
         for file_name in sorted(dirty):
@@ -196,7 +196,7 @@ class ShardWriter:
 
 
 def weight_index(shards: tuple[Shard, ...]) -> str | None:
-    """The text of `model.safetensors.index.json`; `None` for a single shard, which needs none."""
+    """Makes the text of `model.safetensors.index.json`; `None` for a single shard, which needs none."""
     if len(shards) == 1:
         return None
     weight_map = {name: shard.file_name for shard in shards for name in shard.offsets}
@@ -206,7 +206,7 @@ def weight_index(shards: tuple[Shard, ...]) -> str | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all, even after a power cut."""
+    """Writes a small file so that it is there as a whole or not at all, even after a power cut."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)

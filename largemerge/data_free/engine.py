@@ -250,7 +250,7 @@ class TwoPassMerge:
             load = PieceLoader(as_stored, Access(Cut.ELEMENTS, lazy=True), self._readers, self._seed)
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 with torch.inference_mode():
-                    delta = self.scratch.read_rows(task.name, rows if task.shape else None)
+                    delta = self.scratch.read(task.name, rows if task.shape else None)
                     write_piece(self._writer, as_stored, rows, delta.mul_(factor).add_(piece.origin), task.out_dtype)
 
         return work

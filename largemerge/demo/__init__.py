@@ -1,13 +1,11 @@
 """`largemerge demo`: the main job on tiny models made on the spot, offline, in about a minute.
 
-    settings.py   how large everything is
-    corpora.py    three kinds of text that every Python has
-    train.py      a tokenizer, a base, and an expert for each kind (progress.py: how far it is)
     run.py        the demo as a list of steps: train, configs, merges, table, picture
-    measure.py    what each model loses on text that none has seen
-    picture.py    the losses as an SVG
+    corpora.py    three kinds of text that every Python has, and how large everything is
+    train.py      a tokenizer, a base, and an expert for each kind of text
+    measure.py    losses on text that no model has seen, as a table and as an SVG
 
-Needs nothing but the package's own dependencies.
+It needs nothing but the package's own dependencies.
 """
 
 from largemerge.demo.corpora import DemoSettings

@@ -1,10 +1,8 @@
-"""How large the demo is: texts, model, training, calibration.
+"""The demo's texts, of three kinds that come with every Python, and the sizes of all it makes.
 
-Three kinds of text that come with every Python: source code, English prose, names of characters.
-
-    code     the modules of the standard library
+    code     modules of the standard library
     prose    the language reference that `help()` shows (`pydoc_data.topics`), without examples
-    names    what Unicode calls its characters (`unicodedata`)
+    names    Unicode's names of characters (`unicodedata`)
 
 A *source* is a module, a run of paragraphs or a run of neighbouring characters. Whole sources go to
 training, calibration or held-out text, so no model has seen another piece of what it is measured on;
@@ -25,42 +23,6 @@ from pathlib import Path
 
 from largemerge.errors import LargemergeError
 
-
-@dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """Everything that decides what the demo's models become; after a change they are trained anew.
-
-    With the defaults the training takes about a minute on one CPU core.
-    """
-
-    seed: int = 0
-    """Of the split of the texts, the initial weights and the order of training."""
-    train_chars: int = 300_000
-    """Training text of each kind, or what there is, if that is half of it."""
-    calibration_chars: int = 32_000
-    """Calibration text of each kind, for the merges."""
-    held_out_chars: int = 24_000
-    """Text of each kind that no model is trained or calibrated on."""
-    vocabulary_size: int = 2048
-    """Of the tokenizer, which is trained on all training texts."""
-    hidden_size: int = 96
-    """Width of the model; a multiple of 32."""
-    num_layers: int = 4
-    """Blocks of the model."""
-    sequence_length: int = 64
-    """Tokens of a training, calibration or held-out sample."""
-    batch_size: int = 8
-    """Samples of a training step."""
-    base_steps: int = 600
-    """Training steps on all kinds."""
-    expert_steps: int = 150
-    """Further training steps of each expert, on its own kind."""
-    learning_rate: float = 6e-3
-    """Peak, of base and experts."""
-    calibration_samples: int = 128
-    """Samples of each kind that a merge looks at."""
-
-
 _DOCUMENT_CHARS = 500
 _MAX_DOCUMENTS_OF_A_SOURCE = 8
 _NAMES_IN_A_SOURCE = 20
@@ -71,9 +33,44 @@ Source = list[str]
 """Lines or paragraphs; documents are cut between them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Sizes of texts, model, training and calibration; after a change the models are trained anew.
+
+    With the defaults the training takes about a minute on one CPU core.
+    """
+
+    seed: int = 0
+    """Seed of the split of the texts, of the initial weights and of the order of training."""
+    train_chars: int = 300_000
+    """Characters of training text of each kind; prose has fewer, at least half."""
+    calibration_chars: int = 32_000
+    """Characters of calibration text of each kind, for the merges."""
+    held_out_chars: int = 24_000
+    """Characters of text of each kind that no model is trained or calibrated on."""
+    vocabulary_size: int = 2048
+    """Tokens of the tokenizer, which is trained on all training texts."""
+    hidden_size: int = 96
+    """Width of the model; a multiple of 32."""
+    num_layers: int = 4
+    """Number of blocks."""
+    sequence_length: int = 64
+    """Tokens of a training, calibration or held-out sample."""
+    batch_size: int = 8
+    """Samples of a training step."""
+    base_steps: int = 600
+    """Training steps on all kinds."""
+    expert_steps: int = 150
+    """Further training steps of each expert, on its own kind."""
+    learning_rate: float = 6e-3
+    """Peak learning rate, of base and experts."""
+    calibration_samples: int = 128
+    """Calibration samples of each kind."""
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """The texts of one kind: documents of about 500 characters."""
+    """Texts of one kind: documents of about 500 characters."""
 
     train: tuple[str, ...]
     calibration: tuple[str, ...]
@@ -81,13 +78,13 @@ class Corpus:
 
 
 def load_corpora(settings: DemoSettings) -> dict[str, Corpus]:
-    """The texts of all kinds, the same on every call with the same Python.
+    """Reads the texts of all kinds; the same Python gives the same texts.
 
     Args:
         settings: Sizes and seed.
 
     Returns:
-        Name of the kind to its texts.
+        The texts by the name of their kind.
 
     Raises:
         LargemergeError: If this Python came without its sources, or with too few of them.

@@ -1,10 +1,8 @@
-"""What each model loses on text that none has seen, kind by kind, and the table of it.
+"""Losses of all models on held-out text, by kind of text: measured, as a table, as a picture.
 
-The plain average is made here, in memory: it is what the regression methods are to beat.
-
-The losses as a picture: one panel per kind of text, one row per model, a dot where its loss is.
-
-Plain SVG without a background, in colours that can be read on white and on black.
+The plain average is made here, in memory: it is what the regression methods are to beat. The picture is plain SVG: a
+panel for each kind of text, a row for each model, a dot where its loss is. It has no background, and colours that can
+be read on white and on black.
 """
 
 from __future__ import annotations
@@ -16,8 +14,9 @@ from xml.sax.saxutils import escape
 import torch
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from largemerge.checkpoint.side_files import auto_tokenizer
 from largemerge.demo.corpora import Corpus, DemoSettings
 from largemerge.demo.train import next_token_loss, pack
 
@@ -27,7 +26,21 @@ TIE_NATS = 0.005
 """Merges closer than this count as equally good: the held-out text is too short to tell them apart."""
 
 Losses = dict[str, dict[str, float]]
-"""Model to kind of text to nats per token; the last column is `MEAN`."""
+"""Nats per token by model and kind of text; the last kind is `MEAN`."""
+
+# The picture, in pixels and colours
+_LABEL_WIDTH = 124
+_PANEL_WIDTH = 176
+_PANEL_GAP = 18
+_TOP = 84
+_ROW_HEIGHT = 30
+_PADDING = 12
+_VALUE_WIDTH = 54
+
+_TEXT = "#75808c"
+_LINE = "#8c959f"
+_OTHERS = "#8c959f"
+_MERGES = ("#d9822b", "#3b82f6", "#16a37b", "#b565d9")
 
 
 def measure(
@@ -41,15 +54,15 @@ def measure(
 
     Args:
         base: Folder of the base.
-        experts: Label to folder.
-        merges: Label to folder.
-        corpora: Kind to its texts.
-        settings: Length and number of the samples.
+        experts: Folders by label.
+        merges: Folders by label.
+        corpora: Texts by kind.
+        settings: Length of the samples.
 
     Returns:
         The losses of base, experts, their plain average and merges, in this order.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = auto_tokenizer(base)
     samples = {kind: pack(tokenizer, corpus.held_out, settings.sequence_length) for kind, corpus in corpora.items()}
     losses: Losses = {"base": _losses(_load(base), samples)}
     loaded = {label: _load(folder) for label, folder in experts.items()}
@@ -59,17 +72,17 @@ def measure(
 
 
 def best(losses: Mapping[str, Mapping[str, float]], among: Sequence[str], kind: str) -> frozenset[str]:
-    """The models with the least loss on a kind of text; several where they tie."""
+    """Finds the models with the least loss on a kind of text; several where they tie."""
     least = min(losses[label][kind] for label in among)
     return frozenset(label for label in among if losses[label][kind] < least + TIE_NATS)
 
 
 def losses_table(losses: Losses, merges: Sequence[str]) -> Table:
-    """The losses for the terminal: a row per model, the best merge or merges highlighted.
+    """Makes the table for the terminal: a row for each model, the best merge or merges highlighted.
 
     Args:
-        losses: Of all models.
-        merges: Which of them are merges.
+        losses: The losses of all models.
+        merges: Labels of the models that are merges.
     """
     kinds = list(next(iter(losses.values())))
     winners = {kind: best(losses, merges, kind) for kind in kinds}
@@ -109,29 +122,12 @@ def _average(models: Sequence[LlamaForCausalLM]) -> LlamaForCausalLM:
     return average
 
 
-_LABEL_WIDTH = 124
-_PANEL_WIDTH = 176
-_PANEL_GAP = 18
-_TOP = 84
-_ROW_HEIGHT = 30
-_PADDING = 12
-_VALUE_WIDTH = 54
-
-_TEXT = "#75808c"
-_LINE = "#8c959f"
-_OTHERS = "#8c959f"
-_MERGES = ("#d9822b", "#3b82f6", "#16a37b", "#b565d9")
-
-
 def losses_svg(losses: Mapping[str, Mapping[str, float]], merges: Sequence[str]) -> str:
-    """Draws the losses.
+    """Draws the losses as an SVG document.
 
     Args:
-        losses: Model to kind of text to nats per token; every model has the same kinds.
-        merges: The models to show in colour; the best of them have their values in bold.
-
-    Returns:
-        A whole SVG document.
+        losses: Nats per token by model and kind of text; every model has the same kinds.
+        merges: Labels of the models to show in colour; the best of them have their values in bold.
     """
     kinds = list(next(iter(losses.values())))
     width = _LABEL_WIDTH + len(kinds) * (_PANEL_WIDTH + _PANEL_GAP)

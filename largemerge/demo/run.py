@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -27,10 +26,11 @@ from largemerge.api import merge
 from largemerge.demo.corpora import Corpus, DemoSettings, load_corpora
 from largemerge.demo.measure import AVERAGE, losses_svg, losses_table, measure
 from largemerge.demo.train import train_all
+from largemerge.devices import one_thread_each
 from largemerge.errors import OutputError
 
 METHODS = {"RegMean": "regmean", "RegMean++": "regmean_plusplus"}
-"""Label to `merge_method`."""
+"""`merge_method` by label."""
 
 _MARKER = "largemerge_demo.json"
 _CONFIG = """\
@@ -62,7 +62,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> None:
 
     Args:
         out: Folder for everything; new, empty, or an earlier demo's, whose models are used again.
-        settings: How large everything is.
+        settings: Sizes of everything; by default those of a minute's training.
 
     Raises:
         OutputError: If `out` holds something else.
@@ -71,7 +71,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> None:
     settings = settings or DemoSettings()
     console = Console()
     _check_folder(out)
-    with _quiet_transformers(), _one_thread():
+    with _quiet_transformers(), one_thread_each():  # matrices are so small that threads would only slow them down
         corpora = load_corpora(settings)
         _say(console, "texts", f"{', '.join(corpora)}: from Python's standard library")
         _provide_models(out, corpora, settings, console)
@@ -178,17 +178,6 @@ Change one and merge again, or see what it would do:
 
 def _say(console: Console, what: str, text: str) -> None:
     console.print(f"{what:<8}{text}", highlight=False, soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices as small as these gain nothing from threads, and lose much when other programs run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -1,6 +1,4 @@
-"""How far the training is: a live bar on a terminal, a plain line now and then anywhere else.
-
-Tiny real models: a tokenizer, a Llama trained on all kinds of text (the base), one expert per kind.
+"""Tiny real models: a tokenizer, a Llama trained on all kinds of text (the base), one expert per kind.
 
 Plain next-token training (AdamW, warm-up, linear decay) on packed samples. An expert goes on from the
 base with its own kind only and changes only its blocks, where merging methods differ: embeddings, final
@@ -11,57 +9,18 @@ Shapes: B samples, T tokens of a sample, V words of the vocabulary.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from largemerge.demo.corpora import Corpus, DemoSettings
-
-_PLAIN_INTERVAL_SECONDS = 10.0
-
-Step = Callable[[str, str], None]
-"""To be called after each step, with what is being done and how it goes."""
-
-
-@contextmanager
-def training_progress(total: int) -> Iterator[Step]:
-    """Shows `total` steps on standard error, until left."""
-    console = Console(stderr=True)
-    with _bar(console, total) if console.is_terminal else _lines(console, total) as step:
-        yield step
-
-
-@contextmanager
-def _bar(console: Console, total: int) -> Iterator[Step]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("training", total=total)
-        yield lambda what, how: progress.update(task, advance=1, description=f"{what}, {how}")
-
-
-@contextmanager
-def _lines(console: Console, total: int) -> Iterator[Step]:
-    done = 0
-    last = time.monotonic()
-
-    def step(what: str, how: str) -> None:
-        nonlocal done, last
-        done += 1
-        if time.monotonic() - last >= _PLAIN_INTERVAL_SECONDS:
-            last = time.monotonic()
-            console.print(f"{100 * done / total:3.0f}% {what}, {how}", highlight=False, soft_wrap=True)
-
-    yield step
-
+from largemerge.progress import StepBar
 
 _END_OF_TEXT = "<|end|>"
 _HEAD_SIZE = 32
@@ -73,14 +32,15 @@ def train_all(folder: Path, corpora: Mapping[str, Corpus], settings: DemoSetting
     samples = {kind: pack(tokenizer, corpus.train, settings.sequence_length) for kind, corpus in corpora.items()}
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(_model_config(tokenizer, settings))
-    with training_progress(settings.base_steps + len(samples) * settings.expert_steps) as step:
-        _train(model, "base", torch.cat(list(samples.values())), settings.base_steps, settings, step)
+    num_steps = settings.base_steps + len(samples) * settings.expert_steps
+    with StepBar(num_steps, Console(stderr=True)) as bar:
+        _train(model, "base", torch.cat(list(samples.values())), settings.base_steps, settings, bar)
         _save(model, tokenizer, folder / "base")
         for kind, own in samples.items():
             expert = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
             for name, parameter in expert.named_parameters():
                 parameter.requires_grad_(name.startswith("model.layers."))
-            _train(expert, f"{kind} expert", own, settings.expert_steps, settings, step)
+            _train(expert, f"{kind} expert", own, settings.expert_steps, settings, bar)
             _save(expert, tokenizer, folder / "experts" / kind)
 
 
@@ -88,12 +48,12 @@ def pack(tokenizer: Any, texts: Sequence[str], length: int) -> torch.Tensor:
     """Joins texts by the end-of-text token and cuts them into samples.
 
     Args:
-        tokenizer: Of the demo.
+        tokenizer: The demo's tokenizer.
         texts: Documents.
         length: T.
 
     Returns:
-        Token ids `[B, T]`; what does not fill the last sample is left out.
+        Token ids `[B, T]`; what does not fill a last sample is left out.
     """
     ids: list[int] = []
     for text in texts:
@@ -103,7 +63,7 @@ def pack(tokenizer: Any, texts: Sequence[str], length: int) -> torch.Tensor:
 
 
 def next_token_loss(model: LlamaForCausalLM, samples_BT: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next token, in nats."""
+    """Computes the mean cross-entropy of the next token, in nats."""
     logits_BTV = model(input_ids=samples_BT, use_cache=False).logits
     return cross_entropy(logits_BTV[:, :-1].flatten(0, 1), samples_BT[:, 1:].flatten())
 
@@ -141,7 +101,7 @@ def _model_config(tokenizer: Any, settings: DemoSettings) -> LlamaConfig:
 
 
 def _train(
-    model: LlamaForCausalLM, what: str, samples_BT: torch.Tensor, num_steps: int, settings: DemoSettings, step: Step
+    model: LlamaForCausalLM, what: str, samples_BT: torch.Tensor, num_steps: int, settings: DemoSettings, bar: StepBar
 ) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -158,7 +118,7 @@ def _train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        step(f"training {what}", f"loss {loss.item():.2f}")
+        bar.advance(f"training {what}, loss {loss.item():.2f}")
 
 
 def _batches(samples_BT: torch.Tensor, settings: DemoSettings) -> Iterator[torch.Tensor]:

@@ -1,9 +1,9 @@
-"""Ranks: the processes that share one merge, and what they say to each other.
+"""The ranks of a merge: processes that share it, and the small collectives by which they agree.
 
 torchrun, `accelerate launch` and `deepspeed` start the same command many times and tell each process its number.
 Without them there is one rank, every call here returns at once, and the merge is the same code.
 
-Every method that is marked collective must be called by all ranks, in the same order.
+All ranks must call what is marked as collective, in the same order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from largemerge.devices import choose_device
 from largemerge.distributed.watchdog import Heartbeat, StallWatch, join_store, open_store
-from largemerge.errors import LargemergeError, MergeError, RankAbortedError
+from largemerge.errors import LargemergeError, MergeError, RankAborted
 
 Value = TypeVar("Value")
 
@@ -34,11 +34,11 @@ class Ranks:
 
     Attributes:
         rank: Number of this process, from 0. Only rank 0 writes.
-        size: How many there are.
-        local_rank: Number among those of this machine.
-        local_size: How many share this machine.
-        num_bytes: Of the tensors that this rank has given or got in collective calls.
-        seconds: That it spent in them, waiting included.
+        size: Number of ranks.
+        local_rank: Number of this process among the ranks of its machine, from 0.
+        local_size: Number of ranks on this machine.
+        num_bytes: Size of the tensors that this rank has moved in collectives so far, in bytes.
+        seconds: Time that this rank has spent in collectives so far, waiting included.
     """
 
     rank: int = 0
@@ -49,15 +49,15 @@ class Ranks:
     seconds: float = field(init=False, default=0.0)
     _heartbeat: Heartbeat | None = field(init=False, default=None)
     _watch: StallWatch | None = field(init=False, default=None)
-    _all_know: bool = field(init=False, default=False)
+    _failure_is_known: bool = field(init=False, default=False)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes and talks."""
+        """Whether this is rank 0, which writes the output and shows progress."""
         return self.rank == 0
 
     def gather(self, value: Value) -> list[Value]:
-        """Collective: everybody's value, by rank. For small things."""
+        """Gathers a small value of every rank, in the order of ranks (collective)."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -66,7 +66,7 @@ class Ranks:
         return values
 
     def from_first(self, value: Value) -> Value:
-        """Collective: the first rank's value. For small things."""
+        """Broadcasts a small value of rank 0 (collective)."""
         if self.size == 1:
             return value
         values = [value]
@@ -77,7 +77,12 @@ class Ranks:
     def tensors_from_first(
         self, load: Callable[[], Mapping[str, torch.Tensor]], device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """Collective: tensors that only the first rank can load; the others get them on `device`."""
+        """Broadcasts tensors that only rank 0 can load (collective).
+
+        Args:
+            load: Loads them; called on rank 0 alone.
+            device: Device of the result on all ranks, unless there is only one.
+        """
         if self.size == 1:
             return dict(load())
         loaded = {name: tensor.to(device).contiguous() for name, tensor in load().items()} if self.is_first else {}
@@ -90,10 +95,10 @@ class Ranks:
         return loaded
 
     def agree(self, step: Callable[[], Value]) -> Value:
-        """Collective: runs `step` on every rank; if it fails on one, it fails on all.
+        """Runs `step` on every rank; if it fails on one, it fails on all (collective).
 
         Raises:
-            LargemergeError: On the first rank, with everybody's problems; a `RankAbortedError` on the others.
+            LargemergeError: On rank 0, with the problems of all ranks; on the others it is a `RankAborted`.
         """
         if self.size == 1:
             return step()
@@ -103,32 +108,32 @@ class Ranks:
             result = step()
         except LargemergeError as error:
             problems = error.problems
-        everybodys = self.gather(problems)
-        if not any(everybodys):
+        gathered = self.gather(problems)
+        if not any(gathered):
             return result  # type: ignore[return-value]
-        self._all_know = True
+        self._failure_is_known = True
         if not self.is_first:
-            raise RankAbortedError(*everybodys[self.rank])
-        raise LargemergeError(*join_problems(everybodys))
+            raise RankAborted(*gathered[self.rank])
+        raise LargemergeError(*join_problems(gathered))
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Meanwhile this rank has something to do: that it hangs is found out."""
+        """Marks a time in which this rank has work to do, so that the watchdog notices if it hangs."""
         with self._watch.busy() if self._watch is not None else nullcontext():
             yield
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
-        """Meanwhile this rank does nothing for a good reason: it waits for another one, or for the disk."""
+        """Marks a time in which this rank waits for another one or for the disk, and does not hang."""
         with self._watch.blocked() if self._watch is not None else nullcontext():
             yield
 
     @contextmanager
     def timed(self, num_bytes: int = 0) -> Iterator[None]:
-        """Around collective calls: counts their bytes and seconds; says who is gone where a connection breaks.
+        """Counts bytes and seconds of the collectives inside, and explains a broken connection.
 
         Raises:
-            MergeError: Another rank is gone.
+            MergeError: If another rank is gone; a `RankAborted` where rank 0 says so.
         """
         start = time.perf_counter()
         try:
@@ -138,15 +143,15 @@ class Ranks:
                 raise
             with self.blocked():
                 why = self._heartbeat.why_gone()
-            self._all_know = True
-            kind = MergeError if self.is_first or "rank 0" in why else RankAbortedError
+            self._failure_is_known = True
+            kind = MergeError if self.is_first or "rank 0" in why else RankAborted
             raise kind(f"{why}; what is finished is safe: go on with --resume") from None
         self.seconds += time.perf_counter() - start
         self.num_bytes += num_bytes
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Collective: meanwhile a rank that dies, hangs or fails ends all of them."""
+        """Runs the watchdog meanwhile: a rank that dies, hangs or fails ends all of them (collective)."""
         if self.size == 1:
             yield
             return
@@ -154,37 +159,36 @@ class Ranks:
         port = self.from_first(store.port if store is not None else 0)
         self._watch = StallWatch()
         heartbeat = Heartbeat(store or join_store(port), self.rank, self.size, self._watch)
-        self.gather(None)  # now everybody has a beat
+        self.gather(None)  # now all ranks have made their heartbeats
         heartbeat.start()
         self._heartbeat = heartbeat
         try:
             yield
         except BaseException as error:
             first_line = (str(error) or type(error).__name__).splitlines()[0]
-            heartbeat.stop(None if self._all_know else first_line)
+            heartbeat.stop(None if self._failure_is_known else first_line)
             raise
         heartbeat.stop()
 
 
 def join_problems(problems: Sequence[tuple[str, ...]]) -> list[str]:
-    """Everybody's problems: as they are where all ranks have them, else with the numbers of those that do."""
+    """Joins the problems of all ranks; those that not all have get the numbers of their ranks."""
     ranks: dict[str, list[str]] = {}
     for rank, own in enumerate(problems):
         for problem in own:
             ranks.setdefault(problem, []).append(str(rank))
-    everybody = len(problems)
     return [
-        problem if len(numbers) == everybody else f"rank {', '.join(numbers)}: {problem}"
+        problem if len(numbers) == len(problems) else f"rank {', '.join(numbers)}: {problem}"
         for problem, numbers in ranks.items()
     ]
 
 
 @contextmanager
 def start_ranks(*, on_gpus: bool = False) -> Iterator[Ranks]:
-    """Joins the other ranks, as the launcher's environment describes them, and leaves them in the end.
+    """Joins the process group that the launcher's environment describes, and leaves it in the end.
 
     Args:
-        on_gpus: Ranks exchange tensors on GPUs, where every rank of a machine has one.
+        on_gpus: Whether ranks exchange tensors on GPUs, where every rank of a machine has one.
     """
     size = world_size()
     if size == 1 and not torch.distributed.is_initialized():
@@ -210,7 +214,7 @@ def start_ranks(*, on_gpus: bool = False) -> Iterator[Ranks]:
 
 @contextmanager
 def stay_together() -> Iterator[None]:
-    """Meanwhile ranks that have joined each other do not part: several merges follow each other."""
+    """Keeps the process group open across several merges."""
     ours = world_size() > 1 and not torch.distributed.is_initialized()
     if ours:
         _initialize(on_gpus=False)
@@ -220,7 +224,7 @@ def stay_together() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """How many processes the launcher has started; Accelerate may have let MPI start them, which names it otherwise."""
+    """Number of processes that the launcher has started; under Accelerate that may be MPI, with names of its own."""
     if not _started_by_accelerate():
         return int(os.environ.get("WORLD_SIZE", "1"))
     from accelerate.utils import get_cpu_distributed_information
@@ -233,12 +237,12 @@ def _started_by_accelerate() -> bool:
 
 
 def _local_size() -> int:
-    """How many processes share this machine, as the launcher says."""
+    """Number of processes on this machine, as the launcher says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
 
 def _initialize(*, on_gpus: bool) -> None:
-    """Under Accelerate in its way, which knows MPI, too; else torch's, by the variables of the launcher.
+    """Opens the process group: by Accelerate where that has started us (it knows MPI, too), else by torch.
 
     DeepSpeed's own `init_distributed` would, on CPUs, compile collectives that a merge never calls (a minute, and a
     compiler), and leave their buffers in shared memory (66 MiB a rank).
@@ -254,7 +258,7 @@ def _initialize(*, on_gpus: bool) -> None:
 
 
 def too_many_threads(ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Tells of processes of one machine that compute with more threads than it has cores."""
+    """Yields a warning if the processes of one machine compute with more threads than it has cores."""
     threads, cores = torch.get_num_threads(), _num_cores()
     if device.type == "cpu" and ranks.local_size > 1 and ranks.local_size * threads > cores:
         yield (
@@ -264,20 +268,21 @@ def too_many_threads(ranks: Ranks, device: torch.device) -> Iterator[str]:
 
 
 def _num_cores() -> int:
-    """That this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_of_rank(device: str, ranks: Ranks, *, shared: bool = False) -> torch.device:
-    """Every rank of a machine computes on a GPU of its own, where there are any.
+    """Chooses this rank's device: a GPU of its own, where there are any.
 
     Args:
-        device: As the user says it.
-        ranks: Of the merge.
-        shared: Ranks may share a GPU: they send each other nothing from there.
+        device: The device that the user asks for.
+        ranks: The ranks of the merge.
+        shared: Whether ranks may share a GPU, as those that exchange no tensors may.
 
     Raises:
-        LargemergeError: As in `choose_device`; and if ranks would share a GPU, which their collectives (NCCL) refuse.
+        LargemergeError: If torch cannot use the device, or ranks would share a GPU, which their collectives (NCCL)
+            refuse.
     """
     count = torch.cuda.device_count()
     any_gpu = device in ("auto", "cuda") and count > 0

@@ -1,38 +1,39 @@
-"""What ranks of one machine share: a candidate's block is read by one of them, and mapped by the others.
+"""Tensors that ranks of one machine share: one of them reads a candidate's block, the others map it.
 
-The rank that reads puts the tensors into a file in shared memory and makes a link to it for every rank that waits; each
-takes its link away when it has mapped the file, so the memory goes when the last one lets go of it.
+The rank that reads writes the tensors into a safetensors file in shared memory, and makes a link to it for every rank
+that waits. Each rank removes its link once it has mapped the file, so the memory is freed when the last one drops its
+tensors.
 
-    one rank:     disk ──► tensors ──► /dev/shm/largemerge-PID-BLOCK.part ──► .for-1  .for-2
-    rank 1, 2:                                                       map, unlink │      │
+    rank 0:       disk ──► tensors ──► /dev/shm/largemerge-PID-BLOCK ──► .for-1  .for-2
+    rank 1, 2:                                                  map, unlink │      │
 
-Shared memory is no anonymous memory of any of them. Where there is too little, every rank reads for itself.
+Shared memory is not anonymous memory of any rank. Where there is too little of it, every rank reads for itself.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
+import dataclasses
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from safetensors import safe_open
 
-from largemerge.checkpoint.tensor_info import Tensors, dtype_name
+from largemerge.checkpoint.tensor_info import OutputTensor, Tensors
+from largemerge.checkpoint.writer import ShardWriter, layout_shards
 from largemerge.config_file import gib
 from largemerge.distributed.ranks import Ranks
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "largemerge-"
-_ALIGNMENT = 64
 _POLL_SECONDS = 0.001
 _ABANDONED_SECONDS = 24 * 3600
-_MOST_SHARE = 0.9  # of what is free when the merge begins
+_MAX_SHARE = 0.9  # of the shared memory that is free when the merge begins
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Node:
     """Ranks that share a machine's memory.
 
     Attributes:
-        rank: This one.
-        others: All ranks of this machine, this one among them, in order.
-        prefix: Of the names of files in shared memory; empty where nothing is shared.
+        rank: This rank.
+        others: All ranks of this machine in order, this one included.
+        prefix: Start of the names of this merge's files in shared memory; empty where nothing is shared.
     """
 
     rank: int
@@ -50,54 +51,57 @@ class Node:
     prefix: str
 
     def reader(self, wanted_by: Sequence[int]) -> int:
-        """Which rank reads what the ranks `wanted_by` want: one for each machine; this one where nothing is shared."""
+        """Returns the rank that reads for this one, among `wanted_by`: itself where nothing is shared."""
         here = [rank for rank in wanted_by if rank in self.others]
         return min(here) if self.prefix and here else self.rank
 
     def load(self, key: str, wanted_by: Sequence[int], read: Callable[[], Tensors]) -> Tensors:
-        """Tensors that some ranks want, read by one of those that share a machine.
+        """Loads tensors that several ranks want; one rank of each machine reads them.
 
         Args:
-            key: Names them, the same on all ranks, and once in a merge.
-            wanted_by: All ranks that call this; this one among them.
-            read: Reads them from disk.
+            key: Name of these tensors: the same on all ranks, and used once in a merge.
+            wanted_by: All ranks that call this, this one included.
+            read: Reads the tensors from disk.
+
+        Raises:
+            OSError: If there is not room enough in shared memory.
         """
         here = [rank for rank in wanted_by if rank in self.others]
         if len(here) < 2 or not self.prefix:
             return read()
         path = self.shared_file(key)
         if self.rank != min(here):
-            return _map(_waited_for(_link(path, self.rank)))
+            return _map(_wait_for(_link(path, self.rank)))
         _write(path, read())
         for rank in here[1:]:
             os.link(path, _link(path, rank))
         return _map(path)
 
     def shared_file(self, name: str) -> Path:
-        """A file that all ranks of this machine see."""
+        """Path of a file in shared memory, which all ranks of this machine see."""
         return SHARED_MEMORY / f"{self.prefix}{name}"
 
     def clean_up(self) -> None:
-        """Takes away what is left of this merge in shared memory, after an error too."""
+        """Removes what is left of this merge in shared memory, which after an error may be much."""
         if self.prefix and self.rank == min(self.others):
             for path in SHARED_MEMORY.glob(f"{self.prefix}*"):
                 path.unlink(missing_ok=True)
 
 
 ALONE = Node(0, (0,), "")
-"""Of a single process."""
+"""The node of a single process."""
 
 
 def find_node(ranks: Ranks, largest_bytes: int, exchange_bytes: int) -> tuple[Node, str]:
-    """Collective: which ranks share this machine's memory.
+    """Finds the ranks that share this machine's memory (collective).
 
     Args:
-        ranks: Of the merge.
-        largest_bytes: Of the largest block of a candidate; about three are held at once.
-        exchange_bytes: That each rank holds there for sums and merged weights on their way.
+        ranks: The ranks of the merge.
+        largest_bytes: Size of a candidate's largest block; about three are in shared memory at once.
+        exchange_bytes: Size of each rank's buffers for collectives in shared memory.
 
     Returns:
-        The node; and why nothing is shared, where something could be.
+        The node, and the reason if nothing is shared although several ranks are on this machine.
     """
     if ranks.size == 1:
         return ALONE, ""
@@ -108,7 +112,7 @@ def find_node(ranks: Ranks, largest_bytes: int, exchange_bytes: int) -> tuple[No
         return Node(ranks.rank, (ranks.rank,), ""), ""
     first = places[here[0]]
     needed = 3 * largest_bytes + len(here) * exchange_bytes
-    if needed > first[2] * _MOST_SHARE:
+    if needed > first[2] * _MAX_SHARE:
         reason = (
             f"{SHARED_MEMORY} has {gib(first[2])} free, and {gib(needed)} are needed: every rank reads for itself, and "
             "sums go through the network's protocols"
@@ -120,7 +124,7 @@ def find_node(ranks: Ranks, largest_bytes: int, exchange_bytes: int) -> tuple[No
 
 
 def _memory_id() -> str:
-    """The same for processes that see the same shared memory."""
+    """Identifies this machine's shared memory: equal for processes that see the same."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {SHARED_MEMORY.stat().st_dev}" if os.access(SHARED_MEMORY, os.W_OK) else ""
@@ -133,7 +137,7 @@ def _free_bytes() -> int:
 
 
 def _remove_abandoned() -> None:
-    """Files of merges that were killed; those of living ones are mapped, and their names gone, within moments."""
+    """Removes files of merges that were killed. Those of running merges lose their names within moments."""
     for path in SHARED_MEMORY.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
@@ -144,49 +148,27 @@ def _link(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.name}.for-{rank}")
 
 
-def _waited_for(path: Path) -> Path:
+def _wait_for(path: Path) -> Path:
     while not path.exists():
         time.sleep(_POLL_SECONDS)
     return path
 
 
 def _write(path: Path, tensors: Tensors) -> None:
-    """Layout, then the tensors; they go one by one as they are copied."""
-    layout, offset = [], 0
-    for name, tensor in tensors.items():
-        layout.append((name, dtype_name(tensor.dtype), list(tensor.shape), offset))
-        offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    header = json.dumps(layout).encode()
-    start = _start_of_tensors(len(header))
-    with path.open("xb+") as stream:
-        os.posix_fallocate(stream.fileno(), 0, max(1, start + offset))  # too little room shows here, not as a signal
-        with mmap.mmap(stream.fileno(), 0) as memory:
-            memory[:8] = len(header).to_bytes(8, "little")
-            memory[8 : 8 + len(header)] = header
-            for name, dtype, shape, position in layout:
-                tensor = tensors.pop(name)
-                if tensor.nbytes:
-                    _view(memory, dtype, shape, start + position).copy_(tensor)
+    """Writes a safetensors file, and drops each tensor once it is copied, so that none is held twice.
+
+    By `pwrite`: too little room is an error here. Through a mapped file it would be a signal that ends the process.
+    """
+    outputs = {name: OutputTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    (shard,) = layout_shards(outputs, sys.maxsize)
+    with ShardWriter(path.parent, outputs, (dataclasses.replace(shard, file_name=path.name),)) as writer:
+        for name in outputs:
+            writer.write(name, tensors.pop(name))
 
 
 def _map(path: Path) -> Tensors:
-    """The tensors of a file, in its memory; writing to them would change nobody else's. The name goes."""
-    with path.open("rb") as stream:
-        memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    """Maps the tensors of a file, copy on write, and removes its name."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     path.unlink()
-    length = int.from_bytes(memory[:8], "little")
-    layout = json.loads(memory[8 : 8 + length])
-    start = _start_of_tensors(length)
-    return {name: _view(memory, dtype, shape, start + position) for name, dtype, shape, position in layout}
-
-
-def _view(memory: mmap.mmap, dtype_text: str, shape: Sequence[int], offset: int) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, dtype_text)
-    count = torch.Size(shape).numel()
-    if count == 0:
-        return torch.empty(list(shape), dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(list(shape))
-
-
-def _start_of_tensors(header_bytes: int) -> int:
-    return -(-(8 + header_bytes) // _ALIGNMENT) * _ALIGNMENT
+    return tensors

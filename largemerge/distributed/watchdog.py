@@ -1,14 +1,14 @@
-"""Does this process still do something? A rank that hangs beats on, for its heartbeat is a thread of its own.
+"""A watchdog for the ranks of a merge: one that dies, hangs or fails ends the merge of all, and is named.
 
-During the long work a process is taken to hang when none of its threads has computed, and nothing has come from or gone
-to a disk, for a while, and when it does not wait for another rank or for the disk's word that data is safe, either.
+    Heartbeat    a thread of each rank writes a beat into a store that rank 0 keeps, and looks at those of the others
+    StallWatch   whether this process still does something, since its heartbeat goes on where the main thread hangs
 
-Ranks that watch each other, so that one that dies, hangs or fails ends the merge of all, and is named.
+A rank whose beat stands still for `beat_limit()` seconds is gone: killed, stopped, or its machine lost. One that has
+failed, or finds that it hangs, writes why. A rank that sees this ends its own process, since it may be in a collective
+with the rank that is gone, which would never return. What is finished is on disk.
 
-Every rank writes a beat into a store that the first rank keeps, and looks at everybody's. A rank whose beat stands
-still for `beat_limit()` seconds is gone (killed, stopped, its machine lost); one that failed, or finds that it does
-nothing any more, says why. Whoever sees it ends its own process: a rank that waits in a collective call for one that is
-gone would wait for ever. What is finished is on disk.
+A process hangs if, while it has work, none of its threads computes and nothing is read or written for as long, and it
+waits neither for another rank nor for the disk to confirm what was written.
 """
 
 from __future__ import annotations
@@ -25,24 +25,28 @@ from typing import Any
 import psutil
 import torch
 
-_LEAST_CPU_SHARE = 0.02  # of one core; less is the noise of threads that look on
-_ONLOOKERS = ("largemerge-heartbeat", "largemerge-memory")
+_MIN_CPU_SHARE = 0.02  # of one core; less is the noise of threads that only watch
+_WATCHING_THREADS = ("largemerge-heartbeat", "largemerge-memory")
+_INTERVAL_SECONDS = 1.0
+_GRACE_SECONDS = 3.0  # for the main thread to end by itself, which often finds a broken connection first
+_EXIT_CODE = 1
+_FAILED, _DONE = "failed ", "done"
 
 
 class StallWatch:
-    """Looks at this process while it `works`; `waits` says when it has a reason to do nothing."""
+    """Watches whether this process computes, reads or writes, in the times marked as `busy` and not as `blocked`."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._main = threading.main_thread()
-        self._reasons = 1  # for doing nothing: at first, there is no long work
+        self._reasons_to_wait = 1  # at first, there is no work
         self._lock = threading.Lock()
         self._seen = (time.monotonic(), self._cpu_seconds(), self._disk_bytes())
         self._last_busy = self._seen[0]
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Meanwhile this process has something to do."""
+        """Marks a time in which this process has work to do."""
         self._add(-1)
         try:
             yield
@@ -51,7 +55,7 @@ class StallWatch:
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
-        """Meanwhile this process waits for another rank, or for the disk."""
+        """Marks a time in which this process waits for another rank or for the disk."""
         self._add(1)
         try:
             yield
@@ -60,21 +64,21 @@ class StallWatch:
 
     def _add(self, number: int) -> None:
         with self._lock:
-            self._reasons += number
+            self._reasons_to_wait += number
             self._last_busy = time.monotonic()
 
     def idle_seconds(self) -> float:
-        """For how long nothing has happened. To be called every second or so."""
+        """Seconds since this process last did something, or had a reason not to. To be called about every second."""
         now, cpu, disk = time.monotonic(), self._cpu_seconds(), self._disk_bytes()
         before, cpu_before, disk_before = self._seen
         self._seen = now, cpu, disk
-        busy = cpu - cpu_before >= _LEAST_CPU_SHARE * (now - before) or disk != disk_before
-        if busy or self._reasons:
+        busy = cpu - cpu_before >= _MIN_CPU_SHARE * (now - before) or disk != disk_before
+        if busy or self._reasons_to_wait:
             self._last_busy = now
         return now - self._last_busy
 
     def where(self) -> str:
-        """What the main thread is at: the innermost function, and the innermost of ours."""
+        """Names the innermost function that the main thread is in, and the innermost one of largemerge."""
         frame = sys._current_frames().get(self._main.ident or 0)
         calls = []
         while frame is not None:
@@ -85,13 +89,13 @@ class StallWatch:
         return " in ".join(dict.fromkeys(text for text in (calls[0][1] if calls else None, ours) if text))
 
     def _cpu_seconds(self) -> float:
-        """Of all threads but those that look on, rich's display among them."""
-        onlookers = {
+        """CPU time of all threads but those that only watch or draw, in seconds."""
+        watching = {
             thread.native_id
             for thread in threading.enumerate()
-            if thread.name.startswith(_ONLOOKERS) or type(thread).__module__.startswith("rich.")
+            if thread.name.startswith(_WATCHING_THREADS) or type(thread).__module__.startswith("rich.")
         }
-        return float(sum(t.user_time + t.system_time for t in self._process.threads() if t.id not in onlookers))
+        return float(sum(t.user_time + t.system_time for t in self._process.threads() if t.id not in watching))
 
     def _disk_bytes(self) -> int:
         with suppress(AttributeError, psutil.Error, OSError):  # not everywhere, and not in every container
@@ -100,25 +104,18 @@ class StallWatch:
         return 0
 
 
-_INTERVAL_SECONDS = 1.0
-_GRACE_SECONDS = 3.0
-"""For the main thread to end by itself, which often finds a broken connection first."""
-_EXIT_CODE = 1
-_FAILED, _DONE = "failed ", "done"
-
-
 def beat_limit() -> float:
-    """Seconds without a beat after which a rank is given up: `LARGEMERGE_RANK_TIMEOUT`, 30 by default."""
+    """Seconds without a beat after which a rank counts as gone: `LARGEMERGE_RANK_TIMEOUT`, 30 by default."""
     return float(os.environ.get("LARGEMERGE_RANK_TIMEOUT", "30"))
 
 
 def open_store() -> Any:
-    """On the first rank: the store, at a free port."""
+    """Opens the store of all beats at a free port, on rank 0."""
     return _store(0, is_first=True)
 
 
 def join_store(port: int) -> Any:
-    """On any other rank: the first one's store."""
+    """Connects to rank 0's store, on any other rank."""
     return _store(port, is_first=False)
 
 
@@ -130,13 +127,13 @@ def _store(port: int, *, is_first: bool) -> Any:
 
 
 class Heartbeat:
-    """The beat of this rank, and a look at the others', in a thread.
+    """Writes this rank's beat and looks at those of the others, in a thread.
 
     Args:
-        store: Of all ranks: from `open_store` on the first, from `join_store` on the others.
-        rank: This one.
-        size: How many there are.
-        watch: Of this process.
+        store: The store of all beats: from `open_store` on rank 0, from `join_store` on the others.
+        rank: This rank.
+        size: Number of ranks.
+        watch: Says whether this process hangs.
     """
 
     def __init__(self, store: Any, rank: int, size: int, watch: StallWatch) -> None:
@@ -150,11 +147,11 @@ class Heartbeat:
         self._store.set(_key(rank), "0")
 
     def start(self) -> None:
-        """Begins to beat; all ranks must have made theirs by now."""
+        """Starts the thread; all ranks must have made their heartbeats by now."""
         self._thread.start()
 
     def stop(self, failure: str | None = None) -> None:
-        """Ends the beat: this rank is done, or has failed."""
+        """Ends the thread and tells the other ranks that this one is done, or why it has failed."""
         self._stopped.set()
         self._thread.join(self._limit)
         try:
@@ -163,7 +160,7 @@ class Heartbeat:
             return  # the first rank has left already
 
     def why_gone(self) -> str:
-        """After a broken connection: which rank has gone and why, once that is known."""
+        """Says which rank is gone and why, after a connection has broken; waits until that is known."""
         self._gone.wait(self._limit + _GRACE_SECONDS + 2 * _INTERVAL_SECONDS)
         return self._why or "the connection to another rank has broken"
 
@@ -186,7 +183,7 @@ class Heartbeat:
                 return
 
     def _hangs(self) -> None:
-        """Ends this process, which would wait for ever; the others are told."""
+        """Tells the other ranks that this one hangs, and ends this process."""
         why = f"hangs: for {self._limit:.0f} s it has computed, read and written nothing, in {self._watch.where()}"
         with suppress(RuntimeError):
             self._store.set(_key(self._rank), _FAILED + why)
@@ -197,7 +194,7 @@ class Heartbeat:
         os._exit(_EXIT_CODE)
 
     def _look(self, seen: dict[int, tuple[str, float]], beats: list[str]) -> str | None:
-        """Notes what has changed; says which rank has gone, if one has."""
+        """Notes the beats that have changed; says which rank is gone, if one is."""
         now = time.monotonic()
         for rank, beat in zip(self._others, beats, strict=True):
             if beat.startswith(_FAILED):
@@ -212,7 +209,8 @@ class Heartbeat:
     def _end(self, why: str) -> None:
         """Tells the main thread, and ends the process if that does not.
 
-        At the very end of a merge the first rank may leave before this one looks away; this one is done a moment later.
+        At the end of a merge, rank 0 and its store may be gone before this rank stops looking, which it does a moment
+        later.
         """
         self._why = why
         self._gone.set()

@@ -3,14 +3,14 @@
     runner = BlockRunner(skeleton, trace, load_non_block, compute_dtype, device, loss_input)
     with runner.block(BlockId(stack, index), weights, owner) as block:
         for batch, outputs in …:
-            output = block.run(batch, outputs, watch=["self_attn.q_proj"], on_input=see)
+            output = block.run(batch, outputs, watch=["self_attn.q_proj"], on_input=add_rows)
 
-It knows nothing of merging. On the way it shows whoever asks the valid rows of every watched linear's input: padding
-and what a loss mask keeps out are gone. Weights are put in for the time of one run, so that two blocks with other
-weights, or two streams of hidden states, can take turns batch by batch.
+It knows nothing of merging. `on_input` sees the valid rows of every watched linear's input: padding, and tokens that a
+loss mask keeps out, are gone (`valid_mask`, the only place where masks are applied). Weights are put in for the time of
+one run, so that two blocks with other weights, or two streams of hidden states, can take turns batch by batch.
 
-What lies outside the blocks (embeddings, an encoder's final norm) is loaded only where the trace saw that it matters.
-Everywhere else stands a NaN, one element of memory for a whole tensor, so that a mistake could not go unnoticed.
+What lies outside the blocks (embeddings, an encoder's final norm) is loaded only where the trace says that it is
+needed. Everywhere else stands a NaN, one element of memory for a whole tensor, so that reading it by mistake shows.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class LoadNonBlock(Protocol):
     """Reads tensors outside the blocks."""
 
     def __call__(self, owner: Hashable, parameters: Sequence[str], buffers: Sequence[str]) -> Tensors:
-        """All of the parameters, and those of the buffers that the owner's files have, by name in the module."""
+        """Reads all of the parameters, and those of the buffers that the owner's files have, by name in the module."""
 
 
 @dataclass(frozen=True)
 class BlockId:
-    """A block, by the number of its stack in the skeleton and its own in the stack."""
+    """Indices of a block's stack in the skeleton, and of the block in its stack."""
 
     stack: int
     index: int
@@ -71,8 +71,8 @@ class BlockRunner:
         compute_dtype: Dtype of the forward passes.
         device: The device that computes.
         loss_input: The input that loss masks belong to, `input_ids` or `decoder_input_ids`.
-        max_samples: How many samples run at once; halved when memory does not suffice.
-        retries: What had to be run again in smaller parts, for people.
+        max_samples: Number of samples that run at once, at most; halved when memory does not suffice.
+        retries: Messages about blocks that were run again in smaller parts.
     """
 
     skeleton: Skeleton
@@ -97,9 +97,9 @@ class BlockRunner:
         """Prepares a block with weights; several may be open at a time.
 
         Args:
-            block: Which one.
-            tensors: Its weights by path in the block; they are cast and moved here.
-            owner: Whose embeddings and the like are read on the way, for `load_non_block`.
+            block: The block.
+            tensors: The block's weights by path in the block; they are cast and moved here.
+            owner: Owner of the embeddings and the like that are read on the way, for `load_non_block`.
         """
         cast = {path: self.cast(tensor) for path, tensor in tensors.items()}
         running = RunningBlock(self, block, cast, self.non_block_of(block, owner))
@@ -109,19 +109,20 @@ class BlockRunner:
             running.close()
 
     def non_block_of(self, block: BlockId, owner: Hashable) -> tuple[Hashable, Tensors]:
-        """Loads what matters outside the blocks on the way to a block, unless it was the last to be loaded.
+        """Loads what is needed outside the blocks on the way to a block, unless it was the last to be loaded.
 
         Returns:
-            A key, and the tensors by name.
+            A key that names what was loaded, and the tensors by name.
         """
         key = (block.stack, block.index == 0, owner)
         if self._non_block[0] != key:
             stack = self.trace.stacks[block.stack]
-            self._load_non_block(key, stack.first if block.index == 0 else stack.later, owner)
+            self._load_non_block(key, stack.needed_by_first if block.index == 0 else stack.needed_by_later, owner)
         return self._non_block
 
     def _load_non_block(self, key: Hashable, wanted: frozenset[str], owner: Hashable) -> None:
-        self._non_block = (None, {})  # what was there goes before anything else comes
+        """Loads tensors outside the blocks in the place of those that were there; all others become NaN."""
+        self._non_block = (None, {})  # frees what was there before anything else comes
         fill_with_nan(self.skeleton, self.device, but=wanted)
         parameters = dict(self.skeleton.model.named_parameters())
         buffers = [name for name in self.skeleton.non_block_tensors() if name not in parameters]
@@ -131,7 +132,7 @@ class BlockRunner:
         self._non_block = (key, tensors)
 
     def use_non_block(self, non_block: tuple[Hashable, Tensors]) -> None:
-        """Puts tensors outside the blocks in their places, if others are there."""
+        """Puts tensors from `non_block_of` in their places, if others are there."""
         if self._non_block[0] != non_block[0]:
             fill_with_nan(self.skeleton, self.device, but=set(non_block[1]))
             assign_tensors(self.skeleton, non_block[1])
@@ -142,8 +143,8 @@ class BlockRunner:
 
         Args:
             batch: The forward arguments.
-            outputs: By stack: what its last block returned.
-            owner: Whose norm and head are read, for `load_non_block`.
+            outputs: Stack index → what its last block returned.
+            owner: Owner of the norm and head, for `load_non_block`.
 
         Returns:
             What the model's forward returns, such as an object with `logits`.
@@ -156,30 +157,30 @@ class BlockRunner:
         return run_to_end(self.skeleton, inputs, outputs)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor on the device that computes, floating-point ones in the forward's dtype."""
+        """Moves a tensor to the device that computes, and casts a floating-point one to the forward's dtype."""
         return tensor.to(self.device, self.compute_dtype if tensor.is_floating_point() else None)
 
-    def nan(self, shape: torch.Size) -> torch.Tensor:
-        """A tensor whose values nobody reads; all of it is one element of memory."""
+    def nan_tensor(self, shape: torch.Size) -> torch.Tensor:
+        """Makes a tensor whose values nobody reads: NaN, one element of memory for all of it."""
         return torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device).expand(shape)
 
-    def unused_forward(self, name: str) -> Callable[..., torch.Tensor]:
-        """A forward for a module whose output nobody reads: NaN of the right shape, found out once for each input."""
+    def nan_forward(self, name: str) -> Callable[..., torch.Tensor]:
+        """Makes a forward for a module whose output nobody reads: NaN in the shape that the first call finds out."""
         module = self.skeleton.model.get_submodule(name)
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             key = (name, x.shape)
             if key not in self._unused_shapes:
                 self._unused_shapes[key] = original_forward(module)(x, *args, **kwargs).shape
-            return self.nan(self._unused_shapes[key])
+            return self.nan_tensor(self._unused_shapes[key])
 
         return forward
 
-    def halve(self, block: str, num_samples: int, error: RuntimeError) -> None:
-        """Runs fewer samples at once from here on.
+    def halve_samples(self, block: str, num_samples: int, error: RuntimeError) -> None:
+        """Halves the number of samples that run at once, from here on.
 
         Raises:
-            MergeError: If there is only one.
+            MergeError: If there is only one sample.
         """
         if num_samples == 1:
             raise MergeError(
@@ -195,10 +196,10 @@ class RunningBlock:
     """A block with weights, ready to be run on one batch after another.
 
     Args:
-        runner: Of the model.
-        block: Which block.
-        tensors: Its weights by path, on the device and in the dtype that compute.
-        non_block: From `BlockRunner.non_block_of`.
+        runner: The runner of the model.
+        block: The block.
+        tensors: The block's weights by path in it, on the device and in the dtype of the forward passes.
+        non_block: Key and tensors from `BlockRunner.non_block_of`.
     """
 
     def __init__(
@@ -208,17 +209,17 @@ class RunningBlock:
         self._runner, self._block, self._non_block = runner, block, non_block
         self._name = skeleton.stacks[block.stack].block_name(block.index)
         self._module = skeleton.stacks[block.stack].blocks[block.index]
-        self._rows = {role.name: role.rows for role in stack.roles[block.index]}
+        self._token_stacks = {role.name: role.token_stack for role in stack.roles[block.index]}
         self._unused_inputs = stack.unused_inputs if block.index > 0 else frozenset[str]()
         self._tensors: Mapping[str, torch.Tensor] = tensors
-        unused = stack.unused if block.index > 0 else ()
-        self._forwards = {skeleton.model.get_submodule(name): runner.unused_forward(name) for name in unused}
+        unused = stack.unused_modules if block.index > 0 else ()
+        self._forwards = {skeleton.model.get_submodule(name): runner.nan_forward(name) for name in unused}
         for linear in linears_in(self._module).values():
             faster = faster_linear(linear, runner.compute_dtype, runner.device)
             self._forwards |= {} if faster is None else {linear: faster}
 
     def close(self) -> None:
-        """Lets go of the weights."""
+        """Frees the weights."""
         self._tensors, self._non_block = {}, (None, {})
 
     def run(
@@ -234,10 +235,10 @@ class RunningBlock:
 
         Args:
             batch: The forward arguments, and the loss mask.
-            outputs: By stack: what its last block that has run returned.
-            watch: Linears whose inputs are wanted, by path in the block, in the order in which they run.
-            on_input: Sees them, once for each part of the batch.
-            whole: Run the block to its end; otherwise only as far as the last linear of `watch`.
+            outputs: Stack index → what its last block that has run returned.
+            watch: Paths in the block of the linears whose inputs are wanted, in the order in which they run.
+            on_input: Called with each input's valid rows, once for each part of the batch.
+            whole: Whether the block is run to its end; otherwise only up to the last linear of `watch`.
 
         Returns:
             The block's output, or `None` if it was not run to its end.
@@ -259,7 +260,7 @@ class RunningBlock:
         until: str | None,
         seen: frozenset[str],
     ) -> Output | None:
-        """Runs some samples; `seen` are linears that were shown by a try that ran out of memory later on."""
+        """Runs some samples; inputs of the linears in `seen` were shown before a try ran out of memory."""
         runner = self._runner
         if batch.num_samples <= runner.max_samples:
             shown = set(seen)
@@ -268,7 +269,7 @@ class RunningBlock:
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                runner.halve(self._name, batch.num_samples, error)
+                runner.halve_samples(self._name, batch.num_samples, error)
             seen = frozenset(shown)
             if runner.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -288,20 +289,21 @@ class RunningBlock:
         until: str | None,
         shown: set[str],
     ) -> Output | None:
+        """Runs one batch at once; adds to `shown` each linear whose input `on_input` has seen."""
         runner, caught = self._runner, list[Output]()
         masks: dict[int, torch.Tensor | None] = {}
 
         def see(path: str, x: torch.Tensor) -> None:
             if on_input is not None and path not in shown:
-                rows = self._rows[path]
-                on_input(path, valid_rows(x, self._mask(batch, rows, masks) if rows is not None else None))
+                stack = self._token_stacks[path]
+                on_input(path, valid_rows(x, self._mask(batch, stack, masks) if stack is not None else None))
                 shown.add(path)
 
         def visit(*args: Any, **kwargs: Any) -> None:
             caught.append(run_until(self._module, until, args, kwargs))
 
         inputs = {
-            name: runner.nan(tensor.shape) if name in self._unused_inputs else runner.cast(tensor)
+            name: runner.nan_tensor(tensor.shape) if name in self._unused_inputs else runner.cast(tensor)
             for name, tensor in batch.inputs.items()
         }
         watching = watched_linears(self._module, watch, see) if on_input is not None else nullcontext()
@@ -310,7 +312,7 @@ class RunningBlock:
         return caught[0]
 
     def _mask(self, batch: Batch, stack: int, known: dict[int, torch.Tensor | None]) -> torch.Tensor | None:
-        """Which tokens of a stack are valid; made once for a batch."""
+        """The valid tokens of a stack, on the device; made once for a batch."""
         if stack not in known:
             mask = valid_mask(batch, self._runner.trace.stacks[stack], self._runner.loss_input)
             known[stack] = None if mask is None else mask.to(self._runner.device)
@@ -322,35 +324,35 @@ def valid_mask(batch: Batch, stack: StackTrace, loss_input: str) -> torch.Tensor
 
     Args:
         batch: Forward arguments and loss mask.
-        stack: Says whose tokens the rows are.
+        stack: Trace of the stack; it names the input whose tokens the rows are.
         loss_input: The input that the loss mask belongs to, `input_ids` or `decoder_input_ids`.
 
     Returns:
-        bool `[B, T]`; `None` where all tokens are valid.
+        Mask `[B, T]`, true for valid tokens; `None` where all tokens are valid.
     """
-    if stack.tokens is None:
+    if stack.token_input is None:
         return None
     mask = None
-    attention = batch.inputs.get(stack.tokens.replace("input_ids", "attention_mask"))
+    attention = batch.inputs.get(stack.token_input.replace("input_ids", "attention_mask"))
     if attention is not None and attention.dim() == 2:
         mask = attention != 0
-    if batch.loss_mask is not None and stack.tokens == loss_input:
+    if batch.loss_mask is not None and stack.token_input == loss_input:
         mask = batch.loss_mask if mask is None else mask & batch.loss_mask
     return None if mask is None or bool(mask.all()) else mask
 
 
 def count_valid_rows(batch: Batch, stack: StackTrace, loss_input: str) -> int:
-    """The number of valid tokens of a batch in one stack; arguments are those of `valid_mask`."""
+    """Counts the valid tokens of a batch in one stack; arguments are those of `valid_mask`."""
     mask = valid_mask(batch, stack, loss_input)
     if mask is not None:
         return int(mask.sum())
-    if stack.tokens is not None:
-        return batch.inputs[stack.tokens].numel()
+    if stack.token_input is not None:
+        return batch.inputs[stack.token_input].numel()
     return next(iter(batch.inputs.values())).shape[0] * stack.num_tokens
 
 
 def valid_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Rows `[N, in]` of a linear's input that are valid; the others may hold anything, NaN included."""
+    """The valid rows `[N, in]` of a linear's input; the others may hold anything, NaN included."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if mask is None else flat[mask.reshape(-1)]
 
@@ -360,7 +362,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _split(outputs: Mapping[int, Output], num_samples: int, rows: slice) -> dict[int, Output]:
-    """Some samples of stored outputs; what is not by sample (T5's position biases may be shared) stays whole."""
+    """Takes some samples of stored outputs; what is not by sample (T5's position biases may be shared) stays whole."""
 
     def part(leaf: Any) -> Any:
         by_sample = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_samples
@@ -370,7 +372,7 @@ def _split(outputs: Mapping[int, Output], num_samples: int, rows: slice) -> dict
 
 
 def _joined(parts: Sequence[Output], half: int) -> Output:
-    """The output for a whole batch, from that for its first `half` samples and that for the others."""
+    """Joins the outputs for the first `half` samples of a batch and for the others."""
     flat = [tree_flatten(part) for part in parts]
     leaves = [
         torch.cat(pair) if isinstance(pair[0], torch.Tensor) and pair[0].dim() and pair[0].shape[0] == half else pair[0]

@@ -1,6 +1,9 @@
-"""Trial runs of a model with made-up inputs and made-up weights that cost no memory.
+"""Forward passes of a model with made-up inputs and made-up weights that cost no memory.
 
-A plain pass notes what every block was given and returned; a resumed pass must give the same, bit for bit.
+    fake_model: inputs, weights ──► plain pass, every block recorded ──► FakeModel.resume: up to a block once more
+
+All weights are overlapping views of one short vector. Blocks that are alike are represented by a few of them; the
+others pass their input on. `trace.py` asks a fake model what a forward pass reads.
 """
 
 from __future__ import annotations
@@ -24,17 +27,17 @@ NUM_TOKENS = 7
 NUM_DECODER_TOKENS = 5
 
 InputOutline = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Forward argument → (shape of one sample, dtype)."""
+"""Forward argument → shape of one sample, and dtype."""
 
 
 @dataclass(frozen=True)
-class SeenBlock:
-    """One block in the plain pass.
+class BlockRecord:
+    """What one block was given and returned in the plain pass.
 
     Attributes:
-        arguments: What the model gave it.
-        output: What it returned.
-        linears: (path in the block, input) of every call of a linear, in order.
+        arguments: Arguments that the model gave the block, positional and by name.
+        output: What the block returned.
+        linears: Path in the block and input of every call of a linear, in order.
     """
 
     arguments: Any
@@ -43,21 +46,21 @@ class SeenBlock:
 
 
 @dataclass(frozen=True)
-class Trial:
+class FakeModel:
     """A model with made-up weights, and its plain pass.
 
     Attributes:
-        skeleton: The model.
-        inputs: Made up.
-        fake: Its weights.
-        seen: By stack and block; only blocks that were really run.
-        order: The stacks in the order in which they run.
+        skeleton: The model, which holds the weights.
+        inputs: Made-up forward arguments.
+        weights: Made-up parameters, by name.
+        records: Records of the blocks that were really run, by stack and block.
+        order: Indices of the stacks in the order in which they run.
     """
 
     skeleton: Skeleton
     inputs: Mapping[str, torch.Tensor]
-    fake: Mapping[str, torch.Tensor]
-    seen: Sequence[Mapping[int, SeenBlock]]
+    weights: Mapping[str, torch.Tensor]
+    records: Sequence[Mapping[int, BlockRecord]]
     order: Sequence[int]
 
     def resume(
@@ -71,23 +74,23 @@ class Trial:
         """Runs the model up to a block, from the output of the one before it.
 
         Args:
-            stack: Of the block.
-            index: Of the block.
-            run_block: And the block itself.
-            inputs: In place of the made-up ones.
+            stack: Index of the block's stack.
+            index: Index of the block in its stack.
+            run_block: Whether the block itself is run, too.
+            inputs: Forward arguments in place of the made-up ones.
 
         Returns:
-            The arguments of the block, and its output if it is run.
+            The arguments of the block; and its output, `None` if it is not run.
         """
         earlier = self.order[: self.order.index(stack)]
-        outputs = {number: list(self.seen[number].values())[-1].output for number in earlier}
-        before = [entry.output for number, entry in self.seen[stack].items() if number < index]
+        outputs = {number: list(self.records[number].values())[-1].output for number in earlier}
+        before = [entry.output for number, entry in self.records[stack].items() if number < index]
         if before:
             outputs[stack] = before[-1]
         caught: list[Any] = []
 
         def visit(*args: Any, **kwargs: Any) -> None:
-            caught.append(_copied((args, kwargs)))
+            caught.append(_clone_tensors((args, kwargs)))
             if run_block:
                 caught.append(original_forward(self.skeleton.stacks[stack].blocks[index])(*args, **kwargs))
 
@@ -97,27 +100,27 @@ class Trial:
 
 
 @contextmanager
-def trial_run(skeleton: Skeleton, outline: InputOutline) -> Iterator[Trial]:
-    """Gives a model made-up weights for a while and runs the plain pass.
+def fake_model(skeleton: Skeleton, outline: InputOutline) -> Iterator[FakeModel]:
+    """Gives a model made-up weights while the context is open, and runs the plain pass.
 
     Raises:
         ArchitectureError: If the model cannot be run on such inputs, or does not run every block once.
     """
     inputs = make_inputs(skeleton, outline)
-    fake = _fake_weights(skeleton)
-    assign_tensors(skeleton, fake)
+    weights = _fake_weights(skeleton)
+    assign_tensors(skeleton, weights)
     try:
         with torch.no_grad(), _experts_one_by_one(skeleton.model):
             chosen = [_representatives(stack.blocks) for stack in skeleton.stacks]
-            seen, order = _plain_pass(skeleton, inputs, chosen)
-            yield Trial(skeleton, inputs, fake, seen, order)
+            records, order = _plain_pass(skeleton, inputs, chosen)
+            yield FakeModel(skeleton, inputs, weights, records, order)
     finally:
-        assign_tensors(skeleton, {name: torch.empty_like(tensor, device="meta") for name, tensor in fake.items()})
+        assign_tensors(skeleton, {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()})
 
 
 @contextmanager
 def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
-    """Kernels that run all experts at once refuse weights whose elements share memory."""
+    """Runs experts one by one: kernels that run all at once refuse weights whose elements share memory."""
     known = [getattr(module, "config", None) for module in model.modules()]
     configs = list({id(config): config for config in known if isinstance(config, PreTrainedConfig)}.values())
     before = [config._experts_implementation for config in configs]
@@ -131,7 +134,7 @@ def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
 
 
 def make_inputs(skeleton: Skeleton, outline: InputOutline) -> dict[str, torch.Tensor]:
-    """A few made-up samples: short token sequences with some padding, random pixels."""
+    """Makes up a few samples: short token sequences with some padding, random pixels."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = getattr(skeleton.model.config.get_text_config(), "vocab_size", None) or 2
     has_decoder = any(name.startswith("decoder_") for name in outline)
@@ -156,7 +159,7 @@ def make_inputs(skeleton: Skeleton, outline: InputOutline) -> dict[str, torch.Te
 
 
 def _fake_weights(skeleton: Skeleton) -> dict[str, torch.Tensor]:
-    """For every parameter a view of one random vector: element (i, j) is the vector's (i + j)-th from a start."""
+    """Makes every parameter a view of one random vector: element (i, j) is its (i + j)-th, counted from a start."""
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.named_parameters()}
     longest = max(sum(shape) + 1 for shape in shapes.values())
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +172,7 @@ def _fake_weights(skeleton: Skeleton) -> dict[str, torch.Tensor]:
 
 
 def _representatives(blocks: tuple[nn.Module, ...]) -> set[int]:
-    """The first, second and last block of every kind."""
+    """Indices of the first, second and last block of every kind."""
     kinds: dict[str, list[int]] = {}
     for index, block in enumerate(blocks):
         kinds.setdefault(block_kind(block, index), []).append(index)
@@ -177,7 +180,7 @@ def _representatives(blocks: tuple[nn.Module, ...]) -> set[int]:
 
 
 def block_kind(block: nn.Module, index: int) -> str:
-    """Equal for blocks that compute alike: same modules, same plain attributes but for the block's own number."""
+    """Describes a block: modules and plain attributes, without its own number. Equal for blocks that compute alike."""
     plain = [
         (name, key, value)
         for name, module in block.named_modules()
@@ -189,8 +192,9 @@ def block_kind(block: nn.Module, index: int) -> str:
 
 def _plain_pass(
     skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], chosen: list[set[int]]
-) -> tuple[list[dict[int, SeenBlock]], list[int]]:
-    seen: list[dict[int, SeenBlock]] = [{} for _ in skeleton.stacks]
+) -> tuple[list[dict[int, BlockRecord]], list[int]]:
+    """Runs the model once; returns the records of the chosen blocks, and the order of the stacks."""
+    records: list[dict[int, BlockRecord]] = [{} for _ in skeleton.stacks]
     order: list[int] = []
     runs: dict[tuple[int, int], int] = {}
 
@@ -200,11 +204,11 @@ def _plain_pass(
                 order.append(stack)
             runs[stack, index] = runs.get((stack, index), 0) + 1
             if index not in chosen[stack]:
-                return next(reversed(seen[stack].values())).output
-            arguments = _copied((args, kwargs))
+                return next(reversed(records[stack].values())).output
+            arguments = _clone_tensors((args, kwargs))
             with _recorded_linears(block) as linears:
                 output = original_forward(block)(*args, **kwargs)
-            seen[stack][index] = SeenBlock(arguments, output, linears)
+            records[stack][index] = BlockRecord(arguments, output, linears)
             return output
 
         return forward
@@ -223,12 +227,12 @@ def _plain_pass(
         with replaced_forwards(forwards):
             skeleton.model(**inputs)
     except Exception as error:
-        raise _cannot(skeleton, inputs, error) from error
+        raise _run_error(skeleton, inputs, error) from error
     _check_runs(skeleton, runs)
-    return seen, order
+    return records, order
 
 
-def _cannot(skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], error: Exception) -> ArchitectureError:
+def _run_error(skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], error: Exception) -> ArchitectureError:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ArchitectureError(
         f"{skeleton.class_name}: cannot be run on calibration inputs {sorted(inputs)}: {text}; "
@@ -237,6 +241,7 @@ def _cannot(skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], error: Excep
 
 
 def _check_runs(skeleton: Skeleton, runs: Mapping[tuple[int, int], int]) -> None:
+    """Raises unless every block was run exactly once."""
     problems = []
     for number, stack in enumerate(skeleton.stacks):
         counts = [runs.get((number, index), 0) for index in range(len(stack.blocks))]
@@ -251,6 +256,7 @@ def _check_runs(skeleton: Skeleton, runs: Mapping[tuple[int, int], int]) -> None
 
 @contextmanager
 def _recorded_linears(block: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Yields a list that fills with path and input of every call of a linear."""
     record: list[tuple[str, torch.Tensor]] = []
     handles = [
         linear.register_forward_pre_hook(lambda _, args, name=name: record.append((name, args[0])))
@@ -263,12 +269,12 @@ def _recorded_linears(block: nn.Module) -> Iterator[list[tuple[str, torch.Tensor
             handle.remove()
 
 
-def _copied(tree: Any) -> Any:
+def _clone_tensors(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def equal_trees(left: Any, right: Any) -> bool:
-    """Whether two trees hold the same tensors, bit for bit but for the payload of NaNs."""
+    """Whether two trees hold the same tensors, bit for bit; a NaN equals any other."""
     tensors = [[leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)] for tree in (left, right)]
     if len(tensors[0]) != len(tensors[1]):
         return False

@@ -11,7 +11,8 @@ so the model's own code makes masks, position embeddings and per-layer arguments
 between blocks. Nothing is captured once and replayed wrongly, and no mask is stored. Stacks that run
 earlier (an encoder, for a decoder) answer with their last block's output.
 
-`run_to_end` does the same for what comes after the last block: final norm, head, logits.
+    resumed_at    the model up to one block            run_to_end        what comes after the last block, to the logits
+    run_until     a block up to one of its linears     watched_linears   shows inputs of a block's linears
 """
 
 from __future__ import annotations
@@ -35,18 +36,21 @@ Visit = Callable[..., None]
 RunToBlock = Callable[[Mapping[str, torch.Tensor], Mapping[int, Output], Visit], None]
 """Calls the model on inputs, given the last output of each stack, up to the block, and visits it."""
 
-
 OnInputTensor = Callable[[str, torch.Tensor], None]
 """Called with a watched linear's path and its input `[..., in]`."""
 
 
-class _Reached(Exception):
-    """Stops the model's forward at the block that was looked for."""
+class _BlockReached(Exception):
+    """Raised to stop the model's forward at the block that was looked for."""
+
+
+class _LastLinearReached(Exception):
+    """Raised to stop a block's forward at the last watched linear: nobody reads what it would compute after it."""
 
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Gives modules another `forward` for a while."""
+    """Gives modules another `forward` while the context is open."""
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
@@ -61,9 +65,9 @@ def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterat
     """Prepares the model to be run up to one block.
 
     Args:
-        skeleton: Its parameters outside the stacks must be set as far as the forward needs them.
-        stack_index: In `skeleton.stacks`.
-        block_index: In the stack.
+        skeleton: The model; its parameters outside the stacks must be set as far as the forward needs them.
+        stack_index: Index of the stack in `skeleton.stacks`.
+        block_index: Index of the block in its stack.
 
     Yields:
         A function of (inputs, outputs, visit): calls the model on `inputs` with every earlier block of stack
@@ -78,7 +82,7 @@ def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterat
 
     def reached(*args: Any, **kwargs: Any) -> Output:
         visits[-1](*args, **kwargs)
-        raise _Reached
+        raise _BlockReached
 
     forwards = _stubs(skeleton, stored) | {target: reached}
 
@@ -88,7 +92,7 @@ def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterat
         visits.append(visit)
         try:
             skeleton.model(**inputs)
-        except _Reached:
+        except _BlockReached:
             return
         finally:
             visits.pop()
@@ -109,10 +113,10 @@ def run_to_end(
     """Runs what comes after the last block of every stack: final norm, head, logits.
 
     Args:
-        skeleton: Its parameters outside the stacks must be set as far as the end needs them.
+        skeleton: The model; its parameters outside the stacks must be set as far as the end needs them.
         inputs: The forward arguments.
-        outputs: By stack: what its last block returned.
-        replaced: Other forwards of some modules.
+        outputs: Stack index → what its last block returned.
+        replaced: Modules → forwards to call instead of their own.
 
     Returns:
         What the model's own forward returns.
@@ -122,7 +126,7 @@ def run_to_end(
 
 
 def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module, Callable[..., Output]]:
-    """Forwards that answer the stored output of their stack, for every block."""
+    """Makes a forward for every block that answers with the stored output of its stack."""
 
     def stub(index: int) -> Callable[..., Output]:
         def answer(*args: Any, **kwargs: Any) -> Output:
@@ -138,22 +142,18 @@ def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module,
 
 
 def original_forward(block: nn.Module) -> Callable[..., Output]:
-    """The block's own forward, whatever stands in its place now."""
+    """The forward of the block's class, whatever stands in its place now."""
     forward: Callable[..., Output] = type(block).forward.__get__(block)
     return forward
 
 
-class _Enough(Exception):
-    """The last watched linear has been reached: what the block would compute after it, nobody reads."""
-
-
 @contextmanager
 def block_weights(block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Gives a block weights for a while; afterwards it is on the meta device again.
+    """Gives a block weights while the context is open; afterwards it is on the meta device again.
 
     Args:
         block: A block of a skeleton.
-        tensors: By path in the block; parameters and persistent buffers.
+        tensors: Path in the block → tensor, for parameters and persistent buffers.
     """
     places = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in tensors]
     before: list[tuple[nn.Module, str, Any]] = []
@@ -187,22 +187,22 @@ def watched_linears(block: nn.Module, paths: Sequence[str], visit: OnInputTensor
 
 
 def run_until(block: nn.Module, last: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Output | None:
-    """Runs a block, only as far as the input of the linear `last` if one is named.
+    """Runs a block, only up to the input of the linear `last` if one is named.
 
     Returns:
-        The block's output, `None` if it was cut short.
+        The block's output; `None` if it was cut short.
     """
     if last is None:
         return original_forward(block)(*args, **kwargs)
 
     def enough(*_: Any) -> None:
-        raise _Enough
+        raise _LastLinearReached
 
     # Hooks run in the order of registration: the watching one has seen the input by now.
     handle = block.get_submodule(last).register_forward_pre_hook(enough)
     try:
         return original_forward(block)(*args, **kwargs)
-    except _Enough:
+    except _LastLinearReached:
         return None
     finally:
         handle.remove()

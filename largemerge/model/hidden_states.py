@@ -1,10 +1,12 @@
-"""Where hidden states wait between blocks: one copy, overwritten in place, on the device, in memory or on disk.
+"""Hidden states between blocks: one copy, overwritten in place, on the device or offloaded to host memory or disk.
 
-For every candidate and batch, the last output of each stack that has run: what the next block needs, and
+    block l ──► HiddenStates.put ──► Store: MemoryStore or DiskStore ──► HiddenStates.get ──► block l+1
+
+For every candidate and batch, the last output of each stack that has run is kept: what the next block needs, and
 what a decoder needs of its encoder. Outputs are kept whole (T5's blocks return position biases too).
 
-On disk they are read ahead and written behind by threads, so that a run needs memory for a few batches, however many
-there are. In 8 bits (bitsandbytes' blockwise quantisation, about 1 % relative error of a hidden state) they take
+Threads prefetch from the disk and write to it in the background, so that a run needs memory for a few batches, however
+many there are. In 8 bits (bitsandbytes' blockwise quantisation, about 1 % relative error of a hidden state) they take
 half of bfloat16's room; the merged weights then differ slightly, see benchmarks/README.md.
 """
 
@@ -25,17 +27,21 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from largemerge.checkpoint.direct_io import byte_view, read_tensor
 from largemerge.errors import MergeError
+from largemerge.model.forward import Output
 
-Output = Any
 Key = tuple[str, int, int, int]
 """Stream, data set, batch, stack: two models may each have hidden states of their own on the same data."""
 
-_MOST_WRITES = 2
+_MAX_WRITES = 2  # under way to the disk at once
 _BLOCK_SIZE = 64  # elements that share a scale in 8 bits; never of two tokens, or a padded one's NaN would spread
 
 
 class Store(Protocol):
-    """Keeps lists of tensors by key."""
+    """Keeps lists of tensors by key.
+
+    Attributes:
+        num_bytes: Bytes kept now.
+    """
 
     num_bytes: int
 
@@ -43,21 +49,21 @@ class Store(Protocol):
         """Keeps tensors in place of those that `key` had. Nobody else may change them any more."""
 
     def get(self, key: Key) -> list[torch.Tensor]:
-        """The tensors of `key`; they must not be changed."""
+        """Returns the tensors of `key`; they must not be changed."""
 
-    def ahead(self, key: Key) -> None:
-        """Says that `key` will be asked for soon."""
+    def prefetch(self, key: Key) -> None:
+        """Starts to read `key`, which will be asked for soon."""
 
     def close(self) -> None:
-        """Lets go of everything."""
+        """Frees everything."""
 
 
 class MemoryStore:
     """Keeps tensors on a device, or in host memory: pinned, where a GPU computes.
 
     Args:
-        device: Where they wait.
-        computes_on: Whose they are before and afterwards.
+        device: The device that keeps them.
+        computes_on: The device that makes and uses them.
     """
 
     def __init__(self, device: torch.device, computes_on: torch.device) -> None:
@@ -81,8 +87,8 @@ class MemoryStore:
         """See `Store`."""
         return self._kept[key]
 
-    def ahead(self, key: Key) -> None:
-        """See `Store`; memory needs no warning."""
+    def prefetch(self, key: Key) -> None:
+        """See `Store`; there is nothing to read."""
 
     def close(self) -> None:
         """See `Store`."""
@@ -92,6 +98,7 @@ class MemoryStore:
 def _paired(
     tensors: Sequence[torch.Tensor], before: Sequence[torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Pairs each tensor with the one in its place, if its memory can be used again."""
     fits = [a.shape == b.shape and a.dtype == b.dtype for a, b in zip(tensors, before, strict=False)]
     fits += [False] * (len(tensors) - len(fits))
     return [(tensor, before[i] if fits[i] else None) for i, tensor in enumerate(tensors)]
@@ -103,21 +110,30 @@ def _pinned_copy(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor
 
 
 @dataclass(frozen=True)
-class _Place:
+class _FileRange:
+    """Where a list of tensors lies in the file.
+
+    Attributes:
+        offset: First byte of the first tensor; the others follow.
+        shapes: Shape of each tensor.
+        dtypes: Dtype of each tensor.
+    """
+
     offset: int
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
 
     @property
     def sizes(self) -> list[int]:
+        """Bytes of each tensor."""
         return [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
 
 
 class DiskStore:
-    """Keeps tensors in one file that nobody sees and that is gone when the process ends, however it ends.
+    """Keeps tensors in one file without a name, which is gone when the process ends, however it ends.
 
     Args:
-        folder: On the disk that has the room.
+        folder: Folder on the disk that has the room.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,36 +143,36 @@ class DiskStore:
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".hidden-states-", buffering=0)  # noqa: SIM115 (`close`)
         self._reads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-read")
         self._writes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-write")
-        self._places: dict[Key, _Place] = {}
-        self._coming: dict[Key, Future[list[torch.Tensor]]] = {}
-        self._going: dict[Key, tuple[Future[None], list[torch.Tensor]]] = {}
+        self._ranges: dict[Key, _FileRange] = {}
+        self._reading: dict[Key, Future[list[torch.Tensor]]] = {}
+        self._writing: dict[Key, tuple[Future[None], list[torch.Tensor]]] = {}
 
     def put(self, key: Key, tensors: list[torch.Tensor]) -> None:
-        """See `Store`; comes back before the tensors are on disk."""
+        """See `Store`; returns before the tensors are on disk."""
         tensors = [tensor.cpu().contiguous() for tensor in tensors]
         shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
-        before = self._places.get(key)
-        place = _Place(self.num_bytes if before is None else before.offset, shapes, dtypes)
+        before = self._ranges.get(key)
+        place = _FileRange(self.num_bytes if before is None else before.offset, shapes, dtypes)
         if before is None or sum(place.sizes) > sum(before.sizes):
-            place = _Place(self.num_bytes, shapes, dtypes)
+            place = _FileRange(self.num_bytes, shapes, dtypes)
             self.num_bytes += sum(place.sizes)
-        self._coming.pop(key, None)
-        while len(self._going) >= _MOST_WRITES or key in self._going:
-            self._going.pop(next(iter(self._going)))[0].result()
-        self._places[key] = place
-        self._going[key] = (self._writes.submit(self._write, place, tensors), tensors)
+        self._reading.pop(key, None)
+        while len(self._writing) >= _MAX_WRITES or key in self._writing:
+            self._writing.pop(next(iter(self._writing)))[0].result()
+        self._ranges[key] = place
+        self._writing[key] = (self._writes.submit(self._write, place, tensors), tensors)
 
     def get(self, key: Key) -> list[torch.Tensor]:
         """See `Store`."""
-        if key in self._going:
-            return self._going[key][1]
-        self.ahead(key)
-        return self._coming.pop(key).result()
+        if key in self._writing:
+            return self._writing[key][1]
+        self.prefetch(key)
+        return self._reading.pop(key).result()
 
-    def ahead(self, key: Key) -> None:
-        """See `Store`; begins to read."""
-        if key in self._places and key not in self._going and key not in self._coming:
-            self._coming[key] = self._reads.submit(self._read, self._places[key])
+    def prefetch(self, key: Key) -> None:
+        """See `Store`."""
+        if key in self._ranges and key not in self._writing and key not in self._reading:
+            self._reading[key] = self._reads.submit(self._read, self._ranges[key])
 
     def close(self) -> None:
         """See `Store`."""
@@ -164,7 +180,7 @@ class DiskStore:
         self._writes.shutdown(cancel_futures=True)
         self._file.close()
 
-    def _write(self, place: _Place, tensors: list[torch.Tensor]) -> None:
+    def _write(self, place: _FileRange, tensors: list[torch.Tensor]) -> None:
         offset = place.offset
         try:
             for tensor in tensors:
@@ -176,7 +192,7 @@ class DiskStore:
         except OSError as error:
             raise MergeError(f"{self._folder}: hidden states cannot be written: {error}") from None
 
-    def _read(self, place: _Place) -> list[torch.Tensor]:
+    def _read(self, place: _FileRange) -> list[torch.Tensor]:
         tensors, offset = [], place.offset
         for shape, dtype, size in zip(place.shapes, place.dtypes, place.sizes, strict=True):
             tensors.append(read_tensor(self._file.fileno(), offset, dtype, shape))
@@ -188,8 +204,8 @@ class HiddenStates:
     """The last output of every stack, by stream, data set and batch. A context manager.
 
     Args:
-        store: Where they wait.
-        eight_bit: Keep floating-point tensors in 8 bits.
+        store: Keeps the tensors.
+        eight_bit: Whether floating-point tensors are kept in 8 bits.
     """
 
     def __init__(self, store: Store, *, eight_bit: bool = False) -> None:
@@ -207,14 +223,14 @@ class HiddenStates:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes kept now."""
+        """Bytes that the store keeps now."""
         return self._store.num_bytes
 
     def put(self, stream: str, dataset: int, batch: int, stack: int, output: Output) -> None:
-        """Stores the output of a block of `stack`; that of the block before it is gone."""
+        """Stores the output of a block of `stack` in place of that of the block before it."""
         leaves, spec = tree_flatten(output)
         tensors: list[torch.Tensor] = []
-        kept: list[Any] = []  # per leaf: a thing that is no tensor, or how many stored tensors make it, and how
+        kept: list[Any] = []  # for each leaf: what is no tensor, or a `_Stored`
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 kept.append(leaf)
@@ -229,13 +245,13 @@ class HiddenStates:
         self._store.put(key, tensors)
 
     def get(self, stream: str, dataset: int, batch: int, device: torch.device) -> dict[int, Output]:
-        """The stored outputs of every stack that has run, on `device`."""
+        """Returns the stored output of every stack that has run, on `device`."""
         return {key[3]: self._output(key, device) for key in self._keys(stream, dataset, batch)}
 
-    def ahead(self, stream: str, dataset: int, batch: int) -> None:
-        """Says that this batch comes next."""
+    def prefetch(self, stream: str, dataset: int, batch: int) -> None:
+        """Starts to read a batch that comes next."""
         for key in self._keys(stream, dataset, batch):
-            self._store.ahead(key)
+            self._store.prefetch(key)
 
     def _keys(self, stream: str, dataset: int, batch: int) -> list[Key]:
         stacks = sorted({stack for *_, stack in self._trees})
@@ -256,7 +272,13 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in the store: in how many parts, and what it was."""
+    """What a tensor in the store was.
+
+    Attributes:
+        parts: Number of stored tensors that make it: 2 in 8 bits, else 1.
+        dtype: Dtype before it was stored.
+        shape: Shape before it was stored.
+    """
 
     parts: int
     dtype: torch.dtype
@@ -264,7 +286,7 @@ class _Stored:
 
 
 def _quantized(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Codes (one byte each) and the scale of every 64 of them."""
+    """Quantises to codes of one byte each, and a float32 scale for every 64 of them."""
     from bitsandbytes import functional
 
     flat = tensor.detach().float()
@@ -276,6 +298,7 @@ def _quantized(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _restored(parts: list[torch.Tensor], stored: _Stored) -> torch.Tensor:
+    """Dequantises codes and scales."""
     from bitsandbytes import functional
 
     codes, scales = parts

@@ -1,4 +1,6 @@
-"""Which tensors on disk make which parameters of the module, and back.
+"""Maps names on disk to parameter names of the module, and back.
+
+    model-00001.safetensors: tensors ──► renaming, or conversion of several ──► parameters of one block
 
 Names on disk are not always the module's: CLIP checkpoints say `vision_model.encoder…` where today's
 `CLIPVisionModel` says `encoder…`, BERT's say `LayerNorm.gamma`, Mixtral's experts lie one by one and are
@@ -22,6 +24,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.errors import CheckpointError
 
 ReadTensor = Callable[[str], torch.Tensor]
+"""Reads a tensor by its name on disk."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Conversion:
     """Several tensors on disk that together make one or more parameters, or the other way round.
 
     Attributes:
-        sources: (name on disk, the converter's pattern that it matched), in order.
+        sources: Pairs of a name on disk and the converter's pattern that it matched, in the checkpoint's order.
         targets: Parameter names in the module.
         first_target: The name under which Transformers collects the sources.
         converter: Transformers' converter.
@@ -47,7 +50,7 @@ class KeyMapping:
 
     Attributes:
         renamed: Parameter name → name on disk, where one tensor is one parameter.
-        conversions: The rest.
+        conversions: Conversions that make all other parameters.
         unmapped: Names on disk that the model class has no use for.
         missing: Parameters for which nothing lies on disk, not even under a tied name.
         mismatched: Parameter name → its shape on disk, where that is not what the config says.
@@ -62,16 +65,16 @@ class KeyMapping:
     aliases: Mapping[str, str]
 
     def canonical(self, name: str) -> str:
-        """The name under which a parameter is loaded: its own, or that of the one it is tied to."""
+        """The name under which a parameter is loaded: its own, or that of the parameter it is tied to."""
         return self.aliases.get(name, name)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has parameter `name`, or one that it is tied to, in the shape that the class wants."""
-        on_disk = self.canonical(name)
-        return on_disk not in self.missing and on_disk not in self.mismatched
+        canonical = self.canonical(name)
+        return canonical not in self.missing and canonical not in self.mismatched
 
     def conversion_of(self, name: str) -> Conversion | None:
-        """The conversion that makes parameter `name`, if it is not a plain renaming."""
+        """The conversion that makes parameter `name`; `None` for a plain renaming."""
         return next((conversion for conversion in self.conversions if name in conversion.targets), None)
 
     def disk_keys(self, names: Iterable[str]) -> list[str]:
@@ -83,8 +86,13 @@ class KeyMapping:
                 sources[source] = None
         return list(sources)
 
+    def keys_of(self, name: str) -> list[str]:
+        """Names on disk that one parameter, or the one it is tied to, is made of; none if it is missing."""
+        canonical = self.canonical(name)
+        return [] if canonical in self.missing else self.disk_keys([canonical])
+
     def load(self, model: PreTrainedModel, names: Iterable[str], read: ReadTensor) -> dict[str, torch.Tensor]:
-        """The parameters `names` in the module's layout, from tensors read by their names on disk."""
+        """Reads the parameters `names`, in the module's layout."""
         loaded: dict[str, torch.Tensor] = {}
         for name in names:
             if name in loaded:
@@ -97,7 +105,7 @@ class KeyMapping:
         return loaded
 
     def store(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `load`: tensors by name on disk, in the layout on disk."""
+        """Brings parameters to their names and layout on disk: the inverse of `load`."""
         stored: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             conversion = self.conversion_of(name)
@@ -192,6 +200,7 @@ def _conversion(
 
 
 def _convert(model: PreTrainedModel, conversion: Conversion, read: ReadTensor) -> dict[str, torch.Tensor]:
+    """Reads a conversion's sources and makes its parameters of them."""
     converter = copy.deepcopy(conversion.converter)
     for key, pattern in conversion.sources:
         tensor: Any = read(key)  # Transformers takes tensors too, though its annotation says Future
@@ -203,6 +212,7 @@ def _convert(model: PreTrainedModel, conversion: Conversion, read: ReadTensor) -
 def _revert(
     model: PreTrainedModel, conversion: Conversion, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
+    """Makes the tensors on disk of a conversion's parameters."""
     attributes = vars(model)
     previous = attributes.get("_weight_conversions")
     attributes["_weight_conversions"] = get_model_conversion_mapping(model)

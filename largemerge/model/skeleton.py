@@ -1,10 +1,11 @@
 """A model's code without its weights: built on the meta device from the config, its block stacks found.
 
-Only what lies outside the stacks is ever given weights, and of that only what the forward pass really
-reads (see `rehearsal.py`). Buffers are real from the start: non-persistent ones, such as rotary
-frequencies, exist nowhere else.
+    config.json ──► build_skeleton ──► Skeleton: the model, its stacks
+                └─► checkpoint_from_config ──► Checkpoint without files, for plans of models that are elsewhere
 
-A checkpoint as it would be, from its `config.json` alone: for plans of models whose weights are elsewhere.
+A block is given weights only while it runs. What lies outside the stacks is given weights only where the forward pass
+really reads them (see `trace.py`). Buffers are real from the start: non-persistent ones, such as rotary frequencies,
+exist nowhere else.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Stack:
     """A list of blocks, such as `model.layers`.
 
     Attributes:
-        name: Module path.
-        blocks: The modules, in order.
+        name: Module path of the list.
+        blocks: The modules of the list, in order.
     """
 
     name: str
@@ -51,10 +52,10 @@ class Skeleton:
     """A model on the meta device and its stacks.
 
     Attributes:
-        model: In evaluation mode, parameters on the meta device, buffers real.
-        stacks: In the order of the module tree; the order of execution is found by rehearsal.
+        model: The model in evaluation mode, parameters on the meta device, buffers real.
+        stacks: The block stacks in the order of the module tree; `ModelTrace.order` has the order of execution.
         aliases: First name → all names of a tied parameter.
-        dtype: In which parameters and buffers were made.
+        dtype: Dtype in which parameters and buffers were made.
     """
 
     model: PreTrainedModel
@@ -64,11 +65,11 @@ class Skeleton:
 
     @property
     def class_name(self) -> str:
-        """Of the model, such as `LlamaForCausalLM`."""
+        """Name of the model's class, such as `LlamaForCausalLM`."""
         return type(self.model).__name__
 
     def forward_arguments(self) -> frozenset[str]:
-        """Names that the model's forward takes."""
+        """Names of the arguments that the model's forward takes."""
         return frozenset(inspect.signature(self.model.forward).parameters) - {"kwargs", "self"}
 
     def block_tensors(self, stack: Stack, index: int) -> list[str]:
@@ -89,10 +90,10 @@ class Skeleton:
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The checkpoint's config as Transformers understands it.
+    """Reads a checkpoint's config as Transformers understands it.
 
     Raises:
-        CheckpointError: If it does not.
+        CheckpointError: If Transformers does not understand it.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
@@ -115,7 +116,7 @@ def build_skeleton(
     Args:
         checkpoint: Opened with `open_checkpoint`.
         stacks: Module paths of the stacks, when those found are wrong.
-        dtype: Of the forward passes; buffers that follow the default dtype are made in it.
+        dtype: Dtype of the forward passes; buffers that follow the default dtype are made in it.
         trust_remote_code: Allow the checkpoint's own Python code.
 
     Raises:
@@ -178,6 +179,7 @@ def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_
 
 
 def _all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those inside it, such as that of a text model."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
@@ -190,7 +192,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linears_in(module: nn.Module) -> dict[str, nn.Module]:
-    """The linears inside a module, by path."""
+    """The linears inside a module, by path in it."""
     return {name: child for name, child in module.named_modules() if is_linear(child)}
 
 
@@ -200,6 +202,7 @@ def weight_is_transposed(linear: nn.Module) -> bool:
 
 
 def _is_stack(module: nn.Module) -> bool:
+    """Whether a module is a list of like modules that all hold linears."""
     return (
         isinstance(module, nn.ModuleList)
         and len(module) > 0
@@ -210,7 +213,7 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
-    """The outermost lists of like modules that hold linears."""
+    """Finds the outermost lists of like modules that hold linears."""
     found: list[Stack] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(stack.name + ".") for stack in found)
@@ -247,7 +250,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts tensors in the place of parameters or buffers, under all their tied names, whatever the device."""
+    """Puts tensors in the place of parameters or buffers, under all their tied names, on whatever device they are."""
     for name, tensor in tensors.items():
         parameter = nn.Parameter(tensor, requires_grad=False)
         for alias in skeleton.aliases.get(name, (name,)):
@@ -260,21 +263,22 @@ def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 def fill_with_nan(skeleton: Skeleton, device: torch.device, but: Collection[str] = ()) -> None:
-    """Gives every parameter outside the stacks one NaN for all its elements: what is not loaded cannot be missed.
+    """Gives every parameter outside the stacks one NaN for all its elements, so that reading one by mistake shows.
 
     Args:
-        skeleton: Whose parameters.
-        device: Where they are to be.
-        but: Names that are left alone.
+        skeleton: The model whose parameters are replaced.
+        device: Device of the NaNs.
+        but: Names of parameters that are left alone.
     """
     parameters = dict(skeleton.model.named_parameters())
     for name in skeleton.non_block_tensors():
         if name in parameters and name not in but:
-            poison = torch.full((), float("nan"), dtype=skeleton.dtype, device=device)
-            assign_tensors(skeleton, {name: poison.expand(parameters[name].shape)})
+            nan = torch.full((), float("nan"), dtype=skeleton.dtype, device=device)
+            assign_tensors(skeleton, {name: nan.expand(parameters[name].shape)})
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """First name → all names of every tied parameter."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -282,10 +286,10 @@ def _aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 
 
 def checkpoint_from_config(folder: Path, name: str, *, trust_remote_code: bool = False) -> Checkpoint:
-    """The tensors that the class would save, tied ones once, in the config's dtype (bfloat16 where it names none).
+    """Makes the checkpoint that the class would save, tied tensors once, in the config's dtype (default: bfloat16).
 
     Args:
-        folder: With `config.json`.
+        folder: Folder with a `config.json`; weights are not needed.
         name: What the user calls the checkpoint.
         trust_remote_code: Allow the checkpoint's own Python code.
 

@@ -1,18 +1,18 @@
-"""A rehearsal of the block-by-block run before any weight is read.
+"""Traces a model before any weight is read: proves that it can be run block by block, and learns what a block reads.
 
-The real config, at its real widths, is run on a sample of made-up input with made-up weights that cost no
-memory (all of them are overlapping views of one short vector). Two runs are compared bit for bit: the plain
-forward pass, and the pass resumed at a block. A model that fails here cannot be split, and is refused
-before the long work. Blocks that are alike are represented by a few of them; the others pass their input
-on, in both runs.
+The real config, at its real widths, is run on made-up input with made-up weights that cost no memory (see
+`fake_forward.py`). Two passes are compared bit for bit: the plain forward pass, and the pass resumed at a block. A
+model that fails here cannot be split, and is refused before the long work.
 
-The rehearsal also finds out what no table could tell for every architecture:
+    fake forward passes ──► trace_model ──► ModelTrace: one StackTrace a stack, one LinearRole a linear
+
+The trace also holds what no table could tell for every architecture:
 
 - in which order the stacks run,
 - which linears read the same tensor (they share one Gram matrix),
 - whose padding mask applies to the rows of a linear (a decoder's cross-attention reads encoder rows),
-- which parameters outside the stacks matter on the way to a block: all others are poisoned with NaN one
-  at a time, and the block's arguments must not change. Those are never loaded;
+- which parameters outside the stacks are needed on the way to a block: each is filled with NaN in turn, and those
+  that leave the block's arguments as they were are never loaded,
 - which modules outside the stacks (a patch embedding) run again on the way to every later block though
   nobody reads what they compute, and which inputs (pixels) nobody reads any more.
 """
@@ -29,45 +29,47 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from largemerge.errors import ArchitectureError
-from largemerge.model.fake_forward import InputOutline, SeenBlock, Trial, block_kind, equal_trees, trial_run
+from largemerge.model.fake_forward import BlockRecord, FakeModel, InputOutline, block_kind, equal_trees, fake_model
 from largemerge.model.forward import Output, original_forward, replaced_forwards, run_to_end
 from largemerge.model.skeleton import Skeleton, assign_tensors
 
 
 @dataclass(frozen=True)
 class LinearRole:
-    """What the rehearsal saw of one linear.
+    """What one linear reads.
 
     Attributes:
-        name: Path inside the block.
-        group: The first linear that reads the very same tensor.
-        rows: Stack whose tokens the rows of the input are; `None` if they are no one's (windows, routed tokens).
+        name: Path of the linear in its block.
+        group: Path of the first linear that reads the very same tensor.
+        token_stack: Stack whose tokens the rows of the input are; `None` if they are no stack's (windows, routed
+            tokens).
     """
 
     name: str
     group: str
-    rows: int | None
+    token_stack: int | None
 
 
 @dataclass(frozen=True)
 class StackTrace:
-    """What the rehearsal saw of one stack.
+    """What the blocks of one stack read, and what they return.
 
     Attributes:
-        tokens: Name of the input whose tokens the rows are (`input_ids`), `None` for images.
-        first: Tensors outside the stacks that matter on the way to the first block.
-        later: … to any later block.
-        unused: Modules outside the stacks that run on the way to a later block though nobody reads their output.
-        unused_inputs: Floating-point inputs whose values no longer matter on the way to a later block.
-        roles: By block, the linears in the order in which the forward reaches them.
-        output_shapes: By output tensor: its shape for `num_samples` samples of `num_tokens` tokens.
-        num_tokens: Rows a sample has in this stack, in the rehearsal.
+        token_input: Name of the input whose tokens the rows are (`input_ids`); `None` for images.
+        needed_by_first: Names of the tensors outside the stacks that are needed on the way to the first block.
+        needed_by_later: Names of the tensors outside the stacks that are needed on the way to any later block.
+        unused_modules: Modules outside the stacks that run on the way to a later block though nobody reads their
+            output.
+        unused_inputs: Floating-point inputs whose values nobody reads on the way to a later block.
+        roles: The linears of each block in the order in which the forward reaches them.
+        output_shapes: Shapes of a block's output tensors, for the trace's samples of `num_tokens` tokens.
+        num_tokens: Rows that one sample has in this stack, in the trace.
     """
 
-    tokens: str | None
-    first: frozenset[str]
-    later: frozenset[str]
-    unused: frozenset[str]
+    token_input: str | None
+    needed_by_first: frozenset[str]
+    needed_by_later: frozenset[str]
+    unused_modules: frozenset[str]
     unused_inputs: frozenset[str]
     roles: tuple[tuple[LinearRole, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
@@ -76,11 +78,11 @@ class StackTrace:
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """What the rehearsal saw of the whole model.
+    """What a forward pass of a model reads, and in which order its stacks run.
 
     Attributes:
-        order: Indices of the stacks, in the order in which they run.
-        stacks: By index in the skeleton.
+        order: Indices of the stacks in the order in which they run.
+        stacks: Traces of the stacks in the order of the skeleton.
     """
 
     order: tuple[int, ...]
@@ -91,61 +93,62 @@ def trace_model(skeleton: Skeleton, outline: InputOutline) -> ModelTrace:
     """Proves that the model can be run block by block, and learns what the run needs to know.
 
     Args:
-        skeleton: Parameters on the meta device; they are back there afterwards.
-        outline: What the calibration data will give to the forward.
+        skeleton: The model, parameters on the meta device; they are back there afterwards.
+        outline: Shapes and dtypes of the forward arguments that the calibration data will give.
 
     Raises:
         ArchitectureError: If the model cannot be run on such input, or not block by block.
     """
-    with trial_run(skeleton, outline) as trial:
-        _compare_resumed(trial)
-        stacks = tuple(_trace_stack(trial, index) for index in range(len(skeleton.stacks)))
-    return ModelTrace(tuple(trial.order), stacks)
+    with fake_model(skeleton, outline) as fake:
+        _compare_resumed(fake)
+        stacks = tuple(_trace_stack(fake, index) for index in range(len(skeleton.stacks)))
+    return ModelTrace(tuple(fake.order), stacks)
 
 
-def _compare_resumed(trial: Trial) -> None:
-    """Every block that was really run, run again from the output of the one before it: the same, bit for bit."""
-    for stack in trial.order:
-        for index, expected in trial.seen[stack].items():
-            name = trial.skeleton.stacks[stack].block_name(index)
-            arguments, output = trial.resume(stack, index)
+def _compare_resumed(fake: FakeModel) -> None:
+    """Runs every recorded block again from the output of the one before it; raises unless bits are the same."""
+    for stack in fake.order:
+        for index, expected in fake.records[stack].items():
+            name = fake.skeleton.stacks[stack].block_name(index)
+            arguments, output = fake.resume(stack, index)
             if not equal_trees(arguments, expected.arguments) or not equal_trees(output, expected.output):
                 raise ArchitectureError(
-                    f"{trial.skeleton.class_name}: {name} computes something else when the forward pass is resumed "
+                    f"{fake.skeleton.class_name}: {name} computes something else when the forward pass is resumed "
                     "there; this model cannot be merged block by block"
                 )
 
 
-def _trace_stack(trial: Trial, stack: int) -> StackTrace:
-    blocks = trial.skeleton.stacks[stack].blocks
-    seen = trial.seen[stack]
-    rows = {number: _rows(trial.seen[number][0].arguments) for number in trial.order}
-    roles_by_kind = {block_kind(blocks[index], index): _roles(entry, rows, stack) for index, entry in seen.items()}
-    later = [index for index in seen if index > 0]
-    matter = [_tensors_that_matter(trial, stack, index) for index in later]
-    output = [leaf for leaf in tree_flatten(seen[0].output)[0] if isinstance(leaf, torch.Tensor)]
-    tokens = [name for name, x in trial.inputs.items() if name.endswith("input_ids") and tuple(x.shape) == rows[stack]]
+def _trace_stack(fake: FakeModel, stack: int) -> StackTrace:
+    blocks = fake.skeleton.stacks[stack].blocks
+    records = fake.records[stack]
+    rows = {number: _samples_and_tokens(fake.records[number][0].arguments) for number in fake.order}
+    roles_by_kind = {block_kind(blocks[index], index): _roles(entry, rows, stack) for index, entry in records.items()}
+    later = [index for index in records if index > 0]
+    needed = [_needed_tensors(fake, stack, index) for index in later]
+    output = [leaf for leaf in tree_flatten(records[0].output)[0] if isinstance(leaf, torch.Tensor)]
+    tokens = [name for name, x in fake.inputs.items() if name.endswith("input_ids") and tuple(x.shape) == rows[stack]]
     return StackTrace(
-        tokens=tokens[0] if tokens else None,
-        first=_tensors_that_matter(trial, stack, 0),
-        later=frozenset().union(*matter),
-        unused=_unused_modules(trial, stack, later),
-        unused_inputs=_unused_inputs(trial, stack, later),
+        token_input=tokens[0] if tokens else None,
+        needed_by_first=_needed_tensors(fake, stack, 0),
+        needed_by_later=frozenset().union(*needed),
+        unused_modules=_unused_modules(fake, stack, later),
+        unused_inputs=_unused_inputs(fake, stack, later),
         roles=tuple(roles_by_kind[block_kind(block, index)] for index, block in enumerate(blocks)),
         output_shapes=tuple(tuple(leaf.shape) for leaf in output),
         num_tokens=rows[stack][1],
     )
 
 
-def _rows(arguments: Any) -> tuple[int, int]:
-    """Samples and tokens of a stack, from the hidden states that its first block is given."""
+def _samples_and_tokens(arguments: Any) -> tuple[int, int]:
+    """Number of samples and of tokens in a stack, from the hidden states that its first block is given."""
     args, kwargs = arguments
     tensors = [leaf for leaf in [*args, *kwargs.values()] if isinstance(leaf, torch.Tensor) and leaf.dim() >= 3]
     hidden_states = kwargs.get("hidden_states", args[0] if args else tensors[0])
     return hidden_states.shape[0], hidden_states[0, ..., 0].numel()
 
 
-def _roles(entry: SeenBlock, rows: Mapping[int, tuple[int, int]], own: int) -> tuple[LinearRole, ...]:
+def _roles(entry: BlockRecord, rows: Mapping[int, tuple[int, int]], own: int) -> tuple[LinearRole, ...]:
+    """Says what each linear of a block of stack `own` reads."""
     leaders: list[tuple[str, torch.Tensor]] = []
     roles = []
     called = [name for name, _ in entry.linears]
@@ -155,7 +158,7 @@ def _roles(entry: SeenBlock, rows: Mapping[int, tuple[int, int]], own: int) -> t
         leader = next((first for first, tensor in leaders if _same_memory(tensor, read)), None)
         if leader is None:
             leaders.append((name, read))
-        roles.append(LinearRole(name, leader or name, _whose_rows(read, rows, own)))
+        roles.append(LinearRole(name, leader or name, _token_stack(read, rows, own)))
     return tuple(roles)
 
 
@@ -165,7 +168,8 @@ def _same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def _whose_rows(read: torch.Tensor, rows: Mapping[int, tuple[int, int]], own: int) -> int | None:
+def _token_stack(read: torch.Tensor, rows: Mapping[int, tuple[int, int]], own: int) -> int | None:
+    """The stack whose samples and tokens a linear's input has; `own` is asked first."""
     leading = tuple(read.shape[:-1])
     for stack in (own, *rows):
         if leading == rows[stack] or leading == (rows[stack][0] * rows[stack][1],):
@@ -174,7 +178,12 @@ def _whose_rows(read: torch.Tensor, rows: Mapping[int, tuple[int, int]], own: in
 
 
 class _ReadParameters(TorchFunctionMode):
-    """Notes which of the model's parameters any torch function is given."""
+    """Notes which parameters are passed to any torch function.
+
+    Attributes:
+        names: Parameter id → name.
+        read: Names that were noted.
+    """
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
@@ -197,10 +206,10 @@ def needed_at_end(
     """Finds the parameters outside the stacks that are read after the last block of the first stack to run.
 
     Args:
-        skeleton: Its parameters outside the stacks may hold anything, on the device of the inputs.
-        order: The stacks in the order in which they run.
+        skeleton: The model; its parameters outside the stacks may hold anything, on the device of the inputs.
+        order: Indices of the stacks in the order in which they run.
         inputs: The forward arguments.
-        outputs: By stack: what its last block returned.
+        outputs: Stack index → what its last block returned.
 
     Returns:
         Names of final norms, heads and the like; with several stacks also what the others read on their way.
@@ -225,62 +234,64 @@ def needed_at_end(
     return frozenset((read | mode.read) & non_block)
 
 
-def _tensors_that_matter(trial: Trial, stack: int, index: int) -> frozenset[str]:
-    """Outside tensors whose values reach the block's arguments: those that show when they are poisoned."""
-    skeleton = trial.skeleton
+def _needed_tensors(fake: FakeModel, stack: int, index: int) -> frozenset[str]:
+    """Tensors outside the stacks whose values reach a block's arguments: filled with NaN, they change those."""
+    skeleton = fake.skeleton
     non_block = set(skeleton.non_block_tensors())
     names = {id(parameter): name for name, parameter in skeleton.model.named_parameters()}
     with _ReadParameters(names) as mode:
-        expected, _ = trial.resume(stack, index, run_block=False)
-    matter = set()
+        expected, _ = fake.resume(stack, index, run_block=False)
+    needed = set()
     for name in sorted(mode.read & non_block):
-        fake = trial.fake[name]
-        assign_tensors(skeleton, {name: fake.new_full((), float("nan")).expand(fake.shape)})
+        weight = fake.weights[name]
+        assign_tensors(skeleton, {name: weight.new_full((), float("nan")).expand(weight.shape)})
         try:
-            arguments, _ = trial.resume(stack, index, run_block=False)
+            arguments, _ = fake.resume(stack, index, run_block=False)
         finally:
-            assign_tensors(skeleton, {name: fake})
+            assign_tensors(skeleton, {name: weight})
         if not equal_trees(arguments, expected):
-            matter.add(name)
-    return frozenset(matter)
+            needed.add(name)
+    return frozenset(needed)
 
 
-def _unused_modules(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[str]:
-    """Leaf modules whose output, replaced by NaN, changes nothing in the arguments of any of the blocks."""
-    skeleton = trial.skeleton
+def _unused_modules(fake: FakeModel, stack: int, blocks: Sequence[int]) -> frozenset[str]:
+    """Leaf modules whose output changes nothing in the arguments of the blocks when it is NaN."""
+    skeleton = fake.skeleton
     prefixes = tuple(each.name + "." for each in skeleton.stacks)
     leaves = {
         name: module
         for name, module in skeleton.model.named_modules()
         if not name.startswith(prefixes) and not list(module.children()) and list(module.parameters())
     }
-    expected = {index: trial.resume(stack, index, run_block=False)[0] for index in blocks}
+    expected = {index: fake.resume(stack, index, run_block=False)[0] for index in blocks}
 
     def unread(names: Sequence[str]) -> bool:
         called: list[nn.Module] = []
-        with replaced_forwards({leaves[name]: _poisoned(leaves[name], called) for name in names}):
-            same = [equal_trees(trial.resume(stack, index, run_block=False)[0], expected[index]) for index in blocks]
+        with replaced_forwards({leaves[name]: _nan_forward(leaves[name], called) for name in names}):
+            same = [equal_trees(fake.resume(stack, index, run_block=False)[0], expected[index]) for index in blocks]
         return all(same) and len(called) >= len(names)
 
     unused = [name for name in leaves if blocks and unread([name])]
     return frozenset(unused) if unused and unread(unused) else frozenset()
 
 
-def _unused_inputs(trial: Trial, stack: int, blocks: Sequence[int]) -> frozenset[str]:
-    """Floating-point inputs that, replaced by NaN, change nothing in the arguments of any of the blocks."""
-    floating = [name for name, tensor in trial.inputs.items() if tensor.is_floating_point()]
+def _unused_inputs(fake: FakeModel, stack: int, blocks: Sequence[int]) -> frozenset[str]:
+    """Floating-point inputs that change nothing in the arguments of the blocks when they are NaN."""
+    floating = [name for name, tensor in fake.inputs.items() if tensor.is_floating_point()]
 
     def unread(name: str) -> bool:
-        nan = torch.full_like(trial.inputs[name], float("nan"))
-        inputs = {**trial.inputs, name: nan}
-        resumed = [trial.resume(stack, index, run_block=False, inputs=inputs)[0] for index in blocks]
-        expected = [trial.resume(stack, index, run_block=False)[0] for index in blocks]
+        nan = torch.full_like(fake.inputs[name], float("nan"))
+        inputs = {**fake.inputs, name: nan}
+        resumed = [fake.resume(stack, index, run_block=False, inputs=inputs)[0] for index in blocks]
+        expected = [fake.resume(stack, index, run_block=False)[0] for index in blocks]
         return all(equal_trees(*pair) for pair in zip(resumed, expected, strict=True))
 
     return frozenset(name for name in floating if blocks and unread(name))
 
 
-def _poisoned(module: nn.Module, called: list[nn.Module]) -> Callable[..., Any]:
+def _nan_forward(module: nn.Module, called: list[nn.Module]) -> Callable[..., Any]:
+    """Makes a forward that returns NaN in the shape of the module's output, and notes that it was called."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         called.append(module)
         output = original_forward(module)(*args, **kwargs)

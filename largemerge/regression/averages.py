@@ -1,15 +1,14 @@
-"""Averages of the tensors outside the blocks, straight from disk to disk, a few rows at a time.
-
-    Σ c_i W_i / Σ c_i  =  W_1 + Σ_i (c_i / Σ c) (W_i - W_1)
-
-The second form gives identical candidates back as they are. An embedding of gigabytes passes through
-buffers of some megabytes.
-
-Running averages of the tensors of a block that are not solved.
+"""Weighted averages of all tensors that are not solved.
 
     Σ c_i W_i / Σ c_i  =  W_1 + Σ_i (c_i / Σ c) (W_i - W_1)
 
 The second form gives identical candidates back as they are.
+
+    outside the blocks   disk → some rows of all candidates → average → disk      merge_non_block
+    in a block           one candidate's block after another → float32 sums       RunningAverages
+
+Outside the blocks an embedding of gigabytes passes through buffers of some megabytes. In a block the candidates'
+tensors are read for their forward passes anyway, so the averages are made along the way.
 """
 
 from __future__ import annotations
@@ -23,73 +22,74 @@ from largemerge.regression.gram import GRAM_DTYPE
 from largemerge.regression.tensor_plan import MergeRule, TensorPlan
 from largemerge.regression.weights import Weights
 
-CHUNK_BYTES = 8 << 20
-"""Of a tensor as it is stored; a few times as much is held in float32, whatever the number of candidates."""
+AVERAGE_CHUNK_BYTES = 8 << 20
+"""Bytes of a stored tensor that are averaged at once; a few times as much is held in float32."""
 
 
 def merge_non_block(
     plans: Sequence[TensorPlan], weights: Weights, shares: Sequence[float], step: Callable[[str], None]
 ) -> None:
-    """Writes every tensor of no block: averaged, copied, or taken from the base. Only the first rank does so.
+    """Writes every tensor of no block: averaged, copied, or taken from the base. Called on rank 0 alone.
 
     Args:
-        plans: One for each tensor.
-        weights: Where they come from and go to.
-        shares: c_i / Σ c.
+        plans: Plans of the tensors.
+        weights: Reads candidates and base, writes the output.
+        shares: c_i / Σ c, by candidate.
         step: Called with a tensor's name when it is written.
     """
     for plan in plans:
-        if plan.name in weights.inputs.reference_names.unmapped:
-            _merge_unknown(plan, weights, shares)
+        if plan.name in weights.inputs.reference_mapping.unmapped:
+            _merge_unmapped(plan, weights, shares)
         else:
-            _merge_known(plan, weights, shares)
+            _merge_mapped(plan, weights, shares)
         step(plan.name)
 
 
-def _merge_unknown(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
-    """A tensor that the model class has no use for: found by its name on disk."""
+def _merge_unmapped(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
+    """Writes a tensor that the model class has no use for, found by its name on disk."""
     if plan.rule is MergeRule.AVERAGED:
-        _stream([(reader, plan.name) for reader in weights.readers], shares, plan, plan.name, weights)
+        _average_rows([(reader, plan.name) for reader in weights.readers], shares, plan, plan.name, weights)
         return
     reference = weights.inputs.reference
-    readers = [*weights.readers, *([weights.base_reader] if weights.base_reader is not None else [])]
-    reader = next(reader for reader in readers if reader.checkpoint is reference)
+    reader = next(reader for reader in weights.all_readers if reader.checkpoint is reference)
     weights.own_writer.write(plan.name, reader.read(plan.name).to(plan.dtype))
 
 
-def _merge_known(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
+def _merge_mapped(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
+    """Writes a parameter of the module: row by row where it is one tensor everywhere, else as a whole."""
     inputs = weights.inputs
-    sources = list(zip(weights.readers, inputs.candidate_names, strict=True))
+    sources = list(zip(weights.readers, inputs.candidate_mappings, strict=True))
     if plan.rule is MergeRule.BASE:
-        assert weights.base_reader is not None and inputs.base_names is not None
-        sources = [(weights.base_reader, inputs.base_names)]
+        assert weights.base_reader is not None and inputs.base_mapping is not None
+        sources = [(weights.base_reader, inputs.base_mapping)]
     elif plan.rule is MergeRule.COPIED:
         sources = sources[:1]
-    out = inputs.reference_names
+    out = inputs.reference_mapping
     plain = all(names.canonical(plan.name) in names.renamed for names in (out, *(names for _, names in sources)))
     if plain:
         keyed = [(reader, names.renamed[names.canonical(plan.name)]) for reader, names in sources]
-        _stream(keyed, shares, plan, out.renamed[out.canonical(plan.name)], weights)
+        _average_rows(keyed, shares, plan, out.renamed[out.canonical(plan.name)], weights)
     elif plan.rule is MergeRule.BASE:
-        weights.store({plan.name: weights.base([plan.name])[plan.name].to(plan.dtype)})
+        weights.store({plan.name: weights.read_base([plan.name])[plan.name].to(plan.dtype)})
     else:
-        loaded = [weights.candidate(index, [plan.name])[plan.name] for index in range(len(sources))]
+        loaded = [weights.read_candidate(index, [plan.name])[plan.name] for index in range(len(sources))]
         weights.store({plan.name: weighted_average(loaded, shares, plan.dtype)})
 
 
-def _stream(
+def _average_rows(
     sources: Sequence[tuple[TensorReader, str]],
     shares: Sequence[float],
     plan: TensorPlan,
     out_key: str,
     weights: Weights,
 ) -> None:
+    """Averages one tensor from disk to disk, some rows at a time; `sources` are readers and names on disk."""
     reader, key = sources[0]
     info = reader.checkpoint.tensors[key]
     stored = [source.checkpoint.tensors[name].quantization for source, name in sources]
     quantized = any([*stored, weights.output[out_key].quantization])  # these go as a whole only
     num_rows = info.shape[0] if len(info.shape) > 1 else 1
-    step = max(1, CHUNK_BYTES * num_rows // max(1, info.num_bytes))
+    step = max(1, AVERAGE_CHUNK_BYTES * num_rows // max(1, info.num_bytes))
     if step >= num_rows or quantized:
         whole = (source.read(name) for source, name in sources)
         weights.own_writer.write(out_key, weighted_average(whole, shares, plan.dtype))
@@ -101,7 +101,7 @@ def _stream(
 
 
 def weighted_average(tensors: Iterable[torch.Tensor], shares: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """Σ c_i W_i / Σ c_i in float32, given c_i / Σ c; one tensor comes back as it is. Tensors are taken one by one."""
+    """Averages tensors in float32 by their c_i / Σ c, taking them one by one; a single one comes back as it is."""
     remaining = iter(tensors)
     first = next(remaining)
     if not first.is_floating_point():
@@ -116,16 +116,16 @@ def weighted_average(tensors: Iterable[torch.Tensor], shares: Sequence[float], d
 
 
 class RunningAverages:
-    """Takes candidates one after another; holds one float32 sum per tensor.
+    """Averages of a block's tensors, to which candidates are added one after another; one float32 sum per tensor.
 
     Args:
         plans: Tensors of a block; those that are neither averaged nor copied are passed over.
-        weights: c_i / Σ c.
+        shares: c_i / Σ c, by candidate.
     """
 
-    def __init__(self, plans: Sequence[TensorPlan], weights: Sequence[float]) -> None:
+    def __init__(self, plans: Sequence[TensorPlan], shares: Sequence[float]) -> None:
         self._plans = [plan for plan in plans if plan.rule in (MergeRule.AVERAGED, MergeRule.COPIED)]
-        self._weights = weights
+        self._shares = shares
         self._anchors: dict[str, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor] = {}
 
@@ -139,14 +139,14 @@ class RunningAverages:
                     self._sums[plan.name] = torch.zeros_like(tensor, dtype=GRAM_DTYPE)
             elif plan.rule is MergeRule.AVERAGED:
                 difference = tensor.to(GRAM_DTYPE) - self._anchors[plan.name].to(GRAM_DTYPE)
-                self._sums[plan.name].add_(difference, alpha=self._weights[index])
+                self._sums[plan.name].add_(difference, alpha=self._shares[index])
 
     def views(self) -> list[torch.Tensor]:
-        """All that is added up over candidates."""
+        """The sums over candidates, which ranks add up."""
         return list(self._sums.values())
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """The averages, and the copies, in the dtypes of the output."""
+        """Returns the averages, and the copies, in the dtypes of the output, by parameter name."""
         return {
             plan.name: (
                 self._sums[plan.name].add_(self._anchors[plan.name])

@@ -1,7 +1,7 @@
-"""The merge configuration: the YAML as strict, typed models.
+"""The configuration of a regression merge: the YAML as strict, typed models.
 
 Keys that mergekit has too (`merge_method`, `base_model`, `models`, `parameters.weight`, `dtype`,
-`tokenizer_source`) mean the same here. Every mistake in a file is told at once, an unknown key
+`tokenizer_source`) mean the same here. Every mistake in a file is reported at once, an unknown key
 with the nearest right one. `load_config` is the way in; paths come out absolute.
 """
 
@@ -24,6 +24,7 @@ from largemerge.regression.methods import METHODS, RegressionMethod
 
 
 def _check_regex(pattern: str) -> str:
+    """Returns the pattern; raises where it is no regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -35,7 +36,7 @@ Regex = Annotated[str, pydantic.AfterValidator(_check_regex)]
 
 
 class CandidateParameters(Strict):
-    """What may differ from candidate to candidate."""
+    """Settings that may differ from candidate to candidate."""
 
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Relative weight `c_i` of the candidate, in Gram matrices and in averages."""
@@ -45,9 +46,9 @@ class CandidateConfig(Strict):
     """One of the K models to merge."""
 
     model: Reference
-    """A folder, or a Hub id (`owner/name` or `owner/name@revision`), with `+adapter` behind it if it has one."""
+    """A folder, or a Hub id (`owner/name` or `owner/name@revision`), followed by `+adapter` if it has one."""
     name: str | None = Field(None, min_length=1)
-    """Unique; default: the last part of `model`."""
+    """Unique name of the candidate; default: the last part of `model`."""
     calibration: CalibrationConfig | None = None
     parameters: CandidateParameters = CandidateParameters()
 
@@ -63,20 +64,20 @@ class MethodParameters(Strict):
     off_diagonal_scale: float = Field(0.95, ge=0, le=1)
     """The factor s on a Gram's off-diagonal (FusionBench: `reduce_non_diagonal_ratio`; MergeBench: `reduction`)."""
     ridge: float = Field(1.0e-6, ge=0, le=1)
-    """Pull towards the average, as a fraction of the mean diagonal of the summed Gram."""
+    """Pull towards the average, as a fraction of the mean diagonal of the summed Gram (see `solve.py`)."""
     include: tuple[Regex, ...] = ()
-    """Regexes on parameter names: what is solved; all linears of the blocks if empty."""
+    """Regexes on names of parameters that are solved; all linears of the blocks if empty."""
     exclude: tuple[Regex, ...] = ()
-    """Regexes on parameter names: taken from the base, or averaged where there is none."""
+    """Regexes on names of parameters that are taken from the base, or averaged where there is none."""
 
 
 class MemoryConfig(Strict):
-    """How much a merge may hold. What fits into it and is fastest is found by the plan."""
+    """How much a merge may hold. The plan finds the fastest placement that fits."""
 
     device: Size | None = None
-    """Most memory on the accelerator; default: what is free."""
+    """Maximum memory on the accelerator; default: what is free."""
     host: Size | None = None
-    """Most anonymous memory of the process, libraries included; default: what is free."""
+    """Maximum anonymous memory of the process, libraries included; default: what is free."""
     disk: str | None = Field(None, min_length=1)
     """Folder for hidden states that do not fit into memory; default: the output's."""
     hidden_states_8bit: bool = False
@@ -86,14 +87,19 @@ class MemoryConfig(Strict):
     changes by more than 3.5 %.
     """
 
+    @property
+    def maps_inputs(self) -> bool:
+        """Whether calibration inputs in floating point (pixels) are offloaded to a mapped file."""
+        return self.host is not None or self.disk is not None
+
 
 class OutputConfig(Strict):
     """How the weights of the output are stored."""
 
     quantization: Literal["nf4", "fp4", "int8"] | None = None
-    """By bitsandbytes: every linear that Transformers would quantise. Default: not at all."""
+    """bitsandbytes format of every linear that Transformers would quantise; default: not quantised."""
     double_quant: bool | None = None
-    """4 bits only: quantise the scales of the blocks, too. Default: yes."""
+    """Whether 4-bit formats quantise the scales of the blocks, too; default: yes."""
 
 
 class MergeConfig(Strict):
@@ -106,11 +112,11 @@ class MergeConfig(Strict):
     parameters: MethodParameters = MethodParameters()
     output: OutputConfig = OutputConfig()
     dtype: DtypeName | None = None
-    """Of the output; default: each tensor keeps the candidates' dtype, quantised ones that which they stand for."""
+    """Dtype of the output; default: the candidates' for each tensor, for quantised ones that of their plain values."""
     compute_dtype: DtypeName | None = None
-    """Of the forward passes; default: the checkpoints'. Sums and solves are float32 or better always."""
+    """Dtype of the forward passes; default: the checkpoints'. Sums and solves are float32 or better always."""
     tokenizer_source: str | None = None
-    """`base`, or a candidate's name; default: the base where there is one, else the first candidate."""
+    """`base`, or the name of a candidate; default: the base where there is one, else the first candidate."""
     memory: MemoryConfig = MemoryConfig()
     stacks: tuple[str, ...] = ()
     """Module paths of the block stacks (`model.layers`), when those found are wrong."""
@@ -124,17 +130,17 @@ class MergeConfig(Strict):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The candidates' names, in order."""
+        """Names of the candidates, in order."""
         return tuple(candidate.label for candidate in self.models)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The candidates' weights `c_i`, in order."""
+        """Weights `c_i` of the candidates, in order."""
         return tuple(candidate.parameters.weight for candidate in self.models)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """`c_i / Σ c`, in order."""
+        """`c_i / Σ c` of the candidates, in order."""
         return tuple(weight / sum(self.weights) for weight in self.weights)
 
 
@@ -144,7 +150,7 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
     Args:
         source: Path of a YAML file, a mapping of the same shape, or a `MergeConfig`. Relative paths
             inside a file are looked up beside that file first, then in the working directory.
-        folder: Where the relative paths of a mapping are looked up first.
+        folder: Folder in which the relative paths of a mapping are looked up first.
 
     Returns:
         The configuration, every local path absolute.
@@ -172,6 +178,7 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
 
 
 def _cross_checks(config: MergeConfig) -> Iterator[str]:
+    """Mistakes that show only when several keys are seen together."""
     if config.merge_method not in METHODS:
         hint = nearest(config.merge_method, METHODS) or f"; expected one of {sorted(METHODS)}"
         yield f"merge_method: {config.merge_method!r} is no regression method{hint}"
@@ -210,6 +217,8 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
 
 
 def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfig:
+    """A copy with every local path absolute, each found in the first folder that has it, and calibration defaults."""
+
     def absolute(text: str) -> str:
         for folder in folders:
             candidate = folder / os.path.expanduser(text)

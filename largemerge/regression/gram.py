@@ -1,4 +1,4 @@
-"""Gram matrices of a linear's inputs.
+"""Gram matrices of a linear's inputs: the present candidate's, and the sum over candidates, in one matrix.
 
     G = XᵀX        X: one row per token, `[N, I]`
 
@@ -6,12 +6,12 @@ Gram matrices are float32 whatever the activations are: rows are cast before the
 bfloat16 numbers is exact in float32, so on hardware with bfloat16 units those do the work and sum in float32: two to
 three times faster, and nothing is rounded but the sums.
 
-G is symmetric, so only one half of it is computed, a panel of rows at a time. The half that this leaves free holds
-the sum over the candidates that are done:
+G is symmetric, so only one half of it is computed, a panel of rows at a time. The other half holds the sum over the
+candidates that are done:
 
     ┌───────────────┐    on and above the diagonal panels    XᵀX of the present candidate
-    │ C C C C C C C │    below them                          Σ G̃_i
-    │ S C C C C C C │    and the diagonal panels of Σ G̃_i lie apart
+    │ C C C C C C C │    below them                          Σ G̃_i, whose diagonal panels are kept apart
+    │ S C C C C C C │
     │ S S C C C C C │
     └───────────────┘
 
@@ -33,9 +33,9 @@ from largemerge.matmul import add_product_
 GRAM_DTYPE = torch.float32
 """The precision of every sum and of every first try at a solve."""
 
-PANEL = 256
-_WIDE_PANEL = 512  # of rows that are multiplied at once: several panels
-_SMALL = 1024  # up to so many inputs, panels of half the rows leave less of the symmetry unused
+PANEL = 256  # rows
+_WIDE_PANEL = 512  # rows that are multiplied at once: several panels
+_SMALL = 1024  # up to so many inputs, panels of half the rows make better use of the symmetry
 
 
 def panels(num_inputs: int) -> list[slice]:
@@ -45,22 +45,22 @@ def panels(num_inputs: int) -> list[slice]:
 
 
 def _wide_panels(num_inputs: int) -> Iterator[slice]:
-    """Some panels together; all of them, where they are few."""
+    """Several panels together; all of them, where they are few."""
     width = _SMALL if num_inputs <= _SMALL else _WIDE_PANEL
     for start in range(0, num_inputs, width):
         yield slice(start, min(start + width, num_inputs))
 
 
 class Scratch:
-    """Memory for one float32 matrix at a time, used again and again instead of being asked for anew."""
+    """Memory for one float32 matrix at a time, which is used again instead of being allocated anew."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=GRAM_DTYPE)
 
     def empty(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """A matrix with arbitrary content; the one before it is gone."""
+        """Returns a matrix with arbitrary content, in the place of the one before it."""
         if self._memory.numel() < rows * columns or self._memory.device != device:
-            self._memory = torch.empty(0, dtype=GRAM_DTYPE)  # the old one goes first
+            self._memory = torch.empty(0, dtype=GRAM_DTYPE)  # frees the old one first
             self._memory = torch.empty(rows * columns, dtype=GRAM_DTYPE, device=device)
         return self._memory[: rows * columns].view(rows, columns)
 
@@ -72,8 +72,11 @@ class Gram:
 
     Args:
         num_inputs: I.
-        device: Where it lies.
-        scratch: For rows in float32; may be shared with others that do not work at the same time.
+        device: Device of the matrix.
+        scratch: Memory for rows in float32; may be shared with others that do not work at the same time.
+
+    Attributes:
+        halves_II: The present candidate's half, and the sum's.
     """
 
     def __init__(self, num_inputs: int, device: torch.device, scratch: Scratch | None = None) -> None:
@@ -86,7 +89,7 @@ class Gram:
 
     @property
     def num_inputs(self) -> int:
-        """I."""
+        """Number of inputs I."""
         return self.halves_II.shape[0]
 
     def add_rows(self, x_NI: torch.Tensor) -> None:
@@ -110,18 +113,18 @@ class Gram:
             add_product_(self.halves_II[rows, rows.start :], x_IN[rows], x_IN[rows.start :], beta=beta)
 
     def candidate_diagonal(self) -> torch.Tensor:
-        """diag(XᵀX) of the present candidate `[I]`, a copy."""
+        """Copy of diag(XᵀX) of the present candidate `[I]`."""
         return torch.zeros_like(self.halves_II[0]) if self._empty else self.halves_II.diagonal().clone()
 
     def add_candidate_product_(
         self, out_OI: torch.Tensor, rows_OI: torch.Tensor, alpha: float, off_diagonal_scale: float
     ) -> None:
-        """Out += rows · G̃ of the present candidate.
+        """Adds rows · G̃ of the present candidate to `out_OI`.
 
         Args:
-            out_OI: float32.
-            rows_OI: float32.
-            alpha: α above.
+            out_OI: Result, float32.
+            rows_OI: Rows, float32.
+            alpha: The factor α of G̃.
             off_diagonal_scale: s, from 0 (only the diagonal) to 1 (all of it). FusionBench calls it
                 `reduce_non_diagonal_ratio`, MergeBench `reduction`.
         """
@@ -139,7 +142,7 @@ class Gram:
             out_OI.addcmul_(rows_OI, self.halves_II.diagonal(), value=alpha * (1 - off_diagonal_scale))
 
     def _candidate_panel(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of XᵀX of the present candidate some rows: the square on the diagonal, and what is right of it."""
+        """Copies some rows of XᵀX of the present candidate: the square on the diagonal, and what is right of it."""
         size, right = rows.stop - rows.start, self.num_inputs - rows.stop
         memory_PI = self._scratch.empty(size, size + right, self.halves_II.device).view(-1)
         whole_PP, right_PI = memory_PI[: size * size].view(size, size), memory_PI[size * size :].view(size, right)
@@ -151,7 +154,7 @@ class Gram:
         return whole_PP, right_PI.copy_(self.halves_II[rows, rows.stop :])
 
     def finish_candidate(self, alpha: float, off_diagonal_scale: float) -> None:
-        """Adds G̃ of the present candidate to the sum; the next one begins with nothing."""
+        """Adds G̃ of the present candidate to the sum; the next one starts from zero."""
         if not self._empty:
             scale = alpha * off_diagonal_scale
             for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
@@ -171,22 +174,22 @@ class Gram:
         return views
 
     def drop_candidate(self) -> None:
-        """The present candidate is not added to the sum: another rank does it."""
+        """Forgets the present candidate, which another rank adds to the sum."""
         self._empty = True
 
     def sum_views(self) -> list[torch.Tensor]:
-        """Σ G̃_i as views, which together are its lower half; no candidate may be under way."""
+        """Σ G̃_i as views, which together are its lower half; between candidates only."""
         below = [self.halves_II[rows.stop :, rows] for rows in self._panels]
         return [view for both in zip(self._sum_blocks, below, strict=True) for view in both]
 
     def diagonal(self) -> torch.Tensor:
-        """diag(Σ G̃_i) `[I]`, a copy."""
+        """Copy of diag(Σ G̃_i) `[I]`."""
         return torch.cat([block_PP.diagonal() for block_PP in self._sum_blocks])
 
-    def sum_in_both_halves(self) -> torch.Tensor:
-        """Σ G̃_i `[I, I]`, in the place of what this holds; no candidate may follow.
+    def full_sum(self) -> torch.Tensor:
+        """Fills both halves with Σ G̃_i `[I, I]`, in place; no candidate may follow.
 
-        The lower half and the diagonal panels may be overwritten: another call brings them back.
+        The lower half and the diagonal panels may be overwritten: another call restores them.
         """
         for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
             if self._lower_is_sum:
@@ -199,7 +202,7 @@ class Gram:
         return self.halves_II
 
     def sum_product(self, rows_VI: torch.Tensor) -> torch.Tensor:
-        """Rows · Σ G̃_i `[V, I]` in the dtype of the rows, after `sum_in_both_halves`."""
+        """Multiplies rows `[V, I]` by Σ G̃_i, in the dtype of the rows, after `full_sum`."""
         product_VI = torch.zeros_like(rows_VI)
         for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
             product_VI[:, rows].addmm_(rows_VI[:, rows], block_PP.to(rows_VI.dtype))
@@ -211,13 +214,13 @@ class Gram:
 
 
 def _device_sums_in_float32(x_NI: torch.Tensor) -> bool:
-    """Whether half-precision factors can be given as they are, and the product asked for in float32."""
+    """Whether a product of half-precision factors can be asked for in float32, without casting them."""
     return x_NI.device.type == "cuda" and x_NI.dtype in (torch.bfloat16, torch.float16)
 
 
 @contextmanager
 def _bfloat16_units() -> Iterator[None]:
-    """Lets float32 products use bfloat16 units, where the factors are bfloat16 numbers and nothing is lost."""
+    """Lets float32 products use bfloat16 units; nothing is lost where the factors are bfloat16 numbers."""
     backend: Any = torch.backends.mkldnn
     matmul = backend.matmul
     before = matmul.fp32_precision
@@ -230,7 +233,7 @@ def _bfloat16_units() -> Iterator[None]:
 
 @contextmanager
 def float32_means_float32() -> Iterator[None]:
-    """Products of float32 numbers are float32 products, whatever the process has set (TF32, bfloat16 units)."""
+    """Makes products of float32 numbers float32 products, whatever the process has set (TF32, bfloat16 units)."""
     units: Any = torch.backends
     backends = [units.mkldnn.matmul, units.cuda.matmul]
     before = [backend.fp32_precision for backend in backends]

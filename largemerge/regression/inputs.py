@@ -1,4 +1,6 @@
-"""What goes into a merge, opened and held against each other: checkpoints, model class, names.
+"""The inputs of a merge, opened and compared: checkpoints, model class, names on disk.
+
+    references ──► checkpoints, adapters ──► skeleton of one model class ──► a key mapping for every checkpoint
 
 Everything here comes from configs and headers; no weight is read.
 """
@@ -50,27 +52,32 @@ class Inputs:
     """The opened inputs of a merge.
 
     Attributes:
-        candidates: In the order of the config.
-        base: `None` without a `base_model`.
-        reference: Whose config and names the output has: the base if it is of the candidates' class and
-            complete, else the first candidate.
-        skeleton: The model class, built from the reference's config.
-        candidate_names: How each candidate's tensors map to the skeleton.
-        base_names: The base's, `None` without one.
-        reference_names: The reference's.
+        candidates: Checkpoints of the candidates, in the order of the config.
+        base: Checkpoint of the base; `None` without a `base_model`.
+        reference: Checkpoint that gives the output its config and names: the base if it is of the candidates' class
+            and complete, else the first candidate.
+        skeleton: The model without weights, built from the reference's config.
+        candidate_mappings: How each candidate's tensors map to the skeleton.
+        base_mapping: How the base's tensors map to the skeleton; `None` without a base.
+        reference_mapping: How the reference's tensors map to the skeleton.
         notes: What a user should know though it stops nothing.
-        adapters: By checkpoint, of those that have one.
+        adapters: Name of a checkpoint → its adapter, for those that have one.
     """
 
     candidates: tuple[Checkpoint, ...]
     base: Checkpoint | None
     reference: Checkpoint
     skeleton: Skeleton
-    candidate_names: tuple[KeyMapping, ...]
-    base_names: KeyMapping | None
-    reference_names: KeyMapping
+    candidate_mappings: tuple[KeyMapping, ...]
+    base_mapping: KeyMapping | None
+    reference_mapping: KeyMapping
     notes: tuple[str, ...]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The candidates, and the base if there is one."""
+        return (*self.candidates, *([self.base] if self.base is not None else []))
 
     @property
     def adapter_bytes(self) -> int:
@@ -78,22 +85,21 @@ class Inputs:
         return sum(adapter.kept_bytes for adapter in self.adapters.values())
 
     def stored_bytes(self, checkpoint: Checkpoint, keys: Sequence[str]) -> int:
-        """Bytes on disk of some tensors of a checkpoint, by their names there, adapters included."""
+        """Bytes on disk of some tensors of a checkpoint, given by their names there; adapters included."""
         adapter = self.adapters.get(checkpoint.name)
         added = adapter.bytes_of(keys) if adapter is not None else 0
         return sum(checkpoint.tensors[key].num_bytes for key in keys) + added
 
     def quantized(self) -> dict[str, dict[str, int]]:
-        """By checkpoint: how many of its weights are quantised, and how; without the plain ones."""
-        checkpoints = [*self.candidates, *([self.base] if self.base is not None else [])]
-        return {checkpoint.name: checkpoint.quantized() for checkpoint in checkpoints if checkpoint.quantized()}
+        """Name of a checkpoint → format → number of weights in it, for checkpoints with quantised weights."""
+        return {checkpoint.name: checkpoint.quantized() for checkpoint in self.checkpoints if checkpoint.quantized()}
 
 
 def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     """Locates and opens all checkpoints and maps their names.
 
     Args:
-        config: From `load_config`.
+        config: The configuration, from `load_config`.
         from_config: Look at each checkpoint's `config.json` alone, as if its weights were what the class would save.
 
     Raises:
@@ -123,22 +129,23 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     base = _oriented(skeleton, base, adapters.get(base.name)) if base is not None else None
     reference = base if base is not None and from_base else candidates[0]
     maps: dict[Layout, KeyMapping] = {}
-    candidate_names = tuple(_names_of(skeleton, checkpoint, maps) for checkpoint in candidates)
-    base_names = _names_of(skeleton, base, maps) if base is not None else None
-    reference_names = candidate_names[0]
-    if reference is base and base_names is not None:
-        if set(base_names.missing) <= set(candidate_names[0].missing):
-            reference_names = base_names
+    candidate_mappings = tuple(_mapping_of(skeleton, checkpoint, maps) for checkpoint in candidates)
+    base_mapping = _mapping_of(skeleton, base, maps) if base is not None else None
+    reference_mapping = candidate_mappings[0]
+    if reference is base and base_mapping is not None:
+        if set(base_mapping.missing) <= set(candidate_mappings[0].missing):
+            reference_mapping = base_mapping
         else:
-            notes.append(f"the base lacks {len(base_names.missing)} tensors: names come from {candidates[0].name}")
+            notes.append(f"the base lacks {len(base_mapping.missing)} tensors: names come from {candidates[0].name}")
             reference = candidates[0]
-    names = (candidate_names, base_names, reference_names)
+    names = (candidate_mappings, base_mapping, reference_mapping)
     return Inputs(candidates, base, reference, skeleton, *names, tuple(notes), adapters)
 
 
 def _open_all(
     config: MergeConfig, from_config: bool
 ) -> tuple[tuple[Checkpoint, ...], Checkpoint | None, dict[str, Adapter]]:
+    """Opens candidates, base and adapters; raises with the problems of all of them."""
     problems: list[str] = []
     adapters: dict[str, Adapter] = {}
 
@@ -163,7 +170,7 @@ def _open_all(
 
 
 def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
-    """What the user says, else what a quantised candidate's config says, else that of most of its weights."""
+    """The user's compute dtype, else that of a quantised candidate's config, else that of most weights."""
     if config.compute_dtype is not None:
         return torch_dtype(config.compute_dtype)
     if candidate.quantized():
@@ -176,10 +183,10 @@ def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
 
 
 def _oriented(skeleton: Skeleton, checkpoint: Checkpoint, adapter: Adapter | None) -> Checkpoint:
-    """The checkpoint with quantised weights turned to how the modules hold them (see `Quantization.transposed`).
+    """Turns a checkpoint's quantised weights to how the modules hold them (see `Quantization.transposed`).
 
     Raises:
-        CheckpointError: If an adapter adds to one of them.
+        CheckpointError: If an adapter adds to one of these weights.
     """
     turned = [f"{path}.weight" for path, module in linears_in(skeleton.model).items() if weight_is_transposed(module)]
     if not turned or not checkpoint.quantized():
@@ -199,8 +206,8 @@ def _oriented(skeleton: Skeleton, checkpoint: Checkpoint, adapter: Adapter | Non
     return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def _names_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, KeyMapping]) -> KeyMapping:
-    """The checkpoint's name map: the same object for all that are laid out alike."""
+def _mapping_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, KeyMapping]) -> KeyMapping:
+    """The checkpoint's key mapping: the same object for all that are laid out alike."""
     layout = tuple((name, info.shape, info.dtype) for name, info in checkpoint.tensors.items())
     if layout not in known:
         known[layout] = map_keys(skeleton.model, checkpoint)
@@ -213,6 +220,7 @@ def _class_name(checkpoint: Checkpoint) -> str:
 
 
 def _config_differences(candidates: tuple[Checkpoint, ...]) -> Iterator[str]:
+    """Notes on how the candidates' configs differ from the first one's."""
     first = candidates[0]
     for other in candidates[1:]:
         for key, left, right in _differences(first.config, other.config, ""):

@@ -1,11 +1,11 @@
 """A regression merge as a list of steps.
 
-config → open inputs → read calibration data → plan → output folder → tensors outside the blocks
-→ block after block → side files, index, config → report
+    merge_by_regression   config → open inputs → read calibration data → plan → output folder → Job
+                          → side files, index, config → report
+    Job.run               open readers and writer → tensors outside the blocks → block after block (`engine.py`)
 
-The long work of a merge: everything that is written to shards.
-
-open readers and writer → tensors outside the blocks → block after block
+Every rank runs all of this. Rank 0 alone shows progress, has the writer of the output (`Weights.writer`), merges the
+tensors outside the blocks, and finishes the folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration, outline_from_config
-from largemerge.calibration.batches import mapped_inputs, split_batches
+from largemerge.calibration.batches import mmap_inputs, split_batches
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
@@ -38,27 +38,28 @@ from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore,
 from largemerge.output import OutputFolder, check_output, open_for_ranks
 from largemerge.progress import Clock, RunProgress
 from largemerge.regression.averages import merge_non_block
-from largemerge.regression.collect import Settings
+from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
 from largemerge.regression.inputs import Inputs, open_inputs
 from largemerge.regression.passes import block_passes
-from largemerge.regression.plan import MergePlan, Preparation, forecast, make_plan
-from largemerge.regression.planning.placement import maps_inputs
+from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
 from largemerge.regression.planning.rates import Cluster, Machines
 from largemerge.regression.planning.workload import OffloadTo
 from largemerge.regression.rank_exchange import RankExchange
 from largemerge.regression.report import MergeReport, config_text, write_side_files
 from largemerge.regression.samples import (
-    OwnSamples,
-    SampleRunner,
+    RankSamples,
     check_samples,
-    for_every_candidate,
     forward_signature,
     loss_input,
-    share_samples,
+    partition_samples,
+    read_all,
 )
 from largemerge.regression.weights import Weights
+
+NON_BLOCK = "outside"
+"""Name of the part that holds all tensors outside the blocks, in journal, report and progress."""
 
 
 def plan_regression(
@@ -70,15 +71,15 @@ def plan_regression(
     cluster: Cluster | None,
     from_config: bool,
 ) -> MergePlan:
-    """`largemerge.plan` for the regression methods."""
+    """Plans a merge by a regression method; arguments as in `largemerge.plan`."""
     if cluster is not None:
         machines = Machines(torch.device("cuda"), cluster.num_ranks, cluster.gpus_per_node, cluster)
     else:
         machines = Machines(choose_device(device), num_ranks, num_ranks)
     inputs = open_inputs(config, from_config=from_config)
-    outlines = for_every_candidate(config, inputs, outline_from_config if from_config else outline_calibration)
-    prepared = make_plan(config, inputs, machines, outlines)
-    return forecast(prepared, outlines, machines, probe=probe and not from_config)
+    outlines = read_all(config, inputs, outline_from_config if from_config else outline_calibration)
+    planned = make_plan(config, inputs, machines, outlines)
+    return forecast(planned, outlines, machines, probe=probe and not from_config)
 
 
 def merge_by_regression(
@@ -92,28 +93,25 @@ def merge_by_regression(
     quiet: bool,
     planned: Callable[[MergePlan], None] | None = None,
 ) -> MergeReport:
-    """`largemerge.merge` for the regression methods.
-
-    `planned` is called with the plan before the long work.
-    """
+    """Merges by a regression method; arguments as in `largemerge.merge`, and `planned` is called with the plan."""
     start = time.perf_counter()
     with start_ranks(on_gpus=device != "cpu") as ranks:
         target = ranks.agree(lambda: device_of_rank(device, ranks))
         with MemoryWatch(target) as watch:
             prepared = _prepare(config, target, out, ranks, resume=resume, force=force)
             if planned is not None:
-                planned(prepared.preparation.plan)
-            shards = layout_shards(prepared.preparation.plan.output, max_shard_bytes)
+                planned(prepared.planned.plan)
+            shards = layout_shards(prepared.planned.plan.output, max_shard_bytes)
             manifest = _manifest(prepared, shards)
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
-                job = Job(prepared.preparation, prepared.samples, shards, folder, ranks, quiet, Clock(start))
+                job = Job(prepared.planned, prepared.samples, shards, folder, ranks, quiet, Clock(start))
                 job.run()
                 report = _report(prepared, job, folder, watch.peak(), start, out)
                 if ranks.is_first:
                     folder.finish(
                         shards,
-                        lambda path: write_side_files(path, prepared.preparation, report),
-                        config_text(prepared.preparation),
+                        lambda path: write_side_files(path, prepared.planned, report),
+                        config_text(prepared.planned),
                     )
         ranks.gather(None)  # nobody says that the merge is done before it is
     return report
@@ -124,14 +122,14 @@ class _Prepared:
     """What is known before the output folder is opened.
 
     Attributes:
-        preparation: The plan, and what it was made from.
+        planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
-        calibration: Of every candidate: number of samples and fingerprint.
-        input_paths: That must not be written to.
+        calibration: Number of samples and fingerprint of every candidate's data, by name.
+        input_paths: Paths that must not be written to.
     """
 
-    preparation: Preparation
-    samples: OwnSamples
+    planned: PlannedMerge
+    samples: RankSamples
     calibration: Mapping[str, Any]
     input_paths: list[Path]
 
@@ -141,23 +139,23 @@ def _prepare(
 ) -> _Prepared:
     """Reads the calibration data and plans the merge; raises whatever makes it impossible, on all ranks."""
 
-    def plan_it() -> tuple[Preparation, tuple[CalibrationSet, ...], list[Path]]:
+    def plan_it() -> tuple[PlannedMerge, tuple[CalibrationSet, ...], list[Path]]:
         inputs = open_inputs(config)
         input_paths = _input_paths(config, inputs)
         if ranks.is_first:
             check_output(out, input_paths, resume=resume, force=force)
         return *_plan_with_data(config, inputs, device, out, ranks), input_paths
 
-    preparation, calibration, input_paths = ranks.agree(plan_it)
+    planned, calibration, input_paths = ranks.agree(plan_it)
     # Free memory differs from moment to moment, but all must cut the work alike.
-    placement = ranks.from_first(preparation.plan.placement)
-    preparation = replace(preparation, plan=replace(preparation.plan, placement=placement))
-    most = samples_at_once(placement.samples, sum(data.num_samples for data in calibration), ranks.size)
-    split = tuple(replace(data, batches=split_batches(data.batches, most)) for data in calibration)
-    counted = loss_input(forward_signature(preparation.inputs.skeleton))
+    placement = ranks.from_first(planned.plan.placement)
+    planned = replace(planned, plan=replace(planned.plan, placement=placement))
+    max_samples = samples_at_once(placement.samples, sum(data.num_samples for data in calibration), ranks.size)
+    split = tuple(replace(data, batches=split_batches(data.batches, max_samples)) for data in calibration)
+    masked_input = loss_input(forward_signature(planned.inputs.skeleton))
     return _Prepared(
-        preparation,
-        share_samples(split, preparation.plan.blocks, preparation.trace, counted, ranks),
+        planned,
+        partition_samples(split, planned.plan.blocks, planned.trace, masked_input, ranks),
         {data.name: {"num_samples": data.num_samples, "sha256": data.fingerprint} for data in calibration},
         input_paths,
     )
@@ -166,7 +164,7 @@ def _prepare(
 def _report(
     prepared: _Prepared, job: Job, folder: OutputFolder, peak: MemoryUse, start: float, out: Path
 ) -> MergeReport:
-    """Collective: what happened, with the first rank's times."""
+    """Collective: makes the report, with rank 0's times."""
     ranks = job.ranks
     own: dict[str, Any] = {
         "host_anonymous": peak.host_anonymous,
@@ -178,28 +176,28 @@ def _report(
         "reads_shared_with": list(job.node.others) if job.node.prefix else [],
         "reads_not_shared": job.not_shared,
     }
-    everybodys = ranks.gather(own)
+    of_ranks = ranks.gather(own)
     return MergeReport.build(
-        plan=prepared.preparation.plan,
-        inputs=prepared.preparation.inputs,
+        plan=prepared.planned.plan,
+        inputs=prepared.planned.inputs,
         calibration=prepared.calibration,
         parts=ranks.from_first(folder.entries),
         prepared_seconds=job.started - start,
         total_seconds=time.perf_counter() - start,
         resumed_parts=job.resumed_parts,
         peak=peak,
-        bytes_read=sum(rank["bytes_read"] for rank in everybodys),
+        bytes_read=sum(rank["bytes_read"] for rank in of_ranks),
         hidden_bytes_on_disk=job.hidden_bytes_on_disk,
         retries=[retry for retries in ranks.gather(job.retries) for retry in retries],
         timeline=job.clock.timeline,
-        ranks=everybodys if ranks.size > 1 else (),
+        ranks=of_ranks if ranks.size > 1 else (),
         out=out,
     )
 
 
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
-    """Everything on disk that a merge reads and must not write to."""
-    paths = [checkpoint.folder for checkpoint in (*inputs.candidates, inputs.base) if checkpoint is not None]
+    """Paths that a merge reads and must not write to."""
+    paths = [checkpoint.folder for checkpoint in inputs.checkpoints]
     paths += [adapter.checkpoint.folder for adapter in inputs.adapters.values()]
     data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
     return paths + [path for path in data if path.exists()]
@@ -207,37 +205,37 @@ def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
 
 def _plan_with_data(
     config: MergeConfig, inputs: Inputs, device: torch.device, out: Path, ranks: Ranks
-) -> tuple[Preparation, tuple[CalibrationSet, ...]]:
-    outlines = for_every_candidate(config, inputs, outline_calibration)
-    calibration = for_every_candidate(config, inputs, load_calibration, _keep(config, out))
+) -> tuple[PlannedMerge, tuple[CalibrationSet, ...]]:
+    """Reads all candidates' data and plans with it; raises where data or plan have problems."""
+    outlines = read_all(config, inputs, outline_calibration)
+    calibration = read_all(config, inputs, load_calibration, _input_mapper(config, out))
     machines = Machines(device, ranks.size, ranks.local_size)
-    preparation = make_plan(config, inputs, machines, outlines, calibration, out)
-    notes = (*preparation.plan.notes, *too_many_threads(ranks, device))
-    preparation = replace(preparation, plan=replace(preparation.plan, notes=notes))
-    misfits = check_samples(inputs.skeleton, preparation.trace, calibration)
+    planned = make_plan(config, inputs, machines, outlines, calibration, out)
+    notes = (*planned.plan.notes, *too_many_threads(ranks, device))
+    planned = replace(planned, plan=replace(planned.plan, notes=notes))
+    misfits = check_samples(inputs.skeleton, planned.trace, calibration)
     if misfits:
         raise CalibrationError(*misfits)
-    if preparation.plan.problems:
-        raise LargemergeError(*preparation.plan.problems)
-    return preparation, calibration
+    if planned.plan.problems:
+        raise LargemergeError(*planned.plan.problems)
+    return planned, calibration
 
 
-def _keep(config: MergeConfig, out: Path) -> Callable[[CalibrationSet], CalibrationSet] | None:
-    """Where the user has set limits, pixels and the like wait on disk."""
-    if not maps_inputs(config.memory):
+def _input_mapper(config: MergeConfig, out: Path) -> Callable[[CalibrationSet], CalibrationSet] | None:
+    """Makes what offloads pixels and the like to a mapped file, where the user has set limits."""
+    if not config.memory.maps_inputs:
         return None
     folder = existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
-    return lambda calibration: mapped_inputs(calibration, folder)
+    return lambda calibration: mmap_inputs(calibration, folder)
 
 
 def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:
-    """What all ranks, and a merge and its continuation, must have in common."""
-    inputs, plan = prepared.preparation.inputs, prepared.preparation.plan
-    checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
+    """What must be the same on all ranks, and when a merge is resumed."""
+    inputs, plan = prepared.planned.inputs, prepared.planned.plan
     return {
         # Limits may change on the way: what they decide changes no bit, but for the samples at once.
         "config": plan.config.model_dump(mode="json", exclude={"memory": {"device", "host", "disk"}}),
-        "inputs": {checkpoint.name: dict(checkpoint.fingerprint) for checkpoint in checkpoints},
+        "inputs": {checkpoint.name: dict(checkpoint.fingerprint) for checkpoint in inputs.checkpoints},
         "calibration data": {name: entry["sha256"] for name, entry in prepared.calibration.items()},
         "versions": versions(),
         "device": plan.device.type,
@@ -247,15 +245,29 @@ def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
-OUTSIDE = "outside"
-
-
 @dataclass
 class Job:
-    """The long work: everything that is written to shards."""
+    """The long work of a merge: writes all shards.
 
-    preparation: Preparation
-    samples: OwnSamples
+    Attributes:
+        planned: The plan, with the inputs and the trace that it was made from.
+        samples: This rank's part of the calibration data.
+        shards: Layout of the output's files.
+        folder: The output folder, with the journal of finished parts.
+        ranks: The ranks of the merge.
+        quiet: Whether no progress is shown.
+        clock: Counts seconds by stage.
+        started: When the job was made, in seconds of `time.perf_counter`.
+        resumed_parts: Number of parts that an earlier run had finished.
+        bytes_read: Bytes that this rank read from candidates and base.
+        hidden_bytes_on_disk: Bytes that hidden states took on disk.
+        retries: Messages about blocks that were run again in smaller parts.
+        node: Ranks that share this machine's memory.
+        not_shared: Why nothing is shared, where something could be; else "".
+    """
+
+    planned: PlannedMerge
+    samples: RankSamples
     shards: tuple[Shard, ...]
     folder: OutputFolder
     ranks: Ranks
@@ -270,78 +282,84 @@ class Job:
     not_shared: str = field(init=False, default="")
 
     def run(self) -> None:
-        """Writes what is not in the journal yet."""
-        plan, inputs = self.preparation.plan, self.preparation.inputs
+        """Writes every part that is not in the journal yet."""
+        plan = self.planned.plan
         finished = frozenset(self.folder.entries)
         self.resumed_parts = len(finished)
-        if finished == {OUTSIDE, *(block.name for block in plan.blocks)}:
+        if finished == {NON_BLOCK, *(block.name for block in plan.blocks)}:
             return
-        # Each tensor is read once, unless a block takes several passes, or ranks share a candidate.
-        past_cache = plan.placement.passes == 1 and self.ranks.size == 1
         with ExitStack() as stack:
             stack.enter_context(self.ranks.busy())
-
-            def reader(checkpoint: Checkpoint) -> TensorReader:
-                adapter = inputs.adapters.get(checkpoint.name)
-                return stack.enter_context(open_reader(checkpoint, adapter, past_cache=past_cache))
-
-            weights = Weights(
-                inputs=inputs,
-                readers=[reader(candidate) for candidate in inputs.candidates],
-                base_reader=reader(inputs.base) if inputs.base is not None else None,
-                output=plan.output,
-                writer=(
-                    stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards))
-                    if self.ranks.is_first
-                    else None
-                ),
-                ranks=self.ranks,
-                device=plan.device,
-            )
+            weights = self._open_weights(stack)
             quiet = self.quiet or not self.ranks.is_first
             progress = stack.enter_context(
                 RunProgress(self._num_steps(finished), len(plan.blocks), plan.device, quiet=quiet)
             )
             for note in plan.notes:
                 progress.tell(f"note: {note}")
-            if OUTSIDE not in finished and self.ranks.is_first:
+            if NON_BLOCK not in finished and self.ranks.is_first:
                 self._merge_non_block(weights, progress)
             hidden_states = stack.enter_context(self._hidden_states())
             if self.ranks.size > 1:
                 self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)
                 stack.callback(self.node.clean_up)
-            rank_groups = self.samples.shares.rank_groups[
-                1:
-            ]  # the first candidate is the anchor: it has no right-hand side
-            exchange = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
-            self._engine(weights, hidden_states, progress, exchange).run(finished, self.folder.record)
+            # The first candidate is the anchor: it has no right-hand side to compute together.
+            rank_groups = self.samples.partition.rank_groups[1:]
+            collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
+            self._engine(weights, hidden_states, progress, collectives).run(finished, self.folder.record)
             self.bytes_read = weights.bytes_read
             if plan.placement.hidden_states is OffloadTo.DISK:
                 self.hidden_bytes_on_disk = hidden_states.num_bytes
 
+    def _open_weights(self, stack: ExitStack) -> Weights:
+        """Opens readers of all inputs, and on rank 0 the writer."""
+        plan, inputs = self.planned.plan, self.planned.inputs
+        # Each tensor is read once, unless a block takes several passes, or ranks share a candidate.
+        past_cache = plan.placement.passes == 1 and self.ranks.size == 1
+
+        def reader(checkpoint: Checkpoint) -> TensorReader:
+            adapter = inputs.adapters.get(checkpoint.name)
+            return stack.enter_context(open_reader(checkpoint, adapter, past_cache=past_cache))
+
+        return Weights(
+            inputs=inputs,
+            readers=[reader(candidate) for candidate in inputs.candidates],
+            base_reader=reader(inputs.base) if inputs.base is not None else None,
+            output=plan.output,
+            writer=(
+                stack.enter_context(ShardWriter(self.folder.working, plan.output, self.shards))
+                if self.ranks.is_first
+                else None
+            ),
+            ranks=self.ranks,
+            device=plan.device,
+        )
+
     def _largest_block(self, weights: Weights) -> int:
-        """Bytes on disk."""
-        blocks = self.preparation.plan.blocks
+        """Bytes on disk of the first candidate's largest block."""
+        blocks = self.planned.plan.blocks
         return max((weights.stored_bytes(0, [plan.name for plan in block.tensors]) for block in blocks), default=0)
 
     def _hidden_states(self) -> HiddenStates:
-        plan = self.preparation.plan
-        waiting = plan.placement.hidden_states
+        """Makes the store that the placement chose: on the device, in host memory, or on disk."""
+        plan = self.planned.plan
+        offload = plan.placement.hidden_states
         store: Store
-        if waiting is OffloadTo.DISK:
+        if offload is OffloadTo.DISK:
             store = DiskStore(Path(plan.config.memory.disk or self.folder.working))
         else:
-            store = MemoryStore(plan.device if waiting is OffloadTo.DEVICE else torch.device("cpu"), plan.device)
+            store = MemoryStore(plan.device if offload is OffloadTo.DEVICE else torch.device("cpu"), plan.device)
         return HiddenStates(store, eight_bit=plan.config.memory.hidden_states_8bit)
 
     def _engine(
-        self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress, exchange: AsyncCollectives | None
+        self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress, collectives: AsyncCollectives | None
     ) -> Engine:
-        plan, inputs, trace = self.preparation.plan, self.preparation.inputs, self.preparation.trace
+        """Makes the engine from plan and configuration."""
+        plan, inputs, trace = self.planned.plan, self.planned.inputs, self.planned.trace
         parameters, placement = plan.config.parameters, plan.placement
         method = plan.config.method
         return Engine(
-            settings=Settings(
+            settings=EngineSettings(
                 method=method,
                 shares=plan.config.shares,
                 off_diagonal_scale=parameters.off_diagonal_scale,
@@ -377,26 +395,28 @@ class Job:
             ),
             watcher=progress,
             clock=self.clock,
-            together=RankExchange(self.ranks, self.samples.shares, self.node, exchange),
+            rank_exchange=RankExchange(self.ranks, self.samples.partition, self.node, collectives),
         )
 
     def _merge_non_block(self, weights: Weights, progress: RunProgress) -> None:
-        plan = self.preparation.plan
+        """Writes all tensors outside the blocks, and notes it in the journal."""
+        plan = self.planned.plan
         self.clock.begin("")
-        with self.clock.stage(OUTSIDE):
-            merge_non_block(plan.non_block, weights, plan.config.shares, lambda name: progress.step(name, OUTSIDE))
+        with self.clock.stage(NON_BLOCK):
+            merge_non_block(plan.non_block, weights, plan.config.shares, lambda name: progress.step(name, NON_BLOCK))
             with self.ranks.blocked():
                 weights.own_writer.flush()
         errors = weights.quantization_errors(tensor.name for tensor in plan.non_block)
         entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}
-        self.folder.record(OUTSIDE, entry | {"seconds": self.clock.seconds()})
+        self.folder.record(NON_BLOCK, entry | {"seconds": self.clock.seconds()})
 
     def _num_steps(self, finished: frozenset[str]) -> int:
-        plan = self.preparation.plan
+        """Number of steps that progress will count."""
+        plan = self.planned.plan
         batches = sum(len(data.batches) for data in self.samples.calibration)
         forwards = int(plan.config.method.forwards_merged)
-        steps = 0 if OUTSIDE in finished else len(plan.non_block)
+        steps = 0 if NON_BLOCK in finished else len(plan.non_block)
         for block in plan.blocks:
             last = block is plan.blocks[-1]
             if block.name in finished:

@@ -7,6 +7,9 @@ A regression method looks for the weight W of a linear that imitates the candida
 Methods differ in where the inputs X_i come from (`inputs`, `granularity`), what they are to be mapped to (`target`),
 and which weight is kept where the data says nothing (`anchor`). Everything else, from the Gram matrices to the solve,
 is common to all of them.
+
+A new method is a row in `METHODS`; its settings are fields of `MethodParameters` in `config.py`. What a row asks for
+beyond what the engine can do is refused by `RegressionMethod.not_built`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Stream = Literal["candidate", "merged"]
-"""Whose hidden states: a candidate's own blocks made them, or the merged ones."""
+"""Whose blocks make the hidden states: a candidate's own, or the merged ones."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,14 @@ class RegressionMethod:
     """One row of the table.
 
     Attributes:
-        title: What people call it.
-        source: Where it was published.
+        title: Name of the method in the literature.
+        source: Publication.
         inputs: Whose hidden states enter a block.
         granularity: Inside a block, a linear's inputs come from the candidate's weights (`block`), or from what has
             been merged so far (`linear`), so that a block takes a pass for every group of linears.
         target: T_i, between the candidate's weight on the inputs X_i (0) and the candidate's own features (1).
         anchor: W_a: the weighted average, the base, task arithmetic at a scale, or a checkpoint that the user names.
-        parameters: Names of the settings under `parameters` that it takes, beside `include` and `exclude`.
+        parameters: Names of the method's settings under `parameters`, beside `include` and `exclude`.
     """
 
     title: str

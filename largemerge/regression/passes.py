@@ -1,7 +1,12 @@
-"""Passes over a block: which of its linears are solved together, and which tensors that needs of a candidate.
+"""Passes over a block: which of its linears are solved together, and which tensors of a candidate that needs.
+
+    groups   a  b │ c  d  e │ f        cut so that the sums of the largest pass are smallest
+    pass 0   run up to b, collect and solve a, b
+    pass 1   run up to e, collect and solve c, d, e
+    pass 2   run up to f, or through the whole block where it makes the next hidden states
 
 Sums of all linears at once need the most memory and the fewest forward passes. Solved a few groups at a time, a block
-is run again for each of them, but only as far as the last linear whose input is wanted, with the weights up to there.
+is run again for each pass, but only as far as the last linear whose input is wanted, with the weights up to there.
 """
 
 from __future__ import annotations
@@ -20,14 +25,14 @@ class BlockPass:
     """One run of every candidate's block.
 
     Attributes:
-        groups: Solved after it, in the order in which the forward reaches them.
-        reads: Names of the tensors that are read of every candidate.
-        averages: Whether what is not solved is averaged along the way.
-        last: Whether it is the block's last one.
+        groups: Groups that are solved after the pass, in the order in which the forward reaches them.
+        tensor_names: Names of the tensors that are read of every candidate.
+        averages: Whether tensors that are not solved are averaged in this pass.
+        last: Whether this is the block's last pass.
     """
 
     groups: tuple[LinearGroup, ...]
-    reads: tuple[str, ...]
+    tensor_names: tuple[str, ...]
     averages: bool
     last: bool
 
@@ -38,24 +43,25 @@ def block_passes(
     """Cuts the groups of a block into passes.
 
     Args:
-        block: Whose groups.
-        roles: Its linears in the order in which the forward reaches them.
-        num_passes: As many, or one for every group if those are fewer.
+        block: The block.
+        roles: The block's linears in the order in which the forward reaches them.
+        num_passes: Number of passes; where there are fewer groups, each gets a pass.
         advances: Whether the last pass also makes the next hidden states, with the whole block.
     """
-    cuts = _even_cuts([group_bytes(group) for group in block.groups], num_passes)
+    cuts = _even_cuts(list(map(sums_bytes, block.groups)), num_passes)
     passes = []
     for number, (start, stop) in enumerate(cuts):
         groups, last = block.groups[start:stop], number == len(cuts) - 1
-        whole = advances and last
-        reads = [plan.name for plan in block.tensors if whole or _is_read(block, plan, roles, groups, number == 0)]
-        passes.append(BlockPass(groups, tuple(reads), number == 0, last))
+        whole, averages = advances and last, number == 0
+        names = [plan.name for plan in block.tensors if whole or _is_read(block, plan, roles, groups, averages)]
+        passes.append(BlockPass(groups, tuple(names), averages, last))
     return tuple(passes)
 
 
 def _is_read(
     block: BlockPlan, plan: TensorPlan, roles: Sequence[LinearRole], groups: Sequence[LinearGroup], averages: bool
 ) -> bool:
+    """Whether a pass that solves `groups`, and stops at the last of them, needs a tensor of the candidates."""
     module, _, leaf = plan.name.removeprefix(block.name + ".").rpartition(".")
     if averages and plan.rule in (MergeRule.AVERAGED, MergeRule.COPIED):
         return True
@@ -67,13 +73,8 @@ def _is_read(
     return bool(groups) and order.index(module) < order.index(groups[-1].leader)
 
 
-def group_bytes(group: LinearGroup) -> int:
-    """Bytes of the sums of a group."""
-    return sums_bytes(list(group.outputs.values()), group.num_inputs, group.mean_dtype)
-
-
 def _even_cuts(sizes: Sequence[int], num_parts: int) -> list[tuple[int, int]]:
-    """Cuts a sequence into neighbouring parts so that the largest sum is smallest."""
+    """Cuts a sequence into contiguous parts, (start, stop), so that the largest sum of sizes is smallest."""
     count = len(sizes)
     num_parts = max(1, min(num_parts, count))
 

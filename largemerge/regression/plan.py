@@ -1,11 +1,9 @@
-"""The plan of a merge: what it will read, write, hold and compute. `planning.py` makes it.
+"""The plan of a merge: what it will read, write, hold and compute, from headers and configs alone.
 
-The plan of a merge: what it will read, write, hold and compute, from headers and configs alone.
+    inputs ──► trace of the model ──► a rule for every tensor ──► workload ──► placement ──► MergePlan      make_plan
+    MergePlan ──► seconds by stage, and what each rank will hold, move and compute                         forecast
 
-`make_plan` opens the inputs, rehearses the model, and gives every tensor of the output its treatment. What
-makes the merge impossible is collected in `problems`, all at once; `merge` runs a plan only without any.
-
-What a planned merge will take: seconds by stage, and what each of its ranks will hold, move and compute.
+What makes the merge impossible is collected in `problems`, all at once; `merge` runs a plan only without any.
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
+from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes
 from largemerge.regression.planning.placement import (
     Choice,
     Footprint,
@@ -45,19 +44,10 @@ from largemerge.regression.planning.placement import (
     choose_placement,
     find_limits,
     footprint,
-    maps_inputs,
 )
-from largemerge.regression.planning.ranks import RankPlan, plan_ranks, share_work
+from largemerge.regression.planning.ranks import RankPlan, partition_work, plan_ranks
 from largemerge.regression.planning.rates import Machines, measure_rates
-from largemerge.regression.planning.workload import (
-    BatchShapes,
-    Placement,
-    RankShare,
-    Workload,
-    batch_shapes,
-    measure_workload,
-    split_shapes,
-)
+from largemerge.regression.planning.workload import BatchShapes, Placement, Workload
 from largemerge.regression.tensor_plan import (
     BlockPlan,
     MergeRule,
@@ -70,7 +60,8 @@ from largemerge.regression.tensor_plan import (
     tensor_labels,
 )
 
-_MAX_RANK_ROWS = 8
+_MAX_RANK_ROWS = 8  # in the table of a plan
+_MEMORY_TRIPS, _LOCAL_LATENCY = 5, 0.5e-3  # of a byte between processes of one machine: copied, and added up
 
 
 @dataclass(frozen=True)
@@ -78,25 +69,25 @@ class MergePlan:
     """What a merge will do.
 
     Attributes:
-        config: Resolved.
-        class_name: Of the model.
-        device: That computes.
-        compute_dtype: Of the forward passes.
-        stacks: Name and number of blocks, in the order in which they run.
-        blocks: In order.
-        non_block: Tensors of no block.
-        output: What is written, by name on disk.
-        num_samples: Calibration samples by candidate (upper bounds before the data is read).
-        quantized: By input: how many of its weights are quantised, and how.
-        adapters: By input that has an adapter: how many weights it adds to, and which tensors it replaces.
-        bytes_read: From checkpoints.
+        config: The resolved configuration.
+        class_name: Name of the model's class.
+        device: The device that computes.
+        compute_dtype: Dtype of the forward passes.
+        stacks: Name and number of blocks of each stack, in the order in which they run.
+        blocks: Plans of the blocks in the order in which they run.
+        non_block: Plans of the tensors of no block.
+        output: Tensors of the output, by name on disk.
+        num_samples: Number of calibration samples by candidate (upper bounds before the data is read).
+        quantized: Number of quantised weights by input and format.
+        adapters: For each input with an adapter, the number of weights it adds to and the tensors it replaces.
+        bytes_read: Bytes read from checkpoints.
         placement: Where things are held, chosen to keep the limits.
-        reasons: Why this placement.
-        footprint: Its bytes at the peak.
-        limits: That it keeps.
+        reasons: Why this placement was chosen.
+        footprint: What is held at the peak.
+        limits: The limits that the placement keeps.
         notes: What a user should know.
-        problems: What makes it impossible.
-        seconds: By stage, estimated from a probe of this machine or from data sheets; empty if nobody asked.
+        problems: What makes the merge impossible.
+        seconds: Seconds by stage, from measured rates or data sheets; empty if no forecast was asked for.
         measured: Whether the rates behind the seconds were measured here.
         ranks: What every rank would do, where several were asked for.
     """
@@ -130,12 +121,12 @@ class MergePlan:
 
     @property
     def bytes_written(self) -> int:
-        """Of all tensors of the output."""
+        """Bytes of all tensors of the output."""
         return sum(tensor.num_bytes for tensor in self.output.values())
 
     @property
     def output_dtype(self) -> torch.dtype:
-        """In which most of the output is written."""
+        """The floating-point dtype in which most bytes of the output are written."""
         num_bytes: Counter[torch.dtype] = Counter()
         for tensor in self.output.values():
             if tensor.dtype.is_floating_point:
@@ -143,17 +134,17 @@ class MergePlan:
         return num_bytes.most_common(1)[0][0]
 
     def counts(self) -> dict[str, int]:
-        """Tensors by treatment, and by reason where they are not solved."""
+        """Number of tensors by rule, and by reason where they are not solved."""
         counter = Counter(plan.rule.value + (f": {plan.reason}" if plan.reason else "") for plan in self.tensors)
         return dict(counter.most_common())
 
     def quantized_output(self) -> dict[str, int]:
-        """How many weights are written quantised, by how they are."""
+        """Number of weights that are written quantised, by format."""
         return dict(Counter(tensor.quantization.label for tensor in self.output.values() if tensor.quantization))
 
     @property
     def sparing(self) -> bool:
-        """Whether freed host memory is to go back to the system at once."""
+        """Whether freed host memory goes back to the system at once."""
         return self.footprint.sparing
 
     def to_json(self) -> dict[str, Any]:
@@ -179,7 +170,7 @@ class MergePlan:
             },
             "quantized": {name: dict(kinds) for name, kinds in self.quantized.items()},
             "quantized_output": self.quantized_output(),
-            **({"adapters": {name: dict(told) for name, told in self.adapters.items()}} if self.adapters else {}),
+            **({"adapters": {name: dict(summary) for name, summary in self.adapters.items()}} if self.adapters else {}),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "placement": {**vars(self.placement), "hidden_states": self.placement.hidden_states.value},
@@ -199,7 +190,7 @@ class MergePlan:
         }
 
     def print(self, console: Console) -> None:
-        """Shows the plan as a table."""
+        """Prints the plan as a table."""
         table = Table(
             title=f"{self.config.merge_method} of {len(self.config.models)} × {self.class_name}", show_header=False
         )
@@ -241,7 +232,7 @@ class MergePlan:
 
 
 def input_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
-    """Rows of a table that say which inputs and outputs are quantised, and which inputs have adapters."""
+    """Rows of a table on quantised inputs and outputs, and on adapters: label and text."""
 
     def text(kinds: Mapping[str, int]) -> str:
         return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
@@ -250,13 +241,13 @@ def input_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
         yield "quantised inputs", "\n".join(f"{name}: {text(kinds)}" for name, kinds in plan.quantized.items())
     if plan.quantized_output():
         yield "quantised output", text(plan.quantized_output())
-    for name, told in plan.adapters.items():
-        replaced = f", {len(told['replaced'])} replaced" if told["replaced"] else ""
-        yield "adapter", f"{name}: {told['adapted']} weights adapted{replaced}"
+    for name, summary in plan.adapters.items():
+        replaced = f", {len(summary['replaced'])} replaced" if summary["replaced"] else ""
+        yield "adapter", f"{name}: {summary['adapted']} weights adapted{replaced}"
 
 
 def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
-    """One for each of a few ranks; for many, what the least and the most busy one have."""
+    """Rows of a table, one for each of a few ranks; for many ranks, one with the least and the most that one does."""
     if len(ranks) <= _MAX_RANK_ROWS:
         for rank in ranks:
             held = gib(rank.host) + (f" + {gib(rank.device)} on a GPU" if rank.device else "")
@@ -264,17 +255,22 @@ def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
             moved = f"{rank.operations / 1e12:.2f} TFLOP, {gib(rank.bytes_communicated)} moved"
             yield f"rank {rank.rank}", f"{work}; holds {held}; {moved}"
         return
-    least, most = (choose(ranks, key=lambda rank: rank.operations) for choose in (min, max))
+    least_busy, busiest = (choose(ranks, key=lambda rank: rank.operations) for choose in (min, max))
     host, device = max(rank.host for rank in ranks), max(rank.device for rank in ranks)
     held = gib(host) + (f" + {gib(device)} on a GPU" if device else "")
-    work = f"{least.num_batches} to {most.num_batches} batches, {least.num_rows} to {most.num_rows} rows"
-    operations = f"{least.operations / 1e12:.0f} to {most.operations / 1e12:.0f} TFLOP"
-    yield f"{len(ranks)} ranks", f"each {work}, {operations}; hold up to {held}; {gib(most.bytes_communicated)} moved"
+    work = (
+        f"{least_busy.num_batches} to {busiest.num_batches} batches, {least_busy.num_rows} to {busiest.num_rows} rows"
+    )
+    operations = f"{least_busy.operations / 1e12:.0f} to {busiest.operations / 1e12:.0f} TFLOP"
+    yield (
+        f"{len(ranks)} ranks",
+        f"each {work}, {operations}; hold up to {held}; {gib(busiest.bytes_communicated)} moved",
+    )
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """A plan together with the opened inputs that it was made from."""
+class PlannedMerge:
+    """A plan, with the inputs and the trace that it was made from."""
 
     plan: MergePlan
     inputs: Inputs
@@ -288,14 +284,14 @@ def make_plan(
     outlines: Sequence[CalibrationOutline],
     calibration: Sequence[CalibrationSet] | None = None,
     out: Path | None = None,
-) -> Preparation:
+) -> PlannedMerge:
     """Plans a merge.
 
     Args:
-        config: From `load_config`.
-        inputs: From `open_inputs`.
-        machines: That will compute; what is held is planned for the rank that has most to do.
-        outlines: Of every candidate's calibration data.
+        config: The configuration, from `load_config`.
+        inputs: The opened inputs, from `open_inputs`.
+        machines: Machines that will compute; memory is planned for the rank that has most to do.
+        outlines: Outlines of every candidate's calibration data.
         calibration: The data itself, once it has been read: estimates become exact.
         out: The output folder, to see whether the disk has room.
 
@@ -310,10 +306,12 @@ def make_plan(
     problems = check_tensors(inputs, tensors)
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
-    workload = partial(workload_of, config, inputs, trace, blocks, non_block)
-    works = share_work(shapes, blocks, trace, workload, machines.num_ranks)
+    workload = partial(measure_workload, config, inputs, trace, blocks, non_block)
+    works = partition_work(shapes, blocks, trace, workload, machines.num_ranks)
     limits = _limits(config, machines, out)
-    choice = _choose(config, max(works, key=lambda each: each.num_rows).work, limits, machines, calibration is not None)
+    choice = _choose_placement(
+        config, max(works, key=lambda rank_work: rank_work.num_rows).work, limits, machines, calibration is not None
+    )
     problems += [*choice.problems, *_disk_problems(output, choice, limits, out)]
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
         problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
@@ -328,10 +326,7 @@ def make_plan(
         output=output,
         num_samples=_num_samples(inputs, shapes),
         quantized=inputs.quantized(),
-        adapters={
-            name: {"adapted": len(adapter.deltas), "replaced": list(adapter.replaced)}
-            for name, adapter in inputs.adapters.items()
-        },
+        adapters=_adapter_summaries(inputs),
         bytes_read=_bytes_read(inputs, tensors),
         placement=choice.placement,
         reasons=choice.reasons,
@@ -340,59 +335,46 @@ def make_plan(
         notes=(*inputs.notes, *_notes(config, inputs, tensors)),
         problems=tuple(problems),
     )
-    return Preparation(plan, inputs, trace)
-
-
-def workload_of(
-    config: MergeConfig,
-    inputs: Inputs,
-    trace: ModelTrace,
-    blocks: Sequence[BlockPlan],
-    non_block: Sequence[TensorPlan],
-    shapes: Sequence[Sequence[BatchShapes]],
-    share: RankShare | None = None,
-) -> Workload:
-    """What some calibration batches, by candidate, make of a merge."""
-    state = inputs.skeleton.model.state_dict()
-    return measure_workload(
-        inputs,
-        trace,
-        blocks,
-        shapes,
-        method=config.method,
-        off_diagonal_scale=config.parameters.off_diagonal_scale,
-        maps_inputs=maps_inputs(config.memory),
-        share=share,
-        non_block_bytes=sum(state[p.name].numel() * p.dtype.itemsize for p in non_block if p.name in state),
-    )
+    return PlannedMerge(plan, inputs, trace)
 
 
 def _num_samples(inputs: Inputs, shapes: Sequence[Sequence[BatchShapes]]) -> dict[str, int]:
-    """By candidate."""
+    """Number of calibration samples, by candidate."""
     return {
         checkpoint.name: sum(next(iter(batch.values()))[0] for batch in batches)
         for checkpoint, batches in zip(inputs.candidates, shapes, strict=True)
     }
 
 
+def _adapter_summaries(inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """The number of weights that each adapter adds to, and the tensors that it replaces."""
+    return {
+        name: {"adapted": len(adapter.deltas), "replaced": list(adapter.replaced)}
+        for name, adapter in inputs.adapters.items()
+    }
+
+
 def _limits(config: MergeConfig, machines: Machines, out: Path | None) -> Limits:
+    """How much a rank may hold, on this machine or in a cluster."""
     if machines.cluster is not None:
         return machines.cluster.limits()
     return find_limits(config.memory, machines.device, out, machines.local_ranks)
 
 
-def process_bytes(machines: Machines) -> int:
-    """Anonymous host memory of a process before the work."""
+def measure_process_bytes(machines: Machines) -> int:
+    """Anonymous host memory of a process before the work, libraries of the device included, in bytes."""
     if machines.cluster is not None:
         return machines.cluster.process_bytes
     warm_up(machines.device, lambda: compute_a_little(machines.device))
     return memory_in_use(machines.device).host_anonymous
 
 
-def _choose(config: MergeConfig, work: Workload, limits: Limits, machines: Machines, has_data: bool) -> Choice:
-    before = max(0, process_bytes(machines) - (work.input_bytes if has_data else 0))
+def _choose_placement(
+    config: MergeConfig, work: Workload, limits: Limits, machines: Machines, has_data: bool
+) -> Choice:
+    process_bytes = max(0, measure_process_bytes(machines) - (work.input_bytes if has_data else 0))
     eight_bit = config.memory.hidden_states_8bit
-    choice = choose_placement(work, limits, machines.device, before, eight_bit=eight_bit)
+    choice = choose_placement(work, limits, machines.device, process_bytes, eight_bit=eight_bit)
     if machines.cluster is not None:  # what would help here does not help there
         problems = tuple(f"{problem.split(';')[0]}: expected GPUs with more memory" for problem in choice.problems)
         return replace(choice, problems=problems)
@@ -403,7 +385,7 @@ def _choose(config: MergeConfig, work: Workload, limits: Limits, machines: Machi
 
 
 def _disk_problems(output: Mapping[str, OutputTensor], choice: Choice, limits: Limits, out: Path | None) -> list[str]:
-    """The output's room, together with that of hidden states where they are on the same disk."""
+    """Says so where the output, and hidden states on the same disk, have too little room."""
     if out is None:
         return []
     free = shutil.disk_usage(existing_folder(out)).free
@@ -413,47 +395,50 @@ def _disk_problems(output: Mapping[str, OutputTensor], choice: Choice, limits: L
 
 
 def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The forward arguments that every candidate's data has."""
+    """Shapes and dtypes of the forward arguments that every candidate's data has."""
     common = set(outlines[0].inputs).intersection(*(outline.inputs for outline in outlines))
     return {name: value for name, value in outlines[0].inputs.items() if name in common}
 
 
 def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
+    """Bytes that making the tensors reads from checkpoints."""
+
     def size(checkpoint: Checkpoint, names: KeyMapping, plan: TensorPlan) -> int:
-        if plan.name in inputs.reference_names.unmapped:
+        if plan.name in inputs.reference_mapping.unmapped:
             return checkpoint.tensors[plan.name].num_bytes if plan.name in checkpoint.tensors else 0
-        name = names.canonical(plan.name)
-        keys = [] if name in names.missing else names.disk_keys([name])
-        return inputs.stored_bytes(checkpoint, keys)
+        return inputs.stored_bytes(checkpoint, names.keys_of(plan.name))
 
     total = 0
     for plan in tensors:
-        if plan.rule is MergeRule.BASE and inputs.base is not None and inputs.base_names is not None:
-            total += size(inputs.base, inputs.base_names, plan)
+        if plan.rule is MergeRule.BASE and inputs.base is not None and inputs.base_mapping is not None:
+            total += size(inputs.base, inputs.base_mapping, plan)
         elif plan.rule is MergeRule.COPIED:
-            total += size(inputs.candidates[0], inputs.candidate_names[0], plan)
+            total += size(inputs.candidates[0], inputs.candidate_mappings[0], plan)
         else:
-            total += sum(size(c, n, plan) for c, n in zip(inputs.candidates, inputs.candidate_names, strict=True))
+            total += sum(size(c, n, plan) for c, n in zip(inputs.candidates, inputs.candidate_mappings, strict=True))
     return total
 
 
 def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -> list[str]:
+    """Notes on tensors that are left out, and on patterns that match none."""
     notes = []
     state = inputs.skeleton.model.state_dict()
     unwritten = [
-        name for name in state if name not in {plan.name for plan in tensors} and name in inputs.reference_names.missing
+        name
+        for name in state
+        if name not in {plan.name for plan in tensors} and name in inputs.reference_mapping.missing
     ]
     if unwritten:
         notes.append(
             f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}"
         )
-    labels = {label for plan in tensors for label in tensor_labels(inputs.reference_names, plan.name)}
+    labels = {label for plan in tensors for label in tensor_labels(inputs.reference_mapping, plan.name)}
     for kind in ("include", "exclude"):
         for pattern in getattr(config.parameters, kind):
             if not any(re.search(pattern, label) for label in labels):
                 notes.append(f"parameters.{kind}: {pattern!r} matches no tensor")
-    for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
-        extra = sorted(set(names.unmapped) - set(inputs.reference_names.unmapped))
+    for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True):
+        extra = sorted(set(names.unmapped) - set(inputs.reference_mapping.unmapped))
         if extra:
             notes.append(
                 f"{checkpoint.name}: {len(extra)} tensors that the model class does not know are left out: {extra[:3]}"
@@ -461,48 +446,45 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
     return notes
 
 
-_MEMORY_TRIPS, _LOCAL_LATENCY = 5, 0.5e-3  # of a byte between processes of one machine: copied, and added up
-
-
 def forecast(
-    prepared: Preparation, outlines: Sequence[CalibrationOutline], machines: Machines, *, probe: bool
+    planned: PlannedMerge, outlines: Sequence[CalibrationOutline], machines: Machines, *, probe: bool
 ) -> MergePlan:
-    """The plan, with times and ranks.
+    """Adds times and ranks to a plan.
 
     Args:
-        prepared: From `make_plan`, for the same machines.
-        outlines: Of every candidate's calibration data.
-        machines: That will compute.
-        probe: Measure this machine for some seconds; without, only a cluster's times are told.
+        planned: A plan from `make_plan`, for the same machines.
+        outlines: Outlines of every candidate's calibration data.
+        machines: Machines that will compute.
+        probe: Whether this machine is measured for some seconds; otherwise only a cluster's times are estimated.
     """
-    plan = prepared.plan
-    workload = partial(workload_of, plan.config, prepared.inputs, prepared.trace, plan.blocks, plan.non_block)
+    plan = planned.plan
+    workload = partial(measure_workload, plan.config, planned.inputs, planned.trace, plan.blocks, plan.non_block)
     shapes = batch_shapes(outlines, None)
     whole = workload(shapes)
     in_background = plan.placement.writes_in_background(plan.device)
     timed = not plan.problems and (probe or machines.cluster is not None)
     if machines.num_ranks == 1 and machines.cluster is None:
-        rates = _rates(prepared, machines, whole) if timed else None
+        rates = _rates(planned, machines, whole) if timed else None
         if rates is None:
             return plan
         return replace(plan, seconds=estimate_seconds(whole, plan.placement, rates, writes_in_background=in_background))
     batches = split_shapes(
         shapes, samples_at_once(plan.placement.samples, sum(plan.num_samples.values()), machines.num_ranks)
     )
-    works = share_work(batches, plan.blocks, prepared.trace, workload, machines.num_ranks)
+    works = partition_work(batches, plan.blocks, planned.trace, workload, machines.num_ranks)
     held = partial(
         footprint,
         placement=plan.placement,
         device=plan.device,
-        process_bytes=process_bytes(machines),
+        process_bytes=measure_process_bytes(machines),
         eight_bit=plan.config.memory.hidden_states_8bit,
         limited=plan.config.memory.host is not None,
     )
     plan = replace(plan, ranks=plan_ranks(whole, works, held, plan.placement))
     if not timed:
         return plan
-    rates = _rates(prepared, machines, whole)
-    parts = [each.work for each in works]
+    rates = _rates(planned, machines, whole)
+    parts = [rank_work.work for rank_work in works]
     moved = max(rank.bytes_communicated for rank in plan.ranks)
     links = _links(machines, rates)
     seconds = estimate_rank_seconds(
@@ -511,13 +493,14 @@ def forecast(
     return replace(plan, seconds=seconds, measured=machines.cluster is None)
 
 
-def _rates(prepared: Preparation, machines: Machines, work: Workload) -> Rates:
-    plan = prepared.plan
+def _rates(planned: PlannedMerge, machines: Machines, work: Workload) -> Rates:
+    """Rates of one rank: a cluster's, or measured here."""
+    plan = planned.plan
     if machines.cluster is not None:
         return machines.cluster.rates(plan.compute_dtype)
     return measure_rates(
         work.probe,
-        prepared.inputs.candidates[0],
+        planned.inputs.candidates[0],
         plan.limits.scratch,
         plan.device,
         plan.placement.samples,
@@ -526,6 +509,7 @@ def _rates(prepared: Preparation, machines: Machines, work: Workload) -> Rates:
 
 
 def _links(machines: Machines, rates: Rates) -> Links:
+    """Connections between the ranks of a cluster, or of this machine."""
     if machines.cluster is not None:
         return machines.cluster.links()
     return Links(rates.memory / _MEMORY_TRIPS, _LOCAL_LATENCY, machines.num_ranks)

@@ -1,8 +1,7 @@
-"""What happened, as `merge_report.json` tells it.
+"""What a merge did: `merge_report.json`, the closing table, and the files beside the weights.
 
-The tables on the terminal: what a merge would do, and what it did.
-
-What a merged checkpoint has beside its weights: config, tokenizer, model card, report.
+parts of the journal, of all ranks ──► MergeReport ──► print: the table on the terminal
+                                                   └─► write_side_files: report, config, tokenizer, model card
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from largemerge.config_file import gib
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
-from largemerge.regression.plan import MergePlan, Preparation, input_rows
+from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
 
 
 def config_yaml(config: MergeConfig) -> str:
-    """The resolved configuration as YAML, without what is unset."""
+    """Formats the resolved configuration as YAML, without what is unset."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
@@ -37,20 +36,20 @@ class MergeReport:
     """What a merge did; `to_json` is what `merge_report.json` holds.
 
     Attributes:
-        plan: That was run.
-        config: Resolved.
-        inputs: Fingerprints of all files, by checkpoint.
-        calibration: By candidate: number of samples and fingerprint of what the model saw.
-        blocks: By name: seconds by phase, bytes written, and a report for every linear.
+        plan: The plan that was run.
+        config: The resolved configuration.
+        inputs: Folder and fingerprints of all files, by checkpoint.
+        calibration: Number of samples and fingerprint of the data that the model saw, by candidate.
+        blocks: Seconds by stage, bytes written, and a report for every linear, by block.
         non_block: Seconds and bytes of the tensors outside the blocks.
-        seconds: Total, and of the preparation.
-        bytes_read: From checkpoints, in this run.
-        resumed_parts: How many parts an earlier run had finished.
-        peak: Measured.
-        hidden_bytes_on_disk: Most that hidden states took there.
-        retries: What ran out of memory and was done again in smaller parts.
-        timeline: When (seconds since the start) which stage of which block began.
-        ranks: By rank: what it held, read and sent; empty where there was one. Seconds are the first rank's.
+        seconds: Seconds in total, and of the preparation, on rank 0.
+        bytes_read: Bytes read from checkpoints in this run, by all ranks.
+        resumed_parts: Number of parts that an earlier run had finished.
+        peak: Measured peak of memory in use.
+        hidden_bytes_on_disk: Bytes that hidden states took on disk, at most.
+        retries: Messages about blocks that ran out of memory and were run again in smaller parts.
+        timeline: Seconds since the start, block and stage, whenever a stage began.
+        ranks: Memory held and bytes read and sent, by rank; empty where there was one rank.
         out: The output folder, as the user named it.
     """
 
@@ -89,14 +88,13 @@ class MergeReport:
         ranks: Sequence[Mapping[str, Any]],
         out: Path,
     ) -> MergeReport:
-        """Puts a report together from what the parts of a merge have to say."""
-        checkpoints = [*inputs.candidates, *([inputs.base] if inputs.base is not None else [])]
+        """Makes a report; `parts` are the entries of the journal, other arguments as in the class."""
         return cls(
             plan=plan,
             config=plan.config,
             inputs={
                 checkpoint.name: {"folder": str(checkpoint.folder), "files": dict(checkpoint.fingerprint)}
-                for checkpoint in checkpoints
+                for checkpoint in inputs.checkpoints
             },
             calibration=calibration,
             blocks={block.name: parts[block.name] for block in plan.blocks},
@@ -114,7 +112,7 @@ class MergeReport:
 
     @property
     def linears(self) -> dict[str, Any]:
-        """The report of every solved linear, by parameter name."""
+        """Reports of all solved linears, by parameter name."""
         return {name: entry for block in self.blocks.values() for name, entry in block["linears"].items()}
 
     @property
@@ -124,7 +122,7 @@ class MergeReport:
         return {name: error for part in parts for name, error in part.get("quantization_errors", {}).items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """The report as plain JSON values, as `merge_report.json` holds it."""
         phases: Counter[str] = Counter()
         for part in (*self.blocks.values(), self.non_block):
             phases.update(part["seconds"])
@@ -158,7 +156,7 @@ class MergeReport:
         }
 
     def print(self, console: Console) -> None:
-        """Shows the closing table."""
+        """Prints the closing table."""
         linears = self.linears
         table = Table(
             title=f"{self.config.merge_method}: {len(self.config.models)} models → {self.out}", show_header=False
@@ -231,16 +229,16 @@ def _mean_distances(report: MergeReport) -> str:
     return "mean over linears, relative: " + ", ".join(parts)
 
 
-def config_text(preparation: Preparation) -> str:
-    """The text of the output's `config.json`."""
-    dtype = preparation.plan.output_dtype
-    settings = quantization_settings(preparation.plan.config.output, dtype)
-    return output_config(preparation.inputs.reference, dtype, settings)
+def config_text(planned: PlannedMerge) -> str:
+    """Makes the text of the output's `config.json`."""
+    dtype = planned.plan.output_dtype
+    settings = quantization_settings(planned.plan.config.output, dtype)
+    return output_config(planned.inputs.reference, dtype, settings)
 
 
-def write_side_files(path: Path, preparation: Preparation, report: MergeReport) -> None:
+def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> None:
     """Writes everything but weights, index and `config.json` into a folder."""
-    inputs, config = preparation.inputs, preparation.plan.config
+    inputs, config = planned.inputs, planned.plan.config
     folders = {checkpoint.name: checkpoint.folder for checkpoint in inputs.candidates}
     if inputs.base is not None:
         folders["base"] = inputs.base.folder
@@ -254,7 +252,7 @@ def write_side_files(path: Path, preparation: Preparation, report: MergeReport) 
     (path / "README.md").write_text(
         model_card(
             method=config.merge_method,
-            class_name=preparation.plan.class_name,
+            class_name=planned.plan.class_name,
             models=[
                 {
                     "name": candidate.label,

@@ -1,11 +1,14 @@
-"""The calibration data of all candidates: outlined, read, shared out among ranks.
+"""The calibration data of all candidates: outlined or read, checked against the model, partitioned over ranks.
 
-Whether the samples fit the model, found out before any weight is read.
+    read_all ──► every candidate's outline or data ──► check_samples ──► partition_samples ──► RankSamples
+
+All ranks read all data, and keep their part of it. Whether the samples fit the model is found out before any weight is
+read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -16,21 +19,17 @@ from largemerge.calibration import ForwardSignature
 from largemerge.calibration.batches import Batch, CalibrationSet
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.tokenizer import shared_tokenizers
-from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.distributed.partition import Partition, partition_batches
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CalibrationError
-from largemerge.model.block_runner import BlockId, BlockRunner, OnInput, count_valid_rows
+from largemerge.model.block_runner import count_valid_rows
 from largemerge.model.forward import resumed_at
-from largemerge.model.hidden_states import HiddenStates
 from largemerge.model.skeleton import Skeleton, fill_with_nan
 from largemerge.model.trace import ModelTrace
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
-from largemerge.regression.methods import Stream
 from largemerge.regression.planning.ranks import batch_costs
 from largemerge.regression.tensor_plan import BlockPlan
-from largemerge.regression.weights import MERGED
 
 Result = TypeVar("Result")
 Read = TypeVar("Read", covariant=True)
@@ -49,11 +48,11 @@ class ReadCalibration(Protocol[Read]):
         base: Path | None = None,
         trust_remote_code: bool = False,
     ) -> Read:
-        """Reads one candidate's data, or says how large it is."""
+        """Reads one candidate's data, or finds out how large it is."""
 
 
 def forward_signature(skeleton: Skeleton) -> ForwardSignature:
-    """What calibration data must know of the model class."""
+    """What preparing calibration data needs to know of the model class."""
     config = skeleton.model.config
     return ForwardSignature(
         forward_arguments=skeleton.forward_arguments(),
@@ -64,23 +63,23 @@ def forward_signature(skeleton: Skeleton) -> ForwardSignature:
 
 
 def loss_input(signature: ForwardSignature) -> str:
-    """The input that loss masks belong to."""
+    """Name of the input that loss masks belong to."""
     return "decoder_input_ids" if signature.is_encoder_decoder else "input_ids"
 
 
-def for_every_candidate(
+def read_all(
     config: MergeConfig,
     inputs: Inputs,
     read: ReadCalibration[Result],
-    keep: Callable[[Result], Result] | None = None,
+    transform: Callable[[Result], Result] | None = None,
 ) -> tuple[Result, ...]:
     """Outlines or reads the calibration data of all candidates.
 
     Args:
-        config: From `load_config`.
-        inputs: From `open_inputs`.
+        config: The configuration, from `load_config`.
+        inputs: The opened inputs, from `open_inputs`.
         read: `outline_calibration` or `load_calibration`.
-        keep: What to do with each candidate's before the next one's is read.
+        transform: Applied to each candidate's data before the next one's is read.
 
     Raises:
         CalibrationError: With the problems of all candidates.
@@ -101,7 +100,7 @@ def for_every_candidate(
                     base=base,
                     trust_remote_code=config.trust_remote_code,
                 )
-                results.append(result if keep is None else keep(result))
+                results.append(result if transform is None else transform(result))
             except CalibrationError as error:
                 problems.extend(error.problems)
     if problems:
@@ -110,46 +109,46 @@ def for_every_candidate(
 
 
 @dataclass(frozen=True)
-class OwnSamples:
-    """A rank's part of everybody's calibration data.
+class RankSamples:
+    """A rank's part of the calibration data of all candidates.
 
     Attributes:
-        calibration: By candidate; some may be without batches.
-        row_counts: By candidate and stack: rows that count, on all ranks together.
-        own_row_counts: Those of them that this rank has.
-        shares: Who has what.
+        calibration: This rank's batches of every candidate; some may have none.
+        row_counts: Number of valid rows by candidate and stack, on all ranks together.
+        own_row_counts: Number of valid rows by candidate and stack, on this rank.
+        partition: Batches of every rank.
     """
 
     calibration: tuple[CalibrationSet, ...]
     row_counts: tuple[tuple[int, ...], ...]
     own_row_counts: tuple[tuple[int, ...], ...]
-    shares: Partition
+    partition: Partition
 
 
-def share_samples(
+def partition_samples(
     calibration: Sequence[CalibrationSet],
     blocks: Sequence[BlockPlan],
     trace: ModelTrace,
     loss_input: str,
     ranks: Ranks,
-) -> OwnSamples:
-    """Gives every rank its part, so that all have about the same to do.
+) -> RankSamples:
+    """Keeps this rank's part of the calibration data; all ranks get about the same to do.
 
     Args:
-        calibration: Of all candidates, the same on every rank.
-        blocks: Of the model; they say what a token costs.
-        trace: Says which tokens count.
-        loss_input: From `loss_tokens`.
-        ranks: That share the merge.
+        calibration: Data of all candidates, the same on every rank.
+        blocks: Plans of the model's blocks, from which the cost of a token follows.
+        trace: Trace of the model, from which the valid tokens follow.
+        loss_input: Name of the input that loss masks belong to.
+        ranks: The ranks of the merge.
     """
     rows = [
         [[count_valid_rows(batch, stack, loss_input) for stack in trace.stacks] for batch in data.batches]
         for data in calibration
     ]
     costs, right_hand_sides = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows])
-    shares = partition_batches(costs, ranks.size, right_hand_sides)
-    own = shares.batches[ranks.rank]
-    return OwnSamples(
+    partition = partition_batches(costs, ranks.size, right_hand_sides)
+    own = partition.batches[ranks.rank]
+    return RankSamples(
         calibration=tuple(
             replace(data, batches=tuple(data.batches[number] for number in numbers))
             for data, numbers in zip(calibration, own, strict=True)
@@ -159,77 +158,17 @@ def share_samples(
             tuple(sum(batches[number][stack] for number in numbers) for stack in range(len(trace.stacks)))
             for batches, numbers in zip(rows, own, strict=True)
         ),
-        shares=shares,
+        partition=partition,
     )
 
 
-@dataclass(frozen=True)
-class SampleRunner:
-    """Runs blocks on the candidates' calibration data, as far as it is this rank's.
-
-    Attributes:
-        runner: Of the model.
-        samples: The data.
-        hidden_states: Between blocks.
-        stream: Whose hidden states: the candidates' own, or those of the merged model.
-    """
-
-    runner: BlockRunner
-    samples: OwnSamples
-    hidden_states: HiddenStates
-    stream: Stream
-
-    def owner(self, candidate: int) -> Hashable:
-        """Whose embeddings and the like a candidate's data goes through."""
-        return candidate if self.stream == "candidate" else MERGED
-
-    def num_rows(self, candidate: int, stack: int) -> int:
-        """Valid rows of a candidate's data in a stack, on all ranks together."""
-        return self.samples.row_counts[candidate][stack]
-
-    def num_own_rows(self, candidate: int, stack: int) -> int:
-        """Valid rows of a candidate's data in a stack on this rank."""
-        return self.samples.own_row_counts[candidate][stack]
-
-    def run(
-        self,
-        block: BlockPlan,
-        candidate: int,
-        tensors: Tensors,
-        *,
-        advance: bool,
-        watch: Sequence[str] = (),
-        on_input: OnInput | None = None,
-    ) -> Iterator[None]:
-        """Runs a block on all batches of one candidate, and pauses after each.
-
-        Args:
-            block: Which one.
-            candidate: Whose data.
-            tensors: The block's weights, by parameter name.
-            advance: Store the block's output as the next hidden states; otherwise it is run only as far as the last
-                linear of `watch`.
-            watch: Linears whose inputs are wanted, by path in the block, in the order in which they run.
-            on_input: Sees their valid rows.
-        """
-        prefix, device = block.name + ".", self.runner.device
-        weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        with self.runner.block(BlockId(block.stack, block.index), weights, self.owner(candidate)) as running:
-            del weights
-            for number, batch in enumerate(self.samples.calibration[candidate].batches):
-                self.hidden_states.ahead(self.stream, candidate, number + 1)
-                outputs = self.hidden_states.get(self.stream, candidate, number, device)
-                output = running.run(batch, outputs, watch=watch, on_input=on_input, whole=advance)
-                if advance:
-                    self.hidden_states.put(self.stream, candidate, number, block.stack, output)
-                del output, outputs
-                yield
-
-
 def check_samples(skeleton: Skeleton, trace: ModelTrace, calibration: Sequence[CalibrationSet]) -> list[str]:
-    """Token ids beyond the vocabulary, sequences longer than the model's position embeddings, and the like.
+    """Finds token ids beyond the vocabulary, sequences longer than the model's position embeddings, and the like.
 
     Every batch is run up to the first block, with embeddings that cost no memory.
+
+    Returns:
+        Problems of all candidates; empty where all data fits.
     """
     vocabulary: int | None = getattr(skeleton.model.config.get_text_config(), "vocab_size", None)
     problems = []
@@ -251,7 +190,7 @@ def _id_problems(data: CalibrationSet, vocabulary: int) -> Iterator[str]:
     names = sorted({name for batch in data.batches for name in batch.inputs if name.endswith("input_ids")})
     for name in names:
         ids = [batch.inputs[name] for batch in data.batches if batch.inputs[name].numel()]
-        lowest, highest = min(int(each.min()) for each in ids), max(int(each.max()) for each in ids)
+        lowest, highest = min(int(x.min()) for x in ids), max(int(x.max()) for x in ids)
         if lowest < 0 or highest >= vocabulary:
             yield (
                 f"{name} holds token ids from {lowest} to {highest}; expected 0 to {vocabulary - 1}, "
@@ -264,6 +203,7 @@ def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _explained(skeleton: Skeleton, batch: Batch, error: Exception) -> str:
+    """Message for a batch that the model cannot be run on."""
     shapes = {name: list(tensor.shape) for name, tensor in batch.inputs.items()}
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,13 +1,17 @@
-"""Which tensor is merged how. Every tensor of the output gets exactly one treatment, and a reason.
+"""How each tensor of the output is made, and in which dtype or quantisation it is written.
 
-solved    the method's closed-form solution
-averaged  Σ c_i W_i / Σ c_i
-base      excluded by the user: taken from the base as it is
-copied    integers and the like, which have no average: taken from the first candidate
+    skeleton, trace, config ──► plan_blocks, plan_non_block ──► a rule for every tensor, groups of linears
+                            ──► output_tensors ──► quantize_output ──► the layout of the output
 
-Which linears Transformers quantises, asked of Transformers itself.
+Every tensor gets exactly one rule, and a reason where it is not solved:
 
-Which tensors of the output are written quantised, and what its config.json says of it.
+    solved    the method's closed-form solution
+    averaged  Σ c_i W_i / Σ c_i
+    base      excluded by the user: taken from the base as it is
+    copied    integers and the like, which have no average: taken from the first candidate
+
+Linears that read the same tensor are solved together. Which linears are written quantised is asked of Transformers
+itself.
 """
 
 from __future__ import annotations
@@ -35,10 +39,13 @@ from largemerge.model.skeleton import Skeleton, linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace
 from largemerge.regression.config import MergeConfig, OutputConfig
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.solve import solve_operations
+
+_QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class MergeRule(str, Enum):
-    """How a tensor of the output comes about."""
+    """How a tensor of the output is made."""
 
     SOLVED = "solved"
     AVERAGED = "averaged"
@@ -52,9 +59,9 @@ class TensorPlan:
 
     Attributes:
         name: Parameter name in the module; the name on disk for tensors that the class has no use for.
-        rule: How it is made.
-        reason: Why it is not solved, or "".
-        dtype: It is written in.
+        rule: How the tensor is made.
+        reason: Why the tensor is not solved; "" if it is.
+        dtype: Dtype in which the tensor is written; of the plain values, where it is quantised.
     """
 
     name: str
@@ -68,9 +75,9 @@ class LinearPlan:
     """A linear whose weight is solved for.
 
     Attributes:
-        path: Its path in the block, such as `self_attn.q_proj`.
-        name: Parameter name of its weight in the module.
-        num_outputs: Number of its outputs.
+        path: Path of the linear in its block, such as `self_attn.q_proj`.
+        name: Parameter name of the weight in the module.
+        num_outputs: Number of outputs of the linear.
         dtype: Dtype in which the weight is written.
     """
 
@@ -85,22 +92,22 @@ class LinearGroup:
     """Linears of one block that read the same tensor and are solved together.
 
     Attributes:
-        leader: The linear whose input is watched, by its path in the block.
-        rows: The stack whose tokens the rows are.
-        num_inputs: Features of the shared input.
+        leader: Path in the block of the linear whose input is watched; it names the group.
+        token_stack: Stack whose tokens the rows of the input are; `None` if they are no stack's.
+        num_inputs: Number of features of the shared input.
         linears: The linears that are solved, in the order in which they run.
         transposed: Whether the weights lie `[in, out]`.
     """
 
     leader: str
-    rows: int | None
+    token_stack: int | None
     num_inputs: int
     linears: tuple[LinearPlan, ...]
     transposed: bool
 
     @property
     def outputs(self) -> dict[str, int]:
-        """Number of outputs of every linear, by its path in the block."""
+        """Path of a linear in the block → its number of outputs."""
         return {linear.path: linear.num_outputs for linear in self.linears}
 
     @property
@@ -115,13 +122,21 @@ class LinearGroup:
 
     @property
     def solve_operations(self) -> int:
-        """Of its factorisation and two triangular solves: multiplications and additions."""
-        return self.num_inputs**3 // 3 + 2 * self.num_inputs**2 * self.num_outputs
+        """Multiplications and additions of a factorisation and two triangular solves."""
+        return solve_operations(self.num_inputs, self.num_outputs)
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: where it stands, what becomes of its tensors, which linears are solved together."""
+    """One block: its tensors, and which of its linears are solved together.
+
+    Attributes:
+        stack: Index of the block's stack in the skeleton.
+        index: Index of the block in its stack.
+        name: Module path of the block.
+        tensors: Plans of the block's tensors.
+        groups: Groups of linears in the order in which the forward reaches them.
+    """
 
     stack: int
     index: int
@@ -130,23 +145,23 @@ class BlockPlan:
     groups: tuple[LinearGroup, ...]
 
     def stack_of(self, group: LinearGroup) -> int:
-        """Whose rows a group counts: the stack that its own are tokens of, else the block's."""
-        return self.stack if group.rows is None else group.rows
+        """The stack whose tokens the rows of a group's input are, else the block's own stack."""
+        return self.stack if group.token_stack is None else group.token_stack
 
 
 def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple[BlockPlan, ...]:
-    """The blocks in the order in which they run."""
+    """Plans the blocks, in the order in which they run."""
     blocks = []
     for stack_index in trace.order:
         stack = inputs.skeleton.stacks[stack_index]
         for index in range(len(stack.blocks)):
-            names = [name for name in inputs.skeleton.block_tensors(stack, index) if _exists(inputs, name)]
+            names = [name for name in inputs.skeleton.block_tensors(stack, index) if _in_any_candidate(inputs, name)]
             roles = {role.name: role for role in trace.stacks[stack_index].roles[index]}
             prefix = stack.block_name(index) + "."
             linears = linears_in(stack.blocks[index])
-            images = trace.stacks[stack_index].tokens is None
+            images = trace.stacks[stack_index].token_input is None
             tensors = [
-                _plan_tensor(config, inputs, name, _unsolvable(name.removeprefix(prefix), linears, roles, images))
+                _plan_tensor(config, inputs, name, _why_not_solvable(name.removeprefix(prefix), linears, roles, images))
                 for name in names
             ]
             groups = _plan_groups(stack.blocks[index], tensors, prefix, roles)
@@ -155,19 +170,19 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple
 
 
 def plan_non_block(config: MergeConfig, inputs: Inputs) -> tuple[TensorPlan, ...]:
-    """The tensors of no block, and those that the model class has no use for."""
+    """Plans the tensors of no block, and those that the model class has no use for."""
     known = [
         _plan_tensor(config, inputs, name, "not in a block")
         for name in inputs.skeleton.non_block_tensors()
-        if _exists(inputs, name)
+        if _in_any_candidate(inputs, name)
     ]
-    unknown = [_plan_unknown(config, inputs, key) for key in inputs.reference_names.unmapped]
+    unknown = [_plan_unmapped(config, inputs, key) for key in inputs.reference_mapping.unmapped]
     return (*known, *unknown)
 
 
 def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, OutputTensor]:
-    """What will be written: names, shapes and order of the reference, dtypes of the plan."""
-    names, reference = inputs.reference_names, inputs.reference
+    """Lays out the output: names, shapes and order of the reference, dtypes of the plans."""
+    names, reference = inputs.reference_mapping, inputs.reference
     dtypes: dict[str, torch.dtype] = {}
     for plan in plans:
         if plan.name in names.unmapped:
@@ -178,12 +193,12 @@ def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, O
 
 
 def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
-    """Tensors that candidates lack or hold in other shapes, unless the base stands in for them."""
+    """Finds tensors that candidates lack or hold in other shapes, unless they are taken from the base."""
     problems = []
     stacks = tuple(f".{stack.name}." for stack in inputs.skeleton.stacks)
-    for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
+    for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True):
         extra = [key for key in names.unmapped if any(stack in f".{key}" for stack in stacks)]
-        extra = [key for key in extra if key not in inputs.reference_names.unmapped]
+        extra = [key for key in extra if key not in inputs.reference_mapping.unmapped]
         if extra:
             some = ", ".join(extra[:3])
             problems.append(f"{checkpoint.name}: has {len(extra)} tensors in blocks that others lack, such as {some}")
@@ -192,7 +207,7 @@ def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
         if plan.name not in state or plan.rule is MergeRule.BASE:
             continue
         shapes = {}
-        for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True):
+        for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True):
             name = names.canonical(plan.name)
             if name in names.missing:
                 problems.append(f"{checkpoint.name}: has no tensor for {plan.name}, which the others have")
@@ -207,18 +222,18 @@ def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
     return problems
 
 
-def _exists(inputs: Inputs, name: str) -> bool:
+def _in_any_candidate(inputs: Inputs, name: str) -> bool:
     """Whether any candidate has the tensor, so that the output must."""
-    return any(names.canonical(name) not in names.missing for names in inputs.candidate_names)
+    return any(names.canonical(name) not in names.missing for names in inputs.candidate_mappings)
 
 
 def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str | None) -> TensorPlan:
     dtype = _output_dtype(config, inputs, name)
     if not dtype.is_floating_point:
         return TensorPlan(name, MergeRule.COPIED, "not a floating-point tensor", dtype)
-    labels = tensor_labels(inputs.reference_names, name)
+    labels = tensor_labels(inputs.reference_mapping, name)
     if _matches(config.parameters.exclude, labels):
-        base = inputs.base_names
+        base = inputs.base_mapping
         if base is None:
             return TensorPlan(name, MergeRule.AVERAGED, "excluded, and there is no base", dtype)
         if not base.has(name):
@@ -231,7 +246,8 @@ def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str
     return TensorPlan(name, MergeRule.SOLVED, "", dtype)
 
 
-def _plan_unknown(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
+def _plan_unmapped(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
+    """Plans a tensor that the model class has no use for: averaged where all candidates have it, else copied."""
     infos = [checkpoint.tensors.get(key) for checkpoint in inputs.candidates]
     reference = inputs.reference.tensors[key]
     everywhere = all(info is not None and info.shape == reference.shape for info in infos)
@@ -242,16 +258,16 @@ def _plan_unknown(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
     return TensorPlan(key, MergeRule.COPIED, "unknown to the model class", dtype)
 
 
-def _unsolvable(
+def _why_not_solvable(
     path: str, linears: Mapping[str, torch.nn.Module], roles: Mapping[str, LinearRole], images: bool
 ) -> str | None:
-    """Why a tensor of a block cannot be solved for; `None` if it can."""
+    """Why a tensor of a block cannot be solved; `None` if it can."""
     module, _, leaf = path.rpartition(".")
     if leaf != "weight" or module not in linears:
         return "not a linear's weight"
     if module not in roles:
         return "its linear is not called once per forward pass"
-    if roles[module].rows is None and not images:
+    if roles[module].token_stack is None and not images:
         return "rows of its input cannot be matched to the padding mask"
     return None
 
@@ -259,6 +275,7 @@ def _unsolvable(
 def _plan_groups(
     block: torch.nn.Module, tensors: list[TensorPlan], prefix: str, roles: Mapping[str, LinearRole]
 ) -> tuple[LinearGroup, ...]:
+    """Groups the solved linears of a block by the tensor that they read."""
     linears = linears_in(block)
     solved = {
         plan.name.removeprefix(prefix).removesuffix(".weight"): plan
@@ -276,7 +293,7 @@ def _plan_groups(
     return tuple(
         LinearGroup(
             leader=leader,
-            rows=roles[leader].rows,
+            token_stack=roles[leader].token_stack,
             num_inputs=next(iter(members.values()))[1],
             linears=tuple(
                 LinearPlan(path, solved[path].name, outputs, solved[path].dtype)
@@ -289,9 +306,10 @@ def _plan_groups(
 
 
 def _output_dtype(config: MergeConfig, inputs: Inputs, name: str) -> torch.dtype:
+    """The user's dtype for floating-point tensors, else the one that all candidates' dtypes promote to."""
     infos = [
         _info(checkpoint, names, name)
-        for checkpoint, names in zip(inputs.candidates, inputs.candidate_names, strict=True)
+        for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True)
     ]
     dtypes = [info.dtype for info in infos if info is not None]
     result = dtypes[0]
@@ -301,18 +319,13 @@ def _output_dtype(config: MergeConfig, inputs: Inputs, name: str) -> torch.dtype
 
 
 def _info(checkpoint: Checkpoint, names: KeyMapping, name: str) -> TensorInfo | None:
-    keys = _names_on_disk(names, name)
+    keys = names.keys_of(name)
     return checkpoint.tensors[keys[0]] if keys else None
 
 
 def tensor_labels(names: KeyMapping, name: str) -> set[str]:
-    """What patterns are matched with: a tensor's name in the module, and its names on disk."""
-    return {name} if name in names.unmapped else {name, *_names_on_disk(names, name)}
-
-
-def _names_on_disk(names: KeyMapping, name: str) -> list[str]:
-    on_disk = names.canonical(name)
-    return [] if on_disk in names.missing else names.disk_keys([on_disk])
+    """Names that patterns are matched with: a tensor's name in the module, and its names on disk."""
+    return {name} if name in names.unmapped else {name, *names.keys_of(name)}
 
 
 def _matches(patterns: tuple[str, ...], labels: set[str]) -> bool:
@@ -320,7 +333,7 @@ def _matches(patterns: tuple[str, ...], labels: set[str]) -> bool:
 
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
-    """The settings with which Transformers loads such a checkpoint; 4-bit weights are multiplied in `dtype`."""
+    """Makes the settings with which Transformers loads a quantised checkpoint; `dtype` is that of 4-bit products."""
     config_class: Any = BitsAndBytesConfig  # has no annotations
     if quantization.method == "int8":
         return config_class(load_in_8bit=True)
@@ -333,11 +346,11 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
 
 
 def quantized_linears(skeleton: Skeleton, quantization: Quantization) -> dict[str, bool]:
-    """Lets Transformers replace the linears of a copy of the model, as it does before it loads quantised weights.
+    """Finds the linears that Transformers quantises, by letting it replace those of a copy of the model.
 
     Args:
-        skeleton: Left as it is.
-        quantization: To be tried.
+        skeleton: The model; left as it is.
+        quantization: Format of the quantised weights.
 
     Returns:
         Module path → whether the module holds its weight `[in, out]`, for every linear that was replaced.
@@ -362,11 +375,8 @@ def quantized_linears(skeleton: Skeleton, quantization: Quantization) -> dict[st
     }
 
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 def output_quantization(config: OutputConfig) -> Quantization | None:
-    """What the configuration asks for."""
+    """The quantisation that the configuration asks for; `None` for a plain output."""
     if config.quantization is None:
         return None
     double_quant = config.quantization != "int8" and config.double_quant is not False
@@ -376,15 +386,15 @@ def output_quantization(config: OutputConfig) -> Quantization | None:
 def quantize_output(
     config: OutputConfig, inputs: Inputs, output: Mapping[str, OutputTensor]
 ) -> tuple[dict[str, OutputTensor], list[str]]:
-    """The layout of the output with the weights that Transformers would quantise laid out so.
+    """Lays out the weights that Transformers would quantise as quantised ones.
 
     Args:
-        config: `output` of the configuration.
-        inputs: From `open_inputs`.
-        output: Plain, by name on disk.
+        config: The part `output` of the configuration.
+        inputs: The opened inputs, from `open_inputs`.
+        output: The plain layout, by name on disk.
 
     Returns:
-        The layout, and what makes it impossible.
+        The layout, and problems that make it impossible.
 
     Raises:
         LargemergeError: If bitsandbytes is not installed or does not work here.
@@ -392,7 +402,7 @@ def quantize_output(
     quantization = output_quantization(config)
     if quantization is None or not output:
         return dict(output), []
-    names = inputs.reference_names
+    names = inputs.reference_mapping
     result, problems = dict(output), []
     linears = quantized_linears(inputs.skeleton, quantization)
     for path, transposed in linears.items():
@@ -407,7 +417,7 @@ def quantize_output(
         if key is None or key not in output:
             continue
         plain = output[key]
-        if plain.dtype not in _DTYPES:
+        if plain.dtype not in _QUANTIZABLE_DTYPES:
             problems.append(f"output.quantization: {key} is {dtype_name(plain.dtype)}; set dtype: bfloat16")
             continue
         how = Quantization(quantization.method, quantization.double_quant, transposed)
@@ -418,7 +428,7 @@ def quantize_output(
 
 
 def quantization_settings(config: OutputConfig, dtype: torch.dtype) -> dict[str, Any] | None:
-    """The output's `quantization_config`; `None` for a plain output."""
+    """Makes the output's `quantization_config`; `None` for a plain output."""
     quantization = output_quantization(config)
     if quantization is None:
         return None

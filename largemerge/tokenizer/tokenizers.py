@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from largemerge.checkpoint.side_files import TEMPLATE_FOLDER, TOKENIZER_FILES
+from largemerge.checkpoint.side_files import TEMPLATE_FOLDER, TOKENIZER_FILES, auto_tokenizer
 from largemerge.errors import CheckpointError
 
 Document = dict[str, Any]
@@ -72,10 +72,8 @@ def load_tokenizer(folder: Path, name: str) -> Tokenizer:
     Raises:
         CheckpointError: If Transformers does not understand the tokenizer.
     """
-    import transformers
-
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded = auto_tokenizer(folder)
     except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: the tokenizer in {folder} cannot be read: {first_line}") from None

@@ -64,26 +64,26 @@ def checkpoint(tmp_path: Path, save_tokenizer: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def text_needs() -> ForwardSignature:
+def text_signature() -> ForwardSignature:
     """A decoder-only language model."""
     return ForwardSignature(frozenset({"input_ids", "attention_mask", "position_ids"}), False, None, None)
 
 
 @pytest.fixture
-def seq2seq_needs() -> ForwardSignature:
+def seq2seq_signature() -> ForwardSignature:
     """An encoder-decoder such as T5."""
     arguments = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
     return ForwardSignature(frozenset(arguments), True, IDS["<s>"], None)
 
 
 @pytest.fixture
-def vision_needs() -> ForwardSignature:
+def vision_signature() -> ForwardSignature:
     """An image classifier."""
     return ForwardSignature(frozenset({"pixel_values"}), False, None, None)
 
 
 @pytest.fixture
-def clip_needs() -> ForwardSignature:
+def clip_signature() -> ForwardSignature:
     """A model of two towers."""
     return ForwardSignature(frozenset({"input_ids", "attention_mask", "pixel_values"}), False, None, None)
 

@@ -1,3 +1,5 @@
+"""Batches: grouped by length, padded on the right, known by a fingerprint."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,3 +1,5 @@
+"""Images, by real image processors: upright, in colour, and what is said of wrong ones."""
+
 from __future__ import annotations
 
 import io
@@ -30,8 +32,8 @@ def vision_checkpoint(tmp_path, save_image_processor):
 
 
 @pytest.fixture
-def load(make_config, vision_checkpoint, vision_needs):
-    def run(data, signature=vision_needs, checkpoint=vision_checkpoint, **settings):
+def load(make_config, vision_checkpoint, vision_signature):
+    def run(data, signature=vision_signature, checkpoint=vision_checkpoint, **settings):
         return load_calibration(make_config(data, **settings), "cars", checkpoint, signature)
 
     return run
@@ -122,13 +124,13 @@ def test_columns_of_images_and_of_bytes(load, tmp_path):
         torch.testing.assert_close(found, solid(RED, GREEN), atol=1e-6, rtol=0)
 
 
-def test_folder_with_captions(load, folder, clip_needs, vision_checkpoint, save_tokenizer, ids):
+def test_folder_with_captions(load, folder, clip_signature, vision_checkpoint, save_tokenizer, ids):
     save_tokenizer(vision_checkpoint)
     captions = {"a.png": "cat", "b.bmp": "the cat sat", "c.webp": "a mat"}
     lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
-    calibration = load(folder, clip_needs, batch_size=3)
+    calibration = load(folder, clip_signature, batch_size=3)
 
     inputs = calibration.batches[0].inputs
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
@@ -136,10 +138,10 @@ def test_folder_with_captions(load, folder, clip_needs, vision_checkpoint, save_
     torch.testing.assert_close(inputs["pixel_values"], solid(GREEN, BLUE, RED), atol=1e-6, rtol=0)
 
 
-def test_image_and_target(load, folder, seq2seq_needs, vision_checkpoint, save_tokenizer, write_jsonl, ids):
+def test_image_and_target(load, folder, seq2seq_signature, vision_checkpoint, save_tokenizer, write_jsonl, ids):
     save_tokenizer(vision_checkpoint)
     arguments = frozenset({"pixel_values", "decoder_input_ids", "decoder_attention_mask"})
-    signature = type(seq2seq_needs)(arguments, True, 1, None)
+    signature = type(seq2seq_signature)(arguments, True, 1, None)
     path = write_jsonl([{"image": "images/a.png", "words": "the cat"}])
 
     inputs = load(path, signature, target_field="words").batches[0].inputs
@@ -148,25 +150,25 @@ def test_image_and_target(load, folder, seq2seq_needs, vision_checkpoint, save_t
     assert inputs["pixel_values"].shape == (1, 3, 8, 8) and "input_ids" not in inputs
 
 
-def test_outline(folder, make_config, vision_checkpoint, vision_needs, clip_needs, save_tokenizer):
-    def outline(data, signature=vision_needs, **settings):
+def test_outline(folder, make_config, vision_checkpoint, vision_signature, clip_signature, save_tokenizer):
+    def outline(data, signature=vision_signature, **settings):
         return outline_calibration(make_config(data, **settings), "cars", vision_checkpoint, signature)
 
     assert outline(folder).inputs == {"pixel_values": ((3, 8, 8), torch.float32)}
     assert outline(folder).num_samples == 3 and outline(folder, num_samples=2).num_samples == 2
     assert outline("owner/images").inputs == {"pixel_values": ((3, 8, 8), torch.float32)}
     save_tokenizer(vision_checkpoint)
-    assert outline("owner/pairs", clip_needs).inputs == {
+    assert outline("owner/pairs", clip_signature).inputs == {
         "input_ids": ((16,), torch.int64),
         "attention_mask": ((16,), torch.int64),
         "pixel_values": ((3, 8, 8), torch.float32),
     }
 
 
-def test_outline_with_a_broken_first_image(folder, make_config, vision_checkpoint, vision_needs):
+def test_outline_with_a_broken_first_image(folder, make_config, vision_checkpoint, vision_signature):
     (folder / "a.png").write_bytes(b"x")
     with pytest.raises(CalibrationError, match=r"candidate 'cars'.*a\.png cannot be opened"):
-        outline_calibration(make_config(folder), "cars", vision_checkpoint, vision_needs)
+        outline_calibration(make_config(folder), "cars", vision_checkpoint, vision_signature)
 
 
 # Mistakes
@@ -227,7 +229,7 @@ def test_processor_that_contradicts_itself(complaint, folder, tmp_path, save_ima
     )
 
 
-def test_processor_that_makes_patches(complaint, folder, tmp_path, save_image_processor, vision_needs):
+def test_processor_that_makes_patches(complaint, folder, tmp_path, save_image_processor, vision_signature):
     patches = save_image_processor(
         tmp_path / "patches",
         image_processor_type="Qwen2VLImageProcessor",

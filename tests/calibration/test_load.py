@@ -1,3 +1,5 @@
+"""The ways in: what is read, and what the outline says beforehand."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -24,17 +26,17 @@ def files(tmp_path, write_jsonl):
     return [tmp_path / "data.jsonl", tmp_path / "data.txt", tmp_path / "data.csv", folder]
 
 
-def test_the_kind_of_file_makes_no_difference(files, make_config, checkpoint, text_needs):
-    loaded = [load_calibration(make_config(path, num_samples=3), "math", checkpoint, text_needs) for path in files]
+def test_the_kind_of_file_makes_no_difference(files, make_config, checkpoint, text_signature):
+    loaded = [load_calibration(make_config(path, num_samples=3), "math", checkpoint, text_signature) for path in files]
     assert len({calibration.fingerprint for calibration in loaded}) == 1
     assert loaded[0].num_samples == 3
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_samples": 2}, {"max_length": 3}, {"pack": True, "max_length": 4}])
-def test_outline_is_an_upper_bound(files, make_config, checkpoint, text_needs, settings):
+def test_outline_is_an_upper_bound(files, make_config, checkpoint, text_signature, settings):
     config = make_config(files[0], **settings)
-    outline = outline_calibration(config, "math", checkpoint, text_needs)
-    calibration = load_calibration(config, "math", checkpoint, text_needs)
+    outline = outline_calibration(config, "math", checkpoint, text_signature)
+    calibration = load_calibration(config, "math", checkpoint, text_signature)
 
     assert calibration.num_samples <= outline.num_samples
     for batch in calibration.batches:
@@ -45,25 +47,25 @@ def test_outline_is_an_upper_bound(files, make_config, checkpoint, text_needs, s
             assert tensor.shape[1] <= length and tensor.dtype == dtype
 
 
-def test_outline_reads_no_samples(make_config, checkpoint, text_needs, write_jsonl):
+def test_outline_reads_no_samples(make_config, checkpoint, text_signature, write_jsonl):
     config = make_config(write_jsonl(["this is no JSON"]))
-    outline = outline_calibration(config, "math", checkpoint, text_needs)
+    outline = outline_calibration(config, "math", checkpoint, text_signature)
     assert outline.num_samples == 4 and outline.batch_size == 2
     assert outline.inputs == {"input_ids": ((16,), torch.int64), "attention_mask": ((16,), torch.int64)}
 
 
-def test_outline_knows_the_tokenizers_limit_and_arguments(make_config, tmp_path, save_tokenizer, text_needs):
+def test_outline_knows_the_tokenizers_limit_and_arguments(make_config, tmp_path, save_tokenizer, text_signature):
     names = ["input_ids", "token_type_ids", "attention_mask"]
     folder = save_tokenizer(tmp_path / "bert", model_max_length=5, model_input_names=names)
-    signature = replace(text_needs, forward_arguments=text_needs.forward_arguments | {"token_type_ids"})
+    signature = replace(text_signature, forward_arguments=text_signature.forward_arguments | {"token_type_ids"})
     outline = outline_calibration(make_config("owner/texts"), "math", folder, signature)
     assert set(outline.inputs) == set(names)
     assert outline.inputs["token_type_ids"] == ((5,), torch.int64)
 
 
-def test_outline_of_an_encoder_decoder(make_config, checkpoint, seq2seq_needs, write_jsonl):
+def test_outline_of_an_encoder_decoder(make_config, checkpoint, seq2seq_signature, write_jsonl):
     path = write_jsonl([{"text": "the cat", "target": "fine"}])
-    outline = outline_calibration(make_config(path, target_field="target"), "math", checkpoint, seq2seq_needs)
+    outline = outline_calibration(make_config(path, target_field="target"), "math", checkpoint, seq2seq_signature)
     names = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
     assert outline.inputs == {name: ((16,), torch.int64) for name in names}
 
@@ -78,44 +80,44 @@ def test_outline_of_an_encoder_decoder(make_config, checkpoint, seq2seq_needs, w
         ({"data": "owner/name", "pack": True}, "has no end-of-text token"),
     ],
 )
-def test_outline_finds_mistakes(make_config, tmp_path, save_tokenizer, text_needs, settings, expected):
+def test_outline_finds_mistakes(make_config, tmp_path, save_tokenizer, text_signature, settings, expected):
     folder = save_tokenizer(tmp_path / "bare", frame="<s> $A", eos_token=None)
     with pytest.raises(CalibrationError, match=expected):
-        outline_calibration(make_config(settings.pop("data"), **settings), "math", folder, text_needs)
+        outline_calibration(make_config(settings.pop("data"), **settings), "math", folder, text_signature)
 
 
-def test_text_file_for_an_encoder_decoder(make_config, checkpoint, seq2seq_needs, tmp_path):
+def test_text_file_for_an_encoder_decoder(make_config, checkpoint, seq2seq_signature, tmp_path):
     path = tmp_path / "data.txt"
     path.write_text("the cat")
     for function in (load_calibration, outline_calibration):
         with pytest.raises(CalibrationError, match=r"add 'target_field'.*\(the columns are \['text'\]\)"):
-            function(make_config(path), "math", checkpoint, seq2seq_needs)
+            function(make_config(path), "math", checkpoint, seq2seq_signature)
 
 
-def test_numbers_must_be_set(checkpoint, text_needs):
+def test_numbers_must_be_set(checkpoint, text_signature):
     with pytest.raises(AssertionError, match="with_defaults"):
-        load_calibration(CalibrationConfig(data="data.jsonl"), "math", checkpoint, text_needs)
+        load_calibration(CalibrationConfig(data="data.jsonl"), "math", checkpoint, text_signature)
 
 
-def test_a_template_joins_columns(make_config, checkpoint, text_needs, write_jsonl, ids):
+def test_a_template_joins_columns(make_config, checkpoint, text_signature, write_jsonl, ids):
     path = write_jsonl([{"ask": "how are you", "say": "fine"}, {"ask": "hello", "say": ""}, {"ask": " ", "say": ""}])
     config = make_config(path, text_template="{ask} <assistant> {say}")
-    (batch,) = load_calibration(config, "math", checkpoint, text_needs).batches
+    (batch,) = load_calibration(config, "math", checkpoint, text_signature).batches
     assert batch.inputs["input_ids"][0].tolist() == ids("how are you <assistant> fine")
     assert batch.inputs["input_ids"][1, :2].tolist() == ids("hello <assistant>")
     assert len(batch.inputs["input_ids"]) == 2  # a row whose columns are all blank is passed over
 
 
-def test_a_template_wants_text(make_config, checkpoint, text_needs, write_jsonl):
+def test_a_template_wants_text(make_config, checkpoint, text_signature, write_jsonl):
     config = make_config(write_jsonl([{"ask": "hello", "say": 3}]), text_template="{ask} {say}")
     with pytest.raises(CalibrationError, match="row 0: 'say': expected text, found 3"):
-        load_calibration(config, "math", checkpoint, text_needs)
+        load_calibration(config, "math", checkpoint, text_signature)
 
 
-def test_the_base_lends_its_tokenizer(files, make_config, tmp_path, checkpoint, text_needs):
+def test_the_base_lends_its_tokenizer(files, make_config, tmp_path, checkpoint, text_signature):
     bare = tmp_path / "bare"
     bare.mkdir()
     with pytest.raises(CalibrationError, match="bare"):
-        load_calibration(make_config(files[0]), "math", bare, text_needs)
-    lent = load_calibration(make_config(files[0]), "math", bare, text_needs, base=checkpoint)
-    assert lent.fingerprint == load_calibration(make_config(files[0]), "math", checkpoint, text_needs).fingerprint
+        load_calibration(make_config(files[0]), "math", bare, text_signature)
+    lent = load_calibration(make_config(files[0]), "math", bare, text_signature, base=checkpoint)
+    assert lent.fingerprint == load_calibration(make_config(files[0]), "math", checkpoint, text_signature).fingerprint

@@ -1,3 +1,5 @@
+"""Ready-made tensors, used as they are, and what is said of wrong ones."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -23,10 +25,10 @@ def save(tmp_path):
 
 
 @pytest.fixture
-def complaint(save, make_config, tmp_path, text_needs):
+def complaint(save, make_config, tmp_path, text_signature):
     """The problems that a file of these tensors gives, in the outline as in loading."""
 
-    def find(tensors, signature=text_needs, **settings):
+    def find(tensors, signature=text_signature, **settings):
         config = make_config(save(tensors), **settings)
         found = []
         for function in (outline_calibration, load_calibration):
@@ -39,12 +41,12 @@ def complaint(save, make_config, tmp_path, text_needs):
     return find
 
 
-def test_tensors_are_used_as_they_are_and_in_order(save, make_config, tmp_path, text_needs):
+def test_tensors_are_used_as_they_are_and_in_order(save, make_config, tmp_path, text_signature):
     attention = torch.ones(5, 3, dtype=torch.bool)
     mask = torch.tensor([[0, 1, 1]] * 5)
     path = save({"input_ids": TOKENS, "attention_mask": attention, "loss_mask": mask})
 
-    calibration = load_calibration(make_config(path, num_samples=3), "math", tmp_path, text_needs)
+    calibration = load_calibration(make_config(path, num_samples=3), "math", tmp_path, text_signature)
 
     assert calibration.name == "math" and calibration.num_samples == 3
     first, second = calibration.batches
@@ -57,27 +59,27 @@ def test_tensors_are_used_as_they_are_and_in_order(save, make_config, tmp_path, 
     assert all(tensor.is_contiguous() for batch in calibration.batches for tensor in batch.inputs.values())
 
 
-def test_floating_tensors_keep_their_dtype(save, make_config, tmp_path, vision_needs):
+def test_floating_tensors_keep_their_dtype(save, make_config, tmp_path, vision_signature):
     pixels = torch.randn(5, 3, 4, 4).bfloat16()
     config = make_config(save({"pixel_values": pixels}))
 
-    calibration = load_calibration(config, "cars", tmp_path, vision_needs)
+    calibration = load_calibration(config, "cars", tmp_path, vision_signature)
 
     assert torch.equal(torch.cat([batch.inputs["pixel_values"] for batch in calibration.batches]), pixels[:4])
     assert calibration.batches[0].loss_mask is None
 
 
-def test_fewer_samples_than_asked_for(save, make_config, tmp_path, text_needs):
+def test_fewer_samples_than_asked_for(save, make_config, tmp_path, text_signature):
     config = make_config(save({"input_ids": TOKENS}), num_samples=100)
-    assert load_calibration(config, "math", tmp_path, text_needs).num_samples == 5
-    assert outline_calibration(config, "math", tmp_path, text_needs).num_samples == 5
+    assert load_calibration(config, "math", tmp_path, text_signature).num_samples == 5
+    assert outline_calibration(config, "math", tmp_path, text_signature).num_samples == 5
 
 
-def test_outline_reads_the_header(save, make_config, tmp_path, clip_needs):
+def test_outline_reads_the_header(save, make_config, tmp_path, clip_signature):
     tensors = {"input_ids": TOKENS, "pixel_values": torch.zeros(5, 3, 4, 4, dtype=torch.float16)}
     path = save({**tensors, "loss_mask": torch.ones(5, 3, dtype=torch.bool)})
 
-    outline = outline_calibration(make_config(path), "cars", tmp_path, clip_needs)
+    outline = outline_calibration(make_config(path), "cars", tmp_path, clip_signature)
 
     assert outline.num_samples == 4 and outline.batch_size == 2
     assert outline.inputs == {"input_ids": ((3,), torch.int64), "pixel_values": ((3, 4, 4), torch.float16)}
@@ -110,17 +112,17 @@ def test_single_number(complaint):
     )
 
 
-def test_loss_mask_of_another_shape(complaint, seq2seq_needs, vision_needs):
+def test_loss_mask_of_another_shape(complaint, seq2seq_signature, vision_signature):
     tensors = {"input_ids": TOKENS, "loss_mask": torch.ones(5, 4)}
     assert "tensor 'loss_mask' is [5, 4]; expected like 'input_ids', [5, 3]" in complaint(tensors)
     tensors = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :2].contiguous(), "loss_mask": torch.ones(5, 3)}
-    assert "expected like 'decoder_input_ids', [5, 2]" in complaint(tensors, seq2seq_needs)
+    assert "expected like 'decoder_input_ids', [5, 2]" in complaint(tensors, seq2seq_signature)
     tensors = {"pixel_values": torch.ones(5, 3, 4, 4), "loss_mask": torch.ones(5, 3)}
-    assert "expected a tensor 'input_ids' beside it" in complaint(tensors, vision_needs)
+    assert "expected a tensor 'input_ids' beside it" in complaint(tensors, vision_signature)
 
 
-def test_encoder_decoder_needs_the_decoders_tokens(complaint, seq2seq_needs):
-    assert "add a tensor 'decoder_input_ids'" in complaint({"input_ids": TOKENS}, seq2seq_needs)
+def test_encoder_decoder_needs_the_decoders_tokens(complaint, seq2seq_signature):
+    assert "add a tensor 'decoder_input_ids'" in complaint({"input_ids": TOKENS}, seq2seq_signature)
 
 
 def test_subset_is_for_datasets(complaint):
@@ -136,49 +138,51 @@ def test_subset_is_for_datasets(complaint):
         ("input_ids", torch.tensor([[1], [-100], [2]]), "has negative numbers (the least is -100)"),
     ],
 )
-def test_values(save, make_config, tmp_path, clip_needs, name, tensor, expected):
+def test_values(save, make_config, tmp_path, clip_signature, name, tensor, expected):
     with pytest.raises(CalibrationError) as caught:
-        load_calibration(make_config(save({name: tensor})), "cars", tmp_path, clip_needs)
+        load_calibration(make_config(save({name: tensor})), "cars", tmp_path, clip_signature)
     assert expected in str(caught.value)
 
 
-def test_values_beyond_num_samples_are_not_read(save, make_config, tmp_path, vision_needs):
+def test_values_beyond_num_samples_are_not_read(save, make_config, tmp_path, vision_signature):
     pixels = torch.tensor([[1.0], [2.0], [float("nan")]])
     config = make_config(save({"pixel_values": pixels}), num_samples=2)
-    assert load_calibration(config, "cars", tmp_path, vision_needs).num_samples == 2
+    assert load_calibration(config, "cars", tmp_path, vision_signature).num_samples == 2
 
 
-def test_loss_mask_values(save, make_config, tmp_path, text_needs):
+def test_loss_mask_values(save, make_config, tmp_path, text_signature):
     config = make_config(save({"input_ids": TOKENS, "loss_mask": TOKENS}))
     with pytest.raises(CalibrationError, match="'loss_mask' has other numbers than 0 and 1"):
-        load_calibration(config, "math", tmp_path, text_needs)
+        load_calibration(config, "math", tmp_path, text_signature)
 
 
-def test_loss_mask_that_keeps_everything_out(save, make_config, tmp_path, text_needs):
+def test_loss_mask_that_keeps_everything_out(save, make_config, tmp_path, text_signature):
     config = make_config(save({"input_ids": TOKENS, "loss_mask": torch.zeros(5, 3)}))
     with pytest.raises(CalibrationError, match="keeps every token of every sample out"):
-        load_calibration(config, "math", tmp_path, text_needs)
+        load_calibration(config, "math", tmp_path, text_signature)
 
 
-def test_broken_file(tmp_path, make_config, text_needs):
+def test_broken_file(tmp_path, make_config, text_signature):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"no tensors")
     with pytest.raises(CalibrationError, match=r"broken\.safetensors: not a readable \.safetensors file"):
-        load_calibration(make_config(path), "math", tmp_path, text_needs)
+        load_calibration(make_config(path), "math", tmp_path, text_signature)
 
 
-def test_settings_change_the_fingerprint(save, make_config, tmp_path, text_needs):
+def test_settings_change_the_fingerprint(save, make_config, tmp_path, text_signature):
     path = save({"input_ids": TOKENS})
     first, again, fewer = (
-        load_calibration(make_config(path, num_samples=number), "math", tmp_path, text_needs).fingerprint
+        load_calibration(make_config(path, num_samples=number), "math", tmp_path, text_signature).fingerprint
         for number in (4, 4, 3)
     )
     assert first == again != fewer
     assert len(first) == 64
 
 
-def test_decoder_tokens_may_come_as_embeddings(save, make_config, tmp_path, seq2seq_needs):
-    signature = replace(seq2seq_needs, forward_arguments=seq2seq_needs.forward_arguments | {"decoder_inputs_embeds"})
+def test_decoder_tokens_may_come_as_embeddings(save, make_config, tmp_path, seq2seq_signature):
+    signature = replace(
+        seq2seq_signature, forward_arguments=seq2seq_signature.forward_arguments | {"decoder_inputs_embeds"}
+    )
     embeddings = torch.randn(5, 2, 4)
     path = save({"input_ids": TOKENS, "decoder_inputs_embeds": embeddings, "loss_mask": torch.ones(5, 2)})
     calibration = load_calibration(make_config(path), "math", tmp_path, signature)

@@ -1,3 +1,5 @@
+"""Files, folders and datasets, and what is said of those that cannot be read."""
+
 from __future__ import annotations
 
 import io
@@ -247,9 +249,9 @@ def test_settings_that_have_no_effect(complaint, write):
     assert "one_per: 'line', but this is for .txt files; remove it" in problem
 
 
-def test_a_path_is_no_pattern(make_config, tmp_path, checkpoint, text_needs):
+def test_a_path_is_no_pattern(make_config, tmp_path, checkpoint, text_signature):
     folder = tmp_path / "a [b] *"
     folder.mkdir()
     (folder / "data.jsonl").write_text('{"text": "hello world"}\n')
     config = make_config(folder / "data.jsonl")
-    assert load_calibration(config, "math", checkpoint, text_needs).num_samples == 1
+    assert load_calibration(config, "math", checkpoint, text_signature).num_samples == 1

@@ -1,3 +1,5 @@
+"""Texts become tokens: truncated, packed, masked, with a target."""
+
 from __future__ import annotations
 
 import json
@@ -15,8 +17,8 @@ BERT = "<s> $A </s>"
 
 
 @pytest.fixture
-def load(make_config, checkpoint, text_needs):
-    def run(data, signature=text_needs, folder=checkpoint, **settings):
+def load(make_config, checkpoint, text_signature):
+    def run(data, signature=text_signature, folder=checkpoint, **settings):
         return load_calibration(make_config(data, **settings), "math", folder, signature)
 
     return run
@@ -94,19 +96,21 @@ def test_no_room_beside_the_special_tokens(complaint, write_jsonl, tmp_path, sav
         ({"pad_token": None, "eos_token": None}, None, 0),
     ],
 )
-def test_pad_token(load, write_jsonl, tmp_path, save_tokenizer, text_needs, tokenizer_options, config_pad, expected):
+def test_pad_token(
+    load, write_jsonl, tmp_path, save_tokenizer, text_signature, tokenizer_options, config_pad, expected
+):
     folder = save_tokenizer(tmp_path / "pad", **tokenizer_options)
     calibration = load(
-        write_jsonl(texts("the cat", "sat")), replace(text_needs, pad_token_id=config_pad), folder=folder
+        write_jsonl(texts("the cat", "sat")), replace(text_signature, pad_token_id=config_pad), folder=folder
     )
     assert calibration.batches[0].inputs["input_ids"][1, 1] == expected
 
 
-def test_token_types_only_where_both_sides_know_them(load, write_jsonl, tmp_path, save_tokenizer, text_needs):
+def test_token_types_only_where_both_sides_know_them(load, write_jsonl, tmp_path, save_tokenizer, text_signature):
     names = ["input_ids", "token_type_ids", "attention_mask"]
     knows = save_tokenizer(tmp_path / "knows", frame=BERT.replace("$A", "$A:1"), model_input_names=names)
     path = write_jsonl(texts("the cat", "sat"))
-    takes = replace(text_needs, forward_arguments=text_needs.forward_arguments | {"token_type_ids"})
+    takes = replace(text_signature, forward_arguments=text_signature.forward_arguments | {"token_type_ids"})
 
     inputs = load(path, takes, folder=knows).batches[0].inputs
 
@@ -243,10 +247,10 @@ def test_packing_needs_an_end_of_text(complaint, write_jsonl, tmp_path, save_tok
 # Encoder-decoder
 
 
-def test_targets_are_shifted_right(load, write_jsonl, ids, seq2seq_needs):
+def test_targets_are_shifted_right(load, write_jsonl, ids, seq2seq_signature):
     path = write_jsonl([{"text": "the cat", "target": "hello world you"}, {"text": "on a mat", "target": "fine"}])
 
-    batch = load(path, seq2seq_needs, target_field="target").batches[0]
+    batch = load(path, seq2seq_signature, target_field="target").batches[0]
 
     assert batch.inputs["input_ids"].tolist() == [ids("on a mat"), [*ids("the cat"), PAD]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -256,22 +260,22 @@ def test_targets_are_shifted_right(load, write_jsonl, ids, seq2seq_needs):
     assert batch.loss_mask is None
 
 
-def test_loss_mask_is_over_the_decoders_tokens(load, write_jsonl, seq2seq_needs):
+def test_loss_mask_is_over_the_decoders_tokens(load, write_jsonl, seq2seq_signature):
     path = write_jsonl([{"text": "the cat", "target": "hello world you", "mask": [0, 1, 1]}])
-    batch = load(path, seq2seq_needs, target_field="target", loss_mask_field="mask", max_length=2).batches[0]
+    batch = load(path, seq2seq_signature, target_field="target", loss_mask_field="mask", max_length=2).batches[0]
     assert batch.inputs["decoder_input_ids"].shape == (1, 2)
     assert batch.loss_mask is not None and batch.loss_mask.tolist() == [[False, True]]
 
 
-def test_loss_mask_of_the_encoders_length(complaint, write_jsonl, seq2seq_needs):
+def test_loss_mask_of_the_encoders_length(complaint, write_jsonl, seq2seq_signature):
     path = write_jsonl([{"text": "the cat", "target": "hello world you", "mask": [0, 1]}])
-    problem = complaint(path, seq2seq_needs, target_field="target", loss_mask_field="mask")
+    problem = complaint(path, seq2seq_signature, target_field="target", loss_mask_field="mask")
     assert "row 0: loss_mask_field: 2 numbers, but the text has 3 tokens" in problem
 
 
-def test_blank_targets_are_passed_over(load, write_jsonl, seq2seq_needs, ids):
+def test_blank_targets_are_passed_over(load, write_jsonl, seq2seq_signature, ids):
     path = write_jsonl([{"text": "the cat", "target": " "}, {"text": "a mat", "target": "fine"}])
-    assert tokens(load(path, seq2seq_needs, target_field="target")) == [ids("a mat")]
+    assert tokens(load(path, seq2seq_signature, target_field="target")) == [ids("a mat")]
 
 
 # Mistakes

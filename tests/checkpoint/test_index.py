@@ -284,14 +284,14 @@ def test_an_adapter_is_told_from_a_checkpoint(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
     (problem,) = problems_of(tmp_path)
-    assert "LoRA" in problem and "merge_and_unload" in problem
+    assert "LoRA" in problem and "model+adapter" in problem
 
 
 def test_an_adapter_beside_a_config_is_told_too(folder: Path) -> None:
     save_file({"a": torch.ones(2)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
     (problem,) = problems_of(folder)
-    assert "LoRA" in problem and "merge_and_unload" in problem
+    assert "LoRA" in problem and "model+adapter" in problem
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What ranks add up and copy while they compute."""
+"""Reduce and broadcast while ranks compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from largemerge.distributed import collectives, shared_memory
-from largemerge.distributed.collectives import AsyncCollectives, Piece, SharedMemory, cut
+from largemerge.distributed.collectives import AsyncCollectives, Chunk, SharedMemoryTransport, split_into_chunks
 from largemerge.distributed.ranks import Ranks
 from largemerge.distributed.shared_memory import Node
 from largemerge.errors import MergeError
@@ -19,13 +19,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(collectives, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(collectives, "CHUNK_BYTES", 4096)
 
 
 def some_views() -> list[torch.Tensor]:
-    """Larger than a piece, smaller, not contiguous, without elements or dimensions, of two dtypes."""
+    """Tensors larger than a chunk, smaller, not contiguous, without elements or dimensions, of two dtypes."""
     whole = torch.randn(90, 40)
     return [
         torch.randn(70, 33),
@@ -37,21 +37,21 @@ def some_views() -> list[torch.Tensor]:
     ]
 
 
-def test_pieces_hold_everything_once_and_are_small() -> None:
+def test_chunks_hold_everything_once_and_are_small() -> None:
     views = some_views()
-    pieces = list(cut(views, 4096))
-    assert all(sum(view.nbytes for view in piece) <= 4096 for piece in pieces)
-    assert all(len({view.dtype for view in piece}) == 1 for piece in pieces)
-    assert len(pieces) < sum(1 for piece in pieces for _ in piece), "small ones travel together"
-    for piece in pieces:
-        for view in piece:
+    chunks = list(split_into_chunks(views, 4096))
+    assert all(sum(view.nbytes for view in chunk) <= 4096 for chunk in chunks)
+    assert all(len({view.dtype for view in chunk}) == 1 for chunk in chunks)
+    assert len(chunks) < sum(1 for chunk in chunks for _ in chunk), "small ones share a chunk"
+    for chunk in chunks:
+        for view in chunk:
             view.zero_()
     assert all(not view.any() for view in views), "views of the tensors themselves"
-    assert sum(view.numel() for piece in pieces for view in piece) == sum(view.numel() for view in views)
+    assert sum(view.numel() for chunk in chunks for view in chunk) == sum(view.numel() for view in views)
 
 
-def on_ranks(size: int, work: Callable[[Ranks, AsyncCollectives], None]) -> None:
-    """Every rank is a thread; they meet at a barrier."""
+def on_ranks(size: int, run_collectives: Callable[[Ranks, AsyncCollectives], None]) -> None:
+    """Runs collectives on each rank, a thread; they meet at a barrier."""
     barrier = threading.Barrier(size, timeout=20)
     failures: list[BaseException] = []
 
@@ -59,9 +59,9 @@ def on_ranks(size: int, work: Callable[[Ranks, AsyncCollectives], None]) -> None
         ranks = Ranks(rank=rank, size=size)
         try:
             shared = Node(rank, tuple(range(size)), "largemerge-1-")
-            way = SharedMemory(rank, range(size), shared, lambda: barrier.wait() and None)
-            between = AsyncCollectives(ranks, way, CPU, (range(size), way))
-            work(ranks, between)
+            transport = SharedMemoryTransport(rank, range(size), shared, lambda: barrier.wait() and None)
+            between = AsyncCollectives(ranks, transport, CPU, (range(size), transport))
+            run_collectives(ranks, between)
             between.close()
         except BaseException as error:
             failures.append(error)
@@ -77,23 +77,23 @@ def on_ranks(size: int, work: Callable[[Ranks, AsyncCollectives], None]) -> None
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_shared_memory_adds_up_and_copies(size: int, tmp_path: Path) -> None:
+def test_shared_memory_reduces_and_broadcasts(size: int, tmp_path: Path) -> None:
     given = [[some_views() for _ in range(size)] for _ in range(5)]
     expected = [[sum(view.float() for view in views) for views in zip(*each, strict=True)] for each in given]
     last = given.pop()
 
-    def work(ranks: Ranks, between: AsyncCollectives) -> None:
-        orders = []
+    def run_collectives(ranks: Ranks, between: AsyncCollectives) -> None:
+        submitted = []
         for number, each in enumerate(given):
             owner = (number * 2) % size
-            orders.append(between.reduce(each[ranks.rank], owner))
-            orders.append(between.copy(each[ranks.rank], owner))
-        orders.append(between.share(last[ranks.rank]))
-        for order in orders:
-            between.wait(order)
+            submitted.append(between.reduce(each[ranks.rank], owner))
+            submitted.append(between.broadcast(each[ranks.rank], owner))
+        submitted.append(between.all_reduce(last[ranks.rank]))
+        for work in submitted:
+            between.wait(work)
         assert ranks.num_bytes == 2 * sum(view.nbytes for each in (*given, last) for view in each[ranks.rank])
 
-    on_ranks(size, work)
+    on_ranks(size, run_collectives)
     for each, totals in zip((*given, last), expected, strict=True):
         for views in each:
             for view, first, total in zip(views, each[0], totals, strict=True):
@@ -103,22 +103,22 @@ def test_shared_memory_adds_up_and_copies(size: int, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "no names are left"
 
 
-def test_after_a_failure_nothing_more_is_carried_out() -> None:
+def test_after_a_failure_nothing_more_is_sent() -> None:
     class Broken:
         calls = 0
 
-        def add_up_(self, piece: Piece, owner: int) -> None:
+        def reduce_(self, chunk: Chunk, owner: int) -> None:
             self.calls += 1
             raise MergeError("rank 1 is gone")
 
-        def copy_(self, piece: Piece, owner: int) -> None:
+        def broadcast_(self, chunk: Chunk, owner: int) -> None:
             self.calls += 1
 
-    carrier = Broken()
-    between = AsyncCollectives(Ranks(size=2), carrier, CPU)
-    orders = [between.reduce([torch.ones(2)], 0), between.copy([torch.ones(2)], 0)]
-    for order in orders:
+    transport = Broken()
+    between = AsyncCollectives(Ranks(size=2), transport, CPU)
+    submitted = [between.reduce([torch.ones(2)], 0), between.broadcast([torch.ones(2)], 0)]
+    for work in submitted:
         with pytest.raises(MergeError, match="rank 1 is gone"):
-            between.wait(order)
+            between.wait(work)
     between.close()
-    assert carrier.calls == 1
+    assert transport.calls == 1

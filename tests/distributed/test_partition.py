@@ -1,4 +1,4 @@
-"""Who gets what, and what ranks tell each other."""
+"""Batches and solves over ranks; what ranks agree on, and the devices they get."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_candidate_is_kept_whole_where_splitting_it_costs_more() -> None:
     )
 
 
-def test_a_team_is_done_with_its_candidate_at_the_same_time() -> None:
+def test_a_group_ends_with_its_candidate_at_the_same_time() -> None:
     shares = partition_batches([[6] * 2, [4] * 9, [6] * 2], 3)
     assert shares.ranks_with_data == ((0,), (0, 1, 2), (2,))
     assert shares.rank_groups == ((), (0, 1), (2,)), "rank 2 goes on with the last candidate"
@@ -91,8 +91,8 @@ def test_every_rank_gets_batches() -> None:
 
 
 def test_problems_say_whose_they_are() -> None:
-    told = join_problems([("a", "b"), ("b",), ("b", "c")])
-    assert told == ["rank 0: a", "b", "rank 2: c"]
+    joined = join_problems([("a", "b"), ("b",), ("b", "c")])
+    assert joined == ["rank 0: a", "b", "rank 2: c"]
 
 
 def test_alone_nothing_is_asked_of_anybody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Runner:
-    """A runner over tiny models that are in memory, by owner; notes what was loaded."""
+    """A runner of tiny models in memory, one for each owner; notes what was loaded."""
 
     def __init__(self, architecture: str, folder: Path, seeds: Sequence[int] = (0,)) -> None:
         self.models = {seed: tiny_models.perturbed(architecture, seed) for seed in seeds}

@@ -1,4 +1,4 @@
-"""Where hidden states wait: every store gives back what it was given, the disk without holding it meanwhile."""
+"""Stores of hidden states: each gives back what it was given, the disk without holding it in memory meanwhile."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_was_put_last_comes_back(make_store: Callable[[], Store]) -> None:
         for turn in range(3):
             for candidate in range(2):
                 for batch in range(4):
-                    states.ahead("merged", candidate, batch + 1)
+                    states.prefetch("merged", candidate, batch + 1)
                     if turn:
                         before = states.get("merged", candidate, batch, CPU)
                         assert list(before) == [0]
@@ -112,7 +112,7 @@ with HiddenStates(DiskStore(Path(sys.argv[1]))) as states:
     before = peak = memory_in_use(cpu).host_anonymous
     for turn in range(3):
         for batch in range(number):
-            states.ahead("merged", 0, batch + 1)
+            states.prefetch("merged", 0, batch + 1)
             if turn:
                 assert states.get("merged", 0, batch, cpu)[0][0] == 1000 * turn - 1000 + batch
             states.put("merged", 0, batch, 0, torch.full((size,), 1000.0 * turn + batch))

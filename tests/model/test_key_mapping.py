@@ -39,7 +39,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def reasons(case: Case) -> dict[str, dict[str, str]]:
-    """What the plan says of every tensor that is not solved."""
+    """Rule and reason of every tensor that is not solved, from the plan."""
     not_solved: dict[str, dict[str, str]] = largemerge.plan(case.config).to_json()["not_solved"]
     return not_solved
 
@@ -85,7 +85,7 @@ def test_checkpoints_under_other_names_come_out_under_them(
 
 
 def test_candidates_may_differ_in_their_names(make_case: MakeCase) -> None:
-    """The output has those of the first."""
+    """The output has the names of the first candidate."""
     case = make_case("clip_vision", ridge=0.0)
     expected = reference.merge("regmean_plusplus", case.models, case.inputs, case.weights)
     before = shapes(case.folder / "model0")

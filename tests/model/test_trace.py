@@ -131,17 +131,17 @@ def test_sliding_windows_matter_in_this_test(tmp_path: Path) -> None:
     assert not equal_trees(sliding["model.layers.0"], full["model.layers.0"])
 
 
-# What the rehearsal finds out
+# What the trace finds out
 
 
-def rehearsed(architecture: str, folder: Path, inputs: Inputs | None = None) -> tuple[Skeleton, ModelTrace]:
+def traced(architecture: str, folder: Path, inputs: Inputs | None = None) -> tuple[Skeleton, ModelTrace]:
     _, skeleton = build(architecture, folder)
     return skeleton, trace_model(skeleton, outline(inputs or padded_inputs(architecture, "right", torch.float32)))
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gemma2", "gpt2", "clip", "t5", "mixtral"])
 def test_the_skeleton_is_as_before(tmp_path: Path, name: str) -> None:
-    skeleton, _ = rehearsed(name, tmp_path)
+    skeleton, _ = traced(name, tmp_path)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(buffer.is_meta for buffer in skeleton.model.buffers())
     assert not any("forward" in vars(module) for module in skeleton.model.modules())
@@ -169,24 +169,24 @@ def groups_of(trace: ModelTrace, stack: int) -> dict[str, set[str]]:
     ],
 )
 def test_linears_that_read_the_same_tensor_are_one_group(tmp_path: Path, name: str, expected: list[set[str]]) -> None:
-    _, trace = rehearsed(name, tmp_path)
+    _, trace = traced(name, tmp_path)
     assert list(groups_of(trace, 0).values()) == expected
 
 
 def test_only_what_matters_outside_the_blocks_is_loaded(tmp_path: Path) -> None:
-    _, trace = rehearsed("llama", tmp_path)
-    assert trace.stacks[0].first == {"model.embed_tokens.weight"}
-    assert trace.stacks[0].later == frozenset()
+    _, trace = traced("llama", tmp_path)
+    assert trace.stacks[0].needed_by_first == {"model.embed_tokens.weight"}
+    assert trace.stacks[0].needed_by_later == frozenset()
 
 
 def test_an_encoders_final_norm_matters_to_the_decoder(tmp_path: Path) -> None:
-    skeleton, trace = rehearsed("t5", tmp_path)
+    skeleton, trace = traced("t5", tmp_path)
     assert [skeleton.stacks[number].name for number in trace.order] == ["encoder.block", "decoder.block"]
     encoder, decoder = (trace.stacks[number] for number in trace.order)
-    assert encoder.first == {"shared.weight"}
-    assert decoder.first == {"shared.weight", "encoder.final_layer_norm.weight"}
-    assert decoder.later == {"encoder.final_layer_norm.weight"}
-    assert (encoder.tokens, decoder.tokens) == ("input_ids", "decoder_input_ids")
+    assert encoder.needed_by_first == {"shared.weight"}
+    assert decoder.needed_by_first == {"shared.weight", "encoder.final_layer_norm.weight"}
+    assert decoder.needed_by_later == {"encoder.final_layer_norm.weight"}
+    assert (encoder.token_input, decoder.token_input) == ("input_ids", "decoder_input_ids")
 
 
 LENGTHS = [(11, 7), (7, 5), (5, 9), (9, 5), (4, 4), (3, 2), (2, 3)]
@@ -203,15 +203,15 @@ def seq2seq_inputs(lengths: tuple[int, int], seed: int = 0, num_samples: int = 2
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_cross_attention_reads_rows_of_the_encoder(tmp_path: Path, name: str, lengths: tuple[int, int]) -> None:
-    """However short the calibration samples are."""
-    _, trace = rehearsed(name, tmp_path, seq2seq_inputs(lengths))
+    """Stacks are told apart however short the calibration samples are."""
+    _, trace = traced(name, tmp_path, seq2seq_inputs(lengths))
     encoder, decoder = trace.order
     for roles in trace.stacks[decoder].roles:
-        rows = {role.name: role.rows for role in roles}
+        rows = {role.name: role.token_stack for role in roles}
         crossing = {path for path in rows if path.endswith(reference.CROSS)}
         assert len(crossing) == 2
         assert {path: rows[path] for path in rows} == {path: encoder if path in crossing else decoder for path in rows}
-    assert {role.rows for roles in trace.stacks[encoder].roles for role in roles} == {encoder}
+    assert {role.token_stack for roles in trace.stacks[encoder].roles for role in roles} == {encoder}
 
 
 @pytest.mark.parametrize("lengths", [(5, 9), (4, 4), (2, 3)])
@@ -224,7 +224,7 @@ def test_short_samples_of_an_encoder_decoder_agree_with_the_formulas(tmp_path: P
 
 
 def test_candidates_may_give_the_forward_different_things(make_case: MakeCase) -> None:
-    """One has padding masks, the other needs none."""
+    """One stack has padding masks, the other needs none."""
     case = make_case("llama", ridge=0.0)
     case.inputs[1] = tiny_models.inputs("text", 24, 1, "none")
     save_file(case.inputs[1], case.folder / "data1.safetensors")
@@ -236,7 +236,7 @@ def test_candidates_may_give_the_forward_different_things(make_case: MakeCase) -
 
 
 def refused(case: Case, error: type[Exception], match: str) -> None:
-    """By `plan` and by `merge`; nothing is written."""
+    """Both `plan` and `merge` refuse; nothing is written."""
     before = files_in(case.folder)
     for attempt in (lambda: largemerge.plan(case.config), lambda: largemerge.merge(case.config, case.folder / "out")):
         with pytest.raises(error, match=match):
@@ -314,7 +314,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 
 class GossipingLayer(tf.models.llama.modeling_llama.LlamaDecoderLayer):
-    """Tells the next block something behind the model's back."""
+    """A block that tells the next one something which does not go through its arguments."""
 
     heard = 0.0
 

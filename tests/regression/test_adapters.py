@@ -56,14 +56,14 @@ def test_adapters_merge_as_their_merged_copies(make_case: MakeCase, architecture
     load_merged(case, case.folder / "merged")
     plain = weights_in(case.folder / "model0")
     assert any(not torch.equal(merged[name], plain[name]) for name in plain), "the adapters must show"
-    told = report_of(case.folder / "merged")
+    written = report_of(case.folder / "merged")
     num_linears = len(LINEARS[architecture])
-    assert told["plan"]["adapters"] == {f"expert{i}": {"adapted": num_linears, "replaced": []} for i in range(2)}
+    assert written["plan"]["adapters"] == {f"expert{i}": {"adapted": num_linears, "replaced": []} for i in range(2)}
     lora = [weights_in(case.folder / f"lora{index}").values() for index in range(2)]
     added = sum(tensor.nbytes for tensors in lora for tensor in tensors)
     assert report.bytes_read == of_copies.bytes_read + added, "adapters are counted, each once"
     assert report.plan.bytes_read == of_copies.plan.bytes_read + added
-    files = told["inputs"]["expert0"]["files"]
+    files = written["inputs"]["expert0"]["files"]
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files.keys()
 
 

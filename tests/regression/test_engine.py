@@ -28,7 +28,7 @@ from largemerge.regression.weights import Weights
 
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
+    """Writes in the background, as on a GPU."""
     monkeypatch.setattr(Placement, "writes_in_background", lambda placement, device: placement.prefetch)
 
 
@@ -61,54 +61,54 @@ def test_a_block_is_written_while_the_next_is_merged(make_case: MakeCase, monkey
         events.append(f"written {block}")
         return written
 
-    def told(engine: Engine, block: BlockPlan, *rest: object) -> object:
+    def recorded(engine: Engine, block: BlockPlan, *rest: object) -> object:
         events.append(f"merge {block.index}")
         return merge_pass(engine, block, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Weights, "write", slow)
-    monkeypatch.setattr(Engine, "_merge_pass", told)
+    monkeypatch.setattr(Engine, "_merge_pass", recorded)
     largemerge.merge(case.config, case.folder / "out", device="cpu")
     assert events.index("write 0") < events.index("merge 1") < events.index("written 0") < events.index("write 1")
     assert events[-1].startswith("written")
 
 
-class Recorded:
-    """What is told to a GPU's streams."""
+class RecordedCuda:
+    """In the place of `torch.cuda`: records what is queued on streams."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
-        self.Stream = lambda device: SimpleNamespace(wait_event=lambda event: self.told.append("wait"))
-        self.Event = lambda: SimpleNamespace(record=lambda stream: self.told.append(f"made on {stream}"))
+        self.calls: list[str] = []
+        self.Stream = lambda device: SimpleNamespace(wait_event=lambda event: self.calls.append("wait"))
+        self.Event = lambda: SimpleNamespace(record=lambda stream: self.calls.append(f"made on {stream}"))
         self.current_stream = lambda device: "computing"
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
-        """As torch has it."""
+        """As `torch.cuda` has it."""
         yield
 
     @contextmanager
     def stream(self, stream: object) -> Iterator[None]:
-        """As torch has it."""
-        self.told.append("on its own")
+        """As `torch.cuda` has it."""
+        self.calls.append("on its own")
         yield
-        self.told.append("no longer")
+        self.calls.append("no longer")
 
 
 def test_on_a_gpu_writing_waits_for_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, done = Recorded(), list[Any]()
+    gpu, done = RecordedCuda(), list[Any]()
     monkeypatch.setattr(devices, "_cuda", gpu)
 
     def write(on_disk: Tensors) -> int:
-        gpu.told.append("written")
+        gpu.calls.append("written")
         return 4
 
-    weights: Any = SimpleNamespace(device=torch.device("cuda"), to_disk_layout=dict, write=write)
+    weights: Any = SimpleNamespace(device=torch.device("cuda"), to_disk_layout=dict, write=write, writer=object())
     clock = Clock(0.0)
     clock.begin("block")
     with BackgroundWriter(weights, clock, Ranks(), lambda *entry: done.append(entry)) as output:
         output.write({"a": torch.zeros(1)}, in_background=True)
         output.finish_block("block", {"linears": {}})
-    assert gpu.told == ["made on computing", "on its own", "wait", "written", "no longer"]
+    assert gpu.calls == ["made on computing", "on its own", "wait", "written", "no longer"]
     ((block, report),) = done
     assert block == "block" and report["bytes_written"] == 4
 

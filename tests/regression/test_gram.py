@@ -43,7 +43,7 @@ def test_sums_and_products_are_exact_but_for_rounding(dtype: torch.dtype, num_in
         gram.finish_candidate(alpha, scale)
         expected += own
     torch.testing.assert_close(gram.diagonal().double(), expected.diagonal(), rtol=2e-6, atol=0)
-    whole = gram.sum_in_both_halves()
+    whole = gram.full_sum()
     assert (whole.double() - expected).norm() / expected.norm() < 2e-6
     assert torch.equal(whole, whole.T)
 
@@ -52,12 +52,12 @@ def test_the_sum_survives_what_is_done_to_the_lower_half() -> None:
     gram = Gram(600, CPU)
     gram.add_rows(torch.randn(700, 600))
     gram.finish_candidate(1.0, 0.9)
-    before = gram.sum_in_both_halves().clone()
+    before = gram.full_sum().clone()
     for rows in panels(600):
         gram.halves_II[rows.start :, rows] = float("nan")
     vectors = torch.randn(3, 600)
     torch.testing.assert_close(gram.sum_product(vectors), vectors @ before, rtol=1e-4, atol=1e-2)
-    assert torch.equal(gram.sum_in_both_halves(), before)
+    assert torch.equal(gram.full_sum(), before)
 
 
 def test_a_candidate_without_rows_adds_nothing() -> None:

@@ -72,16 +72,16 @@ def test_killed_at_random_moments(long_case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
 def test_killed_while_blocks_are_on_their_way_to_the_disk(long_case: Case, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    behind = {processes.WRITES_BEHIND: "1"}
+    in_background = {processes.WRITES_BEHIND: "1"}
     for number in range(8, 18):
         command = merging(long_case, out, "--resume")
-        process = processes.start(command, log, number, environment=behind)
+        process = processes.start(command, log, number, environment=in_background)
         if processes.finish(process) != -signal.SIGKILL:
             break
         now = journal(out)
         assert [line["part"] for line in now] == PARTS[: len(now)]
     assert number > 9
-    code = processes.finish(processes.start(command, log, environment=behind))
+    code = processes.finish(processes.start(command, log, environment=in_background))
     check_finished_or_finished_before(long_case, out, code, log)
 
 
@@ -99,7 +99,7 @@ OLD = ("config.json", "model.safetensors", "tokenizer.json")
 
 @pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
 def test_killed_before_its_first_operation_on_a_file_then_its_second_and_so_on(long_case: Case, tmp_path: Path) -> None:
-    """From making the folder to the end of the working folder."""
+    """Every moment from making the folder to removing the working folder."""
     out, log = tmp_path / "out", tmp_path / "log"
     for number in range(1, 100):
         code = processes.run(merging(long_case, out, "--resume"), log, number)
@@ -148,7 +148,7 @@ def without_working_folder(files: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
 def test_ctrl_c_prints_a_command_that_goes_on(long_case: Case, tmp_path: Path) -> None:
-    """In a folder whose name needs quotes, with options that must be given again."""
+    """The hint holds for a folder whose name needs quotes, and repeats options that must be given again."""
     out, log = tmp_path / "the output", tmp_path / "log"
     slow = Case(json.loads(json.dumps(long_case.config)), long_case.models, long_case.inputs, tmp_path)
     slow.config["calibration"]["batch_size"] = 2

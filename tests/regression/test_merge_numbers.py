@@ -80,14 +80,14 @@ def test_tensors_outside_the_blocks_are_averaged_in_pieces(
     """A buffer that holds three and a half rows of the embedding gives what one that holds all gives."""
     case = make_case(weights=[1.0, 3.0])
     whole = merge_and_load(case, "whole")
-    monkeypatch.setattr("largemerge.regression.averages.CHUNK_BYTES", 3 * 64 + 32)
+    monkeypatch.setattr("largemerge.regression.averages.AVERAGE_CHUNK_BYTES", 3 * 64 + 32)
     assert_close(merge_and_load(case, "pieces"), whole, tolerance=0)
     expected = average(case, "model.embed_tokens.weight")
     assert torch.allclose(whole.model.embed_tokens.weight.double(), expected, atol=1e-6)
 
 
 def inputs_of(model: PreTrainedModel, name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a linear of a model reads, one row per token."""
+    """Input of a linear of a model, one row per token."""
     caught: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     with torch.no_grad():

@@ -23,7 +23,7 @@ def test_rows_say_what_the_two_methods_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"granularity": "linear"}, "granularity 'linear' is not built; expected 'block'"),
         ({"target": 1.0}, "target 1.0 is not built; expected 0"),
@@ -31,12 +31,12 @@ def test_rows_say_what_the_two_methods_are() -> None:
     ],
 )
 def test_a_row_that_asks_for_what_is_not_built_is_refused(
-    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     row = replace(METHODS["regmean_plusplus"], title="Chain", **changes)
     monkeypatch.setitem(methods.METHODS, "chain", row)
     case = make_case(num_samples=4, method="chain")
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         largemerge.merge(case.config, case.folder / "out")
     assert not (case.folder / "out").exists()
 

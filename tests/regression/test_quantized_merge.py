@@ -23,7 +23,6 @@ import largemerge
 from largemerge import CheckpointError, ConfigError, LargemergeError
 from largemerge.checkpoint.index import open_checkpoint
 from largemerge.output import OutputFolder
-from largemerge.regression.report import print_plan, print_report
 
 METHODS = ("regmean", "regmean_plusplus")
 OUTPUTS: list[dict[str, Any]] = [
@@ -126,13 +125,13 @@ def test_plan_and_report_say_what_is_quantised(make: MakeQuantized) -> None:
     report = largemerge.merge(case.config, case.folder / "merged")
     on_disk = sum(t.nbytes for i in range(3) for t in weights_in(case.folder / f"model{i}").values())
     assert plan.bytes_read == report.bytes_read == on_disk
-    assert sum(part["bytes_read"] for part in (report.outside, *report.blocks.values())) == on_disk
+    assert sum(part["bytes_read"] for part in (report.non_block, *report.blocks.values())) == on_disk
     written = report_of(case.folder / "merged")
     assert written["quantization"]["inputs"] == expected and written["quantization"]["output"] == {}
     assert not any("quantization_config" in note for note in plan.notes)
     stream = io.StringIO()
-    print_plan(plan, Console(file=stream, width=200))
-    print_report(report, "merged", Console(file=stream, width=200))
+    plan.print(Console(file=stream, width=200))
+    report.print(Console(file=stream, width=200))
     assert stream.getvalue().count("model2: 14 × nf4, double quantised") == 2
 
 
@@ -227,7 +226,7 @@ def test_regmean_is_quantised_as_transformers_would(
 @pytest.mark.parametrize("architecture", ["mixtral", "t5", "clip_vision", "vit", "bart", "gpt_neox", "phi3"])
 @pytest.mark.parametrize("output", ["nf4", "int8"])
 def test_every_kind_of_model_loads(tmp_path: Path, architecture: str, output: str) -> None:
-    """Of widths that are no whole blocks, too; what Transformers keeps plain (T5's wo, experts) is plain."""
+    """Weights of widths that are no whole blocks, too; what Transformers keeps plain (T5's wo, experts) is plain."""
     kind = tiny_models.ARCHITECTURES[architecture].kind
     models = [tiny_models.perturbed(architecture, index).to(torch.bfloat16) for index in range(2)]
     case = write_case(tmp_path, models, [tiny_models.inputs(kind, 4, index) for index in range(2)])
@@ -277,7 +276,7 @@ def test_a_resumed_merge_is_the_unbroken_one(
 
 
 def test_the_next_block_sees_the_quantised_one(make: MakeQuantized) -> None:
-    """In RegMean++ the second block is solved on what the first one, as it lies on disk, computes."""
+    """RegMean++ solves the second block on what the first one computes as it lies on disk."""
     case = make(method="regmean_plusplus")
     largemerge.merge(case.config, case.folder / "plain")
     largemerge.merge(case.config | {"output": {"quantization": "nf4"}}, case.folder / "merged")

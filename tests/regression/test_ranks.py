@@ -142,7 +142,7 @@ def test_ranks_with_different_configs_are_told_so(tmp_path: Path) -> None:
     assert [finish(process) for process in ranks] == [2, 2]
     log = (tmp_path / "rank0.log").read_text()
     assert "rank 1: config → parameters → ridge was" in log and "expected the same" in log
-    assert (tmp_path / "rank1.log").read_text() == "", "it is told once"
+    assert (tmp_path / "rank1.log").read_text() == "", "rank 0 alone prints it"
     assert not (tmp_path / "out").exists()
 
 

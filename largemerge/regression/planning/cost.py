@@ -37,17 +37,17 @@ _COLLECT = ("candidate_forward", "gram", "right_hand_side")
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second; per operation (a multiplication or an addition) or byte.
+    """Operations (multiplications or additions) and bytes that a machine does in a second.
 
     Attributes:
-        linear: Operations of a linear, in the compute dtype.
-        gram: Operations of a Gram matrix, counted as N·I².
-        product: Operations of float32 products.
-        cholesky: Operations of a Cholesky factorisation, counted as I³/3.
-        memory: Bytes copied in memory.
-        read: Bytes from the disk.
-        write: Bytes to the disk.
-        batch_seconds: Of calling a model up to a block, whatever the size.
+        linear: Operations per second of a linear, in the compute dtype.
+        gram: Operations per second of a Gram matrix, counted as N·I².
+        product: Operations per second of float32 products.
+        cholesky: Operations per second of a Cholesky factorisation, counted as I³/3.
+        memory: Bytes per second copied in memory.
+        read: Bytes per second from the disk.
+        write: Bytes per second to the disk.
+        batch_seconds: Seconds of calling a model up to a block, whatever the size.
     """
 
     linear: float
@@ -61,17 +61,17 @@ class Rates:
 
 
 NOMINAL_RATES = Rates(400e9, 200e9, 150e9, 80e9, 5e9, 1e9, 1e9, 2e-3)
-"""Of no machine in particular: placements are compared with them."""
+"""Rates of no machine in particular, at which placements are compared."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """What lies between the ranks of a merge.
+    """Connections between the ranks of a merge.
 
     Attributes:
-        bandwidth: Bytes a second at which a sum reaches its owner, or a merged weight everybody.
-        latency: Seconds that each such exchange takes, however small.
-        ranks_per_node: Ranks that share what is read from disk.
+        bandwidth: Bytes per second at which a sum reaches its owner, or a merged weight all ranks.
+        latency: Seconds that each exchange takes, however small.
+        ranks_per_node: Number of ranks that share what is read from disk.
     """
 
     bandwidth: float
@@ -86,8 +86,8 @@ def estimate_seconds(
 
     Args:
         work: What there is to do.
-        placement: How it is laid out.
-        rates: Of the machine.
+        placement: Placement of the work.
+        rates: Rates of the machine.
         writes_in_background: Whether blocks are written while the next ones are merged.
     """
     stages = dict.fromkeys(("read", "candidate_forward", "gram", "right_hand_side", "solve", "merged_forward"), 0.0)
@@ -99,12 +99,12 @@ def estimate_seconds(
 
     read_bytes = 0
     for kind in work.blocks:
-        for each in kind.in_passes(placement.passes):
-            stages["candidate_forward"] += kind.count * forward(each.forward) if each.runs else 0.0
-            stages["gram"] += kind.count * each.gram_operations / rates.gram
-            stages["right_hand_side"] += kind.count * each.right_hand_side_operations / rates.product
-            stages["solve"] += kind.count * sum(solve_seconds(group, rates) for group in each.groups)
-            read_bytes += kind.count * work.num_candidates * each.read_bytes
+        for numbers in kind.in_passes(placement.passes):
+            stages["candidate_forward"] += kind.count * forward(numbers.forward) if numbers.runs else 0.0
+            stages["gram"] += kind.count * numbers.gram_operations / rates.gram
+            stages["right_hand_side"] += kind.count * numbers.right_hand_side_operations / rates.product
+            stages["solve"] += kind.count * sum(solve_seconds(group, rates) for group in numbers.groups)
+            read_bytes += kind.count * work.num_candidates * numbers.read_bytes
         if work.forwards_merged:
             stages["merged_forward"] += kind.num_outputs_read * forward(kind.forward)
     num_bytes = sum(kind.count * kind.bytes for kind in work.blocks)
@@ -118,7 +118,7 @@ def estimate_seconds(
 def disk_seconds(
     reading: float, writing: float, computing: float, *, ahead: bool, in_background: bool
 ) -> dict[str, float]:
-    """What shows of seconds of reading and writing, where computing hides them; a tenth does in any case."""
+    """Seconds of reading and writing that computing does not hide; a tenth of them shows in any case."""
     if not in_background:
         return {"read": max(reading - computing, 0.1 * reading) if ahead else reading, "write": writing}
     both = reading + writing
@@ -134,7 +134,7 @@ def solve_seconds(group: GroupNumbers, rates: Rates) -> float:
 
 
 def _offload_seconds(work: Workload, placement: Placement, rates: Rates) -> float:
-    """Seconds of moving hidden states to where they are offloaded and back, as far as nothing hides it."""
+    """Seconds of moving hidden states to where they are offloaded and back, as far as computing does not hide it."""
     moved = work.hidden_bytes * sum(kind.num_outputs_read for kind in work.blocks) * (placement.passes + 2)
     if placement.hidden_states is OffloadTo.DEVICE:
         return 0.0
@@ -154,34 +154,35 @@ def estimate_rank_seconds(
     *,
     writes_in_background: bool = False,
 ) -> dict[str, float]:
-    """Seconds by stage, of all ranks together.
+    """Estimates the seconds of several ranks, by stage.
 
     Args:
-        whole: The work of all.
-        own: Every rank's, in order.
-        placement: Of every rank.
-        rates: Of one rank, while all are at work.
-        links: Between the ranks.
-        num_bytes: Of sums and merged weights that are exchanged.
-        writes_in_background: Blocks are written while the next ones are merged.
+        whole: The work of all ranks.
+        own: The work of each rank, in order.
+        placement: Placement of the work on every rank.
+        rates: Rates of one rank, while all compute.
+        links: Connections between the ranks.
+        num_bytes: Bytes of sums and merged weights that are exchanged.
+        writes_in_background: Whether blocks are written while the next ones are merged.
     """
     alone = estimate_seconds(whole, placement, rates)
-    each = [estimate_seconds(work, placement, rates) for work in own]
-    slowest = max(each, key=lambda stages: sum(stages[stage] for stage in _COLLECT))
+    by_rank = [estimate_seconds(work, placement, rates) for work in own]
+    slowest = max(by_rank, key=lambda stages: sum(stages[stage] for stage in _COLLECT))
     stages = {stage: slowest[stage] for stage in _COLLECT}
     stages["solve"] = _longest_solves(whole, rates, len(own))
-    stages["merged_forward"] = max(stages_of_rank["merged_forward"] for stages_of_rank in each)
+    stages["merged_forward"] = max(of_rank["merged_forward"] for of_rank in by_rank)
     stages["communicate"] = num_bytes / links.bandwidth + _num_exchanges(whole) * links.latency
-    reading = _most_read(whole, own, placement, links) / rates.read
+    reading = _max_bytes_read(whole, own, placement, links) / rates.read
     computing = sum(stages.values())
     stages |= disk_seconds(
         reading, alone["write"], computing, ahead=placement.prefetch, in_background=writes_in_background
     )
-    stages["hidden_states"] = max(stages_of_rank["hidden_states"] for stages_of_rank in each)
+    stages["hidden_states"] = max(of_rank["hidden_states"] for of_rank in by_rank)
     return stages | {"outside": alone["outside"]}
 
 
 def _longest_solves(work: Workload, rates: Rates, num_ranks: int) -> float:
+    """Seconds of the solves of all blocks, in each of them those of the rank that takes longest."""
     return sum(kind.count * _longest_solves_of(kind, rates, num_ranks) for kind in work.blocks)
 
 
@@ -198,14 +199,14 @@ def _num_exchanges(work: Workload) -> int:
     return sum(kind.count * (2 * len(kind.groups) + 2) for kind in work.blocks)
 
 
-def _most_read(whole: Workload, own: Sequence[Workload], placement: Placement, links: Links) -> int:
-    """Bytes of candidates that the node reads that reads most; the first candidate is wanted by all."""
+def _max_bytes_read(whole: Workload, own: Sequence[Workload], placement: Placement, links: Links) -> int:
+    """Bytes of candidates that one node reads, at most; the first candidate is wanted by all."""
     block_bytes = sum(
-        kind.count * each.read_bytes for kind in whole.blocks for each in kind.in_passes(placement.passes)
+        kind.count * numbers.read_bytes for kind in whole.blocks for numbers in kind.in_passes(placement.passes)
     )
-    most = 0
+    most_candidates = 0
     for first in range(0, len(own), links.ranks_per_node):
         node = own[first : first + links.ranks_per_node]
         wanted = {0} | {number for work in node for number, has_rows in enumerate(work.has_rows) if has_rows}
-        most = max(most, len(wanted))
-    return most * block_bytes
+        most_candidates = max(most_candidates, len(wanted))
+    return most_candidates * block_bytes

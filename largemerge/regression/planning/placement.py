@@ -1,13 +1,11 @@
-"""What a placement of the work holds at its peak, on host, device and disk.
+"""What a placement of the work holds at its peak, and the fastest placement that keeps the limits.
 
-A placement says where hidden states wait, in how many passes a block is solved, whether the next block is read ahead,
-and how many samples run at once. On the CPU everything is host memory.
+    Workload, limits ──► every placement ──► footprint, cost ──► choose_placement ──► Choice, and why
 
-Choosing where things are held: the fastest placement that keeps the limits, and why.
-
-All placements are compared: hidden states on device, host or disk; a block's linears solved at once or in passes; the
-next block read ahead or not; fewer samples at once. The choice depends on shapes and limits alone, not on how
-fast this machine is just now, so that a resumed run makes the same one.
+A placement says where hidden states are kept (device, host or disk), in how many passes a block is solved, whether the
+next block is prefetched, and how many samples run at once. On the CPU everything is host memory. All placements are
+compared. The choice depends on shapes and limits alone, not on how fast this machine is just now, so that a resumed
+run makes the same one.
 """
 
 from __future__ import annotations
@@ -28,8 +26,9 @@ from largemerge.regression.planning.cost import NOMINAL_RATES, estimate_seconds
 from largemerge.regression.planning.workload import BlockNumbers, OffloadTo, PassNumbers, Placement, Workload
 
 _BITSANDBYTES_BITS = 8.5  # a byte, and a float32 scale for every 64
+_MARGIN = 0.95  # of what is free now, where the user has set no limit
 _SPARING_SHARE, _REUSING_SHARE = 0.04, 0.2  # of everything: what the allocator keeps between two uses
-_MOST_REUSING_BYTES = 2 << 30
+_MAX_REUSING_BYTES = 2 << 30
 """Larger merges spend little of their time on fresh pages, and holes between reused ones cost them more memory."""
 _LIBRARIES_BYTES = 48 << 20  # work space of matrix products, stacks of threads, shared libraries touched on the way
 
@@ -39,11 +38,11 @@ class Footprint:
     """Bytes held at the peak.
 
     Attributes:
-        host: Anonymous memory of the process.
-        device: 0 on the CPU.
-        disk: Hidden states; the output comes on top.
-        parts: What makes up the larger of host and device, at the moment of its peak.
-        sparing: Whether freed host memory goes back to the system at once (see `memory.reuse_freed_memory`).
+        host: Bytes of anonymous memory of the process.
+        device: Bytes on a GPU; 0 on the CPU.
+        disk: Bytes of hidden states on disk; the output comes on top.
+        parts: What makes up the larger of host and device, at the moment of its peak, in bytes.
+        sparing: Whether freed host memory goes back to the system at once (see `machine.reuse_freed_memory`).
     """
 
     host: int
@@ -56,21 +55,21 @@ class Footprint:
 def footprint(
     work: Workload, placement: Placement, device: torch.device, process_bytes: int, *, eight_bit: bool, limited: bool
 ) -> Footprint:
-    """What a placement holds.
+    """Computes what a placement holds at its peak.
 
     Args:
-        work: To be done.
-        placement: How.
-        device: That computes.
+        work: What there is to do.
+        placement: Placement of the work.
+        device: The device that computes.
         process_bytes: Anonymous memory of the process before the work.
-        eight_bit: Hidden states wait in 8 bits.
-        limited: The user has set the most host memory.
+        eight_bit: Whether hidden states are kept in 8 bits.
+        limited: Whether the user has limited host memory.
     """
     moments = [
         moment | {"embeddings": work.first_bytes if kind.is_first else 0}
         for kind in work.blocks
-        for each in kind.in_passes(placement.passes)
-        for moment in _moments(work, kind, each, placement)
+        for numbers in kind.in_passes(placement.passes)
+        for moment in _moments(work, kind, numbers, placement)
     ]
     computing = max(moments, key=_total)
     before_blocks = [
@@ -110,24 +109,24 @@ def _total(parts: Mapping[str, int]) -> int:
 
 
 def _with_allocator(parts: Mapping[str, int], limited: bool) -> tuple[dict[str, int], bool]:
-    """With what the allocator keeps, and whether it is to keep little."""
+    """Adds what the allocator keeps; returns also whether it is to keep little."""
     ours = sum(value for name, value in parts.items() if name != "process")
-    sparing = limited or _total(parts) > _MOST_REUSING_BYTES
+    sparing = limited or _total(parts) > _MAX_REUSING_BYTES
     return {**parts, "allocator": round(ours * (_SPARING_SHARE if sparing else _REUSING_SHARE))}, sparing
 
 
-def _moments(work: Workload, kind: BlockNumbers, each: PassNumbers, placement: Placement) -> list[dict[str, int]]:
-    """The moments of a pass when most is held: collecting, solving, and the merged block's forward pass."""
+def _moments(work: Workload, kind: BlockNumbers, numbers: PassNumbers, placement: Placement) -> list[dict[str, int]]:
+    """What is held at the peaks of a pass: while collecting, solving, and running the merged block."""
     ahead = _largest_read(work, placement.passes) if placement.prefetch else 0
     collect = {
-        "weights": each.read_bytes + each.solved_bytes + ahead + each.cast_bytes,
-        "sums": each.sums_bytes,
-        "activations": placement.samples * each.forward.sample_bytes + each.chunk_bytes,
+        "weights": numbers.read_bytes + numbers.solved_bytes + ahead + numbers.cast_bytes,
+        "sums": numbers.sums_bytes,
+        "activations": placement.samples * numbers.forward.sample_bytes + numbers.chunk_bytes,
     }
     solve = {
-        "weights": each.solved_bytes + each.largest_solved_bytes + ahead,
-        "sums": each.sums_bytes,
-        "solve": each.fallback_bytes + each.chunk_bytes,
+        "weights": numbers.solved_bytes + numbers.largest_solved_bytes + ahead,
+        "sums": numbers.sums_bytes,
+        "solve": numbers.fallback_bytes + numbers.chunk_bytes,
     }
     if not work.forwards_merged:
         return [collect, solve]
@@ -140,16 +139,21 @@ def _moments(work: Workload, kind: BlockNumbers, each: PassNumbers, placement: P
 
 
 def _largest_read(work: Workload, num_passes: int) -> int:
-    reads = [each.read_bytes for kind in work.blocks for each in kind.in_passes(num_passes)]
-    return max(reads, default=0)
-
-
-_MARGIN = 0.95  # of what is free now, where the user has set no limit
+    """Bytes of the tensors that one pass reads of a candidate, at most."""
+    return max((numbers.read_bytes for kind in work.blocks for numbers in kind.in_passes(num_passes)), default=0)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most bytes to hold, whether the user has said so, and where the disk is."""
+    """How much a process may hold.
+
+    Attributes:
+        host: Bytes of anonymous host memory, at most.
+        device: Bytes on a GPU, at most.
+        host_is_set: Whether the user has set the limit of the host.
+        device_is_set: Whether the user has set the limit of the device.
+        scratch: Folder for hidden states on disk; `None` where no output folder is known.
+    """
 
     host: int
     device: int
@@ -163,9 +167,9 @@ class Choice:
     """A placement and the reasons for it.
 
     Attributes:
-        placement: Chosen.
-        footprint: Its bytes.
-        reasons: For people.
+        placement: The chosen placement.
+        footprint: What it holds at its peak.
+        reasons: Why this placement, in sentences.
         problems: Why not even the smallest placement fits, and what would help.
     """
 
@@ -176,7 +180,7 @@ class Choice:
 
 
 def find_limits(memory: MemoryConfig, device: torch.device, out: Path | None, local_ranks: int = 1) -> Limits:
-    """What the user allows every process, else its part of what this machine has free for `local_ranks` of them."""
+    """Finds what a process may hold: the user's limits, else its part of what is free for `local_ranks` of them."""
     free_device = free_on_gpu(device, local_ranks) if device.type == "cuda" else 0
     free_host = psutil.virtual_memory().available // local_ranks + memory_in_use(device).host_anonymous
     return Limits(
@@ -188,13 +192,15 @@ def find_limits(memory: MemoryConfig, device: torch.device, out: Path | None, lo
     )
 
 
-def choose_placement(work: Workload, limits: Limits, device: torch.device, before: int, *, eight_bit: bool) -> Choice:
-    """The fastest placement that keeps the limits."""
+def choose_placement(
+    work: Workload, limits: Limits, device: torch.device, process_bytes: int, *, eight_bit: bool
+) -> Choice:
+    """Chooses the fastest placement that keeps the limits."""
     ranked = sorted(
         (
             (
                 placement,
-                footprint(work, placement, device, before, eight_bit=eight_bit, limited=limits.host_is_set),
+                footprint(work, placement, device, process_bytes, eight_bit=eight_bit, limited=limits.host_is_set),
             )
             for placement in _placements(work, device)
         ),
@@ -216,20 +222,22 @@ def choose_placement(work: Workload, limits: Limits, device: torch.device, befor
 
 
 def _placements(work: Workload, device: torch.device) -> Iterator[Placement]:
+    """All placements that can be chosen."""
     samples = work.batch_samples
     counts = [samples]
     while samples > 1:
         samples = -(-samples // 2)
         counts.append(samples)
     places = [OffloadTo.HOST, OffloadTo.DISK] if device.type == "cpu" else list(OffloadTo)
-    for waiting in places:
+    for offload in places:
         for passes in range(1, work.max_passes + 1):
             for prefetch in (True, False):
                 for count in counts:
-                    yield Placement(waiting, passes, prefetch, count)
+                    yield Placement(offload, passes, prefetch, count)
 
 
 def _cost(work: Workload, placement: Placement) -> float:
+    """Seconds that a placement would take at nominal rates."""
     return sum(estimate_seconds(work, placement, NOMINAL_RATES).values())
 
 
@@ -237,21 +245,18 @@ def _exceeded(needed: Footprint, limits: Limits, device: torch.device, free_disk
     """What a placement has too little of, in words that follow `would`."""
     found = []
     if needed.host > limits.host:
-        found.append(f"hold {gib(needed.host)} of host memory ({_what(limits.host_is_set)} {gib(limits.host)})")
+        found.append(f"hold {gib(needed.host)} of host memory ({_limit_words(limits.host_is_set)} {gib(limits.host)})")
     if device.type == "cuda" and needed.device > limits.device:
-        found.append(f"hold {gib(needed.device)} on {device} ({_what(limits.device_is_set)} {gib(limits.device)})")
+        found.append(
+            f"hold {gib(needed.device)} on {device} ({_limit_words(limits.device_is_set)} {gib(limits.device)})"
+        )
     if free_disk is not None and needed.disk > free_disk:
         found.append(f"write {gib(needed.disk)} of hidden states to a disk with {gib(free_disk)} free")
     return found
 
 
-def _what(is_set: bool) -> str:
+def _limit_words(is_set: bool) -> str:
     return "the limit is" if is_set else "available are"
-
-
-def maps_inputs(memory: MemoryConfig) -> bool:
-    """Whether calibration inputs in floating point (pixels) wait in a mapped file."""
-    return memory.host is not None or memory.disk is not None
 
 
 def _free_disk(scratch: Path | None) -> int | None:
@@ -261,7 +266,7 @@ def _free_disk(scratch: Path | None) -> int | None:
 def _problems(
     work: Workload, smallest: Footprint, limits: Limits, device: torch.device, free_disk: int | None
 ) -> tuple[str, ...]:
-    """That nothing fits, and the cheapest change that would."""
+    """Says that nothing fits, and which change would help."""
     changes = []
     if smallest.host > limits.host:
         more = f"memory: {{host: {_rounded_up(smallest.host)}}}"

@@ -1,4 +1,7 @@
-"""What every rank of a merge would hold, move and compute, from shapes alone."""
+"""What every rank of a merge would hold, move and compute, from shapes alone.
+
+batches ──► partition_work: as a merge partitions them ──► RankWork ──► plan_ranks ──► RankPlan
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,13 @@ from largemerge.distributed.partition import choose_owners, partition_batches
 from largemerge.model.trace import ModelTrace
 from largemerge.regression.group_sums import multiplies_by_rows
 from largemerge.regression.planning.cost import NOMINAL_RATES, Rates, estimate_seconds
+from largemerge.regression.planning.counting import count_rows_of, stack_rows
 from largemerge.regression.planning.placement import Footprint
-from largemerge.regression.planning.workload import (
-    BatchShapes,
-    Placement,
-    RankShare,
-    Workload,
-    count_rows_of,
-    stack_rows,
-)
+from largemerge.regression.planning.workload import BatchShapes, GramGroups, Placement, Workload
 from largemerge.regression.tensor_plan import BlockPlan
 
 _OPERATIONS = Rates(1.0, 1.0, 1.0, 1.0, math.inf, math.inf, math.inf, 0.0)
-"""With these, what takes a second is one operation, and bytes take no time."""
+"""Rates at which one operation takes a second and bytes take no time, so that seconds count operations."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,14 @@ class RankPlan:
     """What one rank will do.
 
     Attributes:
-        rank: Its number.
-        num_candidates: Of which it has calibration data.
-        num_batches: Of calibration data.
-        num_rows: Tokens that count, over all stacks.
-        host: Bytes that it holds at the peak, its libraries included.
-        device: Bytes on a GPU.
-        bytes_communicated: In collective calls, given or got: sums, and merged weights.
-        operations: Multiplications and additions, its solves included.
+        rank: Number of the rank.
+        num_candidates: Number of candidates of which it has calibration data.
+        num_batches: Number of batches of calibration data.
+        num_rows: Number of tokens, padding included, over all stacks.
+        host: Bytes of host memory that one rank holds at the peak, libraries included.
+        device: Bytes that one rank holds on a GPU at the peak.
+        bytes_communicated: Bytes of sums and merged weights that go through its collective calls.
+        operations: Multiplications and additions, solves included.
     """
 
     rank: int
@@ -52,7 +49,7 @@ class RankPlan:
     operations: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The plan as plain JSON values."""
         return asdict(self)
 
 
@@ -61,10 +58,10 @@ class RankWork:
     """One rank's part of a merge.
 
     Attributes:
-        num_candidates: Of which it has calibration data.
-        num_batches: Of calibration data.
-        num_rows: Tokens, padding included, over all stacks.
-        work: What it does.
+        num_candidates: Number of candidates of which it has calibration data.
+        num_batches: Number of batches of calibration data.
+        num_rows: Number of tokens, padding included, over all stacks.
+        work: What the rank has to do.
     """
 
     num_candidates: int
@@ -73,21 +70,21 @@ class RankWork:
     work: Workload
 
 
-def share_work(
+def partition_work(
     shapes: Sequence[Sequence[BatchShapes]],
     blocks: Sequence[BlockPlan],
     trace: ModelTrace,
-    workload: Callable[[Sequence[Sequence[BatchShapes]], RankShare | None], Workload],
+    workload: Callable[[Sequence[Sequence[BatchShapes]], GramGroups | None], Workload],
     num_ranks: int,
 ) -> list[RankWork]:
-    """Gives every rank its part of the work, as a merge would.
+    """Partitions the work over ranks, as a merge would.
 
     Args:
-        shapes: By candidate: the shapes of its batches, as many samples each as run at once.
-        blocks: All blocks of the model.
-        trace: Says how many rows a batch has.
+        shapes: Shapes of the batches by candidate, as many samples each as run at once.
+        blocks: Plans of all blocks.
+        trace: Trace of the model, from which the rows of a batch follow.
         workload: Counts the work of some of the batches.
-        num_ranks: How many ranks there are.
+        num_ranks: Number of ranks.
     """
     rows = [[count_rows_of(trace, batch) for batch in batches] for batches in shapes]
     works = []
@@ -98,22 +95,22 @@ def share_work(
         own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
         num_rows = sum(rows[candidate][number] for candidate, mine in enumerate(numbers) for number in mine)
         sizes = tuple(len(rank_group) if rank in rank_group else 1 for rank_group in rank_groups)
-        # Every rank reads all of the calibration data, and keeps its part.
-        work = replace(workload(own, RankShare(total_rows, sizes)), loading_bytes=whole.loading_bytes)
+        # Every rank reads all calibration data, and keeps its part.
+        work = replace(workload(own, GramGroups(total_rows, sizes)), loading_bytes=whole.loading_bytes)
         works.append(RankWork(sum(map(bool, own)), sum(map(len, own)), num_rows, work))
     return works
 
 
 def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> tuple[list[list[float]], list[float]]:
-    """What every candidate's batches cost, to share them out evenly, in seconds of no machine in particular.
+    """Estimates what the batches cost, so that they can be partitioned evenly, in seconds at nominal rates.
 
     Args:
-        blocks: All of them.
-        rows: By candidate and batch.
+        blocks: Plans of all blocks.
+        rows: Number of rows by candidate and batch.
 
     Returns:
-        By candidate and batch; and by candidate, what does not depend on how many rows there are: its right-hand
-        sides, unless they are made row by row. The first candidate has none.
+        Costs by candidate and batch; and by candidate, the cost that does not depend on the number of rows: its
+        right-hand sides, unless they are made row by row. The first candidate has none.
     """
     groups = Counter((group.num_inputs, group.num_outputs) for block in blocks for group in block.groups)
     rates = NOMINAL_RATES
@@ -138,29 +135,29 @@ def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> t
 def plan_ranks(
     whole: Workload, works: Sequence[RankWork], held: Callable[[Workload], Footprint], placement: Placement
 ) -> tuple[RankPlan, ...]:
-    """Says what every rank does.
+    """Plans what every rank does.
 
     Args:
-        whole: The work of all.
-        works: From `share_work`.
-        held: What a rank with some work holds.
-        placement: Of every rank.
+        whole: The work of all ranks.
+        works: The work of each rank, from `partition_work`.
+        held: Computes the memory that a rank with some work holds.
+        placement: Placement of the work on every rank.
     """
     solves = _solve_operations(whole, len(works))
     moved = whole.exchanged_bytes if len(works) > 1 else 0
     plans = []
-    for rank, each in enumerate(works):
-        footprint = held(each.work)
-        stages = estimate_seconds(each.work, placement, _OPERATIONS)
+    for rank, rank_work in enumerate(works):
+        footprint = held(rank_work.work)
+        stages = estimate_seconds(rank_work.work, placement, _OPERATIONS)
         plans.append(
             RankPlan(
                 rank=rank,
-                num_candidates=each.num_candidates,
-                num_batches=each.num_batches,
-                num_rows=each.num_rows,
+                num_candidates=rank_work.num_candidates,
+                num_batches=rank_work.num_batches,
+                num_rows=rank_work.num_rows,
                 host=footprint.host,
                 device=footprint.device,
-                bytes_communicated=moved + each.work.shared_gram_bytes,
+                bytes_communicated=moved + rank_work.work.shared_gram_bytes,
                 operations=round(sum(stages.values()) - stages["solve"] + solves[rank]),
             )
         )

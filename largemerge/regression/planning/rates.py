@@ -1,11 +1,10 @@
-"""Machines that are not here: what their data sheets promise, and how much of it a merge is taken to get.
+"""The machines that a merge runs on, and their rates: measured here, or taken from data sheets.
 
-Nothing of this is measured. Rates are those of a data sheet times a share that well-made kernels reach; a plan that
-rests on them is good for choosing a machine, not for booking it to the minute.
+    this machine      measure_rates: every kind of product, copies and the disk are timed for a few seconds, at the
+                      model's own shapes, cut down where they are large
+    another cluster   Cluster.rates: the numbers of a data sheet times a share that well-made kernels reach
 
-A probe of this machine: the rates that a plan's time estimate needs, in a few seconds.
-
-Every kind of product is timed at the model's own shapes, cut down where they are large.
+A plan that rests on data sheets is good for choosing a machine, not for booking it to the minute.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from largemerge.checkpoint.index import Checkpoint
-from largemerge.checkpoint.throughput import _SECONDS, read_rate, write_rate
+from largemerge.checkpoint.throughput import PROBE_SECONDS, read_rate, write_rate
 from largemerge.errors import ConfigError
 from largemerge.matmul import product
 from largemerge.regression.gram import Gram, float32_means_float32
@@ -30,10 +29,11 @@ from largemerge.regression.planning.placement import Limits
 from largemerge.regression.planning.workload import ProbeShapes
 from largemerge.regression.solve import cholesky_
 
-_GPU_SHARE = 0.92  # of its memory; the rest is the driver's, the libraries', and what fragments
-_PROCESS_BYTES = 2 << 30  # of a process that has imported everything and holds a CUDA context
+_GPU_SHARE = 0.92  # of a GPU's memory; the rest is the driver's, the libraries', and lost to fragmentation
+_PROCESS_BYTES = 2 << 30  # host memory of a process that has imported everything and holds a CUDA context
 _MATRIX_SHARE, _FLOAT32_SHARE, _CHOLESKY_SHARE, _MEMORY_SHARE, _LINK_SHARE = 0.6, 0.7, 0.3, 0.8, 0.8
-_BATCH_SECONDS = 2e-3  # of Python and small kernels on the way to a block
+_BATCH_SECONDS = 2e-3  # Python and small kernels on the way to a block
+_MAX_FEATURES, _MAX_ROWS = 2048, 2048  # of the products that are timed here
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(bit|B)(?:/s|ps)?\s*")
 
 
@@ -42,11 +42,11 @@ class Gpu:
     """A GPU as its maker describes it.
 
     Attributes:
-        matrix: Dense bfloat16 operations a second of its matrix units.
-        float32: Float32 operations a second outside of them.
-        bandwidth: Bytes a second of its memory.
-        memory: Bytes.
-        link: Bytes a second, one way, to another GPU of the same node.
+        matrix: Dense bfloat16 operations per second of the matrix units.
+        float32: Float32 operations per second outside the matrix units.
+        bandwidth: Bytes per second from or to the GPU's memory.
+        memory: Bytes of memory.
+        link: Bytes per second, one way, to another GPU of the same node.
     """
 
     matrix: float
@@ -71,12 +71,12 @@ class Cluster:
     """Nodes that are alike, with a rank for every GPU.
 
     Attributes:
-        num_nodes: How many.
-        gpus_per_node: How many.
-        gpu: Their kind.
-        interconnect: Bytes a second, one way, between a node and the others.
-        disk: Bytes a second that a node reads, and that the first one writes.
-        host_memory: Bytes of a node.
+        num_nodes: Number of nodes.
+        gpus_per_node: Number of GPUs in each node.
+        gpu: The kind of GPU.
+        interconnect: Bytes per second, one way, between a node and the others.
+        disk: Bytes per second that a node reads, and that the first one writes.
+        host_memory: Bytes of host memory of a node.
     """
 
     num_nodes: int
@@ -88,11 +88,11 @@ class Cluster:
 
     @property
     def num_ranks(self) -> int:
-        """One for every GPU."""
+        """Number of ranks: one for every GPU."""
         return self.num_nodes * self.gpus_per_node
 
     def limits(self) -> Limits:
-        """What a rank may hold."""
+        """How much a rank may hold."""
         return Limits(
             host=self.host_memory // self.gpus_per_node,
             device=int(self.gpu.memory * _GPU_SHARE),
@@ -102,12 +102,12 @@ class Cluster:
         )
 
     def rates(self, compute_dtype: torch.dtype) -> Rates:
-        """Of one rank; a node's disk counts as a whole."""
+        """Rates of one rank; the disk's are those of the whole node."""
         float32 = _FLOAT32_SHARE * self.gpu.float32  # TF32 is never used
         fast = float32 if compute_dtype == torch.float32 else _MATRIX_SHARE * self.gpu.matrix
         return Rates(
             linear=fast,
-            gram=fast,  # of its half below the diagonal, in the dtype of the activations
+            gram=fast,  # half of it, in the dtype of the activations
             product=float32,
             cholesky=_CHOLESKY_SHARE * self.gpu.float32,
             memory=_MEMORY_SHARE * self.gpu.bandwidth,
@@ -117,21 +117,21 @@ class Cluster:
         )
 
     def links(self) -> Links:
-        """A ring over all ranks is as fast as its slowest link."""
+        """Connections between the ranks: a ring over all of them is as fast as its slowest link."""
         slowest = self.gpu.link if self.num_nodes == 1 else min(self.gpu.link, self.interconnect)
         return Links(_LINK_SHARE * slowest, 20e-6 * math.log2(max(2, self.num_ranks)), self.gpus_per_node)
 
     @property
     def process_bytes(self) -> int:
-        """Of host memory, before anything is read."""
+        """Bytes of host memory that a process holds before anything is read."""
         return _PROCESS_BYTES
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name.
+    """Looks up a GPU by its name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: If the name is not known.
     """
     if name.lower() not in GPUS:
         raise ConfigError(f"--gpu {name}: not known; expected one of {', '.join(GPUS)}")
@@ -139,10 +139,10 @@ def find_gpu(name: str) -> Gpu:
 
 
 def parse_rate(text: str, option: str) -> float:
-    """Bytes a second from `400Gbit`, `25GB/s`, `200Gbps`.
+    """Parses bytes per second from `400Gbit`, `25GB/s`, `200Gbps`.
 
     Raises:
-        ConfigError: If it is no rate.
+        ConfigError: If the text is no rate.
     """
     match = _RATE.fullmatch(text.replace("Gbps", "Gbit").replace("Mbps", "Mbit"))
     if match is None or float(match[1]) <= 0:
@@ -153,24 +153,19 @@ def parse_rate(text: str, option: str) -> float:
 
 @dataclass(frozen=True)
 class Machines:
-    """What a merge runs on.
+    """The machines that a merge runs on.
 
     Attributes:
-        device: Every rank's kind.
-        num_ranks: How many share the merge.
-        local_ranks: How many of them share this machine.
-        cluster: Other machines than this one.
+        device: Kind of device on which every rank computes.
+        num_ranks: Number of ranks of the merge.
+        local_ranks: Number of ranks that share this machine.
+        cluster: Machines elsewhere; `None` for this one.
     """
 
     device: torch.device
     num_ranks: int = 1
     local_ranks: int = 1
     cluster: Cluster | None = None
-
-
-_MAX_FEATURES = 2048
-_MAX_ROWS = 2048
-_CALL_SECONDS = 2e-3  # of Python and small operations on the way to a block
 
 
 def measure_rates(
@@ -182,15 +177,15 @@ def measure_rates(
     *,
     at_once: int = 1,
 ) -> Rates:
-    """Times products, copies, reads and writes.
+    """Times products, copies, reads and writes on this machine.
 
     Args:
-        shapes: At which products are timed.
+        shapes: Shapes of the products that are timed.
         checkpoint: A candidate, of which some megabytes are read.
-        scratch: A folder to write a temporary file to; `None` for the system's.
-        device: That computes.
-        samples: That run at once.
-        at_once: As many ranks compute side by side, each with its part of the cores; the rates are those of one.
+        scratch: Folder to write a temporary file to; `None` for the system's.
+        device: The device that computes.
+        samples: Number of samples that run at once.
+        at_once: Number of ranks that compute side by side, each with its part of the cores; rates are those of one.
     """
     read, write = read_rate([checkpoint]), write_rate(scratch)
     if at_once == 1 or device.type != "cpu":
@@ -199,10 +194,10 @@ def measure_rates(
     torch.set_num_threads(max(1, threads // at_once))
     try:
         with ThreadPoolExecutor(at_once) as pool:
-            each = list(pool.map(lambda _: _compute_rates(shapes, device, samples), range(at_once)))
+            measured = list(pool.map(lambda _: _compute_rates(shapes, device, samples), range(at_once)))
     finally:
         torch.set_num_threads(threads)
-    mean = {name: sum(getattr(rates, name) for rates in each) / at_once for name in vars(each[0])}
+    mean = {name: sum(getattr(rates, name) for rates in measured) / at_once for name in vars(measured[0])}
     return Rates(**mean | {"read": read, "write": write})
 
 
@@ -227,16 +222,16 @@ def _compute_rates(shapes: ProbeShapes, device: torch.device, samples: int) -> R
             memory=2 * large.nbytes / _seconds(lambda: large.clone(), device),
             read=math.inf,
             write=math.inf,
-            batch_seconds=_CALL_SECONDS,
+            batch_seconds=_BATCH_SECONDS,
         )
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the median of several after one that warms up."""
+    """Seconds of one call: the median of several after one that warms up."""
     work()
     times: list[float] = []
     begin = time.perf_counter()
-    while not times or (time.perf_counter() - begin < _SECONDS and len(times) < 50):
+    while not times or (time.perf_counter() - begin < PROBE_SECONDS and len(times) < 50):
         _wait(device)
         start = time.perf_counter()
         work()

@@ -230,8 +230,8 @@ def test_a_placement_reads_in_one_line() -> None:
 def test_ranks_of_one_machine_divide_what_is_free() -> None:
     alone, one_of_four = (find_limits(MemoryConfig(), torch.device("cpu"), None, ranks) for ranks in (1, 4))
     assert one_of_four.host < 0.5 * alone.host
-    told = find_limits(MemoryConfig(host=1 << 30), torch.device("cpu"), None, 4)
-    assert told.host == 1 << 30, "what the user says is for every process"
+    limits = find_limits(MemoryConfig(host=1 << 30), torch.device("cpu"), None, 4)
+    assert limits.host == 1 << 30, "what the user says is for every process"
 
 
 def test_a_rank_holds_its_part_of_the_hidden_states(tmp_path: Path) -> None:

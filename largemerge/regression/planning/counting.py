@@ -1,0 +1,420 @@
+"""Counts what a merge has to do: rows, bytes and operations, from shapes alone.
+
+    model, tensor plans, batch shapes ──► measure_workload ──► Workload
+
+This is the only place where planning looks at blocks, linears and sums. Multiplications and additions:
+
+    candidate forward   2·N·I·O for every linear that is reached, and attention 4·N·T·I
+    Gram                N·I²             half of it, for it is symmetric
+    right-hand side     2·I²·O, or 4·N·I·O where that is less, for all candidates but the first
+    solve               I³/3 + 2·I²·O
+    merged forward      like a candidate's, all linears
+
+Shapes: N rows of one candidate, T rows of one sample, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from largemerge.calibration import CalibrationOutline, CalibrationSet
+from largemerge.model.skeleton import linears_in, weight_is_transposed
+from largemerge.model.trace import LinearRole, ModelTrace, StackTrace
+from largemerge.regression.averages import AVERAGE_CHUNK_BYTES
+from largemerge.regression.config import MergeConfig
+from largemerge.regression.gram import GRAM_DTYPE, panels
+from largemerge.regression.group_sums import DIFFERENCE_CHUNK_BYTES, multiplies_by_rows, sketch_bytes, sums_bytes
+from largemerge.regression.inputs import Inputs
+from largemerge.regression.methods import RegressionMethod
+from largemerge.regression.passes import BlockPass, block_passes
+from largemerge.regression.planning.workload import (
+    BatchShapes,
+    BlockNumbers,
+    ForwardNumbers,
+    GramGroups,
+    GroupNumbers,
+    PassNumbers,
+    ProbeShapes,
+    Workload,
+)
+from largemerge.regression.solve import may_need_float64
+from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule, TensorPlan
+
+_MEMORY_TRIPS = 6  # a value that a linear computes is read or written this often, by activations, norms, additions
+
+
+def batch_shapes(
+    outlines: Sequence[CalibrationOutline], calibration: Sequence[CalibrationSet] | None
+) -> list[list[BatchShapes]]:
+    """Shapes of every batch of every candidate, from the data if it has been read, else from the outlines."""
+    if calibration is not None:
+        return [
+            [{name: tuple(tensor.shape) for name, tensor in batch.inputs.items()} for batch in data.batches]
+            for data in calibration
+        ]
+    batches: list[list[BatchShapes]] = []
+    for outline in outlines:
+        sizes = [outline.batch_size] * (outline.num_samples // outline.batch_size)
+        sizes += [outline.num_samples % outline.batch_size] if outline.num_samples % outline.batch_size else []
+        batches.append([{name: (size, *shape) for name, (shape, _) in outline.inputs.items()} for size in sizes])
+    return batches
+
+
+def measure_workload(
+    config: MergeConfig,
+    inputs: Inputs,
+    trace: ModelTrace,
+    blocks: Sequence[BlockPlan],
+    non_block: Sequence[TensorPlan],
+    shapes: Sequence[Sequence[BatchShapes]],
+    gram_groups: GramGroups | None = None,
+) -> Workload:
+    """Counts what a merge, or one rank of it, has to do with some calibration batches.
+
+    Args:
+        config: The configuration.
+        inputs: The opened inputs.
+        trace: Trace of the model.
+        blocks: Plans of all blocks.
+        non_block: Plans of the tensors outside the blocks.
+        shapes: Shapes of the batches, by candidate.
+        gram_groups: Groups of ranks that add up Gram matrices; `None` where the batches are all there are.
+    """
+    method, maps_inputs = config.method, config.memory.maps_inputs
+    dtype, state = inputs.skeleton.dtype, inputs.skeleton.model.state_dict()
+    non_block_bytes = sum(state[plan.name].numel() * plan.dtype.itemsize for plan in non_block if plan.name in state)
+    batches = [batch for of_candidate in shapes for batch in of_candidate]
+    hidden = [_hidden_bytes(trace, batch, dtype) for batch in batches]
+    floating = [sum(_input_bytes(batch, floating=True) for batch in of_candidate) for of_candidate in shapes]
+    rows = stack_rows(trace, shapes)
+    sample_rows = _sample_rows(trace, batches)
+    kinds = _kinds(inputs, trace, blocks)
+    counter = _BlockCounter(
+        method=method,
+        off_diagonal_scale=config.parameters.off_diagonal_scale,
+        dtype=dtype,
+        num_candidates=len(inputs.candidates),
+        rows=rows,
+        sample_rows=sample_rows,
+        gram_groups=gram_groups,
+    )
+    return Workload(
+        num_candidates=len(inputs.candidates),
+        forwards_merged=method.forwards_merged,
+        hidden_itemsize=dtype.itemsize,
+        blocks=tuple(counter.block(kind) for kind in kinds),
+        has_rows=tuple(any(of_candidate.values()) for of_candidate in rows),
+        batch_samples=max((_num_samples(batch) for batch in batches), default=1),
+        num_batches=len(batches),
+        sample_hidden_bytes=max(
+            (size // _num_samples(batch) for size, batch in zip(hidden, batches, strict=True)), default=0
+        ),
+        hidden_bytes=sum(hidden),
+        input_bytes=sum(_input_bytes(batch, floating=False) for batch in batches)
+        + (0 if maps_inputs else sum(floating)),
+        loading_bytes=max(floating) if maps_inputs else 0,
+        first_bytes=dtype.itemsize
+        * max(sum(state[name].numel() for name in stack.needed_by_first) for stack in trace.stacks),
+        non_block_bytes=non_block_bytes,
+        non_block_buffer_bytes=min(non_block_bytes, 8 * AVERAGE_CHUNK_BYTES),
+        adapter_bytes=inputs.adapter_bytes,
+        probe=_probe_shapes(kinds, sample_rows, dtype),
+    )
+
+
+def count_rows_of(trace: ModelTrace, batch: BatchShapes) -> int:
+    """Counts the rows of a batch, over all stacks, padding included."""
+    return sum(_num_rows(stack, batch) for stack in trace.stacks)
+
+
+def split_shapes(shapes: Sequence[Sequence[BatchShapes]], max_samples: int) -> list[list[BatchShapes]]:
+    """Splits batches into ones of at most `max_samples` samples."""
+    return [
+        [
+            {name: (min(max_samples, total - start), *shape[1:]) for name, shape in batch.items()}
+            for batch in of_candidate
+            for total in [_num_samples(batch)]
+            for start in range(0, total, max_samples)
+        ]
+        for of_candidate in shapes
+    ]
+
+
+def stack_rows(trace: ModelTrace, shapes: Sequence[Sequence[BatchShapes]]) -> tuple[dict[int, int], ...]:
+    """Counts the rows of all batches, padding included, by candidate and stack."""
+    return tuple(
+        {number: sum(_num_rows(trace.stacks[number], batch) for batch in of_candidate) for number in trace.order}
+        for of_candidate in shapes
+    )
+
+
+@dataclass(frozen=True)
+class _BlockKind:
+    """Blocks that are alike: the plan of one of them, and the shapes of its tensors.
+
+    Attributes:
+        block: Plan of one of the blocks.
+        roles: The block's linears in the order in which the forward reaches them.
+        sizes: Parameter name → number of elements.
+        linears: Path of a linear in the block → number of inputs, number of outputs.
+        count: Number of blocks of this kind.
+        num_outputs_read: Number of blocks of this kind whose output is read by a later one.
+    """
+
+    block: BlockPlan
+    roles: tuple[LinearRole, ...]
+    sizes: Mapping[str, int]
+    linears: Mapping[str, tuple[int, int]]
+    count: int
+    num_outputs_read: int
+
+    def bytes_of(self, names: Sequence[str], dtype: torch.dtype | None = None) -> int:
+        """Bytes of some tensors of a block, as they are written or in one dtype."""
+        dtypes = {plan.name: dtype or plan.dtype for plan in self.block.tensors}
+        return sum(self.sizes[name] * dtypes[name].itemsize for name in names)
+
+    def cast_bytes(self, names: Sequence[str], dtype: torch.dtype) -> int:
+        """Bytes of the copies of some tensors in the forward's dtype, where that is not the stored one."""
+        wanted = set(names)
+        return self.bytes_of([p.name for p in self.block.tensors if p.dtype != dtype and p.name in wanted], dtype)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors of the block."""
+        return [plan.name for plan in self.block.tensors]
+
+    def reached(self, until: str | None, *, order_only: bool) -> list[str]:
+        """Paths of the linears that a forward pass runs before it stops at `until`; of all, if it does not stop."""
+        order = [role.name for role in self.roles]
+        if until is None:
+            return order if order_only else list(self.linears)
+        return order[: order.index(until)] if until in order else []
+
+
+@dataclass(frozen=True)
+class _BlockCounter:
+    """Counts what the blocks of one kind take.
+
+    Attributes:
+        method: The method's row in the table.
+        off_diagonal_scale: The factor s on a Gram's off-diagonal.
+        dtype: Dtype of the forward passes.
+        num_candidates: Number of candidates.
+        rows: Number of rows by candidate and stack.
+        sample_rows: Number of rows of one sample, at most, by stack.
+        gram_groups: Groups of ranks that add up Gram matrices; `None` where there is one rank.
+    """
+
+    method: RegressionMethod
+    off_diagonal_scale: float
+    dtype: torch.dtype
+    num_candidates: int
+    rows: Sequence[Mapping[int, int]]
+    sample_rows: Mapping[int, int]
+    gram_groups: GramGroups | None
+
+    def block(self, kind: _BlockKind) -> BlockNumbers:
+        """Counts what one kind of block takes."""
+        groups = tuple(map(_group_numbers, kind.block.groups))
+        return BlockNumbers(
+            count=kind.count,
+            num_outputs_read=kind.num_outputs_read,
+            is_first=kind.block.index == 0,
+            bytes=kind.bytes_of(kind.names),
+            cast_bytes=kind.cast_bytes(kind.names, self.dtype),
+            forward=self._forward(kind, None, collects=False),
+            groups=groups,
+            exchanged_bytes=self._exchanged_bytes(kind),
+            shared_gram_bytes=self._shared_gram_bytes(kind.block),
+            passes=tuple(self._passes(kind, num_passes) for num_passes in range(1, max(1, len(groups)) + 1)),
+        )
+
+    def _passes(self, kind: _BlockKind, num_passes: int) -> tuple[PassNumbers, ...]:
+        """Counts what each of `num_passes` passes over a block takes."""
+        advances = self.method.advances_while_collecting
+        passes = block_passes(kind.block, kind.roles, num_passes, advances=advances)
+        return tuple(self._pass(kind, block_pass, advances=advances and block_pass.last) for block_pass in passes)
+
+    def _pass(self, kind: _BlockKind, block_pass: BlockPass, *, advances: bool) -> PassNumbers:
+        """Counts what one pass over a block takes."""
+        solved = [linear.name for group in block_pass.groups for linear in group.linears]
+        all_solved = {linear.name for group in kind.block.groups for linear in group.linears}
+        averaged = (
+            sum(kind.sizes[name] for name in kind.names if name not in all_solved) * 4 if block_pass.averages else 0
+        )
+        until = None if advances else (block_pass.groups[-1].leader if block_pass.groups else "")
+        largest_group = max((4 * group.num_inputs * group.num_outputs for group in block_pass.groups), default=0)
+        stacks = [(group, kind.block.stack_of(group)) for group in block_pass.groups]
+        return PassNumbers(
+            read_bytes=kind.bytes_of(block_pass.tensor_names),
+            cast_bytes=kind.cast_bytes(block_pass.tensor_names, self.dtype),
+            solved_bytes=kind.bytes_of(solved),
+            largest_solved_bytes=max((kind.bytes_of([name]) for name in solved), default=0),
+            sums_bytes=averaged + sum(map(sums_bytes, block_pass.groups)),
+            chunk_bytes=3 * min(DIFFERENCE_CHUNK_BYTES, largest_group),
+            fallback_bytes=self._fallback_bytes(max((group.num_inputs for group in block_pass.groups), default=0)),
+            runs=bool(block_pass.groups) or advances,
+            forward=self._forward(kind, until, collects=True),
+            gram_operations=sum(rows[stack] * group.num_inputs**2 for group, stack in stacks for rows in self.rows),
+            right_hand_side_operations=sum(
+                self._right_hand_side_factor(candidate, stack, group.num_inputs) * group.num_inputs * group.num_outputs
+                for group, stack in stacks
+                for candidate in range(1, len(self.rows))
+            ),
+            groups=tuple(map(_group_numbers, block_pass.groups)),
+        )
+
+    def _forward(self, kind: _BlockKind, until: str | None, *, collects: bool) -> ForwardNumbers:
+        """Counts running all candidates' data through a block, up to the linear `until`, and a Gram's float32 rows."""
+        order = [role.name for role in kind.roles]
+        reached = kind.reached(until, order_only=False)
+        stack = kind.block.stack
+        rows = sum(of_candidate[stack] for of_candidate in self.rows)
+        weights = sum(kind.linears[path][0] * kind.linears[path][1] for path in reached)
+        first_width = kind.linears[order[0]][0] if order else 0
+        attention = 4 * self.sample_rows[stack] * first_width if len(reached) > 2 else 0
+        features = sum(kind.linears[path][1] for path in reached) + 2 * first_width
+        held = sum(kind.linears[path][1] for path in kind.reached(until, order_only=True))
+        widest_group = max((group.num_inputs for group in kind.block.groups), default=0)
+        widest = max((sizes[0] for sizes in kind.linears.values()), default=0)
+        float32_rows = 4 * widest_group if collects and until is not None else 0
+        row_bytes = (held + 4 * widest) * self.dtype.itemsize + float32_rows
+        return ForwardNumbers(
+            operations=rows * (2 * weights + attention),
+            moved_bytes=_MEMORY_TRIPS * rows * features * self.dtype.itemsize,
+            sample_bytes=self.sample_rows[stack] * row_bytes,
+        )
+
+    def _right_hand_side_factor(self, candidate: int, stack: int, num_inputs: int) -> float:
+        """Operations of a candidate's right-hand side, for each pair of an input and an output."""
+        rows = self.rows[candidate][stack]
+        groups = self.gram_groups
+        if rows and groups is not None and groups.group_sizes[candidate] > 1:
+            whole = not multiplies_by_rows(groups.total_rows[candidate][stack], num_inputs)
+            return 2 * num_inputs / groups.group_sizes[candidate] if whole else 4 * rows
+        return 4 * rows if multiplies_by_rows(rows, num_inputs) else 2 * num_inputs
+
+    def _fallback_bytes(self, num_inputs: int) -> int:
+        """Bytes of a second attempt in float64; of eigenvectors, where there are fewer tokens than inputs."""
+        max_rank = sum(max(rows.values()) for rows in self.rows)
+        if self.off_diagonal_scale == 1 and max_rank < num_inputs:
+            return 32 * num_inputs**2
+        return 8 * num_inputs**2 if may_need_float64(num_inputs, self.off_diagonal_scale) else 0
+
+    def _exchanged_bytes(self, kind: _BlockKind) -> int:
+        """Bytes of sums, solved weights and averages of one block that ranks exchange."""
+        averaged = [plan.name for plan in kind.block.tensors if plan.rule is MergeRule.AVERAGED]
+        total = 2 * kind.bytes_of(averaged, GRAM_DTYPE)  # reduced to one rank, broadcast to all
+        for group in kind.block.groups:
+            size, outputs = group.num_inputs, group.num_outputs
+            total += (
+                GRAM_DTYPE.itemsize * (_exchanged_elements(size) + size * outputs)
+                + group.mean_dtype.itemsize * size * outputs
+            )
+            total += self.num_candidates * sketch_bytes(len(group.linears))
+            total += sum(linear.dtype.itemsize * size * linear.num_outputs for linear in group.linears)
+        return total
+
+    def _shared_gram_bytes(self, block: BlockPlan) -> int:
+        """Bytes of Gram matrices of one block that this rank all-reduces."""
+        if self.gram_groups is None:
+            return 0
+        shared = [number for number, size in enumerate(self.gram_groups.group_sizes) if size > 1 and number > 0]
+        total = 0
+        for group in block.groups:
+            rows = [self.gram_groups.total_rows[number][block.stack_of(group)] for number in shared]
+            whole = sum(not multiplies_by_rows(count, group.num_inputs) for count in rows)
+            total += 2 * whole * GRAM_DTYPE.itemsize * _exchanged_elements(group.num_inputs)
+        return total
+
+
+def _group_numbers(group: LinearGroup) -> GroupNumbers:
+    return GroupNumbers(group.leader, group.num_inputs, group.num_outputs)
+
+
+def _exchanged_elements(size: int) -> int:
+    """Number of elements of a Gram matrix that are exchanged: those on and above its diagonal panels."""
+    return sum((size - piece.start) * (piece.stop - piece.start) for piece in panels(size))
+
+
+def _probe_shapes(kinds: Sequence[_BlockKind], sample_rows: Mapping[int, int], dtype: torch.dtype) -> ProbeShapes:
+    """Shapes of the kind of blocks that most of the model's parameters belong to."""
+    kind = max(kinds, key=lambda kind: sum(kind.sizes.values()) * kind.count)
+    inputs, outputs = max(kind.linears.values(), key=lambda shape: shape[0] * shape[1], default=(1, 1))
+    gram_size = max((group.num_inputs for group in kind.block.groups), default=inputs)
+    return ProbeShapes(sample_rows[kind.block.stack], inputs, outputs, gram_size, dtype)
+
+
+def _kinds(inputs: Inputs, trace: ModelTrace, blocks: Sequence[BlockPlan]) -> tuple[_BlockKind, ...]:
+    """Groups blocks whose tensors, linears and roles are alike."""
+    state = inputs.skeleton.model.state_dict()
+    found: dict[object, list[BlockPlan]] = {}
+    for block in blocks:
+        prefix = len(block.name)
+        tensors = [(plan.name[prefix:], plan.rule, plan.dtype, state[plan.name].shape) for plan in block.tensors]
+        groups = [(group.leader, group.num_inputs, *group.outputs.items()) for group in block.groups]
+        roles = trace.stacks[block.stack].roles[block.index]
+        found.setdefault((block.stack, repr(tensors), repr(groups), roles), []).append(block)
+    kinds = []
+    for members in found.values():
+        block = members[0]
+        linears = linears_in(inputs.skeleton.stacks[block.stack].blocks[block.index])
+        shapes = {path: tuple(linear.get_parameter("weight").shape) for path, linear in linears.items()}
+        kinds.append(
+            _BlockKind(
+                block=block,
+                roles=trace.stacks[block.stack].roles[block.index],
+                sizes={plan.name: state[plan.name].numel() for plan in block.tensors},
+                linears={
+                    path: (shape[0], shape[1]) if weight_is_transposed(linears[path]) else (shape[1], shape[0])
+                    for path, shape in shapes.items()
+                },
+                count=len(members),
+                num_outputs_read=sum(member is not blocks[-1] for member in members),
+            )
+        )
+    return tuple(kinds)
+
+
+def _input_bytes(batch: BatchShapes, *, floating: bool) -> int:
+    """Bytes of a batch's inputs in floating point (float32), or of all others (int64)."""
+    named = {name: math.prod(shape) for name, shape in batch.items()}
+    return sum((4 if floating else 8) * n for name, n in named.items() if name.endswith(("ids", "mask")) != floating)
+
+
+def _num_samples(batch: BatchShapes) -> int:
+    return next(iter(batch.values()))[0]
+
+
+def _num_tokens(stack: StackTrace, batch: BatchShapes) -> int:
+    """Number of tokens of one sample of a batch in a stack."""
+    tokens = batch.get(stack.token_input) if stack.token_input is not None else None
+    return tokens[1] if tokens is not None else stack.num_tokens
+
+
+def _num_rows(stack: StackTrace, batch: BatchShapes) -> int:
+    return _num_samples(batch) * _num_tokens(stack, batch)
+
+
+def _sample_rows(trace: ModelTrace, batches: Sequence[BatchShapes]) -> dict[int, int]:
+    """Number of rows of one sample, at most, by stack."""
+    return {
+        number: max((_num_rows(trace.stacks[number], batch) // _num_samples(batch) for batch in batches), default=0)
+        for number in trace.order
+    }
+
+
+def _hidden_bytes(trace: ModelTrace, batch: BatchShapes, dtype: torch.dtype) -> int:
+    """Bytes of the outputs of all stacks for a batch, scaled from those for the trace's two samples."""
+    total = 0
+    for stack in trace.stacks:
+        tokens = _num_tokens(stack, batch)
+        for shape in stack.output_shapes:
+            scaled = [_num_samples(batch) if i == 0 and n == 2 else n for i, n in enumerate(shape)]
+            scaled = [tokens if n == stack.num_tokens and i > 0 else n for i, n in enumerate(scaled)]
+            total += math.prod(scaled) * dtype.itemsize
+    return total
