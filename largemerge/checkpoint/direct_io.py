@@ -35,6 +35,10 @@ import torch
 
 PAGE = 4096
 """Unit of direct transfers in bytes: where they begin and end, in the file and in memory."""
+PROBE_SECONDS = 0.12
+"""Time that is enough to measure one rate of a machine, in seconds."""
+PROBE_BYTES = 64 << 20
+"""The most that is read or written to measure a disk's rate."""
 THROUGH_CACHE = "LARGEMERGE_THROUGH_CACHE"
 """Environment variable; if it is set, nothing goes past the cache."""
 _LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "overlay"})

@@ -11,15 +11,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 
-from largemerge.checkpoint.direct_io import PAGE, DataFile
+from largemerge.checkpoint.direct_io import PAGE, PROBE_BYTES, PROBE_SECONDS, DataFile
+from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import dequantize, quantize
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
 from largemerge.config_file import gib
@@ -223,3 +228,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_rate(scratch: Path | None, *, num_workers: int = 1) -> float:
+    """Measures how fast bytes are forced onto a disk, in bytes a second.
+
+    Args:
+        scratch: Folder on the disk, or one yet to be made; `None` for where temporary files go.
+        num_workers: Number of threads that write.
+    """
+    folder = None if scratch is None else existing_folder(scratch)
+    data = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8))
+    with tempfile.TemporaryDirectory(dir=folder) as made, DataFile(Path(made) / "probe", size=PROBE_BYTES) as file:
+        start = time.perf_counter()
+
+        def write(offset: int) -> int:
+            if time.perf_counter() - start > 4 * PROBE_SECONDS:
+                return 0
+            file.write(offset, data)
+            return data.numel()
+
+        with ThreadPoolExecutor(num_workers) as pool:
+            done = sum(pool.map(write, range(0, PROBE_BYTES, data.numel())))
+        file.sync()
+        return done / (time.perf_counter() - start)

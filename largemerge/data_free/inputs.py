@@ -19,7 +19,7 @@ from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.methods.table import METHODS
 from largemerge.errors import CheckpointError, LargemergeError
-from largemerge.tokenizer.tokenizers import has_tokenizer
+from largemerge.tokenizer.tokenizers import tokenizer_folder
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,3 @@ def open_inputs(config: DataFreeConfig, prior: PriorMerges) -> DataFreeInputs:
     if problems:
         raise CheckpointError(*problems)
     return inputs
-
-
-def tokenizer_folder(checkpoint: Checkpoint, adapter: Adapter | None) -> Path:
-    """Returns the folder of a model's tokenizer: an adapter's that has brought embeddings, else the model's."""
-    if adapter is not None and adapter.embeddings and has_tokenizer(adapter.checkpoint.folder):
-        return adapter.checkpoint.folder
-    return checkpoint.folder

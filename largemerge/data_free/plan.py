@@ -24,8 +24,9 @@ from rich.text import Text
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
+from largemerge.checkpoint.reader import read_rate
 from largemerge.checkpoint.tensor_info import OutputTensor
-from largemerge.checkpoint.throughput import read_rate, write_rate
+from largemerge.checkpoint.writer import write_rate
 from largemerge.config_file import gib
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs

@@ -30,14 +30,13 @@ from largemerge.checkpoint.side_files import (
     output_config,
 )
 from largemerge.config_file import gib
-from largemerge.data_free.inputs import tokenizer_folder
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.plan import DataFreePlan, add_common_rows
 from largemerge.data_free.tasks import Task
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.tokenizer.chat_templates import with_template
 from largemerge.tokenizer.token_ids import move_ids, set_vocabulary_size
-from largemerge.tokenizer.tokenizers import tokenizer_files, write_files
+from largemerge.tokenizer.tokenizers import tokenizer_files, tokenizer_folder, write_files
 from largemerge.tokenizer.vocabulary import Vocabulary
 
 

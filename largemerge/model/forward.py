@@ -74,7 +74,7 @@ def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterat
         s answering `outputs[s]`, and calls `visit` with the arguments of the block.
 
     Raises:
-        ArchitectureError: When called, if the model does not reach the block, or reaches another before it.
+        ArchitectureError: If the function, when called, does not reach the block, or reaches another before it.
     """
     target = skeleton.stacks[stack_index].blocks[block_index]
     stored: dict[int, Output] = {}

@@ -120,8 +120,8 @@ def map_keys(model: PreTrainedModel, checkpoint: Checkpoint) -> KeyMapping:
     """Finds out how the checkpoint's tensors map to the model's parameters.
 
     Args:
-        model: On any device, the meta device included.
-        checkpoint: Opened with `open_checkpoint`.
+        model: The model, on any device, the meta device included.
+        checkpoint: The checkpoint, from `open_checkpoint`.
 
     Raises:
         CheckpointError: If two tensors on disk claim the same parameter, or several do not fit together as one.

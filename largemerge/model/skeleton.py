@@ -114,7 +114,7 @@ def build_skeleton(
     """Builds the model of a checkpoint on the meta device and finds its stacks.
 
     Args:
-        checkpoint: Opened with `open_checkpoint`.
+        checkpoint: The checkpoint, from `open_checkpoint`.
         stacks: Module paths of the stacks, when those found are wrong.
         dtype: Dtype of the forward passes; buffers that follow the default dtype are made in it.
         trust_remote_code: Allow the checkpoint's own Python code.

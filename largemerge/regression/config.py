@@ -156,7 +156,7 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
         The configuration, every local path absolute.
 
     Raises:
-        ConfigError: With every mistake found.
+        ConfigError: If the configuration has mistakes, with all of them.
     """
     if isinstance(source, MergeConfig):
         raw: Any = source.model_dump(exclude_unset=True)

@@ -71,7 +71,7 @@ class Gram:
     G̃ = α·( s·G + (1-s)·diag(G) ), RegMean (arXiv 2212.09849, section 3.2).
 
     Args:
-        num_inputs: I.
+        num_inputs: Number of inputs I.
         device: Device of the matrix.
         scratch: Memory for rows in float32; may be shared with others that do not work at the same time.
 

@@ -324,7 +324,7 @@ class Sketcher:
 
     Args:
         outputs: Number of rows of each linear; they lie below one another.
-        num_inputs: I.
+        num_inputs: Number of inputs I.
         device: Device of the weights.
     """
 

@@ -103,7 +103,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         from_config: Look at each checkpoint's `config.json` alone, as if its weights were what the class would save.
 
     Raises:
-        CheckpointError: With all problems of all checkpoints.
+        CheckpointError: If a checkpoint cannot be opened or does not fit, with the problems of all of them.
         ArchitectureError: If the model class is unknown or has no stacks.
     """
     candidates, base, adapters = _open_all(config, from_config)

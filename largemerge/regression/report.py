@@ -24,6 +24,7 @@ from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
+from largemerge.tokenizer.tokenizers import tokenizer_folder
 
 
 def config_yaml(config: MergeConfig) -> str:
@@ -239,13 +240,11 @@ def config_text(planned: PlannedMerge) -> str:
 def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> None:
     """Writes everything but weights, index and `config.json` into a folder."""
     inputs, config = planned.inputs, planned.plan.config
-    folders = {checkpoint.name: checkpoint.folder for checkpoint in inputs.candidates}
-    if inputs.base is not None:
-        folders["base"] = inputs.base.folder
-    preferred = [folders["base" if inputs.base is not None else inputs.candidates[0].name], *folders.values()]
+    models = {model.name: model for model in (inputs.base, *inputs.candidates) if model is not None}  # the base first
+    tokenizers = {name: tokenizer_folder(model, inputs.adapters.get(name)) for name, model in models.items()}
     source = config.tokenizer_source
-    tokenizer = find_tokenizer(*preferred) if source is None else folders[source]
-    processor = find_processor(*preferred)
+    tokenizer = find_tokenizer(*tokenizers.values()) if source is None else tokenizers[source]
+    processor = find_processor(*(model.folder for model in models.values()))
     copy_side_files(path, inputs.reference.folder, tokenizer, processor, with_code=config.trust_remote_code)
     yaml_text = config_yaml(config)
     (path / "largemerge_config.yaml").write_text(yaml_text, encoding="utf-8")

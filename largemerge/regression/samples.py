@@ -30,6 +30,7 @@ from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.planning.ranks import batch_costs
 from largemerge.regression.tensor_plan import BlockPlan
+from largemerge.tokenizer.tokenizers import tokenizer_folder
 
 Result = TypeVar("Result")
 Read = TypeVar("Read", covariant=True)
@@ -82,10 +83,10 @@ def read_all(
         transform: Applied to each candidate's data before the next one's is read.
 
     Raises:
-        CalibrationError: With the problems of all candidates.
+        CalibrationError: If data cannot be read, with the problems of all candidates.
     """
     signature = forward_signature(inputs.skeleton)
-    base = inputs.base.folder if inputs.base is not None else None
+    base = tokenizer_folder(inputs.base, inputs.adapters.get("base")) if inputs.base is not None else None
     results: list[Result] = []
     problems: list[str] = []
     with shared_tokenizers():
@@ -95,7 +96,7 @@ def read_all(
                 result = read(
                     candidate.calibration,
                     checkpoint.name,
-                    checkpoint.folder,
+                    tokenizer_folder(checkpoint, inputs.adapters.get(checkpoint.name)),
                     signature,
                     base=base,
                     trust_remote_code=config.trust_remote_code,

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.side_files import TEMPLATE_FOLDER, TOKENIZER_FILES, auto_tokenizer
 from largemerge.errors import CheckpointError
 
@@ -60,6 +62,13 @@ class Tokenizer:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds the files of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES if "template" not in name)
+
+
+def tokenizer_folder(checkpoint: Checkpoint, adapter: Adapter | None) -> Path:
+    """Returns the folder of a model's tokenizer: an adapter's that has brought embeddings, else the model's."""
+    if adapter is not None and adapter.embeddings and has_tokenizer(adapter.checkpoint.folder):
+        return adapter.checkpoint.folder
+    return checkpoint.folder
 
 
 def load_tokenizer(folder: Path, name: str) -> Tokenizer:

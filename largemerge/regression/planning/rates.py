@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 
+from largemerge.checkpoint.direct_io import PROBE_SECONDS
 from largemerge.checkpoint.index import Checkpoint
-from largemerge.checkpoint.throughput import PROBE_SECONDS, read_rate, write_rate
+from largemerge.checkpoint.reader import read_rate
+from largemerge.checkpoint.writer import write_rate
 from largemerge.errors import ConfigError
 from largemerge.matmul import product
 from largemerge.regression.gram import Gram, float32_means_float32
