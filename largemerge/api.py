@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from largemerge.config_file import read_documents
+from largemerge.config_file import parse_size, read_documents
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.errors import ConfigError
 from largemerge.regression.config import MergeConfig, load_config
@@ -66,17 +66,41 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Limits of memory that override those of the configuration. Sizes are in bytes.
+    """Limits of memory that override those of the configuration. Sizes are bytes, or texts such as `4GiB`.
 
     Attributes:
         host: Maximum of anonymous memory of a process; `None` for the configuration's, or for all that is free.
         device: Maximum of memory on the accelerator, likewise.
         disk: Folder for hidden states that fit into neither.
+
+    Raises:
+        ConfigError: If a size is none, with all that are wrong.
     """
 
-    host: int | None = None
-    device: int | None = None
-    disk: Path | None = None
+    host: int | str | None = None
+    device: int | str | None = None
+    disk: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for name in ("host", "device"):
+            try:
+                object.__setattr__(self, name, _size(getattr(self, name)))
+            except ValueError as error:
+                problems.append(f"memory.{name}: {error}")
+        if self.disk is not None and not isinstance(self.disk, str | Path):
+            problems.append(f"memory.disk: {self.disk!r}: expected a folder")
+        if problems:
+            raise ConfigError(*problems)
+
+
+def _size(size: int | str | None) -> int | None:
+    """Returns a size in bytes; raises a `ValueError` where it is none."""
+    if isinstance(size, str):
+        return parse_size(size)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"{size!r}: expected a size such as 5GB, 500MB or 2GiB, or a number of bytes from 1 on")
+    return size
 
 
 def read_config(source: Source) -> Config:
@@ -166,7 +190,7 @@ def merge(
     from largemerge.data_free.multi import merge_series
     from largemerge.data_free.resources import MemoryBudget
 
-    options["limits"] = MemoryBudget(memory.host, memory.device)
+    options["limits"] = MemoryBudget(_size(memory.host), _size(memory.device))
     if isinstance(resolved, DataFreeConfig):
         return merge_data_free(resolved, Path(out), **options)
     folder = Path(intermediate_dir) if intermediate_dir is not None else None
@@ -222,7 +246,7 @@ def plan(
     from largemerge.data_free.plan import plan_data_free
     from largemerge.data_free.resources import MemoryBudget
 
-    limits = MemoryBudget(memory.host, memory.device)
+    limits = MemoryBudget(_size(memory.host), _size(memory.device))
     if isinstance(resolved, DataFreeConfig):
         return plan_data_free(resolved, device=device, limits=limits, probe=probe)
     return plan_series(resolved, other_methods=tuple(REGRESSION_METHODS), device=device, limits=limits, probe=probe)
@@ -235,7 +259,7 @@ def cluster(
     gpu: str = "h100",
     interconnect: str = "400Gbit",
     disk_rate: str = "2GB/s",
-    node_memory: int = 2**40,
+    node_memory: int | str = 2**40,
 ) -> Cluster:
     """Describes other machines, for `plan`, by the data sheets of their parts.
 
@@ -245,31 +269,36 @@ def cluster(
         gpu: Name of the GPU: `a100`, `h100`, `h200`, `b200`, `l40s` or `rtx4090`.
         interconnect: Rate between nodes, each way, such as `400Gbit` or `25GB/s`.
         disk_rate: Rate at which a node reads, likewise.
-        node_memory: Host memory of a node in bytes.
+        node_memory: Host memory of a node in bytes, or a text such as `1TiB`.
 
     Raises:
-        ConfigError: If a number is below 1, the GPU is not known, or a text is not a rate.
+        ConfigError: If a number is below 1, the GPU is not known, or a text is not a rate or size.
     """
     from largemerge.regression.planning.rates import Cluster, find_gpu, parse_rate
 
     for option, number in (("--num-nodes", num_nodes), ("--gpus-per-node", gpus_per_node)):
         if number < 1:
             raise ConfigError(f"{option} {number}: expected 1 or more")
+    try:
+        host_memory = _size(node_memory)
+    except ValueError as error:
+        raise ConfigError(f"--node-memory {error}") from None
+    assert host_memory is not None
     return Cluster(
         num_nodes=num_nodes,
         gpus_per_node=gpus_per_node,
         gpu=find_gpu(gpu),
         interconnect=parse_rate(interconnect, "--interconnect"),
         disk=parse_rate(disk_rate, "--disk-rate"),
-        host_memory=node_memory,
+        host_memory=host_memory,
     )
 
 
 def _limited(config: MergeConfig, memory: Memory) -> MergeConfig:
     """Returns the configuration with other limits in place of its own."""
-    limits: dict[str, Any] = {"device": memory.device, "host": memory.host}
+    limits: dict[str, Any] = {"device": _size(memory.device), "host": _size(memory.host)}
     if memory.disk is not None:
-        limits["disk"] = str(memory.disk.expanduser().absolute())
+        limits["disk"] = str(Path(memory.disk).expanduser().absolute())
     given = {name: value for name, value in limits.items() if value is not None}
     return config.model_copy(update={"memory": config.memory.model_copy(update=given)}) if given else config
 

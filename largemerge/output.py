@@ -145,12 +145,7 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
     present = existing_folder(path)
     if not present.is_dir():
         raise OutputError(f"{present} is a file; expected a folder, or nothing")
-    resolved = path.resolve()
-    for folder in inputs:
-        if resolved / WORKING_FOLDER in folder.resolve().parents:
-            continue  # made for this very merge
-        if resolved == folder.resolve() or (resolved in folder.resolve().parents and force):
-            raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
+    check_no_input(path, inputs, force=force)
     if not path.exists():
         return
     begun = (path / WORKING_FOLDER / "manifest.json").exists()
@@ -164,6 +159,20 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
         raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
     if others and not force:
         raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
+
+
+def check_no_input(path: Path, inputs: list[Path], *, force: bool) -> None:
+    """Refuses to write where inputs lie.
+
+    Raises:
+        OutputError: If `path` is an input, or holds one that `force` would delete.
+    """
+    resolved = path.resolve()
+    for folder in inputs:
+        if resolved / WORKING_FOLDER in folder.resolve().parents:
+            continue  # made for this very merge
+        if resolved == folder.resolve() or (resolved in folder.resolve().parents and force):
+            raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
 
 
 def _others(path: Path) -> list[str]:

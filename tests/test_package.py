@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import setuptools
 
 import largemerge
+from largemerge import ConfigError, Memory
 
 ROOT = Path(largemerge.__file__).parents[1]
 
@@ -42,3 +44,14 @@ def test_the_package_and_its_command_line_come_without_torch(tmp_path: Path) -> 
     code = "import json, sys, largemerge, largemerge.cli; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(run(code, tmp_path))
     assert not {"torch", "transformers", "pydantic", "yaml", "rich", "shtab"} & set(loaded)
+
+
+def test_limits_of_memory_are_sizes() -> None:
+    limits = Memory(host="4GiB", device=5, disk="scratch")
+    assert (limits.host, limits.device, limits.disk) == (4 * 2**30, 5, "scratch")
+    for wrong in (0, -1, 1.5, True, "much", "0GiB"):
+        with pytest.raises(ConfigError) as caught:
+            Memory(host=wrong, device=wrong)  # type: ignore[arg-type]
+        assert [problem.partition(":")[0] for problem in caught.value.problems] == ["memory.host", "memory.device"]
+    with pytest.raises(ConfigError, match=r"--node-memory 'much': expected a size"):
+        largemerge.cluster(node_memory="much")

@@ -93,7 +93,7 @@ def _path(value: Any) -> str:
     return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
 
 
-Reference = Annotated[str, pydantic.BeforeValidator(_reference), Field(min_length=1)]
+Reference = Annotated[str, Field(min_length=1), pydantic.BeforeValidator(_reference)]
 """A folder, or a Hub id, with `@revision` if wanted, and `+adapter` if wanted."""
 
 

@@ -14,6 +14,7 @@ model's. LoRA: arXiv 2106.09685; rsLoRA: 2312.03732; DoRA: 2402.09353.
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from largemerge.checkpoint.direct_io import Buffers
 from largemerge.checkpoint.index import Checkpoint, file_fingerprint, open_checkpoint, read_json
 from largemerge.checkpoint.locate import locate_checkpoint, split_reference
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
+from largemerge.checkpoint.side_files import set_vocabulary_size
 from largemerge.checkpoint.tensor_files import Rows, open_tensor_file
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
@@ -129,7 +131,8 @@ def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint
         model: The model's checkpoint.
 
     Returns:
-        The checkpoint as the merge sees it, in which the adapter's whole tensors replace the model's; and the adapter.
+        The checkpoint as the merge sees it, in which the adapter's whole tensors replace the model's, and its config
+        counts the rows of their embeddings; and the adapter.
 
     Raises:
         CheckpointError: If something in the adapter is not supported or does not fit; it names all of that.
@@ -153,10 +156,20 @@ def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint
     adapted = replace(
         model,
         name=name,
+        config=_with_rows(model, whole),
         tensors={key: whole.get(key, info) for key, info in model.tensors.items()},
         fingerprint={**model.fingerprint, **{f"adapter/{key}": value for key, value in fingerprint.items()}},
     )
     return adapted, Adapter(own, deltas, tuple(whole))
+
+
+def _with_rows(model: Checkpoint, whole: Mapping[str, TensorInfo]) -> Mapping[str, Any]:
+    """Returns the model's config with the rows of the embeddings that an adapter brings, which may be more."""
+    rows = {info.shape[0] for key, info in whole.items() if key.endswith(_EMBEDDINGS)}
+    config: dict[str, Any] = copy.deepcopy(dict(model.config))
+    for number in rows:
+        set_vocabulary_size(config, model.config.get("vocab_size", -1), number)
+    return config
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -328,6 +341,10 @@ def open_model(
     """
     model, lora = split_reference(reference)
     called = name or model
+    if not model or lora == "":
+        raise CheckpointError(
+            f"{name or reference}: {reference}: expected a model and an adapter, one on each side of '+'"
+        )
     checkpoint = (made or {}).get(model) or open_checkpoint(locate_checkpoint(model, called), called)
     if lora is None:
         return checkpoint, None

@@ -6,6 +6,7 @@ The tokenizer of a folder is loaded here, too, for all who need it.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint, read_json
+from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import dtype_name
 
 GENERATION_FILES = ("generation_config.json",)
@@ -39,7 +40,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 
 def output_config(reference: Checkpoint, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None) -> str:
     """Makes the text of the output's `config.json`: the reference's, with the output's dtype and quantisation."""
-    config: dict[str, Any] = dict(read_json(reference.folder / "config.json", reference.name))
+    config: dict[str, Any] = copy.deepcopy(dict(reference.config))
     name = dtype_name(dtype)
     for part in (config, *config.values()):
         if isinstance(part, dict):
@@ -52,6 +53,13 @@ def output_config(reference: Checkpoint, dtype: torch.dtype, quantization: Mappi
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
     return json.dumps(config, indent=2) + "\n"
+
+
+def set_vocabulary_size(config: dict[str, Any], before: int, after: int) -> None:
+    """Changes the number of rows of the embeddings from `before` to `after`, wherever it stands in a config."""
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        if part.get("vocab_size") == before:
+            part["vocab_size"] = after
 
 
 def copy_side_files(

@@ -131,6 +131,7 @@ class SafetensorsFile:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
     def _read_range(self, info: TensorInfo, rows: slice | None, *, past_cache: bool) -> torch.Tensor:
         assert info.offset is not None

@@ -69,7 +69,7 @@ def merge_data_free(
             watch.follow(plan.device)
             if planned is not None:
                 planned(plan)
-            shards, folders = layout_shards(plan.output, max_shard_bytes), _input_folders(plan)
+            shards, folders = layout_shards(plan.output, max_shard_bytes), input_folders(plan)
             with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
                 ranks.agree(lambda: _check_shared(folder))
                 prepared = time.perf_counter() - start
@@ -92,10 +92,10 @@ def _check(plan: DataFreePlan, out: Path, ranks: Ranks, *, resume: bool, force: 
     if plan.problems:
         raise LargemergeError(*plan.problems)
     if ranks.is_first:
-        check_output(out, _input_folders(plan), resume=resume, force=force)
+        check_output(out, input_folders(plan), resume=resume, force=force)
 
 
-def _input_folders(plan: DataFreePlan) -> list[Path]:
+def input_folders(plan: DataFreePlan) -> list[Path]:
     """Lists the folders that are read, which the output must not be."""
     folders = [checkpoint.folder for checkpoint in (*plan.checkpoints.values(), *plan.auxiliary.values())]
     return folders + [adapter.checkpoint.folder for adapter in plan.adapters.values()]

@@ -37,12 +37,12 @@ from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.config_file import nearest
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.data_free.inputs import PriorMerges
-from largemerge.data_free.merge import merge_data_free
+from largemerge.data_free.merge import input_folders, merge_data_free
 from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_tokenizer
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError
-from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER, check_output
+from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER, check_no_input, check_output
 
 
 @dataclass(frozen=True)
@@ -238,14 +238,17 @@ def _check(
     with _planned(documents, ranks=ranks, **machine) as plan:
         if plan.problems:
             raise LargemergeError(*plan.problems)
+        inputs = [path for each in plan.plans.values() for path in input_folders(each)]
     if not ranks.is_first:
         return
+    for target in (out, *(folder / document.label for document in documents[:-1])):
+        check_no_input(target, inputs, force=force)
     inside = out / WORKING_FOLDER / INTERMEDIATE_FOLDER
     if inside.exists() and not (resume or force):
         raise OutputError(f"{out} holds an unfinished merge; --resume goes on with it, --force starts afresh")
     if inside.exists() and not resume:
         shutil.rmtree(inside)
-    check_output(out, [], resume=resume and (out / WORKING_FOLDER / "manifest.json").exists(), force=force)
+    check_output(out, inputs, resume=resume and (out / WORKING_FOLDER / "manifest.json").exists(), force=force)
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -18,9 +18,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from largemerge.checkpoint.index import Checkpoint, read_json
+from largemerge.checkpoint.index import read_json
 from largemerge.checkpoint.locate import short_name
-from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.side_files import (
     GENERATION_FILES,
     copy_side_files,
@@ -28,6 +27,7 @@ from largemerge.checkpoint.side_files import (
     find_tokenizer,
     model_card,
     output_config,
+    set_vocabulary_size,
 )
 from largemerge.config_file import gib
 from largemerge.data_free.methods.table import METHODS
@@ -35,7 +35,7 @@ from largemerge.data_free.plan import DataFreePlan, add_common_rows
 from largemerge.data_free.tasks import Task
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.tokenizer.chat_templates import with_template
-from largemerge.tokenizer.token_ids import move_ids, set_vocabulary_size
+from largemerge.tokenizer.token_ids import move_ids
 from largemerge.tokenizer.tokenizers import tokenizer_files, tokenizer_folder, write_files
 from largemerge.tokenizer.vocabulary import Vocabulary
 
@@ -132,9 +132,6 @@ def config_text(plan: DataFreePlan) -> str:
     if plan.config.slices and len(plan.layers) == 1:
         (layers,) = plan.layers.values()
         _set_layers(config, layers)
-    adapter = plan.adapters.get(plan.reference)
-    if adapter is not None:
-        _set_rows_of_adapter(config, plan.checkpoints[plan.reference], adapter)
     if plan.vocabulary is not None:
         tensors = plan.checkpoints[plan.reference].tensors
         _set_vocabulary(config, plan.vocabulary, {tensors[name].shape[0] for name in plan.vocabulary.tensors})
@@ -158,12 +155,6 @@ def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary, rows_before:
     for before in rows_before:
         set_vocabulary_size(config, before, vocabulary.num_rows)
     move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
-
-
-def _set_rows_of_adapter(config: dict[str, Any], model: Checkpoint, adapter: Adapter) -> None:
-    """Sets the rows of embeddings that an adapter has brought, which may be more than the model's config says."""
-    for name in adapter.embeddings:
-        set_vocabulary_size(config, model.config.get("vocab_size", -1), model.tensors[name].shape[0])
 
 
 def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:

@@ -102,10 +102,18 @@ class OutputConfig(Strict):
     """Whether 4-bit formats quantise the scales of the blocks, too; default: yes."""
 
 
+def _check_method(value: object) -> object:
+    """Returns the name of a regression method; raises where it is none."""
+    if isinstance(value, str) and value in METHODS:
+        return value
+    hint = nearest(value, METHODS) if isinstance(value, str) else ""
+    raise ValueError(f"expected a regression method, one of {sorted(METHODS)}{hint}")
+
+
 class MergeConfig(Strict):
     """A whole merge: K candidates, one method, one output."""
 
-    merge_method: str
+    merge_method: Annotated[str, pydantic.BeforeValidator(_check_method)]
     models: tuple[CandidateConfig, ...] = Field(min_length=2)
     base_model: Reference | None = None
     calibration: CalibrationDefaults = CalibrationDefaults()
@@ -179,10 +187,6 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
 
 def _cross_checks(config: MergeConfig) -> Iterator[str]:
     """Mistakes that show only when several keys are seen together."""
-    if config.merge_method not in METHODS:
-        hint = nearest(config.merge_method, METHODS) or f"; expected one of {sorted(METHODS)}"
-        yield f"merge_method: {config.merge_method!r} is no regression method{hint}"
-        return
     yield from (f"merge_method: {problem}" for problem in config.method.not_built())
     for name in sorted(config.parameters.model_fields_set - config.method.parameters - {"include", "exclude"}):
         yield f"parameters.{name}: {config.merge_method} has no such parameter"

@@ -113,6 +113,12 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     notes = list(_config_differences(candidates))
     if from_config:
         notes.append("planned from each config.json alone: weights and calibration data have not been looked at")
+        references = [
+            *(candidate.model for candidate in config.models),
+            *([config.base_model] if config.base_model else []),
+        ]
+        if any(split_reference(reference)[1] is not None for reference in references):
+            notes.append("adapters have not been looked at: their room in memory and the time to read them come on top")
     from_base = base is not None and _class_name(base) == _class_name(candidates[0])
     if base is not None and not from_base:
         notes.append(

@@ -85,13 +85,6 @@ def move_ids(
     return notes
 
 
-def set_vocabulary_size(config: dict[str, Any], before: int, after: int) -> None:
-    """Changes the number of rows of the embeddings from `before` to `after`, wherever it stands in a config."""
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        if part.get("vocab_size") == before:
-            part["vocab_size"] = after
-
-
 def _token_keys(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """Yields the keys whose values are numbers of tokens, each with the part of the config that it stands in."""
     for key, value in list(config.items()):

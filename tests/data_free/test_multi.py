@@ -142,6 +142,28 @@ def test_force_begins_afresh_and_replaces(folder: Path) -> None:
     LlamaForCausalLM.from_pretrained(folder / "out")
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("out", "intermediate"), [("model0", None), ("model2", None), (".", None), ("merged", "kept"), ("kept/first", None)]
+)
+def test_no_document_writes_over_what_another_reads(
+    folder: Path, out: str, intermediate: str | None, force: bool
+) -> None:
+    path = three(folder)
+    (folder / "kept").mkdir()
+    (folder / "model0").rename(folder / "kept" / "first")
+    path.write_text(path.read_text().replace("model0", "./kept/first"))
+    (folder / "model0").symlink_to(folder / "kept" / "first")
+    before = weights_in(folder / "kept" / "first")
+    kept = folder / intermediate if intermediate else None
+    message = "holds an input of this merge|is not empty" if out == "." else "holds an input of this merge"
+    with pytest.raises(LargemergeError, match=message):
+        largemerge.merge(path, folder / out, intermediate_dir=kept, force=force)
+    after = weights_in(folder / "kept" / "first")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(list(folder.glob("model*/model.safetensors"))) == 4
+
+
 def test_ranks_make_all_of_them(folder: Path) -> None:
     path = three(folder)
     processes.run_ranks(["merge", path, folder / "out", "--quiet"], folder, 2)

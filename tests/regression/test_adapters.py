@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,42 @@ def test_adapters_merge_as_their_merged_copies(make_case: MakeCase, architecture
     assert report.plan.bytes_read == of_copies.plan.bytes_read + added
     files = written["inputs"]["expert0"]["files"]
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files.keys()
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plusplus"])
+def test_adapters_that_bring_tokens(make_case: MakeCase, method: str) -> None:
+    case, copies = adapted_case(make_case, "llama", method=method)
+    for index, entry in enumerate(case.config["models"]):
+        plain = weights_in(case.folder / f"model{index}")
+        names = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in plain]
+        grown = {name: torch.cat([plain[name], torch.randn(3, plain[name].shape[1]) / 9]) for name in names}
+        shapes = shapes_of(case.folder / f"model{index}", *LINEARS["llama"])
+        write_adapter(case.folder / f"lora{index}", shapes, index, whole=grown)
+        shutil.rmtree(case.folder / f"copy{index}")
+        passthrough = {"merge_method": "passthrough", "models": [{"model": entry["model"]}]}
+        largemerge.merge(passthrough, case.folder / f"copy{index}")
+    largemerge.merge(case.config, case.folder / "merged")
+    largemerge.merge(copies, case.folder / "of-copies")
+    merged, expected = weights_in(case.folder / "merged"), weights_in(case.folder / "of-copies")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    before = weights_in(case.folder / "model0")["model.embed_tokens.weight"].shape[0]
+    assert load_merged(case, case.folder / "merged").config.vocab_size == before + 3
+
+
+def test_an_adapter_stands_on_both_sides_of_the_plus(make_case: MakeCase) -> None:
+    case, _ = adapted_case(make_case, "llama")
+    model, _, lora = case.config["models"][0]["model"].partition("+")
+    for reference in (f"{model}+", f"+{lora}"):
+        case.config["models"][0]["model"] = reference
+        with pytest.raises(LargemergeError, match=r"expected a model and an adapter, one on each side of '\+'"):
+            largemerge.merge(case.config, case.folder / "merged")
+
+
+def test_a_plan_from_configs_says_that_it_has_seen_no_adapter(make_case: MakeCase) -> None:
+    case, _ = adapted_case(make_case, "llama")
+    notes = largemerge.plan(case.config, from_config=True).to_json()["notes"]
+    assert any("adapters have not been looked at" in note for note in notes)
 
 
 def test_several_passes_and_hidden_states_on_disk_change_nothing(make_case: MakeCase, tmp_path: Path) -> None:
