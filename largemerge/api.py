@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
+    from largemerge.data_free.resources import MemoryBudget
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.planning.rates import Cluster as Cluster
     from largemerge.regression.report import MergeReport
@@ -185,12 +186,10 @@ def merge(
         from largemerge.regression.merge import merge_by_regression
 
         return merge_by_regression(_limited(resolved, memory), Path(out), **options)
-    _check_no_disk(memory)
+    options["limits"] = _budget(memory)
     from largemerge.data_free.merge import merge_data_free
     from largemerge.data_free.multi import merge_series
-    from largemerge.data_free.resources import MemoryBudget
 
-    options["limits"] = MemoryBudget(_size(memory.host), _size(memory.device))
     if isinstance(resolved, DataFreeConfig):
         return merge_data_free(resolved, Path(out), **options)
     folder = Path(intermediate_dir) if intermediate_dir is not None else None
@@ -239,14 +238,12 @@ def plan(
             cluster=cluster,
             from_config=from_config,
         )
-    _check_no_disk(memory)
+    limits = _budget(memory)
     if num_ranks != 1 or from_config or cluster is not None:
         raise ConfigError("ranks, other machines and --from-config are for regression methods")
     from largemerge.data_free.multi import plan_series
     from largemerge.data_free.plan import plan_data_free
-    from largemerge.data_free.resources import MemoryBudget
 
-    limits = MemoryBudget(_size(memory.host), _size(memory.device))
     if isinstance(resolved, DataFreeConfig):
         return plan_data_free(resolved, device=device, limits=limits, probe=probe)
     return plan_series(resolved, other_methods=tuple(REGRESSION_METHODS), device=device, limits=limits, probe=probe)
@@ -303,6 +300,10 @@ def _limited(config: MergeConfig, memory: Memory) -> MergeConfig:
     return config.model_copy(update={"memory": config.memory.model_copy(update=given)}) if given else config
 
 
-def _check_no_disk(memory: Memory) -> None:
+def _budget(memory: Memory) -> MemoryBudget:
+    """Returns the limits as data-free merges know them."""
     if memory.disk is not None:
         raise ConfigError("--memory-disk: not for data-free methods, which hold nothing there")
+    from largemerge.data_free.resources import MemoryBudget
+
+    return MemoryBudget(_size(memory.host), _size(memory.device))

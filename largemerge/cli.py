@@ -156,8 +156,6 @@ def _cluster(options: argparse.Namespace) -> Cluster | None:
 
     names = ("num_nodes", "gpus_per_node", "gpu", "interconnect", "disk_rate", "node_memory")
     asked = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if "node_memory" in asked:
-        asked["node_memory"] = _size(asked["node_memory"], "--node-memory")
     return api.cluster(**asked) if asked else None
 
 

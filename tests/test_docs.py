@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -338,7 +339,8 @@ def test_every_example_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
         elif block.language == "python":
             for name in re.findall(r'merge\([^)]*"([\w-]+)"', block.text):
                 shutil.rmtree(tmp_path / name, ignore_errors=True)
-            exec(compile(block.text, where, "exec"), {"__name__": "example"})
+            (tmp_path / "example.py").write_text(block.text)
+            runpy.run_path("example.py", run_name="example")
             for report in tmp_path.glob("*/merge_report.json"):
                 check_output(report.parent)
             used += block.text

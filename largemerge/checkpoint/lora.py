@@ -153,22 +153,22 @@ def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint
     deltas = {key: delta for key, found in parts.items() for delta in _read_delta(own, model, key, found, problems)}
     if problems:
         raise CheckpointError(*(f"{name}: {problem}" for problem in problems[:20]))
+    adapter = Adapter(own, deltas, tuple(whole))
     adapted = replace(
         model,
         name=name,
-        config=_with_rows(model, whole),
+        config=_with_rows(model, [whole[key] for key in adapter.embeddings]),
         tensors={key: whole.get(key, info) for key, info in model.tensors.items()},
         fingerprint={**model.fingerprint, **{f"adapter/{key}": value for key, value in fingerprint.items()}},
     )
-    return adapted, Adapter(own, deltas, tuple(whole))
+    return adapted, adapter
 
 
-def _with_rows(model: Checkpoint, whole: Mapping[str, TensorInfo]) -> Mapping[str, Any]:
+def _with_rows(model: Checkpoint, embeddings: Iterable[TensorInfo]) -> Mapping[str, Any]:
     """Returns the model's config with the rows of the embeddings that an adapter brings, which may be more."""
-    rows = {info.shape[0] for key, info in whole.items() if key.endswith(_EMBEDDINGS)}
     config: dict[str, Any] = copy.deepcopy(dict(model.config))
-    for number in rows:
-        set_vocabulary_size(config, model.config.get("vocab_size", -1), number)
+    for info in embeddings:
+        set_vocabulary_size(config, model.config.get("vocab_size", -1), info.shape[0])
     return config
 
 

@@ -241,14 +241,14 @@ def _check(
         inputs = [path for each in plan.plans.values() for path in input_folders(each)]
     if not ranks.is_first:
         return
-    for target in (out, *(folder / document.label for document in documents[:-1])):
-        check_no_input(target, inputs, force=force)
+    for document in documents[:-1]:
+        check_no_input(folder / document.label, inputs, force=force)
     inside = out / WORKING_FOLDER / INTERMEDIATE_FOLDER
     if inside.exists() and not (resume or force):
         raise OutputError(f"{out} holds an unfinished merge; --resume goes on with it, --force starts afresh")
+    check_output(out, inputs, resume=resume and (out / WORKING_FOLDER / "manifest.json").exists(), force=force)
     if inside.exists() and not resume:
         shutil.rmtree(inside)
-    check_output(out, inputs, resume=resume and (out / WORKING_FOLDER / "manifest.json").exists(), force=force)
     folder.mkdir(parents=True, exist_ok=True)
 
 

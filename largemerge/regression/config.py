@@ -106,8 +106,7 @@ def _check_method(value: object) -> object:
     """Returns the name of a regression method; raises where it is none."""
     if isinstance(value, str) and value in METHODS:
         return value
-    hint = nearest(value, METHODS) if isinstance(value, str) else ""
-    raise ValueError(f"expected a regression method, one of {sorted(METHODS)}{hint}")
+    raise ValueError(f"expected a regression method, one of {sorted(METHODS)}")
 
 
 class MergeConfig(Strict):
