@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.tensor_info import dtype_name
 
 GENERATION_FILES = ("generation_config.json",)
@@ -38,9 +37,11 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-def output_config(reference: Checkpoint, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None) -> str:
+def output_config(
+    reference: Mapping[str, Any], dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> str:
     """Makes the text of the output's `config.json`: the reference's, with the output's dtype and quantisation."""
-    config: dict[str, Any] = copy.deepcopy(dict(reference.config))
+    config: dict[str, Any] = copy.deepcopy(dict(reference))
     name = dtype_name(dtype)
     for part in (config, *config.values()):
         if isinstance(part, dict):

@@ -17,6 +17,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pydantic
@@ -105,6 +106,10 @@ class DataFreeConfig(Strict):
     """Seed of methods that draw random numbers."""
     memory: MemoryLimits = MemoryLimits()
     """Limits of memory; mergekit does not have this key."""
+    trust_remote_code: bool = False
+    """Whether a checkpoint's own Python code may run, to find out what its tensors are."""
+    allow_crimes: bool = False
+    """Whether models may be merged whose configs say that they compute otherwise, such as with other heads."""
 
     def auxiliary_paths(self, parameter: str) -> tuple[str, ...]:
         """Lists all paths that a parameter is set to, anywhere in the file."""
@@ -201,7 +206,7 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
 
     method = METHODS[config.merge_method]
     given = [key for key in ("models", "slices", "modules") if getattr(config, key)]
-    if len(given) != 1:
+    if len(given) > 1 or (not given and config.base_model is None):
         yield f"expected one of 'models', 'slices' and 'modules', found {' and '.join(map(repr, given)) or 'none'}"
     for name, module in config.modules.items():
         if bool(module.models) == bool(module.slices):
@@ -315,27 +320,24 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Any:
 
 @dataclass(frozen=True)
 class Levels:
-    """The parameters that hold for a slice of the output, from the narrowest level to the widest.
+    """The parameters that all sources of a slice share, from the narrowest level to the widest.
 
     Attributes:
-        sources: Parameters of every source, by its model.
         shared: Parameters of the slice, of its module and of the whole merge, in this order.
     """
 
-    sources: Mapping[str, Mapping[str, Setting]]
     shared: Sequence[Mapping[str, Setting]] = field(default=())
 
-    def value(self, name: str, tensor: str, t: float, model: str | None = None) -> Any:
+    def value(self, name: str, tensor: str, t: float, own: Mapping[str, Setting] = MappingProxyType({})) -> Any:
         """Computes a parameter's value for a tensor; `None` where no level has it.
 
         Args:
             name: Name of the parameter.
             tensor: Name of the tensor.
             t: Position of its layer in the slice, see `evaluate`.
-            model: The model whose parameter it is; `None` for one that all models share.
+            own: Parameters of the source whose parameter it is, which come before all others.
         """
-        own = [self.sources[model]] if model is not None and model in self.sources else []
-        for level in (*own, *self.shared):
+        for level in (own, *self.shared):
             if name in level:
                 value = evaluate(level[name], tensor, t)
                 if value is not None:

@@ -43,6 +43,7 @@ from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.partition import choose_owners
 from largemerge.distributed.ranks import Ranks, too_many_threads
 from largemerge.errors import MergeError
+from largemerge.model.alignment import AlignedReader
 from largemerge.output import OutputFolder
 from largemerge.progress import RunProgress
 
@@ -123,7 +124,7 @@ class Merger:
         kept_bytes: int,
         accelerator: Accelerator,
     ) -> None:
-        self._name, self._method, self._seed = method, METHODS[method], seed
+        self._name, self._seed = method, seed
         self._readers, self._writer, self._kept_bytes = readers, writer, kept_bytes
         self._accelerator = accelerator
 
@@ -134,7 +135,8 @@ class Merger:
             with release_slot():
                 self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
             return
-        access, prepare = select_formula(self._method, task.shared, falls_back=bool(task.fallback_reason))
+        method = METHODS[task.instead or self._name]
+        access, prepare = select_formula(method, task.shared, falls_back=bool(task.fallback_reason))
         device = self._accelerator.device_of(self._name, task)
         load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device)
         with as_merge_error(task, self._name), self._accelerator.stream():
@@ -210,7 +212,7 @@ class TwoPassMerge:
 
     def merge_deltas(self, task: Task) -> None:
         """Merges the task vectors of one task, to the scratch file: the first pass."""
-        if task.copied:
+        if not task.has_factor:
             return
         access = Access(Cut.WHOLE if task.is_matrix else Cut.ELEMENTS, lazy=True)
         make = self._global_scale.matrix if task.is_matrix else self._global_scale.fallback
@@ -239,11 +241,11 @@ class TwoPassMerge:
 
         Args:
             factor: Factor of every merged task vector.
-            copy: Does a task without one, whose tensor is copied.
+            copy: Does a task without one, whose tensor is copied, or merged by another method.
         """
 
         def work(task: Task) -> None:
-            if task.copied:
+            if not task.has_factor:
                 copy(task)
                 return
             as_stored = replace(task, inputs_first=False)
@@ -277,10 +279,13 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(ranks.busy())
         buffers = Buffers(plan.resources.buffer_bytes)
-        readers = {
+        readers: dict[str, TensorReader] = {
             name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name), buffers=buffers))
             for name, checkpoint in {**plan.checkpoints, **plan.auxiliary}.items()
         }
+        for name, view in plan.alignment.views.items():
+            if view.relayouts:
+                readers[name] = AlignedReader(readers[name], view.relayouts)
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
         kept_bytes, accelerator = plan.resources.kept_bytes, plan.resources.accelerator
         merge: Callable[[Task], None] = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator)

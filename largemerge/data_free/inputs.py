@@ -51,11 +51,13 @@ class DataFreeInputs:
         checkpoints: The models, by reference.
         adapters: The adapters of models that have one, by reference.
         auxiliary: Tensors that the method needs beside the models', by path; they have the models' names.
+        reference: The model whose config and layout the output has, unless another's class has more room.
     """
 
     checkpoints: dict[str, Checkpoint]
     adapters: dict[str, Adapter]
     auxiliary: dict[str, Checkpoint]
+    reference: str
 
     @property
     def tokenizer_folders(self) -> dict[str, Path]:
@@ -69,7 +71,7 @@ def open_inputs(config: DataFreeConfig, prior: PriorMerges) -> DataFreeInputs:
     Raises:
         CheckpointError: If any of them cannot be opened; it lists the problems of all.
     """
-    inputs = DataFreeInputs({}, {}, {})
+    inputs = DataFreeInputs({}, {}, {}, config.base_model or config.references[0])
     problems: list[str] = []
     for reference in config.references:
         try:

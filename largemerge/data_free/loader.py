@@ -174,7 +174,7 @@ class _LazyTensors(Sequence[torch.Tensor]):
 
 def is_factored(method: str, task: Task) -> bool:
     """Whether a task is merged by a formula of weight matrices, which factors it."""
-    return METHODS[method].matrix_formula is not None and task.is_matrix
+    return METHODS[task.instead or method].matrix_formula is not None and task.is_matrix
 
 
 def spans(task: Task, cuts: Sequence[slice], *, whole: bool) -> list[slice]:
@@ -192,7 +192,7 @@ def spans(task: Task, cuts: Sequence[slice], *, whole: bool) -> list[slice]:
 
 def worker_bytes(method: str, task: Task, kept_bytes: int) -> int:
     """Computes the peak bytes of a worker while it merges a task; `kept_bytes` as for the `PieceLoader`."""
-    row = METHODS[method]
+    row = METHODS[task.instead or method]
     held = read_bytes(method, task, kept_bytes)
     if task.copied:
         return held
@@ -221,7 +221,7 @@ def read_bytes(method: str, task: Task, kept_bytes: int) -> int:
 
 def _access(method: str, task: Task) -> Access:
     """Returns how a task's tensors are read; a fallback may cut anywhere."""
-    return Access(Cut.ELEMENTS) if task.fallback_reason else METHODS[method].access(task.shared)
+    return Access(Cut.ELEMENTS) if task.fallback_reason else METHODS[task.instead or method].access(task.shared)
 
 
 def _kept_bytes(task: Task, access: Access, max_bytes: int) -> int:

@@ -37,6 +37,7 @@ from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_
 from largemerge.data_free.tasks import OutputTasks, Task, plan_tasks
 from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.ranks import Ranks
+from largemerge.model.alignment import Alignment, align
 from largemerge.tokenizer.chat_templates import choose_template
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
 from largemerge.tokenizer.tokenizers import has_tokenizer
@@ -54,7 +55,7 @@ class DataFreePlan:
         config: The configuration, checked, with absolute paths.
         checkpoints: All models, by reference.
         auxiliary: Tensors that the method needs beside the models', by path; they have the models' names.
-        reference: The model whose names and config the output has.
+        alignment: The models under the names of the output, and the output's class.
         tasks: A task for every tensor of the output, in its order.
         layers: The layers of its first source that a stack's layers come from, by stack.
         resources: Workers and memory.
@@ -71,7 +72,7 @@ class DataFreePlan:
     config: DataFreeConfig
     checkpoints: dict[str, Checkpoint]
     auxiliary: dict[str, Checkpoint]
-    reference: str
+    alignment: Alignment
     tasks: list[Task]
     layers: dict[str, list[int]]
     resources: Resources
@@ -85,6 +86,11 @@ class DataFreePlan:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def reference(self) -> str:
+        """The model whose config, side files and layout on disk the output has."""
+        return self.alignment.layout
+
+    @property
     def output(self) -> dict[str, OutputTensor]:
         """The tensors of the output, by name."""
         return {task.name: OutputTensor(task.out_dtype, task.shape) for task in self.tasks}
@@ -92,12 +98,17 @@ class DataFreePlan:
     @property
     def bytes_read(self) -> int:
         """Bytes read from models, adapters and auxiliary tensors, each tensor counted once."""
-        return sum(
-            files[model].tensors[key].num_bytes
-            for task in self.tasks
-            for files, keys in ((self.checkpoints, task.inputs), (self.auxiliary, task.auxiliary))
-            for model, key in keys
-        ) + sum(adapter.num_bytes for adapter in self.adapters.values())
+        views = self.alignment.views
+        wanted = dict.fromkeys(source for task in self.tasks for source in task.inputs)
+        plain = sum(
+            self.checkpoints[model].tensors[key].num_bytes for model, key in wanted if key not in views[model].relayouts
+        )
+        converted = {
+            id(views[m].relayouts[key]): views[m].relayouts[key] for m, key in wanted if key in views[m].relayouts
+        }
+        beside = sum(self.auxiliary[path].tensors[key].num_bytes for task in self.tasks for path, key in task.auxiliary)
+        adapted = sum(adapter.num_bytes for adapter in self.adapters.values())
+        return plain + sum(each.num_bytes() for each in converted.values()) + beside + adapted
 
     @property
     def bytes_written(self) -> int:
@@ -114,7 +125,7 @@ class DataFreePlan:
         """Merged task vectors that wait for the whole model's factor, by name; see `GlobalScale`."""
         if METHODS[self.config.merge_method].global_scale is None:
             return {}
-        tasks = [task for task in self.tasks if not task.copied]
+        tasks = [task for task in self.tasks if task.has_factor]
         return {task.name: OutputTensor(torch.float32, task.shape) for task in tasks}
 
     @property
@@ -142,6 +153,7 @@ class DataFreePlan:
                 for name, adapter in self.adapters.items()
             },
             "reference": self.reference,
+            "class": self.alignment.class_name or None,
             "tensors": len(self.tasks),
             "copied": {task.name: task.copied for task in self.tasks if task.copied},
             "merged_otherwise": {task.name: task.fallback_reason for task in self.tasks if task.fallback_reason},
@@ -210,6 +222,7 @@ class SeriesPlan:
 def add_common_rows(table: Table, plan: DataFreePlan) -> None:
     """Adds what the tables of a plan and of a report both show."""
     table.add_row("models", "\n".join(plan.checkpoints))
+    table.add_row("model class", plan.alignment.class_name or "none: tensors are matched by their names on disk")
     copied = [task for task in plan.tasks if task.copied]
     counts = f"{len(plan.tasks) - len(copied)} merged"
     by_fallback = sum(bool(task.fallback_reason) for task in plan.tasks)
@@ -253,12 +266,21 @@ def plan_data_free(
     method = config.merge_method
     computes_on = accelerated_device(method, device, ranks)
     inputs = open_inputs(config, prior)
-    reference = config.base_model if config.base_model is not None else config.references[0]
-    vocabulary = _vocabulary(config, inputs, reference, prior)
-    output = plan_tasks(config, inputs.checkpoints, reference, inputs.auxiliary, vocabulary)
+    alignment = align(
+        inputs.checkpoints,
+        inputs.adapters,
+        inputs.reference,
+        base=config.base_model,
+        trust_remote_code=config.trust_remote_code,
+        allow_crimes=config.allow_crimes,
+    )
+    vocabulary = _vocabulary(config, inputs, alignment, prior)
+    output = plan_tasks(config, alignment.views, inputs.auxiliary, vocabulary)
+    output.notes[:0], output.problems[:0] = alignment.notes, alignment.problems
     if vocabulary is not None:
         output.notes.extend(vocabulary.notes)
     adapter_bytes = sum(adapter.kept_bytes for adapter in inputs.adapters.values())
+    adapter_bytes += sum(view.kept_bytes for view in alignment.views.values())
     if device not in ("auto", "cpu") and computes_on.type == "cpu":
         output.notes.append(f"{method} goes element by element, at the speed of the disk: on the CPU")
     limits = (limits or MemoryBudget()).with_defaults(config.memory, ranks.local_size)
@@ -267,7 +289,7 @@ def plan_data_free(
         config=config,
         checkpoints=inputs.checkpoints,
         auxiliary=inputs.auxiliary,
-        reference=reference,
+        alignment=alignment,
         tasks=output.tasks,
         layers=output.layers,
         resources=choose_resources(method, output, adapter_bytes, limits, computes_on),
@@ -283,17 +305,17 @@ def plan_data_free(
 
 
 def _vocabulary(
-    config: DataFreeConfig, inputs: DataFreeInputs, reference: str, prior: PriorMerges
+    config: DataFreeConfig, inputs: DataFreeInputs, alignment: Alignment, prior: PriorMerges
 ) -> Vocabulary | None:
     """Builds the output's vocabulary, where the configuration arranges embeddings by token."""
     if config.vocabulary is None:
         return None
-    found = inputs.checkpoints[reference]
+    tensors = find_token_tensors(alignment, inputs.checkpoints[alignment.layout])
     elsewhere = {name: checkpoint.folder for name, checkpoint in prior.checkpoints.items()}
     vocabulary = build_vocabulary(
-        config.vocabulary, inputs.tokenizer_folders, config.base_model, reference, find_token_tensors(found), elsewhere
+        config.vocabulary, inputs.tokenizer_folders, config.base_model, alignment.layout, tensors, elsewhere
     )
-    moved = copy.deepcopy(dict(found.config))
+    moved = copy.deepcopy(dict(alignment.config))
     vocabulary.notes += move_ids(
         moved, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special
     )
@@ -334,7 +356,7 @@ def _alike(plan: DataFreePlan) -> Iterator[tuple[torch.device, list[Task]]]:
     """Yields tasks of like speed, with their device: weight matrices of one shape, and all the rest."""
     method, kinds = plan.config.merge_method, dict[Any, list[Task]]()
     for task in plan.tasks:
-        if not task.copied and task.num_elements:
+        if not task.copied and not task.instead and task.num_elements:
             device = plan.resources.accelerator.device_of(method, task)
             kinds.setdefault((device, task.shape if is_factored(method, task) else None), []).append(task)
     yield from ((device, tasks) for (device, _), tasks in kinds.items())

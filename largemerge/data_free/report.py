@@ -128,13 +128,14 @@ def config_text(plan: DataFreePlan) -> str:
         if task.out_dtype.is_floating_point:
             sizes[task.out_dtype] = sizes.get(task.out_dtype, 0) + task.num_elements
     dtype = max(sizes, key=lambda dtype: sizes[dtype])
-    config = json.loads(output_config(plan.checkpoints[plan.reference], dtype))
+    config = json.loads(output_config(plan.alignment.config, dtype))
     if plan.config.slices and len(plan.layers) == 1:
         (layers,) = plan.layers.values()
         _set_layers(config, layers)
     if plan.vocabulary is not None:
-        tensors = plan.checkpoints[plan.reference].tensors
-        _set_vocabulary(config, plan.vocabulary, {tensors[name].shape[0] for name in plan.vocabulary.tensors})
+        tensors = plan.alignment.views[plan.reference].tensors
+        rows = {tensors[name].shape[0] for name in plan.vocabulary.tensors if name in tensors}
+        _set_vocabulary(config, plan.vocabulary, rows)
     return json.dumps(config, indent=2) + "\n"
 
 

@@ -9,7 +9,7 @@ the first slice if they lie before the layers (embeddings), else from the last o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -29,12 +29,12 @@ from largemerge.data_free.matrices import (
 )
 from largemerge.data_free.methods.base import REQUIRED, Base
 from largemerge.data_free.methods.table import METHODS
+from largemerge.model.alignment import ModelView, tensors_in_order
 from largemerge.tokenizer.embedding_rows import TokenRows
 from largemerge.tokenizer.vocabulary import Vocabulary
 
 _BEFORE_LAYERS = ("embed", "wte", "wpe", "patch", "position", "token_type", "cls_token", "class_embedding")
-_OUTPUT_EMBEDDINGS = "lm_head.weight"
-_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+_MEAN = "linear"  # merges what the base lacks
 _ADVICE = "; if these are vocabularies of unlike sizes, tokenizer_source: union brings them together"
 
 Source = tuple[str, str]
@@ -62,6 +62,7 @@ class Task:
         inputs_first: Whether the tensor is stored `[inputs, outputs]`, so that the formula sees its transpose.
         auxiliary: A tensor for every source, where the method needs one.
         token_rows: The rows of the inputs that make those of the output, where these are arranged by token.
+        instead: Name of the method that merges the tensor in place of the configured one, where not all models have it.
     """
 
     name: str
@@ -77,6 +78,12 @@ class Task:
     inputs_first: bool = False
     auxiliary: tuple[Source, ...] = ()
     token_rows: TokenRows | None = None
+    instead: str = ""
+
+    @property
+    def has_factor(self) -> bool:
+        """Whether a factor of the whole model applies to the tensor, by a method that has one."""
+        return not self.copied and not self.instead
 
     @property
     def num_elements(self) -> int:
@@ -113,8 +120,7 @@ class OutputTasks:
 
 def plan_tasks(
     config: DataFreeConfig,
-    checkpoints: Mapping[str, Checkpoint],
-    reference: str,
+    views: Mapping[str, ModelView],
     auxiliary: Mapping[str, Checkpoint] = MappingProxyType({}),
     vocabulary: Vocabulary | None = None,
 ) -> OutputTasks:
@@ -122,30 +128,34 @@ def plan_tasks(
 
     Args:
         config: The configuration, from `load_data_free`.
-        checkpoints: All models, as the configuration names them.
-        reference: The model whose names the output has.
+        views: All models as the configuration names them, under the names of the output.
         auxiliary: Tensors that the method needs beside the models', by the path that the configuration has.
         vocabulary: The output's vocabulary, where embeddings are arranged by token.
     """
     output = OutputTasks()
-    depths = {model: _find_stacks(checkpoint) for model, checkpoint in checkpoints.items()}
-    stacks = depths[reference]
+    depths = {model: _find_stacks(view.tensors) for model, view in views.items()}
+    stacks: dict[str, int] = {}
+    for found in depths.values():
+        stacks |= {stack: max(number, stacks.get(stack, 0)) for stack, number in found.items()}
     modules = _modules_by_stack(config, depths, stacks, output.problems)
     if output.problems:
         return output
-    planner = _TaskPlanner(config, checkpoints, auxiliary, output, vocabulary)
-    outside = [name for name in checkpoints[reference].tensors if _stack_of(name, stacks) is None]
+    planner = _TaskPlanner(config, views, auxiliary, output, vocabulary)
     first, last = next(iter(modules.values())), list(modules.values())[-1]
-    for name in outside:
-        module, output_slice = (first, first.slices[0]) if _lies_before(name) else (last, last.slices[-1])
-        planner.add(name, [(source.model, name) for source in output_slice.sources], output_slice, module, 0.0)
+    for name in tensors_in_order(views.values()):
+        if _stack_of(name, stacks) is None:
+            module, output_slice = (first, first.slices[0]) if _lies_before(name) else (last, last.slices[-1])
+            planner.add(name, [(source, name) for source in output_slice.sources], output_slice, module, 0.0)
     for stack, module in modules.items():
         number = 0
         for output_slice in module.slices:
-            for offset in range(len(output_slice.sources[0].layers)):
-                _add_layer(planner, stack, number, output_slice, module, offset)
+            sources = [source for source in output_slice.sources if stack in depths[source.model]]
+            for offset in range(len(sources[0].layers) if sources else 0):
+                _add_layer(planner, stack, number, sources, output_slice, module, offset)
                 number += 1
     output.tasks.sort(key=lambda task: natural_key(task.name))
+    output.problems.extend(planner.unlike_layers())
+    output.notes.extend(planner.lacking_notes())
     output.notes.extend(_notes(config.merge_method, output.tasks))
     return output
 
@@ -155,7 +165,13 @@ def _lies_before(name: str) -> bool:
 
 
 def _add_layer(
-    planner: _TaskPlanner, stack: str, number: int, output_slice: OutputSlice, module: Module, offset: int
+    planner: _TaskPlanner,
+    stack: str,
+    number: int,
+    sources: Sequence[SliceSource],
+    output_slice: OutputSlice,
+    module: Module,
+    offset: int,
 ) -> None:
     """Plans the tensors of one layer of the output.
 
@@ -163,20 +179,23 @@ def _add_layer(
         planner: Collects the tasks.
         stack: Name of the stack.
         number: Number of the layer in the output's stack.
+        sources: The sources of the slice that have the stack.
         output_slice: The slice that the layer belongs to.
         module: What the configuration says of the stack.
         offset: Number of the layer in the slice.
     """
-    count = len(output_slice.sources[0].layers)
+    count = len(sources[0].layers)
     t = offset / (count - 1) if count > 1 else 1.0
-    first = output_slice.sources[0]
-    prefix = f"{stack}.{first.layers[offset]}."
-    planner.output.layers.setdefault(stack, []).append(first.layers[offset])
-    for name in planner.checkpoints[first.model].tensors:
-        if name.startswith(prefix):
-            rest = name.removeprefix(prefix)
-            sources = [(source.model, f"{stack}.{source.layers[offset]}.{rest}") for source in output_slice.sources]
-            planner.add(f"{stack}.{number}.{rest}", sources, output_slice, module, t)
+    planner.output.layers.setdefault(stack, []).append(sources[0].layers[offset])
+    prefixes = [f"{stack}.{source.layers[offset]}." for source in sources]
+    rests = dict.fromkeys(
+        name.removeprefix(prefix)
+        for source, prefix in zip(sources, prefixes, strict=True)
+        for name in planner.names_in_layer(source.model, prefix)
+    )
+    for rest in rests:
+        keyed = [(source, prefix + rest) for source, prefix in zip(sources, prefixes, strict=True)]
+        planner.add(f"{stack}.{number}.{rest}", keyed, output_slice, module, t, in_layer=True)
 
 
 def _notes(method: str, tasks: Sequence[Task]) -> Iterator[str]:
@@ -194,12 +213,43 @@ def _notes(method: str, tasks: Sequence[Task]) -> Iterator[str]:
         yield f"{method}: taken as [inputs, outputs], as their biases tell: {', '.join(grouped(turned))}"
 
 
+@dataclass(frozen=True)
+class _Found:
+    """One model's tensor, of which the output's is made.
+
+    Attributes:
+        model: The model.
+        key: Name under which parameters are looked up: the output's, but with the number of the model's own layer.
+        info: The tensor, as the model's reader has it.
+        parameters: Parameters of the entry that names the model.
+    """
+
+    model: str
+    key: str
+    info: TensorInfo
+    parameters: Mapping[str, Any]
+
+
+def _sources(found: Sequence[_Found]) -> tuple[Source, ...]:
+    return tuple((one.model, one.info.name) for one in found)
+
+
+def _listed(models: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(models))
+
+
+def _some_names(names: Sequence[str]) -> str:
+    """Lists names for people: layers' numbers as `*`, the first few kinds."""
+    kinds = grouped(names)
+    return ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")
+
+
 class _TaskPlanner:
     """Makes tasks, and notes what is wrong with them.
 
     Args:
         config: The configuration.
-        checkpoints: All models.
+        views: All models, under the names of the output.
         auxiliary: Tensors that the method needs beside the models', by path.
         output: The tasks, problems and notes, which are added to.
         vocabulary: The output's vocabulary, where embeddings are arranged by token.
@@ -208,65 +258,148 @@ class _TaskPlanner:
     def __init__(
         self,
         config: DataFreeConfig,
-        checkpoints: Mapping[str, Checkpoint],
+        views: Mapping[str, ModelView],
         auxiliary: Mapping[str, Checkpoint],
         output: OutputTasks,
         vocabulary: Vocabulary | None,
     ) -> None:
-        self.config, self.checkpoints, self.auxiliary, self.output = config, checkpoints, auxiliary, output
+        self.config, self.views, self.auxiliary, self.output = config, views, auxiliary, output
         self.vocabulary = vocabulary
         self.method = METHODS[config.merge_method]
+        checkpoints = {model: view.checkpoint for model, view in views.items()}
         self._table_sizes = frozenset[int]().union(*map(vocabulary_sizes, checkpoints.values()))
         self._inputs_first = {model: stored_inputs_first(checkpoint) for model, checkpoint in checkpoints.items()}
+        self._nothing_merged = not (config.models or config.slices or config.modules)  # a base with its adapter
+        self._layers: dict[str, dict[str, list[str]]] = {}
+        self._lacking: dict[str, list[str]] = {}
+        self._unlike: dict[str, list[str]] = {}
 
-    def add(self, name: str, sources: Sequence[Source], output_slice: OutputSlice, module: Module, t: float) -> None:
+    def names_in_layer(self, model: str, prefix: str) -> Sequence[str]:
+        """Lists the names of a model's tensors that start with the prefix of a layer, `model.layers.3.`."""
+        if model not in self._layers:
+            layers: dict[str, list[str]] = {}
+            for name in self.views[model].tensors:
+                match = LAYER.match(name)
+                if match:
+                    layers.setdefault(f"{match['stack']}.{match['number']}.", []).append(name)
+            self._layers[model] = layers
+        return self._layers[model].get(prefix, ())
+
+    def add(
+        self,
+        name: str,
+        sources: Sequence[tuple[SliceSource, str]],
+        output_slice: OutputSlice,
+        module: Module,
+        t: float,
+        *,
+        in_layer: bool = False,
+    ) -> None:
         """Plans one tensor of the output.
 
         Args:
             name: Name of the output's tensor.
-            sources: The tensors of all models that it should be made of, a base's among them.
+            sources: Every model, and the name of its tensor that the output's should be made of; a base's among them.
             output_slice: The slice that it belongs to.
             module: What the configuration says of the slice's stack.
             t: Position of the tensor's layer in the slice, from 0 to 1.
+            in_layer: Whether the tensor lies in a layer that all these models have, and so should be in all of them.
         """
+        found = [
+            _Found(source.model, key, self.views[source.model].tensors[key], source.parameters)
+            for source, key in sources
+            if key in self.views[source.model].tensors
+        ]
+        lacking = list(dict.fromkeys(s.model for s, key in sources if key not in self.views[s.model].tensors))
+        if not found:
+            return
+        if lacking and in_layer:
+            text = f"only {_listed(one.model for one in found)} and not {_listed(lacking)}"
+            self._unlike.setdefault(text, []).append(name)
+            return
         base_model = output_slice.base_model or self.config.base_model
-        found = self._find(name, sources)
-        if found is None:
-            return
-        takes_base = self.method.base in (Base.REQUIRED, Base.OPTIONAL)
-        merged = [(model, key) for model, key in found if not (takes_base and model == base_model)]
-        base = next(((model, key) for model, key in found if takes_base and model == base_model), None)
-        infos = {model: self.checkpoints[model].tensors[key] for model, key in found}
-        anchor = infos[base[0]] if base is not None else infos[found[0][0]]
-        dtype = self._dtype(anchor, infos)
-        if not anchor.dtype.is_floating_point:
-            source = base or found[0]
-            copied = "not floating point"
-            self.output.tasks.append(Task(name, anchor.shape, (source,), None, {}, {}, dtype, dtype, copied))
-            return
-        self._check(name, infos, anchor, len(merged))
-        levels = Levels(
-            {source.model: source.parameters for source in output_slice.sources},
-            (output_slice.parameters, module.parameters, self.config.parameters),
-        )
-        per_model = self._per_model(levels, merged, t)
-        shared = self._shared(levels, name, t)
+        takes_base = self.method.base in (Base.REQUIRED, Base.OPTIONAL) and base_model is not None
+        base = next((one for one in found if takes_base and one.model == base_model), None)
+        merged = [one for one in found if base is None or (one.model, one.key) != (base.model, base.key)]
+        anchor = base or found[0]
+        dtype = self._dtype(anchor.info, [one.info for one in found])
         out = torch_dtype(self.config.out_dtype) if self.config.out_dtype is not None else dtype
+        if not anchor.info.dtype.is_floating_point:
+            self._copy(name, anchor, dtype, dtype, "not floating point")
+            return
+        if self._nothing_merged or (base is not None and not merged):
+            why = "only the base has it" if lacking else "nothing is merged into the base"
+            self._copy(name, anchor, dtype, out, why)
+            return
+        levels = Levels((output_slice.parameters, module.parameters, self.config.parameters))
+        if lacking and (base is None or len(merged) < self.method.num_models[0]):
+            if len(found) == 1:
+                self._copy(name, found[0], dtype, out, f"only {found[0].model} has it")
+                return
+            self._note_lacking(name, found, lacking, "their weighted mean")
+            self._check_shapes(name, found, anchor.info)
+            weights = self._per_model(levels, found, t, {"weight": 1.0})
+            mean = Task(name, anchor.info.shape, _sources(found), None, weights, {"normalize": True}, dtype, out)
+            self.output.tasks.append(self._by_token(replace(mean, instead=_MEAN), found, base_model))
+            return
+        if lacking:
+            self._note_lacking(name, merged, lacking, "merged from these")
+        self._check_shapes(name, found, anchor.info)
+        self._check_number(len(merged))
+        per_model = self._per_model(levels, merged, t, self.method.per_model)
+        shared = self._shared(levels, name, t)
         reason, inputs_first = "", False
         if self.method.matrix_formula is not None:
-            reason = why_not_a_matrix(name, anchor.shape, self._table_sizes) or too_small(anchor.shape, len(merged))
-            model, key = found[0]
-            inputs_first = not reason and key in self._inputs_first[model]
-        task = Task(name, anchor.shape, tuple(merged), base, per_model, shared, dtype, out, "", reason, inputs_first)
+            reason = why_not_a_matrix(name, anchor.info.shape, self._table_sizes)
+            reason = reason or too_small(anchor.info.shape, len(merged))
+            inputs_first = not reason and found[0].info.name in self._inputs_first[found[0].model]
+        task = Task(
+            name,
+            anchor.info.shape,
+            _sources(merged),
+            (base.model, base.info.name) if base is not None else None,
+            per_model,
+            shared,
+            dtype,
+            out,
+            "",
+            reason,
+            inputs_first,
+        )
         task = replace(task, auxiliary=self._auxiliary(task))
-        self.output.tasks.append(self._by_token(task, infos, base_model))
+        self.output.tasks.append(self._by_token(task, [*merged, *([base] if base is not None else [])], base_model))
 
-    def _by_token(self, task: Task, infos: Mapping[str, TensorInfo], base_model: str | None) -> Task:
+    def _copy(self, name: str, source: _Found, dtype: torch.dtype, out: torch.dtype, why: str) -> None:
+        """Plans a tensor that is taken as it is from its only source."""
+        only = (source.model, source.info.name)
+        task = Task(name, source.info.shape, (only,), None, {}, {}, dtype, out, why)
+        self.output.tasks.append(self._by_token(task, [source], None))
+        if why.startswith("only"):
+            self._lacking.setdefault(f"{why}, and it is copied", []).append(name)
+
+    def _note_lacking(self, name: str, found: Sequence[_Found], lacking: Sequence[str], how: str) -> None:
+        text = f"only {_listed(one.model for one in found)} have it, not {_listed(lacking)}: {how}"
+        self._lacking.setdefault(text, []).append(name)
+
+    def lacking_notes(self) -> Iterator[str]:
+        """Yields which tensors only some models have, and what was done about them."""
+        for text, names in self._lacking.items():
+            yield f"{_some_names(names)}: {text}"
+
+    def unlike_layers(self) -> Iterator[str]:
+        """Yields which tensors only some models have in a layer that all of them have."""
+        for text, names in self._unlike.items():
+            yield (
+                f"{_some_names(names)}: {text}; expected layers with the same tensors, since no merge of these is "
+                "known to be right"
+            )
+
+    def _by_token(self, task: Task, found: Sequence[_Found], base_model: str | None) -> Task:
         """Returns the task with the rows of the output's vocabulary, where its tensor has one for every token."""
         if self.vocabulary is None or task.name not in self.vocabulary.tensors:
             return task
-        num_rows = {model: infos[model].shape[0] for model, _ in task.inputs}
-        if any(infos[model].quantization is not None for model in num_rows):
+        num_rows = {one.model: one.info.shape[0] for one in found}
+        if any(one.info.quantization is not None for one in found):
             self._problem(f"{task.name}: quantised embeddings cannot be arranged by token; leave 'tokenizer' out")
         rows, problems = self.vocabulary.rows_for([model for model, _ in task.inputs], num_rows, base_model)
         for problem in problems:
@@ -278,16 +411,18 @@ class _TaskPlanner:
         shape = (rows.num_rows, *task.shape[1:])
         return replace(task, shape=shape, token_rows=None if identity else rows)
 
-    def _per_model(self, levels: Levels, sources: Sequence[Source], t: float) -> dict[str, list[Any]]:
-        """Evaluates the parameters of every source."""
-        per_model: dict[str, list[Any]] = {parameter: [] for parameter in self.method.per_model}
-        for model, key in sources:
-            for parameter, default in self.method.per_model.items():
-                value = levels.value(parameter, key, t, model)
+    def _per_model(
+        self, levels: Levels, sources: Sequence[_Found], t: float, parameters: Mapping[str, Any]
+    ) -> dict[str, list[Any]]:
+        """Evaluates the parameters of every source; `parameters` are their names and defaults."""
+        per_model: dict[str, list[Any]] = {parameter: [] for parameter in parameters}
+        for source in sources:
+            for parameter, default in parameters.items():
+                value = levels.value(parameter, source.key, t, source.parameters)
                 if value is None and default is REQUIRED:
                     files = parameter == self.method.auxiliary_parameter
-                    where = "; expected a .safetensors file, or a folder with some" if files else f" (tensor {key})"
-                    self._problem(f"{parameter}: missing for {model}{where}")
+                    where = "; expected a .safetensors file, or a folder with some" if files else ""
+                    self._problem(f"{parameter}: missing for {source.model}{where}")
                 value = default if value is None else value
                 self._check_range(parameter, value)
                 per_model[parameter].append(value)
@@ -299,7 +434,7 @@ class _TaskPlanner:
         for parameter, default in self.method.shared.items():
             value = levels.value(parameter, name, t)
             if value is None and default is REQUIRED:
-                self._problem(f"{parameter}: missing for tensor {name}")
+                self._problem(f"{parameter}: missing; no level and no filter has a value for {name}")
             shared[parameter] = default if value is None else value
             self._check_range(parameter, shared[parameter])
         return shared
@@ -328,43 +463,32 @@ class _TaskPlanner:
             found.append((path, key))
         return tuple(found)
 
-    def _find(self, name: str, sources: Sequence[Source]) -> list[Source] | None:
-        """Finds the names on disk: for an output embedding that is tied and not stored, the input embedding's."""
-        found = []
-        for model, key in sources:
-            tensors = self.checkpoints[model].tensors
-            if key not in tensors and key.endswith(_OUTPUT_EMBEDDINGS):
-                tied = [other for other in tensors if other.endswith(_INPUT_EMBEDDINGS)]
-                key = tied[0] if len(tied) == 1 else key
-            if key not in tensors:
-                self._problem(f"{model} has no tensor {key}, which {name} is to be made of")
-                return None
-            found.append((model, key))
-        return found
-
-    def _dtype(self, anchor: TensorInfo, infos: Mapping[str, TensorInfo]) -> torch.dtype:
+    def _dtype(self, anchor: TensorInfo, infos: Sequence[TensorInfo]) -> torch.dtype:
         """Chooses the dtype of the computation: the configured one, else one that holds all of the models'."""
         if not anchor.dtype.is_floating_point:
             return anchor.dtype
         if self.config.dtype is not None:
             return torch_dtype(self.config.dtype)
         dtype = anchor.dtype
-        for info in infos.values():
+        for info in infos:
             dtype = torch.promote_types(dtype, info.dtype)
-        if any(info.dtype != dtype for info in infos.values()):
+        if any(info.dtype != dtype for info in infos):
             note = f"models are stored in unlike dtypes; computed in {dtype_name(dtype)}, which holds them all"
             if note not in self.output.notes:
                 self.output.notes.append(note)
         return dtype
 
-    def _check(self, name: str, infos: Mapping[str, TensorInfo], anchor: TensorInfo, num_models: int) -> None:
-        """Checks the shapes of all models' tensors, and the number of models, the base not counted."""
-        shapes = {model: list(info.shape) for model, info in infos.items()}
+    def _check_shapes(self, name: str, found: Sequence[_Found], anchor: TensorInfo) -> None:
+        """Checks that the tensors of all models have one shape; rows that are arranged by token may differ."""
+        shapes = {one.model: list(one.info.shape) for one in found}
         first = 1 if self.vocabulary is not None and name in self.vocabulary.tensors else 0
-        if any(shape[first:] != list(anchor.shape[first:]) for shape in shapes.values()):
-            alike_beyond = all(shape[1:] == list(anchor.shape[1:]) for shape in shapes.values())
+        if any(list(one.info.shape[first:]) != list(anchor.shape[first:]) for one in found):
+            alike_beyond = all(one.info.shape[1:] == anchor.shape[1:] for one in found)
             advice = _ADVICE if not first and alike_beyond and LAYER.match(name) is None else ""
             self._problem(f"{name}: shapes differ: {shapes}; expected one{advice}")
+
+    def _check_number(self, num_models: int) -> None:
+        """Checks the number of models, the base not counted."""
         fewest, most = self.method.num_models
         if not fewest <= num_models <= most:
             wanted = f"{fewest}" if fewest == most else f"{fewest} or more"
@@ -379,10 +503,10 @@ class _TaskPlanner:
 # Stacks of layers, and slices of them
 
 
-def _find_stacks(checkpoint: Checkpoint) -> dict[str, int]:
+def _find_stacks(names: Iterable[str]) -> dict[str, int]:
     """Finds the stacks of layers, and how many each has, in the tensors' names."""
     numbers: dict[str, set[int]] = {}
-    for name in checkpoint.tensors:
+    for name in names:
         match = LAYER.match(name)
         if match:
             numbers.setdefault(match["stack"], set()).add(int(match["number"]))
@@ -427,6 +551,7 @@ def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Modul
     sources = [(entry.model, entry.parameters) for entry in module.models]
     if config.base_model is not None and config.base_model not in [model for model, _ in sources]:
         sources.append((config.base_model, {}))
+    # A model that lacks the stack (a text model beside one with images, too) has no part in it.
     output_slice = OutputSlice(
         sources=tuple(
             SliceSource(model=model, parameters=parameters, layer_range=(0, depths[model].get(stack, 0)))
@@ -439,10 +564,11 @@ def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Modul
 def _slice_problems(depths: Depths, stack: str, module: Module) -> Iterator[str]:
     for number, output_slice in enumerate(module.slices):
         where = f"slices[{number}]"
-        lengths = {source.model: len(source.layers) for source in output_slice.sources}
+        sources = [source for source in output_slice.sources if depths[source.model].get(stack) or source.layers]
+        lengths = {source.model: len(source.layers) for source in sources}
         if len(set(lengths.values())) > 1:
             yield f"{where}: models have unlike numbers of layers here: {lengths}"
-        for source in output_slice.sources:
+        for source in sources:
             num_layers = depths[source.model].get(stack, 0)
             start, stop = source.layer_range
             if not 0 <= start <= stop <= num_layers or (start == stop and num_layers):

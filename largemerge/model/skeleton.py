@@ -11,6 +11,9 @@ exist nowhere else.
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,29 +93,33 @@ class Skeleton:
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Reads a checkpoint's config as Transformers understands it.
+    """Makes a checkpoint's config as Transformers understands it.
 
     Raises:
         CheckpointError: If Transformers does not understand it.
     """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+        with _config_folder(checkpoint) as folder:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config may hold anything, and nobody has listed what its class then raises
         raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}") from None
-    _set_vocabulary(config, checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton computes with weights that have been dequantised
     return config
 
 
-def _set_vocabulary(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
-    """Sets the rows of embeddings where an adapter has brought others than the model's file says."""
-    stored = read_json(checkpoint.folder / "config.json", checkpoint.name)
-    if stored.get("vocab_size") != checkpoint.config.get("vocab_size"):
-        config.vocab_size = checkpoint.config["vocab_size"]
-    for key, part in checkpoint.config.items():
-        if isinstance(part, dict) and part.get("vocab_size") != stored[key].get("vocab_size"):
-            getattr(config, key).vocab_size = part["vocab_size"]
+@contextmanager
+def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Yields a folder whose config.json is the checkpoint's config, which may have been changed since it was read."""
+    stored = checkpoint.folder / "config.json"
+    if stored.is_file() and read_json(stored, checkpoint.name) == checkpoint.config:
+        yield checkpoint.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="largemerge-config-") as folder:
+        for file in checkpoint.folder.glob("*.py") if checkpoint.config.get("auto_map") else ():
+            shutil.copyfile(file, Path(folder) / file.name)
+        (Path(folder) / "config.json").write_text(json.dumps(dict(checkpoint.config)), encoding="utf-8")
+        yield Path(folder)
 
 
 def build_skeleton(
@@ -134,6 +141,25 @@ def build_skeleton(
         CheckpointError: If the config is not understood.
         ArchitectureError: If the model class is unknown or has no block stacks.
     """
+    model = build_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+    found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
+    return Skeleton(model, found, _aliases(model), dtype)
+
+
+def build_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Builds the model of a checkpoint on the meta device, tied as its config says; buffers are real.
+
+    Args:
+        checkpoint: The checkpoint, from `open_checkpoint`.
+        dtype: Default dtype while it is built; buffers that follow it are made in it.
+        trust_remote_code: Allow the checkpoint's own Python code.
+
+    Raises:
+        CheckpointError: If the config is not understood.
+        ArchitectureError: If the model class is unknown.
+    """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     model_class = _model_class(config, checkpoint, trust_remote_code)
     for part in _all_configs(config):
@@ -142,13 +168,12 @@ def build_skeleton(
     try:
         with _default_dtype(dtype), init_empty_weights(include_buffers=False):
             model = model_class(config)
-    except (ImportError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # what a class raises for a config that it cannot be built from, nobody has listed
         raise ArchitectureError(f"{checkpoint.name}: {model_class.__name__}: {_first_line(error)}") from None
     model.tie_weights()
     model.train(False)
     model.requires_grad_(False)
-    found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
-    return Skeleton(model, found, _aliases(model), dtype)
+    return model
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def config_text(planned: PlannedMerge) -> str:
     """Makes the text of the output's `config.json`."""
     dtype = planned.plan.output_dtype
     settings = quantization_settings(planned.plan.config.output, dtype)
-    return output_config(planned.inputs.reference, dtype, settings)
+    return output_config(planned.inputs.reference.config, dtype, settings)
 
 
 def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> None:

@@ -6,48 +6,43 @@ The tensors are found through the model's own code, not by a table of names. Num
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.errors import ArchitectureError
+from largemerge.model.alignment import Alignment
 
 _ENDINGS = ("_token_id", "_token_ids", "_token_index")  # of keys whose values are numbers of tokens
 
 
-def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
-    """Finds the names on disk of the input and output embeddings, and of the latter's bias.
+def find_token_tensors(alignment: Alignment, reference: Checkpoint) -> frozenset[str]:
+    """Finds the output's names of the input and output embeddings, and of the latter's bias.
+
+    Args:
+        alignment: The models under the names of the output.
+        reference: The model whose class the output has.
 
     Raises:
-        LargemergeError: If Transformers does not know the model, or it has no token embeddings.
+        ArchitectureError: If Transformers does not know the model, or it has no token embeddings.
     """
-    from largemerge.model.key_mapping import map_keys
-    from largemerge.model.skeleton import build_skeleton
-
-    model: Any = build_skeleton(checkpoint).model
-    inputs = outputs = None
-    with contextlib.suppress(NotImplementedError):
-        inputs = model.get_input_embeddings()
-        outputs = model.get_output_embeddings()
-    weight = getattr(inputs, "weight", None)
-    if not isinstance(inputs, torch.nn.Embedding) or not isinstance(weight, torch.Tensor):
-        class_name = type(model).__name__
-        raise ArchitectureError(f"{checkpoint.name}: {class_name} has no token embeddings; leave 'tokenizer' out")
-    sideways = [name for name, info in checkpoint.tensors.items() if info.shape == (1, weight.shape[0])]
+    if not alignment.class_name:
+        raise ArchitectureError(f"'tokenizer' and 'tokenizer_source' need the model's class: {alignment.notes[0]}")
+    if not alignment.token_tensors:
+        raise ArchitectureError(
+            f"{reference.name}: {alignment.class_name} has no token embeddings; leave 'tokenizer' out"
+        )
+    tensors = alignment.views[alignment.layout].tensors
+    rows = {tensors[name].shape[0] for name in alignment.token_tensors if name in tensors}
+    sideways = [
+        name for name, info in tensors.items() if len(info.shape) == 2 and info.shape[0] == 1 and info.shape[1] in rows
+    ]
     if sideways:
         raise ArchitectureError(
-            f"{checkpoint.name}: {sideways[0]} has its tokens in the second dimension, which 'tokenizer' and "
+            f"{reference.name}: {sideways[0]} has its tokens in the second dimension, which 'tokenizer' and "
             "'tokenizer_source' do not support; leave them out"
         )
-    found = [weight, getattr(outputs, "weight", None), getattr(outputs, "bias", None)]
-    tensors = (tensor for tensor in found if isinstance(tensor, torch.Tensor))
-    wanted = {id(tensor) for tensor in tensors if tensor.shape[0] == weight.shape[0]}
-    on_disk = map_keys(model, checkpoint).renamed
-    names = (name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in wanted)
-    return frozenset(on_disk[name] for name in names if name in on_disk)
+    return alignment.token_tensors
 
 
 def move_ids(

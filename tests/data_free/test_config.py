@@ -30,11 +30,11 @@ def test_values(setting: Any, t: float, expected: Any) -> None:
 
 
 def test_the_narrowest_level_that_has_a_value_wins() -> None:
-    own = {"a": {"weight": [{"filter": "mlp", "value": 0.1}]}, "b": {}}
-    levels = Levels(own, ({}, {"weight": 0.2}, {"weight": 0.3, "t": 0.4}))
-    assert levels.value("weight", "mlp", 0.0, "a") == 0.1
-    assert levels.value("weight", "norm", 0.0, "a") == 0.2, "its own filter does not fit"
-    assert levels.value("weight", "mlp", 0.0, "b") == 0.2
+    own = {"weight": [{"filter": "mlp", "value": 0.1}]}
+    levels = Levels(({}, {"weight": 0.2}, {"weight": 0.3, "t": 0.4}))
+    assert levels.value("weight", "mlp", 0.0, own) == 0.1
+    assert levels.value("weight", "norm", 0.0, own) == 0.2, "its own filter does not fit"
+    assert levels.value("weight", "mlp", 0.0, {}) == 0.2
     assert levels.value("t", "mlp", 0.0) == 0.4 and levels.value("density", "mlp", 0.0) is None
 
 

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 import largemerge
 from largemerge import LargemergeError
 from largemerge.checkpoint.index import open_checkpoint
+from largemerge.model.alignment import align
 from largemerge.tokenizer.token_ids import find_token_tensors
 
 EXPECTED = {
@@ -29,17 +30,22 @@ EXPECTED = {
 REFUSED = {"vit": "no token embeddings", "clip_vision": "no token embeddings", "bart": "in the second dimension"}
 
 
+def token_tensors(folder: Path) -> frozenset[str]:
+    checkpoint = open_checkpoint(folder, "m")
+    return find_token_tensors(align({"m": checkpoint}, {}, "m"), checkpoint)
+
+
 @pytest.mark.parametrize("architecture", sorted(EXPECTED))
 def test_they_are_found(tmp_path: Path, architecture: str) -> None:
     tiny_models.perturbed(architecture, 0).save_pretrained(tmp_path)
-    assert find_token_tensors(open_checkpoint(tmp_path, architecture)) == EXPECTED[architecture]
+    assert token_tensors(tmp_path) == EXPECTED[architecture]
 
 
 @pytest.mark.parametrize("architecture", sorted(REFUSED))
 def test_others_are_refused(tmp_path: Path, architecture: str) -> None:
     tiny_models.perturbed(architecture, 0).save_pretrained(tmp_path)
     with pytest.raises(LargemergeError, match=REFUSED[architecture]):
-        find_token_tensors(open_checkpoint(tmp_path, architecture))
+        token_tensors(tmp_path)
 
 
 def test_a_bias_of_the_head_goes_with_it(tmp_path: Path) -> None:
