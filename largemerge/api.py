@@ -152,6 +152,7 @@ def merge(
     force: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     quiet: bool = True,
+    verify: bool = True,
     intermediate_dir: str | Path | None = None,
     memory: Memory | None = None,
     planned: Callable[[Plan], None] | None = None,
@@ -166,6 +167,7 @@ def merge(
         force: Replace what is in `out`, once the merge is finished.
         max_shard_bytes: Size of an output file in bytes, unless one tensor is larger.
         quiet: Show no progress.
+        verify: At the end, measure how much of every candidate is in the output.
         intermediate_dir: Folder that keeps the results that the last one of several merges is made of. By default they
             lie in `out` until it is finished.
         memory: Limits that override those of the configuration.
@@ -179,7 +181,7 @@ def merge(
     """
     resolved, memory = read_config(config), memory or Memory()
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
-    options |= {"max_shard_bytes": max_shard_bytes, "planned": planned}
+    options |= {"max_shard_bytes": max_shard_bytes, "planned": planned, "verify": verify}
     if intermediate_dir is not None and not isinstance(resolved, Documents):
         raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
     if isinstance(resolved, MergeConfig):

@@ -104,6 +104,7 @@ def _merge(options: argparse.Namespace) -> int:
             force=options.force,
             max_shard_bytes=max_shard_bytes,
             quiet=options.quiet,
+            verify=not options.no_verify,
             intermediate_dir=options.intermediate_dir,
             memory=memory,
             planned=lambda made: reuse_freed_memory(sparingly=made.sparing),
@@ -282,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of an output file (default: 5GB)")
     _add_memory_options(merge)
     merge.add_argument("--quiet", action="store_true", help="no progress, no closing table")
+    merge.add_argument("--no-verify", action="store_true", help="do not measure, at the end, what is in the output")
     plan = commands.add_parser("plan", help="show what a merge would do, without reading weights")
     plan.add_argument("config", type=Path, help="a YAML file")
     plan.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")

@@ -25,8 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
+from largemerge.checkpoint.quantized import fold_quantized
 from largemerge.checkpoint.side_files import GENERATION_FILES, PROCESSOR_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
+from largemerge.checkpoint.tensor_files import SafetensorsFile
+from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import LargemergeError, OutputError
@@ -66,6 +70,19 @@ class OutputFolder:
             stream.flush()
             os.fsync(stream.fileno())
         self.entries[part] = dict(entry)
+
+    def written(self, shards: tuple[Shard, ...], config: Mapping[str, Any]) -> Checkpoint:
+        """Opens the finished shards, wherever a crash has left them, as a checkpoint that can be read.
+
+        Args:
+            shards: All shards, written and flushed.
+            config: Contents of the output's `config.json`.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            inside = self.working / shard.file_name
+            tensors |= SafetensorsFile(inside if inside.exists() else self.path / shard.file_name).tensors()
+        return Checkpoint("output", self.path, config, fold_quantized(tensors, config, "output", read_bytes), {})
 
     def finish(self, shards: tuple[Shard, ...], write_side_files: Callable[[Path], None], config: str) -> None:
         """Makes the folder a checkpoint; may be repeated after a crash at any point.

@@ -86,7 +86,7 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     if problems:
         raise CheckpointError(*problems[:_MAX_PROBLEMS])
     ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
-    return Checkpoint(name, folder, config, fold_quantized(ordered, config, name, _read_small), fingerprint)
+    return Checkpoint(name, folder, config, fold_quantized(ordered, config, name, read_bytes), fingerprint)
 
 
 def open_tensors(path: Path, name: str) -> Checkpoint:
@@ -189,7 +189,7 @@ def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str)
     return {file: frozenset(names) for file, names in sorted(by_file.items())}
 
 
-def _read_small(info: TensorInfo) -> bytes:
+def read_bytes(info: TensorInfo) -> bytes:
     """Reads the bytes of a small tensor."""
     file = open_tensor_file(info.file)
     try:

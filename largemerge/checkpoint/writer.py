@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import tempfile
 import threading
@@ -103,6 +104,7 @@ class ShardWriter:
     Attributes:
         bytes_written: Bytes written so far.
         quantization_errors: Relative error ‖written - given‖ / ‖given‖ of every quantised weight written so far.
+        not_finite: Names of tensors in which NaN or infinity has been written.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, OutputTensor], shards: tuple[Shard, ...]) -> None:
@@ -111,6 +113,7 @@ class ShardWriter:
         self.shards = shards
         self.bytes_written = 0
         self.quantization_errors: dict[str, float] = {}
+        self.not_finite: set[str] = set()
         self._stored = _stored(tensors)
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
         self._files: dict[str, DataFile] = {}
@@ -150,6 +153,9 @@ class ShardWriter:
         assert tensor.dtype == expected.dtype, (name, tensor.dtype, expected.dtype)
         assert tensor.shape[1:] == expected.shape[1:] and tensor.dim() == len(expected.shape), (name, tensor.shape)
         assert tensor.dim() == 0 or first_row + tensor.shape[0] <= expected.shape[0], (name, tensor.shape, first_row)
+        if not _is_finite(tensor):
+            with self._lock:
+                self.not_finite.add(name)
         if expected.quantization is None:
             self._write(name, tensor, first_row)
             return
@@ -198,6 +204,14 @@ class ShardWriter:
             dirty, self._dirty = self._dirty, set()
         for file_name in sorted(dirty):
             self._files[file_name].sync()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; one pass, as fast as a copy (`isfinite` is ten times slower)."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    lowest, highest = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32))
+    return math.isfinite(lowest.item()) and math.isfinite(highest.item())  # NaN is both
 
 
 def weight_index(shards: tuple[Shard, ...]) -> str | None:

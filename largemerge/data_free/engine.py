@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,9 +33,10 @@ import torch
 
 from largemerge.checkpoint.direct_io import Buffers
 from largemerge.checkpoint.lora import open_reader
-from largemerge.checkpoint.reader import TensorReader
+from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, release_slot
+from largemerge.data_free.matrices import LAYER
 from largemerge.data_free.methods.base import Access, Cut, select_formula
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.plan import DataFreePlan
@@ -46,6 +49,7 @@ from largemerge.errors import MergeError
 from largemerge.model.alignment import AlignedReader
 from largemerge.output import OutputFolder
 from largemerge.progress import RunProgress
+from largemerge.verify import ComparedTensor, Comparison, Verification
 
 PART_BYTES = 256 << 20
 """The least bytes of the output between two lines of the journal."""
@@ -279,13 +283,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(ranks.busy())
         buffers = Buffers(plan.resources.buffer_bytes)
-        readers: dict[str, TensorReader] = {
-            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name), buffers=buffers))
-            for name, checkpoint in {**plan.checkpoints, **plan.auxiliary}.items()
-        }
-        for name, view in plan.alignment.views.items():
-            if view.relayouts:
-                readers[name] = AlignedReader(readers[name], view.relayouts)
+        readers = stack.enter_context(open_readers(plan, buffers))
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
         kept_bytes, accelerator = plan.resources.kept_bytes, plan.resources.accelerator
         merge: Callable[[Task], None] = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator)
@@ -305,6 +303,44 @@ def run(
         parts.run(_OUTPUT, merge, writer, progress)
         past_cache = writer.bytes_past_cache + sum(reader.bytes_past_cache for reader in readers.values())
         return sum(reader.bytes_read for reader in readers.values()), past_cache
+
+
+@contextmanager
+def open_readers(plan: DataFreePlan, buffers: Buffers | None = None) -> Iterator[dict[str, TensorReader]]:
+    """Opens a reader for every model, and for every path of auxiliary tensors."""
+    with ExitStack() as stack:
+        readers: dict[str, TensorReader] = {
+            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name), buffers=buffers))
+            for name, checkpoint in {**plan.checkpoints, **plan.auxiliary}.items()
+        }
+        for name, view in plan.alignment.views.items():
+            if view.relayouts:
+                readers[name] = AlignedReader(readers[name], view.relayouts)
+        yield readers
+
+
+def verify_merge(plan: DataFreePlan, shards: tuple[Shard, ...], folder: OutputFolder) -> Verification:
+    """Measures how much of every model is in the finished tensors, from a sample of their rows."""
+    start = time.perf_counter()
+    comparison = Comparison()
+    with open_readers(plan) as readers, CheckpointReader(folder.written(shards, {})) as output:
+        for task in plan.tasks:
+            if task.copied or task.token_rows is not None:
+                continue
+            match = LAYER.match(task.name)
+            stored = [plan.alignment.views[model].checkpoint.tensors.get(key) for model, key in task.inputs]
+            comparison.add(
+                ComparedTensor(
+                    block=f"{match['stack']}.{match['number']}" if match else "outside",
+                    shape=task.shape,
+                    output=partial(output.read, task.name),
+                    candidates={model: partial(readers[model].read, key) for model, key in task.sources},
+                    base=partial(readers[task.base[0]].read, task.base[1]) if task.base is not None else None,
+                    by_rows=all(info is not None and info.quantization is None for info in stored),
+                )
+            )
+    not_finite = {name for entry in folder.entries.values() for name in entry.get("not_finite", ())}
+    return comparison.finish(not_finite, time.perf_counter() - start)
 
 
 class _PartRunner:
@@ -359,11 +395,15 @@ class _PartRunner:
             with self._ranks.blocked():
                 writer.flush()
             # Once this is gathered, every rank's tensors of this part are on the disk.
-            gathered = self._ranks.gather(notes(own[index]) if notes is not None else {})
+            own_names = {task.name for task in own[index]}
+            broken = sorted(writer.not_finite & own_names)
+            gathered = self._ranks.gather((notes(own[index]) if notes is not None else {}, broken))
             number = numbers[index]
             entry: dict[str, Any] = {"tensors": len(self._parts[number])}
             if notes is not None:
-                entry["notes"] = {name: note for of_rank in gathered for name, note in of_rank.items()}
+                entry["notes"] = {name: note for of_rank, _ in gathered for name, note in of_rank.items()}
+            if any(of_rank for _, of_rank in gathered):
+                entry["not_finite"] = sorted(name for _, of_rank in gathered for name in of_rank)
             if self._ranks.is_first:
                 self._folder.record(names[number], entry)
             self._folder.entries[names[number]] = entry

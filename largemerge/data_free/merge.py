@@ -14,7 +14,7 @@ from typing import Any
 
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
-from largemerge.data_free.engine import run
+from largemerge.data_free.engine import run, verify_merge
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
@@ -35,6 +35,7 @@ def merge_data_free(
     force: bool,
     max_shard_bytes: int,
     quiet: bool,
+    verify: bool = True,
     prior: PriorMerges | None = None,
     limits: MemoryBudget | None = None,
     planned: Callable[[DataFreePlan], None] | None = None,
@@ -49,6 +50,7 @@ def merge_data_free(
         force: Whether to replace what is in `out`, once the merge is finished.
         max_shard_bytes: Size of a shard in bytes, unless one tensor is larger.
         quiet: Whether to show no progress.
+        verify: Whether to measure, at the end, how much of every model is in the output.
         prior: Results of earlier merges of the same file.
         limits: Limits of memory that come before those of the configuration.
         planned: Called with the plan before the long work.
@@ -78,9 +80,10 @@ def merge_data_free(
                     plan, shards, folder, ranks, max_shard_bytes=max_shard_bytes, quiet=quiet or not ranks.is_first
                 )
                 bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
+                verified = verify_merge(plan, shards, folder) if verify and ranks.is_first else None
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(watch.peak()))
-                report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks, out)
+                report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks, out, verified)
                 if ranks.is_first:
                     folder.finish(shards, lambda path: write_side_files(path, report), config_text(plan))
         ranks.gather(None)  # nobody says that the merge is done before it is

@@ -38,6 +38,7 @@ from largemerge.tokenizer.chat_templates import with_template
 from largemerge.tokenizer.token_ids import move_ids
 from largemerge.tokenizer.tokenizers import tokenizer_files, tokenizer_folder, write_files
 from largemerge.tokenizer.vocabulary import Vocabulary
+from largemerge.verify import Verification
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class DataFreeReport:
         resumed_parts: Number of parts that an earlier run had finished.
         peaks: Measured peak memory of every rank.
         out: The output folder, as the user named it.
+        verified: How much of every model is in the output; `None` where that was not measured.
     """
 
     plan: DataFreePlan
@@ -61,6 +63,7 @@ class DataFreeReport:
     resumed_parts: int
     peaks: tuple[MemoryUse, ...]
     out: Path
+    verified: Verification | None = None
 
     @property
     def peak(self) -> MemoryUse:
@@ -87,6 +90,7 @@ class DataFreeReport:
             "peak_bytes": asdict(self.peak),
             "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
             "before": dict(self.plan.prior.reports),
+            **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             "tensors": {task.name: self._described(task) for task in self.plan.tasks},
         }
 
@@ -99,6 +103,8 @@ class DataFreeReport:
         table.add_column()
         table.add_column(overflow="fold")
         add_common_rows(table, plan)
+        for title, text in self.verified.rows(short_name) if self.verified is not None else ():
+            table.add_row(title, text)
         total = self.seconds["total"]
         table.add_row("time", f"{total:.1f} s, of which preparation {self.seconds['preparation']:.1f} s")
         table.add_row("peak memory", f"{gib(self.peak.host_anonymous)} anonymous (planned {gib(plan.peak_bytes)})")

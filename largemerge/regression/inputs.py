@@ -80,6 +80,33 @@ class Inputs:
         return (*self.candidates, *([self.base] if self.base is not None else []))
 
     @property
+    def by_name(self) -> dict[str, Checkpoint]:
+        """Checkpoints by name."""
+        return {checkpoint.name: checkpoint for checkpoint in self.checkpoints}
+
+    def keys_by_model(self, name: str) -> dict[str, dict[str, str]]:
+        """Finds one tensor in the models that hold it as it lies in the output.
+
+        Args:
+            name: Name of a parameter, or name on disk of a tensor that the class does not know.
+
+        Returns:
+            Name on disk in the output → name on disk in every model that has it, by the model's name.
+        """
+        ours = self.reference_mapping
+        keys = [name] if name in ours.unmapped else ours.keys_of(name)
+        mappings = [*self.candidate_mappings, *([self.base_mapping] if self.base_mapping is not None else [])]
+        found: dict[str, dict[str, str]] = {}
+        for checkpoint, mapping in zip(self.checkpoints, mappings, strict=True):
+            canonical = mapping.canonical(name)
+            for key in keys:
+                plain = len(keys) == 1 and canonical in mapping.renamed
+                own = mapping.renamed[canonical] if plain else key
+                if own in checkpoint.tensors:
+                    found.setdefault(key, {})[checkpoint.name] = own
+        return found
+
+    @property
     def adapter_bytes(self) -> int:
         """Bytes that adapters keep in memory while the models are read."""
         return sum(adapter.kept_bytes for adapter in self.adapters.values())

@@ -10,10 +10,12 @@ tensors outside the blocks, and finishes the folder.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from largemerge.calibration.batches import mmap_inputs, split_batches
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
-from largemerge.checkpoint.reader import TensorReader
+from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.devices import choose_device
 from largemerge.distributed.collectives import SHARED_BYTES, AsyncCollectives, open_collectives
@@ -56,7 +58,9 @@ from largemerge.regression.samples import (
     partition_samples,
     read_all,
 )
+from largemerge.regression.tensor_plan import MergeRule
 from largemerge.regression.weights import Weights
+from largemerge.verify import ComparedTensor, Comparison, Verification
 
 NON_BLOCK = "outside"
 """Name of the part that holds all tensors outside the blocks, in journal, report and progress."""
@@ -91,6 +95,7 @@ def merge_by_regression(
     force: bool,
     max_shard_bytes: int,
     quiet: bool,
+    verify: bool = True,
     planned: Callable[[MergePlan], None] | None = None,
 ) -> MergeReport:
     """Merges by a regression method; arguments as in `largemerge.merge`, and `planned` is called with the plan."""
@@ -106,7 +111,9 @@ def merge_by_regression(
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
                 job = Job(prepared.planned, prepared.samples, shards, folder, ranks, quiet, Clock(start))
                 job.run()
+                verified = _verify(prepared.planned, shards, folder) if verify and ranks.is_first else None
                 report = _report(prepared, job, folder, watch.peak(), start, out)
+                report = replace(report, verified=verified)
                 if ranks.is_first:
                     folder.finish(
                         shards,
@@ -153,10 +160,14 @@ def _prepare(
     max_samples = samples_at_once(placement.samples, sum(data.num_samples for data in calibration), ranks.size)
     split = tuple(replace(data, batches=split_batches(data.batches, max_samples)) for data in calibration)
     masked_input = loss_input(forward_signature(planned.inputs.skeleton))
+    samples = partition_samples(split, planned.plan.blocks, planned.trace, masked_input, ranks)
     return _Prepared(
         planned,
-        partition_samples(split, planned.plan.blocks, planned.trace, masked_input, ranks),
-        {data.name: {"num_samples": data.num_samples, "sha256": data.fingerprint} for data in calibration},
+        samples,
+        {
+            data.name: {"num_samples": data.num_samples, "tokens": max(rows), "sha256": data.fingerprint}
+            for data, rows in zip(calibration, samples.row_counts, strict=True)
+        },
         input_paths,
     )
 
@@ -245,6 +256,33 @@ def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
+def _verify(planned: PlannedMerge, shards: tuple[Shard, ...], folder: OutputFolder) -> Verification:
+    """Measures how much of every candidate is in the finished tensors, from a sample of their rows."""
+    start = time.perf_counter()
+    comparison, inputs, plan = Comparison(), planned.inputs, planned.plan
+    config = json.loads(config_text(planned))
+    by_block = [(block.name, tensor) for block in plan.blocks for tensor in block.tensors]
+    by_block += [(NON_BLOCK, tensor) for tensor in plan.non_block]
+    with ExitStack() as stack:
+        output = stack.enter_context(CheckpointReader(folder.written(shards, config)))
+        readers = {
+            each.name: stack.enter_context(open_reader(each, inputs.adapters.get(each.name)))
+            for each in inputs.checkpoints
+        }
+        for block, tensor in by_block:
+            for key, keys in inputs.keys_by_model(tensor.name).items():
+                if tensor.rule is MergeRule.COPIED or key not in plan.output:
+                    continue
+                infos = [inputs.by_name[name].tensors[own] for name, own in keys.items()]
+                reads = {name: partial(readers[name].read, own) for name, own in keys.items()}
+                base = reads.pop(inputs.base.name, None) if inputs.base is not None else None
+                plain = all(info.quantization is None for info in infos) and plan.output[key].quantization is None
+                shape = plan.output[key].shape
+                comparison.add(ComparedTensor(block, shape, partial(output.read, key), reads, base, plain))
+    not_finite = {name for entry in folder.entries.values() for name in entry.get("not_finite", ())}
+    return comparison.finish(not_finite, time.perf_counter() - start)
+
+
 @dataclass
 class Job:
     """The long work of a merge: writes all shards.
@@ -306,7 +344,9 @@ class Job:
             # The first candidate is the anchor: it has no right-hand side to compute together.
             rank_groups = self.samples.partition.rank_groups[1:]
             collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
-            self._engine(weights, hidden_states, progress, collectives).run(finished, self.folder.record)
+            self._engine(weights, hidden_states, progress, collectives).run(
+                finished, lambda part, entry: self._record(part, entry, weights)
+            )
             self.bytes_read = weights.bytes_read
             if plan.placement.hidden_states is OffloadTo.DISK:
                 self.hidden_bytes_on_disk = hidden_states.num_bytes
@@ -409,7 +449,12 @@ class Job:
         errors = weights.quantization_errors(tensor.name for tensor in plan.non_block)
         entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}
-        self.folder.record(NON_BLOCK, entry | {"seconds": self.clock.seconds()})
+        self._record(NON_BLOCK, entry | {"seconds": self.clock.seconds()}, weights)
+
+    def _record(self, part: str, entry: Mapping[str, Any], weights: Weights) -> None:
+        """Notes a finished part in the journal, with the tensors in which something is not finite."""
+        broken = sorted(weights.own_writer.not_finite)
+        self.folder.record(part, {**entry, **({"not_finite": broken} if broken else {})})
 
     def _num_steps(self, finished: frozenset[str]) -> int:
         """Number of steps that progress will count."""

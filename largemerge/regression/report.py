@@ -25,6 +25,7 @@ from largemerge.regression.inputs import Inputs
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
 from largemerge.tokenizer.tokenizers import tokenizer_folder
+from largemerge.verify import Verification
 
 
 def config_yaml(config: MergeConfig) -> str:
@@ -40,7 +41,7 @@ class MergeReport:
         plan: The plan that was run.
         config: The resolved configuration.
         inputs: Folder and fingerprints of all files, by checkpoint.
-        calibration: Number of samples and fingerprint of the data that the model saw, by candidate.
+        calibration: Number of samples and tokens, and fingerprint of the data that the model saw, by candidate.
         blocks: Seconds by stage, bytes written, and a report for every linear, by block.
         non_block: Seconds and bytes of the tensors outside the blocks.
         seconds: Seconds in total, and of the preparation, on rank 0.
@@ -52,6 +53,7 @@ class MergeReport:
         timeline: Seconds since the start, block and stage, whenever a stage began.
         ranks: Memory held and bytes read and sent, by rank; empty where there was one rank.
         out: The output folder, as the user named it.
+        verified: How much of every candidate is in the output; `None` where that was not measured.
     """
 
     plan: MergePlan
@@ -69,6 +71,7 @@ class MergeReport:
     timeline: tuple[tuple[float, str, str], ...]
     ranks: tuple[Mapping[str, Any], ...]
     out: Path
+    verified: Verification | None = None
 
     @classmethod
     def build(
@@ -152,6 +155,7 @@ class MergeReport:
             "ranks": list(self.ranks),
             "quantization": self._quantization(),
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
+            **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             "outside": self.non_block,
             "blocks": self.blocks,
         }
@@ -179,6 +183,11 @@ class MergeReport:
             table.add_row("distance", _mean_distances(self))
         for label, text in input_rows(self.plan):
             table.add_row(label, text)
+        seen = (f"{name} {entry['tokens']:,}" for name, entry in self.calibration.items())
+        table.add_row("tokens seen", ", ".join(seen))
+        for title, text in self.verified.rows() if self.verified is not None else ():
+            if title != "distance":  # which stands above already
+                table.add_row(title, text)
         errors = self.quantization_errors
         if errors:
             mean = sum(errors.values()) / len(errors)

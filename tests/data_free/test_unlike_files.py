@@ -1,0 +1,401 @@
+"""Models whose files differ, though they are of one class: other names, layouts, ties, buffers, classes, configs.
+
+What is right is computed from the models as Transformers loads them, whatever their files say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import transformers as tf
+from cases import report_of, rewrite_weights, weights_in
+from data_free_cases import load
+from transformers import PreTrainedModel
+
+import largemerge
+from largemerge import LargemergeError
+
+Rename = Callable[[str], str]
+VL_TEXT = tiny_models.LLM | {
+    "num_hidden_layers": 2,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1], "rope_theta": 10000.0},
+    "layer_types": ["full_attention"] * 2,
+}
+VL_VISION = {"depth": 2, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 24, "num_heads": 4}
+VL_VISION |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16}
+
+
+def linear(*folders: Path, weights: tuple[float, ...] = (0.7, 0.3), **more: Any) -> dict[str, Any]:
+    models = [
+        {"model": str(folder), "parameters": {"weight": weight}}
+        for folder, weight in zip(folders, weights, strict=True)
+    ]
+    return {"merge_method": "linear", "models": models, **more}
+
+
+def check_average(out: Path, folders: list[Path], build: type[PreTrainedModel], weights: tuple[float, ...]) -> None:
+    """Compares the output, as it loads, with the average of the models, as they load."""
+    merged = load(out, build).state_dict()
+    models = [build.from_pretrained(folder).state_dict() for folder in folders]
+    for name, tensor in merged.items():
+        expected = sum(weight * model[name].double() for weight, model in zip(weights, models, strict=True))
+        assert torch.allclose(tensor.double(), torch.as_tensor(expected), atol=1e-6), name
+
+
+def body_only(name: str) -> str:
+    return name.partition(".")[2] if name.startswith(("transformer.", "model.", "bert.")) else name
+
+
+def old_norms(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+def named_anew(name: str) -> str:
+    """Names of vision-language models since Transformers 4.52."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+
+def bloom() -> PreTrainedModel:
+    return tf.BloomForCausalLM(tf.BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4))
+
+
+def qwen_vl() -> PreTrainedModel:
+    ids = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    config = tf.Qwen2_5_VLConfig(text_config=VL_TEXT, vision_config=VL_VISION, tie_word_embeddings=False, **ids)
+    return tf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def noisy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    **{name: architecture.build for name, architecture in tiny_models.ARCHITECTURES.items()},
+    "bloom": bloom,
+    "qwen_vl": qwen_vl,
+}
+RENAMED: list[tuple[str, Rename]] = [
+    ("gpt2", body_only),
+    ("opt", lambda name: name.removeprefix("model.")),
+    ("bloom", body_only),
+    ("bert", old_norms),
+    ("qwen_vl", named_anew),
+]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["old names first", "old names last"])
+@pytest.mark.parametrize(("architecture", "rename"), RENAMED, ids=[name for name, _ in RENAMED])
+def test_other_names_on_disk(tmp_path: Path, architecture: str, rename: Rename, first: int) -> None:
+    folders = [tmp_path / "other", tmp_path / "plain"]
+    for seed, folder in enumerate(folders):
+        noisy(BUILDERS[architecture](), seed).save_pretrained(folder)
+    rewrite_weights(folders[0], lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    assert set(weights_in(folders[0])) != set(weights_in(folders[1])), "the names differ"
+    order = folders if first == 0 else folders[::-1]
+    largemerge.merge(linear(*order), tmp_path / "out")
+    check_average(tmp_path / "out", order, type(BUILDERS[architecture]()), (0.7, 0.3))
+    assert set(weights_in(tmp_path / "out")) == set(weights_in(order[0])), "the first one's names"
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_experts_that_are_fused_on_disk_beside_single_ones(tmp_path: Path, fused_first: bool, method: str) -> None:
+    single, fused = tmp_path / "single", tmp_path / "fused"
+    tiny_models.perturbed("mixtral", 1).save_pretrained(single)
+    tiny_models.perturbed("mixtral", 2).save_pretrained(fused, save_original_format=False)
+    assert any(".experts.0." in name for name in weights_in(single))
+    assert not any(".experts.0." in name for name in weights_in(fused))
+    order = [fused, single] if fused_first else [single, fused]
+    if method == "linear":
+        report = largemerge.merge(linear(*order), tmp_path / "out")
+        check_average(tmp_path / "out", order, tf.MixtralForCausalLM, (0.7, 0.3))
+    else:  # of task vectors, with the base in one layout and the candidate in the other
+        config = linear(order[1], weights=(0.5,)) | {"base_model": str(order[0]), "merge_method": "task_arithmetic"}
+        report = largemerge.merge(config, tmp_path / "out")
+        check_average(tmp_path / "out", [order[0], order[1]], tf.MixtralForCausalLM, (0.5, 0.5))
+    assert set(weights_in(tmp_path / "out")) == set(weights_in(order[0])), "the layout of the first one"
+    assert any("converted to the layout" in note for note in report.plan.notes)
+
+
+@pytest.mark.parametrize("body_first", [True, False])
+def test_a_body_beside_the_whole_model(tmp_path: Path, body_first: bool) -> None:
+    whole, body = tmp_path / "whole", tmp_path / "body"
+    tiny_models.perturbed("llama", 1).save_pretrained(whole)
+    inner: Any = tiny_models.perturbed("llama", 2)
+    inner.model.save_pretrained(body)
+    order = [body, whole] if body_first else [whole, body]
+    report = largemerge.merge(linear(*order), tmp_path / "out")
+    merged = load(tmp_path / "out")
+    head = tf.LlamaForCausalLM.from_pretrained(whole).lm_head.weight
+    assert torch.equal(merged.get_output_embeddings().weight, head), "only one model has a head: it is taken"
+    bodies = [tf.LlamaModel.from_pretrained(folder).state_dict() for folder in order]
+    for name, tensor in merged.base_model.state_dict().items():
+        assert torch.allclose(tensor, 0.7 * bodies[0][name] + 0.3 * bodies[1][name], atol=1e-6), name
+    assert any("lm_head.weight: only" in note for note in report.plan.notes)
+
+
+@pytest.mark.parametrize("base", ["clip", "tower"])
+def test_a_tower_beside_a_whole_clip(tmp_path: Path, base: str) -> None:
+    whole: Any = tiny_models.perturbed("clip", 0)
+    whole.save_pretrained(tmp_path / "clip")
+    towers = []
+    for seed in (1, 2):
+        tower = tf.CLIPVisionModel.from_pretrained(tmp_path / "clip")
+        noisy(tower, seed).save_pretrained(tmp_path / f"tower{seed}")
+        towers.append(tf.CLIPVisionModel.from_pretrained(tmp_path / f"tower{seed}").state_dict())
+    start = tf.CLIPVisionModel.from_pretrained(tmp_path / "clip")
+    start.save_pretrained(tmp_path / "tower")
+    folders = (tmp_path / "tower1", tmp_path / "tower2")
+    config = linear(*folders, weights=(0.3, 0.4)) | {"merge_method": "task_arithmetic"}
+    largemerge.merge(config | {"base_model": str(tmp_path / base)}, tmp_path / "out")
+    merged = load(tmp_path / "out", tf.CLIPModel if base == "clip" else tf.CLIPVisionModel)
+    found = merged.vision_model.state_dict() if base == "clip" else merged.state_dict()
+    for name, origin in start.state_dict().items():
+        expected = origin + 0.3 * (towers[0][name] - origin) + 0.4 * (towers[1][name] - origin)
+        assert torch.allclose(found[name], expected, atol=1e-6), name
+    if base == "clip":
+        assert torch.equal(merged.text_projection.weight, whole.text_projection.weight), "the rest is the base's"
+
+
+BUFFERS: list[tuple[str, dict[str, torch.Tensor]]] = [
+    ("llama", {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.arange(2.0) for layer in range(3)}),
+    ("bert", {"bert.embeddings.position_ids": torch.arange(64)[None]}),
+    ("clip", {"vision_model.embeddings.position_ids": torch.arange(10)[None]}),
+]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["with them first", "with them last"])
+@pytest.mark.parametrize(("architecture", "buffers"), BUFFERS, ids=[name for name, _ in BUFFERS])
+def test_buffers_that_older_files_hold(
+    tmp_path: Path, architecture: str, buffers: dict[str, torch.Tensor], first: int
+) -> None:
+    folders = [tmp_path / "old", tmp_path / "new"]
+    for seed, folder in enumerate(folders):
+        tiny_models.perturbed(architecture, seed).save_pretrained(folder)
+    rewrite_weights(folders[0], lambda tensors: tensors | buffers)
+    order = folders if first == 0 else folders[::-1]
+    report = largemerge.merge(linear(*order), tmp_path / "out")
+    check_average(tmp_path / "out", order, type(tiny_models.build(architecture)), (0.7, 0.3))
+    assert not set(buffers) & set(weights_in(tmp_path / "out")), "the class makes them itself"
+    assert any(next(iter(buffers)).rpartition(".")[2] in note for note in report.plan.notes), "and the plan says so"
+
+
+# Ties
+
+
+def write_tied(folder: Path) -> tuple[Path, Path, Path]:
+    """A tied base, a tied fine-tune, and one with a head of its own."""
+    base, tied, untied = folder / "base", folder / "tied", folder / "untied"
+    tiny_models.build("llama_tied").save_pretrained(base)
+    tiny_models.perturbed("llama_tied", 1).save_pretrained(tied)
+    tiny_models.perturbed("llama", 2).save_pretrained(untied)
+    return base, tied, untied
+
+
+@pytest.mark.parametrize("order", ["tied untied", "untied tied", "base"])
+def test_a_head_of_its_own_beside_tied_models(tmp_path: Path, order: str) -> None:
+    base, tied, untied = write_tied(tmp_path)
+    if order == "base":
+        config = linear(tied, untied, weights=(0.5, 0.5)) | {"merge_method": "task_arithmetic", "base_model": str(base)}
+    else:
+        config = linear(*(tmp_path / name for name in order.split()), weights=(0.5, 0.5))
+    largemerge.merge(config, tmp_path / "out")
+    merged = load(tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told["tie_word_embeddings"] is False and "lm_head.weight" in weights_in(tmp_path / "out")
+    mean = {name: 0.5 * tensor + 0.5 * weights_in(untied)[name] for name, tensor in weights_in(tied).items()}
+    head = 0.5 * weights_in(tied)["model.embed_tokens.weight"] + 0.5 * weights_in(untied)["lm_head.weight"]
+    assert torch.allclose(merged.get_output_embeddings().weight, head, atol=1e-6)
+    assert torch.allclose(merged.get_input_embeddings().weight, mean["model.embed_tokens.weight"], atol=1e-6)
+
+
+def test_a_stored_head_that_is_the_same_stays_tied(tmp_path: Path) -> None:
+    _, tied, _ = write_tied(tmp_path)
+    other = tmp_path / "both"
+    tiny_models.perturbed("llama_tied", 3).save_pretrained(other)
+    rewrite_weights(other, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    for order in ([tied, other], [other, tied]):
+        largemerge.merge(linear(*order), tmp_path / "out", force=True)
+        check_average(tmp_path / "out", order, tf.LlamaForCausalLM, (0.7, 0.3))
+        assert "lm_head.weight" not in weights_in(tmp_path / "out"), "written once"
+
+
+def test_a_head_that_was_trained_though_the_config_says_tied(tmp_path: Path) -> None:
+    _, tied, untied = write_tied(tmp_path)
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    largemerge.merge(linear(tied, untied), tmp_path / "out")
+    merged = load(tmp_path / "out")
+    head = 0.7 * weights_in(tied)["model.embed_tokens.weight"] + 0.3 * weights_in(untied)["lm_head.weight"]
+    assert torch.allclose(merged.get_output_embeddings().weight, head, atol=1e-6)
+
+
+# Configs
+
+
+def llama(folder: Path, seed: int, **more: Any) -> Path:
+    noisy(tf.LlamaForCausalLM(tf.LlamaConfig(**tiny_models.LLM | more)), seed).save_pretrained(folder)
+    return folder
+
+
+CRIMES: dict[str, Callable[[Path], object]] = {
+    "num_attention_heads is 4": lambda folder: llama(folder, 2, num_attention_heads=8, num_key_value_heads=4),
+    "hidden_act is 'silu'": lambda folder: llama(folder, 2, hidden_act="gelu"),
+    "a 'mistral' model is": lambda folder: tf.MistralForCausalLM(tf.MistralConfig(**tiny_models.LLM)).save_pretrained(
+        folder
+    ),
+}
+
+
+@pytest.mark.parametrize("told", CRIMES)
+def test_models_that_compute_otherwise_are_refused_unless_allowed(tmp_path: Path, told: str) -> None:
+    a, b = llama(tmp_path / "a", 1), tmp_path / "b"
+    CRIMES[told](b)
+    with pytest.raises(LargemergeError, match=f"{told}.*allow_crimes"):
+        largemerge.merge(linear(a, b), tmp_path / "out")
+    report = largemerge.merge(linear(a, b, allow_crimes=True), tmp_path / "out")
+    assert any(note.startswith("warning: ") and told in note for note in report.plan.notes)
+
+
+def test_other_positions_are_a_note(tmp_path: Path) -> None:
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2, max_position_embeddings=128, rms_norm_eps=1e-5, **rope)
+    notes = largemerge.plan(linear(a, b), probe=False).notes
+    for key in ("rope_theta", "max_position_embeddings", "rms_norm_eps"):
+        assert any(key in note and f"the output takes {a}'s" in note for note in notes), key
+
+
+def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
+    folders = []
+    for seed, labels in enumerate(({0: "no", 1: "yes"}, {0: "yes", 1: "no"})):
+        config = tf.BertConfig(**tiny_models.TEXT, intermediate_size=24, id2label=labels)
+        folders.append(tmp_path / f"m{seed}")
+        noisy(tf.BertForSequenceClassification(config), seed).save_pretrained(folders[-1])
+    with pytest.raises(LargemergeError, match=r"labels differ: \['no', 'yes'\]"):
+        largemerge.merge(linear(*folders), tmp_path / "out")
+
+
+# Each entry is its own
+
+
+def test_one_model_twice_has_both_weights(tmp_path: Path) -> None:
+    a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2)
+    largemerge.merge(linear(a, b, a, weights=(0.2, 0.5, 0.3)), tmp_path / "out")
+    check_average(tmp_path / "out", [a, b], tf.LlamaForCausalLM, (0.5, 0.5))
+
+
+def test_two_layers_of_one_model_in_one_slice(tmp_path: Path) -> None:
+    a = llama(tmp_path / "a", 1)
+    mixed = [
+        {"model": str(a), "layer_range": [0, 1], "parameters": {"weight": 0.2}},
+        {"model": str(a), "layer_range": [2, 3], "parameters": {"weight": 0.8}},
+    ]
+    slices = [{"sources": [{"model": str(a), "layer_range": [0, 2]}]}, {"sources": mixed}]
+    config = {"merge_method": "linear", "slices": slices, "parameters": {"weight": 1.0}}
+    largemerge.merge(config, tmp_path / "out")
+    load(tmp_path / "out")
+    own, merged = weights_in(a), weights_in(tmp_path / "out")
+    for rest in ("mlp.up_proj.weight", "input_layernorm.weight"):
+        expected = 0.2 * own[f"model.layers.0.{rest}"] + 0.8 * own[f"model.layers.2.{rest}"]
+        assert torch.allclose(merged[f"model.layers.2.{rest}"], expected, atol=1e-6)
+
+
+def test_a_base_alone_is_a_merge_of_nothing(tmp_path: Path) -> None:
+    a = llama(tmp_path / "a", 1)
+    report = largemerge.merge({"merge_method": "task_arithmetic", "base_model": str(a)}, tmp_path / "out")
+    assert weights_in(tmp_path / "out").keys() == weights_in(a).keys()
+    assert all(torch.equal(tensor, weights_in(a)[name]) for name, tensor in weights_in(tmp_path / "out").items())
+    assert {task.copied for task in report.plan.tasks} == {"nothing is merged into the base"}
+
+
+# What only some have
+
+
+def test_tensors_that_a_layer_lacks_are_refused_by_name(tmp_path: Path) -> None:
+    a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2, attention_bias=True)
+    with pytest.raises(LargemergeError, match=r"model\.layers\.\*\.self_attn\.q_proj\.bias"):
+        largemerge.merge(linear(a, b), tmp_path / "out")
+
+
+def test_a_head_that_the_base_lacks_is_averaged_and_told(tmp_path: Path) -> None:
+    config = tf.BertConfig(**tiny_models.TEXT, intermediate_size=24, num_labels=3)
+    base: Any = noisy(tf.BertModel(config), 0)
+    base.save_pretrained(tmp_path / "base")
+    folders = []
+    for seed in (1, 2):
+        folders.append(tmp_path / f"m{seed}")
+        noisy(tf.BertForSequenceClassification(config), seed).save_pretrained(folders[-1])
+    config_ = linear(*folders, weights=(0.2, 0.6)) | {"merge_method": "ties", "base_model": str(tmp_path / "base")}
+    report = largemerge.merge(config_, tmp_path / "out")
+    merged = load(tmp_path / "out", tf.BertForSequenceClassification)
+    heads = [weights_in(folder)["classifier.weight"] for folder in folders]
+    assert torch.allclose(merged.classifier.weight, 0.25 * heads[0] + 0.75 * heads[1], atol=1e-6)
+    assert any("classifier.weight" in note and "weighted mean" in note for note in report.plan.notes)
+    assert report_of(tmp_path / "out")["plan"]["class"] == "BertForSequenceClassification"
+
+
+# Where no class can be had
+
+
+def test_custom_code_is_matched_by_name(tmp_path: Path) -> None:
+    folders = [llama(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.Config"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "mine.py").write_text("raise SystemExit('this code must not run')")
+    report = largemerge.merge(linear(*folders), tmp_path / "out")
+    assert any("matched by their names on disk" in note for note in report.plan.notes)
+    merged, a, b = (weights_in(folder) for folder in (tmp_path / "out", *folders))
+    assert all(torch.allclose(merged[name], 0.7 * a[name] + 0.3 * b[name], atol=1e-6) for name in a)
+
+
+# What is in the output
+
+
+def test_the_report_says_how_much_of_each_model_is_left(tmp_path: Path) -> None:
+    base, a, b = (tiny_models.perturbed("llama", seed) for seed in range(3))
+    for name, model in (("base", base), ("a", a), ("b", b)):
+        model.save_pretrained(tmp_path / name)
+    config = linear(tmp_path / "a", tmp_path / "b", weights=(0.9, 0.2))
+    config |= {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    largemerge.merge(config, tmp_path / "out")
+    told = report_of(tmp_path / "out")["verified"]
+    states = [model.state_dict() for model in (base, a, b)]
+    prefix = "model.layers.1."
+    deltas = [
+        torch.cat([(state[name] - states[0][name]).flatten() for name in state if name.startswith(prefix)])
+        for state in states[1:]
+    ]
+    merged = 0.9 * deltas[0] + 0.2 * deltas[1]
+    for name, delta in zip(("a", "b"), deltas, strict=True):
+        expected = torch.cosine_similarity(delta, merged, dim=0).item()
+        found = told["candidates"][str(tmp_path / name)]["by_block"]["model.layers.1"]["cosine"]
+        assert abs(found - expected) < 1e-3, name
+    assert told["not_finite"] == []
+    largemerge.merge(config, tmp_path / "out2", verify=False)
+    assert "verified" not in report_of(tmp_path / "out2")
+
+
+def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
+    a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2)
+
+    def broken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors["model.norm.weight"][3] = float("nan")
+        return tensors
+
+    rewrite_weights(b, broken)
+    largemerge.merge(linear(a, b), tmp_path / "out")
+    assert report_of(tmp_path / "out")["verified"]["not_finite"] == ["model.norm.weight"]
