@@ -99,20 +99,24 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}") from None
-    _set_vocabulary(config, checkpoint)
+    stored = read_json(checkpoint.folder / "config.json", checkpoint.name)
+    if stored.get("model_type") != checkpoint.config.get("model_type") and checkpoint.config.get("model_type"):
+        config = AutoConfig.for_model(**checkpoint.config)  # of a part of the model, such as its vision tower
+    else:
+        _set_changed(config, stored, checkpoint.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton computes with weights that have been dequantised
     return config
 
 
-def _set_vocabulary(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
-    """Sets the rows of embeddings where an adapter has brought others than the model's file says."""
-    stored = read_json(checkpoint.folder / "config.json", checkpoint.name)
-    if stored.get("vocab_size") != checkpoint.config.get("vocab_size"):
-        config.vocab_size = checkpoint.config["vocab_size"]
-    for key, part in checkpoint.config.items():
-        if isinstance(part, dict) and part.get("vocab_size") != stored[key].get("vocab_size"):
-            getattr(config, key).vocab_size = part["vocab_size"]
+def _set_changed(config: PreTrainedConfig, stored: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Sets what differs from the file: the rows of embeddings, numbers of tokens, the class."""
+    for key, value in changed.items():
+        before, part = stored.get(key), getattr(config, key, None)
+        if isinstance(value, dict) and isinstance(before, dict) and isinstance(part, PreTrainedConfig):
+            _set_changed(part, before, value)
+        elif value != before:
+            setattr(config, key, value)
 
 
 def build_skeleton(
@@ -134,6 +138,15 @@ def build_skeleton(
         CheckpointError: If the config is not understood.
         ArchitectureError: If the model class is unknown or has no block stacks.
     """
+    model = build_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+    found = _named_stacks(model, stacks) if stacks else find_stacks(model)
+    return Skeleton(model, found, _aliases(model), dtype)
+
+
+def build_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Builds the model of a checkpoint on the meta device; arguments and errors as for `build_skeleton`."""
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     model_class = _model_class(config, checkpoint, trust_remote_code)
     for part in _all_configs(config):
@@ -147,8 +160,7 @@ def build_skeleton(
     model.tie_weights()
     model.train(False)
     model.requires_grad_(False)
-    found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
-    return Skeleton(model, found, _aliases(model), dtype)
+    return model
 
 
 @contextmanager
@@ -223,7 +235,7 @@ def _is_stack(module: nn.Module) -> bool:
     )
 
 
-def _find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
+def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """Finds the outermost lists of like modules that hold linears."""
     found: list[Stack] = []
     for name, module in model.named_modules():
