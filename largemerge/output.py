@@ -28,7 +28,13 @@ from typing import Any
 from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
-from largemerge.checkpoint.side_files import GENERATION_FILES, PROCESSOR_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
+from largemerge.checkpoint.side_files import (
+    GENERATION_FILES,
+    HEADS_FOLDER,
+    PROCESSOR_FILES,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+)
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
@@ -100,7 +106,8 @@ class OutputFolder:
                 for old in self.path.glob(pattern):
                     if old.name not in names or (self.working / old.name).exists():
                         old.unlink()
-            shutil.rmtree(self.path / TEMPLATE_FOLDER, ignore_errors=True)
+            for folder in (TEMPLATE_FOLDER, HEADS_FOLDER):
+                shutil.rmtree(self.path / folder, ignore_errors=True)
         write_side_files(self.path)
         for shard in shards:
             if (self.working / shard.file_name).exists():

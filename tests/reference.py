@@ -31,6 +31,8 @@ STACKS = (
     "bert.encoder.layer",
     "roberta.encoder.layer",
     "distilbert.transformer.layer",
+    "transformer.layer",
+    "layers",
 )
 CROSS = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
 

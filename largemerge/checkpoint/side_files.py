@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
 )
 SENTENCE_ENCODER_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 TEMPLATE_FOLDER = "additional_chat_templates"
+HEADS_FOLDER = "heads"
+"""Folder of the heads that are kept beside a merged body."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -133,7 +135,14 @@ def _first_with(folders: tuple[Path, ...], names: tuple[str, ...]) -> Path:
 
 
 def model_card(
-    *, method: str, class_name: str, models: list[dict[str, Any]], base: str | None, config_yaml: str, version: str
+    *,
+    method: str,
+    class_name: str,
+    models: list[dict[str, Any]],
+    base: str | None,
+    config_yaml: str,
+    version: str,
+    more: str = "",
 ) -> str:
     """Makes the text of the output's `README.md`.
 
@@ -144,6 +153,7 @@ def model_card(
         base: The base model, if there is one.
         config_yaml: The resolved configuration.
         version: Version of largemerge.
+        more: Sections that come before the configuration.
     """
     sources = [str(model["model"]) for model in models] + ([base] if base else [])
     sources = [source.partition("@")[0] for source in sources if not source.startswith(("/", "."))]
@@ -174,7 +184,7 @@ from transformers import {class_name}
 
 model = {class_name}.from_pretrained("path/to/this/folder")
 ```
-
+{more}
 ## Configuration
 
 ```yaml

@@ -142,7 +142,7 @@ def build_skeleton(
         ArchitectureError: If the model class is unknown or has no block stacks.
     """
     model = build_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
-    found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
+    found = _named_stacks(model, stacks) if stacks else find_stacks(model)
     return Skeleton(model, found, _aliases(model), dtype)
 
 
@@ -248,7 +248,7 @@ def _is_stack(module: nn.Module) -> bool:
     )
 
 
-def _find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
+def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """Finds the outermost lists of like modules that hold linears."""
     found: list[Stack] = []
     for name, module in model.named_modules():

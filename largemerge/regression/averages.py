@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from largemerge.checkpoint.reader import TensorReader
+from largemerge.heads import initial_tensors
 from largemerge.regression.gram import GRAM_DTYPE
 from largemerge.regression.tensor_plan import MergeRule, TensorPlan
 from largemerge.regression.weights import Weights
@@ -29,7 +30,9 @@ AVERAGE_CHUNK_BYTES = 8 << 20
 def merge_non_block(
     plans: Sequence[TensorPlan], weights: Weights, shares: Sequence[float], step: Callable[[str], None]
 ) -> None:
-    """Writes every tensor of no block: averaged, copied, or taken from the base. Called on rank 0 alone.
+    """Writes every tensor of no block: averaged, copied, taken from the base or from one candidate.
+
+    Called on rank 0 alone.
 
     Args:
         plans: Plans of the tensors.
@@ -58,7 +61,16 @@ def _merge_unmapped(plan: TensorPlan, weights: Weights, shares: Sequence[float])
 def _merge_mapped(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -> None:
     """Writes a parameter of the module: row by row where it is one tensor everywhere, else as a whole."""
     inputs = weights.inputs
+    if plan.rule is MergeRule.NEW:
+        made = initial_tensors(inputs.skeleton.model, [plan.name])
+        weights.store({name: tensor.to(plan.dtype) for name, tensor in made.items()})
+        return
     sources = list(zip(weights.readers, inputs.candidate_mappings, strict=True))
+    numbers: Sequence[int] = range(len(sources))
+    if plan.sources is not None:
+        numbers, sources = plan.sources, [sources[number] for number in plan.sources]
+        total = sum(shares[number] for number in numbers)
+        shares = [shares[number] / total for number in numbers]
     if plan.rule is MergeRule.BASE:
         assert weights.base_reader is not None and inputs.base_mapping is not None
         sources = [(weights.base_reader, inputs.base_mapping)]
@@ -72,7 +84,7 @@ def _merge_mapped(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -
     elif plan.rule is MergeRule.BASE:
         weights.store({plan.name: weights.read_base([plan.name])[plan.name].to(plan.dtype)})
     else:
-        loaded = [weights.read_candidate(index, [plan.name])[plan.name] for index in range(len(sources))]
+        loaded = [weights.read_candidate(index, [plan.name])[plan.name] for index in list(numbers)[: len(sources)]]
         weights.store({plan.name: weighted_average(loaded, shares, plan.dtype)})
 
 

@@ -124,6 +124,9 @@ class MergeConfig(Strict):
     """Dtype of the forward passes; default: the checkpoints'. Sums and solves are float32 or better always."""
     tokenizer_source: str | None = None
     """`base`, or the name of a candidate; default: the base where there is one, else the first candidate."""
+    head: str | None = Field(None, min_length=1)
+    """`none`, `base`, or the name of a candidate: the head that goes into the output. All heads that are not merged lie
+    beside it; default: none, unless the base's fits all candidates."""
     memory: MemoryConfig = MemoryConfig()
     stacks: tuple[str, ...] = ()
     """Module paths of the block stacks (`model.layers`), when those found are wrong."""
@@ -202,6 +205,13 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
     elif source is not None and source != "base" and source not in config.names:
         known = ["base", *config.names]
         yield f"tokenizer_source: {source!r} is no candidate's name; expected one of {known}{nearest(source, known)}"
+    if config.head == "base" and config.base_model is None:
+        yield "head: 'base' needs a 'base_model'"
+    elif config.head is not None and config.head not in ("none", "base", *config.names):
+        known = ["none", "base", *config.names]
+        yield f"head: {config.head!r} is no candidate's name; expected one of {known}{nearest(config.head, known)}"
+    if config.head is not None and "none" in config.names:
+        yield "models: 'none' stands for no head; give that candidate another 'name'"
     for index, candidate in enumerate(config.models):
         where = f"models[{index}] ({candidate.label})"
         calibration = candidate.calibration

@@ -8,6 +8,7 @@ Everything here comes from configs and headers; no weight is read.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.checkpoint.quantized import model_dtype, transposed
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.heads import BASE, NONE, Heads, check_files, default_labels_note, find_heads
 from largemerge.model.key_mapping import KeyMapping, map_keys
 from largemerge.model.skeleton import Skeleton, build_skeleton, checkpoint_from_config, linears_in, weight_is_transposed
 from largemerge.regression.config import MergeConfig
@@ -62,6 +64,9 @@ class Inputs:
         reference_mapping: How the reference's tensors map to the skeleton.
         notes: What a user should know though it stops nothing.
         adapters: Name of a checkpoint → its adapter, for those that have one.
+        heads: Heads that are kept apart; `None` where all of them are merged.
+        stored: Name of a checkpoint → the checkpoint as it lies on disk, where something of it does not enter the
+            merge as it is.
     """
 
     candidates: tuple[Checkpoint, ...]
@@ -73,6 +78,8 @@ class Inputs:
     reference_mapping: KeyMapping
     notes: tuple[str, ...]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    heads: Heads | None = None
+    stored: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -83,6 +90,11 @@ class Inputs:
     def by_name(self) -> dict[str, Checkpoint]:
         """Checkpoints by name."""
         return {checkpoint.name: checkpoint for checkpoint in self.checkpoints}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the candidates."""
+        return tuple(candidate.name for candidate in self.candidates)
 
     def keys_by_model(self, name: str) -> dict[str, dict[str, str]]:
         """Finds one tensor in the models that hold it as it lies in the output.
@@ -134,8 +146,14 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         ArchitectureError: If the model class is unknown or has no stacks.
     """
     candidates, base, adapters = _open_all(config, from_config)
+    stored = {each.name: each for each in (*candidates, *([base] if base is not None else []))}
+    heads = _find_heads(config, candidates, base)
+    if heads is not None:
+        candidates = tuple(heads.view(candidate) for candidate in candidates)
+        base = heads.view(base) if base is not None else None
+    first = next((each for each in candidates if heads is not None and each.name == heads.choice), candidates[0])
     classes = {checkpoint.name: _class_name(checkpoint) for checkpoint in candidates}
-    if len(set(classes.values())) > 1:
+    if len(set(classes.values())) > 1 and heads is None:
         raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
     notes = list(_config_differences(candidates))
     if from_config:
@@ -146,33 +164,77 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         ]
         if any(split_reference(reference)[1] is not None for reference in references):
             notes.append("adapters have not been looked at: their room in memory and the time to read them come on top")
-    from_base = base is not None and _class_name(base) == _class_name(candidates[0])
-    if base is not None and not from_base:
+    from_base = base is not None and _class_name(base) == _class_name(first)
+    if heads is not None and heads.choice != NONE:
+        from_base = heads.choice == BASE
+    elif base is not None and not from_base:
         notes.append(
-            f"the base is a {_class_name(base)}, the candidates are {_class_name(candidates[0])}: "
-            f"config and names come from {candidates[0].name}"
+            f"the base is a {_class_name(stored[base.name])}, the candidates are {_class_name(stored[first.name])}: "
+            f"config and names come from {first.name}"
         )
     skeleton = build_skeleton(
-        base if base is not None and from_base else candidates[0],
-        config.stacks,
+        base if base is not None and from_base else first,
+        _stacks(config, heads),
         dtype=_compute_dtype(config, candidates[0]),
         trust_remote_code=config.trust_remote_code,
     )
     candidates = tuple(_oriented(skeleton, each, adapters.get(each.name)) for each in candidates)
     base = _oriented(skeleton, base, adapters.get(base.name)) if base is not None else None
-    reference = base if base is not None and from_base else candidates[0]
+    first = next(each for each in candidates if each.name == first.name)
+    reference = base if base is not None and from_base else first
     maps: dict[Layout, KeyMapping] = {}
     candidate_mappings = tuple(_mapping_of(skeleton, checkpoint, maps) for checkpoint in candidates)
     base_mapping = _mapping_of(skeleton, base, maps) if base is not None else None
-    reference_mapping = candidate_mappings[0]
+    reference_mapping = candidate_mappings[candidates.index(first)]
     if reference is base and base_mapping is not None:
-        if set(base_mapping.missing) <= set(candidate_mappings[0].missing):
+        if set(base_mapping.missing) <= set(reference_mapping.missing) or (heads is not None and heads.choice == BASE):
             reference_mapping = base_mapping
         else:
-            notes.append(f"the base lacks {len(base_mapping.missing)} tensors: names come from {candidates[0].name}")
-            reference = candidates[0]
+            notes.append(f"the base lacks {len(base_mapping.missing)} tensors: names come from {first.name}")
+            reference = first
+    if heads is not None:
+        reference_mapping = _with_missing(skeleton, reference_mapping)
+    elif not from_config:
+        labels = getattr(skeleton.model.config, "id2label", None) or {}
+        note = default_labels_note(skeleton.model, list(labels.values()), config.names)
+        notes += [note] if note is not None else []
     names = (candidate_mappings, base_mapping, reference_mapping)
-    return Inputs(candidates, base, reference, skeleton, *names, tuple(notes), adapters)
+    return Inputs(candidates, base, reference, skeleton, *names, tuple(notes), adapters, heads, stored)
+
+
+def _find_heads(config: MergeConfig, candidates: Sequence[Checkpoint], base: Checkpoint | None) -> Heads | None:
+    """Finds heads that cannot be merged; see `largemerge.heads`."""
+    patterns = config.parameters.exclude
+
+    def excluded(name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    heads = find_heads(candidates, base, config.head, excluded=excluded, trust_remote_code=config.trust_remote_code)
+    if heads is not None:
+        check_files(heads)
+    return heads
+
+
+def _stacks(config: MergeConfig, heads: Heads | None) -> tuple[str, ...]:
+    """The user's stacks, in the bare body where the output is one."""
+    if heads is None or heads.choice != NONE:
+        return config.stacks
+    paths = {head.body_path for head in heads.models.values()}
+    return tuple(
+        next((stack.removeprefix(f"{path}.") for path in paths if stack.startswith(f"{path}.")), stack)
+        for stack in config.stacks
+    )
+
+
+def _with_missing(skeleton: Skeleton, names: KeyMapping) -> KeyMapping:
+    """Gives names on disk to the parameters outside the blocks that the reference lacks, in the manner of its own."""
+    outside = [name for name in skeleton.non_block_tensors() if name in names.renamed]
+    prefix = next(
+        (names.renamed[name].removesuffix(name) for name in outside if names.renamed[name].endswith(name)), ""
+    )
+    new = {name: prefix + name for name in skeleton.non_block_tensors() if names.canonical(name) in names.missing}
+    missing = tuple(name for name in names.missing if name not in new)
+    return dataclasses.replace(names, renamed={**names.renamed, **new}, missing=missing)
 
 
 def _open_all(

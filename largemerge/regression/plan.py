@@ -30,6 +30,7 @@ from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name
 from largemerge.config_file import gib
 from largemerge.devices import compute_a_little, warm_up
 from largemerge.distributed.partition import samples_at_once
+from largemerge.heads import Heads
 from largemerge.machine import memory_in_use
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.trace import ModelTrace, trace_model
@@ -80,6 +81,7 @@ class MergePlan:
         num_samples: Number of calibration samples by candidate (upper bounds before the data is read).
         quantized: Number of quantised weights by input and format.
         adapters: For each input with an adapter, the number of weights it adds to and the tensors it replaces.
+        heads: Heads that are not merged; `None` where all are.
         bytes_read: Bytes read from checkpoints.
         placement: Where things are held, chosen to keep the limits.
         reasons: Why this placement was chosen.
@@ -103,6 +105,7 @@ class MergePlan:
     num_samples: Mapping[str, int]
     quantized: Mapping[str, Mapping[str, int]]
     adapters: Mapping[str, Mapping[str, Any]]
+    heads: Heads | None
     bytes_read: int
     placement: Placement
     reasons: tuple[str, ...]
@@ -171,6 +174,7 @@ class MergePlan:
             "quantized": {name: dict(kinds) for name, kinds in self.quantized.items()},
             "quantized_output": self.quantized_output(),
             **({"adapters": {name: dict(summary) for name, summary in self.adapters.items()}} if self.adapters else {}),
+            **({"heads": self.heads.to_json()} if self.heads is not None else {}),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "placement": {**vars(self.placement), "hidden_states": self.placement.hidden_states.value},
@@ -232,7 +236,7 @@ class MergePlan:
 
 
 def input_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
-    """Rows of a table on quantised inputs and outputs, and on adapters: label and text."""
+    """Rows of a table on quantised inputs and outputs, adapters and heads: label and text."""
 
     def text(kinds: Mapping[str, int]) -> str:
         return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
@@ -244,6 +248,8 @@ def input_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
     for name, summary in plan.adapters.items():
         replaced = f", {len(summary['replaced'])} replaced" if summary["replaced"] else ""
         yield "adapter", f"{name}: {summary['adapted']} weights adapted{replaced}"
+    if plan.heads is not None:
+        yield "heads", plan.heads.summary()
 
 
 def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
@@ -327,6 +333,7 @@ def make_plan(
         num_samples=_num_samples(inputs, shapes),
         quantized=inputs.quantized(),
         adapters=_adapter_summaries(inputs),
+        heads=inputs.heads,
         bytes_read=_bytes_read(inputs, tensors),
         placement=choice.placement,
         reasons=choice.reasons,
@@ -412,6 +419,10 @@ def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
     for plan in tensors:
         if plan.rule is MergeRule.BASE and inputs.base is not None and inputs.base_mapping is not None:
             total += size(inputs.base, inputs.base_mapping, plan)
+        elif plan.rule is MergeRule.NEW:
+            continue
+        elif plan.sources is not None:
+            total += sum(size(inputs.candidates[i], inputs.candidate_mappings[i], plan) for i in plan.sources)
         elif plan.rule is MergeRule.COPIED:
             total += size(inputs.candidates[0], inputs.candidate_mappings[0], plan)
         else:

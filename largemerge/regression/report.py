@@ -17,8 +17,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.side_files import copy_side_files, find_processor, find_tokenizer, model_card, output_config
+from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.config_file import gib
+from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
@@ -257,6 +260,13 @@ def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> 
     copy_side_files(path, inputs.reference.folder, tokenizer, processor, with_code=config.trust_remote_code)
     yaml_text = config_yaml(config)
     (path / "largemerge_config.yaml").write_text(yaml_text, encoding="utf-8")
+    if inputs.heads is not None:
+        write_heads(
+            path,
+            inputs.heads,
+            lambda name: open_reader(inputs.stored[name], inputs.adapters.get(name)),
+            dtype=torch_dtype(config.dtype) if config.dtype is not None else None,
+        )
     (path / "README.md").write_text(
         model_card(
             method=config.merge_method,
@@ -273,6 +283,7 @@ def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> 
             base=config.base_model,
             config_yaml=yaml_text,
             version=versions()["largemerge"],
+            more=card_section(inputs.heads) if inputs.heads is not None else "",
         ),
         encoding="utf-8",
     )

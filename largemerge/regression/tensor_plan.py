@@ -9,6 +9,8 @@ Every tensor gets exactly one rule, and a reason where it is not solved:
     averaged  Σ c_i W_i / Σ c_i
     base      excluded by the user: taken from the base as it is
     copied    integers and the like, which have no average: taken from the first candidate
+    head      of one candidate, whose head the output has
+    new       what no input has, and the bare body wants: as its class initialises it
 
 Linears that read the same tensor are solved together. Which linears are written quantised is asked of Transformers
 itself.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -34,6 +36,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import bitsandbytes, quantized_tensor
 from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name, torch_dtype
 from largemerge.errors import LargemergeError
+from largemerge.heads import BASE
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton, linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace
@@ -51,6 +54,8 @@ class MergeRule(str, Enum):
     AVERAGED = "averaged"
     BASE = "base"
     COPIED = "copied"
+    HEAD = "head"
+    NEW = "new"
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,14 @@ class TensorPlan:
         rule: How the tensor is made.
         reason: Why the tensor is not solved; "" if it is.
         dtype: Dtype in which the tensor is written; of the plain values, where it is quantised.
+        sources: Numbers of the candidates that it is made of; `None` for all of them.
     """
 
     name: str
     rule: MergeRule
     reason: str
     dtype: torch.dtype
+    sources: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,13 +178,48 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple
 
 def plan_non_block(config: MergeConfig, inputs: Inputs) -> tuple[TensorPlan, ...]:
     """Plans the tensors of no block, and those that the model class has no use for."""
-    known = [
-        _plan_tensor(config, inputs, name, "not in a block")
+    planned = [
+        _plan_of_body_or_head(config, inputs, name) or _plan_tensor(config, inputs, name, "not in a block")
         for name in inputs.skeleton.non_block_tensors()
-        if _in_any_candidate(inputs, name)
+        if inputs.heads is not None or _in_any_candidate(inputs, name)
     ]
+    known = [plan for plan in planned if plan is not None]
     unknown = [_plan_unmapped(config, inputs, key) for key in inputs.reference_mapping.unmapped]
     return (*known, *unknown)
+
+
+def _plan_of_body_or_head(config: MergeConfig, inputs: Inputs, name: str) -> TensorPlan | None:
+    """Plans a tensor of the output's head, or one that not all candidates' bodies have; `None` for any other."""
+    heads = inputs.heads
+    if heads is None:
+        return None
+    pairs = list(zip(inputs.candidates, inputs.candidate_mappings, strict=True))
+    if name in heads.parameters and heads.choice != BASE:
+        chosen = inputs.names.index(heads.choice)
+        dtype = _output_dtype(config, inputs, name, (chosen,))
+        return TensorPlan(name, MergeRule.HEAD, f"of {heads.choice}, whose head the output has", dtype, (chosen,))
+    having = tuple(number for number, (_, names) in enumerate(pairs) if names.keys_of(name))
+    if name not in heads.parameters and (len(having) == len(pairs) or _lacking_by_mistake(inputs, name, having)):
+        return None
+    if name not in heads.parameters and having:
+        some = ", ".join(inputs.names[number] for number in having)
+        reason = f"not in a block; only {some} {'has' if len(having) == 1 else 'have'} it"
+        return TensorPlan(name, MergeRule.AVERAGED, reason, _output_dtype(config, inputs, name, having), having)
+    if inputs.base is not None and inputs.base_mapping is not None and inputs.base_mapping.has(name):
+        info = _info(inputs.base, inputs.base_mapping, name)
+        assert info is not None
+        dtype = torch_dtype(config.dtype) if config.dtype and info.dtype.is_floating_point else info.dtype
+        reason = "the base's head" if name in heads.parameters else "no candidate has it"
+        return TensorPlan(name, MergeRule.BASE, reason, dtype)
+    dtype = torch_dtype(config.dtype) if config.dtype else inputs.skeleton.dtype
+    return TensorPlan(name, MergeRule.NEW, "not trained: no input has it, and the class wants it", dtype)
+
+
+def _lacking_by_mistake(inputs: Inputs, name: str, having: tuple[int, ...]) -> bool:
+    """Whether a candidate lacks a tensor that its class has."""
+    heads = inputs.heads
+    lacking = [model for number, model in enumerate(inputs.names) if number not in having]
+    return heads is not None and any(not heads.lacks(model, name) for model in lacking) and bool(having)
 
 
 def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, OutputTensor]:
@@ -189,7 +231,15 @@ def output_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> dict[str, O
             dtypes[plan.name] = plan.dtype
         else:
             dtypes |= {key: plan.dtype for key in names.disk_keys([names.canonical(plan.name)])}
-    return {key: OutputTensor(dtypes[key], info.shape) for key, info in reference.tensors.items() if key in dtypes}
+    output = {key: OutputTensor(dtypes[key], info.shape) for key, info in reference.tensors.items() if key in dtypes}
+    if set(output) != set(dtypes):  # what the reference lacks
+        shapes = {names.renamed[name]: tuple(tensor.shape) for name, tensor in _named(inputs) if name in names.renamed}
+        output |= {key: OutputTensor(dtype, shapes[key]) for key, dtype in dtypes.items() if key not in output}
+    return output
+
+
+def _named(inputs: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from inputs.skeleton.model.state_dict().items()
 
 
 def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
@@ -204,10 +254,11 @@ def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
             problems.append(f"{checkpoint.name}: has {len(extra)} tensors in blocks that others lack, such as {some}")
     state = inputs.skeleton.model.state_dict()
     for plan in plans:
-        if plan.name not in state or plan.rule is MergeRule.BASE:
+        if plan.name not in state or plan.rule in (MergeRule.BASE, MergeRule.NEW):
             continue
         shapes = {}
-        for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True):
+        pairs = list(zip(inputs.candidates, inputs.candidate_mappings, strict=True))
+        for checkpoint, names in pairs if plan.sources is None else [pairs[number] for number in plan.sources]:
             name = names.canonical(plan.name)
             if name in names.missing:
                 problems.append(f"{checkpoint.name}: has no tensor for {plan.name}, which the others have")
@@ -305,11 +356,14 @@ def _plan_groups(
     )
 
 
-def _output_dtype(config: MergeConfig, inputs: Inputs, name: str) -> torch.dtype:
-    """The user's dtype for floating-point tensors, else the one that all candidates' dtypes promote to."""
+def _output_dtype(
+    config: MergeConfig, inputs: Inputs, name: str, sources: tuple[int, ...] | None = None
+) -> torch.dtype:
+    """The user's dtype for floating-point tensors, else the one that the candidates' dtypes promote to."""
     infos = [
         _info(checkpoint, names, name)
-        for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True)
+        for number, (checkpoint, names) in enumerate(zip(inputs.candidates, inputs.candidate_mappings, strict=True))
+        if sources is None or number in sources
     ]
     dtypes = [info.dtype for info in infos if info is not None]
     result = dtypes[0]
