@@ -255,7 +255,7 @@ def untied_heads(models: Mapping[str, ClassifiedModel], adapters: Mapping[str, A
     if not any(classified.mapping.aliases for classified in models.values()):
         return found  # nothing is tied anywhere, so nothing can be lost
     for name, classified in models.items():
-        pairs = {**_ties(classified.model), **classified.mapping.aliases}
+        pairs = {**declared_ties(classified.model), **classified.mapping.aliases}
         renamed = classified.mapping.renamed
         for target, source in pairs.items():
             if target in renamed and source in renamed and target != source:
@@ -266,13 +266,13 @@ def untied_heads(models: Mapping[str, ClassifiedModel], adapters: Mapping[str, A
     return found
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
     """Whether a model's config, or that of its text model, ties input and output embeddings."""
     configs = (model.config, model.config.get_text_config())
     return any(getattr(config, "tie_word_embeddings", False) for config in configs)
 
 
-def _ties(model: PreTrainedModel) -> dict[str, str]:
+def declared_ties(model: PreTrainedModel) -> dict[str, str]:
     """The class's ties, whether its config turns them on or not: parameter → the parameter that it may be tied to."""
     ties: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -393,8 +393,8 @@ class _Aligner:
             canonical = classified.mapping.canonical(own)
             if canonical not in classified.mapping.missing:
                 return canonical
-        tied = _ties(self._layout.model).get(place)
-        return self._own_name(name, tied) if tied is not None and _is_tied(classified.model) else None
+        tied = declared_ties(self._layout.model).get(place)
+        return self._own_name(name, tied) if tied is not None and is_tied(classified.model) else None
 
     def _relayout(self, name: str, owner: str, place: str) -> Relayout:
         """Makes what brings all parameters that lie together on either side into the owner's layout."""

@@ -132,6 +132,8 @@ class MergeConfig(Strict):
     """Module paths of the block stacks (`model.layers`), when those found are wrong."""
     trust_remote_code: bool = False
     """Allow a checkpoint to run Python code that it ships."""
+    allow_crimes: bool = False
+    """Merge models whose configs say that they compute otherwise, such as with other heads."""
 
     @property
     def method(self) -> RegressionMethod:

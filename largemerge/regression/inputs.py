@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,30 +23,21 @@ from largemerge.checkpoint.quantized import model_dtype, transposed
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.heads import BASE, NONE, Heads, check_files, default_labels_note, find_heads
+from largemerge.model.alignment import classify, declared_ties, is_tied, untie_config, untied_heads
+from largemerge.model.config_differences import check_configs
 from largemerge.model.key_mapping import KeyMapping, map_keys
-from largemerge.model.skeleton import Skeleton, build_skeleton, checkpoint_from_config, linears_in, weight_is_transposed
+from largemerge.model.skeleton import (
+    Skeleton,
+    build_skeleton,
+    checkpoint_from_config,
+    linears_in,
+    load_config,
+    weight_is_transposed,
+)
 from largemerge.regression.config import MergeConfig
 
-_UNIMPORTANT_CONFIG_KEYS = frozenset(
-    [
-        "_name_or_path",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "architectures",
-        "use_cache",
-        "id2label",
-        "label2id",
-        "finetuning_task",
-        "problem_type",
-        "task_specific_params",
-        "_commit_hash",
-        "quantization_config",
-    ]
-)
-
-Layout = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-"""Name, shape and dtype of every tensor on disk."""
+Layout = tuple[Any, ...]
+"""Whether a model is tied; name, shape and dtype of every tensor on disk."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +146,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     classes = {checkpoint.name: _class_name(checkpoint) for checkpoint in candidates}
     if len(set(classes.values())) > 1 and heads is None:
         raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
-    notes = list(_config_differences(candidates))
+    notes: list[str] = []
     if from_config:
         notes.append("planned from each config.json alone: weights and calibration data have not been looked at")
         references = [
@@ -172,8 +163,16 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
             f"the base is a {_class_name(stored[base.name])}, the candidates are {_class_name(stored[first.name])}: "
             f"config and names come from {first.name}"
         )
+    chosen = base if base is not None and from_base else first
+    notes += _compare_configs(config, [*candidates, *([base] if base is not None else [])], chosen, heads)
+    chosen, tied, untied_notes = _untied(config, candidates, base, adapters, chosen)
+    notes += untied_notes
+    if chosen.name == first.name:
+        first, candidates = chosen, tuple(chosen if each.name == chosen.name else each for each in candidates)
+    else:
+        base = chosen
     skeleton = build_skeleton(
-        base if base is not None and from_base else first,
+        chosen,
         _stacks(config, heads),
         dtype=_compute_dtype(config, candidates[0]),
         trust_remote_code=config.trust_remote_code,
@@ -183,8 +182,8 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     first = next(each for each in candidates if each.name == first.name)
     reference = base if base is not None and from_base else first
     maps: dict[Layout, KeyMapping] = {}
-    candidate_mappings = tuple(_mapping_of(skeleton, checkpoint, maps) for checkpoint in candidates)
-    base_mapping = _mapping_of(skeleton, base, maps) if base is not None else None
+    candidate_mappings = tuple(_mapping_of(skeleton, each, maps, each.name in tied) for each in candidates)
+    base_mapping = _mapping_of(skeleton, base, maps, base.name in tied) if base is not None else None
     reference_mapping = candidate_mappings[candidates.index(first)]
     if reference is base and base_mapping is not None:
         if set(base_mapping.missing) <= set(reference_mapping.missing) or (heads is not None and heads.choice == BASE):
@@ -192,6 +191,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         else:
             notes.append(f"the base lacks {len(base_mapping.missing)} tensors: names come from {first.name}")
             reference = first
+    reference_mapping = _with_untied(skeleton, reference_mapping, candidate_mappings)
     if heads is not None:
         reference_mapping = _with_missing(skeleton, reference_mapping)
     elif not from_config:
@@ -200,6 +200,29 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         notes += [note] if note is not None else []
     names = (candidate_mappings, base_mapping, reference_mapping)
     return Inputs(candidates, base, reference, skeleton, *names, tuple(notes), adapters, heads, stored)
+
+
+def _compare_configs(
+    config: MergeConfig, checkpoints: Sequence[Checkpoint], chosen: Checkpoint, heads: Heads | None
+) -> list[str]:
+    """Returns notes on how configs differ; labels are no matter where heads are kept apart.
+
+    Raises:
+        CheckpointError: If two models compute otherwise, and the user has not allowed that.
+    """
+    labels = ("id2label", "label2id") if heads is not None else ()
+    configs = {
+        each.name: {
+            key: value
+            for key, value in load_config(each, trust_remote_code=config.trust_remote_code).to_dict().items()
+            if key not in labels
+        }
+        for each in checkpoints
+    }
+    problems, notes = check_configs(configs, chosen.name, allow_crimes=config.allow_crimes)
+    if problems:
+        raise CheckpointError(*problems)
+    return notes
 
 
 def _find_heads(config: MergeConfig, candidates: Sequence[Checkpoint], base: Checkpoint | None) -> Heads | None:
@@ -301,31 +324,61 @@ def _oriented(skeleton: Skeleton, checkpoint: Checkpoint, adapter: Adapter | Non
     return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def _mapping_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, KeyMapping]) -> KeyMapping:
-    """The checkpoint's key mapping: the same object for all that are laid out alike."""
-    layout = tuple((name, info.shape, info.dtype) for name, info in checkpoint.tensors.items())
+def _mapping_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, KeyMapping], tied: bool) -> KeyMapping:
+    """The checkpoint's key mapping: the same object for all that are laid out alike.
+
+    Of a model that is tied, though the output is not, both parameters are the one that lies on disk.
+    """
+    layout = (tied, *((name, info.shape, info.dtype) for name, info in checkpoint.tensors.items()))
     if layout not in known:
-        known[layout] = map_keys(skeleton.model, checkpoint)
+        mapping = map_keys(skeleton.model, checkpoint)
+        pairs = declared_ties(skeleton.model) if tied else {}
+        aliases = {name: to for name, to in pairs.items() if name in mapping.missing and to not in mapping.missing}
+        missing = tuple(name for name in mapping.missing if name not in aliases)
+        known[layout] = dataclasses.replace(mapping, aliases={**mapping.aliases, **aliases}, missing=missing)
     return known[layout]
+
+
+def _untied(
+    config: MergeConfig,
+    candidates: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    adapters: Mapping[str, Adapter],
+    chosen: Checkpoint,
+) -> tuple[Checkpoint, frozenset[str], list[str]]:
+    """Unties the output's embeddings where a model has trained both, and the class would tie them.
+
+    Returns:
+        The model whose config the output takes, with that config; the names of models that are tied; and notes.
+    """
+    checkpoints = {each.name: each for each in (*candidates, *([base] if base is not None else []))}
+    if all(each.offset is None and each.file.name == "config.json" for each in chosen.tensors.values()):
+        return chosen, frozenset(), []  # planned from configs alone
+    models = classify(checkpoints, trust_remote_code=config.trust_remote_code)
+    tied = frozenset(name for name, model in models.items() if is_tied(model.model))
+    separate = untied_heads(models, adapters)
+    if not separate or chosen.name not in tied:
+        return chosen, tied, []
+    note = f"{', '.join(separate)}: has output embeddings of its own, so the output's are untied from the input's"
+    return dataclasses.replace(chosen, config=untie_config(chosen.config)), tied, [note]
+
+
+def _with_untied(skeleton: Skeleton, names: KeyMapping, others: Sequence[KeyMapping]) -> KeyMapping:
+    """Gives a name on disk to what the reference ties and the output does not: the name that another model has."""
+    ours = set(names.aliases) - set(_aliases_of(skeleton))
+    new = {
+        name: next(other.renamed[name] for other in others if name in other.renamed)
+        for name in ours
+        if any(name in other.renamed for other in others)
+    }
+    aliases = {name: to for name, to in names.aliases.items() if name not in new}
+    return dataclasses.replace(names, renamed={**names.renamed, **new}, aliases=aliases) if new else names
+
+
+def _aliases_of(skeleton: Skeleton) -> list[str]:
+    return [name for group in skeleton.aliases.values() for name in group]
 
 
 def _class_name(checkpoint: Checkpoint) -> str:
     names = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "unknown")]
     return str(names[0])
-
-
-def _config_differences(candidates: tuple[Checkpoint, ...]) -> Iterator[str]:
-    """Notes on how the candidates' configs differ from the first one's."""
-    first = candidates[0]
-    for other in candidates[1:]:
-        for key, left, right in _differences(first.config, other.config, ""):
-            yield f"configs differ: {key} is {left!r} in {first.name}, {right!r} in {other.name}"
-
-
-def _differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted((left.keys() | right.keys()) - _UNIMPORTANT_CONFIG_KEYS):
-        a, b = left.get(key), right.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}", a, b
