@@ -45,6 +45,10 @@ class Plan(Protocol):
         """Reasons why the merge is impossible; empty for a plan that can be run."""
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know; warnings begin with `warning: `."""
+
+    @property
     def sparing(self) -> bool:
         """Whether freed host memory is to go back to the system at once."""
 
@@ -104,11 +108,12 @@ def _size(size: int | str | None) -> int | None:
     return size
 
 
-def read_config(source: Source) -> Config:
+def read_config(source: Source, *, strict: bool = False) -> Config:
     """Reads and checks a configuration as the kind of merge that its method belongs to.
 
     Args:
         source: A path, a mapping, or a configuration that has been read.
+        strict: Make warnings errors when the merge is planned.
 
     Returns:
         A `MergeConfig` for the regression methods, a `DataFreeConfig` for all others, or `Documents` for a file of
@@ -118,21 +123,24 @@ def read_config(source: Source) -> Config:
         ConfigError: If there are mistakes; it names all of them.
     """
     if isinstance(source, MergeConfig):
-        return load_config(source)
-    if isinstance(source, DataFreeConfig | Documents):
-        return source
+        return load_config(source).as_strict(strict or source.strict)
+    if isinstance(source, DataFreeConfig):
+        return source.as_strict(strict)
+    if isinstance(source, Documents):
+        return Documents(source.path, source.raw, strict or source.strict)
+    raw: Mapping[str, Any]
     if isinstance(source, Mapping):
-        raw, folder = dict(source), None
+        raw, folder = source, None
     else:
         path = Path(source)
         documents = read_documents(path)
         if len(documents) > 1:
-            return Documents(path, tuple(documents))
+            return Documents(path, tuple(documents), strict)
         raw, folder = documents[0], path.resolve().parent
     method = raw.get("merge_method")
     if isinstance(method, str) and method not in REGRESSION_METHODS:
-        return load_data_free(raw, folder, other_methods=tuple(REGRESSION_METHODS))
-    return load_config(raw, folder)
+        return load_data_free(raw, folder, other_methods=tuple(REGRESSION_METHODS), strict=strict)
+    return load_config(raw, folder).as_strict(strict)
 
 
 def preload(config: Config) -> None:
@@ -155,6 +163,7 @@ def merge(
     verify: bool = True,
     intermediate_dir: str | Path | None = None,
     memory: Memory | None = None,
+    strict: bool = False,
     planned: Callable[[Plan], None] | None = None,
 ) -> MergeReport | DataFreeReport:
     """Merges the models of a configuration into one checkpoint.
@@ -171,6 +180,7 @@ def merge(
         intermediate_dir: Folder that keeps the results that the last one of several merges is made of. By default they
             lie in `out` until it is finished.
         memory: Limits that override those of the configuration.
+        strict: Make warnings errors.
         planned: Called with the plan before the long work.
 
     Returns:
@@ -179,7 +189,7 @@ def merge(
     Raises:
         LargemergeError: If anything is wrong with config, inputs, data or output; before the long work.
     """
-    resolved, memory = read_config(config), memory or Memory()
+    resolved, memory = read_config(config, strict=strict), memory or Memory()
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
     options |= {"max_shard_bytes": max_shard_bytes, "planned": planned, "verify": verify}
     if intermediate_dir is not None and not isinstance(resolved, Documents):
@@ -207,6 +217,7 @@ def plan(
     cluster: Cluster | None = None,
     from_config: bool = False,
     memory: Memory | None = None,
+    strict: bool = False,
 ) -> MergePlan | DataFreePlan | SeriesPlan:
     """Plans a merge from configs and headers alone; no weight and no sample is read.
 
@@ -219,12 +230,13 @@ def plan(
         cluster: Other machines to plan for, for regression methods, with one rank for each of their GPUs.
         from_config: Look at each checkpoint's `config.json` alone, for regression methods.
         memory: Limits that override those of the configuration.
+        strict: Make warnings reasons why the merge is impossible.
 
     Raises:
         LargemergeError: If the inputs cannot be opened. Reasons why the merge is impossible are in the plan's
             `problems`.
     """
-    resolved, memory = read_config(config), memory or Memory()
+    resolved, memory = read_config(config, strict=strict), memory or Memory()
     if isinstance(resolved, MergeConfig):
         if num_ranks < 1:
             raise ConfigError(f"--num-ranks {num_ranks}: expected 1 or more")

@@ -78,7 +78,7 @@ def _read(options: argparse.Namespace) -> Config:
     """Reads the configuration, and imports what its merge needs."""
     from largemerge import api
 
-    config = api.read_config(options.config)
+    config = api.read_config(options.config, strict=options.strict)
     _quiet_libraries()
     with _importing(options):
         api.preload(config)
@@ -95,6 +95,10 @@ def _merge(options: argparse.Namespace) -> int:
 
         from largemerge.machine import reuse_freed_memory
 
+        def planned(made: Plan) -> None:
+            reuse_freed_memory(sparingly=made.sparing)
+            _print_warnings(made)
+
         reuse_freed_memory(sparingly=True)
         report: Report = api.merge(
             config,
@@ -107,13 +111,23 @@ def _merge(options: argparse.Namespace) -> int:
             verify=not options.no_verify,
             intermediate_dir=options.intermediate_dir,
             memory=memory,
-            planned=lambda made: reuse_freed_memory(sparingly=made.sparing),
+            planned=planned,
         )
     except KeyboardInterrupt:
         return _interrupted(options)
     if not options.quiet:
         report.print(Console(stderr=True, markup=False, emoji=False))
     return 0
+
+
+def _print_warnings(plan: Plan) -> None:
+    """Prints the warnings of a plan before the long work; the closing table has them among its notes, too."""
+    from largemerge.config_file import WARNING
+
+    if own_rank() == 0:
+        for note in plan.notes:
+            if note.startswith(WARNING):
+                print(f"largemerge: {note}", file=sys.stderr)
 
 
 def _interrupted(options: argparse.Namespace) -> int:
@@ -282,12 +296,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of an output file (default: 5GB)")
     _add_memory_options(merge)
+    merge.add_argument("--strict", action="store_true", help="warnings are errors")
     merge.add_argument("--quiet", action="store_true", help="no progress, no closing table")
     merge.add_argument("--no-verify", action="store_true", help="do not measure, at the end, what is in the output")
     plan = commands.add_parser("plan", help="show what a merge would do, without reading weights")
     plan.add_argument("config", type=Path, help="a YAML file")
     plan.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
     _add_memory_options(plan)
+    plan.add_argument("--strict", action="store_true", help="warnings are errors")
     plan.add_argument("--no-probe", dest="probe", action="store_false", help="no time estimate, no seconds spent on it")
     plan.add_argument(
         "--num-ranks", type=int, default=1, metavar="N", help="what each of N processes would hold, move and compute"

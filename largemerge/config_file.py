@@ -3,7 +3,7 @@
     path ──► read_yaml, read_documents ──► mappings ──► a `Strict` model of either kind of merge
                                                              └─► explain: one message for each mistake
 
-The types that both kinds of merge share are here, too: dtypes by name, sizes such as 8GiB.
+The types that both kinds of merge share are here, too: dtypes by name, sizes such as 8GiB, numbers in quotes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +22,36 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from largemerge.errors import ConfigError
 
-DtypeName = Literal["float32", "bfloat16", "float16"]
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def _full_dtype_name(value: object) -> object:
+    """Returns the name of a dtype without `torch.`, and not abbreviated."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    return _DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], pydantic.BeforeValidator(_full_dtype_name)]
 """Dtypes by the names that configurations use; `checkpoint.tensor_info.torch_dtype` makes torch's of them."""
+
+
+def unquoted_whole_number(value: object) -> object:
+    """Returns the whole number in quotes, or written as `8.0`; anything else as it is."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+\s*", value):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def unquoted_truth(value: object) -> object:
+    """Returns the truth value in quotes; anything else as it is."""
+    words: dict[str, object] = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    return words.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+WholeNumber = Annotated[int, pydantic.BeforeValidator(unquoted_whole_number)]
+"""A whole number, which may be quoted."""
+Truth = Annotated[bool, pydantic.BeforeValidator(unquoted_truth)]
+"""True or false, which may be quoted."""
 
 _BYTE_SIZE = pydantic.TypeAdapter(pydantic.ByteSize)
 # Bits are no size here; and pydantic would read 4,5GB as 4 bytes.
@@ -60,10 +88,46 @@ Size = Annotated[int, pydantic.BeforeValidator(_check_size), Field(ge=1)]
 """A size in bytes: a number, or a text such as 8GiB."""
 
 
+WARNING = "warning: "
+"""Begins those notes of a plan that `--strict` makes errors."""
+
+
+def strict_problems(notes: Iterable[str]) -> list[str]:
+    """Returns the warnings among a plan's notes as problems, for `--strict`."""
+    return [f"{note.removeprefix(WARNING)} (a warning without --strict)" for note in notes if note.startswith(WARNING)]
+
+
 class Strict(BaseModel):
     """Base of all parts of a configuration: unknown keys and values of another type are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class YamlMapping(dict[str, Any]):
+    """The mapping in a YAML file.
+
+    Attributes:
+        anchored: Keys that hold an anchor (`&name`) which is used (`*name`) elsewhere in the file.
+    """
+
+    anchored: frozenset[str] = frozenset()
+
+
+def without_helpers(raw: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Leaves out keys that only hold what the rest of a file refers to.
+
+    These are keys that begin with `x-`, `_` or `.`, and unknown ones with an anchor that is used elsewhere.
+
+    Args:
+        raw: The mapping in a file.
+        known: The keys that a configuration has.
+    """
+    anchored = raw.anchored if isinstance(raw, YamlMapping) else frozenset()
+    return {
+        key: value
+        for key, value in raw.items()
+        if key in known or not (str(key).startswith(("x-", "_", ".")) or key in anchored)
+    }
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -87,7 +151,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        found = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_YamlLoader))
+        found = list(_load_all(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     documents = [raw for raw in found if raw is not None] or [None]
@@ -97,17 +161,60 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     return documents
 
 
+def _load_all(text: str) -> Iterator[Any]:
+    """Yields what every document holds; a mapping knows which of its keys hold anchors."""
+    loader = _YamlLoader(text)
+    try:
+        while loader.check_data():  # type: ignore[no-untyped-call]
+            loader.forget_anchors()
+            raw = loader.get_data()
+            if isinstance(raw, dict):
+                raw = YamlMapping(raw)
+                raw.anchored = loader.anchored_keys()
+            yield raw
+    finally:
+        loader.dispose()
+
+
 class _YamlLoader(yaml.SafeLoader):
     """Loads YAML as people write it: `1e-6` is a number, and a key given twice is a mistake."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+    def forget_anchors(self) -> None:
+        """Begins another document."""
+        self._defined: list[tuple[str, int]] = []  # anchors, with their places in the text
+        self._used: set[str] = set()
+        self._places: list[tuple[str, int, int]] = []  # top-level keys, with where their values begin and end
+
+    def anchored_keys(self) -> frozenset[str]:
+        """Finds the top-level keys of the document whose values have an anchor that is used."""
+        return frozenset(
+            key
+            for key, start, end in self._places
+            if any(start <= place <= end and anchor in self._used for anchor, place in self._defined)
+        )
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Remembers anchors, and what is used of them."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            self._used.add(str(event.anchor))
+        elif event.anchor is not None:
+            self._defined.append((event.anchor, event.start_mark.index))
+        node = super().compose_node(parent, index)
+        if parent is None and isinstance(node, yaml.MappingNode):
+            self._places = [(str(key.value), key.end_mark.index, value.end_mark.index) for key, value in node.value]
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Refuses keys that are given twice, before those that `<<` brings along are added."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
         for key, _ in node.value:
-            if keys.count(key.value) > 1:
+            if key.value != "<<" and keys.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands here more than once", key.start_mark
                 )
-        return super().construct_mapping(node, deep=deep)
+        return node
 
 
 _YamlLoader.add_implicit_resolver(
@@ -148,12 +255,52 @@ def explain(error: pydantic.ValidationError, root: type[BaseModel]) -> Iterator[
         elif kind == "missing":
             yield f"{where}: missing"
         else:
-            found = "" if isinstance(detail["input"], dict | list) else f", found {detail['input']!r}"
-            yield f"{where}: {_lower_first(detail['msg'].removeprefix('Value error, '))}{found}"
+            text, told = _expected(detail)
+            yield f"{where}: {text}" + ("" if told else f", found {_found(detail['input'])}")
 
 
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+_EXPECTED = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "model_attributes_type": "keys and values",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number from {ge:g} on",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number up to {le:g}",
+    "string_too_short": "a text of {min_length} characters or more",
+    "too_short": "{min_length} entries or more",
+    "too_long": "{max_length} entries or fewer",
+}
+"""What is expected where pydantic finds a mistake of some type; in braces, what its error says."""
+
+
+def _expected(detail: Any) -> tuple[str, bool]:
+    """Says what was expected, and whether this says already what was found."""
+    context = detail.get("ctx", {})
+    if detail["type"] in _EXPECTED:
+        return f"expected {_EXPECTED[detail['type']].format(**context)}", False
+    text = detail["msg"].removeprefix("Value error, ")
+    return text[:1].lower() + text[1:], "found" in text or isinstance(detail["input"], dict | list)
+
+
+def _found(value: Any) -> str:
+    """Describes what stands in the place of something else."""
+    if isinstance(value, list):
+        return f"{len(value)} entries" if value else "an empty list"
+    return f"the keys {sorted(map(str, value))}" if isinstance(value, dict) else repr(value)
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

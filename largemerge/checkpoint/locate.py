@@ -106,26 +106,29 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     return model, adapter
 
 
-def absolute_reference(reference: str, folders: Sequence[Path], names: Collection[str] = ()) -> str:
+def absolute_reference(
+    reference: str, folders: Sequence[Path], names: Collection[str] = (), unversioned: list[str] | None = None
+) -> str:
     """Makes paths absolute.
 
     Args:
         reference: A model, with an adapter if it has one.
         folders: Folders that relative paths may start from; what lies in none of them is left as it is.
         names: Names of other merges' results, which are no paths.
+        unversioned: If given, `folder@revision` means the folder, which has no revisions, and is added to this list.
     """
     if reference in names:
         return reference
     named = next(((model, adapter) for model, adapter in _splits(reference) if model in names), None)
     if named is not None:
-        return f"{named[0]}+{_absolute_path(named[1], folders) or named[1]}"
-    whole = _absolute_path(reference, folders)
+        return f"{named[0]}+{_absolute_path(named[1], folders, unversioned) or named[1]}"
+    whole = _absolute_path(reference, folders, unversioned)
     if whole is not None or "+" not in reference:
         return whole or reference
-    splits = [(_absolute_path(model, folders), adapter) for model, adapter in _splits(reference)]
+    splits = [(_absolute_path(model, folders, unversioned), adapter) for model, adapter in _splits(reference)]
     found = next(((model, adapter) for model, adapter in splits if model is not None), None)
     model, adapter = found or next(_splits(reference))
-    return f"{model}+{_absolute_path(adapter, folders) or adapter}"
+    return f"{model}+{_absolute_path(adapter, folders, unversioned) or adapter}"
 
 
 def short_name(reference: str) -> str:
@@ -140,12 +143,16 @@ def _splits(reference: str) -> Iterator[tuple[str, str]]:
             yield reference[:place], reference[place + 1 :]
 
 
-def _absolute_path(path: str, folders: Sequence[Path]) -> str | None:
+def _absolute_path(path: str, folders: Sequence[Path], unversioned: list[str] | None = None) -> str | None:
     for folder in folders:
         found = folder / os.path.expanduser(path)
         if path and found.is_dir():
             return str(found.resolve())
-    return None
+    without, at, _ = path.rpartition("@")
+    whole = _absolute_path(without, folders) if at and unversioned is not None else None
+    if whole is not None and unversioned is not None and path not in unversioned:
+        unversioned.append(path)
+    return whole
 
 
 def existing_folder(path: Path) -> Path:

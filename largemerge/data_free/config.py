@@ -1,10 +1,10 @@
 """The configuration of a data-free merge: mergekit's YAML as strict, typed models; parameters for one tensor.
 
-    YAML file → load_data_free → DataFreeConfig     checked, paths absolute
+    YAML file → load_data_free → DataFreeConfig     checked, paths absolute, values of their parameters' kinds
     DataFreeConfig → Levels → value                 of a parameter, for one tensor
 
-What mergekit knows and this does not yet is an error that names the key. Where the file has one value, a parameter may
-also have
+What mergekit passes over is a warning that names the key, and what nobody knows is a mistake. Where the file has one
+value, a parameter may also have
 
     0.5                                  the same value everywhere
     [0.0, 0.5, 1.0]                      a gradient over the layers, from the first to the last, linear in between
@@ -14,20 +14,38 @@ also have
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 from pydantic import Field
 
 from largemerge.checkpoint.locate import Reference, absolute_reference
-from largemerge.config_file import DtypeName, Size, Strict, explain, nearest, read_yaml, to_json
+from largemerge.config_file import WARNING as WARNING
+from largemerge.config_file import (
+    DtypeName,
+    Size,
+    Strict,
+    Truth,
+    WholeNumber,
+    explain,
+    nearest,
+    read_yaml,
+    strict_problems,
+    to_json,
+    unquoted_whole_number,
+    without_helpers,
+)
+from largemerge.data_free.mergekit_words import FORMER_PARAMETERS, MergekitReader
 from largemerge.errors import ConfigError
 from largemerge.tokenizer.chat_templates import template_problem
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings
+
+if TYPE_CHECKING:
+    from largemerge.data_free.methods.base import Kind, Method
 
 _AUXILIARY_PARAMETERS = ("fisher",)  # parameters that are paths: see `Method.auxiliary_parameter`
 
@@ -44,10 +62,18 @@ class ModelEntry(Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
+def _read_layer_range(value: object) -> object:
+    """Returns two whole numbers, which may be quoted; raises where there is anything else."""
+    numbers = tuple(map(unquoted_whole_number, value)) if isinstance(value, list | tuple) else ()
+    if len(numbers) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise ValueError(f"expected the first layer and the one after the last, such as [0, 16], found {value!r}")
+    return numbers
+
+
 class SliceSource(ModelEntry):
     """Consecutive layers of a model, with its parameters."""
 
-    layer_range: tuple[int, int]
+    layer_range: Annotated[tuple[int, int], pydantic.BeforeValidator(_read_layer_range)]
 
     @property
     def layers(self) -> range:
@@ -102,18 +128,42 @@ class DataFreeConfig(Strict):
     """The same as `tokenizer_source`, with more settings."""
     chat_template: str | None = None
     """`auto` for the template that most models have; the name of a built-in one; or a Jinja template."""
-    seed: int = Field(0, ge=0)
+    head: str | None = None
+    """Whose head the output has, where the models' are of different sizes: `base`, a model, or `none`."""
+    allow_crimes: Truth = False
+    """Merge models of different classes or configurations all the same; mergekit has this on its command line."""
+    trust_remote_code: Truth = False
+    """Allow a checkpoint to run Python code that it ships; mergekit has this on its command line."""
+    seed: WholeNumber = Field(0, ge=0)
     """Seed of methods that draw random numbers."""
     memory: MemoryLimits = MemoryLimits()
     """Limits of memory; mergekit does not have this key."""
-    trust_remote_code: bool = False
-    """Whether a checkpoint's own Python code may run, to find out what its tensors are."""
-    allow_crimes: bool = False
-    """Whether models may be merged whose configs say that they compute otherwise, such as with other heads."""
+    _warnings: tuple[str, ...] = pydantic.PrivateAttr(())
+    _strict: bool = pydantic.PrivateAttr(False)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the file has that does nothing, or something else than in mergekit, as warnings for plan and report."""
+        return [f"{WARNING}{text}" for text in self._warnings]
+
+    @property
+    def strict(self) -> bool:
+        """Whether warnings make the merge impossible; no key of the file, but an option of who runs it."""
+        return self._strict
+
+    def read_with(self, warnings: Sequence[str], *, strict: bool) -> DataFreeConfig:
+        """Returns a copy that knows the warnings of its file, and whether they are errors."""
+        copy = self.model_copy()
+        copy._warnings, copy._strict = tuple(warnings), strict
+        return copy
+
+    def as_strict(self, strict: bool) -> DataFreeConfig:
+        """Returns the configuration, its warnings made errors if `strict`."""
+        return self.read_with(self._warnings, strict=True) if strict else self
 
     def auxiliary_paths(self, parameter: str) -> tuple[str, ...]:
         """Lists all paths that a parameter is set to, anywhere in the file."""
-        values = (parameters.get(parameter) for _, parameters in _all_parameters(self))
+        values = (holder["parameters"].get(parameter) for _, holder, _ in _holders(self.model_dump()))
         return tuple(dict.fromkeys(value for value in values if isinstance(value, str)))
 
     @property
@@ -141,10 +191,12 @@ class Documents:
     Attributes:
         path: Path of the file.
         raw: One mapping for each document, in the order of the file.
+        strict: Whether warnings are errors.
     """
 
     path: Path
     raw: tuple[dict[str, Any], ...]
+    strict: bool = False
 
 
 def load_data_free(
@@ -152,6 +204,8 @@ def load_data_free(
     folder: Path | None = None,
     names: Collection[str] = (),
     other_methods: Sequence[str] = (),
+    *,
+    strict: bool = False,
 ) -> DataFreeConfig:
     """Reads and checks a configuration.
 
@@ -161,25 +215,61 @@ def load_data_free(
         folder: Folder where a mapping's relative paths are looked up first.
         names: Names of other merges of the file, whose results are used like models.
         other_methods: Names of methods that are not data-free, for messages.
+        strict: Whether warnings, which the configuration's `notes` have, are to make the merge impossible.
 
     Raises:
         ConfigError: If anything is wrong; it lists every mistake found.
     """
     if isinstance(source, Mapping):
-        raw: Any = dict(source)
+        raw: Mapping[str, Any] = source
     else:
         raw = read_yaml(Path(source))
         folder = Path(source).resolve().parent
     folders = [*([folder] if folder is not None else []), Path.cwd()]
+    raw = without_helpers(raw, DataFreeConfig.model_fields)
     _check_method(raw.get("merge_method"), other_methods)
+    reader = _mergekit_reader(raw["merge_method"])
+    raw = reader.read(raw)
+    problems, warnings = reader.problems, reader.warnings
     try:
         config = DataFreeConfig.model_validate_json(to_json(_without_nulls(raw)))
     except pydantic.ValidationError as error:
-        raise ConfigError(*explain(error, DataFreeConfig)) from None
-    problems = list(_problems(config))
+        problems += explain(error, DataFreeConfig)
+    else:
+        unversioned: list[str] = []
+        values = _absolute(config.model_dump(), folders, {UNION, BASE, *names}, unversioned)
+        warnings += [f"{reference}: the revision does nothing: this is a folder here" for reference in unversioned]
+        read_parameters(values, problems, warnings)
+        config = DataFreeConfig.model_validate(values)
+        problems += _problems(config)
     if problems:
-        raise ConfigError(*problems)
-    return DataFreeConfig.model_validate(_absolute(config.model_dump(), folders, {UNION, BASE, *names}))
+        more = strict_problems(f"{WARNING}{text}" for text in warnings) if strict else ()
+        raise ConfigError(*dict.fromkeys(problems), *more)
+    return config.read_with(warnings, strict=strict)
+
+
+def _mergekit_reader(merge_method: str) -> MergekitReader:
+    """Makes what reads a file as mergekit does."""
+    from largemerge.data_free.methods.table import LITERATURE, METHODS
+
+    levels: dict[str, type[Strict]] = {
+        "top": DataFreeConfig,
+        "module": Module,
+        "slice": OutputSlice,
+        "source": SliceSource,
+        "entry": ModelEntry,
+    }
+    row = METHODS[merge_method]
+    return MergekitReader(
+        keys={level: frozenset(fields.model_fields) for level, fields in levels.items()},
+        parameters=_parameters_of([row for name, row in METHODS.items() if name not in LITERATURE]),
+        own=_parameters_of([row]) if merge_method in LITERATURE else frozenset(),
+    )
+
+
+def _parameters_of(rows: Sequence[Method]) -> frozenset[str]:
+    """Collects the names of some methods' parameters."""
+    return frozenset(name for row in rows for name in (*row.shared, *row.per_model))
 
 
 def _without_nulls(raw: Any) -> Any:
@@ -194,14 +284,169 @@ def _check_method(name: object, other_methods: Sequence[str]) -> None:
     from largemerge.data_free.methods.table import METHODS
 
     known = sorted([*METHODS, *other_methods])
-    if name not in METHODS:
-        hint = nearest(str(name), known) or f"; expected one of {known}"
+    if not isinstance(name, str) or name not in METHODS:
+        hint = nearest(str(name).lower(), known) or f"; expected one of {known}"
         raise ConfigError(f"merge_method: {name!r} is not known{hint}")
 
 
+# Parameters
+
+
+def read_parameters(values: dict[str, Any], problems: list[str], warnings: list[str]) -> None:
+    """Reads all parameters of a configuration as what their method takes them for, in place.
+
+    Args:
+        values: The configuration as plain values, whose parameters are replaced: by numbers where these were quoted,
+            by nothing where they do nothing.
+        problems: Mistakes are added here, with their places in the file.
+        warnings: What does nothing is added here.
+    """
+    from largemerge.data_free.methods.base import Base
+    from largemerge.data_free.methods.table import METHODS
+
+    method = METHODS[values["merge_method"]]
+    anywhere = _parameters_of(list(METHODS.values())) | FORMER_PARAMETERS
+    idle: dict[str, list[str]] = {}  # why parameters do nothing, with their places
+    for where, holder, base_model in _holders(values):
+        kept = {}
+        is_base = base_model is not None and method.base in (Base.REQUIRED, Base.OPTIONAL)
+        for name, setting in holder["parameters"].items():
+            place = f"{where}parameters.{name}"
+            known = {*method.shared, *method.per_model}
+            if name not in known:
+                hint = nearest(name, known)
+                if name not in anywhere:
+                    hint = hint or f"; {values['merge_method']} has {sorted(known) or 'none'}"
+                    problems.append(f"{place}: unknown parameter{hint}")
+                else:
+                    reason = f"does nothing: {values['merge_method']} has no {name}{hint}"
+                    idle.setdefault(reason, []).append(place)
+                continue
+            kept[name] = read_setting(method.kinds[name], setting, place, problems)
+            if base_model is not None and name not in method.per_model:
+                del kept[name]
+                reason = f"does nothing here: {name} is one for all models; it belongs under the 'parameters' of all"
+                idle.setdefault(reason, []).append(place)
+            elif is_base and base_model == holder["model"]:
+                del kept[name]
+                idle.setdefault("does nothing: this model is the base", []).append(place)
+        holder["parameters"] = kept
+    for reason, places in idle.items():
+        more = f" (and {len(places) - 3} more places)" if len(places) > 3 else ""
+        warnings.append(f"{', '.join(places[:3])}{more}: {reason}")
+
+
+def _holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    """Yields all that has parameters, with its place, and for a single model, the base or an empty text."""
+
+    def of_entries(entries: Any, where: str, base: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+        for number, entry in enumerate(entries):
+            yield f"{where}[{number}].", entry, base
+
+    base = values["base_model"] or ""
+    yield "", values, None
+    for prefix, module in (("", values), *((f"modules.{name}.", each) for name, each in values["modules"].items())):
+        if prefix:
+            yield prefix, module, None
+        yield from of_entries(module["models"], f"{prefix}models", base)
+        for number, output_slice in enumerate(module["slices"]):
+            where = f"{prefix}slices[{number}]."
+            yield where, output_slice, None
+            yield from of_entries(output_slice["sources"], f"{where}sources", output_slice["base_model"] or base)
+
+
+def read_setting(kind: Kind, setting: Setting, place: str, problems: list[str]) -> Setting:
+    """Reads a setting as values of a kind; mistakes are added to `problems` with their places."""
+    from largemerge.data_free.methods.base import FilePath
+
+    if isinstance(setting, Mapping) and not isinstance(kind, FilePath):
+        return _read_conditional(kind, setting, place, problems)
+    if isinstance(setting, list | tuple) and not isinstance(kind, FilePath):
+        if setting and any(isinstance(entry, Mapping) for entry in setting):
+            return tuple(
+                _read_conditional(kind, entry, f"{place}[{number}]", problems) for number, entry in enumerate(setting)
+            )
+        return _read_gradient(kind, setting, place, problems)
+    return _read_value(kind, setting, place, problems)
+
+
+def _read_conditional(kind: Kind, setting: Setting, place: str, problems: list[str]) -> Setting:
+    if not isinstance(setting, Mapping):
+        problems.append(f"{place}: expected an entry of 'filter' and 'value' like the others, found {setting!r}")
+        return setting
+    if "value" not in setting or set(setting) - {"filter", "value"}:
+        problems.append(f"{place}: expected 'value' and maybe 'filter', found {sorted(map(str, setting))}")
+        return setting
+    if not isinstance(setting.get("filter", ""), str):
+        problems.append(f"{place}.filter: expected a part of tensors' names, found {setting['filter']!r}")
+    value = setting["value"]
+    read = _read_gradient if isinstance(value, list | tuple) else _read_value
+    return {**setting, "value": read(kind, value, f"{place}.value", problems)}
+
+
+def _read_gradient(kind: Kind, setting: Sequence[Any], place: str, problems: list[str]) -> Setting:
+    if not setting:
+        problems.append(f"{place}: expected {kind.expected}, or a list of such, found an empty list")
+    return tuple(_read_value(kind, entry, f"{place}[{number}]", problems) for number, entry in enumerate(setting))
+
+
+def _read_value(kind: Kind, value: Any, place: str, problems: list[str]) -> Any:
+    try:
+        return kind.read(value)
+    except ValueError as error:
+        problems.append(f"{place}: {error}")
+        return value
+
+
+# What only shows when several keys are seen together
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """A part of the output that is made of one list of models.
+
+    Attributes:
+        where: Place of what all its models share: empty for the whole file, else with a full stop at the end.
+        entries: Place and model of every source, with its parameters.
+        shared: Parameters that all of them share, at every level.
+        base_model: The base.
+        is_slice: Whether only the models that are named take part.
+    """
+
+    where: str
+    entries: tuple[tuple[str, str, Parameters], ...]
+    shared: tuple[Parameters, ...]
+    base_model: str | None
+    is_slice: bool
+
+
+def _scopes(config: DataFreeConfig) -> Iterator[_Scope]:
+    """Yields all parts of a configuration that are made of one list of models."""
+    whole = Module(models=config.models, slices=config.slices)
+    modules = [("", whole), *((f"modules.{name}.", module) for name, module in config.modules.items())]
+    for prefix, module in modules:
+        shared = (module.parameters, config.parameters)
+        if module.models:
+            entries = [
+                (f"{prefix}models[{number}]", entry.model, entry.parameters)
+                for number, entry in enumerate(module.models)
+            ]
+            if config.base_model is not None and config.base_model not in [model for _, model, _ in entries]:
+                entries.append(("base_model", config.base_model, {}))
+            yield _Scope(prefix, tuple(entries), shared, config.base_model, is_slice=False)
+        for index, output_slice in enumerate(module.slices):
+            where = f"{prefix}slices[{index}]."
+            sources = tuple(
+                (f"{where}sources[{number}]", source.model, source.parameters)
+                for number, source in enumerate(output_slice.sources)
+            )
+            base = output_slice.base_model or config.base_model
+            yield _Scope(where, sources, (output_slice.parameters, *shared), base, is_slice=True)
+
+
 def _problems(config: DataFreeConfig) -> Iterator[str]:
-    """Yields what the types alone do not forbid: keys that exclude each other, unknown and missing parameters."""
-    from largemerge.data_free.methods.base import REQUIRED, Base
+    """Yields what the types alone do not forbid: keys that exclude each other, missing bases and parameters."""
+    from largemerge.data_free.methods.base import Base
     from largemerge.data_free.methods.table import METHODS
 
     method = METHODS[config.merge_method]
@@ -214,42 +459,41 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
     yield from _vocabulary_problems(config)
     if config.chat_template and (problem := template_problem(config.chat_template)) is not None:
         yield f"chat_template: {problem}"
-    own_bases = bool(config.slices) and all(output_slice.base_model for output_slice in config.slices)
-    if method.base is Base.REQUIRED and config.base_model is None and not own_bases:
+    scopes = list(_scopes(config))
+    if method.base is Base.REQUIRED and config.base_model is None and not all(scope.base_model for scope in scopes):
         yield f"base_model: {config.merge_method} needs one"
-    known = {*method.shared, *method.per_model}
-    required = {name for name, default in method.shared.items() if default is REQUIRED}
-    found: set[str] = set()
-    for where, parameters in _all_parameters(config):
-        found |= set(parameters)
-        for name, setting in parameters.items():
-            if name not in known:
-                hint = nearest(name, known) or f"; {config.merge_method} has {sorted(known) or 'none'}"
-                yield f"{where}.{name}: unknown parameter{hint}"
-            else:
-                yield from (f"{where}.{name}: {problem}" for problem in setting_problems(setting))
-    for name in sorted(required - found):
-        yield f"parameters.{name}: {config.merge_method} needs it"
+    for scope in scopes:
+        models = [model for _, model, _ in scope.entries]
+        if method.base is Base.REQUIRED and scope.base_model is not None and scope.base_model not in models:
+            yield (
+                f"{scope.where}sources: {config.merge_method} needs the base among them, {scope.base_model}, "
+                f"with as many layers as the others; found {models}"
+            )
+        yield from _missing_parameters(config.merge_method, method, scope)
 
 
-def _all_parameters(config: DataFreeConfig) -> Iterator[tuple[str, Parameters]]:
-    """Yields all parameters, with their places in the file."""
+def _missing_parameters(name: str, method: Method, scope: _Scope) -> Iterator[str]:
+    """Yields the parameters that a method needs and that no level has."""
+    from largemerge.data_free.methods.base import REQUIRED, Base
 
-    def of_slices(slices: Iterable[OutputSlice], prefix: str) -> Iterator[tuple[str, Parameters]]:
-        for number, output_slice in enumerate(slices):
-            yield f"{prefix}slices[{number}].parameters", output_slice.parameters
-            for index, source in enumerate(output_slice.sources):
-                yield f"{prefix}slices[{number}].sources[{index}].parameters", source.parameters
+    def has(parameter: str, *more: Parameters) -> bool:
+        return any(parameter in level for level in (*more, *scope.shared))
 
-    yield "parameters", config.parameters
-    for index, entry in enumerate(config.models):
-        yield f"models[{index}].parameters", entry.parameters
-    yield from of_slices(config.slices, "")
-    for name, module in config.modules.items():
-        yield f"modules.{name}.parameters", module.parameters
-        for index, entry in enumerate(module.models):
-            yield f"modules.{name}.models[{index}].parameters", entry.parameters
-        yield from of_slices(module.slices, f"modules.{name}.")
+    for parameter, default in method.shared.items():
+        if default is REQUIRED and not has(parameter):
+            yield f"{scope.where}parameters.{parameter}: {name} needs it"
+    takes_base = method.base in (Base.REQUIRED, Base.OPTIONAL)
+    for parameter, default in method.per_model.items():
+        expected = method.kinds[parameter].expected
+        for place, model, parameters in scope.entries:
+            if (
+                default is REQUIRED
+                and not has(parameter, parameters)
+                and not (takes_base and model == scope.base_model)
+            ):
+                advice = ", which it merges like the others: name it among them" if place == "base_model" else ""
+                where = "" if place == "base_model" else f"{place}.parameters."
+                yield f"{where}{parameter}: missing for {model}{advice}; expected {expected}"
 
 
 def _vocabulary_problems(config: DataFreeConfig) -> Iterator[str]:
@@ -260,35 +504,18 @@ def _vocabulary_problems(config: DataFreeConfig) -> Iterator[str]:
         yield f"{key}: 'base' needs a 'base_model'"
 
 
-def _absolute(value: Any, folders: list[Path], names: Collection[str], key: str = "") -> Any:
+def _absolute(value: Any, folders: list[Path], names: Collection[str], unversioned: list[str], key: str = "") -> Any:
     """Makes paths of models and auxiliary files absolute where they exist in one of the folders; `names` stay."""
     if isinstance(value, dict):
-        return {name: _absolute(inner, folders, names, name) for name, inner in value.items()}
+        return {name: _absolute(inner, folders, names, unversioned, name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(_absolute(inner, folders, names, key) for inner in value)
+        return tuple(_absolute(inner, folders, names, unversioned, key) for inner in value)
     if isinstance(value, str) and key in _AUXILIARY_PARAMETERS:
         paths = (folder / os.path.expanduser(value) for folder in folders)
         return next((str(path.resolve()) for path in paths if path.exists()), value)
     if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", "source"):
-        return absolute_reference(value, folders, names)
+        return absolute_reference(value, folders, names, unversioned)
     return value
-
-
-def setting_problems(setting: Setting) -> Iterator[str]:
-    """Says what is wrong with a setting, without regard to its parameter."""
-    if isinstance(setting, Mapping):
-        if "value" not in setting or set(setting) - {"filter", "value"}:
-            yield f"expected 'value' and maybe 'filter', found {sorted(setting)}"
-        else:
-            yield from setting_problems(setting["value"])
-    elif isinstance(setting, list | tuple):
-        conditions = [isinstance(entry, Mapping) for entry in setting]
-        if not setting or (any(conditions) and not all(conditions)):
-            yield f"expected numbers, or entries of 'filter' and 'value', found {setting!r}"
-        for entry in setting:
-            yield from setting_problems(entry)
-    elif setting is not None and not isinstance(setting, bool | int | float | str):
-        yield f"expected a number, a list of numbers, or entries of 'filter' and 'value', found {setting!r}"
 
 
 def evaluate(setting: Setting, tensor: str, t: float) -> Any:
@@ -311,11 +538,12 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Any:
         return None
     place = t * (len(setting) - 1)
     first = int(place)
-    if not all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in setting):
+    if not all(isinstance(entry, int | float) for entry in setting):
         return setting[first]
     second = min(len(setting) - 1, first + 1)
     share = place - first
-    return (1 - share) * setting[first] + share * setting[second]
+    value = (1 - share) * setting[first] + share * setting[second]
+    return value != 0 if all(isinstance(entry, bool) for entry in setting) else value
 
 
 @dataclass(frozen=True)

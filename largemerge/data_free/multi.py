@@ -84,7 +84,7 @@ def load_documents(file: Documents, *, keeps_all: bool, other_methods: Sequence[
             problems.append(f"{label}: merge_method: {mapping['merge_method']} goes into a file of its own")
             continue
         try:
-            config = load_data_free(mapping, file.path.resolve().parent, names, other_methods)
+            config = load_data_free(mapping, file.path.resolve().parent, names, other_methods, strict=file.strict)
         except ConfigError as error:
             problems += [f"{label}: {problem}" for problem in error.problems]
             continue

@@ -27,7 +27,7 @@ from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.reader import read_rate
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.writer import write_rate
-from largemerge.config_file import gib
+from largemerge.config_file import gib, strict_problems
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
 from largemerge.data_free.loader import cost, is_factored
@@ -204,6 +204,11 @@ class SeriesPlan:
         return [f"{label}: {problem}" for label, plan in self.plans.items() for problem in plan.problems]
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know of any of the merges."""
+        return [note for plan in self.plans.values() for note in plan.notes]
+
+    @property
     def sparing(self) -> bool:
         """Whether freed host memory goes back to the system at once."""
         return any(plan.sparing for plan in self.plans.values())
@@ -297,10 +302,12 @@ def plan_data_free(
         prior=prior,
         adapters=inputs.adapters,
         template=template,
-        notes=output.notes,
+        notes=[*config.notes, *output.notes],
         problems=output.problems,
         sparing=limits.host is not None,
     )
+    if config.strict:
+        plan.problems.extend(strict_problems(plan.notes))
     return replace(plan, seconds=estimate_seconds(plan)) if probe and not plan.problems else plan
 
 

@@ -9,7 +9,7 @@ the first slice if they lie before the layers (embeddings), else from the last o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,7 @@ from largemerge.data_free.matrices import (
 )
 from largemerge.data_free.methods.base import REQUIRED, Base
 from largemerge.data_free.methods.table import METHODS
+from largemerge.data_free.modules import module_of_tensor, stacks_of_modules
 from largemerge.model.alignment import ModelView, tensors_in_order
 from largemerge.tokenizer.embedding_rows import TokenRows
 from largemerge.tokenizer.vocabulary import Vocabulary
@@ -142,9 +143,12 @@ def plan_tasks(
         return output
     planner = _TaskPlanner(config, views, auxiliary, output, vocabulary)
     first, last = next(iter(modules.values())), list(modules.values())[-1]
+    owners = _owners(config, modules, stacks)
     for name in tensors_in_order(views.values()):
         if _stack_of(name, stacks) is None:
-            module, output_slice = (first, first.slices[0]) if _lies_before(name) else (last, last.slices[-1])
+            before, owner = _lies_before(name), owners(name)
+            module = owner or (first if before else last)
+            output_slice = module.slices[0 if before else -1]
             planner.add(name, [(source, name) for source in output_slice.sources], output_slice, module, 0.0)
     for stack, module in modules.items():
         number = 0
@@ -267,6 +271,7 @@ class _TaskPlanner:
         self.vocabulary = vocabulary
         self.method = METHODS[config.merge_method]
         checkpoints = {model: view.checkpoint for model, view in views.items()}
+        self._missing: set[tuple[str, str]] = set()
         self._table_sizes = frozenset[int]().union(*map(vocabulary_sizes, checkpoints.values()))
         self._inputs_first = {model: stored_inputs_first(checkpoint) for model, checkpoint in checkpoints.items()}
         self._nothing_merged = not (config.models or config.slices or config.modules)  # a base with its adapter
@@ -348,6 +353,7 @@ class _TaskPlanner:
         self._check_number(len(merged))
         per_model = self._per_model(levels, merged, t, self.method.per_model)
         shared = self._shared(levels, name, t)
+        self._check_together(per_model, shared)
         reason, inputs_first = "", False
         if self.method.matrix_formula is not None:
             reason = why_not_a_matrix(name, anchor.info.shape, self._table_sizes)
@@ -419,10 +425,9 @@ class _TaskPlanner:
         for source in sources:
             for parameter, default in parameters.items():
                 value = levels.value(parameter, source.key, t, source.parameters)
-                if value is None and default is REQUIRED:
-                    files = parameter == self.method.auxiliary_parameter
-                    where = "; expected a .safetensors file, or a folder with some" if files else ""
-                    self._problem(f"{parameter}: missing for {source.model}{where}")
+                if value is None and default is REQUIRED and (parameter, source.model) not in self._missing:
+                    self._missing.add((parameter, source.model))  # one line a model, not one a tensor
+                    self._problem(f"{parameter}: missing for {source.model}: none of its filters fits {source.key}")
                 value = default if value is None else value
                 self._check_range(parameter, value)
                 per_model[parameter].append(value)
@@ -433,17 +438,26 @@ class _TaskPlanner:
         shared = {}
         for parameter, default in self.method.shared.items():
             value = levels.value(parameter, name, t)
-            if value is None and default is REQUIRED:
-                self._problem(f"{parameter}: missing; no level and no filter has a value for {name}")
+            if value is None and default is REQUIRED and (parameter, "") not in self._missing:
+                self._missing.add((parameter, ""))
+                self._problem(f"{parameter}: missing: none of its filters fits {name}")
             shared[parameter] = default if value is None else value
             self._check_range(parameter, shared[parameter])
         return shared
 
     def _check_range(self, parameter: str, value: Any) -> None:
-        values = self.method.ranges.get(parameter)
-        problem = values.problem(value) if values is not None else None
+        if value is None or value is REQUIRED:
+            return
+        problem = self.method.kinds[parameter].problem(value)
         if problem is not None:
             self._problem(f"{parameter}: {problem}")
+
+    def _check_together(self, per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> None:
+        """Checks parameters that are right one by one together, once all of them are there."""
+        values = [*shared.values(), *(value for of_models in per_model.values() for value in of_models)]
+        problem = self.method.conflict(per_model, shared) if REQUIRED not in values else None
+        if problem is not None:
+            self._problem(problem)
 
     def _auxiliary(self, task: Task) -> tuple[Source, ...]:
         """Finds the auxiliary tensor of every source, which has the source's name, where the method needs one."""
@@ -524,13 +538,15 @@ def _modules_by_stack(
 ) -> dict[str, Module]:
     """Expresses the whole configuration as slices of every stack; what is wrong with it is added to `problems`."""
     if config.modules:
-        given = dict(config.modules)
-        if len(given) == 1 and len(stacks) == 1:
-            given = {next(iter(stacks)): next(iter(given.values()))}
-        unknown = sorted(set(given) - set(stacks))
-        if unknown or set(stacks) - set(given):
-            problems.append(f"modules: found {sorted(given)}, expected one for each of {sorted(stacks)}")
+        meant = stacks_of_modules(config.modules, stacks)
+        covered = {stack for of_module in meant.values() for stack in of_module}
+        if set(config.modules) - set(meant) or set(stacks) - covered:
+            problems.append(f"modules: found {sorted(config.modules)}, expected one for each of {sorted(stacks)}")
             return {}
+        given = {stack: config.modules[name] for name, of_module in meant.items() for stack in of_module or (name,)}
+        for name, of_module in meant.items():
+            if len(of_module) > 1 and config.modules[name].slices:
+                problems.append(f"modules.{name}: 'slices' are for one stack of layers, found {list(of_module)}")
     elif config.slices:
         if len(stacks) != 1:
             problems.append(f"slices: the model has the stacks {sorted(stacks)}; use 'modules', one for each")
@@ -542,6 +558,21 @@ def _modules_by_stack(
     for stack, module in modules.items():
         problems.extend(_slice_problems(depths, stack, module))
     return modules
+
+
+def _owners(
+    config: DataFreeConfig, modules: Mapping[str, Module], stacks: Collection[str]
+) -> Callable[[str], Module | None]:
+    """Makes a function from a tensor outside the stacks to the module that it belongs to; `None` where none is told."""
+    if len(config.modules) < 2:
+        return lambda _: None
+    meant = stacks_of_modules(config.modules, stacks)
+
+    def owner(tensor: str) -> Module | None:
+        name = module_of_tensor(tensor, meant)
+        return modules[(meant[name] or (name,))[0]] if name is not None else None
+
+    return owner
 
 
 def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Module) -> Module:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
 from largemerge.checkpoint.locate import Reference, absolute_reference
-from largemerge.config_file import DtypeName, Size, Strict, explain, nearest, read_yaml, to_json
+from largemerge.config_file import DtypeName, Size, Strict, Truth, explain, nearest, read_yaml, to_json, without_helpers
 from largemerge.errors import ConfigError
 from largemerge.regression.methods import METHODS, RegressionMethod
 
@@ -130,10 +130,22 @@ class MergeConfig(Strict):
     memory: MemoryConfig = MemoryConfig()
     stacks: tuple[str, ...] = ()
     """Module paths of the block stacks (`model.layers`), when those found are wrong."""
-    trust_remote_code: bool = False
+    allow_crimes: Truth = False
+    """Merge models of different classes or configurations all the same; mergekit's word."""
+    trust_remote_code: Truth = False
     """Allow a checkpoint to run Python code that it ships."""
-    allow_crimes: bool = False
-    """Merge models whose configs say that they compute otherwise, such as with other heads."""
+    _strict: bool = pydantic.PrivateAttr(False)
+
+    @property
+    def strict(self) -> bool:
+        """Whether warnings make the merge impossible; no key of the file, but an option of who runs it."""
+        return self._strict
+
+    def as_strict(self, strict: bool) -> MergeConfig:
+        """Returns the configuration, its warnings made errors if `strict`."""
+        copy = self.model_copy()
+        copy._strict = self._strict or strict
+        return copy
 
     @property
     def method(self) -> RegressionMethod:
@@ -173,10 +185,10 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
     if isinstance(source, MergeConfig):
         raw: Any = source.model_dump(exclude_unset=True)
     elif isinstance(source, Mapping):
-        raw = dict(source)
+        raw = without_helpers(source, MergeConfig.model_fields)
     else:
         path = Path(source)
-        raw, folder = read_yaml(path), path.resolve().parent
+        raw, folder = without_helpers(read_yaml(path), MergeConfig.model_fields), path.resolve().parent
     folders = [*([folder] if folder is not None else []), Path.cwd()]
     try:
         # Through JSON, so that lists become tuples while strictness holds for everything else.

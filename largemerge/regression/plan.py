@@ -27,7 +27,7 @@ from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name
-from largemerge.config_file import gib
+from largemerge.config_file import gib, strict_problems
 from largemerge.devices import compute_a_little, warm_up
 from largemerge.distributed.partition import samples_at_once
 from largemerge.heads import Heads
@@ -342,6 +342,8 @@ def make_plan(
         notes=(*inputs.notes, *_notes(config, inputs, tensors)),
         problems=tuple(problems),
     )
+    if config.strict:
+        plan = replace(plan, problems=(*plan.problems, *strict_problems(plan.notes)))
     return PlannedMerge(plan, inputs, trace)
 
 

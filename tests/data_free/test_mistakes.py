@@ -18,11 +18,15 @@ MISTAKES: list[tuple[str, Config, str]] = [
     ("ties", {}, "base_model: ties needs one"),
     ("tie", {}, "did you mean 'ties'"),
     ("linear", {"parameters": {"wieght": 1.0}}, "did you mean 'weight'"),
-    ("linear", {"parameters": {"weight": []}}, "parameters.weight: expected numbers"),
+    (
+        "linear",
+        {"parameters": {"weight": []}},
+        "parameters.weight: expected a number, or a list of such, found an empty list",
+    ),
     ("linear", {}, "weight: missing for"),
     ("linear", {"chat_template": "chatlm"}, "chat_template: 'chatlm' is not known; expected 'auto', one of ['alpaca',"),
     ("linear", {"chat_template": "{% for %}"}, "chat_template: not a Jinja template: line 1"),
-    ("linear", {"chat_template": "chatml"}, "chat_template: no model has a tokenizer"),
+    ("linear", {"chat_template": "chatml", "parameters": {"weight": 1}}, "chat_template: no model has a tokenizer"),
     ("linear", {"out_dype": "float16"}, "out_dype: unknown key; did you mean 'out_dtype'"),
     ("linear", {"models": []}, "expected one of 'models', 'slices' and 'modules', found none"),
     ("passthrough", {}, "passthrough merges 1 models, found 3"),
@@ -68,8 +72,8 @@ def test_keys_without_values_are_none(tmp_path: Path) -> None:
     config["models"][0]["parameters"]["weight"] = [{"filter": None, "value": 0.5}]
     plan = largemerge.plan(config)
     assert not plan.problems and plan.tasks[0].per_model["weight"] == [0.5, 0.3, 0.2]
-    with pytest.raises(LargemergeError, match=r"slices\[0\].residual_weight: unknown key"):
-        largemerge.plan({"merge_method": "linear", "slices": [{"sources": [], "residual_weight": 0.5}]})
+    with pytest.raises(LargemergeError, match=r"slices\[0\].residual_wait: unknown key"):
+        largemerge.plan({"merge_method": "linear", "slices": [{"sources": [], "residual_wait": 0.5}]})
 
 
 def test_options_of_other_methods_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

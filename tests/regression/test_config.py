@@ -100,7 +100,7 @@ def test_an_unknown_key_that_is_near_to_none_comes_with_all() -> None:
         ("models.0.parameters.weight", "heavy", "'heavy'"),
         ("models", "a and b", "'a and b'"),
         ("merge_method", "regmean++", "'regmean++'"),
-        ("dtype", "fp16", "'fp16'"),
+        ("dtype", "float8", "'float8'"),
         ("compute_dtype", "float64", "'float64'"),
         ("stacks", "model.layers", "'model.layers'"),
         ("trust_remote_code", 1, "1"),

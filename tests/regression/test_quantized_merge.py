@@ -295,7 +295,7 @@ def test_the_next_block_sees_the_quantised_one(make: MakeQuantized) -> None:
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ({"quantization": "gptq"}, "output.quantization: input should be 'nf4', 'fp4' or 'int8', found 'gptq'"),
+        ({"quantization": "gptq"}, "output.quantization: expected 'nf4', 'fp4' or 'int8', found 'gptq'"),
         ({"quantisation": "nf4"}, "output.quantisation: unknown key; did you mean 'quantization'?"),
         ({"quantization": "int8", "double_quant": True}, "output.double_quant: is for nf4 and fp4, found"),
         ({"double_quant": False}, "output.double_quant: is for nf4 and fp4, found"),

@@ -137,7 +137,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Range:
-    """Values that a parameter may have: numbers from `low` to `high`.
+    """The kind of a parameter whose values are numbers from `low` to `high`.
 
     Attributes:
         low: The smallest number.
@@ -151,15 +151,99 @@ class Range:
     whole: bool = False
     above: bool = False
 
-    def problem(self, value: Any) -> str | None:
-        """Says what is wrong with a value; `None` if nothing is."""
-        kinds = int if self.whole else int | float
-        number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-        if number and self.low <= value <= self.high and not (self.above and value == self.low):
-            return None
+    @property
+    def expected(self) -> str:
+        """What the values are, in words."""
         low = "" if self.low == -math.inf else f" {'above' if self.above else 'from'} {self.low:g}"
         high = "" if self.high == math.inf else f" to {self.high:g}"
-        return f"expected a {'whole ' if self.whole else ''}number{low}{high}, found {value!r}"
+        return f"a {'whole ' if self.whole else ''}number{low}{high}"
+
+    def read(self, value: Any) -> Any:
+        """Returns a value as a number, which may be quoted in the file.
+
+        Raises:
+            ValueError: If it is none, or lies outside the range.
+        """
+        number = _as_number(value)
+        if self.whole and isinstance(number, float) and number.is_integer():
+            number = int(number)
+        kinds = int if self.whole else int | float
+        inside = isinstance(number, kinds) and math.isfinite(number) and self.low <= number <= self.high
+        if inside and not (self.above and number == self.low):
+            return number
+        raise ValueError(f"expected {self.expected}, found {value!r}")
+
+    def problem(self, value: Any) -> str | None:
+        """Says what is wrong with a value; `None` if nothing is."""
+        return _problem(self, value)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The kind of a parameter that is true or false."""
+
+    expected = "true or false"
+
+    def read(self, value: Any) -> Any:
+        """Returns a value as a truth value, which may be quoted in the file, or be 1 or 0.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        if isinstance(value, str) and value.strip().lower() in _TRUTHS:
+            return _TRUTHS[value.strip().lower()]
+        if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+            return bool(value)
+        raise ValueError(f"expected {self.expected}, found {value!r}")
+
+    def problem(self, value: Any) -> str | None:
+        """Says what is wrong with a value; `None` if nothing is."""
+        return _problem(self, value)
+
+
+@dataclass(frozen=True)
+class FilePath:
+    """The kind of a parameter that is the path of a file, or of a folder with some, of tensors."""
+
+    expected = "a .safetensors file, or a folder with some"
+
+    def read(self, value: Any) -> Any:
+        """Returns a value that is a text.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        if isinstance(value, str) and value.strip():
+            return value
+        raise ValueError(f"expected {self.expected}, found {value!r}")
+
+    def problem(self, value: Any) -> str | None:
+        """Says what is wrong with a value; `None` if nothing is."""
+        return _problem(self, value)
+
+
+Kind = Range | Flag | FilePath
+"""What values a parameter may have."""
+
+_TRUTHS = {word: True for word in ("true", "yes", "on", "1")} | {word: False for word in ("false", "no", "off", "0")}
+
+
+def _as_number(value: Any) -> Any:
+    """Reads a number in quotes; anything that is no number comes back as `None`."""
+    if isinstance(value, str):
+        try:
+            return float(value) if not value.strip().lstrip("+-").isdigit() else int(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _problem(kind: Kind, value: Any) -> str | None:
+    try:
+        kind.read(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
@@ -219,7 +303,9 @@ class Method:
         num_models: Fewest and most models, the base not counted.
         shared: Parameters of all models together, with their defaults.
         per_model: Parameters of every model, with their defaults; the base needs none.
-        ranges: Allowed values of parameters, for those that are checked.
+        kinds: What values each of the parameters may have.
+        conflict: Function from the parameters of every model and the shared ones, each right by itself, to what is
+            wrong with them together; `None` if nothing is.
         auxiliary_parameter: Name of the parameter whose value for each model is a file or folder of tensors as large
             as the model's own.
         matrix_formula: The rest of a method whose formula holds for weight matrices only.
@@ -235,7 +321,8 @@ class Method:
     num_models: tuple[int, int] = (1, 1 << 30)
     shared: Mapping[str, Any] = field(default_factory=dict)
     per_model: Mapping[str, Any] = field(default_factory=dict)
-    ranges: Mapping[str, Range] = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    conflict: Callable[[Mapping[str, Sequence[Any]], Mapping[str, Any]], str | None] = lambda _, __: None
     auxiliary_parameter: str | None = None
     matrix_formula: MatrixFormula | None = None
     global_scale: GlobalScale | None = None

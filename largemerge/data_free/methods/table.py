@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from largemerge.data_free.matrices import too_small, why_not_a_matrix
-from largemerge.data_free.methods import averaging, covariance, masks, slerp, svd, task_arithmetic
+from largemerge.data_free.methods import averaging, covariance, masks, ram, slerp, svd, task_arithmetic
 from largemerge.data_free.methods.base import (
     REQUIRED,
     Access,
     Base,
     Cut,
+    FilePath,
+    Flag,
     GlobalScale,
     MatrixFormula,
     Merge,
@@ -33,7 +35,8 @@ from largemerge.data_free.methods.base import (
 )
 
 _SINGLE, _DOUBLE = 4, 8
-_NUMBER, _SHARE, _POSITIVE = Range(), Range(0, 1), Range(0, above=True)
+_SMALLEST_SUM = 1e-12  # of weights that something is divided by
+_NUMBER, _SHARE, _POSITIVE, _FLAG = Range(), Range(0, 1), Range(0, above=True), Flag()
 
 
 def _task_vector_method(
@@ -43,6 +46,9 @@ def _task_vector_method(
     per_model: dict[str, Any] = {"weight": REQUIRED, "density": 1.0}
     per_model |= {"gamma": 0.01} if sparsifier == "outliers" else {}
     per_model |= {"epsilon": 0.15} if sparsifier == "ranks" else {}
+    kinds = {"weight": _NUMBER, "density": _SHARE, "gamma": _SHARE, "epsilon": Range(0)} | dict.fromkeys(
+        ("normalize", "rescale", "int8_mask"), _FLAG
+    )
     first_pass = partial(task_arithmetic.plan_sparsification, method=sparsifier) if sparsifier is not None else None
     cut = Cut.ROWS if sparsifier == "ranks" else Cut.ELEMENTS
     return Method(
@@ -53,7 +59,30 @@ def _task_vector_method(
         Base.REQUIRED,
         shared={"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False},
         per_model=per_model,
+        kinds={name: kinds.get(name, _NUMBER) for name in ("normalize", "rescale", "lambda", "int8_mask", *per_model)},
+        conflict=_leaves_probabilities if sparsifier == "ranks" else _no_conflict,
     )
+
+
+def _no_conflict(_: Mapping[str, Sequence[Any]], __: Mapping[str, Any]) -> str | None:
+    return None
+
+
+def _leaves_probabilities(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
+    """Says where DELLA's probabilities, density ± epsilon, leave the range from 0 to 1; 0 and 1 alone need none."""
+    for density, epsilon in zip(per_model["density"], per_model["epsilon"], strict=True):
+        if 0 < density < 1 and not epsilon < density < 1 - epsilon:
+            return f"density {density:g} ± epsilon {epsilon:g} leaves the range from 0 to 1; expected a smaller epsilon"
+    return None
+
+
+def _no_sum_of_weights(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any], switch: str) -> str | None:
+    """Says where the weights, which a method with this switch divides by their sum, add up to 0."""
+    weights = per_model["weight"]
+    if shared[switch] and abs(sum(weights)) < _SMALLEST_SUM:
+        numbers = ", ".join(f"{weight:g}" for weight in weights)
+        return f"weight: {numbers} add up to 0, which the sum is divided by; choose others, or {switch}: false"
+    return None
 
 
 def _nuslerp_access(shared: Mapping[str, Any]) -> Access:
@@ -109,7 +138,7 @@ def _matrix_method(
         without_first_pass(merge),
         Base.REQUIRED,
         shared={name: default for name, (default, _) in parameters.items()},
-        ranges={name: values for name, (_, values) in parameters.items()},
+        kinds={name: values for name, (_, values) in parameters.items()},
         matrix_formula=MatrixFormula(svd.mean_of_task_vectors(scale), "mean of task vectors", work_bytes),
     )
 
@@ -123,7 +152,7 @@ LITERATURE: dict[str, Method] = {
         Base.REQUIRED,
         shared={"prun_thre_k": 2, "scaling_factor": 1.0},
         per_model={"tall_mask_lambda": 0.6},
-        ranges={"prun_thre_k": Range(0, whole=True), "scaling_factor": _NUMBER, "tall_mask_lambda": Range(0)},
+        kinds={"prun_thre_k": Range(0, whole=True), "scaling_factor": _NUMBER, "tall_mask_lambda": Range(0)},
     ),
     "localize_and_stitch": Method(
         "Localize-and-Stitch, dataless",
@@ -132,7 +161,7 @@ LITERATURE: dict[str, Method] = {
         masks.localize_and_stitch,
         Base.REQUIRED,
         per_model={"sparsity": 0.05},
-        ranges={"sparsity": _SHARE},
+        kinds={"sparsity": _SHARE},
     ),
     "fisher": Method(
         "Fisher-weighted averaging",
@@ -141,7 +170,7 @@ LITERATURE: dict[str, Method] = {
         without_first_pass(masks.fisher),
         Base.NONE,
         per_model={"fisher": REQUIRED, "weight": 1.0},
-        ranges={"weight": _POSITIVE},
+        kinds={"fisher": FilePath(), "weight": _POSITIVE},
         auxiliary_parameter="fisher",
     ),
     "tsv_m": _matrix_method("TSV-M", "arXiv 2412.00081", svd.tsv_m, {"alpha": (1.0, _NUMBER)}),
@@ -160,7 +189,7 @@ LITERATURE: dict[str, Method] = {
         without_first_pass(svd.opcm_alone),
         Base.REQUIRED,
         shared={"alpha": 0.5},
-        ranges={"alpha": _SHARE},
+        kinds={"alpha": _SHARE},
         matrix_formula=MatrixFormula(svd.opcm_alone, "sum of task vectors", _factors_bytes),
         global_scale=GlobalScale(svd.opcm_matrix, svd.opcm_fallback, svd.opcm_factor),
     ),
@@ -190,6 +219,8 @@ METHODS: dict[str, Method] = {
         Base.NONE,
         shared={"normalize": True},
         per_model={"weight": REQUIRED},
+        kinds={"normalize": _FLAG, "weight": _NUMBER},
+        conflict=partial(_no_sum_of_weights, switch="normalize"),
     ),
     "passthrough": Method(
         "Passthrough",
@@ -199,6 +230,7 @@ METHODS: dict[str, Method] = {
         Base.NONE,
         (1, 1),
         per_model={"scale": None},
+        kinds={"scale": _NUMBER},
     ),
     "slerp": Method(
         "SLERP",
@@ -208,6 +240,7 @@ METHODS: dict[str, Method] = {
         Base.REQUIRED,
         (1, 1),
         shared={"t": REQUIRED},
+        kinds={"t": _NUMBER},
     ),
     "nuslerp": Method(
         "NuSLERP",
@@ -218,6 +251,7 @@ METHODS: dict[str, Method] = {
         (2, 2),
         shared={"nuslerp_row_wise": False, "nuslerp_flatten": True},
         per_model={"weight": REQUIRED},
+        kinds={"nuslerp_row_wise": _FLAG, "nuslerp_flatten": _FLAG, "weight": _NUMBER},
     ),
     "multislerp": Method(
         "Multi-SLERP",
@@ -227,6 +261,8 @@ METHODS: dict[str, Method] = {
         Base.OPTIONAL,
         shared={"normalize_weights": True, "eps": 1e-8},
         per_model={"weight": REQUIRED},
+        kinds={"normalize_weights": _FLAG, "eps": _POSITIVE, "weight": _NUMBER},
+        conflict=partial(_no_sum_of_weights, switch="normalize_weights"),
     ),
     "karcher": Method(
         "Karcher mean",
@@ -235,6 +271,7 @@ METHODS: dict[str, Method] = {
         with_first_pass(slerp.karcher),
         Base.MEMBER,
         shared={"max_iter": 10, "tol": 1e-5},
+        kinds={"max_iter": Range(1, whole=True), "tol": Range(0)},
     ),
     "task_arithmetic": _task_vector_method(
         "Task arithmetic", "arXiv 2212.04089", None, elects_sign=False, normalize=False, rescale=False
@@ -265,6 +302,7 @@ METHODS: dict[str, Method] = {
         task_arithmetic.sce,
         Base.REQUIRED,
         shared={"int8_mask": False, "select_topk": 1.0},
+        kinds={"int8_mask": _FLAG, "select_topk": _SHARE},
     ),
     "model_stock": Method(
         "Model Stock",
@@ -274,6 +312,7 @@ METHODS: dict[str, Method] = {
         Base.REQUIRED,
         (2, 1 << 30),
         shared={"filter_wise": False},
+        kinds={"filter_wise": _FLAG},
     ),
     "nearswap": Method(
         "NearSwap",
@@ -283,6 +322,7 @@ METHODS: dict[str, Method] = {
         Base.REQUIRED,
         (1, 1),
         shared={"t": REQUIRED},
+        kinds={"t": Range(0)},
     ),
     "arcee_fusion": Method(
         "Arcee Fusion",
@@ -291,6 +331,24 @@ METHODS: dict[str, Method] = {
         with_first_pass(averaging.arcee_fusion),
         Base.REQUIRED,
         (1, 1),
+    ),
+    "ram": Method(
+        "Reinforced Agent Merging",
+        "arXiv 2601.13572",
+        fixed_access(Cut.ELEMENTS, as_task_vectors=True),
+        without_first_pass(ram.ram),
+        Base.REQUIRED,
+        shared={"epsilon": 1e-5},
+        kinds={"epsilon": Range(0)},
+    ),
+    "ramplus_tl": Method(
+        "Reinforced Agent Merging Plus, tensor by tensor",
+        "arXiv 2601.13572",
+        fixed_access(Cut.ELEMENTS, ram.rescaling_factors, as_task_vectors=True),
+        with_first_pass(ram.ramplus_tl),
+        Base.REQUIRED,
+        shared={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
+        kinds={"r": _NUMBER, "alpha": Range(0), "epsilon": Range(0)},
     ),
     **LITERATURE,
 }

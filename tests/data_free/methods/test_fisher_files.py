@@ -13,7 +13,7 @@ from cases import weights_in
 from safetensors.torch import save_file
 
 import largemerge
-from largemerge import LargemergeError
+from largemerge import ConfigError, LargemergeError
 from largemerge.cli import main
 
 Weights = dict[str, torch.Tensor]
@@ -104,11 +104,13 @@ def test_missing_files_and_parameters(tmp_path: Path) -> None:
     with pytest.raises(LargemergeError, match=r"lm_head.weight in several files"):
         largemerge.plan(write_config(tmp_path))
     (tmp_path / "fisher2" / "c.safetensors").unlink()
-    problems = largemerge.plan(write_config(tmp_path, fisher=None)).problems
-    told = f"fisher: missing for {tmp_path / 'model1'}; expected a .safetensors file, or a folder with some"
-    assert problems == [told]
-    problems = largemerge.plan(write_config(tmp_path, weight=0)).problems
-    assert problems == ["weight: expected a number above 0, found 0"]
+    with pytest.raises(ConfigError) as error:
+        largemerge.plan(write_config(tmp_path, fisher=None))
+    place = f"models[0].parameters.fisher: missing for {tmp_path / 'model1'}"
+    assert error.value.problems == (f"{place}; expected a .safetensors file, or a folder with some",)
+    with pytest.raises(ConfigError) as error:
+        largemerge.plan(write_config(tmp_path, weight=0))
+    assert error.value.problems == ("models[0].parameters.weight: expected a number above 0, found 0",)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,9 @@ def test_ranges(tmp_path: Path, method: str, parameters: dict[str, Any], problem
     write_models(tmp_path)
     models = [str(tmp_path / f"model{seed}") for seed in (1, 2)]
     config = {"merge_method": method, "base_model": models[0], "models": [{"model": models[1]}]}
-    assert largemerge.plan(config | {"parameters": parameters}).problems == [problem]
+    with pytest.raises(ConfigError) as error:
+        largemerge.plan(config | {"parameters": parameters})
+    assert error.value.problems == (f"parameters.{problem}",)
     with pytest.raises(LargemergeError):
         largemerge.merge(config | {"parameters": parameters}, tmp_path / "out")
     assert not (tmp_path / "out").exists()

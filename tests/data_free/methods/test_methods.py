@@ -279,6 +279,48 @@ def test_arcee_fusion() -> None:
     check(merge_tensors("arcee_fusion", [other], base), base + (other - base).double() * chosen)
 
 
+def changed_alone_and_together() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Makes models that have each left some elements as they were, so that some were changed by one model alone."""
+    base, tensors = models()
+    generator = torch.Generator().manual_seed(8)
+    return base, [torch.where(torch.rand(SHAPE, generator=generator) < 0.4, tensor, base) for tensor in tensors]
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.1])
+def test_ram(epsilon: float) -> None:
+    base, tensors = changed_alone_and_together()
+    deltas = torch.stack([(t - base).double() for t in tensors])
+    changed = deltas.abs() > epsilon
+    counts = changed.sum(0)
+    assert {0, 1, 2, 3} == set(counts.unique().tolist())
+    expected = base + (deltas * changed).sum(0) / counts.clamp(min=1)
+    check(merge_tensors("ram", tensors, base, epsilon=epsilon), expected)
+
+
+@pytest.mark.parametrize(("r", "alpha"), [(0.1, 0.2), (0.5, 100.0), (-0.3, 2.0)])
+@pytest.mark.parametrize("piece_elements", [1 << 19, 40])
+def test_ramplus_tl(monkeypatch: pytest.MonkeyPatch, r: float, alpha: float, piece_elements: int) -> None:
+    monkeypatch.setattr(pieces_module, "PIECE_ELEMENTS", piece_elements)
+    base, tensors = changed_alone_and_together()
+    tensors[2] = torch.where((tensors[0] != base) | (tensors[1] != base), tensors[2], base)  # nothing of its own
+    deltas = torch.stack([(t - base).double() for t in tensors])
+    changed = deltas.abs() > 1e-5
+    counts = changed.sum(0)
+    expected = base.double()
+    for delta, mask in zip(deltas, changed, strict=True):
+        alone, shared = mask & (counts == 1), mask & (counts > 1)
+        ratio = shared.sum().item() / max(alone.sum().item(), 1e-5)
+        factor = 1 + r * min(max(ratio, 0), alpha)
+        expected = expected + delta * alone * factor + delta * shared / counts.clamp(min=1)
+    check(merge_tensors("ramplus_tl", tensors, base, r=r, alpha=alpha), expected)
+
+
+@pytest.mark.parametrize("method", ["ram", "ramplus_tl"])
+def test_ram_of_models_that_changed_nothing_is_the_base(method: str) -> None:
+    base, _ = models()
+    assert torch.equal(merge_tensors(method, [base, base], base, epsilon=0), base)
+
+
 def test_passthrough() -> None:
     _, (one,) = models(1)
     assert torch.equal(merge_tensors("passthrough", [one]), one)
