@@ -105,6 +105,10 @@ class DataFreeConfig(Strict):
     """Seed of methods that draw random numbers."""
     memory: MemoryLimits = MemoryLimits()
     """Limits of memory; mergekit does not have this key."""
+    variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$")
+    """Variant of the models' weights, such as `fp16` for `model.fp16.safetensors`."""
+    trust_remote_code: bool = False
+    """Allow a checkpoint to run Python code that it ships; the code is copied in any case."""
 
     def auxiliary_paths(self, parameter: str) -> tuple[str, ...]:
         """Lists all paths that a parameter is set to, anywhere in the file."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.index import Checkpoint, natural_key
+from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import TensorInfo, dtype_name, torch_dtype
 from largemerge.data_free.config import DataFreeConfig, Levels, Module, OutputSlice, SliceSource
 from largemerge.data_free.matrices import (
@@ -266,7 +267,8 @@ class _TaskPlanner:
         if self.vocabulary is None or task.name not in self.vocabulary.tensors:
             return task
         num_rows = {model: infos[model].shape[0] for model, _ in task.inputs}
-        if any(infos[model].quantization is not None for model in num_rows):
+        quantized = [found for model in num_rows if (found := infos[model].quantization) is not None]
+        if not all(quantization.keeps_rows for quantization in quantized):
             self._problem(f"{task.name}: quantised embeddings cannot be arranged by token; leave 'tokenizer' out")
         rows, problems = self.vocabulary.rows_for([model for model, _ in task.inputs], num_rows, base_model)
         for problem in problems:
@@ -384,7 +386,7 @@ def _find_stacks(checkpoint: Checkpoint) -> dict[str, int]:
     numbers: dict[str, set[int]] = {}
     for name in checkpoint.tensors:
         match = LAYER.match(name)
-        if match:
+        if match and not split_name(name)[0]:
             numbers.setdefault(match["stack"], set()).add(int(match["number"]))
     return {stack: len(found) for stack, found in numbers.items() if found == set(range(len(found)))}
 

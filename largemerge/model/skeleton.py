@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from largemerge.checkpoint.index import Checkpoint, read_json
 from largemerge.checkpoint.quantized import model_dtype
+from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import ArchitectureError, CheckpointError
 
@@ -307,6 +308,7 @@ def checkpoint_from_config(folder: Path, name: str, *, trust_remote_code: bool =
     Raises:
         LargemergeError: If there is no config, or Transformers does not understand it.
     """
+    folder = folder / transformer_folder(folder, name)
     config = read_json(folder / "config.json", name)
     bare = Checkpoint(name, folder, config, {}, {})
     dtype = model_dtype(config)

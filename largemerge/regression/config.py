@@ -128,7 +128,9 @@ class MergeConfig(Strict):
     stacks: tuple[str, ...] = ()
     """Module paths of the block stacks (`model.layers`), when those found are wrong."""
     trust_remote_code: bool = False
-    """Allow a checkpoint to run Python code that it ships."""
+    """Allow a checkpoint to run Python code that it ships; the code is copied in any case."""
+    variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$")
+    """Variant of the models' weights, such as `fp16` for `model.fp16.safetensors`."""
 
     @property
     def method(self) -> RegressionMethod:
