@@ -305,8 +305,9 @@ def _vocabulary(
         return None
     found = inputs.checkpoints[reference]
     elsewhere = {name: checkpoint.folder for name, checkpoint in prior.checkpoints.items()}
+    tensors = find_token_tensors(found, trust_remote_code=config.trust_remote_code)
     vocabulary = build_vocabulary(
-        config.vocabulary, inputs.tokenizer_folders, config.base_model, reference, find_token_tensors(found), elsewhere
+        config.vocabulary, inputs.tokenizer_folders, config.base_model, reference, tensors, elsewhere
     )
     moved = copy.deepcopy(dict(found.config))
     vocabulary.notes += move_ids(

@@ -30,6 +30,8 @@ from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import ArchitectureError, CheckpointError
 
+_CODE_HINT = " It ships its own code: set trust_remote_code: true if you trust it."
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -99,7 +101,8 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}") from None
+        hint = "" if trust_remote_code or not checkpoint.config.get("auto_map") else _CODE_HINT
+        raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}{hint}") from None
     _set_vocabulary(config, checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton computes with weights that have been dequantised
@@ -177,7 +180,7 @@ def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_
         found = getattr(transformers, names[0])
         return found
     if names:
-        hint = " It ships its own code: set trust_remote_code: true if you trust it." if auto_map else ""
+        hint = _CODE_HINT if auto_map else ""
         raise ArchitectureError(
             f"{checkpoint.name}: Transformers {transformers.__version__} has no model class {names[0]!r}.{hint}"
         )

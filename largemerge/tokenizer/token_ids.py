@@ -18,8 +18,12 @@ from largemerge.errors import ArchitectureError
 _ENDINGS = ("_token_id", "_token_ids", "_token_index")  # of keys whose values are numbers of tokens
 
 
-def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
+def find_token_tensors(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> frozenset[str]:
     """Finds the names on disk of the input and output embeddings, and of the latter's bias.
+
+    Args:
+        checkpoint: The checkpoint.
+        trust_remote_code: Allow its class to be code that lies beside it.
 
     Raises:
         LargemergeError: If Transformers does not know the model, or it has no token embeddings.
@@ -27,7 +31,7 @@ def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     from largemerge.model.key_mapping import map_keys
     from largemerge.model.skeleton import build_skeleton
 
-    model: Any = build_skeleton(checkpoint).model
+    model: Any = build_skeleton(checkpoint, trust_remote_code=trust_remote_code).model
     inputs = outputs = None
     with contextlib.suppress(NotImplementedError):
         inputs = model.get_input_embeddings()
