@@ -28,13 +28,7 @@ from typing import Any
 from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
-from largemerge.checkpoint.side_files import (
-    GENERATION_FILES,
-    HEADS_FOLDER,
-    PROCESSOR_FILES,
-    TEMPLATE_FOLDER,
-    TOKENIZER_FILES,
-)
+from largemerge.checkpoint.side_files import remove_side_files
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
@@ -45,8 +39,7 @@ _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
 INTERMEDIATE_FOLDER = "intermediate"
 """Folder in the working folder, for results of merges that this one is made of."""
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-_CHECKPOINT_FILES = (*_WEIGHT_FILES, "adapter_config.json", *GENERATION_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json", "adapter_config.json")
 
 
 @dataclass
@@ -90,35 +83,48 @@ class OutputFolder:
             tensors |= SafetensorsFile(inside if inside.exists() else self.path / shard.file_name).tensors()
         return Checkpoint("output", self.path, config, fold_quantized(tensors, config, "output", read_bytes), {})
 
-    def finish(self, shards: tuple[Shard, ...], write_side_files: Callable[[Path], None], config: str) -> None:
+    def finish(
+        self,
+        shards: tuple[Shard, ...],
+        write_side_files: Callable[[Path], None],
+        config: str,
+        inner: str = "",
+    ) -> None:
         """Makes the folder a checkpoint; may be repeated after a crash at any point.
 
         Args:
             shards: All shards, written and flushed.
             write_side_files: Writes tokenizer, report, … into a folder.
             config: Text of `config.json`, which is written last.
+            inner: Folder inside this one for the transformer and its config, in sentence-transformers' old layout.
         """
-        names = {shard.file_name for shard in shards}
         if self.replaces:
-            # From here on the earlier checkpoint is gone: first what makes it one, then its weights.
-            (self.path / "config.json").unlink(missing_ok=True)
-            for pattern in _CHECKPOINT_FILES:
-                for old in self.path.glob(pattern):
-                    if old.name not in names or (self.working / old.name).exists():
-                        old.unlink()
-            for folder in (TEMPLATE_FOLDER, HEADS_FOLDER):
-                shutil.rmtree(self.path / folder, ignore_errors=True)
+            self._remove_earlier({shard.file_name for shard in shards})
+        model = self.path / inner
+        model.mkdir(parents=True, exist_ok=True)
         write_side_files(self.path)
         for shard in shards:
+            target = self.path / shard.file_name
             if (self.working / shard.file_name).exists():
-                (self.working / shard.file_name).replace(self.path / shard.file_name)
-        sync_folder(self.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self.working / shard.file_name).replace(target)
+        for folder in {self.path, *((self.path / shard.file_name).parent for shard in shards)}:
+            sync_folder(folder)
         index = weight_index(shards)
         if index is not None:
-            write_atomically(self.path / "model.safetensors.index.json", index)
-        write_atomically(self.path / "config.json", config)
+            write_atomically(model / "model.safetensors.index.json", index)
+        write_atomically(model / "config.json", config)
         (self.working / "manifest.json").unlink()  # from here on there is nothing to resume
         shutil.rmtree(self.working)
+
+    def _remove_earlier(self, names: set[str]) -> None:
+        """Removes an earlier checkpoint: first what makes it one, then its weights, but for shards of this merge."""
+        kept = {self.path / name for name in names if not (self.working / name).exists()}
+        remove_side_files(self.path, kept)
+        for pattern in _WEIGHT_FILES:
+            for old in self.path.glob(pattern):
+                if old not in kept:
+                    old.unlink()
 
 
 @contextmanager

@@ -206,6 +206,14 @@ def _hang_at(block: str) -> None:
     data_free.Merger.__call__ = hang_at_tensor  # type: ignore[method-assign]
 
 
+def _is_temporary(event: str, args: tuple[Any, ...]) -> bool:
+    """Whether an operation is on a folder for the moment, beside the merge's own."""
+    path, descriptor = str(args[0]), args[-1]
+    if event in ("os.mkdir", "os.remove", "os.rmdir") and not os.path.isabs(path) and descriptor >= 0:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), path)
+    return "/largemerge-tokenizer-" in path
+
+
 def _signal_before_operation(kill_at: int, out: str, number: signal.Signals) -> None:
     done = 0
 
@@ -216,7 +224,7 @@ def _signal_before_operation(kill_at: int, out: str, number: signal.Signals) -> 
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if not writes or not isinstance(path, str) or not path.startswith(out):
                 return
-        elif event not in FILE_OPERATIONS:
+        elif event not in FILE_OPERATIONS or _is_temporary(event, args):
             return
         done += 1
         os.write(2, f"operation {done}: {event} {args[0]}\n".encode())

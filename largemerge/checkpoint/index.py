@@ -1,7 +1,8 @@
 """The contents of a checkpoint folder, read from headers alone: its config, its files, every tensor in them.
 
     folder ──► config.json
-           └─► model.safetensors, or the files that an index names ──► headers ──► tensors, quantised ones folded
+           ├─► model.safetensors, or the files that an index names ──► headers ──► tensors, quantised ones folded
+           └─► modules of sentence-transformers, if there are any  ──► headers ──► their tensors
 
 A file is known by size, modification time and a hash of its header, so that a resumed merge notices if it has changed.
 """
@@ -18,13 +19,21 @@ from typing import Any
 
 import torch
 
-from largemerge.checkpoint.quantized import fold_quantized, quantization_method
-from largemerge.checkpoint.tensor_files import SafetensorsFile, open_tensor_file
-from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.checkpoint.quantized import fold_quantized, quantization_method, quantization_notes
+from largemerge.checkpoint.sentence_modules import module_weight_files, read_module_tensors, transformer_folder
+from largemerge.checkpoint.tensor_files import PickleFile, SafetensorsFile, open_tensor_file
+from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo, dtype_name
+from largemerge.checkpoint.weight_files import (
+    WEIGHT_FILES,
+    advice,
+    find_weight_file,
+    is_index,
+    variant_name,
+    without_prefix,
+)
 from largemerge.errors import CheckpointError
 
 _MAX_PROBLEMS = 20
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,13 @@ class Checkpoint:
 
     Attributes:
         name: Name that the user gives it.
-        folder: Folder that it lies in.
+        folder: Folder that it lies in, with `config.json`; of sentence-transformers' old layout, the transformer's.
         config: Contents of `config.json`.
         tensors: Tensors by name on disk, in natural order; a quantised weight is one tensor, with its parts.
         fingerprint: Size, modification time and sha256 of the header (or of a small text file), by file.
+        inner: Path of `folder` in what the user named: "" as a rule, `0_Transformer` in sentence-transformers' old
+            layout.
+        notes: What a user should know of how it was read.
     """
 
     name: str
@@ -44,6 +56,13 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     fingerprint: Mapping[str, Mapping[str, Any]]
+    inner: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        """The folder that the user named: that of the checkpoint, or the one that holds it beside other modules."""
+        return self.folder.parents[len(Path(self.inner).parts) - 1] if self.inner else self.folder
 
     @property
     def num_bytes(self) -> int:
@@ -55,22 +74,26 @@ class Checkpoint:
         return dict(Counter(info.quantization.label for info in self.tensors.values() if info.quantization))
 
 
-def open_checkpoint(folder: Path, name: str) -> Checkpoint:
+def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Checkpoint:
     """Reads a checkpoint's config and headers.
 
     Args:
-        folder: A local folder with `config.json` and weights.
+        folder: A local folder with `config.json` and weights; or sentence-transformers' old layout, which has them in a
+            folder of their own.
         name: Name that the user gives it, for messages.
+        variant: Variant of the weights, such as `fp16`; where there is none, the plain weights are read.
 
     Raises:
         CheckpointError: If files are missing or broken; it names all of them.
     """
+    root, inner = folder, transformer_folder(folder, name)
+    folder = root / inner
     config = read_json(folder / "config.json", name)
     quantization_method(config, name)
-    files = _weight_files(folder, name)
-    tensors: dict[str, TensorInfo] = {}
+    files, notes = _weight_files(folder, config, name, variant)
     fingerprint: dict[str, dict[str, Any]] = {"config.json": file_fingerprint(folder / "config.json")}
     problems: list[str] = []
+    tensors: dict[str, TensorInfo] = {}
     for file, wanted in files.items():
         try:
             opened = open_tensor_file(file)
@@ -81,12 +104,28 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
         missing = sorted(set(wanted) - set(found))
         if missing:
             problems.append(f"{name}: the index says that {file.name} holds {_some(missing)}, but it does not")
+        problems += [
+            f"{name}: {file.name}: {key} is {dtype_name(info.dtype)}, which is not supported; expected real numbers"
+            for key, info in found.items()
+            if info.dtype not in SAFETENSORS_DTYPES.values()
+        ]
+        if isinstance(opened, PickleFile) and opened.wrapper:
+            left_out = f"; {', '.join(opened.left_out[:5])} beside it left out" if opened.left_out else ""
+            notes.append(f"{name}: the weights in {file.name} lie under {opened.wrapper!r}{left_out}")
         tensors |= {key: info for key, info in found.items() if not wanted or key in wanted}
         fingerprint[file.name] = file_fingerprint(file, opened.header)
     if problems:
         raise CheckpointError(*problems[:_MAX_PROBLEMS])
-    ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
-    return Checkpoint(name, folder, config, fold_quantized(ordered, config, name, read_bytes), fingerprint)
+    stored = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
+    folded = fold_quantized(stored, config, name, read_bytes)
+    notes += quantization_notes(stored, folded, name)
+    named, renamed = without_prefix(folded, config, name)
+    modules = module_weight_files(root, inner, name)
+    module_tensors, headers = read_module_tensors(modules)
+    fingerprint |= {
+        f"{module}/{modules[module].name}": file_fingerprint(modules[module], headers[module]) for module in modules
+    }
+    return Checkpoint(name, folder, config, {**named, **module_tensors}, fingerprint, inner, tuple([*notes, *renamed]))
 
 
 def open_tensors(path: Path, name: str) -> Checkpoint:
@@ -136,7 +175,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        hint = _adapter_hint(path.parent)
+        hint = advice(path.parent)
         raise CheckpointError(f"{name}: {path} does not exist; expected a checkpoint folder.{hint}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{name}: {path} is not readable JSON: {error}") from None
@@ -150,28 +189,27 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _weight_files(folder: Path, name: str) -> dict[Path, frozenset[str]]:
-    """Lists the files with weights, and the tensors that the index wants of each (none named: all)."""
-    for weights in _WEIGHT_FILES:
-        # In the order of Transformers: an index may be left over from an earlier save in several files.
-        if (folder / weights).exists():
-            return {folder / weights: frozenset()}
-        index_path = folder / f"{weights}.index.json"
-        if index_path.exists():
-            weight_map = read_json(index_path, name).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{name}: {index_path} has no 'weight_map'")
-            return _checked_weight_map(weight_map, index_path, name)
-    expected = ", ".join(f"{weights} or {weights}.index.json" for weights in _WEIGHT_FILES)
-    present = sorted(path.name for path in folder.iterdir())[:10]
-    hint = _adapter_hint(folder)
-    raise CheckpointError(f"{name}: no weights in {folder}; expected {expected}; found {present}.{hint}")
-
-
-def _adapter_hint(folder: Path) -> str:
-    if not (folder / "adapter_config.json").exists():
-        return ""
-    return " This is an adapter (LoRA), not a model: name it behind its model, as model+adapter."
+def _weight_files(
+    folder: Path, config: Mapping[str, Any], name: str, variant: str | None
+) -> tuple[dict[Path, frozenset[str]], list[str]]:
+    """Lists the files with weights, and the tensors that the index wants of each (none named: all); and notes."""
+    notes = []
+    found = find_weight_file(folder, config, variant)
+    if found is None and variant is not None:
+        found = find_weight_file(folder, config, None)
+        if found is not None:
+            notes.append(f"{name}: no variant {variant!r} in {folder}; read {found}")
+    if found is None:
+        files = [variant_name(each, variant) for weights in WEIGHT_FILES for each in (weights, f"{weights}.index.json")]
+        expected = ", ".join(f"{plain} or {index}" for plain, index in zip(files[::2], files[1::2], strict=True))
+        present = sorted(path.name for path in folder.iterdir())[:10]
+        raise CheckpointError(f"{name}: no weights in {folder}; expected {expected}; found {present}.{advice(folder)}")
+    if not is_index(found):
+        return {folder / found: frozenset()}, notes
+    weight_map = read_json(folder / found, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{name}: {folder / found} has no 'weight_map'")
+    return _checked_weight_map(weight_map, folder / found, name), notes
 
 
 def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str) -> dict[Path, frozenset[str]]:

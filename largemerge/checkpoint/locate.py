@@ -18,11 +18,17 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field
 
+from largemerge.checkpoint.sentence_modules import transformer_folder
+from largemerge.checkpoint.side_files import TOKENIZER_FILES
 from largemerge.errors import CheckpointError
 
-_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.bin"]
-_PATTERNS_WITHOUT_PICKLE = _PATTERNS[:-1]
-_CODE_PATTERNS = ["*.json", "*.py", "*.jinja", "*.txt", "*.model"]
+_PICKLES = ["*.bin"]
+_MODULE_PICKLES = ["[0-9]*_*/pytorch_model.bin"]  # of sentence-transformers' modules
+_TOKENIZERS = sorted({f"*{name[name.rfind('.') :]}" for name in TOKENIZER_FILES})  # in folders inside, too
+_CODE_PATTERNS = ["*.json", "*.py", "*.jinja", *_TOKENIZERS]
+_PATTERNS = ["*.safetensors", *_MODULE_PICKLES, *_CODE_PATTERNS]
+_IGNORED = ["onnx/*", "openvino/*", "original/*", "consolidated*", "checkpoint-*/*", "runs/*"]
+"""The same weights for other programs, and what was left over from training."""
 
 
 def locate_checkpoint(reference: str, name: str, *, weights: bool = True) -> Path:
@@ -54,13 +60,16 @@ def _from_hub(repository: str, revision: str | None, name: str, weights: bool) -
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Told so, as 1.x looks a commit up on the Hub that it has, offline or not.
-    fetch = partial(snapshot_download, repository, revision=revision, local_files_only=constants.HF_HUB_OFFLINE)
+    offline = constants.HF_HUB_OFFLINE
+    fetch = partial(
+        snapshot_download, repository, revision=revision, local_files_only=offline, ignore_patterns=_IGNORED
+    )
     try:
         if not weights:
             return Path(fetch(allow_patterns=_CODE_PATTERNS))
-        folder = Path(fetch(allow_patterns=_PATTERNS_WITHOUT_PICKLE))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(fetch(allow_patterns=_PATTERNS))
+        folder = Path(fetch(allow_patterns=_PATTERNS))
+        if not list((folder / transformer_folder(folder, name)).glob("*.safetensors")):
+            folder = Path(fetch(allow_patterns=[*_PATTERNS, *_PICKLES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = f" at revision {revision}" if revision else ""

@@ -324,7 +324,11 @@ class AdaptedReader:
 
 
 def open_model(
-    reference: str, made: Mapping[str, Checkpoint] | None = None, *, name: str | None = None
+    reference: str,
+    made: Mapping[str, Checkpoint] | None = None,
+    *,
+    name: str | None = None,
+    variant: str | None = None,
 ) -> tuple[Checkpoint, Adapter | None]:
     """Opens a model and its adapter, if it has one, from their headers.
 
@@ -332,6 +336,7 @@ def open_model(
         reference: A folder or Hub id, with `@revision` and `+adapter` if wanted.
         made: Results of other merges by the names that references may use for them.
         name: Name that the user gives it, for messages; by default the reference.
+        variant: Variant of the weights, such as `fp16`.
 
     Returns:
         The checkpoint, with the adapter's whole tensors in it; and the adapter, or `None`.
@@ -345,7 +350,7 @@ def open_model(
         raise CheckpointError(
             f"{name or reference}: {reference}: expected a model and an adapter, one on each side of '+'"
         )
-    checkpoint = (made or {}).get(model) or open_checkpoint(locate_checkpoint(model, called), called)
+    checkpoint = (made or {}).get(model) or open_checkpoint(locate_checkpoint(model, called), called, variant)
     if lora is None:
         return checkpoint, None
     return open_adapter(locate_checkpoint(lora, name or reference), name or reference, checkpoint)

@@ -1,4 +1,6 @@
-"""Weights quantised by bitsandbytes: the tensors on disk that make up one weight, read and written.
+"""Quantised weights: the tensors on disk that make up one weight, read and written.
+
+By bitsandbytes, read and written:
 
     int8       X.weight        int8 [out, in]            W = weight · SCB / 127, row by row
                X.SCB           float32 [out]
@@ -9,11 +11,17 @@
                X.weight.quant_state.bitsandbytes__nf4    JSON as bytes: the weight's shape, dtype, block size
                X.weight.nested_absmax, .nested_quant_map where the scales are quantised too ("double")
 
+In 8-bit floating point, whoever wrote it, read only (`float8.py`):
+
+    fp8        X.weight        float8 [out, in]          W = weight · scale, in float32
+               X.weight_scale, X.weight_scale_inv, …     one number, one for each output, or one for each block
+
     reading:   headers ──► fold_quantized ──► one TensorInfo with parts ──► dequantize ──► weight
     writing:   shape ──► quantized_tensor ──► one OutputTensor with parts; weight ──► quantize ──► parts
 
-The layout is that of Transformers' `save_pretrained`, the arithmetic bitsandbytes' own, which is imported only when
-such a weight is met. Methods: LLM.int8() (arXiv 2208.07339), NF4 and double quantisation (QLoRA, arXiv 2305.14314).
+The layout of the first kind is that of Transformers' `save_pretrained`, the arithmetic bitsandbytes' own, which is
+imported only when such a weight is met. Methods: LLM.int8() (arXiv 2208.07339), NF4 and double quantisation (QLoRA,
+arXiv 2305.14314). All other formats are refused by name, as their config or their tensors tell.
 
 A shard's header is written before its first tensor is known, so the sizes of all parts must follow from the shape
 alone; bitsandbytes computes them on the meta device. Only the quantisation state varies with the numbers: as JSON it
@@ -27,13 +35,14 @@ import dataclasses
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo
+from largemerge.checkpoint.float8 import FP8, dequantize_float8, fold_float8
+from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name
 from largemerge.errors import CheckpointError, MergeError
 
 ReadBytes = Callable[[TensorInfo], bytes]
@@ -49,6 +58,26 @@ _NESTED_PARTS = ("nested_absmax", "nested_quant_map")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LONGEST_OFFSET = -1.1754943508222875e-38  # 23 characters
 _MAX_PROBLEMS = 20
+SETTINGS_KEYS = ("quantization_config", "compression_config")
+"""Keys of a config that describe how its weights are quantised: Transformers', and one of older compressed-tensors."""
+_MAYBE_FP8 = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark", "quanto")
+_EXPECTED = (
+    "expected bitsandbytes (int8, nf4, fp4), FP8, or plain weights; take the checkpoint in 16 bits that it was made "
+    "from, or load it with Transformers, dequantise() it, and save it"
+)
+_FOREIGN = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors, packed integers or NVFP4",
+    ".weight_zero_point": "compressed-tensors, with zero points",
+    ".weight_global_scale": "NVFP4",
+    ".weight_scale_2": "NVFP4 of ModelOpt",
+    ".bitmask": "compressed-tensors, sparse",
+    ".weight._data": "Quanto",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    "_blocks": "MXFP4",
+}
+"""Formats that are refused, by the end of a tensor's name."""
 
 
 def bitsandbytes(what_for: str) -> Any:
@@ -68,31 +97,44 @@ def bitsandbytes(what_for: str) -> Any:
         ) from None
 
 
+def quantization_settings(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Finds what a config says of quantisation: the key and its settings; `None` where it says nothing."""
+    parts = [("", config), *((f"{key}.", part) for key, part in config.items() if isinstance(part, Mapping))]
+    found = ((f"{where}{key}", part.get(key)) for where, part in parts for key in SETTINGS_KEYS)
+    return next(((key, settings) for key, settings in found if settings), None)
+
+
 def quantization_method(config: Mapping[str, Any], name: str) -> str | None:
-    """Returns `bitsandbytes` for a quantised checkpoint, `None` for a plain one.
+    """Returns `bitsandbytes` or `fp8` for a quantised checkpoint, `None` for a plain one.
+
+    A checkpoint of `fp8` may turn out to be quantised otherwise, since a config does not always tell: `fold_quantized`
+    looks at its tensors.
 
     Raises:
         CheckpointError: If the checkpoint is quantised in a way that cannot be read.
     """
-    settings = config.get("quantization_config")
-    if not settings:
+    found = quantization_settings(config)
+    if found is None:
         return None
+    key, settings = found
     method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
     if method is None and (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
         method = "bitsandbytes"  # files of 2023 do not name it
-    if method != "bitsandbytes":
-        raise CheckpointError(
-            f"{name}: quantized ({method or 'unknown method'}); "
-            "expected bitsandbytes (int8, nf4, fp4), or a checkpoint in 16 or 32 bits"
-        )
-    return "bitsandbytes"
+    if method is None and key.endswith("compression_config"):
+        method = "compressed-tensors"
+    if method == "bitsandbytes":
+        return "bitsandbytes"
+    if method in _MAYBE_FP8:
+        return FP8
+    raise CheckpointError(f"{name}: quantized ({method or 'unknown method'}); {_EXPECTED}")
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """Finds the dtype that a quantised model computes in: its config's, else bitsandbytes', else bfloat16."""
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     named = [part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
-    named.append(config.get("quantization_config", {}).get("bnb_4bit_compute_dtype"))
+    settings = config.get("quantization_config")
+    named.append(settings.get("bnb_4bit_compute_dtype") if isinstance(settings, Mapping) else None)
     return next((_DTYPES[name] for name in named if name in _DTYPES), torch.bfloat16)
 
 
@@ -113,8 +155,13 @@ def fold_quantized(
     Raises:
         CheckpointError: If parts are missing or broken; it names all of them.
     """
-    folded: dict[str, TensorInfo] = {}
+    method = quantization_method(config, name)
+    foreign = _foreign_format(tensors, name)
+    if foreign is not None:
+        raise CheckpointError(foreign)
     problems: list[str] = []
+    folded, scales = fold_float8(tensors, config, model_dtype(config), name, problems)
+    of_bitsandbytes = False
     for key, info in tensors.items():
         try:
             if STATE in key:
@@ -124,17 +171,69 @@ def fold_quantized(
             else:
                 continue
             folded[weight.name] = weight
+            of_bitsandbytes = True
         except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             problems.append(f"{name}: {key}: {_reason(error)}")
-    used = {part for weight in folded.values() for part in weight.parts}
+    used = {part for weight in folded.values() for part in weight.parts} | scales
     left = [key for key in tensors if key not in used]
-    if not problems and quantization_method(config, name) is not None:
+    if not problems and method is not None:
         problems += [f"{name}: {key}: {_orphan(tensors[key])}" for key in left if _orphan(tensors[key])]
+    if not problems:
+        problems += [f"{name}: {key}: {_no_weight(tensors[key])}" for key in left if _no_weight(tensors[key])]
+    if not problems and method == FP8 and not any(map(_is_float8, folded.values())):
+        where, _ = quantization_settings(config) or ("", None)
+        problems.append(
+            f"{name}: quantized, as {where} in config.json says, but no tensor is float8; {_EXPECTED}; where the "
+            "weights are plain, remove the key"
+        )
     if problems:
         raise CheckpointError(*problems[:_MAX_PROBLEMS])
-    if folded:
+    if of_bitsandbytes:
         bitsandbytes(f"{name}: a checkpoint with quantised weights")
     return {key: folded.get(key, info) for key, info in tensors.items() if key in folded or key not in used}
+
+
+def quantization_notes(stored: Mapping[str, TensorInfo], folded: Mapping[str, TensorInfo], name: str) -> Iterator[str]:
+    """Yields what a user should know of weights in FP8, from a checkpoint's tensors before and after folding."""
+    weights = list(filter(_is_float8, folded.values()))
+    scaled = [info for info in weights if info.quantization is not None and info.quantization.block]
+    if scaled:
+        used = {part for info in folded.values() for part in info.parts}
+        left_out = [key for key in stored if key not in folded and key not in used]
+        more = f"; {len(left_out)} scales of activations, such as {left_out[0]}, are left out" if left_out else ""
+        dtype = dtype_name(scaled[0].dtype)
+        yield f"{name}: {len(scaled)} weights in FP8 are dequantised by their scales to {dtype}{more}"
+    if len(scaled) < len(weights):
+        plain = next(info for info in weights if info.quantization is not None and not info.quantization.block)
+        count, dtype = len(weights) - len(scaled), dtype_name(plain.dtype)
+        yield f"{name}: {count} float8 tensors without scales, such as {plain.name}, are read as they are, to {dtype}"
+
+
+def _is_float8(info: TensorInfo) -> bool:
+    return info.quantization is not None and info.quantization.method == FP8
+
+
+def _foreign_format(tensors: Mapping[str, TensorInfo], name: str) -> str | None:
+    """Says in which format that cannot be read a checkpoint is quantised, from its tensors; `None` if in none."""
+    for key in tensors:
+        for end, format_name in _FOREIGN.items():
+            partner = f"{key.removesuffix(end)}_scales"  # what else may be called blocks
+            if key.endswith(end) and (end != "_blocks" or partner in tensors):
+                return f"{name}: quantized ({format_name}, as {key} tells); {_EXPECTED}"
+    return None
+
+
+def _no_weight(info: TensorInfo) -> str:
+    """Says why a tensor is no plain weight though it is called one; "" if nothing speaks against it."""
+    if info.name.endswith("weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
+        return (
+            f"a weight in {dtype_name(info.dtype)}: quantised in a way that neither config nor names tell; {_EXPECTED}"
+        )
+    if info.dtype.is_floating_point and info.dtype.itemsize == 1:
+        return f"scales in {dtype_name(info.dtype)} without their weight in float8; {_EXPECTED}"
+    if info.name.endswith((".weight_scale", "_scale_inv", ".scale_weight")):
+        return f"a scale without a weight in float8; {_EXPECTED}"
+    return ""
 
 
 def _fold_4bit(key: str, tensors: Mapping[str, TensorInfo], state: Mapping[str, Any]) -> TensorInfo:
@@ -217,6 +316,8 @@ def dequantize(
         quantization: Kind of quantisation.
         dtype: Dtype of the result.
     """
+    if quantization.method == FP8:
+        return dequantize_float8(parts[name], parts, name, quantization, dtype)
     functional = bitsandbytes(f"{name}: a quantised weight").functional
     if quantization.method == "int8":
         scales = parts[name.removesuffix(".weight") + SCALES]

@@ -22,6 +22,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from largemerge.checkpoint.direct_io import PROBE_BYTES, PROBE_SECONDS, Buffers
+from largemerge.checkpoint.float8 import FP8, dequantize_float8
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import dequantize
 from largemerge.checkpoint.tensor_files import Rows, TensorFile, open_tensor_file
@@ -134,6 +135,10 @@ class CheckpointReader:
         info = self.checkpoint.tensors[name]
         if info.quantization is None:
             return self._read_stored(info, rows, again=again)
+        if info.quantization.method == FP8:
+            stored = self._read_stored(info.parts[info.name], rows, again=again)
+            scales = {key: self._read_stored(part, again=True) for key, part in info.parts.items() if key != info.name}
+            return dequantize_float8(stored, scales, info.name, info.quantization, info.dtype, rows)
         again = again or rows is not None  # each part of the rows reads it whole
         parts = {part: self._read_stored(stored, again=again) for part, stored in info.parts.items()}
         tensor = dequantize(info.name, parts, info.quantization, info.dtype)

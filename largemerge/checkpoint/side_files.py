@@ -1,42 +1,104 @@
-"""The files beside the weights of a checkpoint: config, tokenizer, processor, model card.
+"""The files beside the weights of a checkpoint: config, tokenizer, processor, code, model card.
 
-They are copied from the models that a merge takes them from; only `config.json` and the model card are written anew.
-The tokenizer of a folder is loaded here, too, for all who need it.
+    reference, folders of tokenizer and processor ──► find_side_files ──► SideFiles: what is copied from where, notes
+
+Only `config.json` and the model card are written anew. The tables of names are here, for all who need them: what is
+read, fetched from the Hub, copied, and removed where a merge replaces another. Nothing is copied through a link that
+leads out of its checkpoint. The tokenizer of a folder is loaded here, too.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
+import fnmatch
 import json
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.quantized import SETTINGS_KEYS
+from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
+from largemerge.checkpoint.weight_files import SETTING
+from largemerge.errors import CheckpointError
 
 GENERATION_FILES = ("generation_config.json",)
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.*.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer.model*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "vocab*.json",
+    "vocab*.txt",
+    "vocab.bpe",
     "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "target_vocab.json",
+    "normalizer.json",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "byte_maps.json",
+    "entity_vocab.json",
+    "word_pronunciation.json",
+    "word_shape.json",
+    "prophetnet.tokenizer",
+    "*.tokenizer",
     "chat_template.jinja",
     "chat_template.json",
 )
-SENTENCE_ENCODER_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+"""Names of a tokenizer's files: those that classes of Transformers ask for, and patterns for those of custom code."""
 TEMPLATE_FOLDER = "additional_chat_templates"
 HEADS_FOLDER = "heads"
 """Folder of the heads that are kept beside a merged body."""
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "speaker_embeddings_path.json",
+    "alphabet.json",
+)
+SENTENCE_FILES = (MODULES_FILE, "config_sentence_transformers.json", "router_config.json", "sentence_*_config.json")
+"""Files of sentence-transformers; the last ones lie beside the transformer's config."""
+
+_TOKENIZER_FOLDERS = (TEMPLATE_FOLDER, "*tokenizer")  # InstructBLIP, RAG: a tokenizer more
+_PROCESSOR_FOLDERS = ("*processor", "speaker_embeddings", "language_model")  # Bark, Wav2Vec2 with a language model
+_CODE_FOLDER = "custom_generate"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*.ckpt", "*.index.json", ".*")
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """Files that the output gets from its inputs.
+
+    Attributes:
+        files: Where each file comes from, by its path in the output's folder.
+        inner: Folder of the transformer inside the output's: "" but for sentence-transformers' old layout.
+        notes: What a user should know: code of unlike candidates, links that are not followed.
+    """
+
+    files: Mapping[str, Path]
+    inner: str
+    notes: tuple[str, ...]
+
+    def copy(self, out: Path) -> None:
+        """Copies all files."""
+        for name, source in self.files.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, out / name)
 
 
 def output_config(
@@ -50,9 +112,12 @@ def output_config(
             part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = name
-    for key in ("_name_or_path", "transformers_weights"):  # where the reference's weights lie says nothing of ours
+    for key in ("_name_or_path", SETTING):  # where the reference's weights lie says nothing of ours
         config.pop(key, None)
-    config.pop("quantization_config", None)
+    for part in (config, *config.values()):
+        if isinstance(part, dict):
+            for key in SETTINGS_KEYS:
+                part.pop(key, None)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
     return json.dumps(config, indent=2) + "\n"
@@ -65,44 +130,212 @@ def set_vocabulary_size(config: dict[str, Any], before: int, after: int) -> None
             part["vocab_size"] = after
 
 
-def copy_side_files(
-    out: Path, config_source: Path, tokenizer_source: Path | None, processor_source: Path, *, with_code: bool
-) -> list[str]:
-    """Copies generation config, tokenizer and processor files, as far as they are there.
+def find_side_files(
+    reference: Checkpoint,
+    tokenizer: Path,
+    processor: Path,
+    checkpoints: Sequence[Checkpoint] = (),
+    *,
+    vocabulary_files: bool = True,
+) -> SideFiles:
+    """Finds what the output gets: generation config, tokenizer, processor, code, modules of sentence-transformers.
 
     Args:
-        out: The output folder.
-        config_source: Folder of the generation config, of a sentence encoder's files, and of Python code.
-        tokenizer_source: Folder of the tokenizer; `None` to copy none.
-        processor_source: Folder of the image processor.
-        with_code: Copy Python files, too.
+        reference: The checkpoint of the output's config.
+        tokenizer: Folder of the tokenizer.
+        processor: Folder of the processor.
+        checkpoints: All checkpoints that are merged; where they have other code or modules, a note says so.
+        vocabulary_files: Copy the tokenizer's files; else its code alone, where the files are made anew.
 
-    Returns:
-        Names of the copied files and folders.
+    Raises:
+        CheckpointError: If `modules.json` of one of them is broken.
     """
-    copied = []
-    wanted = [
-        (config_source, GENERATION_FILES),
-        (config_source, SENTENCE_ENCODER_FILES),
-        (processor_source, PROCESSOR_FILES),
-    ]
-    if tokenizer_source is not None:
-        wanted.append((tokenizer_source, TOKENIZER_FILES))
-    if with_code:
-        wanted.append((config_source, tuple(path.name for path in sorted(config_source.glob("*.py")))))
-    for source, names in wanted:
+    notes: list[str] = []
+    everywhere = list(dict.fromkeys(each.name for each in (reference, *checkpoints)))
+    by_name = {each.name: each for each in (*checkpoints, reference)}
+    others = [by_name[name] for name in everywhere]
+    sentence = next((each for each in others if (each.root / MODULES_FILE).is_file()), None)
+    inner = sentence.inner if sentence is not None else reference.inner
+    found: dict[str, Path] = {}
+
+    def add(folder: Path, names: Iterable[str], target: str = "") -> None:
         for name in names:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, out / name)
-                copied.append(name)
-    folders = [tokenizer_source / TEMPLATE_FOLDER] if tokenizer_source is not None else []
-    if (config_source / SENTENCE_ENCODER_FILES[0]).is_file():
-        folders += sorted(config_source.glob("[0-9]_*"))  # what comes after the transformer, such as 1_Pooling
-    for folder in folders:
-        if folder.is_dir():
-            shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
-            copied.append(folder.name)
-    return copied
+            if not is_inside(folder / name, folder):
+                notes.append(
+                    f"{folder / name} is a link that leads out of its checkpoint: not copied; put a copy there"
+                )
+            else:
+                found[str(PurePosixPath(target, name))] = folder / name
+
+    add(tokenizer, _code_files(tokenizer, ("tokenizer_config.json",), notes), inner)
+    add(tokenizer, tokenizer_names(tokenizer) if vocabulary_files else [], inner)
+    add(processor, _code_files(processor, PROCESSOR_FILES, notes), inner)
+    add(processor, [*_matching(processor, PROCESSOR_FILES), *_in_folders(processor, _PROCESSOR_FOLDERS)], inner)
+    add(reference.folder, _matching(reference.folder, GENERATION_FILES), inner)
+    code = _code_files(reference.folder, ("config.json",), notes)
+    add(reference.folder, [*code, *_in_folders(reference.folder, (_CODE_FOLDER,))], inner)
+    notes += _differences("custom code", reference, code, {each.name: each.folder for each in others})
+    if sentence is not None:
+        at_root, beside = _sentence_files(sentence, notes)
+        add(sentence.root, at_root)
+        add(sentence.folder, beside, inner)
+        if sentence.name != reference.name:
+            notes.append(f"files of sentence-transformers ({MODULES_FILE}, …) come from {sentence.name}")
+        folders = {each.name: each.root for each in others if (each.root / MODULES_FILE).is_file()}
+        notes += _differences("modules", sentence, at_root, folders)
+    return SideFiles(found, inner, tuple(dict.fromkeys(notes)))
+
+
+def tokenizer_names(folder: Path) -> list[str]:
+    """Lists the files of a folder's tokenizer by name, those in folders inside it included."""
+    return [*_matching(folder, TOKENIZER_FILES), *_in_folders(folder, _TOKENIZER_FOLDERS)]
+
+
+def remove_side_files(folder: Path, kept: Collection[Path]) -> None:
+    """Removes what makes a folder a checkpoint, and then the files that an earlier merge has put beside its weights.
+
+    Args:
+        folder: The folder.
+        kept: Files that stay.
+    """
+    try:
+        modules = [folder / module["path"] for module in read_modules(folder, folder.name) if module["path"]]
+    except CheckpointError:
+        modules = []
+    for config in (folder / "config.json", *(module / "config.json" for module in modules)):
+        config.unlink(missing_ok=True)
+    for module in modules:
+        for path in sorted(module.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
+    names = [*tokenizer_names(folder), *_matching(folder, (*GENERATION_FILES, *PROCESSOR_FILES, *SENTENCE_FILES))]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / HEADS_FOLDER, ignore_errors=True)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, links followed; the Hub's cache links to its blobs, which count as inside."""
+    roots = [folder.resolve()]
+    snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
+    if snapshots is not None:
+        roots.append(snapshots.parent.resolve() / "blobs")
+    real = path.resolve()
+    return any(root in real.parents for root in roots)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Lists the files of a folder whose names match a pattern, each once."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _in_folders(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Lists all files but weights in the folders inside a folder that match a pattern, by their paths in it."""
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    wanted = [path for path in inside if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)]
+    return [str(file.relative_to(folder)) for path in wanted for file in _files_below(path)]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and not any(fnmatch.fnmatchcase(path.name, each) for each in _WEIGHTS):
+            yield path
+
+
+def _sentence_files(sentence: Checkpoint, notes: list[str]) -> tuple[list[str], list[str]]:
+    """Lists files of sentence-transformers: those in its own folder, and those beside the transformer's config."""
+    root, modules = sentence.root, read_modules(sentence.root, sentence.name)
+    at_root = _matching(root, SENTENCE_FILES if not sentence.inner else SENTENCE_FILES[:-1])
+    for module in modules:
+        if module["path"] not in ("", sentence.inner):
+            at_root += [str(file.relative_to(root)) for file in _files_below(root / module["path"])]
+    kinds = [str(module.get("type")) for module in modules]
+    own = [kind.rpartition(".")[0] for kind in kinds if "." in kind and not kind.startswith("sentence_transformers.")]
+    at_root += _with_imports(root, [f"{module.replace('.', '/')}.py" for module in own], notes)
+    return at_root, _matching(sentence.folder, SENTENCE_FILES[-1:]) if sentence.inner else []
+
+
+def _code_files(folder: Path, configs: Sequence[str], notes: list[str]) -> list[str]:
+    """Lists the Python files that some configs of a folder name, and all that these import of the same folder."""
+    modules: list[str] = []
+    for name in configs:
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        for key in _CODE_KEYS:
+            modules += _module_names(config.get(key)) if isinstance(config, dict) else []
+    return _with_imports(folder, [f"{module.replace('.', '/')}.py" for module in modules], notes)
+
+
+def _module_names(value: Any) -> Iterator[str]:
+    """Yields the modules that a config's `auto_map` names; code of another repository (`owner/name--…`) is not here."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(inner, str) or key != "type":
+                yield from _module_names(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _module_names(inner)
+    elif isinstance(value, str) and "--" not in value and all(part.isidentifier() for part in value.split(".")):
+        module, _, name = value.rpartition(".")
+        if module and name:
+            yield module
+
+
+def _with_imports(folder: Path, files: Sequence[str], notes: list[str]) -> list[str]:
+    """Lists Python files with all that they import from the same folder, as far as it is there."""
+    found: list[str] = []
+    waiting = list(dict.fromkeys(files))
+    for name in waiting:  # grows on the way
+        if not (folder / name).is_file():
+            if name in files:
+                notes.append(f"{folder} names its code {name}, which is not there: the output will name it, too")
+            continue
+        found.append(name)
+        waiting += [each for each in _imported(folder, name) if each not in waiting]
+    return found
+
+
+def _imported(folder: Path, name: str) -> Iterator[str]:
+    """Yields the files of a folder that one of its files imports, and those that make their folders packages."""
+    try:
+        tree = ast.parse((folder / name).read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return
+    package = PurePosixPath(name).parent
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        start = package
+        for _ in range(node.level - 1):
+            start = start.parent
+        module = start.joinpath(*(node.module or "").split(".")) if node.module else start
+        for path in (module, *(module / alias.name for alias in node.names)):
+            for file in (f"{path}.py", str(path / "__init__.py")):
+                if (folder / file).is_file():
+                    yield file
+        for parent in module.parents:
+            if parent != PurePosixPath(".") and (folder / parent / "__init__.py").is_file():
+                yield str(parent / "__init__.py")
+
+
+def _differences(what: str, chosen: Checkpoint, names: Iterable[str], folders: Mapping[str, Path]) -> Iterator[str]:
+    """Yields a note where other checkpoints have other contents in files that are taken from one of them."""
+    for name in names:
+        taken = folders[chosen.name] / name
+        unlike = [
+            model
+            for model, folder in folders.items()
+            if model != chosen.name and (folder / name).is_file() and (folder / name).read_bytes() != taken.read_bytes()
+        ]
+        if unlike:
+            yield f"{what}: {name} of {chosen.name} is taken; {', '.join(unlike)} has another one"
 
 
 def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -127,11 +360,16 @@ def find_processor(*folders: Path) -> Path:
 
 def find_tokenizer(*folders: Path) -> Path:
     """Finds the first folder that has tokenizer files; the first of all if none has."""
-    return _first_with(folders, TOKENIZER_FILES)
+    return next((folder for folder in folders if has_tokenizer(folder)), folders[0])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer, more than templates."""
+    return bool(_matching(folder, [name for name in TOKENIZER_FILES if "template" not in name]))
 
 
 def _first_with(folders: tuple[Path, ...], names: tuple[str, ...]) -> Path:
-    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), folders[0])
+    return next((folder for folder in folders if _matching(folder, names)), folders[0])
 
 
 def model_card(

@@ -5,8 +5,9 @@
 
 A safetensors file starts with eight bytes (the header's length, little endian), a JSON header (name → dtype, shape,
 byte range) and then the bytes of all tensors. Reading headers costs kilobytes, whatever the size of the model. Pickle
-files are unpickled onto the meta device with `weights_only=True`. Another format is one more class, and a line in
-`open_tensor_file`.
+files are unpickled onto the meta device with `weights_only=True`; where training programs wrap the weights
+(`{"state_dict": …, "epoch": 3}`), the only dictionary of tensors is taken. Another format is one more class, and a line
+in `open_tensor_file`.
 
 Merges see models, not files: `reader.py` puts the files of a checkpoint together and dequantises, `lora.py` adds an
 adapter. Both kinds of merge read through these two.
@@ -169,6 +170,8 @@ class PickleFile:
 
     def __init__(self, path: Path) -> None:
         self.bytes_read = 0
+        self.wrapper = ""  # the key under which the weights lie, once they have been looked at
+        self.left_out: tuple[str, ...] = ()  # other keys beside it
         self._path = path
         self._whole: Mapping[str, torch.Tensor] | None = None
         self._lock = threading.Lock()
@@ -181,11 +184,36 @@ class PickleFile:
         except Exception as error:  # what a broken or malicious pickle may raise, nobody has listed
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{file}: cannot be read with weights_only=True: {first_line}") from None
-        if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-        ):
-            raise CheckpointError(f"{file}: holds something else than a model's weights; expected tensors by name")
+        state = self._unwrapped(state)
         return {name: TensorInfo(name, tuple(each.shape), each.dtype, file, None) for name, each in state.items()}
+
+    def _unwrapped(self, state: Any) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors by name: all that was saved, or the only dictionary of tensors in it.
+
+        Raises:
+            CheckpointError: If there is none, or more than one.
+        """
+        expected = "expected tensors by name"
+        if _is_state(state):
+            found: Mapping[str, torch.Tensor] = state
+            return found
+        if not isinstance(state, Mapping):
+            kind = type(state).__name__
+            raise CheckpointError(f"{self._path}: holds something else than a model's weights ({kind}); {expected}")
+        inner = [key for key, value in state.items() if isinstance(key, str) and _is_state(value) and len(value)]
+        loose = [key for key, value in state.items() if isinstance(value, torch.Tensor)]
+        if len(inner) != 1 or len(loose) > 1:
+            keys = [str(key) for key in state if key not in loose] or [f"{key!r}" for key in state]
+            holds = f"weights under several keys, {', '.join(inner)}" if len(inner) > 1 else f"keys such as {keys[0]}"
+            raise CheckpointError(
+                f"{self._path}: holds something else than a model's weights: {holds}; {expected}. Write the weights "
+                f"into a file of their own: saved = torch.load('{self._path.name}'); "
+                f"torch.save(saved[{(inner or ['KEY'])[0]!r}], '{self._path.name}')"
+            )
+        self.wrapper = inner[0]
+        self.left_out = tuple(str(key) for key in state if key != self.wrapper)
+        unwrapped: Mapping[str, torch.Tensor] = state[self.wrapper]
+        return unwrapped
 
     def read(self, info: TensorInfo, rows: Rows = None, *, past_cache: bool = False) -> torch.Tensor:
         """Reads a tensor, or some of its rows, from the mapped file."""
@@ -196,7 +224,7 @@ class PickleFile:
                 state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
                 if not mapped:
                     self._whole = state
-        tensor = state[info.name]
+        tensor = self._unwrapped(state)[info.name]
         tensor = (tensor if rows is None else tensor[rows]).clone(memory_format=torch.contiguous_format)
         with self._lock:
             self.bytes_read += tensor.nbytes
@@ -205,6 +233,12 @@ class PickleFile:
     def close(self) -> None:
         """Drops the tensors, where the file was read as a whole."""
         self._whole = None
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
+    )
 
 
 def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -237,7 +271,9 @@ def _infos(file: Path, header: dict[str, Any], start: int) -> Iterator[TensorInf
             if not all(type(number) is int for number in (begin, end, *shape)) or min(shape, default=0) < 0:
                 raise TypeError
         except KeyError as error:
-            raise CheckpointError(f"{file}: {name}: dtype or field {error} is not supported") from None
+            raise CheckpointError(
+                f"{file}: {name}: dtype or field {error} is not supported; expected one of {list(SAFETENSORS_DTYPES)}"
+            ) from None
         except (TypeError, ValueError):
             raise CheckpointError(f"{file}: {name}: broken header entry {entry!r}") from None
         info = TensorInfo(name, shape, dtype, file, start + begin)

@@ -34,6 +34,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 """Dtypes by their names in safetensors headers."""
 
@@ -53,19 +54,28 @@ class Quantization:
     """Kind of quantisation of a weight.
 
     Attributes:
-        method: `nf4`, `fp4` or `int8`, as bitsandbytes means them.
+        method: `nf4`, `fp4` or `int8`, as bitsandbytes means them; or `fp8`.
         double_quant: Whether the scales of 4-bit blocks are quantised too.
         transposed: Whether what lies on disk is the transpose of the parameter: Transformers quantises
             GPT-2's `Conv1D`, whose weight is `[in, out]`, as if it were a linear.
+        block: Numbers that share a scale, along each dimension, in an `fp8` weight; empty where it has no scales.
     """
 
     method: str
     double_quant: bool = False
     transposed: bool = False
+    block: tuple[int, ...] = ()
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether what lies on disk has the parameter's rows, so that these can be read alone."""
+        return self.method == "fp8"
 
     @property
     def label(self) -> str:
         """Description for people."""
+        if self.method == "fp8":
+            return "fp8" if self.block else "fp8 without scales"
         return f"{self.method}, double quantised" if self.double_quant else self.method
 
 

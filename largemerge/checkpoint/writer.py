@@ -27,6 +27,7 @@ import torch
 from largemerge.checkpoint.direct_io import PAGE, PROBE_BYTES, PROBE_SECONDS, DataFile
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import dequantize, quantize
+from largemerge.checkpoint.sentence_modules import modules_of, split_name
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
 from largemerge.config_file import gib
 from largemerge.errors import OutputError
@@ -40,7 +41,7 @@ class Shard:
     """One file of the output.
 
     Attributes:
-        file_name: Name of the file.
+        file_name: Name of the file, with its folder inside the output's, if it has one.
         header: Bytes of the file up to the first tensor.
         offsets: Byte position in the file of each tensor, or of each part of a quantised weight, by name.
         num_bytes: Size of the whole file, in bytes.
@@ -52,8 +53,27 @@ class Shard:
     num_bytes: int
 
 
-def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """Spreads tensors over shards in order, each at most `max_shard_bytes` unless one tensor is larger."""
+def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int, folder: str = "") -> tuple[Shard, ...]:
+    """Spreads tensors over shards in order, each at most `max_shard_bytes` unless one tensor is larger.
+
+    Args:
+        tensors: The tensors by name; those of modules beside the transformer get a file for each module.
+        max_shard_bytes: The most bytes of a shard.
+        folder: Folder of the transformer inside the output's, in sentence-transformers' old layout.
+    """
+    inside = f"{folder}/" if folder else ""
+    own = {name: tensor for name, tensor in tensors.items() if not split_name(name)[0]}
+    modules = (
+        _shard(
+            f"{module}/model.safetensors", {key: each for key, each in tensors.items() if split_name(key)[0] == module}
+        )
+        for module in modules_of(tensors)
+    )
+    return (*(_shard(inside + name, group) for name, group in _grouped(own, max_shard_bytes)), *modules)
+
+
+def _grouped(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> list[tuple[str, dict[str, OutputTensor]]]:
+    """Groups tensors by the file that they go to."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
@@ -65,7 +85,7 @@ def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> 
     total = len(groups)
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     names = names if total > 1 else ["model.safetensors"]
-    return tuple(_shard(name, {key: tensors[key] for key in keys}) for name, keys in zip(names, groups, strict=True))
+    return [(name, {key: tensors[key] for key in keys}) for name, keys in zip(names, groups, strict=True)]
 
 
 def _stored(tensors: Mapping[str, OutputTensor]) -> dict[str, OutputTensor]:
@@ -83,7 +103,11 @@ def _shard(file_name: str, logical: Mapping[str, OutputTensor]) -> Shard:
     for name in ordered:
         tensor = tensors[name]
         end = position + tensor.num_bytes
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [position, end]}
+        header[split_name(name)[1]] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [position, end],
+        }
         relative[name] = position
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -139,6 +163,7 @@ class ShardWriter:
 
     def _open(self, shard: Shard) -> None:
         path = self.folder / shard.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = self._files[shard.file_name] = DataFile(path, size=shard.num_bytes)
         except OSError as error:
@@ -216,10 +241,11 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 def weight_index(shards: tuple[Shard, ...]) -> str | None:
     """Makes the text of `model.safetensors.index.json`; `None` for a single shard, which needs none."""
-    if len(shards) == 1:
+    own = [shard for shard in shards if not any(split_name(name)[0] for name in shard.offsets)]
+    if len(own) == 1:
         return None
-    weight_map = {name: shard.file_name for shard in shards for name in shard.offsets}
-    total = sum(shard.num_bytes - len(shard.header) for shard in shards)
+    weight_map = {name: Path(shard.file_name).name for shard in own for name in shard.offsets}
+    total = sum(shard.num_bytes - len(shard.header) for shard in own)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2) + "\n"
 

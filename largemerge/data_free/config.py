@@ -138,6 +138,8 @@ class DataFreeConfig(Strict):
     """Seed of methods that draw random numbers."""
     memory: MemoryLimits = MemoryLimits()
     """Limits of memory; mergekit does not have this key."""
+    variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$")
+    """Variant of the models' weights, such as `fp16` for `model.fp16.safetensors`."""
     _warnings: tuple[str, ...] = pydantic.PrivateAttr(())
     _strict: bool = pydantic.PrivateAttr(False)
 

@@ -75,7 +75,7 @@ def open_inputs(config: DataFreeConfig, prior: PriorMerges) -> DataFreeInputs:
     problems: list[str] = []
     for reference in config.references:
         try:
-            inputs.checkpoints[reference], adapter = open_model(reference, prior.checkpoints)
+            inputs.checkpoints[reference], adapter = open_model(reference, prior.checkpoints, variant=config.variant)
         except LargemergeError as error:
             problems.extend(error.problems)
             continue

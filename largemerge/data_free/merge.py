@@ -16,6 +16,7 @@ from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.engine import run, verify_merge
 from largemerge.data_free.inputs import PriorMerges
+from largemerge.data_free.output_files import find_files
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
 from largemerge.data_free.resources import MemoryBudget
@@ -71,7 +72,7 @@ def merge_data_free(
             watch.follow(plan.device)
             if planned is not None:
                 planned(plan)
-            shards, folders = layout_shards(plan.output, max_shard_bytes), input_folders(plan)
+            shards, folders = layout_shards(plan.output, max_shard_bytes, find_files(plan).inner), input_folders(plan)
             with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
                 ranks.agree(lambda: _check_shared(folder))
                 prepared = time.perf_counter() - start
@@ -85,7 +86,8 @@ def merge_data_free(
                 peaks = tuple(ranks.gather(watch.peak()))
                 report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks, out, verified)
                 if ranks.is_first:
-                    folder.finish(shards, lambda path: write_side_files(path, report), config_text(plan))
+                    inner = find_files(plan).inner
+                    folder.finish(shards, lambda path: write_side_files(path, report), config_text(plan), inner)
         ranks.gather(None)  # nobody says that the merge is done before it is
     return report
 
@@ -100,7 +102,7 @@ def _check(plan: DataFreePlan, out: Path, ranks: Ranks, *, resume: bool, force: 
 
 def input_folders(plan: DataFreePlan) -> list[Path]:
     """Lists the folders that are read, which the output must not be."""
-    folders = [checkpoint.folder for checkpoint in (*plan.checkpoints.values(), *plan.auxiliary.values())]
+    folders = [checkpoint.root for checkpoint in (*plan.checkpoints.values(), *plan.auxiliary.values())]
     return folders + [adapter.checkpoint.folder for adapter in plan.adapters.values()]
 
 

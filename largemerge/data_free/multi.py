@@ -33,13 +33,15 @@ from typing import Any
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import split_reference
 from largemerge.checkpoint.lora import open_model
+from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.config_file import nearest
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.merge import input_folders, merge_data_free
+from largemerge.data_free.output_files import write_tokenizer
 from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
-from largemerge.data_free.report import DataFreeReport, config_text, write_tokenizer
+from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError
 from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER, check_no_input, check_output
@@ -258,7 +260,8 @@ def _is_made(document: Document, target: Path, prior: PriorMerges, *, force: boo
     Raises:
         OutputError: If something else is there.
     """
-    if force or not (target / "config.json").exists() or (target / WORKING_FOLDER / "manifest.json").exists():
+    config = target / transformer_folder(target, document.label) / "config.json"
+    if force or not config.exists() or (target / WORKING_FOLDER / "manifest.json").exists():
         return False
     try:
         report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))

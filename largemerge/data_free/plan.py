@@ -25,6 +25,8 @@ from rich.text import Text
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.reader import read_rate
+from largemerge.checkpoint.sentence_modules import module_notes, module_problems
+from largemerge.checkpoint.side_files import has_tokenizer
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.writer import write_rate
 from largemerge.config_file import gib, strict_problems
@@ -33,6 +35,7 @@ from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
 from largemerge.data_free.loader import cost, is_factored
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
 from largemerge.data_free.methods.table import METHODS, merge_tensors
+from largemerge.data_free.output_files import check_tokenizer, find_files
 from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_device, choose_resources
 from largemerge.data_free.tasks import OutputTasks, Task, plan_tasks
 from largemerge.devices import CPU, one_thread_each
@@ -40,7 +43,6 @@ from largemerge.distributed.ranks import Ranks
 from largemerge.model.alignment import Alignment, align
 from largemerge.tokenizer.chat_templates import choose_template
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
-from largemerge.tokenizer.tokenizers import has_tokenizer
 from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary
 
 _MAX_SIDE = {"cpu": 384, "cuda": 4096}  # the shorter side of a matrix that is factored for the probe
@@ -306,9 +308,22 @@ def plan_data_free(
         problems=output.problems,
         sparing=limits.host is not None,
     )
+    _check_folders(plan, ranks)
     if config.strict:
         plan.problems.extend(strict_problems(plan.notes))
     return replace(plan, seconds=estimate_seconds(plan)) if probe and not plan.problems else plan
+
+
+def _check_folders(plan: DataFreePlan, ranks: Ranks) -> None:
+    """Adds to a plan what there is to say of its inputs' folders: how they were read, what is copied, the tokenizer."""
+    checkpoints = list(plan.checkpoints.values())
+    plan.notes.extend(note for checkpoint in checkpoints for note in checkpoint.notes)
+    plan.notes.extend([*module_notes(checkpoints), *find_files(plan).notes])
+    plan.problems.extend(module_problems(checkpoints))
+    if ranks.is_first and not plan.problems:
+        problems, notes = check_tokenizer(plan)
+        plan.problems.extend(problems)
+        plan.notes.extend(notes)
 
 
 def _vocabulary(

@@ -1,7 +1,7 @@
 """What a data-free merge did, and what it writes beside its weights.
 
 DataFreeReport → merge_report.json, the closing table on the terminal
-config_text → config.json              write_tokenizer → the tokenizer's files
+config_text → config.json
 write_side_files → tokenizer, processor, generation config, largemerge_config.yaml, model card, merge_report.json
 """
 
@@ -22,21 +22,18 @@ from largemerge.checkpoint.index import read_json
 from largemerge.checkpoint.locate import short_name
 from largemerge.checkpoint.side_files import (
     GENERATION_FILES,
-    copy_side_files,
-    find_processor,
-    find_tokenizer,
     model_card,
     output_config,
     set_vocabulary_size,
 )
 from largemerge.config_file import gib
 from largemerge.data_free.methods.table import METHODS
+from largemerge.data_free.output_files import check_tokenizer, find_files, write_tokenizer
 from largemerge.data_free.plan import DataFreePlan, add_common_rows
 from largemerge.data_free.tasks import Task
+from largemerge.errors import MergeError
 from largemerge.machine import MemoryUse, machine, versions
-from largemerge.tokenizer.chat_templates import with_template
 from largemerge.tokenizer.token_ids import move_ids
-from largemerge.tokenizer.tokenizers import tokenizer_files, tokenizer_folder, write_files
 from largemerge.tokenizer.vocabulary import Vocabulary
 from largemerge.verify import Verification
 
@@ -172,26 +169,18 @@ def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(path: Path, plan: DataFreePlan) -> None:
-    """Writes the output's tokenizer: its vocabulary's, else a copy of the reference's, else of the first there is."""
-    if plan.vocabulary is not None:
-        files = plan.vocabulary.tokenizer.files
-    else:
-        models = [plan.reference, *plan.checkpoints]
-        folders = [tokenizer_folder(plan.checkpoints[name], plan.adapters.get(name)) for name in models]
-        files = tokenizer_files(find_tokenizer(*folders))
-    write_files(path, files if plan.template is None else with_template(files, plan.template))
-
-
 def write_side_files(path: Path, report: DataFreeReport) -> None:
     """Writes everything but weights, index and `config.json` into a folder."""
     plan, config = report.plan, report.plan.config
     folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
-    preferred = [folders[plan.reference], *folders.values()]
-    copy_side_files(path, folders[plan.reference], None, find_processor(*preferred), with_code=False)
-    write_tokenizer(path, plan)
+    side_files = find_files(plan)
+    side_files.copy(path)
+    write_tokenizer(path / side_files.inner, plan)
+    problems, _ = check_tokenizer(plan, path)
+    if problems:
+        raise MergeError(*problems)
     if plan.vocabulary is not None:
-        _move_generation_ids(path / GENERATION_FILES[0], plan.vocabulary)
+        _move_generation_ids(path / side_files.inner / GENERATION_FILES[0], plan.vocabulary)
     documents = [one.model_dump(mode="json", exclude_defaults=True) for one in (*plan.prior.configs, config)]
     text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
     (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.index import Checkpoint, natural_key
+from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import TensorInfo, dtype_name, torch_dtype
 from largemerge.data_free.config import DataFreeConfig, Levels, Module, OutputSlice, SliceSource
 from largemerge.data_free.matrices import (
@@ -405,7 +406,8 @@ class _TaskPlanner:
         if self.vocabulary is None or task.name not in self.vocabulary.tensors:
             return task
         num_rows = {one.model: one.info.shape[0] for one in found}
-        if any(one.info.quantization is not None for one in found):
+        quantized = [one.info.quantization for one in found if one.info.quantization is not None]
+        if not all(quantization.keeps_rows for quantization in quantized):
             self._problem(f"{task.name}: quantised embeddings cannot be arranged by token; leave 'tokenizer' out")
         rows, problems = self.vocabulary.rows_for([model for model, _ in task.inputs], num_rows, base_model)
         for problem in problems:
@@ -522,7 +524,7 @@ def _find_stacks(names: Iterable[str]) -> dict[str, int]:
     numbers: dict[str, set[int]] = {}
     for name in names:
         match = LAYER.match(name)
-        if match:
+        if match and not split_name(name)[0]:
             numbers.setdefault(match["stack"], set()).add(int(match["number"]))
     return {stack: len(found) for stack, found in numbers.items() if found == set(range(len(found)))}
 

@@ -612,13 +612,18 @@ def _add_unknown(
 
     for name, classified in models.items():
         buffers = classified.remade_buffers()
-        rest = [key for key in classified.mapping.unmapped if key not in buffers]
+        modules = [
+            key for key in classified.mapping.unmapped if "/" in key
+        ]  # sentence-transformers' own, such as 2_Dense
+        rest = [key for key in classified.mapping.unmapped if key not in buffers and key not in modules]
         kept = [
             key
             for key in rest
             if key in known or key in layout.mapping.unmapped or any(pattern.search(key) for pattern in patterns)
         ]
-        added = {key: _by_key(classified.checkpoint, key) for key in kept if key not in views[name].tensors}
+        added = {
+            key: _by_key(classified.checkpoint, key) for key in (*kept, *modules) if key not in views[name].tensors
+        }
         views[name] = replace(views[name], tensors={**views[name].tensors, **added})
         tell("left out, as the class makes them itself", buffers, name)
         tell("unknown to the model class, merged by name", [key for key in kept if key not in known], name)

@@ -29,8 +29,11 @@ from transformers.pytorch_utils import Conv1D
 
 from largemerge.checkpoint.index import Checkpoint, read_json
 from largemerge.checkpoint.quantized import model_dtype
+from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import ArchitectureError, CheckpointError
+
+_CODE_HINT = " It ships its own code: set trust_remote_code: true if you trust it."
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
         with _config_folder(checkpoint) as folder:
             config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config may hold anything, and nobody has listed what its class then raises
-        raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}") from None
+        hint = "" if trust_remote_code or not checkpoint.config.get("auto_map") else _CODE_HINT
+        raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}{hint}") from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton computes with weights that have been dequantised
     return config
@@ -201,7 +205,7 @@ def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_
         found = getattr(transformers, names[0])
         return found
     if names:
-        hint = " It ships its own code: set trust_remote_code: true if you trust it." if auto_map else ""
+        hint = _CODE_HINT if auto_map else ""
         raise ArchitectureError(
             f"{checkpoint.name}: Transformers {transformers.__version__} has no model class {names[0]!r}.{hint}"
         )
@@ -332,6 +336,7 @@ def checkpoint_from_config(folder: Path, name: str, *, trust_remote_code: bool =
     Raises:
         LargemergeError: If there is no config, or Transformers does not understand it.
     """
+    folder = folder / transformer_folder(folder, name)
     config = read_json(folder / "config.json", name)
     bare = Checkpoint(name, folder, config, {}, {})
     dtype = model_dtype(config)

@@ -130,6 +130,8 @@ class MergeConfig(Strict):
     memory: MemoryConfig = MemoryConfig()
     stacks: tuple[str, ...] = ()
     """Module paths of the block stacks (`model.layers`), when those found are wrong."""
+    variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$")
+    """Variant of the models' weights, such as `fp16` for `model.fp16.safetensors`."""
     allow_crimes: Truth = False
     """Merge models of different classes or configurations all the same; mergekit's word."""
     trust_remote_code: Truth = False

@@ -20,7 +20,8 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint, split_reference
 from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.checkpoint.quantized import model_dtype, transposed
-from largemerge.checkpoint.tensor_info import torch_dtype
+from largemerge.checkpoint.sentence_modules import module_notes
+from largemerge.checkpoint.tensor_info import TensorInfo, torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.heads import BASE, NONE, Heads, check_files, default_labels_note, find_heads
 from largemerge.model.alignment import classify, declared_ties, is_tied, untie_config, untied_heads
@@ -146,7 +147,8 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     classes = {checkpoint.name: _class_name(checkpoint) for checkpoint in candidates}
     if len(set(classes.values())) > 1 and heads is None:
         raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
-    notes: list[str] = []
+    notes = module_notes(candidates)
+    notes += [note for each in (*candidates, *([base] if base is not None else [])) for note in each.notes]
     if from_config:
         notes.append("planned from each config.json alone: weights and calibration data have not been looked at")
         references = [
@@ -272,7 +274,7 @@ def _open_all(
             if from_config:
                 folder = locate_checkpoint(split_reference(reference)[0], name, weights=False)
                 return checkpoint_from_config(folder, name, trust_remote_code=config.trust_remote_code)
-            checkpoint, adapter = open_model(reference, name=name)
+            checkpoint, adapter = open_model(reference, name=name, variant=config.variant)
             if adapter is not None:
                 adapters[name] = adapter
             return checkpoint
@@ -312,16 +314,21 @@ def _oriented(skeleton: Skeleton, checkpoint: Checkpoint, adapter: Adapter | Non
     renamed = map_keys(skeleton.model, checkpoint).renamed
     keys = {renamed[name] for name in turned if name in renamed}
     adapted = [key for key in keys if adapter is not None and key in adapter.deltas]
-    if any(checkpoint.tensors[key].quantization is not None for key in adapted):
+    if any(_may_be_turned(checkpoint.tensors[key]) for key in adapted):
         raise CheckpointError(
             f"{checkpoint.name}: its adapter adds to {sorted(adapted)[0]}, which is quantised and held as [in, out]; "
             "merge the adapter into its model first (peft: merge_and_unload)"
         )
     tensors = {
-        key: transposed(info) if info.quantization is not None and key in keys else info
+        key: transposed(info) if _may_be_turned(info) and key in keys else info
         for key, info in checkpoint.tensors.items()
     }
     return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _may_be_turned(info: TensorInfo) -> bool:
+    """Whether a weight is quantised as a linear's weight would be, whatever the module."""
+    return info.quantization is not None and not info.quantization.keeps_rows
 
 
 def _mapping_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, KeyMapping], tied: bool) -> KeyMapping:

@@ -44,6 +44,7 @@ from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
 from largemerge.regression.inputs import Inputs, open_inputs
+from largemerge.regression.output_files import find_files
 from largemerge.regression.passes import block_passes
 from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
 from largemerge.regression.planning.rates import Cluster, Machines
@@ -106,7 +107,8 @@ def merge_by_regression(
             prepared = _prepare(config, target, out, ranks, resume=resume, force=force)
             if planned is not None:
                 planned(prepared.planned.plan)
-            shards = layout_shards(prepared.planned.plan.output, max_shard_bytes)
+            inner = find_files(config, prepared.planned.inputs).inner
+            shards = layout_shards(prepared.planned.plan.output, max_shard_bytes, inner)
             manifest = _manifest(prepared, shards)
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
                 job = Job(prepared.planned, prepared.samples, shards, folder, ranks, quiet, Clock(start))
@@ -119,6 +121,7 @@ def merge_by_regression(
                         shards,
                         lambda path: write_side_files(path, prepared.planned, report),
                         config_text(prepared.planned),
+                        inner,
                     )
         ranks.gather(None)  # nobody says that the merge is done before it is
     return report
@@ -208,7 +211,7 @@ def _report(
 
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
     """Paths that a merge reads and must not write to."""
-    paths = [checkpoint.folder for checkpoint in inputs.checkpoints]
+    paths = [checkpoint.root for checkpoint in inputs.checkpoints]
     paths += [adapter.checkpoint.folder for adapter in inputs.adapters.values()]
     data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
     return paths + [path for path in data if path.exists()]

@@ -36,6 +36,7 @@ from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.output_files import check_tokenizer, find_files
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
 from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes
 from largemerge.regression.planning.placement import (
@@ -319,6 +320,11 @@ def make_plan(
         config, max(works, key=lambda rank_work: rank_work.num_rows).work, limits, machines, calibration is not None
     )
     problems += [*choice.problems, *_disk_problems(output, choice, limits, out)]
+    file_notes: list[str] = []
+    if not problems:
+        found, checked = check_tokenizer(config, inputs)
+        problems += found
+        file_notes = [*find_files(config, inputs).notes, *checked]
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
         problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
     plan = MergePlan(
@@ -339,7 +345,7 @@ def make_plan(
         reasons=choice.reasons,
         footprint=choice.footprint,
         limits=limits,
-        notes=(*inputs.notes, *_notes(config, inputs, tensors)),
+        notes=(*inputs.notes, *_notes(config, inputs, tensors), *file_notes),
         problems=tuple(problems),
     )
     if config.strict:

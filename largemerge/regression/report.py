@@ -18,16 +18,17 @@ from rich.console import Console
 from rich.table import Table
 
 from largemerge.checkpoint.lora import open_reader
-from largemerge.checkpoint.side_files import copy_side_files, find_processor, find_tokenizer, model_card, output_config
+from largemerge.checkpoint.side_files import model_card, output_config
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.config_file import gib
+from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.output_files import check_tokenizer, find_files
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
-from largemerge.tokenizer.tokenizers import tokenizer_folder
 from largemerge.verify import Verification
 
 
@@ -252,12 +253,10 @@ def config_text(planned: PlannedMerge) -> str:
 def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> None:
     """Writes everything but weights, index and `config.json` into a folder."""
     inputs, config = planned.inputs, planned.plan.config
-    models = {model.name: model for model in (inputs.base, *inputs.candidates) if model is not None}  # the base first
-    tokenizers = {name: tokenizer_folder(model, inputs.adapters.get(name)) for name, model in models.items()}
-    source = config.tokenizer_source
-    tokenizer = find_tokenizer(*tokenizers.values()) if source is None else tokenizers[source]
-    processor = find_processor(*(model.folder for model in models.values()))
-    copy_side_files(path, inputs.reference.folder, tokenizer, processor, with_code=config.trust_remote_code)
+    find_files(config, inputs).copy(path)
+    problems, _ = check_tokenizer(config, inputs, path)
+    if problems:
+        raise MergeError(*problems)
     yaml_text = config_yaml(config)
     (path / "largemerge_config.yaml").write_text(yaml_text, encoding="utf-8")
     if inputs.heads is not None:

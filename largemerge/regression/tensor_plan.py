@@ -34,6 +34,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import bitsandbytes, quantized_tensor
+from largemerge.checkpoint.sentence_modules import module_problems, split_name
 from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name, torch_dtype
 from largemerge.errors import LargemergeError
 from largemerge.heads import BASE
@@ -244,7 +245,7 @@ def _named(inputs: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
 
 def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
     """Finds tensors that candidates lack or hold in other shapes, unless they are taken from the base."""
-    problems = []
+    problems = module_problems(inputs.checkpoints)
     stacks = tuple(f".{stack.name}." for stack in inputs.skeleton.stacks)
     for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True):
         extra = [key for key in names.unmapped if any(stack in f".{key}" for stack in stacks)]
@@ -303,10 +304,11 @@ def _plan_unmapped(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
     reference = inputs.reference.tensors[key]
     everywhere = all(info is not None and info.shape == reference.shape for info in infos)
     dtype = reference.dtype
+    reason = "a module beside the transformer" if split_name(key)[0] else "unknown to the model class"
     if everywhere and dtype.is_floating_point:
         wanted = torch_dtype(config.dtype) if config.dtype else dtype
-        return TensorPlan(key, MergeRule.AVERAGED, "unknown to the model class", wanted)
-    return TensorPlan(key, MergeRule.COPIED, "unknown to the model class", dtype)
+        return TensorPlan(key, MergeRule.AVERAGED, reason, wanted)
+    return TensorPlan(key, MergeRule.COPIED, reason, dtype)
 
 
 def _why_not_solvable(

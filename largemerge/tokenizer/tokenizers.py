@@ -24,22 +24,15 @@ from typing import Any
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
-from largemerge.checkpoint.side_files import TEMPLATE_FOLDER, TOKENIZER_FILES, auto_tokenizer
+from largemerge.checkpoint.side_files import auto_tokenizer, has_tokenizer, is_inside, tokenizer_names
 from largemerge.errors import CheckpointError
 
 Document = dict[str, Any]
 """The contents of a `tokenizer.json`."""
 
 _PLACEHOLDER_PENALTY = 10.0  # below the lowest score of a Unigram vocabulary: never chosen over another piece
-_OLD_VOCABULARY_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-)
+_KEPT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "normalizer.json")
+"""Files, beside templates, that say nothing of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,6 @@ class Tokenizer:
     files: Mapping[str, bytes]
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds the files of a tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES if "template" not in name)
-
-
 def tokenizer_folder(checkpoint: Checkpoint, adapter: Adapter | None) -> Path:
     """Returns the folder of a model's tokenizer: an adapter's that has brought embeddings, else the model's."""
     if adapter is not None and adapter.embeddings and has_tokenizer(adapter.checkpoint.folder):
@@ -71,18 +59,19 @@ def tokenizer_folder(checkpoint: Checkpoint, adapter: Adapter | None) -> Path:
     return checkpoint.folder
 
 
-def load_tokenizer(folder: Path, name: str) -> Tokenizer:
+def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """Reads the tokenizer of a folder.
 
     Args:
         folder: Folder of the tokenizer, such as a checkpoint's.
         name: What the user calls it, for messages.
+        trust_remote_code: Allow it to be code that lies in the folder.
 
     Raises:
         CheckpointError: If Transformers does not understand the tokenizer.
     """
     try:
-        loaded = auto_tokenizer(folder)
+        loaded = auto_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: the tokenizer in {folder} cannot be read: {first_line}") from None
@@ -103,7 +92,7 @@ def with_document(tokenizer: Tokenizer, document: Document, name: str) -> Tokeni
     Raises:
         CheckpointError: If it cannot be read back with the tokens and numbers that it should have.
     """
-    files = {key: content for key, content in tokenizer.files.items() if key not in _OLD_VOCABULARY_FILES}
+    files = {key: content for key, content in tokenizer.files.items() if key in _KEPT_FILES or "template" in key}
     files["tokenizer.json"] = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
     settings = json.loads(files.get("tokenizer_config.json", b"{}"))
     settings.pop("added_tokens_decoder", None)  # tokenizer.json has them, with the numbers of now
@@ -135,14 +124,14 @@ def document_ids(document: Document) -> dict[str, int]:
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a tokenizer's files; names may have a folder in them."""
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """Reads the files of a folder's tokenizer, by name."""
-    paths = [folder / name for name in TOKENIZER_FILES] + sorted((folder / TEMPLATE_FOLDER).glob("*"))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
+    names = [name for name in tokenizer_names(folder) if is_inside(folder / name, folder)]
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 def join_documents(first: Document, others: Mapping[str, Document]) -> tuple[Document, list[str], list[str]]:

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from largemerge.checkpoint.locate import locate_checkpoint
-from largemerge.checkpoint.side_files import TOKENIZER_FILES
+from largemerge.checkpoint.side_files import has_tokenizer, tokenizer_names
 from largemerge.errors import ConfigError, LargemergeError
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 from largemerge.tokenizer.embedding_rows import Rows, TokenRows, choose_rows, rule_labels
 from largemerge.tokenizer.tokenizers import (
     Tokenizer,
     add_plain_tokens,
-    has_tokenizer,
     join_documents,
     load_tokenizer,
     with_document,
@@ -202,7 +201,7 @@ def _load_all(folders: Mapping[str, Path], first: str, problems: list[str], note
 def _files_key(folder: Path) -> str:
     """Hashes the files that make a folder's tokenizer what it is."""
     digest = hashlib.sha256()
-    for name in (*TOKENIZER_FILES, "config.json"):  # the config may decide on the tokenizer's class
+    for name in (*tokenizer_names(folder), "config.json"):  # the config may decide on the tokenizer's class
         path = folder / name
         content = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(content)} ".encode() + content)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from largemerge import CheckpointError
 from largemerge.checkpoint.index import Checkpoint, natural_key, open_checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.tensor_files import open_tensor_file
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES
 
 
@@ -65,18 +66,18 @@ def test_every_dtype_is_described_as_the_safetensors_library_does(folder: Path, 
         "cube": torch.ones(2, 1, 3).to(dtype),
     }
     save_file(tensors, folder / "model.safetensors")
-    checkpoint = opened(folder)
+    infos = open_tensor_file(folder / "model.safetensors").tensors()
     raw = (folder / "model.safetensors").read_bytes()
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert set(checkpoint.tensors) == set(file.keys())
-        for name, info in checkpoint.tensors.items():
+        assert set(infos) == set(file.keys())
+        for name, info in infos.items():
             expected = file.get_tensor(name)
             assert (info.name, info.shape, info.dtype) == (name, tuple(expected.shape), expected.dtype)
             assert info.num_bytes == expected.nbytes
             assert info.offset is not None
             stored = expected.reshape(-1).view(torch.uint8).numpy().tobytes()
             assert raw[info.offset : info.offset + info.num_bytes] == stored
-    assert checkpoint.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(info.num_bytes for info in infos.values()) == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_metadata_is_no_tensor(folder: Path) -> None:
@@ -359,8 +360,9 @@ def test_every_broken_pickle_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        {"model": {"a": torch.ones(2)}},
+        {"model": {"a": torch.ones(2)}, "ema": {"a": torch.ones(2)}},
         {"a": torch.ones(2), "epoch": 3},
+        {"optimizer": {"state": {"a": torch.ones(2), "step": 3}}},
         [torch.ones(2)],
         torch.ones(2),
         {3: torch.ones(2)},

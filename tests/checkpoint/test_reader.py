@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from largemerge import CheckpointError
 from largemerge.checkpoint.index import open_checkpoint
 from largemerge.checkpoint.reader import CheckpointReader, prefetched
+from largemerge.checkpoint.tensor_files import open_tensor_file
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES
 
 MEBIBYTE = 1 << 20
@@ -41,12 +42,13 @@ def test_every_dtype_and_shape_is_read_as_the_safetensors_library_does(tmp_path:
     }
     save_file(tensors, tmp_path / "model.safetensors")
     expected = load_file(tmp_path / "model.safetensors")
-    with reader_of(tmp_path) as reader:
-        for name in tensors:
-            found = reader.read(name)
-            assert (found.dtype, found.shape) == (dtype, expected[name].shape)
-            assert torch.equal(bits(found), bits(expected[name]))
-        assert reader.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
+    file = open_tensor_file(tmp_path / "model.safetensors")
+    for name, info in file.tensors().items():
+        found = file.read(info)
+        assert (found.dtype, found.shape) == (dtype, expected[name].shape)
+        assert torch.equal(bits(found), bits(expected[name]))
+    assert file.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
+    file.close()
 
 
 def test_not_a_number_and_infinity_survive(tmp_path: Path) -> None:

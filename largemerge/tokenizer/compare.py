@@ -1,0 +1,165 @@
+"""Whether the output's tokenizer does what the chosen input's does: both are loaded, and encode the same texts.
+
+    files of the output, config ──► a folder for the moment ──► AutoTokenizer ──► encode ─┐
+    the input's folder          ──► AutoTokenizer ────────────────────────────► encode ─┴► alike, or a problem
+
+A file that is missing seldom is an error when a tokenizer is loaded: Transformers makes one without a vocabulary then,
+for which every word is unknown. So what counts is what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from largemerge.checkpoint.side_files import SideFiles, auto_tokenizer, has_tokenizer
+from largemerge.tokenizer.tokenizers import Tokenizer
+
+TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs, 3.14 times.",
+    "  Zwölf Boxkämpfer jagen Viktor — naïve façade, Ελληνικά, Привет, 你好世界, こんにちは, مرحبا",
+    "def f(x: int) -> str:\n\treturn f'{x:>8}'  # two  spaces\n\n",
+    "🙂👩‍👩‍👧 ™ ½ x² \u00a0end",
+    "",
+)
+_MAX_SPECIAL = 24
+
+
+def check_output_tokenizer(
+    side_files: SideFiles,
+    config: Mapping[str, Any],
+    expected: Path | Tokenizer,
+    *,
+    trust_remote_code: bool,
+    write: Callable[[Path], None] | None = None,
+    written: Path | None = None,
+) -> tuple[list[str], list[str]]:
+    """Checks that the output's tokenizer loads, and encodes as its source does.
+
+    Args:
+        side_files: Files that the output gets from its inputs.
+        config: The output's config, which may decide on the tokenizer's class.
+        expected: The folder that the tokenizer comes from; or the tokenizer that its files were made for.
+        trust_remote_code: Allow it to be code that lies beside it.
+        write: Writes files of the tokenizer that no input has, into the output's folder.
+        written: The output's folder, once everything has been written; by default the files are copied for the moment.
+
+    Returns:
+        Problems and notes.
+    """
+    with tempfile.TemporaryDirectory(prefix="largemerge-tokenizer-") as made:
+        folder = Path(made) / side_files.inner
+        folder.mkdir(parents=True, exist_ok=True)
+        if written is None:
+            side_files.copy(Path(made))
+            if write is not None:
+                write(folder)
+        else:
+            for path in (written / side_files.inner).iterdir():
+                (folder / path.name).symlink_to(path.absolute())
+        (folder / "config.json").unlink(missing_ok=True)
+        (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+        return compare_tokenizers(folder, expected, trust_remote_code=trust_remote_code)
+
+
+def compare_tokenizers(
+    made: Path, expected: Path | Tokenizer, *, trust_remote_code: bool = False
+) -> tuple[list[str], list[str]]:
+    """Compares the output's tokenizer with the one that it should be.
+
+    Args:
+        made: Folder with the output's tokenizer and config.
+        expected: The folder that its files come from; or the tokenizer that they were made for.
+        trust_remote_code: Allow both to be code that lies beside them.
+
+    Returns:
+        Problems and notes. Where the input's own tokenizer cannot be loaded there is nothing to compare with: a note.
+    """
+    if isinstance(expected, Path):
+        if not has_tokenizer(expected):
+            return [], []
+        try:
+            source = auto_tokenizer(expected, trust_remote_code=trust_remote_code)
+        except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
+            return [], [
+                f"the tokenizer in {expected} cannot be loaded ({_line(error)}): its files are copied unchecked"
+            ]
+        encode, vocabulary = _encoder(source), _vocabulary(source)
+        special = [str(token) for token in source.all_special_tokens]
+        where = str(expected)
+    else:
+        encode, vocabulary = _document_encoder(expected), dict(expected.ids)
+        special = list(expected.special.values())
+        where = "the vocabulary of the output"
+    try:
+        found = auto_tokenizer(made, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if not isinstance(expected, Path) and expected.document is None:
+            return [], [f"the output's tokenizer cannot be loaded ({_line(error)}): its files are copied unchecked"]
+        return [f"the output's tokenizer cannot be loaded, though that of {where} can: {_line(error)}"], []
+    decode = _document_encoder_of(found) if not isinstance(expected, Path) else _encoder(found)
+    for text in _texts(special, vocabulary):
+        wanted = _try(encode, text)
+        if wanted is None:
+            continue  # a class that wants more than text
+        got = _try(decode, text)
+        if got != wanted:
+            return [
+                f"the output's tokenizer encodes {text[:40]!r} as {_short(got)}, that of {where} as {_short(wanted)}; "
+                "a file of it is missing, or its config names another class"
+            ], []
+    if _vocabulary(found) != vocabulary:
+        return [f"the output's tokenizer has other tokens than {where}: a file of it is missing"], []
+    return [], []
+
+
+def _texts(special: Sequence[str], vocabulary: Mapping[str, int]) -> Iterator[str]:
+    """Yields texts that exercise words, digits, accents, code, emoji, special tokens and the vocabulary's ends."""
+    yield from TEXTS
+    yield f"a {' b '.join(special[:_MAX_SPECIAL])} c{''.join(special[:_MAX_SPECIAL])}"
+    ordered = sorted(vocabulary, key=lambda token: vocabulary[token])
+    yield " ".join(ordered[-_MAX_SPECIAL:])
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    return lambda text: list(tokenizer(text)["input_ids"])
+
+
+def _document_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Encodes by a `tokenizer.json` alone; a tokenizer that is code has none, and is compared by its vocabulary."""
+    if tokenizer.document is None:
+        return _encoder(None)
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(json.dumps(tokenizer.document))
+    return lambda text: list(backend.encode(text).ids)
+
+
+def _document_encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return _encoder(tokenizer) if backend is None else lambda text: list(backend.encode(text).ids)
+
+
+def _try(encode: Callable[[str], list[int]], text: str) -> list[int] | None:
+    try:
+        return encode(text)
+    except Exception:  # as above
+        return None
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    try:
+        return dict(tokenizer.get_vocab())
+    except Exception:  # a class of bytes has none
+        return {}
+
+
+def _short(ids: Sequence[int] | None) -> str:
+    return "nothing" if ids is None else f"{list(ids[:8])}{' …' if len(ids) > 8 else ''}"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
