@@ -133,7 +133,8 @@ class CheckpointReader:
         """
         info = self.checkpoint.tensors[name]
         if info.quantization is None:
-            return self._read_stored(info, rows, again=again)
+            (stored,) = info.parts.values() or (info,)  # under another name, maybe in another dtype
+            return self._read_stored(stored, rows, again=again).to(info.dtype)
         again = again or rows is not None  # each part of the rows reads it whole
         parts = {part: self._read_stored(stored, again=again) for part, stored in info.parts.items()}
         tensor = dequantize(info.name, parts, info.quantization, info.dtype)

@@ -19,6 +19,7 @@ from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.methods.table import METHODS
 from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.model.adapter_names import AdapterNames
 from largemerge.tokenizer.tokenizers import tokenizer_folder
 
 
@@ -71,9 +72,10 @@ def open_inputs(config: DataFreeConfig, prior: PriorMerges) -> DataFreeInputs:
     """
     inputs = DataFreeInputs({}, {}, {})
     problems: list[str] = []
+    find_places = AdapterNames()
     for reference in config.references:
         try:
-            inputs.checkpoints[reference], adapter = open_model(reference, prior.checkpoints)
+            inputs.checkpoints[reference], adapter = open_model(reference, prior.checkpoints, find_places=find_places)
         except LargemergeError as error:
             problems.extend(error.problems)
             continue

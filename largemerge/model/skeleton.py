@@ -99,20 +99,21 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}") from None
-    _set_vocabulary(config, checkpoint)
+    _set_changes(config, checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton computes with weights that have been dequantised
     return config
 
 
-def _set_vocabulary(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
-    """Sets the rows of embeddings where an adapter has brought others than the model's file says."""
+def _set_changes(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Sets what adapters have changed of the model's own config: the rows of embeddings, whether the head is tied."""
     stored = read_json(checkpoint.folder / "config.json", checkpoint.name)
-    if stored.get("vocab_size") != checkpoint.config.get("vocab_size"):
-        config.vocab_size = checkpoint.config["vocab_size"]
-    for key, part in checkpoint.config.items():
-        if isinstance(part, dict) and part.get("vocab_size") != stored[key].get("vocab_size"):
-            getattr(config, key).vocab_size = part["vocab_size"]
+    for name in ("vocab_size", "tie_word_embeddings"):
+        if stored.get(name) != checkpoint.config.get(name):
+            setattr(config, name, checkpoint.config[name])
+        for key, part in checkpoint.config.items():
+            if isinstance(part, dict) and part.get(name) != stored[key].get(name):
+                setattr(getattr(config, key), name, part[name])
 
 
 def build_skeleton(

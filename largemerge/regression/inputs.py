@@ -21,6 +21,7 @@ from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.checkpoint.quantized import model_dtype, transposed
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.model.adapter_names import AdapterNames
 from largemerge.model.key_mapping import KeyMapping, map_keys
 from largemerge.model.skeleton import Skeleton, build_skeleton, checkpoint_from_config, linears_in, weight_is_transposed
 from largemerge.regression.config import MergeConfig
@@ -154,13 +155,14 @@ def _open_all(
     """Opens candidates, base and adapters; raises with the problems of all of them."""
     problems: list[str] = []
     adapters: dict[str, Adapter] = {}
+    find_places = AdapterNames(trust_remote_code=config.trust_remote_code)
 
     def attempt(reference: str, name: str) -> Checkpoint | None:
         try:
             if from_config:
                 folder = locate_checkpoint(split_reference(reference)[0], name, weights=False)
                 return checkpoint_from_config(folder, name, trust_remote_code=config.trust_remote_code)
-            checkpoint, adapter = open_model(reference, name=name)
+            checkpoint, adapter = open_model(reference, name=name, find_places=find_places)
             if adapter is not None:
                 adapters[name] = adapter
             return checkpoint
