@@ -1,14 +1,16 @@
 """References to models, as a user writes them, and the local folders that they mean.
 
-    ./model      owner/name      owner/name@revision      ./model+./adapter
+    ./model      owner/name      owner/name@revision      ./model+./adapter      ./model+./first+./second      ./adapter
     {model: {path: owner/name, revision: main}, lora: {path: ./adapter}}
 
-A reference names a folder or a Hub id, with a revision if wanted, and an adapter on top if wanted. mergekit's mappings
-(second line) become texts, `model@revision+adapter@revision`, as soon as a configuration is read.
+A reference names a folder or a Hub id, with a revision if wanted, and adapters on top if wanted. mergekit's mappings
+(second line) become texts, `model@revision+adapter@revision`, as soon as a configuration is read. An adapter's folder
+alone means the model that its `adapter_config.json` names, with this adapter.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,6 +31,7 @@ _CODE_PATTERNS = ["*.json", "*.py", "*.jinja", *_TOKENIZERS]
 _PATTERNS = ["*.safetensors", *_MODULE_PICKLES, *_CODE_PATTERNS]
 _IGNORED = ["onnx/*", "openvino/*", "original/*", "consolidated*", "checkpoint-*/*", "runs/*"]
 """The same weights for other programs, and what was left over from training."""
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
 
 
 def locate_checkpoint(reference: str, name: str, *, weights: bool = True) -> Path:
@@ -107,7 +110,7 @@ Reference = Annotated[str, Field(min_length=1), pydantic.BeforeValidator(_refere
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
-    """Splits a reference into model and adapter; a plus sign may also be part of a folder's name."""
+    """Splits a reference into model and adapters; a plus sign may also be part of a folder's name."""
     if "+" not in reference or Path(os.path.expanduser(reference)).exists():
         return reference, None
     splits = list(_splits(reference))
@@ -115,10 +118,38 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     return model, adapter
 
 
+def split_adapters(adapters: str, folders: Sequence[Path] = (Path(),)) -> list[str]:
+    """Splits what stands behind a model into adapters, in order; a plus sign may also be part of a folder's name.
+
+    Args:
+        adapters: The text behind the model's plus sign.
+        folders: Folders that relative paths may start from.
+    """
+    if "+" not in adapters or _absolute_path(adapters, folders) is not None:
+        return [adapters]
+    splits = list(_splits(adapters))
+    first, rest = next((each for each in splits if _absolute_path(each[0], folders) is not None), splits[0])
+    return [first, *split_adapters(rest, folders)]
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """Returns what an adapter's config says its model is (maybe nothing: `""`); `None` for a folder of a model."""
+    config = folder / "adapter_config.json"
+    has_weights = any(next(folder.glob(pattern), None) is not None for pattern in _WEIGHTS)
+    if has_weights or not config.is_file():
+        return None
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    return base if isinstance(base, str) else ""
+
+
 def absolute_reference(
     reference: str, folders: Sequence[Path], names: Collection[str] = (), unversioned: list[str] | None = None
 ) -> str:
-    """Makes paths absolute.
+    """Makes paths absolute, and puts the model before an adapter that is named alone.
 
     Args:
         reference: A model, with an adapter if it has one.
@@ -130,19 +161,20 @@ def absolute_reference(
         return reference
     named = next(((model, adapter) for model, adapter in _splits(reference) if model in names), None)
     if named is not None:
-        return f"{named[0]}+{_absolute_path(named[1], folders, unversioned) or named[1]}"
+        return f"{named[0]}+{_absolute_adapters(named[1], folders, unversioned)}"
     whole = _absolute_path(reference, folders, unversioned)
     if whole is not None or "+" not in reference:
-        return whole or reference
+        return _with_base(whole, folders) if whole is not None else reference
     splits = [(_absolute_path(model, folders, unversioned), adapter) for model, adapter in _splits(reference)]
     found = next(((model, adapter) for model, adapter in splits if model is not None), None)
     model, adapter = found or next(_splits(reference))
-    return f"{model}+{_absolute_path(adapter, folders, unversioned) or adapter}"
+    return f"{_with_base(model, folders) if found else model}+{_absolute_adapters(adapter, folders, unversioned)}"
 
 
 def short_name(reference: str) -> str:
     """Shortens a reference for tables, to the last part of every path."""
-    return "+".join(Path(part).name for part in split_reference(reference) if part is not None)
+    model, adapters = split_reference(reference)
+    return "+".join(Path(part).name for part in [model, *(split_adapters(adapters) if adapters is not None else [])])
 
 
 def _splits(reference: str) -> Iterator[tuple[str, str]]:
@@ -150,6 +182,17 @@ def _splits(reference: str) -> Iterator[tuple[str, str]]:
     for place, letter in enumerate(reference):
         if letter == "+":
             yield reference[:place], reference[place + 1 :]
+
+
+def _absolute_adapters(adapters: str, folders: Sequence[Path], unversioned: list[str] | None) -> str:
+    return "+".join(_absolute_path(each, folders, unversioned) or each for each in split_adapters(adapters, folders))
+
+
+def _with_base(path: str, folders: Sequence[Path]) -> str:
+    """Puts the model before the folder of an adapter; any other folder is left as it is."""
+    base = base_of_adapter(Path(path))
+    found = _absolute_path(base, folders) if base else None
+    return path if found is None or found == path else f"{found}+{path}"
 
 
 def _absolute_path(path: str, folders: Sequence[Path], unversioned: list[str] | None = None) -> str | None:

@@ -1,103 +1,76 @@
-"""Models by reference, with LoRA adapters on top: read, checked, and added to weights as they are read.
+"""Models by reference, with adapters on top: read, checked, and added to weights as they are read.
 
-    W + s·B·A        s = lora_alpha / r, or lora_alpha / √r with use_rslora
-    W' = m · (W + s·B·A) / ‖W + s·B·A‖, row by row        with use_dora
+    open_model:     reference ──► model's Checkpoint ──► each adapter's headers ──► Checkpoint as the merge sees it
+                                                                                └──► Adapter
+    open_reader:    CheckpointReader (model) ──► AdaptedReader ──► weights with the adapters added
+                    CheckpointReader (adapters) ──┘
 
-No merged copy is ever written. B·A is computed in float32 and the sum rounded to the dtype of W, as peft's
-`merge_and_unload` does. Tensors that an adapter holds as a whole (`modules_to_save`, biases, embeddings) replace the
-model's. LoRA: arXiv 2106.09685; rsLoRA: 2312.03732; DoRA: 2402.09353.
-
-    open_model:     reference ──► model's Checkpoint, adapter's headers ──► Checkpoint as the merge sees it, Adapter
-    open_reader:    CheckpointReader (model) ──► AdaptedReader ──► weights with the adapter added
-                    CheckpointReader (adapter) ──┘
+No merged copy is ever written. `adapter_fit.py` fits an adapter to its model, `deltas.py` has the arithmetic.
+Tensors that an adapter holds as a whole (`modules_to_save`, biases, embeddings) replace the model's.
 """
 
 from __future__ import annotations
 
 import copy
-import re
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from largemerge.checkpoint.adapter_fit import Fitting, config_problems
+from largemerge.checkpoint.adapter_places import FindPlaces, places_by_name
+from largemerge.checkpoint.deltas import (
+    DELTA_DTYPE,
+    Delta,
+    Experts,
+    LowRank,
+    LowRankBias,
+    PeftLayer,
+    TokenRows,
+)
 from largemerge.checkpoint.direct_io import Buffers
 from largemerge.checkpoint.index import Checkpoint, file_fingerprint, open_checkpoint, read_json
-from largemerge.checkpoint.locate import locate_checkpoint, split_reference
+from largemerge.checkpoint.locate import base_of_adapter, locate_checkpoint, split_adapters, split_reference
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.side_files import set_vocabulary_size
 from largemerge.checkpoint.tensor_files import Rows, open_tensor_file
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import CheckpointError
 
-DELTA_DTYPE = torch.float32
-MAX_FACTORS = 16
-"""Number of pairs of A and B that are kept in memory: more than there are workers, mostly."""
+MAX_FACTORS = 32
+"""Number of the adapter's tensors that are kept in memory: more than there are workers, mostly."""
+MAX_WHOLE = 4
+"""Number of weights that are kept adapted, where a delta needs all of a weight and only rows are wanted."""
+_MAX_PROBLEMS = 20
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_REFUSED = (
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "megatron_config",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-)
-"""Keys of `adapter_config.json` that change what an adapter does to a weight, or to which."""
-_REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations of an adapter that change the model's own weights, which the adapter then does not hold."""
-_PART = re.compile(
-    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$"
-)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """The tensors that an adapter adds to one weight.
-
-    Attributes:
-        down: Name of A `[r, in]` in the adapter's file.
-        up: Name of B `[out, r]`.
-        magnitude: Name of m `[out]`, if there is one (DoRA).
-        scale: Factor s of B·A.
-        transposed: Whether the weight is `[in, out]`: GPT-2's `Conv1D`, embeddings.
-    """
-
-    down: str
-    up: str
-    magnitude: str | None
-    scale: float
-    transposed: bool
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all its tensors in the adapter's file."""
-        return [self.down, self.up, *([self.magnitude] if self.magnitude is not None else [])]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter, fitted to its model.
+    """One adapter or several, fitted to their model.
 
     Attributes:
-        checkpoint: The tensors in the adapter's own file.
-        deltas: Deltas by the weight's name on disk.
-        replaced: Names on disk of the model's tensors that the adapter holds as a whole.
+        checkpoint: The tensors in the adapters' own files; config and folder are the last one's.
+        deltas: What is done to weights, in order, by their names on disk.
+        replaced: Names on disk of the model's tensors that the adapters hold as a whole.
+        folders: The adapters' folders, in order.
+        notes: What a user should know though it stops nothing.
+        brought: The folder of the last adapter that has brought input embeddings, if one has.
     """
 
     checkpoint: Checkpoint
-    deltas: Mapping[str, Delta]
+    deltas: Mapping[str, tuple[Delta, ...]]
     replaced: tuple[str, ...]
+    folders: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    brought: Path | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -106,39 +79,64 @@ class Adapter:
 
     def bytes_of(self, keys: Iterable[str]) -> int:
         """Sums the sizes on disk of the deltas of some of the model's tensors, in bytes."""
-        deltas = (self.deltas[key] for key in keys if key in self.deltas)
-        return sum(self.checkpoint.tensors[name].num_bytes for delta in deltas for name in delta.names)
+        tensors = self.checkpoint.tensors
+        names = {name for key in keys for delta in self.deltas.get(key, ()) for name in delta.names}
+        return sum(tensors[name].num_bytes for name in names)
 
     @property
     def kept_bytes(self) -> int:
-        """Maximum of memory that A and B take while the model is read, in bytes."""
+        """Maximum of memory that the adapters' tensors take while the model is read, in bytes."""
         tensors = self.checkpoint.tensors
-        sizes = (sum(tensors[key].num_elements for key in delta.names) for delta in self.deltas.values())
-        return sum(sorted(sizes, reverse=True)[:MAX_FACTORS]) * DELTA_DTYPE.itemsize
+        used = {name for deltas in self.deltas.values() for delta in deltas for name in delta.names}
+        sizes = sorted((tensors[name].num_elements for name in used), reverse=True)
+        whole = (key for key, deltas in self.deltas.items() if any(delta.whole for delta in deltas))
+        weights = sorted((math.prod(self.shapes[key]) for key in whole), reverse=True)
+        return (sum(sizes[:MAX_FACTORS]) + sum(weights[:MAX_WHOLE])) * DELTA_DTYPE.itemsize
 
     @property
     def embeddings(self) -> tuple[str, ...]:
-        """Names of input embeddings that the adapter replaces: it may have brought tokens of its own."""
+        """Names of input embeddings that an adapter replaces: it may have brought tokens of its own."""
         return tuple(name for name in self.replaced if name.endswith(_EMBEDDINGS))
 
 
-def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint, Adapter]:
+def open_adapter(
+    folder: Path,
+    name: str,
+    model: Checkpoint,
+    find_places: FindPlaces = places_by_name,
+    below: Adapter | None = None,
+) -> tuple[Checkpoint, Adapter]:
     """Reads an adapter's config and headers, and fits them to its model.
 
     Args:
         folder: The adapter's folder, with `adapter_config.json`.
         name: Name that the user gives model and adapter together.
-        model: The model's checkpoint.
+        model: The model's checkpoint, with the adapters below in it.
+        find_places: Makes the places of the model's weights.
+        below: The adapters below this one, if there are any.
 
     Returns:
         The checkpoint as the merge sees it, in which the adapter's whole tensors replace the model's, and its config
-        counts the rows of their embeddings; and the adapter.
+        counts the rows of their embeddings; and all adapters.
 
     Raises:
         CheckpointError: If something in the adapter is not supported or does not fit; it names all of that.
     """
+    own = _open_own(folder, name)
+    fitting = Fitting(own, model, find_places(model, own.config))
+    fitting.fit()
+    if fitting.problems:
+        shown = fitting.problems[:_MAX_PROBLEMS]
+        if len(fitting.problems) > len(shown):
+            shown.append(f"and {len(fitting.problems) - len(shown)} more of the kind")
+        raise CheckpointError(*(f"{name}: {problem}" for problem in shown))
+    return _put_together(own, model, fitting, below)
+
+
+def _open_own(folder: Path, name: str) -> Checkpoint:
+    """Reads an adapter's own files."""
     config = read_json(folder / "adapter_config.json", name)
-    problems = [f"{name}: adapter_config.json: {problem}" for problem in _config_problems(config)]
+    problems = [f"{name}: adapter_config.json: {problem}" for problem in config_problems(config)]
     file = next((folder / each for each in _FILES if (folder / each).is_file()), None)
     if file is None:
         problems.append(f"{name}: no weights in {folder}; expected {' or '.join(_FILES)}")
@@ -146,25 +144,95 @@ def open_adapter(folder: Path, name: str, model: Checkpoint) -> tuple[Checkpoint
         raise CheckpointError(*problems)
     opened = open_tensor_file(file)
     tensors = opened.tensors()
+    if not tensors:
+        raise CheckpointError(f"{name}: {file} holds no tensors; expected those of an adapter, saved once more")
     fingerprint = {each.name: file_fingerprint(each) for each in (folder / "adapter_config.json",)}
     fingerprint[file.name] = file_fingerprint(file, opened.header)
-    own = Checkpoint(name, folder, config, tensors, fingerprint)
-    parts, whole, problems = _match_names(own, model)
-    deltas = {key: delta for key, found in parts.items() for delta in _read_delta(own, model, key, found, problems)}
-    if problems:
-        raise CheckpointError(*(f"{name}: {problem}" for problem in problems[:20]))
-    adapter = Adapter(own, deltas, tuple(whole))
+    return Checkpoint(name, folder, config, tensors, fingerprint)
+
+
+def _put_together(
+    own: Checkpoint, model: Checkpoint, fitting: Fitting, below: Adapter | None
+) -> tuple[Checkpoint, Adapter]:
+    """Puts an adapter on top of a model and the adapters below."""
+    number = len(below.folders) if below is not None else 0
+    deltas: dict[str, tuple[Delta, ...]] = dict(below.deltas) if below is not None else {}
+    tensors = dict(model.tensors)
+    for key, source in fitting.untied.items():
+        tensors[key] = _stored_elsewhere(key, model.tensors[source], model.tensors[source].dtype)
+        if source in deltas:
+            deltas[key] = deltas[source]
+    for key, info in fitting.replaced.items():
+        dtype = tensors[key].dtype
+        tensors[key] = _stored_elsewhere(key, info, dtype)
+        deltas.pop(key, None)
+    for key, added in fitting.deltas.items():
+        shared = [other for other, source in fitting.untied.items() if source == key and other not in fitting.replaced]
+        for each in (key, *shared):
+            if each in fitting.untied.values() and each in fitting.replaced:
+                continue  # the saved module is another one than the adapted
+            deltas[each] = (*deltas.get(each, ()), *(_numbered(delta, number) for delta in added))
+    config = _with_rows(model, [tensors[key] for key in fitting.replaced if key.endswith(_EMBEDDINGS)])
+    if fitting.untied:
+        _untie(config)
+    own_tensors = {**(below.checkpoint.tensors if below is not None else {})}
+    own_tensors |= {_number(key, number): info for key, info in own.tensors.items()}
+    replaced = dict.fromkeys([*(below.replaced if below is not None else ()), *fitting.replaced, *fitting.untied])
+    brings = any(key.endswith(_EMBEDDINGS) for key in fitting.replaced)
+    adapter = Adapter(
+        checkpoint=replace(own, tensors=own_tensors),
+        deltas=deltas,
+        replaced=tuple(replaced),
+        folders=(*(below.folders if below is not None else ()), own.folder),
+        notes=(*(below.notes if below is not None else ()), *fitting.notes),
+        brought=own.folder if brings else below.brought if below is not None else None,
+        shapes={key: tensors[key].shape for key in deltas},
+    )
+    prefix = "adapter/" if number == 0 else f"adapter {number + 1}/"
     adapted = replace(
         model,
-        name=name,
-        config=_with_rows(model, [whole[key] for key in adapter.embeddings]),
-        tensors={key: whole.get(key, info) for key, info in model.tensors.items()},
-        fingerprint={**model.fingerprint, **{f"adapter/{key}": value for key, value in fingerprint.items()}},
+        name=own.name,
+        config=config,
+        tensors=tensors,
+        fingerprint={**model.fingerprint, **{f"{prefix}{key}": value for key, value in own.fingerprint.items()}},
     )
     return adapted, adapter
 
 
-def _with_rows(model: Checkpoint, embeddings: Iterable[TensorInfo]) -> Mapping[str, Any]:
+def _stored_elsewhere(key: str, info: TensorInfo, dtype: torch.dtype) -> TensorInfo:
+    """A tensor that another one on disk stands for, in its own dtype."""
+    if info.quantization is not None or (info.name == key and info.dtype == dtype):
+        return info
+    stored = next(iter(info.parts.values())) if info.parts else info
+    return TensorInfo(key, info.shape, dtype, stored.file, stored.offset, parts={stored.name: stored})
+
+
+def _number(name: str, number: int) -> str:
+    return name if number == 0 else f"{number}/{name}"
+
+
+def _numbered(delta: Delta, number: int) -> Delta:
+    """Returns a delta that knows its tensors by the names among those of all adapters."""
+    if number == 0:
+        return delta
+    match delta:
+        case LowRank():
+            magnitude = None if delta.magnitude is None else _number(delta.magnitude, number)
+            return replace(delta, down=_number(delta.down, number), up=_number(delta.up, number), magnitude=magnitude)
+        case Experts():
+            return replace(delta, down=_number(delta.down, number), up=_number(delta.up, number))
+        case LowRankBias():
+            return replace(delta, bias=_number(delta.bias, number))
+        case TokenRows():
+            return replace(delta, values=_number(delta.values, number))
+        case PeftLayer():
+            tensors = {key: _number(name, number) for key, name in delta.tensors.items()}
+            shared = {key: _number(name, number) for key, name in delta.shared.items()}
+            return replace(delta, tensors=tensors, shared=shared)
+    raise AssertionError(delta)
+
+
+def _with_rows(model: Checkpoint, embeddings: Iterable[TensorInfo]) -> dict[str, Any]:
     """Returns the model's config with the rows of the embeddings that an adapter brings, which may be more."""
     config: dict[str, Any] = copy.deepcopy(dict(model.config))
     for info in embeddings:
@@ -172,121 +240,33 @@ def _with_rows(model: Checkpoint, embeddings: Iterable[TensorInfo]) -> Mapping[s
     return config
 
 
-def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        yield f"peft_type is {kind!r}; expected 'LORA'"
-        return
-    yield from (f"{key} is {config[key]!r}, which is not supported" for key in _REFUSED if config.get(key))
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_REFUSED_STARTS):
-        yield (
-            f"init_lora_weights is {start!r}, which changes the model's own weights, too; convert it to a plain LoRA "
-            "(peft: path_initial_model_for_weight_conversion), or merge it with peft first"
-        )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or isinstance(config.get(key), bool):
-            yield f"{key} is {config.get(key)!r}; expected a number"
-
-
-def _match_names(
-    own: Checkpoint, model: Checkpoint
-) -> tuple[dict[str, dict[str, str]], dict[str, TensorInfo], list[str]]:
-    """Matches the adapter's names to the model's: parts by weight, whole tensors; and problems."""
-    parts: dict[str, dict[str, str]] = {}
-    whole: dict[str, TensorInfo] = {}
-    problems: list[str] = []
-    for key, info in own.tensors.items():
-        inner = key.removeprefix("base_model.model.")
-        match = _PART.match(inner)
-        plain = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        wanted = f"{match['module']}.weight" if match else plain
-        target = _find_tensor(wanted, model.tensors) if match or "lora_" not in inner else None
-        if target is None:
-            problems.append(
-                f"{own.name} holds {key}, but {model.name} has no tensor {wanted}; expected the adapter's own model, "
-                "with weights that are tied or fused left alone"
-            )
-        elif match:
-            parts.setdefault(target, {})[match["part"]] = key
-        elif info.shape[1:] != model.tensors[target].shape[1:]:
-            problems.append(f"{key} is {list(info.shape)}, and replaces {list(model.tensors[target].shape)}")
-        else:
-            whole[target] = replace(info, name=key)
-    return parts, whole, problems
-
-
-def _find_tensor(name: str, tensors: Iterable[str]) -> str | None:
-    """Finds the tensor of that name, or the only one with another prefix, as `transformer.h.0…` and `h.0…` have."""
-    known = set(tensors)
-    if name in known:
-        return name
-    near = [each for each in known if each.endswith("." + name) or name.endswith("." + each)]
-    return near[0] if len(near) == 1 else None
-
-
-def _read_delta(
-    own: Checkpoint, model: Checkpoint, key: str, found: Mapping[str, str], problems: list[str]
-) -> Iterator[Delta]:
-    """Yields the delta of one weight, or adds to the problems if something is wrong with it."""
-    config = own.config
-    embedding = "lora_embedding_A" in found
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    if not set(names) <= set(found):
-        problems.append(f"{key}: expected {names[0]} and {names[1]}, found {sorted(found)}")
-        return
-    down, up = (own.tensors[found[name]] for name in names)
-    module = found[names[0]].removeprefix("base_model.model.").rpartition(f".{names[0]}")[0]
-    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    transposed = embedding or bool(config.get("fan_in_fan_out"))
-    shape = model.tensors[key].shape
-    wanted = tuple(reversed(shape)) if transposed else shape
-    if len(down.shape) != 2 or len(up.shape) != 2 or (up.shape[0], down.shape[1]) != wanted:
-        problems.append(
-            f"{key} is {list(shape)}; A {list(down.shape)} and B {list(up.shape)} do not fit it"
-            f"{' with fan_in_fan_out' if transposed and not embedding else ''}"
-        )
-    elif not down.shape[0] == up.shape[1] == rank:
-        problems.append(
-            f"{key}: A and B are of rank {down.shape[0]} and {up.shape[1]}, adapter_config.json says {rank}"
-        )
-    elif "lora_magnitude_vector" in found and transposed:
-        problems.append(f"{key}: use_dora is not supported for weights that are [in, out]")
-    elif bool(config.get("use_dora")) != ("lora_magnitude_vector" in found):
-        problems.append(f"{key}: use_dora is {bool(config.get('use_dora'))}, but found {sorted(found)}")
-    else:
-        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        magnitude = found.get("lora_magnitude_vector")
-        yield Delta(found[names[0]], found[names[1]], magnitude, scale, transposed)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Looks up `rank_pattern` or `alpha_pattern` as peft does: the first pattern that the module's path ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _untie(config: dict[str, Any]) -> None:
+    """Says in a config that head and embeddings are two tensors."""
+    config["tie_word_embeddings"] = False
+    for part in config.values():
+        if isinstance(part, dict) and part.get("tie_word_embeddings"):
+            part["tie_word_embeddings"] = False
 
 
 class AdaptedReader:
-    """Reads a model's tensors with an adapter applied.
+    """Reads a model's tensors with its adapters applied.
 
     Args:
         model: Reader of the model's tensors, replaced ones included.
-        own: Reader of the adapter's tensors.
-        adapter: The adapter.
+        own: Reader of the adapters' tensors.
+        adapter: The adapters.
     """
 
     def __init__(self, model: TensorReader, own: TensorReader, adapter: Adapter) -> None:
         self.checkpoint = model.checkpoint
         self._model, self._own, self._adapter = model, own, adapter
-        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._factors: dict[str, torch.Tensor] = {}
+        self._whole: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read so far, of model and adapter."""
+        """Bytes read so far, of model and adapters."""
         return self._model.bytes_read + self._own.bytes_read
 
     @property
@@ -295,32 +275,43 @@ class AdaptedReader:
         return self._model.bytes_past_cache
 
     def read(self, name: str, rows: Rows = None, *, again: bool = False) -> torch.Tensor:
-        """Reads a tensor, or some of its rows, with its delta added (see `TensorReader`)."""
-        return self._adapted(name, self._model.read(name, rows, again=again), slice(None) if rows is None else rows)
+        """Reads a tensor, or some of its rows, with its deltas added (see `TensorReader`)."""
+        deltas = self._adapter.deltas.get(name, ())
+        if rows is None or not any(delta.whole for delta in deltas):
+            return self._apply(name, deltas, self._model.read(name, rows, again=again), rows)
+        with self._lock:
+            whole = self._whole.get(name)
+        if whole is None:
+            whole = self._apply(name, deltas, self._model.read(name, again=again), None)
+            _keep(self._whole, name, whole, MAX_WHOLE, self._lock)
+        return whole[rows].clone()
 
-    def _adapted(self, name: str, weight: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        delta = self._adapter.deltas.get(name)
-        if delta is None:
-            return weight
-        down, up = self._read_factors(name, delta)
-        product = down[:, rows].T @ up.T if delta.transposed else up[rows] @ down
-        adapted = weight.to(torch.promote_types(weight.dtype, DELTA_DTYPE)) + delta.scale * product
-        if delta.magnitude is not None:
-            magnitude = self._own.read(delta.magnitude).to(adapted.dtype)[rows]
-            adapted *= (magnitude / adapted.norm(dim=1)).unsqueeze(1)
-        return adapted.to(weight.dtype)
+    def _apply(self, name: str, deltas: tuple[Delta, ...], weight: torch.Tensor, rows: Rows) -> torch.Tensor:
+        for delta in deltas:
+            try:
+                weight = delta.apply(weight, self._read_own, rows)
+            except ValueError as error:
+                raise CheckpointError(f"{self.checkpoint.name}: {name}: {error}") from None
+        return weight
 
-    def _read_factors(self, name: str, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads A and B in float32; they are kept for other rows of the same weight."""
+    def _read_own(self, name: str) -> torch.Tensor:
+        """Reads a tensor of the adapter's in float32; it is kept for other rows of the same weight."""
         with self._lock:
             found = self._factors.get(name)
         if found is None:
-            found = (self._own.read(delta.down).to(DELTA_DTYPE), self._own.read(delta.up).to(DELTA_DTYPE))
-            with self._lock:
-                if len(self._factors) >= MAX_FACTORS:
-                    del self._factors[next(iter(self._factors))]
-                self._factors[name] = found
+            found = self._own.read(name)
+            if found.dtype.is_floating_point:
+                found = found.to(torch.promote_types(found.dtype, DELTA_DTYPE))
+            _keep(self._factors, name, found, MAX_FACTORS, self._lock)
         return found
+
+
+def _keep(kept: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, limit: int, lock: threading.Lock) -> None:
+    """Keeps a tensor in the place of the one kept longest, if there are too many."""
+    with lock:
+        if len(kept) >= limit:
+            del kept[next(iter(kept))]
+        kept[name] = tensor
 
 
 def open_model(
@@ -329,20 +320,22 @@ def open_model(
     *,
     name: str | None = None,
     variant: str | None = None,
+    find_places: FindPlaces = places_by_name,
 ) -> tuple[Checkpoint, Adapter | None]:
-    """Opens a model and its adapter, if it has one, from their headers.
+    """Opens a model and its adapters, if it has any, from their headers.
 
     Args:
-        reference: A folder or Hub id, with `@revision` and `+adapter` if wanted.
+        reference: A folder or Hub id, with `@revision` and `+adapter` if wanted, or the folder of an adapter alone.
         made: Results of other merges by the names that references may use for them.
         name: Name that the user gives it, for messages; by default the reference.
         variant: Variant of the weights, such as `fp16`.
+        find_places: Makes the places of a model's weights, for its adapters.
 
     Returns:
-        The checkpoint, with the adapter's whole tensors in it; and the adapter, or `None`.
+        The checkpoint, with the adapters' whole tensors in it; and the adapters, or `None`.
 
     Raises:
-        LargemergeError: If either cannot be opened, or they do not fit together.
+        LargemergeError: If one cannot be opened, or they do not fit together.
     """
     model, lora = split_reference(reference)
     called = name or model
@@ -350,21 +343,45 @@ def open_model(
         raise CheckpointError(
             f"{name or reference}: {reference}: expected a model and an adapter, one on each side of '+'"
         )
-    checkpoint = (made or {}).get(model) or open_checkpoint(locate_checkpoint(model, called), called, variant)
-    if lora is None:
-        return checkpoint, None
-    return open_adapter(locate_checkpoint(lora, name or reference), name or reference, checkpoint)
+    folders = [] if lora is None else split_adapters(lora)
+    checkpoint = (made or {}).get(model)
+    if checkpoint is None:
+        folder = locate_checkpoint(model, called)
+        base = base_of_adapter(folder)
+        if base is not None:
+            folders.insert(0, str(folder))
+            folder = _locate_base(base, folder, called)
+        checkpoint = open_checkpoint(folder, called, variant)
+    adapter: Adapter | None = None
+    for each in folders:
+        where = locate_checkpoint(each, name or reference)
+        checkpoint, adapter = open_adapter(where, name or reference, checkpoint, find_places, adapter)
+    return checkpoint, adapter
+
+
+def _locate_base(base: str, adapter: Path, name: str) -> Path:
+    """Finds the model that an adapter's config names."""
+    problem = f"{name}: {adapter} is an adapter; its base_model_name_or_path is {base!r}"
+    if not base:
+        raise CheckpointError(f"{problem}; write its model before it: model+{adapter.name}")
+    try:
+        return locate_checkpoint(base, name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{problem}, which is neither here nor on the Hub ({error.problems[0].removeprefix(f'{name}: ')}); write "
+            f"the model's own folder before the adapter: path/to/model+{adapter}"
+        ) from None
 
 
 @contextmanager
 def open_reader(
     checkpoint: Checkpoint, adapter: Adapter | None, *, past_cache: bool = True, buffers: Buffers | None = None
 ) -> Iterator[TensorReader]:
-    """Opens a model's tensors, with its adapter if it has one.
+    """Opens a model's tensors, with its adapters if it has any.
 
     Args:
         checkpoint: The checkpoint that `open_model` has opened.
-        adapter: Its adapter, if it has one.
+        adapter: Its adapters, if it has any.
         past_cache: Leave nothing in the system's cache but what is to be read again.
         buffers: Buffers for tensors; `None`: their memory is allocated.
     """

@@ -134,7 +134,8 @@ class CheckpointReader:
         """
         info = self.checkpoint.tensors[name]
         if info.quantization is None:
-            return self._read_stored(info, rows, again=again)
+            (plain,) = info.parts.values() or (info,)  # under another name, maybe in another dtype
+            return self._read_stored(plain, rows, again=again).to(info.dtype)
         if info.quantization.method == FP8:
             stored = self._read_stored(info.parts[info.name], rows, again=again)
             scales = {key: self._read_stored(part, again=True) for key, part in info.parts.items() if key != info.name}

@@ -90,7 +90,8 @@ class TensorInfo:
         file: The file that holds it.
         offset: Byte position in `file`; `None` in a pickle file.
         quantization: Kind of quantisation; `None` for a plain tensor.
-        parts: Tensors on disk that make up a quantised weight, by name; empty for a plain tensor.
+        parts: Tensors on disk that make up a quantised weight, by name; the one that an adapter has for a plain
+            tensor; else empty.
     """
 
     name: str

@@ -19,6 +19,7 @@ from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.methods.table import METHODS
 from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.model.adapter_names import AdapterNames
 from largemerge.tokenizer.tokenizers import tokenizer_folder
 
 
@@ -73,9 +74,12 @@ def open_inputs(config: DataFreeConfig, prior: PriorMerges) -> DataFreeInputs:
     """
     inputs = DataFreeInputs({}, {}, {}, config.base_model or config.references[0])
     problems: list[str] = []
+    find_places = AdapterNames()
     for reference in config.references:
         try:
-            inputs.checkpoints[reference], adapter = open_model(reference, prior.checkpoints, variant=config.variant)
+            inputs.checkpoints[reference], adapter = open_model(
+                reference, prior.checkpoints, variant=config.variant, find_places=find_places
+            )
         except LargemergeError as error:
             problems.extend(error.problems)
             continue

@@ -103,7 +103,7 @@ def _check(plan: DataFreePlan, out: Path, ranks: Ranks, *, resume: bool, force: 
 def input_folders(plan: DataFreePlan) -> list[Path]:
     """Lists the folders that are read, which the output must not be."""
     folders = [checkpoint.root for checkpoint in (*plan.checkpoints.values(), *plan.auxiliary.values())]
-    return folders + [adapter.checkpoint.folder for adapter in plan.adapters.values()]
+    return folders + [folder for adapter in plan.adapters.values() for folder in adapter.folders]
 
 
 def _check_shared(folder: OutputFolder) -> None:

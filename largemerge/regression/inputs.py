@@ -24,6 +24,7 @@ from largemerge.checkpoint.sentence_modules import module_notes
 from largemerge.checkpoint.tensor_info import TensorInfo, torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.heads import BASE, NONE, Heads, check_files, default_labels_note, find_heads
+from largemerge.model.adapter_names import AdapterNames
 from largemerge.model.alignment import classify, declared_ties, is_tied, untie_config, untied_heads
 from largemerge.model.config_differences import check_configs
 from largemerge.model.key_mapping import KeyMapping, map_keys
@@ -268,13 +269,14 @@ def _open_all(
     """Opens candidates, base and adapters; raises with the problems of all of them."""
     problems: list[str] = []
     adapters: dict[str, Adapter] = {}
+    find_places = AdapterNames(trust_remote_code=config.trust_remote_code)
 
     def attempt(reference: str, name: str) -> Checkpoint | None:
         try:
             if from_config:
                 folder = locate_checkpoint(split_reference(reference)[0], name, weights=False)
                 return checkpoint_from_config(folder, name, trust_remote_code=config.trust_remote_code)
-            checkpoint, adapter = open_model(reference, name=name, variant=config.variant)
+            checkpoint, adapter = open_model(reference, name=name, variant=config.variant, find_places=find_places)
             if adapter is not None:
                 adapters[name] = adapter
             return checkpoint

@@ -212,7 +212,7 @@ def _report(
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
     """Paths that a merge reads and must not write to."""
     paths = [checkpoint.root for checkpoint in inputs.checkpoints]
-    paths += [adapter.checkpoint.folder for adapter in inputs.adapters.values()]
+    paths += [folder for adapter in inputs.adapters.values() for folder in adapter.folders]
     data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
     return paths + [path for path in data if path.exists()]
 

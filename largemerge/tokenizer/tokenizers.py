@@ -54,8 +54,8 @@ class Tokenizer:
 
 def tokenizer_folder(checkpoint: Checkpoint, adapter: Adapter | None) -> Path:
     """Returns the folder of a model's tokenizer: an adapter's that has brought embeddings, else the model's."""
-    if adapter is not None and adapter.embeddings and has_tokenizer(adapter.checkpoint.folder):
-        return adapter.checkpoint.folder
+    if adapter is not None and adapter.brought is not None and has_tokenizer(adapter.brought):
+        return adapter.brought
     return checkpoint.folder
 
 

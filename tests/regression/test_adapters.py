@@ -153,7 +153,8 @@ def test_what_is_wrong_with_an_adapter_is_told_before_the_work(
         main(["merge", str(case.write_yaml()), str(case.folder / "merged")])
     assert ended.value.code == 2
     assert (
-        "This is an adapter (LoRA), not a model: name it behind its model, as model+adapter" in capsys.readouterr().err
+        "is an adapter; its base_model_name_or_path is ''; write its model before it: model+lora1"
+        in capsys.readouterr().err
     )
     assert not (case.folder / "merged").exists()
 

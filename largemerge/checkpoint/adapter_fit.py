@@ -1,0 +1,522 @@
+"""An adapter's tensors fitted to its model: what replaces a tensor of it, what is added to which weight.
+
+    adapter_config.json ──► config_problems: what is not supported
+    names in its file ──► Fitting: whole tensors │ rows of tokens │ LoRA's factors │ tensors of another kind's layers
+                                        └──────────────┴─────────────────┴──► Places.find ──► deltas by name on disk
+
+Names are peft's: `base_model.model.<path>.lora_A.weight`, with or without the adapter's own name in them; whole tensors
+at `<path>.weight`, `<path>.modules_to_save.weight` or `<path>.base_layer.weight`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from largemerge.checkpoint.adapter_places import Place, Places
+from largemerge.checkpoint.deltas import (
+    DELTA_DTYPE,
+    Delta,
+    Experts,
+    LowRank,
+    LowRankBias,
+    PeftLayer,
+    TokenRows,
+    peft_config,
+)
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.tensor_info import TensorInfo
+
+_REFUSED = (
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+)
+"""Keys of `adapter_config.json` that change what an adapter does to a weight, or to which."""
+_REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations of an adapter that change the model's own weights, which the adapter then does not hold."""
+_BY_LAYER = frozenset(
+    (
+        *("ADALORA", "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3"),
+        *("LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PVERA", "RANDLORA", "ROAD", "SHIRA"),
+        *("TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT"),
+    )
+)
+"""Kinds of which peft's layer, built on one module alone, has been seen to merge as it does in the whole model."""
+_PREFIX = "base_model.model."
+_LORA_PART = re.compile(
+    r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
+)
+_TOKENS = re.compile(r"^(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
+_MERGE_FIRST = "merge the adapter into its model first (peft: merge_and_unload), and name the result"
+_EXTRA = "pip install 'largemerge[peft]'"
+
+
+def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what in an `adapter_config.json` is wrong or not supported."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        yield from _kind_problems(kind)
+        return
+    yield from (
+        f"{key} is {config[key]!r}, which is not supported; {_MERGE_FIRST}" for key in _REFUSED if config.get(key)
+    )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_REFUSED_STARTS):
+        yield (
+            f"init_lora_weights is {start!r}, which changes the model's own weights, too; convert it to a plain LoRA "
+            "(peft: path_initial_model_for_weight_conversion), or merge it with peft first"
+        )
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        values = {key: config.get(key)}
+        values |= {f"{patterns}[{name!r}]": value for name, value in (config.get(patterns) or {}).items()}
+        for label, value in values.items():
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                yield f"{label} is {value!r}; expected a number"
+            elif key == "r" and (value <= 0 or value != int(value)):
+                yield f"{label} is {value!r}; expected a whole number above 0"
+
+
+def _kind_problems(kind: object) -> Iterator[str]:
+    """Yields what is wrong with a kind of adapter other than LoRA."""
+    if not isinstance(kind, str):
+        yield f"peft_type is {kind!r}; expected the kind of the adapter, such as 'LORA'"
+        return
+    if importlib.util.find_spec("peft") is None:
+        yield f"peft_type is {kind!r}, which is merged by peft's own arithmetic, and peft is not installed: {_EXTRA}"
+        return
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        yield f"peft_type is {kind!r}, which this peft does not know; expected one of {', '.join(PeftType.__members__)}"
+    elif not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind)), "merge_and_unload"):
+        yield f"peft_type is {kind!r}, which adds to a model's inputs, not to its weights: it cannot be merged"
+    elif kind not in _BY_LAYER:
+        yield f"peft_type is {kind!r}, whose layers cannot be merged one by one; {_MERGE_FIRST}"
+
+
+class Fitting:
+    """Fits an adapter's tensors to its model: what is replaced, what is added to which weight.
+
+    Args:
+        own: The adapter's checkpoint.
+        model: The model's checkpoint.
+        places: Where the model's weights are.
+    """
+
+    def __init__(self, own: Checkpoint, model: Checkpoint, places: Places) -> None:
+        self._own, self._model, self._places = own, model, places
+        self.deltas: dict[str, list[Delta]] = defaultdict(list)
+        self.replaced: dict[str, TensorInfo] = {}
+        """Name on disk → tensor of the adapter that takes its place."""
+        self.untied: dict[str, str] = {}
+        """Name on disk of a tensor that was tied until now → that of the tensor which it was tied to."""
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self._lora: dict[str, dict[str, str]] = {}
+        self._saved: dict[str, str] = {}
+        self._plain: dict[str, str] = {}
+        self._tokens: dict[str, str] = {}
+        self._other: list[str] = []
+
+    def fit(self) -> None:
+        """Sorts all tensors, then fits each sort."""
+        for key in self._own.tensors:
+            self._sort(key)
+        for name, key in self._plain.items():
+            self._replace(name, key)
+        self._fit_saved()
+        for path, key in self._tokens.items():
+            self._fit_tokens(path, key)
+        for path, found in self._lora.items():
+            self._fit_lora(path, found)
+        self._fit_with_peft()
+
+    def _sort(self, key: str) -> None:
+        """Puts one tensor into its sort, by its name."""
+        if key.startswith("base_model.") and not key.startswith(_PREFIX):
+            self._other.append(key)
+            return
+        inner = key.removeprefix(_PREFIX)
+        part = _LORA_PART.match(inner) if self._own.config["peft_type"] == "LORA" else None
+        tokens = _TOKENS.match(inner)
+        if part is not None:
+            name = part["part"] + (".bias" if part["leaf"] == "bias" else "")
+            self._lora.setdefault(part["path"], {})[name] = key
+        elif tokens is not None:
+            self._tokens[tokens["path"]] = key
+        elif ".original_module." in inner:
+            return  # what the module was before: the model has it
+        elif ".modules_to_save." in inner:
+            path, _, rest = inner.partition(".modules_to_save.")
+            names = [f"{path}.{rest}", f"{path}.{rest.partition('.')[2]}"]
+            name = next((each for each in names if self._places.find(each) is not None), names[0])
+            self._saved.setdefault(name, key)
+        else:
+            name = inner.replace(".base_layer.", ".")
+            if self._places.find(name) is None and self._may_be_of_layer(inner):
+                self._other.append(key)
+            elif self._is_saved(name):
+                self._saved[name] = key  # as peft does, rather than the same under `modules_to_save`
+            else:
+                self._plain[name] = key
+
+    def _may_be_of_layer(self, inner: str) -> bool:
+        return self._own.config["peft_type"] != "LORA" and self._module_path(inner) is not None
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether a module that holds the parameter is one of `modules_to_save`."""
+        parts = name.split(".")
+        paths = [".".join(parts[:end]) for end in range(1, len(parts))]
+        saved = self._own.config.get("modules_to_save") or ()
+        return any(path.endswith(target) for path in paths for target in saved)
+
+    def _place(self, name: str, key: str) -> Place | None:
+        """Finds a weight; adds to the problems if there is none."""
+        place = self._places.find(name)
+        if place is not None and place.pieces:
+            return place
+        shape = list(self._own.tensors[key].shape)
+        if self._is_saved(name) and _LORA_PART.match(key) is None:
+            task = self._own.config.get("task_type")
+            self.problems.append(
+                f"the adapter brings {name} {shape} of its own{f' (task_type {task})' if task else ''}, which "
+                f"{self._model.folder.name} has not; {_MERGE_FIRST}, or name a model that has it"
+            )
+        else:
+            self.problems.append(
+                f"{self._own.folder.name} holds {key} {shape}, but {self._model.folder.name} has no tensor {name} "
+                f"(matched {self._places.way}); expected the adapter's own model"
+            )
+        return None
+
+    # Tensors that replace the model's
+
+    def _replace(self, name: str, key: str, at: str | None = None) -> None:
+        place = self._place(name, key)
+        if place is None:
+            return
+        info = self._own.tensors[key]
+        if place.key is None:
+            self.problems.append(f"{key} replaces {name}, which lies on disk in another layout; {_MERGE_FIRST}")
+        elif info.shape[1:] != place.shape[1:] or len(info.shape) != len(place.shape):
+            self.problems.append(f"{key} is {list(info.shape)}, and replaces {name}, which is {list(place.shape)}")
+        else:
+            self.replaced[at or place.key] = info
+
+    def _fit_saved(self) -> None:
+        """Replaces the tensors of `modules_to_save`; one that was tied to another is so no more."""
+        tied = self._own.config.get("ensure_weight_tying")
+        groups: dict[str, set[str]] = defaultdict(set)
+        for name, key in self._saved.items():
+            place = self._place(name, key)
+            if place is None:
+                continue
+            if len(place.tied) < 2 or place.key is None or tied:
+                self._replace(name, key)
+                continue
+            own_name = next((each for each in place.tied if _same_ending(each, name)), place.tied[0])
+            stored = self._stored_name(place, own_name)
+            self._replace(name, key, stored)
+            groups[place.key].update({stored})
+            for other in place.tied:
+                if self._stored_name(place, other) != place.key:
+                    self.untied[self._stored_name(place, other)] = place.key
+
+    def _stored_name(self, place: Place, parameter: str) -> str:
+        """The name on disk of one of several tied parameters, once it is a tensor of its own."""
+        first = place.tied[0]
+        return str(place.key) if parameter == first else parameter
+
+    def _fit_tokens(self, path: str, key: str) -> None:
+        place = self._place(f"{path}.weight", key)
+        info = self._own.tensors[key]
+        given = self._own.config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((value for name, value in given.items() if path.endswith(name)), None)
+        if place is None:
+            return
+        stored = self.replaced[place.key].shape if place.key in self.replaced else place.shape
+        if not given or info.shape != (len(given), *stored[1:]):
+            self.problems.append(
+                f"{key} is {list(info.shape)}; expected one row of {stored[-1]} for each of trainable_token_indices, "
+                f"which is {given!r}"
+            )
+        elif place.key is None or max(given) >= stored[0]:
+            self.problems.append(f"trainable_token_indices names token {max(given)}, {path} has {stored[0]} rows")
+        else:
+            self.deltas[place.key].append(TokenRows(key, tuple(given), stored[0]))
+
+    # LoRA
+
+    def _fit_lora(self, path: str, found: Mapping[str, str]) -> None:
+        """Fits the factors of one module, or adds to the problems if something is wrong with them."""
+        embedding = "lora_embedding_A" in found
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        if not set(names) <= set(found):
+            self.problems.append(f"{path}: expected {names[0]} and {names[1]}, found {sorted(found)}")
+            return
+        keys = [found[name] for name in names]
+        parameter = self._parameter_of(path)
+        if parameter is None:
+            self.problems.append(
+                f"{keys[0]} adapts a parameter of {path.replace('.base_layer', '')}, but target_parameters is "
+                f"{self._own.config.get('target_parameters')!r} (matched {self._places.way}); expected its name"
+            )
+            return
+        place = self._place(parameter, keys[0])
+        if place is None:
+            return
+        down, up = (self._own.tensors[key] for key in keys)
+        if len(down.shape) != 2 or isinstance(place.module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention):
+            self._other.extend(found.values())
+            return
+        config = self._own.config
+        pattern_name = parameter.removesuffix(".weight") if not self._is_target(parameter) else parameter
+        rank = int(_by_pattern(config.get("rank_pattern"), pattern_name, config["r"]))
+        alpha = _by_pattern(config.get("alpha_pattern"), pattern_name, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if len(place.shape) == 3:
+            self._fit_experts(parameter, place, down, up, rank, scale)
+            return
+        transposed = embedding or self._is_transposed(place)
+        if not self._fits(parameter, place, down, up, rank, transposed, embedding):
+            return
+        magnitude = found.get("lora_magnitude_vector")
+        if bool(config.get("use_dora")) != (magnitude is not None):
+            self.problems.append(f"{parameter}: use_dora is {bool(config.get('use_dora'))}, but found {sorted(found)}")
+            return
+        rounded = embedding or place.fused or self._is_target(parameter)
+        delta = LowRank(keys[0], keys[1], scale, transposed, magnitude, embedding, rounded, inside=place.inside)
+        if magnitude is not None and (place.key is None or place.fused):
+            self.problems.append(
+                f"{parameter}: use_dora, on a weight that lies on disk in another layout; {_MERGE_FIRST}"
+            )
+            return
+        for key, block in place.pieces.items():
+            self.deltas[key].append(replace(delta, piece=block))
+        if "lora_B.bias" in found:
+            self._fit_bias(parameter, found["lora_B.bias"], scale)
+
+    def _fits(
+        self, name: str, place: Place, down: TensorInfo, up: TensorInfo, rank: int, transposed: bool, embedding: bool
+    ) -> bool:
+        """Whether two factors fit their weight; else adds to the problems."""
+        shape = self.replaced[place.key].shape if place.key in self.replaced else place.shape
+        if place.inside is not None:
+            cut = place.inside
+            side = list(shape)
+            side[cut.axis] = cut.stop - cut.start
+            shape = tuple(reversed(side)) if cut.transposed else tuple(side)
+        wanted = tuple(reversed(shape)) if transposed else shape
+        if len(up.shape) != 2 or (up.shape[0], down.shape[1]) != wanted:
+            self.problems.append(
+                f"{name} is {list(shape)}; A {list(down.shape)} and B {list(up.shape)} do not fit it"
+                f"{' with fan_in_fan_out' if transposed and not embedding else ''}"
+            )
+        elif not down.shape[0] == up.shape[1] == rank:
+            self.problems.append(
+                f"{name}: A and B are of rank {down.shape[0]} and {up.shape[1]}, adapter_config.json says {rank}"
+            )
+        else:
+            return True
+        return False
+
+    def _fit_experts(self, name: str, place: Place, down: TensorInfo, up: TensorInfo, rank: int, scale: float) -> None:
+        experts, first, second = place.shape
+        outputs_first = not getattr(place.module, "is_transposed", False)
+        outputs, inputs = (first, second) if outputs_first else (second, first)
+        if down.shape != (experts * rank, inputs) or up.shape != (outputs, experts * rank):
+            self.problems.append(
+                f"{name} is {list(place.shape)}; A {list(down.shape)} and B {list(up.shape)} do not fit it "
+                f"at rank {rank}"
+            )
+            return
+        for key, block in place.pieces.items():
+            self.deltas[key].append(Experts(down.name, up.name, scale, experts, outputs_first, block))
+
+    def _fit_bias(self, parameter: str, key: str, scale: float) -> None:
+        place = self._place(f"{parameter.removesuffix('.weight')}.bias", key)
+        if place is None:
+            return
+        if place.key is None or place.shape != self._own.tensors[key].shape:
+            self.problems.append(f"{key} is {list(self._own.tensors[key].shape)}; the bias is {list(place.shape)}")
+        else:
+            self.deltas[place.key].append(LowRankBias(key, scale))
+
+    def _is_transposed(self, place: Place) -> bool:
+        """Whether a weight is `[in, out]`: the module says it, else the adapter's config."""
+        if place.module is None or isinstance(place.module, nn.Linear):
+            return bool(self._own.config.get("fan_in_fan_out"))
+        return type(place.module).__name__ == "Conv1D"
+
+    def _is_target(self, parameter: str) -> bool:
+        """Whether a parameter is one of `target_parameters`."""
+        targets = self._own.config.get("target_parameters") or ()
+        return any(parameter == target or parameter.endswith(f".{target}") for target in targets)
+
+    def _parameter_of(self, path: str) -> str | None:
+        """Returns the name of the parameter that the factors at a module's path adapt.
+
+        Where several parameters of one module are adapted, peft wraps the module once for each, in their order: the
+        first one's factors lie innermost, at `experts.base_layer.lora_A`.
+        """
+        module = path
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        targets = [f"{module}.{leaf}" for leaf in self._places.parameters_of(module)]
+        targets = [each for each in targets if self._is_target(each)]
+        if not targets:
+            return f"{module}.weight" if module == path else None
+        depth = (len(path) - len(module)) // len(".base_layer")
+        return targets[-1 - depth] if depth < len(targets) else None
+
+    # Every other kind
+
+    def _fit_with_peft(self) -> None:
+        """Fits the tensors that peft's own layers merge."""
+        if not self._other:
+            return
+        if importlib.util.find_spec("peft") is None:
+            self.problems.append(
+                f"{self._other[0]} is merged by peft's own arithmetic, and peft is not installed: {_EXTRA}"
+            )
+            return
+        layers: dict[str, dict[str, str]] = defaultdict(dict)
+        shared: dict[str, str] = {}
+        for key in self._other:
+            if not key.startswith(_PREFIX):
+                shared[key] = key
+                continue
+            path = self._module_path(key.removeprefix(_PREFIX))
+            if path is None:
+                self._place(f"{key.removeprefix(_PREFIX).rpartition('.')[0]}.weight", key)
+            else:
+                layers[path][key] = key
+        modules: dict[str, nn.Module] = {}
+        for path in layers:
+            module = self._stub(path, next(iter(layers[path])))
+            if module is not None:
+                modules[path] = module
+        if self.problems or not modules:
+            return
+        try:
+            peft_config(self._own.config, modules)
+        except (TypeError, ValueError, KeyError) as error:
+            self.problems.append(f"adapter_config.json: {error}")
+            return
+        by_size = [max(modules, key=lambda path: _features(modules[path])[side]) for side in (0, 1)]
+        largest = (
+            {path: modules[path] for path in by_size} if shared or self._own.config["peft_type"] in _SHARING else {}
+        )
+        checked: dict[Any, bool | None] = {}
+        for path, tensors in layers.items():
+            layer = PeftLayer(path, modules[path], tensors, shared, self._own.config, largest)
+            self._fit_layer(layer, checked)
+
+    def _fit_layer(self, layer: PeftLayer, checked: dict[Any, bool | None]) -> None:
+        """Fits one of peft's layers; the like of it is built only once to see whether it can be."""
+        infos = {key: self._own.tensors[name] for key, name in (*layer.tensors.items(), *layer.shared.items())}
+        shape = layer.module.weight.shape
+        prefix = f"{_PREFIX}{layer.path}."
+        like = (
+            type(layer.module),
+            shape,
+            *sorted((key.removeprefix(prefix), info.shape) for key, info in infos.items()),
+        )
+        if like not in checked:
+            checked[like] = self._changes_bias(layer, infos)
+        changes_bias = checked[like]
+        if changes_bias is None:
+            return
+        weight = self._places.find(f"{layer.path}.weight")
+        assert weight is not None and weight.key is not None
+        self.deltas[weight.key].append(layer)
+        if changes_bias:
+            bias = self._places.find(f"{layer.path}.bias")
+            if bias is None or bias.key is None:
+                self.problems.append(f"{layer.path}: no bias on disk, which the adapter changes; {_MERGE_FIRST}")
+            else:
+                self.deltas[bias.key].append(replace(layer, leaf="bias"))
+
+    def _changes_bias(self, layer: PeftLayer, infos: Mapping[str, TensorInfo]) -> bool | None:
+        """Builds peft's layer on made-up numbers: whether it changes the bias; `None` if it cannot be built."""
+        generator = torch.Generator().manual_seed(0)
+        made = {
+            key: torch.rand(info.shape, generator=generator, dtype=DELTA_DTYPE)
+            if info.dtype.is_floating_point
+            else torch.zeros(info.shape, dtype=info.dtype)
+            for key, info in infos.items()
+        }
+        bias = getattr(layer.module, "bias", None)
+        leaf = "weight" if bias is None else "bias"
+        before = torch.ones(getattr(layer.module, leaf).shape)
+        try:
+            after = replace(layer, leaf=leaf).merge(before.clone(), made)
+        except Exception as error:  # peft's own, of any kind
+            text = str(error).strip().replace("\n", " ") or type(error).__name__
+            self.problems.append(f"{layer.path}: peft does not merge this adapter: {text}; {_MERGE_FIRST}")
+            return None
+        return bias is not None and not torch.equal(before, after)
+
+    def _module_path(self, inner: str) -> str | None:
+        """Returns the module that a tensor of a layer of peft's belongs to: the longest path that has a weight."""
+        parts = inner.split(".")
+        paths = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        return next((path for path in paths if self._places.find(f"{path}.weight") is not None), None)
+
+    def _stub(self, path: str, key: str) -> nn.Module | None:
+        """Returns the module that peft's layer is built on; a linear where the class is not known."""
+        place = self._place(f"{path}.weight", key)
+        if place is None:
+            return None
+        if place.key is None:
+            self.problems.append(f"{key}: {path} lies on disk in another layout; {_MERGE_FIRST}")
+            return None
+        if place.module is not None:
+            return place.module
+        if len(place.shape) != 2:
+            self.problems.append(f"{key}: {path} is {list(place.shape)}, of a class that is not known; {_MERGE_FIRST}")
+            return None
+        has_bias = self._places.find(f"{path}.bias") is not None
+        outputs, inputs = place.shape
+        with torch.device("meta"):
+            return nn.Linear(inputs, outputs, bias=has_bias)
+
+
+_SHARING = ("VERA", "PVERA", "RANDLORA", "VBLORA")
+"""Kinds that make tensors for all layers, as large as the largest needs them."""
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """The numbers of inputs and outputs of a module, or of the sides of its weight."""
+    weight: Any = module.weight
+    return int(weight.shape[-1]), int(weight.shape[0])
+
+
+def _same_ending(first: str, second: str) -> bool:
+    return first == second or first.endswith(f".{second}") or second.endswith(f".{first}")
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Looks up `rank_pattern` or `alpha_pattern` as peft does: the first pattern that the module's path ends with."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
