@@ -28,6 +28,7 @@ from typing import Any
 from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
+from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.side_files import remove_side_files
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
@@ -80,7 +81,8 @@ class OutputFolder:
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             inside = self.working / shard.file_name
-            tensors |= SafetensorsFile(inside if inside.exists() else self.path / shard.file_name).tensors()
+            found = SafetensorsFile(inside if inside.exists() else self.path / shard.file_name).tensors()
+            tensors |= {name: found[split_name(name)[1]] for name in shard.offsets}
         return Checkpoint("output", self.path, config, fold_quantized(tensors, config, "output", read_bytes), {})
 
     def finish(
