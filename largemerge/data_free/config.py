@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 _AUXILIARY_PARAMETERS = ("fisher",)  # parameters that are paths: see `Method.auxiliary_parameter`
 
+_MAX_LAYERS = 1 << 20  # any number above is a slip of the pen
+
 Setting = Any
 """A number, truth value or text; a list of them (a gradient); or a list of `{filter, value}`."""
 Parameters = dict[str, Setting]
@@ -62,11 +64,12 @@ class ModelEntry(Strict):
 
 
 def _read_layer_range(value: object) -> object:
-    """Returns two whole numbers, which may be quoted; raises where there is anything else."""
-    numbers = tuple(map(unquoted_whole_number, value)) if isinstance(value, list | tuple) else ()
-    if len(numbers) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+    """Returns two numbers of layers, which may be quoted; raises where there is anything else."""
+    numbers = [unquoted_whole_number(number) for number in value] if isinstance(value, list | tuple) else []
+    layers = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
+    if len(layers) != 2 or len(numbers) != 2 or not all(0 <= number <= _MAX_LAYERS for number in layers):
         raise ValueError(f"expected the first layer and the one after the last, such as [0, 16], found {value!r}")
-    return numbers
+    return tuple(layers)
 
 
 class SliceSource(ModelEntry):
@@ -515,6 +518,16 @@ def _absolute(value: Any, folders: list[Path], names: Collection[str], unversion
     if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", "source"):
         return absolute_reference(value, folders, names, unversioned)
     return value
+
+
+def filters_of(config: DataFreeConfig) -> Iterator[tuple[str, str]]:
+    """Yields the filters of all parameters, after their places in the file."""
+    for where, holder, _ in _holders(config.model_dump()):
+        for name, setting in holder["parameters"].items():
+            entries = [setting] if isinstance(setting, Mapping) else setting if isinstance(setting, tuple) else ()
+            for number, entry in enumerate(entries):
+                if isinstance(entry, Mapping) and entry.get("filter") not in (None, "*"):
+                    yield f"{where}parameters.{name}[{number}]", entry["filter"]
 
 
 def evaluate(setting: Setting, tensor: str, t: float) -> Any:

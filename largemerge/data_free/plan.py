@@ -28,7 +28,7 @@ from largemerge.checkpoint.reader import read_rate
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.writer import write_rate
 from largemerge.config_file import gib, strict_problems
-from largemerge.data_free.config import DataFreeConfig
+from largemerge.data_free.config import DataFreeConfig, filters_of
 from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
 from largemerge.data_free.loader import cost, is_factored
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
@@ -280,13 +280,21 @@ def plan_data_free(
         prior=prior,
         adapters=inputs.adapters,
         template=template,
-        notes=[*config.notes, *output.notes],
+        notes=[*config.notes, *output.notes, *_idle_filters(config, output)],
         problems=output.problems,
         sparing=limits.host is not None,
     )
     if config.strict:
         plan.problems.extend(strict_problems(plan.notes))
     return replace(plan, seconds=estimate_seconds(plan)) if probe and not plan.problems else plan
+
+
+def _idle_filters(config: DataFreeConfig, output: OutputTasks) -> Iterator[str]:
+    """Yields the filters that fit no tensor."""
+    names = {name for task in output.tasks for name in (task.name, *(key for _, key in task.inputs))}
+    for place, pattern in filters_of(config) if names else ():
+        if not any(pattern in name for name in names):
+            yield f"{place}: the filter {pattern!r} is part of no tensor's name"
 
 
 def _vocabulary(
