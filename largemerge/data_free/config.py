@@ -244,6 +244,7 @@ def load_data_free(
         read_parameters(values, problems, warnings)
         config = DataFreeConfig.model_validate(values)
         problems += _problems(config)
+        warnings += _idle_bases(config)
     if problems:
         more = strict_problems(f"{WARNING}{text}" for text in warnings) if strict else ()
         raise ConfigError(*dict.fromkeys(problems), *more)
@@ -472,6 +473,22 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
                 f"with as many layers as the others; found {models}"
             )
         yield from _missing_parameters(config.merge_method, method, scope)
+
+
+def _idle_bases(config: DataFreeConfig) -> Iterator[str]:
+    """Yields the bases that a method would use, were they among the sources of a slice, or that it never uses."""
+    from largemerge.data_free.methods.base import Base
+    from largemerge.data_free.methods.table import METHODS
+
+    base = METHODS[config.merge_method].base
+    for scope in _scopes(config):
+        if not scope.is_slice or scope.base_model is None:
+            continue
+        is_source = scope.base_model in [model for _, model, _ in scope.entries]
+        if base is Base.NONE and scope.base_model != config.base_model:
+            yield f"{scope.where}base_model: does nothing: {config.merge_method} has no base"
+        elif base in (Base.OPTIONAL, Base.MEMBER) and not is_source:
+            yield f"{scope.where}sources: {scope.base_model}, the base, does nothing here: it is not among them"
 
 
 def _missing_parameters(name: str, method: Method, scope: _Scope) -> Iterator[str]:

@@ -622,6 +622,17 @@ slices:
 """,
         [],
     ),
+    "bases that slices do not have": (
+        """
+merge_method: multislerp
+base_model: owner/Mistral-7B-v0.1
+slices:
+  - sources:
+      - {model: owner/zephyr-7b-beta, layer_range: [0, 4], parameters: {weight: 0.5}}
+      - {model: owner/OpenHermes-2.5, layer_range: [0, 4], parameters: {weight: 0.5}}
+""",
+        ["the base, does nothing here: it is not among them"],
+    ),
     "switches by layers": (
         """
 merge_method: task_arithmetic
