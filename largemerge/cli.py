@@ -97,7 +97,8 @@ def _merge(options: argparse.Namespace) -> int:
 
         def planned(made: Plan) -> None:
             reuse_freed_memory(sparingly=made.sparing)
-            _print_warnings(made)
+            if options.quiet:  # else the merge tells all notes
+                _print_warnings(made)
 
         reuse_freed_memory(sparingly=True)
         report: Report = api.merge(
@@ -121,7 +122,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _print_warnings(plan: Plan) -> None:
-    """Prints the warnings of a plan before the long work; the closing table has them among its notes, too."""
+    """Prints the warnings of a plan before the long work."""
     from largemerge.config_file import WARNING
 
     if own_rank() == 0:

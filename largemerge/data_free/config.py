@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 _AUXILIARY_PARAMETERS = ("fisher",)  # parameters that are paths: see `Method.auxiliary_parameter`
 
+_MAX_LAYERS = 1 << 20  # any number above is a slip of the pen
+
 Setting = Any
 """A number, truth value or text; a list of them (a gradient); or a list of `{filter, value}`."""
 Parameters = dict[str, Setting]
@@ -63,11 +65,12 @@ class ModelEntry(Strict):
 
 
 def _read_layer_range(value: object) -> object:
-    """Returns two whole numbers, which may be quoted; raises where there is anything else."""
-    numbers = tuple(map(unquoted_whole_number, value)) if isinstance(value, list | tuple) else ()
-    if len(numbers) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+    """Returns two numbers of layers, which may be quoted; raises where there is anything else."""
+    numbers = [unquoted_whole_number(number) for number in value] if isinstance(value, list | tuple) else []
+    layers = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
+    if len(layers) != 2 or len(numbers) != 2 or not all(0 <= number <= _MAX_LAYERS for number in layers):
         raise ValueError(f"expected the first layer and the one after the last, such as [0, 16], found {value!r}")
-    return numbers
+    return tuple(layers)
 
 
 class SliceSource(ModelEntry):
@@ -244,6 +247,7 @@ def load_data_free(
         read_parameters(values, problems, warnings)
         config = DataFreeConfig.model_validate(values)
         problems += _problems(config)
+        warnings += _idle_bases(config)
     if problems:
         more = strict_problems(f"{WARNING}{text}" for text in warnings) if strict else ()
         raise ConfigError(*dict.fromkeys(problems), *more)
@@ -474,6 +478,22 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
         yield from _missing_parameters(config.merge_method, method, scope)
 
 
+def _idle_bases(config: DataFreeConfig) -> Iterator[str]:
+    """Yields the bases that a method would use, were they among the sources of a slice, or that it never uses."""
+    from largemerge.data_free.methods.base import Base
+    from largemerge.data_free.methods.table import METHODS
+
+    base = METHODS[config.merge_method].base
+    for scope in _scopes(config):
+        if not scope.is_slice or scope.base_model is None:
+            continue
+        is_source = scope.base_model in [model for _, model, _ in scope.entries]
+        if base is Base.NONE and scope.base_model != config.base_model:
+            yield f"{scope.where}base_model: does nothing: {config.merge_method} has no base"
+        elif base in (Base.OPTIONAL, Base.MEMBER) and not is_source:
+            yield f"{scope.where}sources: {scope.base_model}, the base, does nothing here: it is not among them"
+
+
 def _missing_parameters(name: str, method: Method, scope: _Scope) -> Iterator[str]:
     """Yields the parameters that a method needs and that no level has."""
     from largemerge.data_free.methods.base import REQUIRED, Base
@@ -518,6 +538,16 @@ def _absolute(value: Any, folders: list[Path], names: Collection[str], unversion
     if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", "source"):
         return absolute_reference(value, folders, names, unversioned)
     return value
+
+
+def filters_of(config: DataFreeConfig) -> Iterator[tuple[str, str]]:
+    """Yields the filters of all parameters, after their places in the file."""
+    for where, holder, _ in _holders(config.model_dump()):
+        for name, setting in holder["parameters"].items():
+            entries = [setting] if isinstance(setting, Mapping) else setting if isinstance(setting, tuple) else ()
+            for number, entry in enumerate(entries):
+                if isinstance(entry, Mapping) and entry.get("filter") not in (None, "*"):
+                    yield f"{where}parameters.{name}[{number}]", entry["filter"]
 
 
 def evaluate(setting: Setting, tensor: str, t: float) -> Any:

@@ -19,7 +19,12 @@ from collections.abc import Collection, Mapping
 _PROJECTOR = re.compile(r"project|merger|(^|[._])mm_|connector|resampler")
 _VISION = re.compile(r"vis|image|pixel")
 _AUDIO = re.compile(r"audio|speech")
-_LANGUAGE = re.compile(r"text|lang")
+_MODULE_ROLES = (
+    dict.fromkeys(("vision_tower", "vision_model", "vision_encoder", "visual"), "vision")
+    | dict.fromkeys(("audio_tower", "audio_model", "audio_encoder"), "audio")
+    | dict.fromkeys(("text_decoder", "text_model", "language_model"), "")
+    | {"multi_modal_projector": "projector"}
+)
 _WITHOUT_LAYERS = ("default", "shared", "multi_modal_projector")
 
 
@@ -56,19 +61,12 @@ def stacks_of_modules(names: Collection[str], stacks: Collection[str]) -> dict[s
 
 def _meant(name: str, stacks: Collection[str]) -> list[str]:
     """Lists the stacks that a name means which is not one of theirs."""
-    by_role = {stack: _role(stack) for stack in stacks}
     if name == "default":
         return list(stacks) if len(stacks) == 1 else []
-    if name == "multi_modal_projector":
-        return [stack for stack, role in by_role.items() if role == "projector"]
     parts = [stack for stack in stacks if f".{name}." in f".{stack}."]
     if len(parts) == 1:
         return parts
-    if _VISION.search(name):
-        return [stack for stack, role in by_role.items() if role == "vision"]
-    if _AUDIO.search(name):
-        return [stack for stack, role in by_role.items() if role == "audio"]
-    return [stack for stack, role in by_role.items() if not role] if _LANGUAGE.search(name) else []
+    return [stack for stack in stacks if name in _MODULE_ROLES and _role(stack) == _MODULE_ROLES[name]]
 
 
 def module_of_tensor(tensor: str, modules: Mapping[str, tuple[str, ...]]) -> str | None:

@@ -30,7 +30,7 @@ from largemerge.checkpoint.side_files import has_tokenizer
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.writer import write_rate
 from largemerge.config_file import gib, strict_problems
-from largemerge.data_free.config import DataFreeConfig
+from largemerge.data_free.config import DataFreeConfig, filters_of
 from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
 from largemerge.data_free.loader import cost, is_factored
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
@@ -304,7 +304,7 @@ def plan_data_free(
         prior=prior,
         adapters=inputs.adapters,
         template=template,
-        notes=[*config.notes, *output.notes],
+        notes=[*config.notes, *output.notes, *_idle_filters(config, output)],
         problems=output.problems,
         sparing=limits.host is not None,
     )
@@ -324,6 +324,14 @@ def _check_folders(plan: DataFreePlan, ranks: Ranks) -> None:
         problems, notes = check_tokenizer(plan)
         plan.problems.extend(problems)
         plan.notes.extend(notes)
+
+
+def _idle_filters(config: DataFreeConfig, output: OutputTasks) -> Iterator[str]:
+    """Yields the filters that fit no tensor."""
+    names = {name for task in output.tasks for name in (task.name, *(key for _, key in task.inputs))}
+    for place, pattern in filters_of(config) if names else ():
+        if not any(pattern in name for name in names):
+            yield f"{place}: the filter {pattern!r} is part of no tensor's name"
 
 
 def _vocabulary(

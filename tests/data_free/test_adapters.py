@@ -196,6 +196,3 @@ def test_what_does_not_fit_the_model(tmp_path: Path) -> None:
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(LargemergeError, match=r"no weights in .*; expected adapter_model.safetensors"):
         largemerge.merge(passthrough(tmp_path), tmp_path / "out")
-    with pytest.raises(LargemergeError, match="'override_architecture' is not supported"):
-        reference = {"model": str(tmp_path / "m"), "override_architecture": "LlamaForCausalLM"}
-        largemerge.merge(passthrough(tmp_path, reference), tmp_path / "out")

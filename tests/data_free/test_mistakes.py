@@ -12,7 +12,7 @@ from data_free_cases import NUM_LAYERS, Config, config_of, weighted, write_model
 from transformers import LlamaForCausalLM
 
 import largemerge
-from largemerge import LargemergeError
+from largemerge import ConfigError, LargemergeError
 
 MISTAKES: list[tuple[str, Config, str]] = [
     ("ties", {}, "base_model: ties needs one"),
@@ -33,6 +33,125 @@ MISTAKES: list[tuple[str, Config, str]] = [
     ("nearswap", {"base_model": "BASE"}, "parameters.t: nearswap needs it"),
     ("slerp", {"base_model": "BASE", "parameters": {"t": 0.5}}, "slerp merges 1 models beside the base, found 3"),
 ]
+
+
+# What stands in the file, with BASE for the base, and all that is wrong with it.
+TOLD_TOGETHER: list[tuple[str, list[str]]] = [
+    (
+        """{merge_method: linear, models: [{model: A, parameters: {weight: abc}},
+        {model: B, parameters: {weight: [0, x]}}]}""",
+        [
+            "models[0].parameters.weight: expected a number, found 'abc'",
+            "models[1].parameters.weight[1]: expected a number, found 'x'",
+        ],
+    ),
+    (
+        "{merge_method: linear, models: [{model: A}, {model: B}], parameters: {normalize: maybe}}",
+        [
+            "parameters.normalize: expected true or false, found 'maybe'",
+            "models[0].parameters.weight: missing for A; expected a number",
+            "models[1].parameters.weight: missing for B; expected a number",
+        ],
+    ),
+    (
+        "{merge_method: linear, base_model: BASE, models: [{model: A, parameters: {weight: 1}}]}",
+        ["weight: missing for BASE, which it merges like the others: name it among them; expected a number"],
+    ),
+    (
+        """{merge_method: ties, base_model: BASE, parameters: {lambda: x, wieght: 1}, models: [
+        {model: A, parameters: {weight: .nan, density: 1.5}},
+        {model: B, parameters: {weight: true, density: -0.5}}]}""",
+        [
+            "parameters.lambda: expected a number, found 'x'",
+            "parameters.wieght: unknown parameter; did you mean 'weight'?",
+            "models[0].parameters.weight: expected a number, found nan",
+            "models[0].parameters.density: expected a number from 0 to 1, found 1.5",
+            "models[1].parameters.weight: expected a number, found True",
+            "models[1].parameters.density: expected a number from 0 to 1, found -0.5",
+        ],
+    ),
+    (
+        "{merge_method: slerp, base_model: BASE, slices: [{sources: [{model: A, layer_range: [0, 3]}]}]}",
+        [
+            "slices[0].sources: slerp needs the base among them, BASE, with as many layers as the others; found ['A']",
+            "slices[0].parameters.t: slerp needs it",
+        ],
+    ),
+    (
+        """{merge_method: ties, parameters: {weight: 1}, slices: [{sources: [{model: A, layer_range: [0, 3]}]},
+        {base_model: B, sources: [{model: A, layer_range: [0, 3]}, {model: B, layer_range: [0, 3]}]}]}""",
+        ["base_model: ties needs one"],
+    ),
+    (
+        """{merge_method: passthrough, slices: [{sources: [{model: A, layer_range: [0]},
+        {model: B, layer_range: '0-3'}]}, {sources: []}, {sources: {model: A}}]}""",
+        [
+            "slices[0].sources[0].layer_range: expected the first layer and the one after the last, such as [0, 16], "
+            "found [0]",
+            "slices[0].sources[1].layer_range: expected the first layer and the one after the last, such as [0, 16], "
+            "found '0-3'",
+            "slices[1].sources: expected 1 entries or more, found an empty list",
+            "slices[2].sources: expected a list, found the keys ['model']",
+        ],
+    ),
+    (
+        "{merge_method: linear, models: {A: 1}, parameters: [weight], dtype: float8, seed: -1, allow_crimes: perhaps}",
+        [
+            "models: expected a list, found the keys ['A']",
+            "parameters: expected keys and values, found 1 entries",
+            "dtype: expected 'float32', 'bfloat16' or 'float16', found 'float8'",
+            "allow_crimes: expected true or false, found 'perhaps'",
+            "seed: expected a number from 0 on, found -1",
+        ],
+    ),
+    (
+        "{merge_method: linear, models: [A, {model: B@x, revision: y, parameters: {weight: 1}}]}",
+        [
+            "models[1].revision: stands here twice, beside 'model' and in it; expected one",
+            "models[0]: expected keys and values, found 'A'",
+        ],
+    ),
+    (
+        "{merge_method: tsv_m, base_model: BASE, models: [{model: A}, {model: B}], alpha: 0.5}",
+        ["alpha: unknown key; it belongs under 'parameters'"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "problems"), TOLD_TOGETHER)
+def test_all_mistakes_of_a_file_are_told_together(tmp_path: Path, text: str, problems: list[str]) -> None:
+    (tmp_path / "merge.yml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        largemerge.plan(tmp_path / "merge.yml")
+    assert list(error.value.problems) == problems
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "problem"),
+    [
+        (
+            "linear",
+            {"weight": 0},
+            "weight: 0, 0, 0 add up to 0, which the sum is divided by; choose others, or normalize",
+        ),
+        ("multislerp", {"weight": [1, 0]}, "weight: 0, 0, 0 add up to 0"),
+        ("della", {"weight": 1, "density": 0.9}, "density 0.9 ± epsilon 0.15 leaves the range from 0 to 1"),
+        ("ties", {"weight": [{"filter": "mlp", "value": 1}]}, "none of its filters fits"),
+    ],
+)
+def test_values_that_do_not_go_together(tmp_path: Path, method: str, parameters: Config, problem: str) -> None:
+    write_models(tmp_path)
+    base = {"base_model": str(tmp_path / "model0")} if method in ("della", "ties") else {}
+    problems = largemerge.plan(config_of(tmp_path, method, parameters=parameters, **base), probe=False).problems
+    assert len(problems) == (3 if method == "ties" else 1), "not one for each tensor"
+    assert all(problem in told for told in problems)
+
+
+def test_anchors_do_not_excuse_a_key_that_nothing_refers_to(tmp_path: Path) -> None:
+    path = tmp_path / "merge.yml"
+    path.write_text("merge_method: linear\nparamters: &p {weight: 1}\nmodels: [{model: a}]\n")
+    with pytest.raises(ConfigError, match="paramters: unknown key; did you mean 'parameters'"):
+        largemerge.plan(path)
 
 
 @pytest.mark.parametrize(("method", "more", "text"), MISTAKES)

@@ -71,7 +71,7 @@ def _no_conflict(_: Mapping[str, Sequence[Any]], __: Mapping[str, Any]) -> str |
 def _leaves_probabilities(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
     """Says where DELLA's probabilities, density ± epsilon, leave the range from 0 to 1; 0 and 1 alone need none."""
     for density, epsilon in zip(per_model["density"], per_model["epsilon"], strict=True):
-        if 0 < density < 1 and not epsilon < density < 1 - epsilon:
+        if 0 < density < 1 and (density + epsilon >= 1 or density - epsilon <= 0):
             return f"density {density:g} ± epsilon {epsilon:g} leaves the range from 0 to 1; expected a smaller epsilon"
     return None
 
