@@ -258,6 +258,7 @@ def plan_data_free(
     output = plan_tasks(config, inputs.checkpoints, reference, inputs.auxiliary, vocabulary)
     if vocabulary is not None:
         output.notes.extend(vocabulary.notes)
+    output.notes.extend(dict.fromkeys(note for adapter in inputs.adapters.values() for note in adapter.notes))
     adapter_bytes = sum(adapter.kept_bytes for adapter in inputs.adapters.values())
     if device not in ("auto", "cpu") and computes_on.type == "cpu":
         output.notes.append(f"{method} goes element by element, at the speed of the disk: on the CPU")

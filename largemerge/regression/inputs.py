@@ -112,6 +112,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     if len(set(classes.values())) > 1:
         raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
     notes = list(_config_differences(candidates))
+    notes += dict.fromkeys(note for adapter in adapters.values() for note in adapter.notes)
     if from_config:
         notes.append("planned from each config.json alone: weights and calibration data have not been looked at")
         references = [
