@@ -14,7 +14,7 @@ import importlib.util
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,19 @@ _REFUSED = (
 """Keys of `adapter_config.json` that change what an adapter does to a weight, or to which."""
 _REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of an adapter that change the model's own weights, which the adapter then does not hold."""
+_DONE_AGAIN = ("pissa", "olora")
+"""Those of them that peft does again from the model's weights alone, to the same numbers."""
+_KNOWN = frozenset(
+    (
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
+        *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+        *("layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config"),
+        *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
+        *("revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices"),
+        *("use_dora", "use_rslora", *_REFUSED),
+    )
+)
+"""Keys of a LoRA's `adapter_config.json`, the latest peft's included."""
 _BY_LAYER = frozenset(
     (
         *("ADALORA", "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3"),
@@ -77,7 +90,9 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         f"{key} is {config[key]!r}, which is not supported; {_MERGE_FIRST}" for key in _REFUSED if config.get(key)
     )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_REFUSED_STARTS):
+    if start in _DONE_AGAIN and importlib.util.find_spec("peft") is None:
+        yield f"init_lora_weights is {start!r}, which is done again by peft, and peft is not installed: {_EXTRA}"
+    elif isinstance(start, str) and start.lower().startswith(_REFUSED_STARTS) and start not in _DONE_AGAIN:
         yield (
             f"init_lora_weights is {start!r}, which changes the model's own weights, too; convert it to a plain LoRA "
             "(peft: path_initial_model_for_weight_conversion), or merge it with peft first"
@@ -127,6 +142,8 @@ class Fitting:
         """Name on disk → tensor of the adapter that takes its place."""
         self.untied: dict[str, str] = {}
         """Name on disk of a tensor that was tied until now → that of the tensor which it was tied to."""
+        self.saved: set[str] = set()
+        """Names on disk of tensors that were tied and are the adapter's own now: nothing is added to them."""
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._lora: dict[str, dict[str, str]] = {}
@@ -139,14 +156,31 @@ class Fitting:
         """Sorts all tensors, then fits each sort."""
         for key in self._own.tensors:
             self._sort(key)
+        unknown = sorted(key for key, value in self._own.config.items() if value and key not in self._known_keys())
+        if unknown:
+            self.notes.append(
+                f"{self._own.folder.name}: adapter_config.json has {', '.join(unknown)}, which is ignored"
+            )
+        if not self._places.by_class:
+            self.notes.append(f"{self._own.folder.name} is matched {self._places.way}: the model's class is not known")
         for name, key in self._plain.items():
             self._replace(name, key)
         self._fit_saved()
         for path, key in self._tokens.items():
             self._fit_tokens(path, key)
-        for path, found in self._lora.items():
+        # Embeddings first, as peft goes through the modules in the model's order: a tied head comes last.
+        for path, found in sorted(self._lora.items(), key=lambda item: "lora_embedding_A" not in item[1]):
             self._fit_lora(path, found)
         self._fit_with_peft()
+
+    def _known_keys(self) -> Collection[str]:
+        """Keys of `adapter_config.json` that this kind of adapter may have."""
+        kind = self._own.config["peft_type"]
+        if kind == "LORA":
+            return _KNOWN
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__
 
     def _sort(self, key: str) -> None:
         """Puts one tensor into its sort, by its name."""
@@ -223,7 +257,6 @@ class Fitting:
     def _fit_saved(self) -> None:
         """Replaces the tensors of `modules_to_save`; one that was tied to another is so no more."""
         tied = self._own.config.get("ensure_weight_tying")
-        groups: dict[str, set[str]] = defaultdict(set)
         for name, key in self._saved.items():
             place = self._place(name, key)
             if place is None:
@@ -232,17 +265,17 @@ class Fitting:
                 self._replace(name, key)
                 continue
             own_name = next((each for each in place.tied if _same_ending(each, name)), place.tied[0])
-            stored = self._stored_name(place, own_name)
+            stored = place.key if own_name == place.tied[0] else own_name
+            if not place.separable or stored not in (place.key, *place.separable):
+                others = ", ".join(each for each in place.tied if each != own_name)
+                self.problems.append(
+                    f"the adapter trains {name} on its own, which is one tensor with {others} in every model of this "
+                    "kind; train both (peft: ensure_weight_tying)"
+                )
+                continue
             self._replace(name, key, stored)
-            groups[place.key].update({stored})
-            for other in place.tied:
-                if self._stored_name(place, other) != place.key:
-                    self.untied[self._stored_name(place, other)] = place.key
-
-    def _stored_name(self, place: Place, parameter: str) -> str:
-        """The name on disk of one of several tied parameters, once it is a tensor of its own."""
-        first = place.tied[0]
-        return str(place.key) if parameter == first else parameter
+            self.saved.add(stored)
+            self.untied |= dict.fromkeys(place.separable, place.key)
 
     def _fit_tokens(self, path: str, key: str) -> None:
         place = self._place(f"{path}.weight", key)
@@ -284,6 +317,9 @@ class Fitting:
         if place is None:
             return
         down, up = (self._own.tensors[key] for key in keys)
+        if self._own.config.get("init_lora_weights") in _DONE_AGAIN and len(place.shape) == 2:
+            self._other.extend(found.values())
+            return
         if len(down.shape) != 2 or isinstance(place.module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention):
             self._other.extend(found.values())
             return
@@ -302,13 +338,20 @@ class Fitting:
         if bool(config.get("use_dora")) != (magnitude is not None):
             self.problems.append(f"{parameter}: use_dora is {bool(config.get('use_dora'))}, but found {sorted(found)}")
             return
-        rounded = embedding or place.fused or self._is_target(parameter)
+        # Elsewhere than in a linear, peft adapts the bare parameter, and rounds what it adds.
+        linear = place.module is None or isinstance(place.module, nn.Linear) or transposed
+        rounded = embedding or place.fused or not linear or self._is_target(parameter)
         delta = LowRank(keys[0], keys[1], scale, transposed, magnitude, embedding, rounded, inside=place.inside)
         if magnitude is not None and (place.key is None or place.fused):
             self.problems.append(
                 f"{parameter}: use_dora, on a weight that lies on disk in another layout; {_MERGE_FIRST}"
             )
             return
+        if len(place.tied) > 1 and not embedding:
+            self.notes.append(
+                f"{self._own.folder.name} adds to {parameter}, which is tied to {place.key}: both change, as peft's "
+                "merge_and_unload changes them"
+            )
         for key, block in place.pieces.items():
             self.deltas[key].append(replace(delta, piece=block))
         if "lora_B.bias" in found:
@@ -380,8 +423,10 @@ class Fitting:
         module = path
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
-        targets = [f"{module}.{leaf}" for leaf in self._places.parameters_of(module)]
-        targets = [each for each in targets if self._is_target(each)]
+        targets = []
+        if self._own.config.get("target_parameters"):
+            targets = [f"{module}.{leaf}" for leaf in self._places.parameters_of(module)]
+            targets = [each for each in targets if self._is_target(each)]
         if not targets:
             return f"{module}.weight" if module == path else None
         depth = (len(path) - len(module)) // len(".base_layer")

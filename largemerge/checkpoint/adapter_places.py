@@ -56,7 +56,8 @@ class Place:
         inside: The block of the tensor on disk that it is, where that holds more than this parameter.
         shape: Its shape in the module.
         fused: Whether the module holds it in a tensor of several experts.
-        tied: Names of all parameters that are this very tensor; one where it is not tied.
+        tied: Names of all parameters that are this very tensor, the one on disk first; one where it is not tied.
+        separable: Those of them, but the first, that an untied model has as tensors of their own.
         module: The module that holds it, on the meta device; `None` if the class is not known.
     """
 
@@ -65,6 +66,7 @@ class Place:
     inside: Block | None = None
     fused: bool = False
     tied: tuple[str, ...] = ()
+    separable: tuple[str, ...] = ()
     module: nn.Module | None = None
 
     @property
@@ -76,6 +78,10 @@ class Place:
 
 class Places(Protocol):
     """Finds where an adapter's weights lie in one model's file."""
+
+    @property
+    def by_class(self) -> bool:
+        """Whether the model's class is known."""
 
     @property
     def way(self) -> str:
@@ -106,6 +112,7 @@ class PlacesByName:
         model: The model's checkpoint.
     """
 
+    by_class = False
     way = "by the names on disk"
 
     def __init__(self, model: Checkpoint) -> None:
@@ -118,10 +125,10 @@ class PlacesByName:
         key = name if name in tensors else find_by_suffix(name, self._by_suffix)
         if key is None:
             return self._find_tied(name)
-        tied: tuple[str, ...] = (key,)
+        head: tuple[str, ...] = ()
         if self._model.config.get("tie_word_embeddings") and key.endswith(_INPUT_EMBEDDINGS):
-            tied = (key, *([] if any(other.endswith(_HEADS) for other in tensors) else [_HEADS[0]]))
-        return Place({key: None}, tensors[key].shape, tied=tied)
+            head = () if any(other.endswith(_HEADS) for other in tensors) else (_HEADS[0],)
+        return Place({key: None}, tensors[key].shape, tied=(key, *head), separable=head)
 
     def parameters_of(self, path: str) -> list[str]:
         """Nothing: the class is not known."""
@@ -134,7 +141,8 @@ class PlacesByName:
         found = [key for key in self._model.tensors if key.endswith(_INPUT_EMBEDDINGS)]
         if len(found) != 1:
             return None
-        return Place({found[0]: None}, self._model.tensors[found[0]].shape, tied=(found[0], name))
+        tied = (found[0], name)
+        return Place({found[0]: None}, self._model.tensors[found[0]].shape, tied=tied, separable=(name,))
 
 
 def places_by_name(model: Checkpoint, config: Mapping[str, Any]) -> Places:

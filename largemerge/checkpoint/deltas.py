@@ -15,7 +15,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,9 @@ class Delta(Protocol):
     @property
     def whole(self) -> bool:
         """Whether it needs the whole tensor, even where only some rows are wanted."""
+
+    def renamed(self, rename: Callable[[str], str]) -> Delta:
+        """Returns a copy that knows its tensors by other names."""
 
     def apply(self, weight: torch.Tensor, read: ReadOwn, rows: Rows) -> torch.Tensor:
         """Returns the adapted tensor, or those rows of it.
@@ -88,6 +91,11 @@ class LowRank:
     def whole(self) -> bool:
         """Whether norms are taken over rows that may not be there, or blocks cut."""
         return (self.transposed and self.magnitude is not None) or self.piece is not None or self.inside is not None
+
+    def renamed(self, rename: Callable[[str], str]) -> LowRank:
+        """Returns a copy that knows its tensors by other names."""
+        magnitude = None if self.magnitude is None else rename(self.magnitude)
+        return replace(self, down=rename(self.down), up=rename(self.up), magnitude=magnitude)
 
     def apply(self, weight: torch.Tensor, read: ReadOwn, rows: Rows) -> torch.Tensor:
         """Adds the product to a matrix, or to some rows of it (see `Delta`)."""
@@ -149,19 +157,29 @@ class Experts:
         """Whether the tensor on disk is one expert's."""
         return self.piece is not None
 
+    def renamed(self, rename: Callable[[str], str]) -> Experts:
+        """Returns a copy that knows its tensors by other names."""
+        return replace(self, down=rename(self.down), up=rename(self.up))
+
     def apply(self, weight: torch.Tensor, read: ReadOwn, rows: Rows) -> torch.Tensor:
         """Adds the products to all experts, to some, or to one (see `Delta`)."""
         down, up = read(self.down), read(self.up)
         down = down.reshape(self.num_experts, -1, down.shape[-1])  # [experts, r, in]
         up = up.reshape(up.shape[0], -1, self.num_experts)  # [out, r, experts]
         if self.piece is not None:
-            rows = slice(self.piece.expert, int(self.piece.expert or 0) + 1)
-        if rows is not None:
-            down, up = down[rows], up[..., rows]
-        formula = "o r e, e r i -> e o i" if self.outputs_first else "o r e, e r i -> e i o"
-        product = (torch.einsum(formula, up, down) * self.scale).to(weight.dtype)
-        weight += product if self.piece is None else self.piece.of(product[0])
+            weight += self.piece.of(self._product(up, down, int(self.piece.expert or 0), weight.dtype))
+            return weight
+        experts = range(self.num_experts)
+        chosen = experts if rows is None else experts[rows] if isinstance(rows, slice) else rows.tolist()
+        for place, expert in enumerate(chosen):  # one by one: all products at once would take much memory
+            weight[place] += self._product(up, down, expert, weight.dtype)
         return weight
+
+    def _product(self, up: torch.Tensor, down: torch.Tensor, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        formula = "o r e, e r i -> e o i" if self.outputs_first else "o r e, e r i -> e i o"
+        one = slice(expert, expert + 1)
+        product: torch.Tensor = torch.einsum(formula, up[..., one], down[one])[0] * self.scale
+        return product.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,10 @@ class LowRankBias:
     def names(self) -> tuple[str, ...]:
         """Name of B's bias in the adapter's file."""
         return (self.bias,)
+
+    def renamed(self, rename: Callable[[str], str]) -> LowRankBias:
+        """Returns a copy that knows its tensor by another name."""
+        return replace(self, bias=rename(self.bias))
 
     def apply(self, weight: torch.Tensor, read: ReadOwn, rows: Rows) -> torch.Tensor:
         """Adds the bias (see `Delta`)."""
@@ -208,6 +230,10 @@ class TokenRows:
     def names(self) -> tuple[str, ...]:
         """Name of the rows in the adapter's file."""
         return (self.values,)
+
+    def renamed(self, rename: Callable[[str], str]) -> TokenRows:
+        """Returns a copy that knows its tensor by another name."""
+        return replace(self, values=rename(self.values))
 
     def apply(self, weight: torch.Tensor, read: ReadOwn, rows: Rows) -> torch.Tensor:
         """Replaces the rows (see `Delta`)."""
@@ -250,6 +276,11 @@ class PeftLayer:
     def names(self) -> tuple[str, ...]:
         """Names of its tensors in the adapter's file."""
         return (*self.tensors.values(), *self.shared.values())
+
+    def renamed(self, rename: Callable[[str], str]) -> PeftLayer:
+        """Returns a copy that knows its tensors by other names."""
+        tensors = {key: rename(name) for key, name in self.tensors.items()}
+        return replace(self, tensors=tensors, shared={key: rename(name) for key, name in self.shared.items()})
 
     def apply(self, weight: torch.Tensor, read: ReadOwn, rows: Rows) -> torch.Tensor:
         """Merges the layer into the weight (see `Delta`)."""

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,6 @@ from largemerge.checkpoint.adapter_places import FindPlaces, places_by_name
 from largemerge.checkpoint.deltas import (
     DELTA_DTYPE,
     Delta,
-    Experts,
-    LowRank,
-    LowRankBias,
-    PeftLayer,
-    TokenRows,
 )
 from largemerge.checkpoint.direct_io import Buffers
 from largemerge.checkpoint.index import Checkpoint, file_fingerprint, open_checkpoint, read_json
@@ -44,7 +40,7 @@ from largemerge.errors import CheckpointError
 
 MAX_FACTORS = 32
 """Number of the adapter's tensors that are kept in memory: more than there are workers, mostly."""
-MAX_WHOLE = 4
+MAX_WHOLE = 8
 """Number of weights that are kept adapted, where a delta needs all of a weight and only rows are wanted."""
 _MAX_PROBLEMS = 20
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -169,14 +165,14 @@ def _put_together(
     for key, added in fitting.deltas.items():
         shared = [other for other, source in fitting.untied.items() if source == key and other not in fitting.replaced]
         for each in (key, *shared):
-            if each in fitting.untied.values() and each in fitting.replaced:
-                continue  # the saved module is another one than the adapted
-            deltas[each] = (*deltas.get(each, ()), *(_numbered(delta, number) for delta in added))
+            if each in fitting.saved:
+                continue
+            deltas[each] = (*deltas.get(each, ()), *(delta.renamed(partial(_number, number)) for delta in added))
     config = _with_rows(model, [tensors[key] for key in fitting.replaced if key.endswith(_EMBEDDINGS)])
     if fitting.untied:
         _untie(config)
     own_tensors = {**(below.checkpoint.tensors if below is not None else {})}
-    own_tensors |= {_number(key, number): info for key, info in own.tensors.items()}
+    own_tensors |= {_number(number, key): info for key, info in own.tensors.items()}
     replaced = dict.fromkeys([*(below.replaced if below is not None else ()), *fitting.replaced, *fitting.untied])
     brings = any(key.endswith(_EMBEDDINGS) for key in fitting.replaced)
     adapter = Adapter(
@@ -207,29 +203,9 @@ def _stored_elsewhere(key: str, info: TensorInfo, dtype: torch.dtype) -> TensorI
     return TensorInfo(key, info.shape, dtype, stored.file, stored.offset, parts={stored.name: stored})
 
 
-def _number(name: str, number: int) -> str:
+def _number(number: int, name: str) -> str:
+    """The name of a tensor of one adapter among those of all."""
     return name if number == 0 else f"{number}/{name}"
-
-
-def _numbered(delta: Delta, number: int) -> Delta:
-    """Returns a delta that knows its tensors by the names among those of all adapters."""
-    if number == 0:
-        return delta
-    match delta:
-        case LowRank():
-            magnitude = None if delta.magnitude is None else _number(delta.magnitude, number)
-            return replace(delta, down=_number(delta.down, number), up=_number(delta.up, number), magnitude=magnitude)
-        case Experts():
-            return replace(delta, down=_number(delta.down, number), up=_number(delta.up, number))
-        case LowRankBias():
-            return replace(delta, bias=_number(delta.bias, number))
-        case TokenRows():
-            return replace(delta, values=_number(delta.values, number))
-        case PeftLayer():
-            tensors = {key: _number(name, number) for key, name in delta.tensors.items()}
-            shared = {key: _number(name, number) for key, name in delta.shared.items()}
-            return replace(delta, tensors=tensors, shared=shared)
-    raise AssertionError(delta)
 
 
 def _with_rows(model: Checkpoint, embeddings: Iterable[TensorInfo]) -> dict[str, Any]:
@@ -284,6 +260,9 @@ class AdaptedReader:
         if whole is None:
             whole = self._apply(name, deltas, self._model.read(name, again=again), None)
             _keep(self._whole, name, whole, MAX_WHOLE, self._lock)
+        if isinstance(rows, slice) and rows.stop == whole.shape[0]:
+            with self._lock:
+                self._whole.pop(name, None)  # rows are read in order: these were the last
         return whole[rows].clone()
 
     def _apply(self, name: str, deltas: tuple[Delta, ...], weight: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -309,7 +288,7 @@ class AdaptedReader:
 def _keep(kept: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, limit: int, lock: threading.Lock) -> None:
     """Keeps a tensor in the place of the one kept longest, if there are too many."""
     with lock:
-        if len(kept) >= limit:
+        if len(kept) >= limit and name not in kept:
             del kept[next(iter(kept))]
         kept[name] = tensor
 

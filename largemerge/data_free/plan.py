@@ -286,6 +286,7 @@ def plan_data_free(
     output.notes[:0], output.problems[:0] = alignment.notes, alignment.problems
     if vocabulary is not None:
         output.notes.extend(vocabulary.notes)
+    output.notes.extend(dict.fromkeys(note for adapter in inputs.adapters.values() for note in adapter.notes))
     adapter_bytes = sum(adapter.kept_bytes for adapter in inputs.adapters.values())
     adapter_bytes += sum(view.kept_bytes for view in alignment.views.values())
     if device not in ("auto", "cpu") and computes_on.type == "cpu":

@@ -12,8 +12,9 @@ names on disk decide (`checkpoint/adapter_places.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,14 @@ class AdapterNames:
 
     def __init__(self, *, trust_remote_code: bool = False) -> None:
         self._trust_remote_code = trust_remote_code
-        self._models: dict[tuple[Path, str, str], PreTrainedModel | None] = {}
+        self._models: dict[tuple[Path, str, str, bool], PreTrainedModel | None] = {}
 
     def __call__(self, model: Checkpoint, config: Mapping[str, Any]) -> Places:
         """Makes the places of one checkpoint, for an adapter with this config."""
         return _PlacesByClass(model, self._classes(model, config))
 
-    def _classes(self, model: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[PreTrainedModel, KeyMapping]]:
-        """Yields the classes that may be the adapter's, with their key mappings, the likeliest first."""
+    def _classes(self, model: Checkpoint, config: Mapping[str, Any]) -> Iterator[_ClassPlaces]:
+        """Yields the places of the classes that may be the adapter's, the likeliest first."""
         seen: set[str] = set()
         for name in self._names(model, config):
             if name in seen:
@@ -67,9 +68,10 @@ class AdapterNames:
             if built is None:
                 continue
             try:
-                yield built, map_keys(built, model)
+                mapping = map_keys(built, model)
             except LargemergeError:
                 continue  # this class does not fit the file
+            yield _ClassPlaces(model, built, mapping, partial(self._build, model, name, tied=False))
 
     def _names(self, model: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:
         given = config.get("auto_mapping")
@@ -85,15 +87,22 @@ class AdapterNames:
                 yield (found[0] if isinstance(found, tuple) else found).__name__
         yield from model.config.get("architectures") or ("",)
 
-    def _build(self, model: Checkpoint, name: str) -> PreTrainedModel | None:
-        """Builds a class on the meta device; `None` if it cannot be had. No name: that of the config's type."""
-        sizes = repr([model.config.get("vocab_size"), model.config.get("tie_word_embeddings")])
-        key = (model.folder, name, sizes)
+    def _build(self, model: Checkpoint, name: str, *, tied: bool = True) -> PreTrainedModel | None:
+        """Builds a class on the meta device; `None` if it cannot be had.
+
+        Args:
+            model: The checkpoint.
+            name: Name of the class; none: that of the config's type.
+            tied: Tie the head to the embeddings where the config says so.
+        """
+        parts = [model.config, *(value for value in model.config.values() if isinstance(value, dict))]
+        changed = repr([(part.get("vocab_size"), part.get("tie_word_embeddings")) for part in parts])  # by adapters
+        key = (model.folder, name, changed, tied)
         if key not in self._models:
-            self._models[key] = self._try_to_build(model, name)
+            self._models[key] = self._try_to_build(model, name, tied)
         return self._models[key]
 
-    def _try_to_build(self, model: Checkpoint, name: str) -> PreTrainedModel | None:
+    def _try_to_build(self, model: Checkpoint, name: str, tied: bool) -> PreTrainedModel | None:
         try:
             config: Any = load_config(model, trust_remote_code=self._trust_remote_code)
             found: Any = (
@@ -104,6 +113,8 @@ class AdapterNames:
             config_class: Any = found.config_class
             if not isinstance(config, config_class):
                 config = config_class.from_pretrained(model.folder)  # a tower's, out of the whole model's
+            if not tied:
+                config = type(config).from_dict(_untied(config.to_dict()))
             with init_empty_weights(include_buffers=True):
                 built: PreTrainedModel = found(config)
             built.tie_weights()
@@ -115,11 +126,16 @@ class AdapterNames:
 class _PlacesByClass:
     """Places through classes, tried in turn for every name; then by the names on disk (see `Places`)."""
 
-    def __init__(self, checkpoint: Checkpoint, classes: Iterator[tuple[PreTrainedModel, KeyMapping]]) -> None:
+    def __init__(self, checkpoint: Checkpoint, classes: Iterator[_ClassPlaces]) -> None:
         self._checkpoint, self._coming = checkpoint, classes
         self._classes: list[_ClassPlaces] = []
         self._by_name = PlacesByName(checkpoint)
         self._found: dict[str, Place | None] = {}
+
+    @property
+    def by_class(self) -> bool:
+        """Whether a class is known."""
+        return next(self._all(), None) is not None
 
     @property
     def way(self) -> str:
@@ -150,16 +166,23 @@ class _PlacesByClass:
     def _all(self) -> Iterator[_ClassPlaces]:
         """Yields the classes; the next is built only when those before do not do."""
         yield from self._classes
-        for model, mapping in self._coming:
-            self._classes.append(_ClassPlaces(self._checkpoint, model, mapping))
-            yield self._classes[-1]
+        for places in self._coming:
+            self._classes.append(places)
+            yield places
 
 
 class _ClassPlaces:
     """The places of one class's parameters."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, mapping: KeyMapping) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        mapping: KeyMapping,
+        build_untied: Callable[[], PreTrainedModel | None],
+    ) -> None:
         self.model = model
+        self._build_untied = build_untied
         self._checkpoint, self._mapping = checkpoint, mapping
         self._state = model.state_dict()
         self._modules = dict(model.named_modules(remove_duplicate=False))
@@ -212,7 +235,8 @@ class _ClassPlaces:
         first = mapping.canonical(name)
         tied = (first, *(alias for alias, other in mapping.aliases.items() if other == first))
         module = self._modules[name.rpartition(".")[0]] if "." in name else self.model
-        place = Place({}, tuple(self._state[name].shape), tied=tied, module=module)
+        separable = self._separable(first, tied[1:]) if len(tied) > 1 else ()
+        place = Place({}, tuple(self._state[name].shape), tied=tied, separable=separable, module=module)
         if first in mapping.missing:
             return place
         conversion = self._conversions.get(first)
@@ -222,6 +246,20 @@ class _ClassPlaces:
         if first not in self._pieces:
             self._pieces[first] = _blocks(self.model, conversion, first, self._checkpoint, place.shape)
         return replace(place, pieces=self._pieces[first], fused=True)
+
+    def _separable(self, first: str, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of some parameters tied to one that would be tensors of their own in an untied model."""
+        untied = self._build_untied()
+        parameters = dict(untied.named_parameters(remove_duplicate=False)) if untied is not None else {}
+        if first not in parameters:
+            return ()
+        seen = {id(parameters[first])}
+        found = []
+        for name in names:
+            if name in parameters and id(parameters[name]) not in seen:
+                seen.add(id(parameters[name]))
+                found.append(name)
+        return tuple(found)
 
     def _blocks_inside(self, name: str, parameter: str, pattern: str) -> dict[str, Block]:
         """Finds which block of a fused parameter each single expert's weight is."""
@@ -233,6 +271,12 @@ class _ClassPlaces:
             found = _blocks(self.model, conversion, parameter, None, shape)
             self._inside[parameter] = {key: block for key, block in found.items() if block is not None}
         return self._inside[parameter]
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Says in a config, and in those inside it, that head and embeddings are two tensors."""
+    parts = {key: _untied(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return parts | ({"tie_word_embeddings": False} if "tie_word_embeddings" in parts else {})
 
 
 def _siblings(name: str, pattern: str, converter: WeightConverter, number: int) -> list[tuple[str, str]]:

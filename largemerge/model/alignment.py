@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter, open_reader
 from largemerge.checkpoint.reader import TensorReader
+from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_files import Rows
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import ArchitectureError, CheckpointError, LargemergeError
@@ -612,9 +613,7 @@ def _add_unknown(
 
     for name, classified in models.items():
         buffers = classified.remade_buffers()
-        modules = [
-            key for key in classified.mapping.unmapped if "/" in key
-        ]  # sentence-transformers' own, such as 2_Dense
+        modules = [key for key in classified.mapping.unmapped if split_name(key)[0]]  # of sentence-transformers
         rest = [key for key in classified.mapping.unmapped if key not in buffers and key not in modules]
         kept = [
             key

@@ -150,6 +150,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         raise CheckpointError(f"the candidates are of different model classes: {classes}; expected one")
     notes = module_notes(candidates)
     notes += [note for each in (*candidates, *([base] if base is not None else [])) for note in each.notes]
+    notes += dict.fromkeys(note for adapter in adapters.values() for note in adapter.notes)
     if from_config:
         notes.append("planned from each config.json alone: weights and calibration data have not been looked at")
         references = [
