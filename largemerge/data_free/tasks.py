@@ -253,6 +253,8 @@ class _TaskPlanner:
         per_model = self._per_model(levels, merged, t)
         shared = self._shared(levels, name, t)
         out = torch_dtype(self.config.out_dtype) if self.config.out_dtype is not None else dtype
+        if self.config.merge_method != "passthrough":
+            dtype = torch.float32 if dtype is torch.float64 else dtype  # as the checkpoint's notes say
         reason, inputs_first = "", False
         if self.method.matrix_formula is not None:
             reason = why_not_a_matrix(name, anchor.shape, self._table_sizes) or too_small(anchor.shape, len(merged))
