@@ -119,6 +119,8 @@ def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Chec
     stored = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
     folded = fold_quantized(stored, config, name, read_bytes)
     notes += quantization_notes(stored, folded, name)
+    doubles = sum(info.dtype is torch.float64 for info in folded.values())
+    notes += [f"{name}: {doubles} tensors are float64; merges compute in float32, at least"] if doubles else []
     named, renamed = without_prefix(folded, config, name)
     modules = module_weight_files(root, inner, name)
     module_tensors, headers = read_module_tensors(modules)

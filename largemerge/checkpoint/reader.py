@@ -42,11 +42,11 @@ def read_rate(checkpoints: Sequence[Checkpoint], *, num_workers: int = 1, past_c
         start = time.perf_counter()
 
         def read(reader: CheckpointReader) -> None:
-            for info in reader.checkpoint.tensors.values():
+            for name, info in reader.checkpoint.tensors.items():
                 if reader.bytes_read >= PROBE_BYTES or time.perf_counter() - start > 4 * PROBE_SECONDS:
                     return
                 if info.num_bytes <= PROBE_BYTES:
-                    reader.read(info.name)
+                    reader.read(name)
 
         with ThreadPoolExecutor(num_workers) as pool:
             list(pool.map(read, readers))

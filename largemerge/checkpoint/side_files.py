@@ -255,8 +255,9 @@ def _sentence_files(sentence: Checkpoint, notes: list[str]) -> tuple[list[str], 
         if module["path"] not in ("", sentence.inner):
             at_root += [str(file.relative_to(root)) for file in _files_below(root / module["path"])]
     kinds = [str(module.get("type")) for module in modules]
-    own = [kind.rpartition(".")[0] for kind in kinds if "." in kind and not kind.startswith("sentence_transformers.")]
-    at_root += _with_imports(root, [f"{module.replace('.', '/')}.py" for module in own], notes)
+    of_others = ("sentence_transformers.", "torch.", "transformers.")
+    own = [kind.rpartition(".")[0] for kind in kinds if "--" not in kind and not kind.startswith(of_others)]
+    at_root += _with_imports(root, [f"{module.replace('.', '/')}.py" for module in own if module], notes)
     return at_root, _matching(sentence.folder, SENTENCE_FILES[-1:]) if sentence.inner else []
 
 
@@ -332,10 +333,20 @@ def _differences(what: str, chosen: Checkpoint, names: Iterable[str], folders: M
         unlike = [
             model
             for model, folder in folders.items()
-            if model != chosen.name and (folder / name).is_file() and (folder / name).read_bytes() != taken.read_bytes()
+            if model != chosen.name and (folder / name).is_file() and _content(folder / name) != _content(taken)
         ]
         if unlike:
             yield f"{what}: {name} of {chosen.name} is taken; {', '.join(unlike)} has another one"
+
+
+def _content(path: Path) -> Any:
+    """Reads a file for a comparison; which version of a library wrote a JSON file makes no difference."""
+    raw = path.read_bytes()
+    try:
+        value = json.loads(raw) if path.suffix == ".json" else raw
+    except ValueError:
+        return raw
+    return {key: inner for key, inner in value.items() if key != "__version__"} if isinstance(value, dict) else value
 
 
 def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -318,7 +318,7 @@ def plan_data_free(
 def _check_folders(plan: DataFreePlan, ranks: Ranks) -> None:
     """Adds to a plan what there is to say of its inputs' folders: how they were read, what is copied, the tokenizer."""
     checkpoints = list(plan.checkpoints.values())
-    plan.notes.extend(note for checkpoint in checkpoints for note in checkpoint.notes)
+    plan.notes.extend(dict.fromkeys(note for checkpoint in checkpoints for note in checkpoint.notes))
     plan.notes.extend([*module_notes(checkpoints), *find_files(plan).notes])
     plan.problems.extend(module_problems(checkpoints))
     if ranks.is_first and not plan.problems:
@@ -344,7 +344,13 @@ def _vocabulary(
     tensors = find_token_tensors(alignment, inputs.checkpoints[alignment.layout])
     elsewhere = {name: checkpoint.folder for name, checkpoint in prior.checkpoints.items()}
     vocabulary = build_vocabulary(
-        config.vocabulary, inputs.tokenizer_folders, config.base_model, alignment.layout, tensors, elsewhere
+        config.vocabulary,
+        inputs.tokenizer_folders,
+        config.base_model,
+        alignment.layout,
+        tensors,
+        elsewhere,
+        trust_remote_code=config.trust_remote_code,
     )
     moved = copy.deepcopy(dict(alignment.config))
     vocabulary.notes += move_ids(

@@ -330,6 +330,8 @@ class _TaskPlanner:
         anchor = base or found[0]
         dtype = self._dtype(anchor.info, [one.info for one in found])
         out = torch_dtype(self.config.out_dtype) if self.config.out_dtype is not None else dtype
+        if self.config.merge_method != "passthrough":
+            dtype = torch.float32 if dtype is torch.float64 else dtype  # as the checkpoint's notes say
         if not anchor.info.dtype.is_floating_point:
             self._copy(name, anchor, dtype, dtype, "not floating point")
             return

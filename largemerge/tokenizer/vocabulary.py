@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.side_files import has_tokenizer, tokenizer_names
 from largemerge.errors import ConfigError, LargemergeError
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
@@ -132,6 +133,8 @@ def build_vocabulary(
     reference: str,
     tensors: frozenset[str],
     elsewhere: Mapping[str, Path],
+    *,
+    trust_remote_code: bool = False,
 ) -> Vocabulary:
     """Reads all tokenizers and makes the output's.
 
@@ -142,6 +145,7 @@ def build_vocabulary(
         reference: The model whose config the output has.
         tensors: Names on disk of tensors with a row for every token.
         elsewhere: Folders of models that are not merged here, by name; others are located.
+        trust_remote_code: Allow tokenizers to be code that lies beside them.
 
     Raises:
         LargemergeError: If anything is wrong; it lists all of it.
@@ -153,13 +157,14 @@ def build_vocabulary(
     ]
     notes: list[str] = []
     first = base if base is not None else next(iter(folders))
-    by_model = _load_all(folders, first, problems, notes)
+    by_model = _load_all(folders, first, problems, notes, trust_remote_code)
     source = settings.source
     outside: Tokenizer | None = None
     if source not in (UNION, BASE, *folders):
         try:
             folder = elsewhere.get(source) or locate_checkpoint(source, source, weights=False)
-            outside = load_tokenizer(folder, source)
+            folder = folder / transformer_folder(folder, source)
+            outside = load_tokenizer(folder, source, trust_remote_code=trust_remote_code)
         except LargemergeError as error:
             problems.extend(f"tokenizer source: {problem}" for problem in error.problems)
     if problems:
@@ -175,7 +180,9 @@ def build_vocabulary(
     return Vocabulary(tokenizer, settings, by_model[reference], by_model, num_rows, tensors, notes)
 
 
-def _load_all(folders: Mapping[str, Path], first: str, problems: list[str], notes: list[str]) -> dict[str, Tokenizer]:
+def _load_all(
+    folders: Mapping[str, Path], first: str, problems: list[str], notes: list[str], trust_remote_code: bool
+) -> dict[str, Tokenizer]:
     """Loads the tokenizer of every model; models with the same files share one."""
     by_model: dict[str, Tokenizer] = {}
     loaded: dict[str, Tokenizer] = {}
@@ -190,7 +197,9 @@ def _load_all(folders: Mapping[str, Path], first: str, problems: list[str], note
             continue
         key = _files_key(folder)
         try:
-            by_model[model] = loaded[key] = loaded[key] if key in loaded else load_tokenizer(folder, model)
+            if key not in loaded:
+                loaded[key] = load_tokenizer(folder, model, trust_remote_code=trust_remote_code)
+            by_model[model] = loaded[key]
         except LargemergeError as error:
             problems.extend(error.problems)
             if model == first:

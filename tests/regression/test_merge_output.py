@@ -124,14 +124,11 @@ def test_config_and_generation_config_are_the_references(base_case: Case) -> Non
         base_case.config["base_model"] = None
 
 
-def test_python_files_are_copied_only_when_they_are_trusted(make_case: MakeCase) -> None:
+def test_python_files_that_no_config_names_stay_where_they_are(make_case: MakeCase) -> None:
     case = make_case(num_samples=4)
-    touch(case.folder / "model0", "modeling_tuned.py")
-    for trusted in (False, True):
-        case.config["trust_remote_code"] = trusted
-        out = case.folder / f"merged{trusted}"
-        largemerge.merge(case.config, out)
-        assert (out / "modeling_tuned.py").exists() == trusted
+    touch(case.folder / "model0", "train.py")
+    largemerge.merge(case.config, case.folder / "merged")
+    assert not (case.folder / "merged" / "train.py").exists()
 
 
 def test_a_model_with_code_of_its_own(make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""Every kind of tokenizer comes along, and what the output's encodes is held against what the input's encodes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from cases import weights_in
+from tokenized import CODE, ENGLISH, train, write_model
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    MarianConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
+
+import largemerge
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.side_files import TOKENIZER_FILES, find_side_files, tokenizer_names
+from largemerge.errors import LargemergeError
+from largemerge.tokenizer.compare import check_output_tokenizer
+
+HALF = {"weight": 0.5}
+TEXT = "the merging of models is 13 naïve additions </s>"
+KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], set[str]]] = {
+    "spm.model": (DebertaV2Config, {"tokenizer_class": "DebertaV2Tokenizer"}, {"spm.model"}),
+    "source.spm": (MarianConfig, {"tokenizer_class": "MarianTokenizer", "source_lang": "en", "target_lang": "de"},
+                   {"source.spm", "target.spm", "vocab.json"}),
+    "tokenizer.model": (LlamaConfig, {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer.model"}),
+    "vocab.json": (GPT2Config, {}, {"vocab.json", "merges.txt"}),
+    "vocab.txt": (BertConfig, {}, {"vocab.txt"}),
+    "tekken.json": (MistralConfig, {}, {"tekken.json"}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each kind, with a trained tokenizer and a config, and no `tokenizer.json` anywhere."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    (root / "corpus.txt").write_text("\n".join([*ENGLISH, *CODE] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(root / "corpus.txt"), model_prefix=str(root / "sp"), vocab_size=80, model_type="bpe", minloglevel=3
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(root / "sp.model"))
+    for name, (config, settings, files) in KINDS.items():
+        folder = root / name
+        folder.mkdir()
+        config().save_pretrained(folder)
+        if settings:
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        for file in files:
+            if file.endswith((".model", ".spm")):
+                shutil.copy(root / "sp.model", folder / file)
+    ids = {pieces.id_to_piece(number): number for number in range(80)} | {"<pad>": 80}
+    (root / "source.spm" / "vocab.json").write_text(json.dumps(ids))
+    bpe = train("BPE", [*ENGLISH, *CODE])
+    bpe.model.save(str(root / "vocab.json"))
+    train("WordPiece", ENGLISH).model.save(str(root / "vocab.txt"))
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *(root / "vocab.txt" / "vocab.txt").read_text().split("\n")]
+    (root / "vocab.txt" / "vocab.txt").write_text("\n".join(words))
+    ranks = [bytes([number]) for number in range(256)] + [b"th", b"the", b"ing", b"mod", b"model"]
+    tekken = {
+        "config": {
+            "pattern": r"\w+|[^\w\s]+|\s+",
+            "default_vocab_size": len(ranks) + 3,
+            "default_num_special_tokens": 3,
+        },
+        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(part).decode()} for rank, part in enumerate(ranks)],
+        "special_tokens": [{"rank": rank, "token_str": token} for rank, token in enumerate(["<unk>", "<s>", "</s>"])],
+    }
+    (root / "tekken.json" / "tekken.json").write_text(json.dumps(tekken))
+    return root
+
+
+def checked(folder: Path, change: Callable[[Path], None] = lambda made: None) -> tuple[list[str], list[str]]:
+    config = json.loads((folder / "config.json").read_text())
+    checkpoint = Checkpoint(folder.name, folder, config, {}, {})
+    side_files = find_side_files(checkpoint, folder, folder)
+    return check_output_tokenizer(side_files, config, folder, trust_remote_code=False, write=change)
+
+
+def test_every_file_that_a_class_of_transformers_asks_for_is_known() -> None:
+    """Read from the source of all tokenizer classes: importing them takes ten seconds."""
+    sources = Path(transformers.__file__).parent.rglob("*.py")
+    texts = [text for source in sources if "vocab_files_names" in (text := source.read_text(encoding="utf-8")).lower()]
+    tables = [table for text in texts for table in re.findall(r"VOCAB_FILES_NAMES[^=\n]*=\s*\{(.*?)\}", text, re.S)]
+    names = {name for table in tables for name in re.findall(r':\s*"([^"]+)"', table)}
+    assert len(names) > 20
+    names |= {"tekken.json", "tiktoken.model", "tokenizer.model.v3", "qwen.tiktoken", "tokenizer.4.2.0.json"}
+    unknown = [name for name in names if not any(Path(name).match(pattern) for pattern in TOKENIZER_FILES)]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_of_every_kind_comes_along_and_encodes_alike(folders: Path, kind: str) -> None:
+    folder = folders / kind
+    assert KINDS[kind][2] <= set(tokenizer_names(folder))
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    assert len(set(ids)) > 5, "a tokenizer without its vocabulary knows no word"
+    assert checked(folder) == ([], [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_missing_is_found_out(folders: Path, kind: str) -> None:
+    file = kind if kind != "source.spm" else "vocab.json"
+    (problem,), notes = checked(folders / kind, lambda made: (made / file).unlink())
+    assert problem.startswith("the output's tokenizer") and not notes
+
+
+def test_another_class_is_found_out(folders: Path) -> None:
+    def change(made: Path) -> None:
+        (made / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+
+    (problem,), _ = checked(folders / "tokenizer.model", change)
+    assert "encodes" in problem or "cannot be loaded" in problem
+
+
+def test_a_broken_tokenizer_is_copied_and_told(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    problems, (note,) = checked(tmp_path)
+    assert not problems and str(tmp_path) in note and "cannot be loaded" in note and "copied unchecked" in note
+
+
+def test_a_folder_without_a_tokenizer_needs_none(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    assert checked(tmp_path) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def encoders(folders: Path) -> Path:
+    """Two DeBERTas with `spm.model` alone."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = DebertaV2Config(vocab_size=84, max_position_embeddings=32, pad_token_id=0, **sizes)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        folder = folders / f"deberta{seed}"
+        DebertaV2ForSequenceClassification(config).save_pretrained(folder)
+        for name in ("spm.model", "tokenizer_config.json"):
+            shutil.copy(folders / "spm.model" / name, folder / name)
+    (folders / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ENGLISH))
+    return folders
+
+
+@pytest.mark.parametrize("method", ["linear", "regmean"])
+def test_deberta_encodes_after_the_merge_as_before(encoders: Path, tmp_path: Path, method: str) -> None:
+    more = {"parameters": HALF} if method == "linear" else {"calibration": {"data": str(encoders / "data.jsonl")}}
+    models = [{"model": str(encoders / f"deberta{seed}"), **more} for seed in (1, 2)]
+    largemerge.merge({"merge_method": method, "models": models}, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / "spm.model").read_bytes() == (encoders / "sp.model").read_bytes()
+    before, after = (AutoTokenizer.from_pretrained(each) for each in (encoders / "deberta1", tmp_path / "out"))
+    assert after(TEXT)["input_ids"] == before(TEXT)["input_ids"]
+    assert after.tokenize("models") == before.tokenize("models") != [before.unk_token]
+
+
+def test_a_link_that_leads_out_is_not_followed_and_stops_the_merge(encoders: Path, tmp_path: Path) -> None:
+    """A link in a folder of strangers may lead to a secret, which the output would make public."""
+    shutil.copytree(encoders / "deberta1", tmp_path / "linked")
+    (tmp_path / "linked" / "spm.model").unlink()
+    (tmp_path / "linked" / "spm.model").symlink_to(encoders / "sp.model")
+    models = [{"model": str(folder), "parameters": HALF} for folder in (tmp_path / "linked", encoders / "deberta2")]
+    plan = largemerge.plan({"merge_method": "linear", "models": models})
+    assert any("spm.model is a link that leads out" in note for note in plan.notes)
+    with pytest.raises(LargemergeError, match="the output's tokenizer"):
+        largemerge.merge({"merge_method": "linear", "models": models}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_union_is_compared_with_its_own_vocabulary(tmp_path: Path) -> None:
+    write_model(tmp_path / "a", 1, train("BPE", ENGLISH, 280), ["<|im_start|>"])
+    write_model(tmp_path / "b", 2, train("BPE", CODE, 290), ["<|tool|>"])
+    (tmp_path / "a" / "tekken.json").write_text("{}")  # vocabulary of old: the union replaces it
+    models = [{"model": str(tmp_path / name), "parameters": HALF} for name in "ab"]
+    config = {"merge_method": "linear", "models": models, "tokenizer_source": "union"}
+    assert largemerge.plan(config).problems == []
+    largemerge.merge(config, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out" / "tekken.json").exists()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("def <|tool|> the <|im_start|>")["input_ids"]
+    assert max(ids) < len(weights_in(tmp_path / "out")["lm_head.weight"])
