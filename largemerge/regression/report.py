@@ -27,7 +27,7 @@ from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
-from largemerge.tokenizer.tokenizers import tokenizer_folder
+from largemerge.tokenizer.tokenizers import tokenizer_folder, write_files
 
 
 def config_yaml(config: MergeConfig) -> str:
@@ -245,10 +245,16 @@ def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> 
     inputs, config = planned.inputs, planned.plan.config
     models = {model.name: model for model in (inputs.base, *inputs.candidates) if model is not None}  # the base first
     tokenizers = {name: tokenizer_folder(model, inputs.adapters.get(name)) for name, model in models.items()}
-    source = config.tokenizer_source
-    tokenizer = find_tokenizer(*tokenizers.values()) if source is None else tokenizers[source]
+    source = config.vocabulary.source if config.vocabulary is not None else None
+    tokenizer = tokenizers[source] if source in tokenizers else find_tokenizer(*tokenizers.values())
+    tokens = inputs.tokens
+    made = tokens.vocabulary if tokens is not None else None
     processor = find_processor(*(model.folder for model in models.values()))
-    copy_side_files(path, inputs.reference.folder, tokenizer, processor, with_code=config.trust_remote_code)
+    copied = tokenizer if made is None else None
+    copy_side_files(path, inputs.reference.folder, copied, processor, with_code=config.trust_remote_code)
+    if tokens is not None and made is not None:
+        write_files(path, made.tokenizer.files)
+        tokens.move_generation_ids(path, inputs.reference.name)
     yaml_text = config_yaml(config)
     (path / "largemerge_config.yaml").write_text(yaml_text, encoding="utf-8")
     if inputs.heads is not None:
@@ -257,6 +263,7 @@ def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> 
             inputs.heads,
             lambda name: open_reader(inputs.stored[name], inputs.adapters.get(name)),
             dtype=torch_dtype(config.dtype) if config.dtype is not None else None,
+            adapt=tokens.adapt if tokens is not None else lambda model, config: None,
         )
     (path / "README.md").write_text(
         model_card(

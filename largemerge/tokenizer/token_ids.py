@@ -27,27 +27,49 @@ def find_token_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     from largemerge.model.key_mapping import map_keys
     from largemerge.model.skeleton import build_skeleton
 
-    model: Any = build_skeleton(checkpoint).model
+    model = build_skeleton(checkpoint).model
+    names, first = token_parameters(model)
+    if first is None:
+        class_name = type(model).__name__
+        raise ArchitectureError(f"{checkpoint.name}: {class_name} has no token embeddings; leave 'tokenizer' out")
+    sideways = sideways_tensors(checkpoint, model)
+    if sideways:
+        raise ArchitectureError(
+            f"{checkpoint.name}: {sideways[0]} has its tokens in the second dimension, which 'tokenizer' and "
+            "'tokenizer_source' do not support; leave them out"
+        )
+    on_disk = map_keys(model, checkpoint).renamed
+    return frozenset(on_disk[name] for name in names if name in on_disk)
+
+
+def token_parameters(model: Any) -> tuple[frozenset[str], str | None]:
+    """Finds the names of a model's parameters that have a row for every token, tied names included.
+
+    Args:
+        model: A Transformers model, on any device.
+
+    Returns:
+        The names, and that of the input embeddings; none and `None` where the model has no token embeddings.
+    """
     inputs = outputs = None
     with contextlib.suppress(NotImplementedError):
         inputs = model.get_input_embeddings()
         outputs = model.get_output_embeddings()
     weight = getattr(inputs, "weight", None)
     if not isinstance(inputs, torch.nn.Embedding) or not isinstance(weight, torch.Tensor):
-        class_name = type(model).__name__
-        raise ArchitectureError(f"{checkpoint.name}: {class_name} has no token embeddings; leave 'tokenizer' out")
-    sideways = [name for name, info in checkpoint.tensors.items() if info.shape == (1, weight.shape[0])]
-    if sideways:
-        raise ArchitectureError(
-            f"{checkpoint.name}: {sideways[0]} has its tokens in the second dimension, which 'tokenizer' and "
-            "'tokenizer_source' do not support; leave them out"
-        )
+        return frozenset(), None
     found = [weight, getattr(outputs, "weight", None), getattr(outputs, "bias", None)]
     tensors = (tensor for tensor in found if isinstance(tensor, torch.Tensor))
     wanted = {id(tensor) for tensor in tensors if tensor.shape[0] == weight.shape[0]}
-    on_disk = map_keys(model, checkpoint).renamed
-    names = (name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in wanted)
-    return frozenset(on_disk[name] for name in names if name in on_disk)
+    named = list(model.named_parameters(remove_duplicate=False))
+    first = next(name for name, tensor in named if tensor is weight)
+    return frozenset(name for name, tensor in named if id(tensor) in wanted), first
+
+
+def sideways_tensors(checkpoint: Checkpoint, model: Any) -> list[str]:
+    """Names on disk of tensors with a column for every token, such as `final_logits_bias`."""
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    return [name for name, info in checkpoint.tensors.items() if info.shape == (1, num_rows)]
 
 
 def move_ids(
