@@ -410,7 +410,7 @@ def write_heads(
     readers: Callable[[str], contextlib.AbstractContextManager[TensorReader]],
     *,
     dtype: torch.dtype | None = None,
-    adapt: Callable[[dict[str, Any]], None] = lambda config: None,
+    adapt: Callable[[str, dict[str, Any]], None] = lambda model, config: None,
 ) -> None:
     """Writes every model's head to `out/heads/`; may be repeated.
 
@@ -419,7 +419,8 @@ def write_heads(
         heads: The heads.
         readers: Opens a reader of a model by its name.
         dtype: Dtype of floating-point tensors; `None` for the stored one.
-        adapt: Changes a model's config to what the output's body needs, such as its number of tokens.
+        adapt: Called with a model's name and its config, to change that to what the output's body needs, such as its
+            number of tokens.
     """
     (out / HEADS_FOLDER).mkdir(exist_ok=True)
     for name, head in heads.models.items():
@@ -433,7 +434,7 @@ def write_heads(
         for key in ("_name_or_path", "quantization_config", "transformers_weights"):
             config.pop(key, None)
         config["architectures"] = [head.class_name]
-        adapt(config)
+        adapt(name, config)
         metadata = {
             "format": "pt",
             "model": name,

@@ -558,7 +558,7 @@ def align(
         chosen,
         layout.checkpoint.config,
         layout.class_name,
-        frozenset(key for name in token_parameters(layout.model) for key in aligner.names_of(name)),
+        frozenset(key for name in token_parameters(layout.model)[0] for key in aligner.names_of(name)),
         notes,
         problems,
     )
@@ -631,19 +631,27 @@ def _add_unknown(
         notes += [f"{what}: {text} (in {', '.join(names)})" for text, names in texts.items()]
 
 
-def token_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters with a row for every token: input and output embeddings, and the latter's bias."""
-    found: Any = model
+def token_parameters(model: Any) -> tuple[frozenset[str], str | None]:
+    """Finds the parameters with a row for every token: input and output embeddings, and the latter's bias.
+
+    Args:
+        model: A Transformers model, on any device.
+
+    Returns:
+        Their names, tied ones included, and that of the input embeddings; none and `None` where there are none.
+    """
     inputs = outputs = None
     with contextlib.suppress(NotImplementedError):
-        inputs = found.get_input_embeddings()
-        outputs = found.get_output_embeddings()
+        inputs = model.get_input_embeddings()
+        outputs = model.get_output_embeddings()
     weight = getattr(inputs, "weight", None)
     if not isinstance(inputs, torch.nn.Embedding) or not isinstance(weight, torch.Tensor):
-        return []
+        return frozenset(), None
     tensors = [weight, getattr(outputs, "weight", None), getattr(outputs, "bias", None)]
     wanted = {id(each) for each in tensors if isinstance(each, torch.Tensor) and each.shape[0] == weight.shape[0]}
-    return [name for name, each in model.named_parameters(remove_duplicate=False) if id(each) in wanted]
+    named = list(model.named_parameters(remove_duplicate=False))
+    first = next(name for name, each in named if each is weight)
+    return frozenset(name for name, each in named if id(each) in wanted), first
 
 
 def _by_name(

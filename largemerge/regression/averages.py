@@ -21,6 +21,7 @@ from largemerge.checkpoint.reader import TensorReader
 from largemerge.heads import initial_tensors
 from largemerge.regression.gram import GRAM_DTYPE
 from largemerge.regression.tensor_plan import MergeRule, TensorPlan
+from largemerge.regression.tokens import Tokens, token_reader
 from largemerge.regression.weights import Weights
 
 AVERAGE_CHUNK_BYTES = 8 << 20
@@ -77,6 +78,9 @@ def _merge_mapped(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -
     elif plan.rule is MergeRule.COPIED:
         sources = sources[:1]
     out = inputs.reference_mapping
+    if inputs.tokens is not None and plan.name in inputs.tokens.parameters:
+        _average_tokens(plan, list(numbers), shares, weights, inputs.tokens)
+        return
     plain = all(names.canonical(plan.name) in names.renamed for names in (out, *(names for _, names in sources)))
     if plain:
         keyed = [(reader, names.renamed[names.canonical(plan.name)]) for reader, names in sources]
@@ -86,6 +90,26 @@ def _merge_mapped(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -
     else:
         loaded = [weights.read_candidate(index, [plan.name])[plan.name] for index in list(numbers)[: len(sources)]]
         weights.store({plan.name: weighted_average(loaded, shares, plan.dtype)})
+
+
+def _average_tokens(
+    plan: TensorPlan, numbers: Sequence[int], shares: Sequence[float], weights: Weights, tokens: Tokens
+) -> None:
+    """Averages a tensor with a row for every token, rows in the order of the output's tokens."""
+    inputs, name = weights.inputs, plan.name
+    keys = inputs.token_keys(name)
+    models = list(keys)
+    readers = {reader.checkpoint.name: reader for reader in weights.all_readers}
+    reader = token_reader(tokens, models, keys, readers)
+    wanted = ["base"] if plan.rule is MergeRule.BASE else [inputs.names[number] for number in numbers]
+    places = [models.index(model) for model in wanted]
+    out_key = inputs.reference_mapping.renamed[inputs.reference_mapping.canonical(name)]
+    layout = weights.output[out_key]
+    step = max(1, AVERAGE_CHUNK_BYTES * layout.shape[0] // max(1, layout.num_bytes))
+    for start in range(0, layout.shape[0], step):
+        rows = reader.read(slice(start, min(start + step, layout.shape[0])))
+        merged = weighted_average((rows[place] for place in places), shares, plan.dtype)
+        weights.own_writer.write(out_key, merged, first_row=start)
 
 
 def _average_rows(

@@ -21,6 +21,7 @@ from largemerge.checkpoint.locate import Reference, absolute_reference
 from largemerge.config_file import DtypeName, Size, Strict, Truth, explain, nearest, read_yaml, to_json, without_helpers
 from largemerge.errors import ConfigError
 from largemerge.regression.methods import METHODS, RegressionMethod
+from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 
 
 def _check_regex(pattern: str) -> str:
@@ -123,7 +124,10 @@ class MergeConfig(Strict):
     compute_dtype: DtypeName | None = None
     """Dtype of the forward passes; default: the checkpoints'. Sums and solves are float32 or better always."""
     tokenizer_source: str | None = None
-    """`base`, or the name of a candidate; default: the base where there is one, else the first candidate."""
+    """`union`, `base`, or the name of a candidate; default: the base's tokenizer where there is a base, else the first
+    candidate's, and rows of embeddings are averaged by their numbers."""
+    tokenizer: TokenizerSettings | None = None
+    """The same as `tokenizer_source`, with more settings."""
     head: str | None = Field(None, min_length=1)
     """`none`, `base`, or the name of a candidate: the head that goes into the output. All heads that are not merged lie
     beside it; default: none, unless the base's fits all candidates."""
@@ -153,6 +157,13 @@ class MergeConfig(Strict):
     def method(self) -> RegressionMethod:
         """The method's row in the table."""
         return METHODS[self.merge_method]
+
+    @property
+    def vocabulary(self) -> TokenizerSettings | None:
+        """Settings of the output's vocabulary; `None` where the user has made none."""
+        if self.tokenizer_source is not None:
+            return TokenizerSettings(source=self.tokenizer_source)
+        return self.tokenizer
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -197,6 +208,7 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
         config = MergeConfig.model_validate_json(to_json(raw))
     except pydantic.ValidationError as error:
         raise ConfigError(*explain(error, MergeConfig)) from None
+    config = _with_names(config)
     problems = list(_cross_checks(config))
     if problems:
         raise ConfigError(*problems)
@@ -215,12 +227,14 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
         yield "models: 'base' stands for base_model; give that candidate another 'name'"
     if config.output.double_quant is not None and config.output.quantization not in ("nf4", "fp4"):
         yield f"output.double_quant: is for nf4 and fp4, found quantization {config.output.quantization!r}"
-    source = config.tokenizer_source
-    if source == "base" and config.base_model is None:
-        yield "tokenizer_source: 'base' needs a 'base_model'"
-    elif source is not None and source != "base" and source not in config.names:
-        known = ["base", *config.names]
-        yield f"tokenizer_source: {source!r} is no candidate's name; expected one of {known}{nearest(source, known)}"
+    if config.tokenizer_source is not None and config.tokenizer is not None:
+        yield "tokenizer_source: exclude it or 'tokenizer', whose 'source' means the same"
+    for place, source in _tokenizer_sources(config):
+        if source == BASE and config.base_model is None:
+            yield f"{place}: 'base' needs a 'base_model'"
+        elif source not in (BASE, *config.names) and not (source == UNION and place in _SOURCES):
+            known = [*([UNION] if place in _SOURCES else []), BASE, *config.names]
+            yield f"{place}: {source!r} is no candidate's name; expected one of {known}{nearest(source, known)}"
     if config.head == "base" and config.base_model is None:
         yield "head: 'base' needs a 'base_model'"
     elif config.head is not None and config.head not in ("none", "base", *config.names):
@@ -243,6 +257,45 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
             yield f"{where}.calibration: {' and '.join(map(repr, texts))} exclude each other"
         if calibration.pack and calibration.loss_mask_field is not None:
             yield f"{where}.calibration: 'pack' and 'loss_mask_field' exclude each other"
+
+
+_SOURCES = ("tokenizer_source", "tokenizer.source")
+
+
+def _tokenizer_sources(config: MergeConfig) -> Iterator[tuple[str, str]]:
+    """Yields the models that settings of the tokenizer name, after their places in the file."""
+    if config.tokenizer_source is not None:
+        yield "tokenizer_source", config.tokenizer_source
+    if config.tokenizer is not None:
+        yield "tokenizer.source", config.tokenizer.source
+        yield from config.tokenizer.models()
+
+
+def _with_names(config: MergeConfig) -> MergeConfig:
+    """A copy in which settings of the tokenizer name models by their names where they were given as in `model`."""
+    names = {candidate.model: candidate.label for candidate in reversed(config.models)}
+    if config.base_model is not None:
+        names = {config.base_model: BASE, **names}
+
+    def named(value: Any) -> Any:
+        if isinstance(value, str):
+            return names.get(value, value)
+        if isinstance(value, TokenSource):
+            return value.model_copy(update={"model": names.get(value.model, value.model)})
+        return value
+
+    update: dict[str, Any] = {}
+    if config.tokenizer_source is not None:
+        update["tokenizer_source"] = named(config.tokenizer_source)
+    if config.tokenizer is not None:
+        tokens = {
+            token: settings.model_copy(update={"source": named(settings.source)})
+            for token, settings in config.tokenizer.tokens.items()
+        }
+        update["tokenizer"] = config.tokenizer.model_copy(
+            update={"source": named(config.tokenizer.source), "tokens": tokens}
+        )
+    return config.model_copy(update=update) if update else config
 
 
 def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfig:

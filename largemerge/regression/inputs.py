@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from largemerge.model.skeleton import (
     weight_is_transposed,
 )
 from largemerge.regression.config import MergeConfig
+from largemerge.regression.tokens import Tokens, open_tokens
+from largemerge.tokenizer.tokenizers import tokenizer_folder
 
 Layout = tuple[Any, ...]
 """Whether a model is tied; name, shape and dtype of every tensor on disk."""
@@ -60,6 +63,7 @@ class Inputs:
         heads: Heads that are kept apart; `None` where all of them are merged.
         stored: Name of a checkpoint → the checkpoint as it lies on disk, where something of it does not enter the
             merge as it is.
+        tokens: How rows of embeddings are brought to the output's; `None` where all models have the same ones.
     """
 
     candidates: tuple[Checkpoint, ...]
@@ -73,6 +77,7 @@ class Inputs:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     heads: Heads | None = None
     stored: Mapping[str, Checkpoint] = field(default_factory=dict)
+    tokens: Tokens | None = None
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -121,6 +126,17 @@ class Inputs:
         adapter = self.adapters.get(checkpoint.name)
         added = adapter.bytes_of(keys) if adapter is not None else 0
         return sum(checkpoint.tensors[key].num_bytes for key in keys) + added
+
+    def token_keys(self, name: str) -> dict[str, str]:
+        """Model → name on disk of a parameter with a row for every token, for the models that have it."""
+        mapped = list(zip(self.candidates, self.candidate_mappings, strict=True))
+        if self.base is not None and self.base_mapping is not None:
+            mapped.append((self.base, self.base_mapping))
+        return {each.name: names.keys_of(name)[0] for each, names in mapped if names.has(name)}
+
+    def on_disk(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint with all its tensors as they lie on disk, where its embeddings have been arranged anew."""
+        return checkpoint if self.tokens is None else self.tokens.stored(checkpoint, self.stored[checkpoint.name])
 
     def quantized(self) -> dict[str, dict[str, int]]:
         """Name of a checkpoint → format → number of weights in it, for checkpoints with quantised weights."""
@@ -175,26 +191,24 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         first, candidates = chosen, tuple(chosen if each.name == chosen.name else each for each in candidates)
     else:
         base = chosen
-    skeleton = build_skeleton(
-        chosen,
-        _stacks(config, heads),
-        dtype=_compute_dtype(config, candidates[0]),
-        trust_remote_code=config.trust_remote_code,
-    )
-    candidates = tuple(_oriented(skeleton, each, adapters.get(each.name)) for each in candidates)
-    base = _oriented(skeleton, base, adapters.get(base.name)) if base is not None else None
+    arguments: Any = {"first": first.name, "from_base": from_base, "tied": tied}
+    made = _map_all(config, heads, adapters, candidates, base, **arguments)
+    reference = "base" if from_base else first.name
+    tokens, more = _open_tokens(config, made, adapters, reference, from_config=from_config)
+    notes += more
+    if tokens is not None:
+        _check_heads(heads, tokens)
+        candidates = tuple(map(tokens.arranged, candidates))
+        base = tokens.arranged(base) if base is not None else None
+        made = _map_all(config, heads, adapters, candidates, base, **arguments)
+    skeleton, candidates, base, candidate_mappings, base_mapping = made
     first = next(each for each in candidates if each.name == first.name)
-    reference = base if base is not None and from_base else first
-    maps: dict[Layout, KeyMapping] = {}
-    candidate_mappings = tuple(_mapping_of(skeleton, each, maps, each.name in tied) for each in candidates)
-    base_mapping = _mapping_of(skeleton, base, maps, base.name in tied) if base is not None else None
-    reference_mapping = candidate_mappings[candidates.index(first)]
-    if reference is base and base_mapping is not None:
+    reference_mapping, reference_checkpoint = candidate_mappings[candidates.index(first)], first
+    if from_base and base is not None and base_mapping is not None:
         if set(base_mapping.missing) <= set(reference_mapping.missing) or (heads is not None and heads.choice == BASE):
-            reference_mapping = base_mapping
+            reference_mapping, reference_checkpoint = base_mapping, base
         else:
             notes.append(f"the base lacks {len(base_mapping.missing)} tensors: names come from {first.name}")
-            reference = first
     reference_mapping = _with_untied(skeleton, reference_mapping, candidate_mappings)
     if heads is not None:
         reference_mapping = _with_missing(skeleton, reference_mapping)
@@ -202,8 +216,85 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         labels = getattr(skeleton.model.config, "id2label", None) or {}
         note = default_labels_note(skeleton.model, list(labels.values()), config.names)
         notes += [note] if note is not None else []
-    names = (candidate_mappings, base_mapping, reference_mapping)
-    return Inputs(candidates, base, reference, skeleton, *names, tuple(notes), adapters, heads, stored)
+    return Inputs(
+        candidates=candidates,
+        base=base,
+        reference=reference_checkpoint,
+        skeleton=skeleton,
+        candidate_mappings=candidate_mappings,
+        base_mapping=base_mapping,
+        reference_mapping=reference_mapping,
+        notes=tuple(notes),
+        adapters=adapters,
+        heads=heads,
+        stored=stored,
+        tokens=tokens,
+    )
+
+
+_Mapped = tuple[Skeleton, tuple[Checkpoint, ...], Checkpoint | None, tuple[KeyMapping, ...], KeyMapping | None]
+"""Skeleton, candidates and base as the modules hold their weights, and how they map to the skeleton."""
+
+
+def _map_all(
+    config: MergeConfig,
+    heads: Heads | None,
+    adapters: Mapping[str, Adapter],
+    candidates: tuple[Checkpoint, ...],
+    base: Checkpoint | None,
+    *,
+    first: str,
+    from_base: bool,
+    tied: Collection[str],
+) -> _Mapped:
+    """Builds the skeleton from the base or the candidate `first`, and maps all checkpoints to it.
+
+    Models whose names are in `tied` have one tensor for both embeddings, whether the skeleton has or not.
+    """
+    named = next(each for each in candidates if each.name == first)
+    skeleton = build_skeleton(
+        base if base is not None and from_base else named,
+        _stacks(config, heads),
+        dtype=_compute_dtype(config, candidates[0]),
+        trust_remote_code=config.trust_remote_code,
+    )
+    candidates = tuple(_oriented(skeleton, each, adapters.get(each.name)) for each in candidates)
+    base = _oriented(skeleton, base, adapters.get(base.name)) if base is not None else None
+    maps: dict[Layout, KeyMapping] = {}
+    candidate_mappings = tuple(_mapping_of(skeleton, each, maps, each.name in tied) for each in candidates)
+    base_mapping = _mapping_of(skeleton, base, maps, base.name in tied) if base is not None else None
+    return skeleton, candidates, base, candidate_mappings, base_mapping
+
+
+def _open_tokens(
+    config: MergeConfig, made: _Mapped, adapters: Mapping[str, Adapter], reference: str, *, from_config: bool
+) -> tuple[Tokens | None, list[str]]:
+    """Finds out whether vocabularies differ; see `tokens.py`."""
+    skeleton, candidates, base, candidate_mappings, base_mapping = made
+    models = {each.name: (each, names) for each, names in zip(candidates, candidate_mappings, strict=True)}
+    excluded: frozenset[str] = frozenset()
+    if base is not None and base_mapping is not None:
+        models["base"] = base, base_mapping
+        excluded = frozenset(
+            name
+            for name in skeleton.model.state_dict()
+            if base_mapping.has(name) and _is_excluded(config, name, *base_mapping.keys_of(name))
+        )
+    folders = {name: tokenizer_folder(each, adapters.get(name)) for name, (each, _) in models.items()}
+    return open_tokens(
+        config.vocabulary, skeleton, models, folders, reference, excluded=excluded, from_config=from_config
+    )
+
+
+def _check_heads(heads: Heads | None, tokens: Tokens) -> None:
+    """Refuses heads that have a row for every token, where rows are arranged anew."""
+    for name, kept in heads.kept.items() if heads is not None else ():
+        lost = [key for key in kept.values() if key in tokens.on_disk.get(name, {})]
+        if lost:
+            raise CheckpointError(
+                f"{name}: its head {lost[0]} has a row for every token, and vocabularies differ; "
+                "merge models of one class, or give all the same tokenizer and number of rows"
+            )
 
 
 def _compare_configs(
@@ -231,15 +322,21 @@ def _compare_configs(
 
 def _find_heads(config: MergeConfig, candidates: Sequence[Checkpoint], base: Checkpoint | None) -> Heads | None:
     """Finds heads that cannot be merged; see `largemerge.heads`."""
-    patterns = config.parameters.exclude
-
-    def excluded(name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in patterns)
-
-    heads = find_heads(candidates, base, config.head, excluded=excluded, trust_remote_code=config.trust_remote_code)
+    heads = find_heads(
+        candidates,
+        base,
+        config.head,
+        excluded=partial(_is_excluded, config),
+        trust_remote_code=config.trust_remote_code,
+    )
     if heads is not None:
         check_files(heads)
     return heads
+
+
+def _is_excluded(config: MergeConfig, *labels: str) -> bool:
+    """Whether the user wants the base's tensor, by any of its names."""
+    return any(re.search(pattern, label) for pattern in config.parameters.exclude for label in labels)
 
 
 def _stacks(config: MergeConfig, heads: Heads | None) -> tuple[str, ...]:

@@ -60,6 +60,7 @@ from largemerge.regression.samples import (
     read_all,
 )
 from largemerge.regression.tensor_plan import MergeRule
+from largemerge.regression.tokens import ArrangedReader
 from largemerge.regression.weights import Weights
 from largemerge.verify import ComparedTensor, Comparison, Verification
 
@@ -222,12 +223,12 @@ def _plan_with_data(
 ) -> tuple[PlannedMerge, tuple[CalibrationSet, ...]]:
     """Reads all candidates' data and plans with it; raises where data or plan have problems."""
     outlines = read_all(config, inputs, outline_calibration)
-    calibration = read_all(config, inputs, load_calibration, _input_mapper(config, out))
+    calibration = read_all(config, inputs, load_calibration, _transform(config, inputs, out))
     machines = Machines(device, ranks.size, ranks.local_size)
     planned = make_plan(config, inputs, machines, outlines, calibration, out)
     notes = (*planned.plan.notes, *too_many_threads(ranks, device))
     planned = replace(planned, plan=replace(planned.plan, notes=notes))
-    misfits = check_samples(inputs.skeleton, planned.trace, calibration)
+    misfits = check_samples(inputs.skeleton, planned.trace, calibration, any_ids=inputs.tokens is not None)
     if misfits:
         raise CalibrationError(*misfits)
     if planned.plan.problems:
@@ -235,12 +236,19 @@ def _plan_with_data(
     return planned, calibration
 
 
-def _input_mapper(config: MergeConfig, out: Path) -> Callable[[CalibrationSet], CalibrationSet] | None:
-    """Makes what offloads pixels and the like to a mapped file, where the user has set limits."""
-    if not config.memory.maps_inputs:
+def _transform(config: MergeConfig, inputs: Inputs, out: Path) -> Callable[[CalibrationSet], CalibrationSet] | None:
+    """Makes what gives data the output's token ids, and offloads pixels to a mapped file where there are limits."""
+    tokens, maps = inputs.tokens, config.memory.maps_inputs
+    if tokens is None and not maps:
         return None
     folder = existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
-    return lambda calibration: mmap_inputs(calibration, folder)
+
+    def transform(data: CalibrationSet) -> CalibrationSet:
+        if tokens is not None:
+            data = tokens.map_ids(data, takes_unknown=config.method.inputs == "candidate")
+        return mmap_inputs(data, folder) if maps else data
+
+    return transform
 
 
 def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -256,6 +264,7 @@ def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:
         "samples at once": plan.placement.samples,
         "compute_dtype": str(plan.compute_dtype),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},
+        **({"vocabulary": inputs.tokens.fingerprint()} if inputs.tokens is not None else {}),
     }
 
 
@@ -361,8 +370,9 @@ class Job:
         past_cache = plan.placement.passes == 1 and self.ranks.size == 1
 
         def reader(checkpoint: Checkpoint) -> TensorReader:
-            adapter = inputs.adapters.get(checkpoint.name)
-            return stack.enter_context(open_reader(checkpoint, adapter, past_cache=past_cache))
+            adapter, on_disk = inputs.adapters.get(checkpoint.name), inputs.on_disk(checkpoint)
+            opened = stack.enter_context(open_reader(on_disk, adapter, past_cache=past_cache))
+            return opened if inputs.tokens is None else ArrangedReader(opened, checkpoint, inputs.tokens)
 
         return Weights(
             inputs=inputs,

@@ -61,6 +61,7 @@ from largemerge.regression.tensor_plan import (
     quantize_output,
     tensor_labels,
 )
+from largemerge.regression.tokens import Tokens
 
 _MAX_RANK_ROWS = 8  # in the table of a plan
 _MEMORY_TRIPS, _LOCAL_LATENCY = 5, 0.5e-3  # of a byte between processes of one machine: copied, and added up
@@ -83,6 +84,7 @@ class MergePlan:
         quantized: Number of quantised weights by input and format.
         adapters: For each input with an adapter, the number of weights it adds to and the tensors it replaces.
         heads: Heads that are not merged; `None` where all are.
+        tokens: How rows of embeddings are brought to the output's; `None` where all models have the same ones.
         bytes_read: Bytes read from checkpoints.
         placement: Where things are held, chosen to keep the limits.
         reasons: Why this placement was chosen.
@@ -107,6 +109,7 @@ class MergePlan:
     quantized: Mapping[str, Mapping[str, int]]
     adapters: Mapping[str, Mapping[str, Any]]
     heads: Heads | None
+    tokens: Tokens | None
     bytes_read: int
     placement: Placement
     reasons: tuple[str, ...]
@@ -176,6 +179,7 @@ class MergePlan:
             "quantized_output": self.quantized_output(),
             **({"adapters": {name: dict(summary) for name, summary in self.adapters.items()}} if self.adapters else {}),
             **({"heads": self.heads.to_json()} if self.heads is not None else {}),
+            **({"vocabulary": self.tokens.to_json()} if self.tokens is not None else {}),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "placement": {**vars(self.placement), "hidden_states": self.placement.hidden_states.value},
@@ -237,7 +241,7 @@ class MergePlan:
 
 
 def input_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
-    """Rows of a table on quantised inputs and outputs, adapters and heads: label and text."""
+    """Rows of a table on quantised inputs and outputs, adapters, heads, vocabulary: label and text."""
 
     def text(kinds: Mapping[str, int]) -> str:
         return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
@@ -251,6 +255,8 @@ def input_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
         yield "adapter", f"{name}: {summary['adapted']} weights adapted{replaced}"
     if plan.heads is not None:
         yield "heads", plan.heads.summary()
+    if plan.tokens is not None:
+        yield "vocabulary", plan.tokens.summary()
 
 
 def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
@@ -340,12 +346,18 @@ def make_plan(
         quantized=inputs.quantized(),
         adapters=_adapter_summaries(inputs),
         heads=inputs.heads,
+        tokens=inputs.tokens,
         bytes_read=_bytes_read(inputs, tensors),
         placement=choice.placement,
         reasons=choice.reasons,
         footprint=choice.footprint,
         limits=limits,
-        notes=(*inputs.notes, *_notes(config, inputs, tensors), *file_notes),
+        notes=(
+            *inputs.notes,
+            *(inputs.tokens.all_notes if inputs.tokens else ()),
+            *_notes(config, inputs, tensors),
+            *file_notes,
+        ),
         problems=tuple(problems),
     )
     if config.strict:

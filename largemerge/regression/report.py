@@ -26,7 +26,7 @@ from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
-from largemerge.regression.output_files import check_tokenizer, find_files
+from largemerge.regression.output_files import check_tokenizer, find_files, write_tokenizer
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
 from largemerge.verify import Verification
@@ -253,7 +253,12 @@ def config_text(planned: PlannedMerge) -> str:
 def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> None:
     """Writes everything but weights, index and `config.json` into a folder."""
     inputs, config = planned.inputs, planned.plan.config
-    find_files(config, inputs).copy(path)
+    tokens = inputs.tokens
+    side_files = find_files(config, inputs)
+    side_files.copy(path)
+    write_tokenizer(path / side_files.inner, inputs)
+    if tokens is not None:
+        tokens.move_generation_ids(path / side_files.inner, inputs.reference.name)
     problems, _ = check_tokenizer(config, inputs, path)
     if problems:
         raise MergeError(*problems)
@@ -265,6 +270,7 @@ def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> 
             inputs.heads,
             lambda name: open_reader(inputs.stored[name], inputs.adapters.get(name)),
             dtype=torch_dtype(config.dtype) if config.dtype is not None else None,
+            adapt=tokens.adapt if tokens is not None else lambda model, config: None,
         )
     (path / "README.md").write_text(
         model_card(

@@ -24,12 +24,13 @@ from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CalibrationError
 from largemerge.model.block_runner import count_valid_rows
 from largemerge.model.forward import resumed_at
-from largemerge.model.skeleton import Skeleton, fill_with_nan
+from largemerge.model.skeleton import Skeleton, fill_with_nan, load_config
 from largemerge.model.trace import ModelTrace
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.planning.ranks import batch_costs
 from largemerge.regression.tensor_plan import BlockPlan
+from largemerge.regression.tokens import own_signature
 from largemerge.tokenizer.tokenizers import tokenizer_folder
 
 Result = TypeVar("Result")
@@ -89,15 +90,21 @@ def read_all(
     base = tokenizer_folder(inputs.base, inputs.adapters.get("base")) if inputs.base is not None else None
     results: list[Result] = []
     problems: list[str] = []
+    tokens = inputs.tokens
     with shared_tokenizers():
         for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
             assert candidate.calibration is not None
+            of_candidate = signature
+            if tokens is not None:
+                stored = inputs.stored[checkpoint.name]
+                own = load_config(stored, trust_remote_code=config.trust_remote_code)
+                of_candidate = own_signature(signature, own)
             try:
                 result = read(
                     candidate.calibration,
                     checkpoint.name,
                     tokenizer_folder(checkpoint, inputs.adapters.get(checkpoint.name)),
-                    signature,
+                    of_candidate,
                     base=base,
                     trust_remote_code=config.trust_remote_code,
                 )
@@ -163,10 +170,18 @@ def partition_samples(
     )
 
 
-def check_samples(skeleton: Skeleton, trace: ModelTrace, calibration: Sequence[CalibrationSet]) -> list[str]:
+def check_samples(
+    skeleton: Skeleton, trace: ModelTrace, calibration: Sequence[CalibrationSet], *, any_ids: bool = False
+) -> list[str]:
     """Finds token ids beyond the vocabulary, sequences longer than the model's position embeddings, and the like.
 
     Every batch is run up to the first block, with embeddings that cost no memory.
+
+    Args:
+        skeleton: The model; its parameters outside the blocks are replaced.
+        trace: Trace of the model.
+        calibration: Data of all candidates.
+        any_ids: Whether ids have been checked already, and may stand for tokens beyond the vocabulary.
 
     Returns:
         Problems of all candidates; empty where all data fits.
@@ -176,10 +191,14 @@ def check_samples(skeleton: Skeleton, trace: ModelTrace, calibration: Sequence[C
     fill_with_nan(skeleton, torch.device("cpu"))
     with resumed_at(skeleton, trace.order[0], 0) as run:
         for data in calibration:
-            found = list(_id_problems(data, vocabulary)) if vocabulary is not None else []
+            found = list(_id_problems(data, vocabulary)) if vocabulary is not None and not any_ids else []
             for batch in () if found else data.batches:
                 try:
-                    run(_cast(batch, skeleton.dtype), {}, lambda *args, **kwargs: None)
+                    inputs = _cast(batch, skeleton.dtype)
+                    if any_ids and vocabulary is not None:
+                        ids = [name for name in inputs if name.endswith("input_ids")]
+                        inputs |= {name: inputs[name].clamp(max=vocabulary - 1) for name in ids}
+                    run(inputs, {}, lambda *args, **kwargs: None)
                 except (IndexError, RuntimeError, ValueError) as error:
                     found.append(_explained(skeleton, batch, error))
                     break

@@ -22,7 +22,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -38,12 +38,14 @@ from largemerge.checkpoint.sentence_modules import module_problems, split_name
 from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name, torch_dtype
 from largemerge.errors import LargemergeError
 from largemerge.heads import BASE
+from largemerge.model.alignment import token_parameters
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton, linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace
 from largemerge.regression.config import MergeConfig, OutputConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.solve import solve_operations
+from largemerge.regression.tokens import Tokens
 
 _QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -185,8 +187,20 @@ def plan_non_block(config: MergeConfig, inputs: Inputs) -> tuple[TensorPlan, ...
         if inputs.heads is not None or _in_any_candidate(inputs, name)
     ]
     known = [plan for plan in planned if plan is not None]
+    if inputs.tokens is not None:
+        known = [_by_token(inputs, inputs.tokens, plan) for plan in known]
     unknown = [_plan_unmapped(config, inputs, key) for key in inputs.reference_mapping.unmapped]
     return (*known, *unknown)
+
+
+def _by_token(inputs: Inputs, tokens: Tokens, plan: TensorPlan) -> TensorPlan:
+    """Says of a tensor with a row for every token how its rows are matched, and finds that out."""
+    if plan.name not in tokens.parameters:
+        return plan
+    keys = inputs.token_keys(plan.name)
+    tokens.rows_of(list(keys), keys)
+    how = "rows matched by number" if tokens.vocabulary is None else "rows matched by token"
+    return replace(plan, reason=f"{plan.reason}; {how}")
 
 
 def _plan_of_body_or_head(config: MergeConfig, inputs: Inputs, name: str) -> TensorPlan | None:
@@ -267,11 +281,20 @@ def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
                 shapes[checkpoint.name] = list(names.mismatched[name])
         if shapes:
             expected = list(state[plan.name].shape)
+            by_token = plan.name in token_parameters(inputs.skeleton.model)[0]
+            advice = "put each model's tokenizer beside it, so that rows are matched by token, or " if by_token else ""
             problems.append(
-                f"{plan.name}: expected {expected} as in {inputs.reference.name}, found {shapes}; "
-                "exclude it (parameters.exclude) and give a base_model that has it"
+                f"{plan.name}: expected {expected} as in {inputs.reference.name}, found {shapes}; {advice}"
+                f"exclude it (parameters.exclude) and give a base_model that has it{_base_lacks(inputs, plan.name)}"
             )
     return problems
+
+
+def _base_lacks(inputs: Inputs, name: str) -> str:
+    """Says that the base is of no help, where it is not."""
+    if inputs.base is None or inputs.base_mapping is None or inputs.base_mapping.has(name):
+        return ""
+    return f" ({inputs.base.folder.name} does not)"
 
 
 def _in_any_candidate(inputs: Inputs, name: str) -> bool:

@@ -19,6 +19,7 @@ from largemerge.checkpoint.writer import ShardWriter
 from largemerge.distributed.ranks import Ranks
 from largemerge.model.key_mapping import KeyMapping, ReadTensor
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.tokens import ArrangedReader, Tokens
 
 MERGED = "merged"
 """The output, as far as it has been written, as an owner of weights (see `Weights.load_non_block`)."""
@@ -92,7 +93,19 @@ class Weights:
             buffers: Names of the buffers that are read if they are there.
         """
         names = [*parameters, *(name for name in buffers if self.inputs.reference_mapping.has(name))]
-        return self.read_candidate(owner, names) if isinstance(owner, int) else self.read_merged(names)
+        if not isinstance(owner, int):
+            return self.read_merged(names)
+        tensors, tokens = self.read_candidate(owner, names), self.inputs.tokens
+        if tokens is not None and tokens.input_parameter in tensors:
+            tensors[tokens.input_parameter] = self._own_embeddings(owner, tokens, tensors[tokens.input_parameter])
+        return tensors
+
+    def _own_embeddings(self, index: int, tokens: Tokens, arranged: torch.Tensor) -> torch.Tensor:
+        """Adds the rows of a candidate's tokens that the output lacks below its input embeddings."""
+        reader = self.readers[index]
+        keys = self.inputs.candidate_mappings[index].keys_of(tokens.input_parameter)
+        plain = reader.inner if isinstance(reader, ArrangedReader) else reader
+        return tokens.own_embeddings(self.inputs.names[index], keys[0], arranged, plain) if keys else arranged
 
     def store(self, tensors: Tensors) -> None:
         """Writes parameters of the output; called on rank 0 alone."""

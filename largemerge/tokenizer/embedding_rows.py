@@ -119,6 +119,27 @@ def choose_rows(
     return TokenRows(own, donor, donor_row, counts, listed), problems, unused
 
 
+def rows_by_number(num_rows: Mapping[str, int], size: int, base: str | None) -> TokenRows:
+    """Matches rows by their numbers, for models with one tokenizer and other numbers of rows.
+
+    A model that lacks a row gets the base's, or the average of those that have it; rows that none has are the mean.
+
+    Args:
+        num_rows: Number of rows of every model's embeddings, in order.
+        size: Number of rows of the output.
+        base: Name of the base, if it is one of the models.
+    """
+    models = list(num_rows)
+    in_order = np.arange(size)
+    own = np.stack([np.where(in_order < num_rows[model], in_order, -1) for model in models])
+    count = (own >= 0).sum(axis=0)
+    donor, donor_row = _default_donors(own, count > 0, models.index(base) if base in models else None)
+    everywhere, left_out = int((count == len(models)).sum()), max(num_rows.values()) - size
+    counts = {"in all models": everywhere, "padding of some models": size - everywhere}
+    counts["padding of some models, left out"] = max(0, left_out)
+    return TokenRows(own, donor, donor_row, {name: number for name, number in counts.items() if number}, {})
+
+
 def _default_donors(own: Rows, is_token: NDArray[np.bool_], base: int | None) -> tuple[Rows, Rows]:
     """Chooses the donor of every row and the donor's row by the rules, without the user's settings.
 

@@ -45,6 +45,12 @@ def find_token_tensors(alignment: Alignment, reference: Checkpoint) -> frozenset
     return alignment.token_tensors
 
 
+def sideways_tensors(checkpoint: Checkpoint, model: Any) -> list[str]:
+    """Names on disk of tensors with a column for every token, such as `final_logits_bias`."""
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    return [name for name, info in checkpoint.tensors.items() if info.shape == (1, num_rows)]
+
+
 def move_ids(
     config: dict[str, Any], before: Mapping[str, int], after: Mapping[str, int], special: Mapping[str, str]
 ) -> list[str]:

@@ -68,7 +68,7 @@ class Vocabulary:
         key = (tuple(models), tuple(num_rows[model] for model in models), base)
         if key in self.rows:
             return self.rows[key], []
-        model_ids = {model: self._ids_in(model) for model in models}
+        model_ids = {model: self.ids_in(model) for model in models}
         tokens = {}
         for token, settings in self.settings.tokens.items():
             other = self.by_model.get(settings.source.model) if isinstance(settings.source, TokenSource) else None
@@ -79,8 +79,8 @@ class Vocabulary:
             self.notes += [note] if note not in self.notes else []
         return self.rows[key], problems
 
-    def _ids_in(self, model: str) -> Rows:
-        """Looks up the number that the token of every row of the output has in a model; -1 for none."""
+    def ids_in(self, model: str) -> Rows:
+        """Returns the number that the token of every row of the output has in a model; -1 for none."""
         if model not in self._model_ids:
             numbers = np.full(self.num_rows, -1, dtype=np.int64)
             theirs = self.by_model[model].ids
