@@ -22,7 +22,14 @@ from largemerge.checkpoint.quantized import model_dtype, transposed
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.model.key_mapping import KeyMapping, map_keys
-from largemerge.model.skeleton import Skeleton, build_skeleton, checkpoint_from_config, linears_in, weight_is_transposed
+from largemerge.model.skeleton import (
+    Skeleton,
+    build_skeleton,
+    checkpoint_from_config,
+    keep_computed,
+    linears_in,
+    weight_is_transposed,
+)
 from largemerge.regression.config import MergeConfig
 
 _UNIMPORTANT_CONFIG_KEYS = frozenset(
@@ -144,6 +151,10 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         else:
             notes.append(f"the base lacks {len(base_mapping.missing)} tensors: names come from {candidates[0].name}")
             reference = candidates[0]
+    lacking = {name for mapping in candidate_mappings for name in mapping.missing}
+    computed = keep_computed(skeleton, sorted(lacking))
+    if computed:
+        notes.append(f"computed by the class, for files lack them: {', '.join(computed)}")
     names = (candidate_mappings, base_mapping, reference_mapping)
     return Inputs(candidates, base, reference, skeleton, *names, tuple(notes), adapters)
 
