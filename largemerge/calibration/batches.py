@@ -17,7 +17,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,14 @@ class CalibrationOutline:
         num_samples: Maximum of samples.
         batch_size: Samples in a batch.
         inputs: Shape of one sample and dtype, by forward argument; lengths of texts are upper bounds.
+        examples: Integers of the first samples, by forward argument, where pixels or sounds stand beside them: the
+            places of image tokens cannot be made up.
     """
 
     num_samples: int
     batch_size: int
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    examples: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

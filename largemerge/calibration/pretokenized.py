@@ -55,13 +55,19 @@ def read_tensors(path: Path, config: CalibrationConfig, signature: ForwardSignat
 def outline_tensors(
     path: Path, config: CalibrationConfig, signature: ForwardSignature, where: str
 ) -> CalibrationOutline:
-    """Outlines what `read_tensors` will return for the same arguments, from the file's header alone."""
+    """Outlines what `read_tensors` will return for the same arguments, from the file's header alone.
+
+    Where there are pixels or sounds, integers of the first two samples are read, too.
+    """
     assert config.num_samples is not None and config.batch_size is not None
     with _open(path, where) as file:
         tensors = _checked_headers(file, config, signature, where)
+        integers = [name for name, t in tensors.items() if not t.dtype.is_floating_point and name != LOSS_MASK]
+        mixed = any(t.dtype.is_floating_point for t in tensors.values())
+        examples = {name: file.get_slice(name)[:2].contiguous() for name in integers if mixed}
     num_rows = next(iter(tensors.values())).shape[0]
     inputs = {name: (tuple(t.shape[1:]), t.dtype) for name, t in tensors.items() if name != LOSS_MASK}
-    return CalibrationOutline(min(num_rows, config.num_samples), config.batch_size, inputs)
+    return CalibrationOutline(min(num_rows, config.num_samples), config.batch_size, inputs, examples)
 
 
 def _open(path: Path, where: str) -> Any:

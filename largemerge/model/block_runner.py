@@ -16,6 +16,7 @@ needed. Everywhere else stands a NaN, one element of memory for a whole tensor, 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from largemerge.errors import MergeError
 from largemerge.matmul import faster_linear
 from largemerge.model.forward import (
     Output,
+    SharedOutput,
     block_weights,
     original_forward,
     replaced_forwards,
@@ -84,7 +86,7 @@ class BlockRunner:
     max_samples: int = sys.maxsize
     retries: list[str] = field(default_factory=list)
     _non_block: tuple[Hashable, Tensors] = field(init=False, default_factory=lambda: (None, {}))
-    _unused_shapes: dict[tuple[str, torch.Size], torch.Size] = field(init=False, default_factory=dict)
+    _unused_shapes: dict[tuple[str, str], torch.Size] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for module in self.skeleton.model.modules():
@@ -168,10 +170,12 @@ class BlockRunner:
         """Makes a forward for a module whose output nobody reads: NaN in the shape that the first call finds out."""
         module = self.skeleton.model.get_submodule(name)
 
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            key = (name, x.shape)
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            leaves = tree_flatten((args, kwargs))[0]
+            shapes = (leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+            key = (name, repr(list(shapes)))
             if key not in self._unused_shapes:
-                self._unused_shapes[key] = original_forward(module)(x, *args, **kwargs).shape
+                self._unused_shapes[key] = original_forward(module)(*args, **kwargs).shape
             return self.nan_tensor(self._unused_shapes[key])
 
         return forward
@@ -209,7 +213,8 @@ class RunningBlock:
         self._runner, self._block, self._non_block = runner, block, non_block
         self._name = skeleton.stacks[block.stack].block_name(block.index)
         self._module = skeleton.stacks[block.stack].blocks[block.index]
-        self._token_stacks = {role.name: role.token_stack for role in stack.roles[block.index]}
+        self._roles = {role.name: role for role in stack.roles[block.index]}
+        self._runs = stack.runs[block.index]
         self._unused_inputs = stack.unused_inputs if block.index > 0 else frozenset[str]()
         self._tensors: Mapping[str, torch.Tensor] = tensors
         unused = stack.unused_modules if block.index > 0 else ()
@@ -247,9 +252,9 @@ class RunningBlock:
             MergeError: If memory does not suffice for a single sample.
         """
         self._runner.use_non_block(self._non_block)
-        until = None if whole else watch[-1]
+        until = None if whole or any(self._roles[path].calls > 1 for path in watch) else watch[-1]
         with block_weights(self._module, self._tensors), replaced_forwards(self._forwards):
-            return self._run_samples(batch, outputs, watch, on_input, until, frozenset())
+            return self._run_samples(batch, outputs, watch, on_input, until, Counter())
 
     def _run_samples(
         self,
@@ -258,19 +263,19 @@ class RunningBlock:
         watch: Sequence[str],
         on_input: OnInput | None,
         until: str | None,
-        seen: frozenset[str],
+        seen: Mapping[str, int],
     ) -> Output | None:
-        """Runs some samples; inputs of the linears in `seen` were shown before a try ran out of memory."""
+        """Runs some samples; `seen` counts inputs of linears that were shown before a try ran out of memory."""
         runner = self._runner
         if batch.num_samples <= runner.max_samples:
-            shown = set(seen)
+            shown = Counter(seen)
             try:
                 return self._run_batch(batch, outputs, watch, on_input, until, shown)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
                 runner.halve_samples(self._name, batch.num_samples, error)
-            seen = frozenset(shown)
+            seen = shown
             if runner.device.type == "cuda":
                 torch.cuda.empty_cache()
         half = -(-batch.num_samples // 2)
@@ -287,29 +292,37 @@ class RunningBlock:
         watch: Sequence[str],
         on_input: OnInput | None,
         until: str | None,
-        shown: set[str],
+        shown: Counter[str],
     ) -> Output | None:
-        """Runs one batch at once; adds to `shown` each linear whose input `on_input` has seen."""
-        runner, caught = self._runner, list[Output]()
+        """Runs one batch at once; counts in `shown` the inputs of each linear that `on_input` has seen."""
+        runner, before = self._runner, outputs.get(self._block.stack)
+        caught: list[Output] = []
         masks: dict[int, torch.Tensor | None] = {}
+        called = Counter[str]()
 
         def see(path: str, x: torch.Tensor) -> None:
-            if on_input is not None and path not in shown:
-                stack = self._token_stacks[path]
-                on_input(path, valid_rows(x, self._mask(batch, stack, masks) if stack is not None else None))
-                shown.add(path)
+            called[path] += 1
+            if on_input is not None and called[path] > shown[path]:
+                role = self._roles[path]
+                mask = self._mask(batch, role.token_stack, masks) if role.token_stack is not None else None
+                on_input(path, valid_rows(x, mask.T if mask is not None and role.tokens_first else mask))
+                shown[path] += 1
 
-        def visit(*args: Any, **kwargs: Any) -> None:
-            caught.append(run_until(self._module, until, args, kwargs))
+        def visit(*args: Any, **kwargs: Any) -> Output:
+            last = caught[-1] if caught else before
+            caught.append(
+                run_until(self._module, until, args, kwargs, *([last] if isinstance(last, SharedOutput) else []))
+            )
+            return caught[-1]
 
         inputs = {
             name: runner.nan_tensor(tensor.shape) if name in self._unused_inputs else runner.cast(tensor)
             for name, tensor in batch.inputs.items()
         }
         watching = watched_linears(self._module, watch, see) if on_input is not None else nullcontext()
-        with watching, resumed_at(runner.skeleton, self._block.stack, self._block.index) as run:
+        with watching, resumed_at(runner.skeleton, self._block.stack, self._block.index, self._runs) as run:
             run(inputs, outputs, visit)
-        return caught[0]
+        return caught[-1]
 
     def _mask(self, batch: Batch, stack: int, known: dict[int, torch.Tensor | None]) -> torch.Tensor | None:
         """The valid tokens of a stack, on the device; made once for a batch."""
@@ -348,13 +361,17 @@ def count_valid_rows(batch: Batch, stack: StackTrace, loss_input: str) -> int:
         return int(mask.sum())
     if stack.token_input is not None:
         return batch.inputs[stack.token_input].numel()
-    return next(iter(batch.inputs.values())).shape[0] * stack.num_tokens
+    return batch.num_samples * stack.num_tokens
 
 
 def valid_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The valid rows `[N, in]` of a linear's input; the others may hold anything, NaN included."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if mask is None else flat[mask.reshape(-1)]
+    """The valid rows `[N, in]` of a linear's input; the others may hold anything, NaN included.
+
+    A token may have several rows, one after the other.
+    """
+    if mask is None:
+        return x.reshape(-1, x.shape[-1])
+    return x.reshape(mask.numel(), -1, x.shape[-1])[mask.reshape(-1)].reshape(-1, x.shape[-1])
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -362,11 +379,21 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _split(outputs: Mapping[int, Output], num_samples: int, rows: slice) -> dict[int, Output]:
-    """Takes some samples of stored outputs; what is not by sample (T5's position biases may be shared) stays whole."""
+    """Takes some samples of stored outputs; what is not by sample (T5's position biases may be shared) stays whole.
+
+    Raises:
+        MergeError: If an output cannot be cut into samples.
+    """
 
     def part(leaf: Any) -> Any:
-        by_sample = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_samples
-        return leaf[rows] if by_sample else leaf
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0 or leaf.shape[0] == 1 != num_samples:
+            return leaf
+        if leaf.shape[0] != num_samples:
+            raise MergeError(
+                f"out of memory with {num_samples} samples at once, and hidden states of shape {list(leaf.shape)} "
+                "cannot be cut into samples; lower calibration.batch_size"
+            )
+        return leaf[rows]
 
     return {stack: tree_map(part, output) for stack, output in outputs.items()}
 

@@ -8,7 +8,8 @@ others pass their input on. `trace.py` asks a fake model what a forward pass rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedConfig
 
 from largemerge.errors import ArchitectureError
-from largemerge.model.forward import Output, original_forward, replaced_forwards, resumed_at
+from largemerge.model.forward import Output, call_model, hand_on, replaced_forwards, resumed_at, run_block
 from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
 
 NUM_SAMPLES = 2
@@ -29,14 +30,21 @@ NUM_DECODER_TOKENS = 5
 InputOutline = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Forward argument → shape of one sample, and dtype."""
 
+Examples = Mapping[str, torch.Tensor]
+"""Forward argument → its values for the first samples, where they are known: integers that stand beside images."""
+
+_PLACEHOLDER = re.compile(
+    r"(image|video|audio|speech|media|vision|boi|eoi).*(token|pad|start|end).*(id|index)$|(boi|eoi|boa|eoa)_token.*"
+)
+
 
 @dataclass(frozen=True)
 class BlockRecord:
     """What one block was given and returned in the plain pass.
 
     Attributes:
-        arguments: Arguments that the model gave the block, positional and by name.
-        output: What the block returned.
+        arguments: Arguments that the model gave the block, positional and by name, for each of its runs.
+        output: What the block returned from its last run.
         linears: Path in the block and input of every call of a linear, in order.
     """
 
@@ -54,7 +62,8 @@ class FakeModel:
         inputs: Made-up forward arguments.
         weights: Made-up parameters, by name.
         records: Records of the blocks that were really run, by stack and block.
-        order: Indices of the stacks in the order in which they run.
+        order: Indices of the stacks that run, in the order in which they do.
+        runs: How often each block runs, by stack and block.
     """
 
     skeleton: Skeleton
@@ -62,13 +71,20 @@ class FakeModel:
     weights: Mapping[str, torch.Tensor]
     records: Sequence[Mapping[int, BlockRecord]]
     order: Sequence[int]
+    runs: Mapping[tuple[int, int], int]
+
+    def first_arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[int, Any]:
+        """Arguments of the first block of every stack in a plain pass on other inputs."""
+        chosen = [_representatives(stack.blocks) for stack in self.skeleton.stacks]
+        records, order, _ = _plain_pass(self.skeleton, inputs, chosen)
+        return {stack: records[stack][0].arguments for stack in order}
 
     def resume(
         self,
         stack: int,
         index: int,
         *,
-        run_block: bool = True,
+        run_block_too: bool = True,
         inputs: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[Any, Output]:
         """Runs the model up to a block, from the output of the one before it.
@@ -76,44 +92,49 @@ class FakeModel:
         Args:
             stack: Index of the block's stack.
             index: Index of the block in its stack.
-            run_block: Whether the block itself is run, too.
+            run_block_too: Whether the block itself is run, too.
             inputs: Forward arguments in place of the made-up ones.
 
         Returns:
-            The arguments of the block; and its output, `None` if it is not run.
+            The arguments of the block for each of its runs; and its output, `None` if it is not run. A block of
+            several runs is always run.
         """
+        runs = self.runs[stack, index]  # only blocks that run have records
+        run_block_too = run_block_too or runs > 1
         earlier = self.order[: self.order.index(stack)]
         outputs = {number: list(self.records[number].values())[-1].output for number in earlier}
         before = [entry.output for number, entry in self.records[stack].items() if number < index]
         if before:
             outputs[stack] = before[-1]
-        caught: list[Any] = []
+        arguments: list[Any] = []
+        returned: list[Output] = [outputs.get(stack)]
 
-        def visit(*args: Any, **kwargs: Any) -> None:
-            caught.append(_clone_tensors((args, kwargs)))
-            if run_block:
-                caught.append(original_forward(self.skeleton.stacks[stack].blocks[index])(*args, **kwargs))
+        def visit(*args: Any, **kwargs: Any) -> Output:
+            arguments.append(_clone_tensors((args, kwargs)))
+            if run_block_too:
+                returned.append(run_block(self.skeleton.stacks[stack].blocks[index], args, kwargs, returned[-1]))
+            return returned[-1]
 
-        with resumed_at(self.skeleton, stack, index) as run:
+        with resumed_at(self.skeleton, stack, index, runs) as run:
             run(inputs or self.inputs, outputs, visit)
-        return caught[0], caught[1] if run_block else None
+        return arguments, returned[-1] if run_block_too else None
 
 
 @contextmanager
-def fake_model(skeleton: Skeleton, outline: InputOutline) -> Iterator[FakeModel]:
+def fake_model(skeleton: Skeleton, outline: InputOutline, examples: Examples) -> Iterator[FakeModel]:
     """Gives a model made-up weights while the context is open, and runs the plain pass.
 
     Raises:
-        ArchitectureError: If the model cannot be run on such inputs, or does not run every block once.
+        ArchitectureError: If the model cannot be run on such inputs, or its blocks do not run one after the other.
     """
-    inputs = make_inputs(skeleton, outline)
+    inputs = make_inputs(skeleton, outline, examples)
     weights = _fake_weights(skeleton)
     assign_tensors(skeleton, weights)
     try:
         with torch.no_grad(), _experts_one_by_one(skeleton.model):
             chosen = [_representatives(stack.blocks) for stack in skeleton.stacks]
-            records, order = _plain_pass(skeleton, inputs, chosen)
-            yield FakeModel(skeleton, inputs, weights, records, order)
+            records, order, runs = _plain_pass(skeleton, inputs, chosen)
+            yield FakeModel(skeleton, inputs, weights, records, order, runs)
     finally:
         assign_tensors(skeleton, {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()})
 
@@ -133,13 +154,21 @@ def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
             config._experts_implementation = implementation
 
 
-def make_inputs(skeleton: Skeleton, outline: InputOutline) -> dict[str, torch.Tensor]:
-    """Makes up a few samples: short token sequences with some padding, random pixels."""
+def make_inputs(skeleton: Skeleton, outline: InputOutline, examples: Examples) -> dict[str, torch.Tensor]:
+    """Makes up a few samples: short token sequences with some padding, random pixels.
+
+    Where images or sounds stand beside tokens, integers are taken from the examples: as many tokens as an image has
+    features must stand for it, in the places that the model expects.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = getattr(skeleton.model.config.get_text_config(), "vocab_size", None) or 2
     has_decoder = any(name.startswith("decoder_") for name in outline)
+    kept = _examples_to_keep(skeleton, outline, examples)
     inputs = {}
     for name, (shape, dtype) in outline.items():
+        if name in kept:
+            inputs[name] = kept[name]
+            continue
         if dtype.is_floating_point:
             inputs[name] = torch.randn(NUM_SAMPLES, *shape, generator=generator).to(skeleton.dtype)
             continue
@@ -147,7 +176,10 @@ def make_inputs(skeleton: Skeleton, outline: InputOutline) -> dict[str, torch.Te
         # Rows of an encoder and of a decoder are told apart by their number, however short the samples are.
         shape = (NUM_SAMPLES, length if has_decoder else min(shape[0], length), *shape[1:]) if shape else (NUM_SAMPLES,)
         if name.endswith("input_ids"):
-            inputs[name] = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
+            ids = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
+            for token in placeholder_tokens(skeleton.model.config):
+                ids[ids == token] = 0
+            inputs[name] = ids
         elif name.endswith("attention_mask"):
             inputs[name] = torch.ones(shape, dtype=dtype)
             inputs[name][0, -1:] = 0
@@ -156,6 +188,31 @@ def make_inputs(skeleton: Skeleton, outline: InputOutline) -> dict[str, torch.Te
         else:
             inputs[name] = torch.zeros(shape, dtype=dtype)
     return inputs
+
+
+def placeholder_tokens(config: Any) -> frozenset[int]:
+    """Tokens that stand for images, videos or sounds, by the names that configs have for them."""
+    found = set()
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        for name, value in vars(part).items():
+            if isinstance(value, int) and not isinstance(value, bool) and _PLACEHOLDER.search(name):
+                found.add(value)
+    return frozenset(found)
+
+
+def _examples_to_keep(skeleton: Skeleton, outline: InputOutline, examples: Examples) -> dict[str, torch.Tensor]:
+    """The integers of the first samples, if images or sounds stand beside tokens; text after the last is cut off."""
+    if not any(dtype.is_floating_point for _, dtype in outline.values()) or not examples:
+        return {}
+    kept = {name: x.repeat(NUM_SAMPLES, *(1 for _ in x.shape[1:]))[:NUM_SAMPLES] for name, x in examples.items()}
+    ids = kept.get("input_ids")
+    if ids is None:
+        return kept
+    special = torch.isin(ids, torch.tensor(sorted(placeholder_tokens(skeleton.model.config)), dtype=ids.dtype))
+    length = ids.shape[1]
+    if special.any():
+        length = min(length, int(special.any(dim=0).nonzero().max()) + 1 + NUM_TOKENS)
+    return {name: x[:, :length] if x.shape[1:2] == ids.shape[1:2] else x for name, x in kept.items()}
 
 
 def _fake_weights(skeleton: Skeleton) -> dict[str, torch.Tensor]:
@@ -192,24 +249,24 @@ def block_kind(block: nn.Module, index: int) -> str:
 
 def _plain_pass(
     skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], chosen: list[set[int]]
-) -> tuple[list[dict[int, BlockRecord]], list[int]]:
-    """Runs the model once; returns the records of the chosen blocks, and the order of the stacks."""
+) -> tuple[list[dict[int, BlockRecord]], list[int], dict[tuple[int, int], int]]:
+    """Runs the model once; returns records of the chosen blocks, the order of the stacks, and the runs of blocks."""
     records: list[dict[int, BlockRecord]] = [{} for _ in skeleton.stacks]
-    order: list[int] = []
-    runs: dict[tuple[int, int], int] = {}
+    visited: list[tuple[int, int]] = []
 
     def recorder(stack: int, index: int, block: nn.Module) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Output:
-            if stack not in order:
-                order.append(stack)
-            runs[stack, index] = runs.get((stack, index), 0) + 1
+            visited.append((stack, index))
+            known = records[stack]
+            before = next(reversed(known.values())).output if known else None
             if index not in chosen[stack]:
-                return next(reversed(records[stack].values())).output
+                return hand_on(before, args, kwargs)
             arguments = _clone_tensors((args, kwargs))
             with _recorded_linears(block) as linears:
-                output = original_forward(block)(*args, **kwargs)
-            records[stack][index] = BlockRecord(arguments, output, linears)
-            return output
+                output = run_block(block, args, kwargs, before)
+            earlier = known.get(index, BlockRecord([], None, []))
+            known[index] = BlockRecord([*earlier.arguments, arguments], output, [*earlier.linears, *linears])
+            return hand_on(output, args, kwargs)
 
         return forward
 
@@ -222,14 +279,14 @@ def _plain_pass(
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         # Nobody reads the logits, and a made-up matrix of the vocabulary's size would have to be written out.
-        forwards[head] = lambda x: x.new_zeros(()).expand(*x.shape[:-1], head.out_features)
+        forwards[head] = lambda x: x.new_zeros((*x.shape[:-1], head.out_features))
     try:
         with replaced_forwards(forwards):
-            skeleton.model(**inputs)
+            call_model(skeleton, inputs)
     except Exception as error:
         raise _run_error(skeleton, inputs, error) from error
-    _check_runs(skeleton, runs)
-    return records, order
+    order, runs = _check_runs(skeleton, visited)
+    return records, order, runs
 
 
 def _run_error(skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], error: Exception) -> ArchitectureError:
@@ -240,18 +297,48 @@ def _run_error(skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], error: Ex
     )
 
 
-def _check_runs(skeleton: Skeleton, runs: Mapping[tuple[int, int], int]) -> None:
-    """Raises unless every block was run exactly once."""
+def _check_runs(skeleton: Skeleton, visited: Sequence[tuple[int, int]]) -> tuple[list[int], dict[tuple[int, int], int]]:
+    """Raises unless blocks run one after the other, each of its runs right after the one before.
+
+    Returns:
+        The stacks that run, in the order in which they do; and how often each block runs.
+    """
+    # Runs of one block right after one another count as one visit.
+    visits = [place for number, place in enumerate(visited) if number == 0 or visited[number - 1] != place]
+    order = list(dict.fromkeys(stack for stack, _ in visits))
+    turns = [stack for number, (stack, _) in enumerate(visits) if number == 0 or visits[number - 1][0] != stack]
+    hint = "name other stacks (stacks: [...]), or use a method that needs no data"
     problems = []
-    for number, stack in enumerate(skeleton.stacks):
-        counts = [runs.get((number, index), 0) for index in range(len(stack.blocks))]
-        if set(counts) != {1}:
+    for number in order:
+        name = skeleton.stacks[number].name
+        own = [index for of, index in visits if of == number]
+        if turns.count(number) > 1:
+            others = [skeleton.stacks[other].name for other in order if other != number and turns.count(other) > 1]
+            with_others = f", in turns with those of {', '.join(others)}" if others else ""
             problems.append(
-                f"{skeleton.class_name}: one forward pass on this calibration data runs the blocks of {stack.name} "
-                f"{counts} times, expected once each; if it is no stack of blocks, name the stacks (stacks: [...])"
+                f"{skeleton.class_name}: the blocks of {name} run in {turns.count(number)} parts{with_others}, with "
+                f"something between them that cannot be resumed; expected one stack after the other: {hint}"
             )
+        elif own != sorted(set(own)):
+            counts = [visited.count((number, index)) for index in range(len(skeleton.stacks[number].blocks))]
+            problems.append(
+                f"{skeleton.class_name}: one forward pass on this calibration data runs the blocks of {name} {counts} "
+                f"times, in the order {_shortened(own)}; expected one after the other, for a block can be merged "
+                f"only when everything before it is merged: {hint}"
+            )
+        elif own[0] != 0:
+            problems.append(
+                f"{skeleton.class_name}: the first block of {name} that runs is {own[0]}; expected 0: {hint}"
+            )
+    if not order:
+        problems.append(f"{skeleton.class_name}: one forward pass on this calibration data runs no block: {hint}")
     if problems:
         raise ArchitectureError(*problems)
+    return order, {place: visited.count(place) for place in dict.fromkeys(visited)}
+
+
+def _shortened(numbers: Sequence[int]) -> str:
+    return f"{numbers[:8]}…" if len(numbers) > 8 else str(list(numbers))
 
 
 @contextmanager
@@ -270,7 +357,12 @@ def _recorded_linears(block: nn.Module) -> Iterator[list[tuple[str, torch.Tensor
 
 
 def _clone_tensors(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
+    def clone(leaf: Any) -> Any:
+        if isinstance(leaf, MutableMapping) and not isinstance(leaf, dict):  # a mapping that blocks share
+            return _clone_tensors(dict(leaf))
+        return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_map(clone, tree)
 
 
 def equal_trees(left: Any, right: Any) -> bool:

@@ -13,16 +13,22 @@ earlier (an encoder, for a decoder) answer with their last block's output.
 
     resumed_at    the model up to one block            run_to_end        what comes after the last block, to the logits
     run_until     a block up to one of its linears     watched_linears   shows inputs of a block's linears
+
+Some blocks hand more to later ones than what they return: Gemma 3n's write their keys and values into a mapping that
+all blocks are given. What a block has changed there travels with its output (`SharedOutput`), and a stub puts it into
+the mapping that the model has made anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import register_pytree_node
 
 from largemerge.errors import ArchitectureError
 from largemerge.model.skeleton import Skeleton
@@ -30,14 +36,54 @@ from largemerge.model.skeleton import Skeleton
 Output = Any
 """What a block returns: a tensor, or a tuple of tensors (T5's position biases)."""
 
-Visit = Callable[..., None]
-"""Called in place of the block's forward, with the arguments that the model gave it."""
+Visit = Callable[..., Output]
+"""Called in place of the block's forward, with the arguments that the model gave it.
+
+What it returns matters only to the model between two runs of one block."""
 
 RunToBlock = Callable[[Mapping[str, torch.Tensor], Mapping[int, Output], Visit], None]
 """Calls the model on inputs, given the last output of each stack, up to the block, and visits it."""
 
 OnInputTensor = Callable[[str, torch.Tensor], None]
 """Called with a watched linear's path and its input `[..., in]`."""
+
+
+@dataclass(frozen=True)
+class SharedOutput:
+    """What a block returned, and what blocks so far have put into mappings that the model gives to all of them.
+
+    Attributes:
+        output: What the block returned.
+        shared: Position or name of the argument that is a mapping → the entries that blocks have set in it.
+    """
+
+    output: Any
+    shared: Mapping[int | str, Mapping[Any, Any]]
+
+
+register_pytree_node(
+    SharedOutput,
+    lambda node: ([node.output, {place: dict(entries) for place, entries in node.shared.items()}], None),
+    lambda children, _: SharedOutput(*children),
+)
+
+_PACKED = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
+
+
+def call_model(skeleton: Skeleton, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """Calls the model; patches of images, which it takes in one list, may have a dimension of samples (see there).
+
+    Models that are given a grid of patches for each image (`image_grid_thw`) want the patches of all images below one
+    another, `[patches, features]`. Calibration data counts samples by the first dimension of every tensor, so that it
+    holds `[samples, patches, features]`, and the grids as `[samples, images, 3]`.
+    """
+    flat = dict(inputs)
+    for grid, patches in _PACKED.items():
+        if grid in flat:
+            flat[grid] = flat[grid].reshape(-1, flat[grid].shape[-1])
+            if patches in flat:
+                flat[patches] = flat[patches].reshape(-1, flat[patches].shape[-1])
+    return skeleton.model(**flat)
 
 
 class _BlockReached(Exception):
@@ -61,17 +107,18 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 
 
 @contextmanager
-def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterator[RunToBlock]:
+def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int, runs: int = 1) -> Iterator[RunToBlock]:
     """Prepares the model to be run up to one block.
 
     Args:
         skeleton: The model; its parameters outside the stacks must be set as far as the forward needs them.
         stack_index: Index of the stack in `skeleton.stacks`.
         block_index: Index of the block in its stack.
+        runs: How often the model runs the block, one time right after the other (ALBERT: as often as it has layers).
 
     Yields:
         A function of (inputs, outputs, visit): calls the model on `inputs` with every earlier block of stack
-        s answering `outputs[s]`, and calls `visit` with the arguments of the block.
+        s answering `outputs[s]`, and calls `visit` with the arguments of the block, `runs` times.
 
     Raises:
         ArchitectureError: If the function, when called, does not reach the block, or reaches another before it.
@@ -79,10 +126,14 @@ def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterat
     target = skeleton.stacks[stack_index].blocks[block_index]
     stored: dict[int, Output] = {}
     visits: list[Visit] = []
+    left: list[int] = []
 
     def reached(*args: Any, **kwargs: Any) -> Output:
-        visits[-1](*args, **kwargs)
-        raise _BlockReached
+        output = visits[-1](*args, **kwargs)
+        left[-1] -= 1
+        if left[-1] == 0:
+            raise _BlockReached
+        return hand_on(output, args, kwargs)
 
     forwards = _stubs(skeleton, stored) | {target: reached}
 
@@ -90,12 +141,14 @@ def resumed_at(skeleton: Skeleton, stack_index: int, block_index: int) -> Iterat
         stored.clear()
         stored.update(outputs)
         visits.append(visit)
+        left.append(runs)
         try:
-            skeleton.model(**inputs)
+            call_model(skeleton, inputs)
         except _BlockReached:
             return
         finally:
             visits.pop()
+            left.pop()
             stored.clear()
         name = skeleton.stacks[stack_index].block_name(block_index)
         raise ArchitectureError(f"{skeleton.class_name}: the forward pass never reaches {name}")
@@ -122,7 +175,7 @@ def run_to_end(
         What the model's own forward returns.
     """
     with replaced_forwards(_stubs(skeleton, outputs) | dict(replaced or {})), torch.no_grad():
-        return skeleton.model(**inputs)
+        return call_model(skeleton, inputs)
 
 
 def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module, Callable[..., Output]]:
@@ -133,12 +186,47 @@ def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module,
             if index not in outputs:
                 name = skeleton.stacks[index].name
                 raise ArchitectureError(f"{skeleton.class_name}: a block of {name} runs earlier than it should")
-            return outputs[index]
+            return hand_on(outputs[index], args, kwargs)
 
         return answer
 
     stubs = [stub(index) for index in range(len(skeleton.stacks))]
     return {block: stubs[index] for index, stack in enumerate(skeleton.stacks) for block in stack.blocks}
+
+
+def hand_on(output: Output, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Gives the model what a block returned, after putting what is shared into the mappings among its arguments."""
+    if not isinstance(output, SharedOutput):
+        return output
+    for place, entries in output.shared.items():
+        (args[place] if isinstance(place, int) else kwargs[place]).update(entries)
+    return output.output
+
+
+def run_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: Output = None) -> Output:
+    """Runs a block.
+
+    Args:
+        block: The block, with weights.
+        args: Its arguments by position.
+        kwargs: Its arguments by name.
+        before: What the block before it returned; what is shared since then travels on.
+
+    Returns:
+        The block's output; a `SharedOutput` where blocks have changed mappings among their arguments.
+    """
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    mappings = {place: value for place, value in places if isinstance(value, MutableMapping)}
+    unchanged = {place: dict(mapping) for place, mapping in mappings.items()}
+    output = original_forward(block)(*args, **kwargs)
+    known = before.shared if isinstance(before, SharedOutput) else {}
+    shared: dict[int | str, dict[Any, Any]] = {}
+    for place, mapping in mappings.items():
+        old = unchanged[place]
+        changed = {key: value for key, value in mapping.items() if key not in old or old[key] is not value}
+        if entries := {**known.get(place, {}), **changed}:
+            shared[place] = entries
+    return SharedOutput(output, shared) if shared else output
 
 
 def original_forward(block: nn.Module) -> Callable[..., Output]:
@@ -186,14 +274,16 @@ def watched_linears(block: nn.Module, paths: Sequence[str], visit: OnInputTensor
             handle.remove()
 
 
-def run_until(block: nn.Module, last: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Output | None:
-    """Runs a block, only up to the input of the linear `last` if one is named.
+def run_until(
+    block: nn.Module, last: str | None, args: Sequence[Any], kwargs: Mapping[str, Any], before: Output = None
+) -> Output | None:
+    """Runs a block, only up to the input of the linear `last` if one is named; `before` as in `run_block`.
 
     Returns:
         The block's output; `None` if it was cut short.
     """
     if last is None:
-        return original_forward(block)(*args, **kwargs)
+        return run_block(block, args, kwargs, before)
 
     def enough(*_: Any) -> None:
         raise _LastLinearReached

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -242,14 +243,26 @@ def weight_is_transposed(linear: nn.Module) -> bool:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """Whether a module is a list of like modules that all hold linears."""
+    """Whether a module is a list of like modules that all hold linears.
+
+    Modules of several classes are alike where the classes' names end alike: Mllama's `MllamaSelfAttentionDecoderLayer`
+    and `MllamaCrossAttentionDecoderLayer`.
+    """
     return (
         isinstance(module, nn.ModuleList)
         and len(module) > 0
-        and len({type(child) for child in module}) == 1
+        and (len({type(child) for child in module}) == 1 or len({_last_word(child) for child in module}) == 1)
+        and not isinstance(module[0], nn.ModuleList)  # which nobody calls
         and not is_linear(module[0])
         and all(linears_in(child) for child in module)
     )
+
+
+def _last_word(module: nn.Module) -> str:
+    """The last word of a class's name: `Layer` of `LlamaDecoderLayer`."""
+    name = type(module).__name__
+    words: list[str] = re.findall("[A-Z][a-z0-9]*", name)
+    return words[-1] if words else name
 
 
 def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
@@ -348,3 +361,54 @@ def checkpoint_from_config(folder: Path, name: str, *, trust_remote_code: bool =
         if key not in again
     }
     return Checkpoint(name, folder, config, tensors, {})
+
+
+def keep_computed(skeleton: Skeleton, names: Collection[str]) -> tuple[str, ...]:
+    """Lets the class compute tables that files lack: they become buffers that no checkpoint has.
+
+    MarianMT's and Pegasus' sinusoidal position embeddings are parameters, but `save_pretrained` leaves them out, and
+    the class computes them again when it is built. A parameter is such a table if the class initialises it twice to
+    the same values, whatever was there before and whatever the seed.
+
+    Args:
+        skeleton: The model; changed in place.
+        names: Parameters that files lack.
+
+    Returns:
+        Those of the names that are computed now.
+    """
+    computed = []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = skeleton.model.get_submodule(path)
+        if leaf not in module._parameters or name in skeleton.aliases:
+            continue
+        first, second = (_initialized(skeleton, path, leaf, value) for value in (1.5, 2.5))
+        if first is not None and second is not None and torch.equal(first, second):
+            del module._parameters[leaf]
+            module.register_buffer(leaf, first, persistent=False)
+            computed.append(name)
+    return tuple(computed)
+
+
+def _initialized(skeleton: Skeleton, path: str, leaf: str, before: float) -> torch.Tensor | None:
+    """What the class makes of a parameter that held `before` everywhere; `None` if the class fails without others."""
+    module = skeleton.model.get_submodule(path)
+    ancestors = [path.rsplit(".", n)[0] for n in range(path.count(".") + 1)]
+    models = [model for name in ancestors if isinstance(model := skeleton.model.get_submodule(name), PreTrainedModel)]
+    owner: Any = (models or [skeleton.model])[0]
+    parameters = dict(module._parameters)
+    try:
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                full = torch.full(parameter.shape, before, dtype=skeleton.dtype)
+                module._parameters[name] = nn.Parameter(full, requires_grad=False)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int(before * 2))
+            owner._init_weights(module)
+        made = module._parameters[leaf]
+        return None if made is None else made.detach()
+    except Exception:  # whatever an initialisation may raise: then it is no table that the class computes alone
+        return None
+    finally:
+        module._parameters.update(parameters)

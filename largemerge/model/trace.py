@@ -19,6 +19,7 @@ The trace also holds what no table could tell for every architecture:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from largemerge.errors import ArchitectureError
-from largemerge.model.fake_forward import BlockRecord, FakeModel, InputOutline, block_kind, equal_trees, fake_model
+from largemerge.model.fake_forward import (
+    NUM_SAMPLES,
+    BlockRecord,
+    Examples,
+    FakeModel,
+    InputOutline,
+    block_kind,
+    equal_trees,
+    fake_model,
+    placeholder_tokens,
+)
 from largemerge.model.forward import Output, original_forward, replaced_forwards, run_to_end
 from largemerge.model.skeleton import Skeleton, assign_tensors
 
@@ -43,11 +54,15 @@ class LinearRole:
         group: Path of the first linear that reads the very same tensor.
         token_stack: Stack whose tokens the rows of the input are; `None` if they are no stack's (windows, routed
             tokens).
+        calls: How often one forward pass of the model calls the linear.
+        tokens_first: Whether the input lies `[tokens, samples, in]`.
     """
 
     name: str
     group: str
     token_stack: int | None
+    calls: int = 1
+    tokens_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,8 @@ class StackTrace:
 
     Attributes:
         token_input: Name of the input whose tokens the rows are (`input_ids`); `None` for images.
+        unmatched: Whether the rows depend on tokens with a padding mask, and yet are not those of any input, so that
+            the mask does not fit (pooled tokens).
         needed_by_first: Names of the tensors outside the stacks that are needed on the way to the first block.
         needed_by_later: Names of the tensors outside the stacks that are needed on the way to any later block.
         unused_modules: Modules outside the stacks that run on the way to a later block though nobody reads their
@@ -64,9 +81,11 @@ class StackTrace:
         roles: The linears of each block in the order in which the forward reaches them.
         output_shapes: Shapes of a block's output tensors, for the trace's samples of `num_tokens` tokens.
         num_tokens: Rows that one sample has in this stack, in the trace.
+        runs: How often each block runs in one forward pass: 0 where the calibration data does not reach it.
     """
 
     token_input: str | None
+    unmatched: bool
     needed_by_first: frozenset[str]
     needed_by_later: frozenset[str]
     unused_modules: frozenset[str]
@@ -74,6 +93,7 @@ class StackTrace:
     roles: tuple[tuple[LinearRole, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
     num_tokens: int
+    runs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +101,7 @@ class ModelTrace:
     """What a forward pass of a model reads, and in which order its stacks run.
 
     Attributes:
-        order: Indices of the stacks in the order in which they run.
+        order: Indices of the stacks that run, in the order in which they do.
         stacks: Traces of the stacks in the order of the skeleton.
     """
 
@@ -89,19 +109,24 @@ class ModelTrace:
     stacks: tuple[StackTrace, ...]
 
 
-def trace_model(skeleton: Skeleton, outline: InputOutline) -> ModelTrace:
+def trace_model(skeleton: Skeleton, outline: InputOutline, examples: Examples | None = None) -> ModelTrace:
     """Proves that the model can be run block by block, and learns what the run needs to know.
 
     Args:
         skeleton: The model, parameters on the meta device; they are back there afterwards.
         outline: Shapes and dtypes of the forward arguments that the calibration data will give.
+        examples: Integers of the first samples, where images or sounds stand beside tokens.
 
     Raises:
         ArchitectureError: If the model cannot be run on such input, or not block by block.
     """
-    with fake_model(skeleton, outline) as fake:
+    with fake_model(skeleton, outline, examples or {}) as fake:
         _compare_resumed(fake)
-        stacks = tuple(_trace_stack(fake, index) for index in range(len(skeleton.stacks)))
+        depending = _depending_on_tokens(fake)
+        stacks = tuple(
+            _trace_stack(fake, index, depending) if index in fake.order else _unused_stack(len(stack.blocks))
+            for index, stack in enumerate(skeleton.stacks)
+        )
     return ModelTrace(tuple(fake.order), stacks)
 
 
@@ -118,48 +143,123 @@ def _compare_resumed(fake: FakeModel) -> None:
                 )
 
 
-def _trace_stack(fake: FakeModel, stack: int) -> StackTrace:
+def _unused_stack(num_blocks: int) -> StackTrace:
+    """The trace of a stack that the calibration data does not reach, such as a vision tower where all is text."""
+    nothing = frozenset[str]()
+    return StackTrace(None, False, nothing, nothing, nothing, nothing, ((),) * num_blocks, (), 0, (0,) * num_blocks)
+
+
+def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> StackTrace:
     blocks = fake.skeleton.stacks[stack].blocks
     records = fake.records[stack]
-    rows = {number: _samples_and_tokens(fake.records[number][0].arguments) for number in fake.order}
-    roles_by_kind = {block_kind(blocks[index], index): _roles(entry, rows, stack) for index, entry in records.items()}
+    assert 0 in records, "the first block of a stack runs first"
+    rows = {number: _samples_and_tokens(fake, fake.records[number][0].arguments[0]) for number in fake.order}
+    runs = tuple(fake.runs.get((stack, index), 0) for index in range(len(blocks)))
+    roles = {index: _roles(entry, rows, stack) for index, entry in records.items()}
     later = [index for index in records if index > 0]
     needed = [_needed_tensors(fake, stack, index) for index in later]
-    output = [leaf for leaf in tree_flatten(records[0].output)[0] if isinstance(leaf, torch.Tensor)]
+    leaves = [tree_flatten(entry.output)[0] for entry in records.values()]
+    outputs = [[leaf for leaf in own if isinstance(leaf, torch.Tensor)] for own in leaves]
+    output = max(outputs, key=lambda own: sum(leaf.numel() for leaf in own))
     tokens = [name for name, x in fake.inputs.items() if name.endswith("input_ids") and tuple(x.shape) == rows[stack]]
     return StackTrace(
         token_input=tokens[0] if tokens else None,
+        unmatched=not tokens and stack in depending and any(name.endswith("attention_mask") for name in fake.inputs),
         needed_by_first=_needed_tensors(fake, stack, 0),
         needed_by_later=frozenset().union(*needed),
         unused_modules=_unused_modules(fake, stack, later),
         unused_inputs=_unused_inputs(fake, stack, later),
-        roles=tuple(roles_by_kind[block_kind(block, index)] for index, block in enumerate(blocks)),
+        roles=_roles_of_all(fake, stack, roles),
         output_shapes=tuple(tuple(leaf.shape) for leaf in output),
         num_tokens=rows[stack][1],
+        runs=runs,
     )
 
 
-def _samples_and_tokens(arguments: Any) -> tuple[int, int]:
+def _roles_of_all(
+    fake: FakeModel, stack: int, known: Mapping[int, tuple[LinearRole, ...]]
+) -> tuple[tuple[LinearRole, ...], ...]:
+    """Roles of the linears of every block: blocks that have no record are like the second and the last of their kind.
+
+    Raises:
+        ArchitectureError: If those two are unlike. The first may be: Funnel's first layer pools its queries.
+    """
+    blocks = fake.skeleton.stacks[stack].blocks
+    members: dict[str, list[int]] = {}
+    for index, block in enumerate(blocks):
+        members.setdefault(block_kind(block, index), []).append(index)
+    roles: dict[int, tuple[LinearRole, ...]] = {}
+    for own in members.values():
+        recorded = [known[index] for index in own if index in known]
+        for index in own:
+            roles[index] = known.get(index, ())
+            if index not in known and fake.runs.get((stack, index)):
+                if recorded[-1] != recorded[-2]:
+                    raise ArchitectureError(
+                        f"{fake.skeleton.class_name}: the linears of {fake.skeleton.stacks[stack].block_name(index)} "
+                        "and those of like blocks read different tensors; this model cannot be merged block by block"
+                    )
+                roles[index] = recorded[-1]
+    return tuple(roles[index] for index in range(len(blocks)))
+
+
+def _depending_on_tokens(fake: FakeModel) -> frozenset[int]:
+    """Stacks whose first block is given something else where the tokens are others, and images in their places."""
+    kept = torch.tensor(sorted(placeholder_tokens(fake.skeleton.model.config)), dtype=torch.int64)
+    others: dict[str, torch.Tensor] = {}
+    for name, ids in fake.inputs.items():
+        if name.endswith("input_ids"):
+            rolled = ids.roll(1, dims=0)
+            others[name] = torch.where(torch.isin(ids, kept) | torch.isin(rolled, kept), ids, rolled)
+    if not others:
+        return frozenset()
+    given = [fake.records[stack][0].arguments for stack in fake.order]
+    again = fake.first_arguments({**fake.inputs, **others})
+    return frozenset(
+        stack for stack, arguments in zip(fake.order, given, strict=True) if not equal_trees(arguments, again[stack])
+    )
+
+
+def _samples_and_tokens(fake: FakeModel, arguments: Any) -> tuple[int, int]:
     """Number of samples and of tokens in a stack, from the hidden states that its first block is given."""
     args, kwargs = arguments
-    tensors = [leaf for leaf in [*args, *kwargs.values()] if isinstance(leaf, torch.Tensor) and leaf.dim() >= 3]
-    hidden_states = kwargs.get("hidden_states", args[0] if args else tensors[0])
-    return hidden_states.shape[0], hidden_states[0, ..., 0].numel()
+    hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+    if not isinstance(hidden_states, torch.Tensor):
+        leaves = tree_flatten((hidden_states, args, kwargs))[0]
+        floating = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        hidden_states = next((leaf for leaf in floating if leaf.dim() >= 3), floating[0] if floating else None)
+    if hidden_states is None:
+        raise ArchitectureError(f"{fake.skeleton.class_name}: a block is given no hidden states")
+    leading = tuple(hidden_states.shape[:-1])
+    for name, tensor in fake.inputs.items():  # Gemma 3n's blocks are given several streams of the same tokens
+        pairs = [leading[start : start + 2] for start in range(len(leading) - 1)]
+        either = {tuple(tensor.shape), tuple(tensor.shape[::-1])}
+        if name.endswith("input_ids") and tensor.dim() == 2 and not either.isdisjoint(pairs):
+            return tensor.shape[0], tensor.shape[1]
+    if leading and leading[0] == NUM_SAMPLES:
+        return NUM_SAMPLES, math.prod(leading[1:])
+    return NUM_SAMPLES, math.prod(leading) // NUM_SAMPLES
 
 
 def _roles(entry: BlockRecord, rows: Mapping[int, tuple[int, int]], own: int) -> tuple[LinearRole, ...]:
     """Says what each linear of a block of stack `own` reads."""
-    leaders: list[tuple[str, torch.Tensor]] = []
-    roles = []
-    called = [name for name, _ in entry.linears]
+    reads: dict[str, list[torch.Tensor]] = {}
     for name, read in entry.linears:
-        if called.count(name) > 1:
-            continue  # several times in one pass: its rows are not one tensor's
-        leader = next((first for first, tensor in leaders if _same_memory(tensor, read)), None)
+        reads.setdefault(name, []).append(read)
+    leaders: list[tuple[str, list[torch.Tensor]]] = []
+    roles = []
+    for name, tensors in reads.items():
+        leader = next((first for first, others in leaders if _all_same_memory(others, tensors)), None)
         if leader is None:
-            leaders.append((name, read))
-        roles.append(LinearRole(name, leader or name, _token_stack(read, rows, own)))
+            leaders.append((name, tensors))
+        stacks = {_token_stack(read, rows, own) for read in tensors}
+        token_stack, tokens_first = stacks.pop() if len(stacks) == 1 else (None, False)
+        roles.append(LinearRole(name, leader or name, token_stack, len(tensors), tokens_first))
     return tuple(roles)
+
+
+def _all_same_memory(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(map(_same_memory, left, right))
 
 
 def _same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -168,13 +268,21 @@ def _same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def _token_stack(read: torch.Tensor, rows: Mapping[int, tuple[int, int]], own: int) -> int | None:
-    """The stack whose samples and tokens a linear's input has; `own` is asked first."""
-    leading = tuple(read.shape[:-1])
+def _token_stack(read: torch.Tensor, rows: Mapping[int, tuple[int, int]], own: int) -> tuple[int | None, bool]:
+    """The stack whose samples and tokens a linear's input has, and whether tokens come first; `own` is asked first.
+
+    A dimension of one, as in `[samples, 1, tokens, rank]`, changes nothing in the order of the rows. Dimensions after
+    samples and tokens, as in `[samples, tokens, heads, size]`, give every token several rows.
+    """
+    leading = [size for size in read.shape[:-1] if size != 1]
     for stack in (own, *rows):
-        if leading == rows[stack] or leading == (rows[stack][0] * rows[stack][1],):
-            return stack
-    return None
+        samples, tokens = rows[stack]
+        for expected in ([size for size in (samples, tokens) if size != 1], [samples * tokens]):
+            if leading[: len(expected)] == expected:
+                return stack, False
+        if leading[:2] == [tokens, samples]:
+            return stack, True
+    return None, False
 
 
 class _ReadParameters(TorchFunctionMode):
@@ -240,13 +348,13 @@ def _needed_tensors(fake: FakeModel, stack: int, index: int) -> frozenset[str]:
     non_block = set(skeleton.non_block_tensors())
     names = {id(parameter): name for name, parameter in skeleton.model.named_parameters()}
     with _ReadParameters(names) as mode:
-        expected, _ = fake.resume(stack, index, run_block=False)
+        expected, _ = fake.resume(stack, index, run_block_too=False)
     needed = set()
     for name in sorted(mode.read & non_block):
         weight = fake.weights[name]
         assign_tensors(skeleton, {name: weight.new_full((), float("nan")).expand(weight.shape)})
         try:
-            arguments, _ = fake.resume(stack, index, run_block=False)
+            arguments, _ = fake.resume(stack, index, run_block_too=False)
         finally:
             assign_tensors(skeleton, {name: weight})
         if not equal_trees(arguments, expected):
@@ -263,12 +371,16 @@ def _unused_modules(fake: FakeModel, stack: int, blocks: Sequence[int]) -> froze
         for name, module in skeleton.model.named_modules()
         if not name.startswith(prefixes) and not list(module.children()) and list(module.parameters())
     }
-    expected = {index: fake.resume(stack, index, run_block=False)[0] for index in blocks}
+    expected = {index: fake.resume(stack, index, run_block_too=False)[0] for index in blocks}
 
     def unread(names: Sequence[str]) -> bool:
         called: list[nn.Module] = []
         with replaced_forwards({leaves[name]: _nan_forward(leaves[name], called) for name in names}):
-            same = [equal_trees(fake.resume(stack, index, run_block=False)[0], expected[index]) for index in blocks]
+            try:
+                resumed = [fake.resume(stack, index, run_block_too=False)[0] for index in blocks]
+            except RuntimeError:  # the model writes into the module's output, which is one NaN for all its elements
+                return False
+        same = map(equal_trees, resumed, (expected[index] for index in blocks))
         return all(same) and len(called) >= len(names)
 
     unused = [name for name in leaves if blocks and unread([name])]
@@ -282,8 +394,8 @@ def _unused_inputs(fake: FakeModel, stack: int, blocks: Sequence[int]) -> frozen
     def unread(name: str) -> bool:
         nan = torch.full_like(fake.inputs[name], float("nan"))
         inputs = {**fake.inputs, name: nan}
-        resumed = [fake.resume(stack, index, run_block=False, inputs=inputs)[0] for index in blocks]
-        expected = [fake.resume(stack, index, run_block=False)[0] for index in blocks]
+        resumed = [fake.resume(stack, index, run_block_too=False, inputs=inputs)[0] for index in blocks]
+        expected = [fake.resume(stack, index, run_block_too=False)[0] for index in blocks]
         return all(equal_trees(*pair) for pair in zip(resumed, expected, strict=True))
 
     return frozenset(name for name in floating if blocks and unread(name))
@@ -293,8 +405,10 @@ def _nan_forward(module: nn.Module, called: list[nn.Module]) -> Callable[..., An
     """Makes a forward that returns NaN in the shape of the module's output, and notes that it was called."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        called.append(module)
         output = original_forward(module)(*args, **kwargs)
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return output
+        called.append(module)
         return output.new_full((), float("nan")).expand(output.shape)
 
     return forward

@@ -33,6 +33,7 @@ from largemerge.model.skeleton import (
     Skeleton,
     build_skeleton,
     checkpoint_from_config,
+    keep_computed,
     linears_in,
     load_config,
     weight_is_transposed,
@@ -209,6 +210,10 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
             reference_mapping, reference_checkpoint = base_mapping, base
         else:
             notes.append(f"the base lacks {len(base_mapping.missing)} tensors: names come from {first.name}")
+    lacking = {name for mapping in candidate_mappings for name in mapping.missing}
+    computed = keep_computed(skeleton, sorted(lacking))
+    if computed:
+        notes.append(f"computed by the class, for files lack them: {', '.join(computed)}")
     reference_mapping = _with_untied(skeleton, reference_mapping, candidate_mappings)
     if heads is not None:
         reference_mapping = _with_missing(skeleton, reference_mapping)

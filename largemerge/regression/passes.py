@@ -68,8 +68,9 @@ def _is_read(
     if leaf == "weight" and any(module in group.outputs for group in groups):
         return True
     order = [role.name for role in roles]
-    if module not in order:
-        return bool(groups)  # not a linear, or one that is called more than once
+    calls = {role.name: role.calls for role in roles}
+    if module not in order or any(calls[group.leader] > 1 for group in groups):
+        return bool(groups)  # not a linear, or the block is run to its end for one that is called more than once
     return bool(groups) and order.index(module) < order.index(groups[-1].leader)
 
 

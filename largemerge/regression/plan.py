@@ -30,6 +30,7 @@ from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name
 from largemerge.config_file import gib, strict_problems
 from largemerge.devices import compute_a_little, warm_up
 from largemerge.distributed.partition import samples_at_once
+from largemerge.errors import CalibrationError
 from largemerge.heads import Heads
 from largemerge.machine import memory_in_use
 from largemerge.model.key_mapping import KeyMapping
@@ -311,9 +312,9 @@ def make_plan(
     Raises:
         ArchitectureError: If the model cannot be run block by block.
     """
-    trace = trace_model(inputs.skeleton, _joint_outline(outlines))
+    trace = trace_model(inputs.skeleton, _joint_outline(outlines), outlines[0].examples)
     blocks = plan_blocks(config, inputs, trace)
-    non_block = plan_non_block(config, inputs)
+    non_block = plan_non_block(config, inputs, trace)
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
     shapes = batch_shapes(outlines, calibration)
     problems = check_tensors(inputs, tensors)
@@ -355,6 +356,7 @@ def make_plan(
         notes=(
             *inputs.notes,
             *(inputs.tokens.all_notes if inputs.tokens else ()),
+            *_unreached(inputs, trace),
             *_notes(config, inputs, tensors),
             *file_notes,
         ),
@@ -421,9 +423,36 @@ def _disk_problems(output: Mapping[str, OutputTensor], choice: Choice, limits: L
     return [f"{out}: needs {gib(needed)} of disk, {gib(free)} are free"] if needed > free else []
 
 
+def _unreached(inputs: Inputs, trace: ModelTrace) -> Iterator[str]:
+    """Notes on blocks that the calibration data does not reach, such as the vision tower where all is text."""
+    for stack, traced in zip(inputs.skeleton.stacks, trace.stacks, strict=True):
+        unreached = [str(index) for index, runs in enumerate(traced.runs) if runs == 0]
+        if unreached:
+            which = f"blocks {', '.join(unreached)}" if any(traced.runs) else f"all {len(unreached)} blocks"
+            yield (
+                f"the calibration data does not reach {which} of {stack.name}: their tensors are averaged; give data "
+                "that does (pixels, sounds, ready-made tensors) to have their linears solved"
+            )
+
+
 def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the forward arguments that every candidate's data has."""
+    """Shapes and dtypes of the forward arguments that every candidate's data has.
+
+    Raises:
+        CalibrationError: If pixels or sounds are given for some candidates only, or in other shapes: the number of
+            rows that an image makes must be the same for all.
+    """
     common = set(outlines[0].inputs).intersection(*(outline.inputs for outline in outlines))
+    floating = [
+        {name: list(shape) for name, (shape, dtype) in outline.inputs.items() if dtype.is_floating_point}
+        for outline in outlines
+    ]
+    other = next((own for own in floating if own != floating[0]), None)
+    if other is not None:
+        raise CalibrationError(
+            f"the candidates' calibration data differs in shape or kind beside the tokens: {floating[0]} and {other}; "
+            "expected the same for all candidates"
+        )
     return {name: value for name, value in outlines[0].inputs.items() if name in common}
 
 

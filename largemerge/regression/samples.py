@@ -23,6 +23,7 @@ from largemerge.distributed.partition import Partition, partition_batches
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CalibrationError
 from largemerge.model.block_runner import count_valid_rows
+from largemerge.model.fake_forward import placeholder_tokens
 from largemerge.model.forward import resumed_at
 from largemerge.model.skeleton import Skeleton, fill_with_nan, load_config
 from largemerge.model.trace import ModelTrace
@@ -187,11 +188,14 @@ def check_samples(
         Problems of all candidates; empty where all data fits.
     """
     vocabulary: int | None = getattr(skeleton.model.config.get_text_config(), "vocab_size", None)
+    placeholders = placeholder_tokens(skeleton.model.config)
     problems = []
     fill_with_nan(skeleton, torch.device("cpu"))
     with resumed_at(skeleton, trace.order[0], 0) as run:
         for data in calibration:
-            found = list(_id_problems(data, vocabulary)) if vocabulary is not None and not any_ids else []
+            found = []
+            if vocabulary is not None and not any_ids:
+                found = list(_id_problems(data, vocabulary, placeholders))
             for batch in () if found else data.batches:
                 try:
                     inputs = _cast(batch, skeleton.dtype)
@@ -206,10 +210,14 @@ def check_samples(
     return problems
 
 
-def _id_problems(data: CalibrationSet, vocabulary: int) -> Iterator[str]:
+def _id_problems(data: CalibrationSet, vocabulary: int, placeholders: frozenset[int]) -> Iterator[str]:
     names = sorted({name for batch in data.batches for name in batch.inputs if name.endswith("input_ids")})
+    special = torch.tensor(sorted(placeholders), dtype=torch.int64)  # may lie beyond the text's vocabulary
     for name in names:
-        ids = [batch.inputs[name] for batch in data.batches if batch.inputs[name].numel()]
+        ids = [x[~torch.isin(x, special)] for batch in data.batches if (x := batch.inputs[name]).numel()]
+        ids = [x for x in ids if x.numel()]
+        if not ids:
+            continue
         lowest, highest = min(int(x.min()) for x in ids), max(int(x.max()) for x in ids)
         if lowest < 0 or highest >= vocabulary:
             yield (

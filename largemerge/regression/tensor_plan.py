@@ -164,26 +164,31 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple
     blocks = []
     for stack_index in trace.order:
         stack = inputs.skeleton.stacks[stack_index]
-        for index in range(len(stack.blocks)):
+        for index in [index for index, runs in enumerate(trace.stacks[stack_index].runs) if runs]:
             names = [name for name in inputs.skeleton.block_tensors(stack, index) if _in_any_candidate(inputs, name)]
             roles = {role.name: role for role in trace.stacks[stack_index].roles[index]}
             prefix = stack.block_name(index) + "."
             linears = linears_in(stack.blocks[index])
-            images = trace.stacks[stack_index].token_input is None
-            tensors = [
-                _plan_tensor(config, inputs, name, _why_not_solvable(name.removeprefix(prefix), linears, roles, images))
-                for name in names
-            ]
+            reasons = {
+                name: _why_not_solvable(name.removeprefix(prefix), linears, roles, trace, stack_index) for name in names
+            }
+            tensors = [_plan_tensor(config, inputs, name, reasons[name]) for name in names]
             groups = _plan_groups(stack.blocks[index], tensors, prefix, roles)
             blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups))
     return tuple(blocks)
 
 
-def plan_non_block(config: MergeConfig, inputs: Inputs) -> tuple[TensorPlan, ...]:
-    """Plans the tensors of no block, and those that the model class has no use for."""
+def plan_non_block(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple[TensorPlan, ...]:
+    """Plans the tensors of no block, of blocks that do not run, and those that the model class has no use for."""
+    reasons = dict.fromkeys(inputs.skeleton.non_block_tensors(), "not in a block")
+    for stack, traced in zip(inputs.skeleton.stacks, trace.stacks, strict=True):
+        for index in [index for index, runs in enumerate(traced.runs) if runs == 0]:
+            name = stack.block_name(index) if any(traced.runs) else stack.name
+            names = inputs.skeleton.block_tensors(stack, index)
+            reasons |= dict.fromkeys(names, f"the calibration data does not reach {name}")
     planned = [
-        _plan_of_body_or_head(config, inputs, name) or _plan_tensor(config, inputs, name, "not in a block")
-        for name in inputs.skeleton.non_block_tensors()
+        _plan_of_body_or_head(config, inputs, name) or _plan_tensor(config, inputs, name, reason)
+        for name, reason in reasons.items()
         if inputs.heads is not None or _in_any_candidate(inputs, name)
     ]
     known = [plan for plan in planned if plan is not None]
@@ -335,15 +340,21 @@ def _plan_unmapped(config: MergeConfig, inputs: Inputs, key: str) -> TensorPlan:
 
 
 def _why_not_solvable(
-    path: str, linears: Mapping[str, torch.nn.Module], roles: Mapping[str, LinearRole], images: bool
+    path: str,
+    linears: Mapping[str, torch.nn.Module],
+    roles: Mapping[str, LinearRole],
+    trace: ModelTrace,
+    stack: int,
 ) -> str | None:
-    """Why a tensor of a block cannot be solved; `None` if it can."""
+    """Why a tensor of a block of a stack cannot be solved; `None` if it can."""
     module, _, leaf = path.rpartition(".")
     if leaf != "weight" or module not in linears:
         return "not a linear's weight"
     if module not in roles:
-        return "its linear is not called once per forward pass"
-    if roles[module].token_stack is None and not images:
+        return "the calibration data does not run its linear"
+    token_stack = roles[module].token_stack
+    rows = trace.stacks[stack if token_stack is None else token_stack]
+    if rows.unmatched or (token_stack is None and rows.token_input is not None):
         return "rows of its input cannot be matched to the padding mask"
     return None
 
