@@ -24,8 +24,8 @@ import pydantic
 from pydantic import Field
 
 from largemerge.checkpoint.locate import Reference, absolute_reference
-from largemerge.config_file import WARNING as WARNING
 from largemerge.config_file import (
+    WARNING,
     DtypeName,
     Size,
     Strict,
