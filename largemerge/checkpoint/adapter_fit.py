@@ -23,16 +23,17 @@ from torch import nn
 
 from largemerge.checkpoint.adapter_places import Place, Places
 from largemerge.checkpoint.deltas import (
-    DELTA_DTYPE,
     Delta,
     Experts,
     LowRank,
     LowRankBias,
     PeftLayer,
     TokenRows,
+    as_delta_dtype,
     peft_config,
 )
 from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.tensor_info import TensorInfo
 
 _REFUSED = (
@@ -341,6 +342,7 @@ class Fitting:
         # Elsewhere than in a linear, peft adapts the bare parameter, and rounds what it adds.
         linear = place.module is None or isinstance(place.module, nn.Linear) or transposed
         rounded = embedding or place.fused or not linear or self._is_target(parameter)
+        rounded = rounded or config.get("init_lora_weights") == "mica"
         delta = LowRank(keys[0], keys[1], scale, transposed, magnitude, embedding, rounded, inside=place.inside)
         if magnitude is not None and (place.key is None or place.fused):
             self.problems.append(
@@ -501,19 +503,14 @@ class Fitting:
                 self.deltas[bias.key].append(replace(layer, leaf="bias"))
 
     def _changes_bias(self, layer: PeftLayer, infos: Mapping[str, TensorInfo]) -> bool | None:
-        """Builds peft's layer on made-up numbers: whether it changes the bias; `None` if it cannot be built."""
-        generator = torch.Generator().manual_seed(0)
-        made = {
-            key: torch.rand(info.shape, generator=generator, dtype=DELTA_DTYPE)
-            if info.dtype.is_floating_point
-            else torch.zeros(info.shape, dtype=info.dtype)
-            for key, info in infos.items()
-        }
+        """Merges peft's layer on a made-up weight: whether it changes the bias; `None` if it cannot be merged."""
+        with CheckpointReader(self._own) as reader:
+            own = {key: as_delta_dtype(reader.read(info.name)) for key, info in infos.items()}
         bias = getattr(layer.module, "bias", None)
         leaf = "weight" if bias is None else "bias"
         before = torch.ones(getattr(layer.module, leaf).shape)
         try:
-            after = replace(layer, leaf=leaf).merge(before.clone(), made)
+            after = replace(layer, leaf=leaf).merge(before.clone(), own)
         except Exception as error:  # peft's own, of any kind
             text = str(error).strip().replace("\n", " ") or type(error).__name__
             self.problems.append(f"{layer.path}: peft does not merge this adapter: {text}; {_MERGE_FIRST}")

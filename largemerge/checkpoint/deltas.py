@@ -32,6 +32,13 @@ ReadOwn = Callable[[str], torch.Tensor]
 """Reads a tensor of the adapter's, in `DELTA_DTYPE` at least."""
 
 
+def as_delta_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns an adapter's tensor in `DELTA_DTYPE`, or in a wider dtype of its own; whole numbers as they are."""
+    if not tensor.dtype.is_floating_point:
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, DELTA_DTYPE))
+
+
 class Delta(Protocol):
     """What an adapter does to one tensor on disk."""
 
@@ -333,6 +340,7 @@ def build_layer(
         parent.add_module(last, module)
     model: Any = PeftModel(root, peft_config(config, modules))
     result: Any = set_peft_model_state_dict(model, dict(own))
+    model.eval()  # some kinds draw random numbers, or refuse, while they train
     layer: Any = model.base_model.model.get_submodule(path)
     problems = [f"peft knows no {key}" for key in result.unexpected_keys]
     wanted = set(_adapter_keys(model, path))

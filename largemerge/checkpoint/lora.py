@@ -28,6 +28,7 @@ from largemerge.checkpoint.adapter_places import FindPlaces, places_by_name
 from largemerge.checkpoint.deltas import (
     DELTA_DTYPE,
     Delta,
+    as_delta_dtype,
 )
 from largemerge.checkpoint.direct_io import Buffers
 from largemerge.checkpoint.index import Checkpoint, file_fingerprint, open_checkpoint, read_json
@@ -278,9 +279,7 @@ class AdaptedReader:
         with self._lock:
             found = self._factors.get(name)
         if found is None:
-            found = self._own.read(name)
-            if found.dtype.is_floating_point:
-                found = found.to(torch.promote_types(found.dtype, DELTA_DTYPE))
+            found = as_delta_dtype(self._own.read(name))
             _keep(self._factors, name, found, MAX_FACTORS, self._lock)
         return found
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from adapters import shapes_of, write_adapter
+from adapters import merged_by_peft, shapes_of, train_with_peft, write_adapter
 from cases import weights_in
 from rich.console import Console
 from tokenized import ENGLISH, train, write_model
@@ -153,6 +153,52 @@ def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "merge.yml").write_text(yaml.safe_dump(passthrough(tmp_path, reference)))
         plans.append(largemerge.plan(tmp_path / "merge.yml"))
     assert [len(plan.adapters) for plan in plans] == [1, 1, 1, 0] and not any(plan.problems for plan in plans)
+
+
+def test_the_folder_of_an_adapter_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_models.perturbed("llama", 0).save_pretrained(tmp_path / "m")
+    shapes = shapes_of(tmp_path / "m", Q, DOWN)
+    for seed, base in enumerate(("m", "./m", "gone/base")):
+        write_adapter(tmp_path / f"lora{seed}", shapes, seed, base_model_name_or_path=base)
+    monkeypatch.chdir("/")
+    outputs = []
+    for number, model in enumerate(("./lora0", "./m+./lora0", "./lora0+lora1", "m+./lora0+./lora1", "./lora2")):
+        (tmp_path / "merge.yml").write_text(yaml.safe_dump(passthrough(tmp_path, model)))
+        if model == "./lora2":
+            with pytest.raises(
+                LargemergeError, match=r"its base_model_name_or_path is 'gone/base', which is neither here"
+            ):
+                largemerge.plan(tmp_path / "merge.yml")
+            continue
+        report = largemerge.merge(tmp_path / "merge.yml", tmp_path / f"out{number}")
+        outputs.append(weights_in(tmp_path / f"out{number}"))
+        assert all(f"{tmp_path / 'm'}+{tmp_path / 'lora0'}" in name for name in report.plan.adapters)
+    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
+    assert all(torch.equal(outputs[2][name], outputs[3][name]) for name in outputs[0])
+    assert not torch.equal(outputs[0][f"{Q}.weight"], outputs[2][f"{Q}.weight"]), "the second adapter must show"
+
+
+def test_other_kinds_of_adapters_and_experts_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(base, "PIECE_ELEMENTS", 100)
+    model = tiny_models.perturbed("mixtral", 0)
+    model.save_pretrained(tmp_path / "m")
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "init_lora_weights": False}
+    for number, config in enumerate(
+        (peft.LoHaConfig(r=2, target_modules=["q_proj", "o_proj"]), peft.LoraConfig(r=2, target_modules=[], **experts))
+    ):
+        train_with_peft(model, config, tmp_path / f"lora{number}")
+        merged_by_peft(model, tmp_path / f"lora{number}").save_pretrained(tmp_path / f"copy{number}")
+    config = {"merge_method": "ties", "base_model": str(tmp_path / "m"), "parameters": {"weight": 0.5, "density": 0.4}}
+    for name in ("lora", "copy"):
+        models = [str(tmp_path / f"{name}{number}") for number in range(2)]
+        models = [f"{tmp_path / 'm'}+{model}" if name == "lora" else model for model in models]
+        report = largemerge.merge(config | {"models": [{"model": model} for model in models]}, tmp_path / f"out-{name}")
+        if name == "lora":
+            assert report.bytes_read == report.plan.bytes_read, "each tensor of an adapter is read once"
+    out, of_copies = weights_in(tmp_path / "out-lora"), weights_in(tmp_path / "out-copy")
+    assert out.keys() == of_copies.keys() and any("experts.2.w1" in name for name in out)
+    assert all(torch.equal(out[name], of_copies[name]) for name in out)
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import shapes_of, write_adapter
+from adapters import merged_by_peft, shapes_of, train_with_peft, write_adapter
 from cases import MakeCase, load_merged, report_of, weights_in
 from safetensors.torch import load_file
 
@@ -87,6 +87,30 @@ def test_adapters_that_bring_tokens(make_case: MakeCase, method: str) -> None:
     assert all(torch.equal(merged[name], expected[name]) for name in merged)
     before = weights_in(case.folder / "model0")["model.embed_tokens.weight"].shape[0]
     assert load_merged(case, case.folder / "merged").config.vocab_size == before + 3
+
+
+@pytest.mark.parametrize("kind", ["ia3", "experts"])
+def test_adapters_of_other_kinds(make_case: MakeCase, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    case = make_case("bert" if kind == "ia3" else "mixtral", num_samples=8)
+    for index, entry in enumerate(case.config["models"]):
+        if kind == "ia3":
+            config = peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])
+        else:
+            experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+        train_with_peft(case.models[index], config, case.folder / f"lora{index}")
+        merged_by_peft(case.models[index], case.folder / f"lora{index}").save_pretrained(case.folder / f"copy{index}")
+        entry["name"] = f"expert{index}"
+    for name in ("copy", "lora"):
+        for index, entry in enumerate(case.config["models"]):
+            folder = case.folder / f"{name}{index}"
+            entry["model"] = f"{case.folder / f'model{index}'}+{folder}" if name == "lora" else str(folder)
+        largemerge.merge(case.config, case.folder / f"of-{name}")
+    merged, expected = weights_in(case.folder / "of-lora"), weights_in(case.folder / "of-copy")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    load_merged(case, case.folder / "of-lora")
 
 
 def test_an_adapter_stands_on_both_sides_of_the_plus(make_case: MakeCase) -> None:
