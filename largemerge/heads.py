@@ -112,6 +112,11 @@ class Heads:
         """Names of the output's parameters that are its head's."""
         return self.chosen.names if self.chosen is not None else frozenset()
 
+    @property
+    def kept_heads(self) -> dict[str, Head]:
+        """Heads that are written beside the output, by model: those of bare bodies have nothing to be written."""
+        return {name: head for name, head in self.models.items() if self.kept.get(name)}
+
     def view(self, checkpoint: Checkpoint) -> Checkpoint:
         """What of a model enters the merge: all but its head, unless that is the output's.
 
@@ -147,14 +152,14 @@ class Heads:
                     "labels": list(head.labels),
                     "tensors": sorted(self.kept[name]),
                 }
-                for name, head in self.models.items()
+                for name, head in self.kept_heads.items()
             },
         }
 
     def summary(self) -> str:
         """Describes the heads for a table."""
         chosen = "none" if self.choice == NONE else f"that of {self.choice}"
-        files = ", ".join(str(head_file(name)) for name in self.models)
+        files = ", ".join(str(head_file(name)) for name in self.kept_heads)
         return f"not merged: {self.reason}\nin the model: {chosen} ({self.class_name})\nbeside it: {files}"
 
 
@@ -170,11 +175,13 @@ def find_heads(
     *,
     excluded: Callable[[str], bool] = lambda name: False,
     trust_remote_code: bool = False,
+    merges_with_bodies: bool = False,
 ) -> Heads | None:
     """Finds heads that cannot be merged, and chooses the output's.
 
     Without a choice the output has the base's head, where all heads have the shapes of the base's, or where the user
-    has excluded the heads from the merge and the base has them; else it is the bare body.
+    has excluded the heads from the merge and the base has them; the only head there is, where all other models are bare
+    bodies; else it is the bare body.
 
     Args:
         candidates: The models that are merged; their names are unique, and none is `base` or `none`.
@@ -182,6 +189,7 @@ def find_heads(
         choice: The setting `head`.
         excluded: Says of a name on disk whether the user wants the base's tensor.
         trust_remote_code: Allow checkpoints to run code of their own.
+        merges_with_bodies: Whether heads of one kind are merged though some models are bare bodies.
 
     Returns:
         The heads; `None` where there are none, or all are merged, or the models have different bodies.
@@ -199,6 +207,10 @@ def find_heads(
     found = [first, *(_read_head(checkpoint, trust_remote_code) for checkpoint in candidates[1:])]
     if len({head.body_class for head in found}) > 1:
         return None
+    with_head = [head for head in found if head.names]
+    only_bodies_differ = len(with_head) < len(found) and _why_apart(with_head) is None
+    if choice is None and merges_with_bodies and only_bodies_differ:
+        return None
     reason = _why_apart(found)
     models = {head.model: head for head in found}
     if choice is not None and not any(head.names for head in found):
@@ -210,6 +222,8 @@ def find_heads(
     if reason is None and choice is None:
         return None
     own_base = _head_of_base(base, found[0].body_class, trust_remote_code)
+    if choice is None and only_bodies_differ and len(with_head) == 1:
+        choice = with_head[0].model
     choice = choice or _default_choice(found, own_base, excluded)
     if choice == BASE and (own_base is None or not own_base.keys):
         what = "its body is of another class" if own_base is None else f"{own_base.class_name} has none"
@@ -318,6 +332,8 @@ def _body_config(config: Mapping[str, Any], model: PreTrainedModel, body: PreTra
 
 def _why_apart(heads: Sequence[Head]) -> str | None:
     """Says why heads cannot be averaged; `None` if they can."""
+    if not heads:
+        return None
     first = heads[0]
     for other in heads[1:]:
         if other.class_name != first.class_name:
@@ -423,7 +439,7 @@ def write_heads(
             number of tokens.
     """
     (out / HEADS_FOLDER).mkdir(exist_ok=True)
-    for name, head in heads.models.items():
+    for name, head in heads.kept_heads.items():
         tensors: dict[str, torch.Tensor] = {}
         with readers(name) as reader:
             for parameter, key in heads.kept[name].items():
@@ -489,7 +505,7 @@ import json
 import transformers
 from safetensors import safe_open
 
-folder, name = "path/to/this/folder", "{next(iter(heads.models))}"
+folder, name = "path/to/this/folder", "{next(iter(heads.kept_heads))}"
 with safe_open(f"{{folder}}/{HEADS_FOLDER}/{{name}}.safetensors", "pt") as file:
     about, head = file.metadata(), {{key: file.get_tensor(key) for key in file.keys()}}
 config = transformers.AutoConfig.for_model(**json.loads(about["config"]))
@@ -501,5 +517,5 @@ model.load_state_dict(head, strict=False)
 
 
 def _card_rows(heads: Heads) -> Iterator[str]:
-    for name, head in heads.models.items():
+    for name, head in heads.kept_heads.items():
         yield f"| `{head_file(name)}` | `{head.class_name}` | {_some(head.labels).replace('|', ' ')} |"

@@ -9,16 +9,18 @@ No weight is read here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from largemerge.checkpoint.index import Checkpoint, open_tensors
+from largemerge.checkpoint.locate import short_name
 from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.methods.table import METHODS
-from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.errors import CheckpointError, ConfigError, LargemergeError
+from largemerge.heads import BASE, NONE, Heads, check_files, find_heads
 from largemerge.model.adapter_names import AdapterNames
 from largemerge.tokenizer.tokenizers import tokenizer_folder
 
@@ -53,12 +55,16 @@ class DataFreeInputs:
         adapters: The adapters of models that have one, by reference.
         auxiliary: Tensors that the method needs beside the models', by path; they have the models' names.
         reference: The model whose config and layout the output has, unless another's class has more room.
+        heads: Heads that are kept beside the output, where they cannot be merged; models are called by `short_names`.
+        whole: Checkpoints of the models with their heads, by short name; empty where heads are merged.
     """
 
     checkpoints: dict[str, Checkpoint]
     adapters: dict[str, Adapter]
     auxiliary: dict[str, Checkpoint]
     reference: str
+    heads: Heads | None = None
+    whole: dict[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def tokenizer_folders(self) -> dict[str, Path]:
@@ -93,4 +99,50 @@ def open_inputs(config: DataFreeConfig, prior: PriorMerges) -> DataFreeInputs:
             problems.extend(error.problems)
     if problems:
         raise CheckpointError(*problems)
-    return inputs
+    return _with_heads(config, inputs)
+
+
+def short_names(references: Sequence[str]) -> dict[str, str]:
+    """Shortens references for the names of files, so that no two are alike."""
+    short = [short_name(reference) for reference in references]
+    return {
+        reference: name if short.count(name) == 1 and name not in (BASE, NONE) else f"{name}-{number}"
+        for number, (reference, name) in enumerate(zip(references, short, strict=True), start=1)
+    }
+
+
+def _with_heads(config: DataFreeConfig, inputs: DataFreeInputs) -> DataFreeInputs:
+    """Takes heads that cannot be merged out of the models; see `largemerge.heads`.
+
+    Raises:
+        ConfigError: If the configuration asks for a head that is not there.
+    """
+    if not config.models:  # layers are stacked: the output is made of parts, each with its own place
+        if config.head is not None:
+            raise ConfigError("head: expected 'models'; slices and modules say themselves what the output is made of")
+        return inputs
+    names = short_names([entry.model for entry in config.models if entry.model != config.base_model])
+    choice = names.get(config.head, config.head) if config.head is not None else None
+    candidates = [replace(inputs.checkpoints[reference], name=name) for reference, name in names.items()]
+    base = replace(inputs.checkpoints[config.base_model], name=BASE) if config.base_model is not None else None
+    if not candidates:
+        return inputs
+    try:
+        heads = find_heads(
+            candidates, base, choice, trust_remote_code=config.trust_remote_code, merges_with_bodies=True
+        )
+    except ConfigError:
+        raise
+    except LargemergeError:
+        return inputs  # without a class nobody can tell; `alignment` says so
+    if heads is None:
+        return inputs
+    check_files(heads)
+    checkpoints = dict(inputs.checkpoints)
+    by_name = {**names, **({config.base_model: BASE} if config.base_model is not None else {})}
+    for reference, name in by_name.items():
+        viewed = heads.view(replace(checkpoints[reference], name=name))
+        checkpoints[reference] = replace(viewed, name=checkpoints[reference].name)
+    chosen = next((reference for reference, name in by_name.items() if name == heads.choice), inputs.reference)
+    whole = {name: inputs.checkpoints[reference] for reference, name in by_name.items()}
+    return replace(inputs, checkpoints=checkpoints, reference=chosen, heads=heads, whole=whole)

@@ -40,6 +40,7 @@ from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_
 from largemerge.data_free.tasks import OutputTasks, Task, plan_tasks
 from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.ranks import Ranks
+from largemerge.heads import Heads
 from largemerge.model.alignment import Alignment, align
 from largemerge.tokenizer.chat_templates import choose_template
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
@@ -67,6 +68,8 @@ class DataFreePlan:
         template: The output's chat template, where it is not its tokenizer's.
         notes: What a user should know.
         problems: What makes the merge impossible.
+        heads: Heads that are kept beside the output; `None` where there are none, or all are merged.
+        whole: Checkpoints with their heads, by the names that `heads` has for them.
         sparing: Whether freed host memory goes back to the system at once: where the user has set a limit.
         seconds: Expected seconds of `disk`, `computing` and `total`, where the machine was probed.
     """
@@ -84,6 +87,8 @@ class DataFreePlan:
     template: str | None
     notes: list[str]
     problems: list[str]
+    heads: Heads | None = None
+    whole: Mapping[str, Checkpoint] = field(default_factory=dict)
     sparing: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -156,6 +161,7 @@ class DataFreePlan:
             },
             "reference": self.reference,
             "class": self.alignment.class_name or None,
+            **({"heads": self.heads.to_json()} if self.heads is not None else {}),
             "tensors": len(self.tasks),
             "copied": {task.name: task.copied for task in self.tasks if task.copied},
             "merged_otherwise": {task.name: task.fallback_reason for task in self.tasks if task.fallback_reason},
@@ -230,6 +236,8 @@ def add_common_rows(table: Table, plan: DataFreePlan) -> None:
     """Adds what the tables of a plan and of a report both show."""
     table.add_row("models", "\n".join(plan.checkpoints))
     table.add_row("model class", plan.alignment.class_name or "none: tensors are matched by their names on disk")
+    if plan.heads is not None:
+        table.add_row("heads", plan.heads.summary())
     copied = [task for task in plan.tasks if task.copied]
     counts = f"{len(plan.tasks) - len(copied)} merged"
     by_fallback = sum(bool(task.fallback_reason) for task in plan.tasks)
@@ -307,6 +315,8 @@ def plan_data_free(
         template=template,
         notes=[*config.notes, *output.notes, *_idle_filters(config, output)],
         problems=output.problems,
+        heads=inputs.heads,
+        whole=inputs.whole,
         sparing=limits.host is not None,
     )
     _check_folders(plan, ranks)

@@ -20,18 +20,21 @@ from rich.table import Table
 
 from largemerge.checkpoint.index import read_json
 from largemerge.checkpoint.locate import short_name
+from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.side_files import (
     GENERATION_FILES,
     model_card,
     output_config,
     set_vocabulary_size,
 )
+from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.config_file import gib
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.output_files import check_tokenizer, find_files, write_tokenizer
 from largemerge.data_free.plan import DataFreePlan, add_common_rows
 from largemerge.data_free.tasks import Task
 from largemerge.errors import MergeError
+from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.tokenizer.token_ids import move_ids
 from largemerge.tokenizer.vocabulary import Vocabulary
@@ -184,17 +187,25 @@ def write_side_files(path: Path, report: DataFreeReport) -> None:
     documents = [one.model_dump(mode="json", exclude_defaults=True) for one in (*plan.prior.configs, config)]
     text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
     (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")
+    if plan.heads is not None:
+        write_heads(
+            path,
+            plan.heads,
+            lambda name: open_reader(plan.whole[name], plan.adapters.get(plan.whole[name].name)),
+            dtype=torch_dtype(config.out_dtype) if config.out_dtype is not None else None,
+        )
     weights = {entry.model: entry.parameters.get("weight", 1.0) for entry in config.models}
     numbers = {name: value for name, value in weights.items() if isinstance(value, int | float)}
     card = model_card(
         method=METHODS[config.merge_method].title,
-        class_name=(plan.checkpoints[plan.reference].config.get("architectures") or ["AutoModel"])[0],
+        class_name=(plan.alignment.config.get("architectures") or ["AutoModel"])[0],
         models=[
             {"name": short_name(name), "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in folders
         ],
         base=config.base_model,
         config_yaml=text,
         version=versions()["largemerge"],
+        more=card_section(plan.heads) if plan.heads is not None else "",
     )
     (path / "README.md").write_text(card, encoding="utf-8")
     (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -549,7 +549,7 @@ def align(
         notes.append(f"{some}: has output embeddings of its own, so the output's are untied from the input embeddings")
     aligner = _Aligner({**models, chosen: replace(layout, mapping=models[chosen].mapping)}, layout, chosen, separate)
     views = {name: aligner.view(name) for name in models}
-    _add_unknown(models, chosen, views, notes)
+    _add_unknown(models, chosen, base, views, notes)
     for name, view in views.items():
         if view.relayouts:
             notes.append(f"{name}: {len(view.relayouts)} tensors are converted to the layout of {chosen}")
@@ -595,16 +595,22 @@ def _untied(
 
 
 def _add_unknown(
-    models: Mapping[str, ClassifiedModel], chosen: str, views: dict[str, ModelView], notes: list[str]
+    models: Mapping[str, ClassifiedModel],
+    chosen: str,
+    base: str | None,
+    views: dict[str, ModelView],
+    notes: list[str],
 ) -> None:
     """Adds tensors that a model's class does not know, by their names on disk, where the output may have them.
 
-    That is where the layout model has them, too, or where its class passes over them when it loads. Buffers that the
-    class makes itself, and what no class has a use for, are left out, and told.
+    That is where all models but the base have them, or where the class passes over them when it loads (layers for
+    speculative decoding, mostly). Buffers that the class makes itself, and all others, are left out, and told.
     """
     layout = models[chosen]
     patterns = [re.compile(each) for each in layout.model._keys_to_ignore_on_load_unexpected or ()]
     known = {key for view in views.values() for key in view.tensors}
+    merged = [set(model.checkpoint.tensors) for name, model in models.items() if name != base] or [set()]
+    everywhere = set.intersection(*merged)
     told: dict[str, dict[str, list[str]]] = {}
 
     def tell(what: str, keys: Sequence[str], name: str) -> None:
@@ -616,9 +622,7 @@ def _add_unknown(
         modules = [key for key in classified.mapping.unmapped if split_name(key)[0]]  # of sentence-transformers
         rest = [key for key in classified.mapping.unmapped if key not in buffers and key not in modules]
         kept = [
-            key
-            for key in rest
-            if key in known or key in layout.mapping.unmapped or any(pattern.search(key) for pattern in patterns)
+            key for key in rest if key in known or key in everywhere or any(pattern.search(key) for pattern in patterns)
         ]
         added = {
             key: _by_key(classified.checkpoint, key) for key in (*kept, *modules) if key not in views[name].tensors

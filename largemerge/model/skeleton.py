@@ -368,7 +368,7 @@ def keep_computed(skeleton: Skeleton, names: Collection[str]) -> tuple[str, ...]
 
     MarianMT's and Pegasus' sinusoidal position embeddings are parameters, but `save_pretrained` leaves them out, and
     the class computes them again when it is built. A parameter is such a table if the class initialises it twice to
-    the same values, whatever was there before and whatever the seed.
+    the same values, whatever was there before and whatever the seed, and these are not one value, as those of a bias.
 
     Args:
         skeleton: The model; changed in place.
@@ -384,7 +384,7 @@ def keep_computed(skeleton: Skeleton, names: Collection[str]) -> tuple[str, ...]
         if leaf not in module._parameters or name in skeleton.aliases:
             continue
         first, second = (_initialized(skeleton, path, leaf, value) for value in (1.5, 2.5))
-        if first is not None and second is not None and torch.equal(first, second):
+        if first is not None and second is not None and torch.equal(first, second) and len(first.unique()) > 1:
             del module._parameters[leaf]
             module.register_buffer(leaf, first, persistent=False)
             computed.append(name)

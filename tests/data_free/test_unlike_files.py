@@ -16,6 +16,7 @@ import torch
 import transformers as tf
 from cases import report_of, rewrite_weights, weights_in
 from data_free_cases import load
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import largemerge
@@ -277,14 +278,15 @@ def test_other_positions_are_a_note(tmp_path: Path) -> None:
         assert any(key in note and f"the output takes {a}'s" in note for note in notes), key
 
 
-def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_labels_in_another_order_are_kept_apart(tmp_path: Path) -> None:
     folders = []
     for seed, labels in enumerate(({0: "no", 1: "yes"}, {0: "yes", 1: "no"})):
         config = tf.BertConfig(**tiny_models.TEXT, intermediate_size=24, id2label=labels)
         folders.append(tmp_path / f"m{seed}")
         noisy(tf.BertForSequenceClassification(config), seed).save_pretrained(folders[-1])
-    with pytest.raises(LargemergeError, match=r"labels differ: \['no', 'yes'\]"):
-        largemerge.merge(linear(*folders), tmp_path / "out")
+    report = largemerge.merge(linear(*folders), tmp_path / "out")
+    load(tmp_path / "out", tf.BertModel)
+    assert "the labels of m0 are no, yes, those of m1 yes, no" in report.plan.to_json()["heads"]["reason"]
 
 
 # Each entry is its own
@@ -399,3 +401,47 @@ def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
     rewrite_weights(b, broken)
     largemerge.merge(linear(a, b), tmp_path / "out")
     assert report_of(tmp_path / "out")["verified"]["not_finite"] == ["model.norm.weight"]
+
+
+# Heads that cannot be merged
+
+
+def write_classifiers(folder: Path) -> tuple[Any, list[Path]]:
+    """A BERT for masked tokens, and fine-tunes of it with two and with three labels."""
+    sizes = tiny_models.TEXT | {"intermediate_size": 24, "max_position_embeddings": 64}
+    base: Any = noisy(tf.BertForMaskedLM(tf.BertConfig(**sizes)), 0)
+    base.save_pretrained(folder / "base")
+    folders = []
+    for number, labels in enumerate((2, 3), start=1):
+        model: Any = tf.BertForSequenceClassification(tf.BertConfig(**sizes, num_labels=labels))
+        model.bert.load_state_dict(base.bert.state_dict(), strict=False)
+        noisy(model, number).save_pretrained(folder / f"m{number}")
+        folders.append(folder / f"m{number}")
+    return base, folders
+
+
+@pytest.mark.parametrize("head", [None, "m2"])
+def test_heads_of_other_sizes_lie_beside_the_merged_body(tmp_path: Path, head: str | None) -> None:
+    base, folders = write_classifiers(tmp_path)
+    config = linear(*folders, weights=(0.4, 0.3)) | {"merge_method": "task_arithmetic"}
+    config |= {"base_model": str(tmp_path / "base")} | ({"head": head} if head else {})
+    report = largemerge.merge(config, tmp_path / "out")
+    models = [tf.BertForSequenceClassification.from_pretrained(folder) for folder in folders]
+    if head is None:
+        merged: Any = load(tmp_path / "out", tf.BertModel)
+        body = merged.state_dict()
+    else:
+        merged = load(tmp_path / "out", tf.BertForSequenceClassification)
+        body = merged.bert.state_dict()
+        assert torch.equal(merged.classifier.weight, models[1].classifier.weight) and merged.config.num_labels == 3
+    for name, origin in base.bert.state_dict().items():
+        expected = origin + sum(
+            w * (m.bert.state_dict()[name] - origin) for w, m in zip((0.4, 0.3), models, strict=True)
+        )
+        assert torch.allclose(body[name], expected, atol=1e-6), name
+    for number, model in enumerate(models, start=1):
+        kept = load_file(tmp_path / "out" / "heads" / f"m{number}.safetensors")
+        assert torch.equal(kept["classifier.weight"], model.classifier.weight)
+    told = report.plan.to_json()["heads"]
+    assert told["in_the_model"] == (head or "none") and set(told["beside_it"]) == {"m1", "m2"}
+    assert "heads/m1.safetensors" in (tmp_path / "out" / "README.md").read_text()
