@@ -228,6 +228,9 @@ class Fitting:
         if place is not None and place.pieces:
             return place
         shape = list(self._own.tensors[key].shape)
+        if place is not None and not place.has_blocks:
+            self.problems.append(f"{key}: {name} lies on disk in another layout, which cannot be cut; {_MERGE_FIRST}")
+            return None
         if self._is_saved(name) and _LORA_PART.match(key) is None:
             task = self._own.config.get("task_type")
             self.problems.append(

@@ -59,6 +59,7 @@ class Place:
         tied: Names of all parameters that are this very tensor, the one on disk first; one where it is not tied.
         separable: Those of them, but the first, that an untied model has as tensors of their own.
         module: The module that holds it, on the meta device; `None` if the class is not known.
+        has_blocks: Whether what lies on disk are blocks of it; else nothing can be added to it there.
     """
 
     pieces: Mapping[str, Block | None]
@@ -68,6 +69,7 @@ class Place:
     tied: tuple[str, ...] = ()
     separable: tuple[str, ...] = ()
     module: nn.Module | None = None
+    has_blocks: bool = True
 
     @property
     def key(self) -> str | None:

@@ -110,7 +110,8 @@ class LowRank:
         if self.inside is not None:
             matrix = weight if self.inside.expert is None else weight[self.inside.expert]
             target = self.inside.of(matrix)
-            target += ((up @ down) * self.scale).to(weight.dtype)
+            product = (up @ down) * self.scale
+            target += product.to(weight.dtype) if self.rounded else product
             return weight
         product = (
             _product_columns(up, down, rows).T if self.transposed else _product_rows(up, down, rows)

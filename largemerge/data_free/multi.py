@@ -44,6 +44,7 @@ from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError
+from largemerge.model.adapter_names import AdapterNames
 from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER, check_no_input, check_output
 
 
@@ -309,7 +310,7 @@ def _open_problems(document: Document) -> Iterator[str]:
     for reference in document.config.references:
         if model_of(reference) not in document.needs:
             try:
-                open_model(reference)
+                open_model(reference, find_places=AdapterNames())
             except LargemergeError as error:
                 yield from (f"{document.label}: {problem}" for problem in error.problems)
 

@@ -243,9 +243,31 @@ class _ClassPlaces:
         if conversion is None:
             key = mapping.renamed[first]
             return replace(place, pieces={key: None}, shape=self._checkpoint.tensors[key].shape)
+        if len(conversion.targets) > 1:
+            return self._part_of(conversion, first, place)
         if first not in self._pieces:
             self._pieces[first] = _blocks(self.model, conversion, first, self._checkpoint, place.shape)
-        return replace(place, pieces=self._pieces[first], fused=True)
+        pieces = self._pieces[first]
+        return replace(place, pieces=pieces, fused=True, has_blocks=bool(pieces))
+
+    def _part_of(self, conversion: Conversion, parameter: str, place: Place) -> Place:
+        """Returns the place of one of several parameters that lie in one tensor on disk, as rows of it."""
+        keys = [key for key, _ in conversion.sources]
+        shape = self._checkpoint.tensors[keys[0]].shape
+        rows = torch.arange(shape[0])
+        mapping = KeyMapping({}, (conversion,), (), (), {}, {})
+        try:
+            found = mapping.load(self.model, [parameter], lambda key: rows.reshape(-1, *(1 for _ in shape[1:])))
+        except Exception:  # a conversion that counts on real sizes
+            return replace(place, has_blocks=False)
+        own = found[parameter].flatten()
+        first = int(own[0]) if len(own) else 0
+        in_order = len(own) == place.shape[0] and torch.equal(own, rows[first : first + len(own)])
+        if len(keys) != 1 or len(shape) != 2 or not in_order:
+            return replace(place, has_blocks=False)
+        return replace(
+            place, pieces={keys[0]: None}, inside=Block(None, 0, first, first + len(own), False), shape=shape
+        )
 
     def _separable(self, first: str, names: Sequence[str]) -> tuple[str, ...]:
         """Those of some parameters tied to one that would be tensors of their own in an untied model."""

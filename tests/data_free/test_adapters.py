@@ -158,8 +158,8 @@ def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_folder_of_an_adapter_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_models.perturbed("llama", 0).save_pretrained(tmp_path / "m")
     shapes = shapes_of(tmp_path / "m", Q, DOWN)
-    for seed, base in enumerate(("m", "./m", "gone/base")):
-        write_adapter(tmp_path / f"lora{seed}", shapes, seed, base_model_name_or_path=base)
+    for seed, named in enumerate(("m", "./m", "gone/base")):
+        write_adapter(tmp_path / f"lora{seed}", shapes, seed, base_model_name_or_path=named)
     monkeypatch.chdir("/")
     outputs = []
     for number, model in enumerate(("./lora0", "./m+./lora0", "./lora0+lora1", "m+./lora0+./lora1", "./lora2")):

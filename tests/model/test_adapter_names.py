@@ -55,6 +55,15 @@ def test_without_the_prefix_of_a_head(tmp_path: Path) -> None:
     check(tmp_path, model, lambda name: name.removeprefix("transformer."), target_modules=["c_attn", "wte"])
 
 
+def test_two_linears_that_lie_on_disk_as_one(tmp_path: Path) -> None:
+    model = tiny_models.perturbed("dinov2_swiglu", 0)
+    check(tmp_path, model, str, target_modules=["gate_proj", "up_proj", "down_proj"])
+    assert not any("gate_proj" in name for name in weights_in(tmp_path / "model"))
+    train_with_peft(model, peft.IA3Config(target_modules=["up_proj"], feedforward_modules=[]), tmp_path / "ia3")
+    with pytest.raises(LargemergeError, match=r"up_proj lies on disk in another layout; merge the adapter"):
+        read_all(f"{tmp_path / 'model'}+{tmp_path / 'ia3'}")
+
+
 def test_an_adapter_of_the_bare_model(tmp_path: Path) -> None:
     model: Any = tiny_models.perturbed("llama", 0)
     model.save_pretrained(tmp_path / "model")
