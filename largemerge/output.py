@@ -103,12 +103,14 @@ class OutputFolder:
         if self.replaces:
             self._remove_earlier({shard.file_name for shard in shards})
         model = self.path / inner
-        model.mkdir(parents=True, exist_ok=True)
+        if inner:
+            model.mkdir(parents=True, exist_ok=True)
         write_side_files(self.path)
         for shard in shards:
             target = self.path / shard.file_name
             if (self.working / shard.file_name).exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.parent != self.path:
+                    target.parent.mkdir(parents=True, exist_ok=True)
                 (self.working / shard.file_name).replace(target)
         for folder in {self.path, *((self.path / shard.file_name).parent for shard in shards)}:
             sync_folder(folder)

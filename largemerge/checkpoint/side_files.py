@@ -97,7 +97,8 @@ class SideFiles:
     def copy(self, out: Path) -> None:
         """Copies all files."""
         for name, source in self.files.items():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (out / name).parent.is_dir():
+                (out / name).parent.mkdir(parents=True)
             shutil.copyfile(source, out / name)
 
 

@@ -163,7 +163,8 @@ class ShardWriter:
 
     def _open(self, shard: Shard) -> None:
         path = self.folder / shard.file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent != self.folder:  # a module's
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = self._files[shard.file_name] = DataFile(path, size=shard.num_bytes)
         except OSError as error:

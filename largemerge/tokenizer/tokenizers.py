@@ -124,7 +124,8 @@ def document_ids(document: Document) -> dict[str, int]:
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a tokenizer's files; names may have a folder in them."""
     for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).parent.is_dir():
+            (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(content)
 
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from largemerge import CheckpointError
 from largemerge.checkpoint.index import Checkpoint, natural_key, open_checkpoint
-from largemerge.checkpoint.locate import locate_checkpoint
+from largemerge.checkpoint.locate import _IGNORED, _PATTERNS, locate_checkpoint
+from largemerge.checkpoint.side_files import find_side_files
 from largemerge.checkpoint.tensor_files import open_tensor_file
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES
 
@@ -416,9 +418,10 @@ def add_to_cache(cache: Path, repository: str, commit: str, files: Mapping[str, 
     for folder in (root / "blobs", root / "refs", snapshot):
         folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        blob = root / "blobs" / f"{commit}{name}".replace(".", "")
+        blob = root / "blobs" / f"{commit}{name}".replace(".", "").replace("/", "")
         blob.write_bytes(content)
-        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
     for ref in refs:
         (root / "refs" / ref).write_text(commit)
     return snapshot
@@ -441,6 +444,46 @@ def test_a_hub_id_whose_weights_are_pickles(hub_cache: Path, tmp_path: Path) -> 
     files = {"config.json": b"{}", "pytorch_model.bin": (tmp_path / "w").read_bytes()}
     add_to_cache(hub_cache, "owner/tuned", "c" * 40, files, ["main"])
     assert list(opened(locate_checkpoint("owner/tuned", "maths")).tensors) == ["a"]
+
+
+def test_a_sentence_encoder_of_the_hub(hub_cache: Path, tmp_path: Path) -> None:
+    """In the old layout, with weights of either format: what is wanted is found, and links are followed."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "w")
+    save_file({"linear.weight": torch.ones(2)}, tmp_path / "dense")
+    modules = [{"path": "0_Transformer", "type": "x.Transformer"}, {"path": "2_Dense", "type": "x.Dense"}]
+    files = {
+        "modules.json": json.dumps(modules).encode(),
+        "0_Transformer/config.json": b"{}",
+        "0_Transformer/pytorch_model.bin": (tmp_path / "w").read_bytes(),
+        "0_Transformer/sentencepiece.bpe.model": b"x",
+        "2_Dense/model.safetensors": (tmp_path / "dense").read_bytes(),
+    }
+    add_to_cache(hub_cache, "owner/tuned", "e" * 40, files, ["main"])
+    checkpoint = opened(locate_checkpoint("owner/tuned", "maths"))
+    assert list(checkpoint.tensors) == ["a", "2_Dense::linear.weight"] and checkpoint.inner == "0_Transformer"
+    assert checkpoint.root.name == "e" * 40
+    side_files = find_side_files(checkpoint, checkpoint.folder, checkpoint.folder)
+    assert "0_Transformer/sentencepiece.bpe.model" in side_files.files
+
+
+def test_all_that_a_tokenizer_reads_is_fetched() -> None:
+    wanted = [
+        "spm.model",
+        "0_Transformer/source.spm",
+        "qwen.tiktoken",
+        "tokenizer.model.v3",
+        "tekken.json",
+        "prophetnet.tokenizer",
+        "bpe.codes",
+        "vocab.txt",
+        "additional_chat_templates/tool.jinja",
+        "layers/attention.py",
+        "2_Dense/pytorch_model.bin",
+        "model.fp16.safetensors",
+    ]
+    unwanted = ["onnx/tokenizer.json", "original/consolidated.safetensors", "model.gguf", "checkpoint-5/config.json"]
+    filtered = filter_repo_objects([*wanted, *unwanted], allow_patterns=_PATTERNS, ignore_patterns=_IGNORED)
+    assert list(filtered) == wanted
 
 
 @pytest.mark.parametrize("reference", ["owner/absent", "owner/tuned@v9", "owner/not a name!"])
