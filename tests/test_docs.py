@@ -194,6 +194,20 @@ def fisher(path: Path, seed: int) -> None:
     save_file({name: tensor.square().contiguous() for name, tensor in model.state_dict().items()}, path)
 
 
+def classifier(folder: Path, seed: int, labels: int) -> None:
+    """A BERT with a head of so many labels."""
+    text = tokenizer()
+    sizes = tiny_models.TEXT | {"vocab_size": len(text), "intermediate_size": 24, "max_position_embeddings": 64}
+    torch.manual_seed(seed)
+    save(folder, tf.BertForSequenceClassification(tf.BertConfig(**sizes, num_labels=labels)), text)
+
+
+def glue(path: Path, seed: int) -> None:
+    """A row for the columns of two tasks."""
+    table = [{key: f"{line} {seed}" for key in ("sentence", "premise", "hypothesis")} for line in ENGLISH]
+    path.write_text("".join(json.dumps(row) + "\n" for row in table))
+
+
 def config_alone(folder: Path, seed: int) -> None:
     llama(folder, seed)
     (folder / "model.safetensors").unlink()
@@ -226,6 +240,10 @@ MAKERS: dict[str, Maker] = {
     "code.txt": lambda path, _: path.write_text("\n\n".join(CODE)) and None,
     "fisher-math.safetensors": fisher,
     "fisher-code.safetensors": fisher,
+    "sst2": lambda folder, seed: classifier(folder, seed, 2),
+    "mnli": lambda folder, seed: classifier(folder, seed, 3),
+    "sst2.jsonl": glue,
+    "mnli.jsonl": glue,
 }
 OF_PAGES: dict[str, dict[str, Maker]] = {
     # Its examples name layers up to the twelfth.

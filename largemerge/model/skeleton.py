@@ -384,7 +384,12 @@ def keep_computed(skeleton: Skeleton, names: Collection[str]) -> tuple[str, ...]
         if leaf not in module._parameters or name in skeleton.aliases:
             continue
         first, second = (_initialized(skeleton, path, leaf, value) for value in (1.5, 2.5))
-        if first is not None and second is not None and torch.equal(first, second) and len(first.unique()) > 1:
+        if (
+            first is not None
+            and second is not None
+            and torch.equal(first, second)
+            and bool((first != first.flatten()[0]).any())
+        ):
             del module._parameters[leaf]
             module.register_buffer(leaf, first, persistent=False)
             computed.append(name)

@@ -10,8 +10,8 @@
 Three things can be the case. All vocabularies are the same, and so is the number of rows: nothing is done. All are the
 same, but some models have more rows than others, which are padding (Llama 3.2: 128256 and 128320): rows are matched by
 number, and the output has the base's number of them. Vocabularies differ: rows are matched by token, as the settings
-`tokenizer_source` and `tokenizer` say; without a setting, such models are refused where the same row is one token here
-and another one there.
+`tokenizer_source` and `tokenizer` say. Without a setting such models are refused, unless all have as many rows: then
+rows are averaged by number, as in data-free merges, and a note says which tokens that mixes.
 
 A text goes through its candidate's own tokenizer, and only then are ids mapped. So a candidate's blocks see what they
 would see in the candidate itself, and ids in the config (padding, images) mean the output's tokens everywhere.
@@ -470,7 +470,13 @@ def _without_setting(ids: Mapping[str, Mapping[str, int]], *, unlike: bool) -> l
                 if len(clashes) < 3:
                     clashes.append(f"{number} is {theirs!r} in {other}, {token!r} in {model}")
     if count:
-        raise ConfigError(f"vocabularies differ: {count} rows are other tokens, such as {'; '.join(clashes)}; {advice}")
+        text = f"vocabularies differ: {count} rows are other tokens, such as {'; '.join(clashes)}"
+        if unlike:
+            raise ConfigError(f"{text}; {advice}")
+        return [
+            f"{text}. Rows are averaged by number all the same, as all models have as many of them. To match them by "
+            f"token, {advice}"
+        ]
     every = {token for tokens in ids.values() for token in tokens}
     lacking = {model: [token for token in every if token not in tokens] for model, tokens in ids.items()}
     some = {model: sorted(tokens)[0] for model, tokens in lacking.items() if tokens}

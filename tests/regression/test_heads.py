@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import reference
 import tiny_models
@@ -17,6 +18,7 @@ import yaml
 from cases import Case, files_in, report_of, weights_in, write_case
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenized import ENGLISH, train
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -110,10 +112,9 @@ def card_code(out: Path, name: str) -> PreTrainedModel:
 
 
 KINDS = [
-    ("BertForSequenceClassification", "regmean"),
+    ("BertForTokenClassification", "regmean"),
     ("RobertaForSequenceClassification", "regmean_plusplus"),
     ("DistilBertForSequenceClassification", "regmean"),
-    ("BertForTokenClassification", "regmean"),
     ("LlamaForSequenceClassification", "regmean_plusplus"),
     ("ViTForImageClassification", "regmean"),
     ("CLIPForImageClassification", "regmean_plusplus"),
@@ -295,3 +296,51 @@ def test_heads_are_written_after_a_crash_and_replaced_with_force(
     case.config["head"] = "other"
     with pytest.raises(LargemergeError, match="head"):
         largemerge.merge(yaml.safe_load(yaml.safe_dump(case.config)), tmp_path / "whole", resume=True)
+
+
+def test_glue_runs_as_it_is_shipped(tmp_path: Path) -> None:
+    """Eight tasks with 1, 2 and 3 labels, a base with a language model's head, texts through a tokenizer."""
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / "glue-regmean.yaml").read_text())
+    text = tf.PreTrainedTokenizerFast(
+        tokenizer_object=train("WordPiece", ENGLISH, 60), pad_token="<unk>", unk_token="<unk>"
+    )
+    columns = ("sentence", "sentence1", "sentence2", "question", "question1", "question2", "premise", "hypothesis")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(dict.fromkeys(columns, line)) + "\n" for line in ENGLISH))
+    torch.manual_seed(0)
+    base = tf.BertForPreTraining(tf.BertConfig(**TEXT))
+    base.save_pretrained(tmp_path / "base")
+    text.save_pretrained(tmp_path / "base")
+    config["base_model"] = str(tmp_path / "base")
+    labels = {"stsb": 1, "mnli": 3}
+    for seed, entry in enumerate(config["models"]):
+        folder = tmp_path / entry["name"]
+        classifier("BertForSequenceClassification", labels.get(entry["name"], 2), seed).save_pretrained(folder)
+        text.save_pretrained(folder)
+        fields = {key: value for key, value in entry["calibration"].items() if key.startswith("text")}
+        entry |= {"model": str(folder), "calibration": {"data": str(tmp_path / "data.jsonl"), **fields}}
+    largemerge.merge(config, tmp_path / "out")
+    load_clean(tmp_path / "out")
+    heads = {path.stem: load_file(path) for path in (tmp_path / "out" / "heads").iterdir()}
+    assert heads.keys() == {entry["name"] for entry in config["models"]}
+    assert {name: len(head["classifier.bias"]) for name, head in heads.items()} == {
+        name: labels.get(name, 2) for name in heads
+    }
+
+
+def test_an_adapter_brings_a_head_of_its_own(tmp_path: Path) -> None:
+    """As PEFT saves it beside a LoRA: the model's config knows nothing of its number of labels."""
+    name = "BertForSequenceClassification"
+    model = classifier(name, 2, 1)
+    case = heads_case(tmp_path, model, model, head="more")
+    for label, size in (("less", 2), ("more", 3)):
+        peft_model = peft.get_peft_model(
+            classifier(name, size, size), peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+        )
+        peft_model.save_pretrained(tmp_path / label)
+    for entry, label in zip(case.config["models"], ("less", "more"), strict=True):
+        entry |= {"model": f"{tmp_path / 'model0'}+{tmp_path / label}", "name": label}
+    largemerge.merge(case.config, tmp_path / "out")
+    merged = load_clean(tmp_path / "out", tf.BertForSequenceClassification)
+    saved = load_file(tmp_path / "more" / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert merged.config.num_labels == 3 and torch.equal(merged.classifier.weight, saved)
+    assert len(load_file(tmp_path / "out" / "heads" / "less.safetensors")["classifier.weight"]) == 2
