@@ -231,7 +231,9 @@ def solve_densely(
 def _hybrid(expected: PreTrainedModel, candidate: PreTrainedModel, block: str) -> PreTrainedModel:
     """The merged model so far, with one block of the candidate."""
     hybrid = copy.deepcopy(expected)
-    hybrid.get_submodule(block).load_state_dict(candidate.get_submodule(block).state_dict())
+    parent, _, leaf = block.rpartition(".")
+    # Not its weights put into the block: what blocks have in common would change in those before it, too.
+    setattr(hybrid.get_submodule(parent), leaf, copy.deepcopy(candidate.get_submodule(block)))
     return hybrid
 
 

@@ -8,13 +8,11 @@ that configs share; `EXCEPTIONS` holds what the rules cannot know.
 from __future__ import annotations
 
 import inspect
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 NUM_LAYERS = 4
@@ -24,16 +22,20 @@ NUM_SAMPLES, NUM_TOKENS, NUM_DECODER_TOKENS = 6, 13, 7
 RULES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|num_embeddings$|char_vocab|vocabulary_size|codebook_size", VOCABULARY),
     (r"num_kv_shared_layers", 2),
+    (r"num_feat_extract_layers|num_conv_pos|num_codebooks", 99),
+    (r"^(n|num|topk)_group", 1),
+    (r"^mm_tokens_per_image", 4),
     (r"num_nextn_predict|num_mtp|mtp_num", 0),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start|moe_layer_offset|mlp_only", 1),
     (r"(^|_)(num_hidden_layers|n_layers?|num_layers|layers|depth|num_blocks|n_blocks|layer_num)$", NUM_LAYERS),
+    (r"rotary_dim", 4),
     (r"qk_rope_head_dim|qk_nope_head_dim|v_head_dim|qk_head_dim|index_head_dim", 8),
     (r"(q|o)_lora_rank|kv_lora_rank|lora_rank", 16),
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", 4),
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r"mamba_headdim|mamba_d_head|mamba_head_dim", 8),
-    (r"head_dim$|head_size|kv_channels|d_kv|attention_head_dim|key_head_dim|value_head_dim|_d_head$|dim_head|^d_head", 8),
+    (r"head_dim$|head_size|kv_channels|d_kv|attention_head_dim|key_head_dim|_d_head$|dim_head|^d_head", 8),
     (r"num_(key_value|kv)_heads|n_head_kv|num_kv_heads|key_value_heads|multi_query_group_num", 2),
     (r"(num|n)_(attention_|encoder_|decoder_)?heads?$|attention_heads|num_heads|n_heads?$|heads$", 4),
     (r"(num|n)_(local_|routed_|total_)?experts$|moe_num_experts", 4),
@@ -54,10 +56,45 @@ RULES: tuple[tuple[str, int], ...] = (
 """Pattern of a key → what a larger number of that name becomes; the first that matches."""
 
 KEPT = re.compile(
-    r"num_channels|in_channels|in_chans|kernel|stride|padding|factor|scale|ratio|patch_size$|_token|_groups?$"
+    r"num_channels|in_channels|in_chans|kernel|stride|padding|factor|scale|ratio|patch_size$|_token(?!s)|conv_groups?$|positional.*groups$|in_groups$"
 )
 
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+DROPPED = ("id2label", "label2id", "architectures", "transformers_version", "dtype", "torch_dtype", "model_type")
+DROPPED += ("_name_or_path", "per_layer_config")
+
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "BambaConfig": {"attn_layer_indices": [1]},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "DeepseekV2Config": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "DoryConfig": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "FalconH1Config": {"mamba_d_ssm": 64},
+    "HunYuanDenseV1Config": {"head_dim": 8},
+    "HunYuanMoEV1Config": {"head_dim": 8},
+    "MinistralConfig": {"head_dim": 8},
+    "NemotronConfig": {"head_dim": 8, "num_key_value_heads": 2},
+    "Mamba2Config": {"num_heads": 8, "head_dim": 8},
+    "XmodConfig": {"default_language": "en_XX"},
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "ReformerConfig": {"axial_pos_embds": False, "attention_head_size": 8, "feed_forward_size": 48},
+    "EsmConfig": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
+    "Zamba2Config": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+        "hybrid_layer_ids": [1, 3],
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
+    "ZambaConfig": {"attention_head_dim": 16, "attention_hidden_size": 64, "n_mamba_heads": 2},
+    "Wav2Vec2BertConfig": {"vocab_size": VOCABULARY},
+    "Qwen2VLConfig": {"text_config": {"rope_parameters": QWEN_ROPE}},
+    "Qwen2_5_VLConfig": {"text_config": {"rope_parameters": QWEN_ROPE}},
+    "SwinConfig": {"window_size": 4},
+    "DonutSwinConfig": {"window_size": 4},
+}
+"""Config or model class → what the rules cannot know."""
 
 
 def shrink(values: Any, key: str = "", layers: int | None = None, ids: dict[int, int] | None = None) -> Any:
@@ -67,7 +104,16 @@ def shrink(values: Any, key: str = "", layers: int | None = None, ids: dict[int,
         if not all(isinstance(name, str) for name in values):
             return values
         own = next((v for k, v in values.items() if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", k)), layers)
-        return {name: shrink(value, name, own if isinstance(own, int) else None, ids) for name, value in values.items()}
+        small = {
+            name: shrink(value, name, own if isinstance(own, int) else None, ids)
+            for name, value in values.items()
+            if name not in DROPPED
+        }
+        if values.get("num_key_value_heads") == values.get("num_attention_heads") is not None:
+            small["num_key_value_heads"] = small["num_attention_heads"]
+        if "spatial_merge_size" in values and "window_size" in values:  # Qwen2.5-VL's windows of merged patches
+            small["window_size"] = 32
+        return small
     if isinstance(values, list | tuple):
         return _shrink_list(list(values), key, layers, ids)
     if isinstance(values, bool) or not isinstance(values, int):
@@ -81,6 +127,8 @@ def _shrink_list(values: list[Any], key: str, layers: int | None, ids: dict[int,
         return [_shrink_number(v, key, ids) if type(v) is int else v for v in (kinds * NUM_LAYERS)[:NUM_LAYERS]]
     if key == "mrope_section":
         return [2, 1, 1]
+    if key == "image_grid_pinpoints":
+        return [[32, 32]]
     if values and all(type(value) is int for value in values):
         if re.search("depths|layers|blocks", key):
             return [min(value, 2) for value in values]
@@ -112,17 +160,6 @@ def tiny_config(model_class: type[PreTrainedModel]) -> PreTrainedConfig:
     """
     config_class: Any = model_class.config_class
     values = shrink(config_class().to_dict())
-    for name in (
-        "id2label",
-        "label2id",
-        "architectures",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "model_type",
-        "_name_or_path",
-    ):
-        values.pop(name, None)
     changed = EXCEPTIONS.get(config_class.__name__, {}) | EXCEPTIONS.get(model_class.__name__, {})
     config: PreTrainedConfig = config_class(**_updated(values, changed))
     return config
@@ -141,11 +178,12 @@ def tiny_model(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     """Builds a tiny model with random weights large enough that every block matters."""
     torch.manual_seed(0)
     config = tiny_config(model_class)
-    if getattr(config, "is_encoder_decoder", False) is False and model_class.__name__.endswith(
-        ("ForCausalLM", "LMHeadModel")
+    if (
+        getattr(config, "is_encoder_decoder", False) is False
+        and model_class.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        and hasattr(config, "is_decoder")
     ):
-        if hasattr(config, "is_decoder"):
-            config.is_decoder = True
+        config.is_decoder = True
     no_cache(config)
     model = model_class(config).eval()
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -199,6 +237,7 @@ def make_inputs(model: PreTrainedModel, kind: str, seed: int) -> Inputs:
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether a decoder reads tokens of its own."""
     return (
         bool(getattr(model.config, "is_encoder_decoder", False))
         or "decoder_input_ids" in inspect.signature(model.forward).parameters
@@ -208,29 +247,33 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
 def tokens(model: PreTrainedModel, takes: set[str], generator: torch.Generator, images: Inputs | None) -> Inputs:
     """Token ids, the last three of every second sample padding; image tokens in front where there are images."""
     ids = torch.randint(3, VOCABULARY // 2, (NUM_SAMPLES, NUM_TOKENS), generator=generator)
+    ids[ids == image_token(model)] = 1
     if images:
         ids = torch.cat([image_tokens(model, images), ids], dim=1)
     inputs = {"input_ids": ids}
     if "attention_mask" in takes:
         inputs["attention_mask"] = torch.ones_like(ids)
         inputs["attention_mask"][::2, -3:] = 0
+    if images and "mm_token_type_ids" in takes:
+        inputs["mm_token_type_ids"] = (ids == image_token(model)).long()
+    elif images and "token_type_ids" in takes:
+        inputs["token_type_ids"] = (ids == image_token(model)).long()
     if model.config.model_type in ("xlnet",):
         inputs.pop("attention_mask")
     return inputs
 
 
+def image_token(model: Any) -> int | None:
+    """The token that stands for a feature of an image, by the names that configs have for it."""
+    names = ("image_token_id", "image_token_index", "image_token", "media_placeholder_token_id")
+    parts = (model.config, getattr(model.config, "text_config", None))
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
 def image_tokens(model: Any, images: Inputs) -> torch.Tensor:
     """Places of the images' features: as many tokens as the model itself makes features of an image."""
-    config = model.config
-    token = next(
-        (
-            value
-            for part in (config, getattr(config, "text_config", None))
-            for name in ("image_token_id", "image_token_index", "image_token", "media_placeholder_token_id")
-            if isinstance(value := getattr(part, name, None), int)
-        ),
-        None,
-    )
+    token = image_token(model)
     if token is None:
         return torch.zeros(NUM_SAMPLES, 0, dtype=torch.long)
     method = model.get_image_features if hasattr(model, "get_image_features") else model.model.get_image_features
@@ -275,18 +318,21 @@ def pixels(model: Any, takes: set[str], generator: torch.Generator) -> Inputs:
         return {"pixel_values": values, "image_grid_thw": grid.expand(NUM_SAMPLES, 1, 3).contiguous()}
     name = "pixel_values" if "pixel_values" in takes else "pixel_values_videos"
     shape: tuple[int, ...] = (NUM_SAMPLES, channels, height, width)
-    if (
-        getattr(config, "num_frames", None)
-        and "ideo" in type(model).__name__ + str(config.model_type) + "vivit timesformer"
-    ):
-        if config.model_type in ("videomae", "vivit", "timesformer", "vjepa2"):
-            shape = (NUM_SAMPLES, config.num_frames, channels, height, width)
+    if config.model_type in ("videomae", "vivit", "timesformer", "vjepa2", "videoprism_vision_model", "videoprism"):
+        frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 2)
+        shape = (NUM_SAMPLES, frames, channels, height, width)
+    if model.config.model_type in ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision"):
+        shape = (NUM_SAMPLES, 2, channels, height, width)
     inputs = {name: torch.randn(shape, generator=generator)}
     if model.config.model_type in ("idefics2", "idefics3", "smolvlm"):
         inputs[name] = inputs[name].unsqueeze(1)
-    if "image_sizes" in takes:
+    if "image_sizes" in takes and model.config.model_type not in ("llava", "vipllava"):
         inputs["image_sizes"] = torch.tensor([[height, width]]).expand(NUM_SAMPLES, 2).contiguous()
     return inputs
+
+
+MEL_NAMES = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
+VISION_NAMES = ("num_channels", "in_channels", "in_chans")
 
 
 def sounds(model: Any, takes: set[str], generator: torch.Generator) -> Inputs:
@@ -300,8 +346,9 @@ def sounds(model: Any, takes: set[str], generator: torch.Generator) -> Inputs:
         return {"input_values": torch.randn(NUM_SAMPLES, 2000, generator=generator)}
     part = _part(config, "encoder_config", "audio_config")
     mels = next(
-        (v for n in ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
-         if (v := getattr(part, n, None))), 16)  # fmt: skip
+        (value for name in MEL_NAMES if (value := getattr(part, name, None))),
+        16,
+    )
     if "whisper" in config.model_type:
         return {"input_features": torch.randn(NUM_SAMPLES, mels, 2 * config.max_source_positions, generator=generator)}
     return {"input_features": torch.randn(NUM_SAMPLES, 64, mels, generator=generator)}

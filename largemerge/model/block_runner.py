@@ -30,9 +30,11 @@ from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.errors import MergeError
 from largemerge.matmul import faster_linear
 from largemerge.model.forward import (
+    KeptOutputs,
     Output,
     SharedOutput,
     block_weights,
+    keep_output,
     original_forward,
     replaced_forwards,
     resumed_at,
@@ -214,7 +216,7 @@ class RunningBlock:
         self._name = skeleton.stacks[block.stack].block_name(block.index)
         self._module = skeleton.stacks[block.stack].blocks[block.index]
         self._roles = {role.name: role for role in stack.roles[block.index]}
-        self._runs = stack.runs[block.index]
+        self._runs, self._kept = stack.runs[block.index], stack.kept
         self._unused_inputs = stack.unused_inputs if block.index > 0 else frozenset[str]()
         self._tensors: Mapping[str, torch.Tensor] = tensors
         unused = stack.unused_modules if block.index > 0 else ()
@@ -310,6 +312,7 @@ class RunningBlock:
 
         def visit(*args: Any, **kwargs: Any) -> Output:
             last = caught[-1] if caught else before
+            last = last.last if isinstance(last, KeptOutputs) else last
             caught.append(
                 run_until(self._module, until, args, kwargs, *([last] if isinstance(last, SharedOutput) else []))
             )
@@ -322,7 +325,9 @@ class RunningBlock:
         watching = watched_linears(self._module, watch, see) if on_input is not None else nullcontext()
         with watching, resumed_at(runner.skeleton, self._block.stack, self._block.index, self._runs) as run:
             run(inputs, outputs, visit)
-        return caught[-1]
+        if caught[-1] is None:
+            return None
+        return keep_output(caught[-1], before, self._block.index, self._kept)
 
     def _mask(self, batch: Batch, stack: int, known: dict[int, torch.Tensor | None]) -> torch.Tensor | None:
         """The valid tokens of a stack, on the device; made once for a batch."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedConfig
 
 from largemerge.errors import ArchitectureError
-from largemerge.model.forward import Output, call_model, hand_on, replaced_forwards, resumed_at, run_block
+from largemerge.model.forward import KeptOutputs, Output, call_model, hand_on, replaced_forwards, resumed_at, run_block
 from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
 
 NUM_SAMPLES = 2
@@ -63,6 +63,7 @@ class FakeModel:
         weights: Made-up parameters, by name.
         records: Records of the blocks that were really run, by stack and block.
         order: Indices of the stacks that run, in the order in which they do.
+        kept: Blocks of each stack whose output is kept for later stacks, beside the last one's; found by the trace.
         runs: How often each block runs, by stack and block.
     """
 
@@ -72,6 +73,23 @@ class FakeModel:
     records: Sequence[Mapping[int, BlockRecord]]
     order: Sequence[int]
     runs: Mapping[tuple[int, int], int]
+    kept: dict[int, frozenset[int]] = field(default_factory=dict)
+
+    def outputs(self, stack: int, but: int | None = None) -> Output:
+        """What is stored of a stack that has run: outputs of the kept blocks, and of the last.
+
+        Args:
+            stack: Index of the stack.
+            but: A block whose output is NaN instead.
+        """
+        last = max(index for of, index in self.runs if of == stack)
+
+        def output_of(index: int) -> Output:  # of a block without record: what the one before it returned
+            output = next(entry.output for own, entry in reversed(list(self.records[stack].items())) if own <= index)
+            return output if index != but else tree_map(_nan_like, output)
+
+        kept = {index: output_of(index) for index in self.kept.get(stack, ()) if index != last}
+        return KeptOutputs(output_of(last), kept) if kept else output_of(last)
 
     def first_arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[int, Any]:
         """Arguments of the first block of every stack in a plain pass on other inputs."""
@@ -86,6 +104,7 @@ class FakeModel:
         *,
         run_block_too: bool = True,
         inputs: Mapping[str, torch.Tensor] | None = None,
+        earlier_outputs: Mapping[int, Output] | None = None,
     ) -> tuple[Any, Output]:
         """Runs the model up to a block, from the output of the one before it.
 
@@ -94,6 +113,7 @@ class FakeModel:
             index: Index of the block in its stack.
             run_block_too: Whether the block itself is run, too.
             inputs: Forward arguments in place of the made-up ones.
+            earlier_outputs: Outputs of earlier stacks in place of those of the plain pass.
 
         Returns:
             The arguments of the block for each of its runs; and its output, `None` if it is not run. A block of
@@ -102,7 +122,7 @@ class FakeModel:
         runs = self.runs[stack, index]  # only blocks that run have records
         run_block_too = run_block_too or runs > 1
         earlier = self.order[: self.order.index(stack)]
-        outputs = {number: list(self.records[number].values())[-1].output for number in earlier}
+        outputs = {number: self.outputs(number) for number in earlier} | dict(earlier_outputs or {})
         before = [entry.output for number, entry in self.records[stack].items() if number < index]
         if before:
             outputs[stack] = before[-1]
@@ -354,6 +374,11 @@ def _recorded_linears(block: nn.Module) -> Iterator[list[tuple[str, torch.Tensor
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _nan_like(leaf: Any) -> Any:
+    nan = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return torch.full_like(leaf, float("nan")) if nan else leaf
 
 
 def _clone_tensors(tree: Any) -> Any:

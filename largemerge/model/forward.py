@@ -21,7 +21,7 @@ the mapping that the model has made anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +65,24 @@ register_pytree_node(
     SharedOutput,
     lambda node: ([node.output, {place: dict(entries) for place, entries in node.shared.items()}], None),
     lambda children, _: SharedOutput(*children),
+)
+
+
+@dataclass(frozen=True)
+class KeptOutputs:
+    """What the last block returned, and blocks before it whose output the model reads, too.
+
+    Attributes:
+        last: Output of the last block that has run.
+        kept: Index of a block → its output (LLaVA reads the last but one of its vision tower).
+    """
+
+    last: Any
+    kept: Mapping[int, Any]
+
+
+register_pytree_node(
+    KeptOutputs, lambda node: ([node.last, dict(node.kept)], None), lambda children, _: KeptOutputs(*children)
 )
 
 _PACKED = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
@@ -181,17 +199,23 @@ def run_to_end(
 def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module, Callable[..., Output]]:
     """Makes a forward for every block that answers with the stored output of its stack."""
 
-    def stub(index: int) -> Callable[..., Output]:
+    def stub(number: int, index: int) -> Callable[..., Output]:
         def answer(*args: Any, **kwargs: Any) -> Output:
-            if index not in outputs:
-                name = skeleton.stacks[index].name
+            if number not in outputs:
+                name = skeleton.stacks[number].name
                 raise ArchitectureError(f"{skeleton.class_name}: a block of {name} runs earlier than it should")
-            return hand_on(outputs[index], args, kwargs)
+            output = outputs[number]
+            if isinstance(output, KeptOutputs):
+                output = output.kept.get(index, output.last)
+            return hand_on(output, args, kwargs)
 
         return answer
 
-    stubs = [stub(index) for index in range(len(skeleton.stacks))]
-    return {block: stubs[index] for index, stack in enumerate(skeleton.stacks) for block in stack.blocks}
+    return {
+        block: stub(number, index)
+        for number, stack in enumerate(skeleton.stacks)
+        for index, block in enumerate(stack.blocks)
+    }
 
 
 def hand_on(output: Output, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -201,6 +225,21 @@ def hand_on(output: Output, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     for place, entries in output.shared.items():
         (args[place] if isinstance(place, int) else kwargs[place]).update(entries)
     return output.output
+
+
+def keep_output(output: Output, before: Output, index: int, kept: Collection[int]) -> Output:
+    """Joins a block's output to those of earlier blocks that the model reads, too.
+
+    Args:
+        output: What block `index` returned.
+        before: What is stored of the blocks before it.
+        index: Index of the block in its stack.
+        kept: Indices of the blocks whose output is kept.
+    """
+    known = dict(before.kept) if isinstance(before, KeptOutputs) else {}
+    if index in kept:
+        known[index] = output
+    return KeptOutputs(output, known) if known else output
 
 
 def run_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: Output = None) -> Output:
@@ -219,6 +258,7 @@ def run_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
     mappings = {place: value for place, value in places if isinstance(value, MutableMapping)}
     unchanged = {place: dict(mapping) for place, mapping in mappings.items()}
     output = original_forward(block)(*args, **kwargs)
+    before = before.last if isinstance(before, KeptOutputs) else before
     known = before.shared if isinstance(before, SharedOutput) else {}
     shared: dict[int | str, dict[Any, Any]] = {}
     for place, mapping in mappings.items():

@@ -81,6 +81,7 @@ class StackTrace:
         roles: The linears of each block in the order in which the forward reaches them.
         output_shapes: Shapes of a block's output tensors, for the trace's samples of `num_tokens` tokens.
         num_tokens: Rows that one sample has in this stack, in the trace.
+        kept: Blocks whose output later stacks read, beside the last one's.
         runs: How often each block runs in one forward pass: 0 where the calibration data does not reach it.
     """
 
@@ -94,6 +95,7 @@ class StackTrace:
     output_shapes: tuple[tuple[int, ...], ...]
     num_tokens: int
     runs: tuple[int, ...]
+    kept: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def trace_model(skeleton: Skeleton, outline: InputOutline, examples: Examples | 
         ArchitectureError: If the model cannot be run on such input, or not block by block.
     """
     with fake_model(skeleton, outline, examples or {}) as fake:
+        _find_kept(fake)
         _compare_resumed(fake)
         depending = _depending_on_tokens(fake)
         stacks = tuple(
@@ -128,6 +131,32 @@ def trace_model(skeleton: Skeleton, outline: InputOutline, examples: Examples | 
             for index, stack in enumerate(skeleton.stacks)
         )
     return ModelTrace(tuple(fake.order), stacks)
+
+
+def _find_kept(fake: FakeModel) -> None:
+    """Finds the blocks whose output later stacks read though others run after them: filled with NaN, it shows."""
+    for position, stack in enumerate(fake.order[1:], 1):
+        expected = fake.records[stack][0].arguments
+        if equal_trees(fake.resume(stack, 0, run_block_too=False)[0], expected):
+            continue
+        for earlier in fake.order[:position]:
+            ran = [index for of, index in fake.runs if of == earlier]
+            before = fake.kept.get(earlier, frozenset())
+            fake.kept[earlier] = frozenset(ran)
+            everything, _ = fake.resume(stack, 0, run_block_too=False)
+            fake.kept[earlier] = (
+                frozenset(
+                    index
+                    for index in ran[:-1]
+                    if not equal_trees(
+                        fake.resume(
+                            stack, 0, run_block_too=False, earlier_outputs={earlier: fake.outputs(earlier, but=index)}
+                        )[0],
+                        everything,
+                    )
+                )
+                | before
+            )
 
 
 def _compare_resumed(fake: FakeModel) -> None:
@@ -173,6 +202,7 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> Stac
         output_shapes=tuple(tuple(leaf.shape) for leaf in output),
         num_tokens=rows[stack][1],
         runs=runs,
+        kept=fake.kept.get(stack, frozenset()),
     )
 
 

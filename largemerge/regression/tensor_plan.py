@@ -162,6 +162,7 @@ class BlockPlan:
 def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple[BlockPlan, ...]:
     """Plans the blocks, in the order in which they run."""
     blocks = []
+    shared = _shared_by_blocks(inputs.skeleton)
     for stack_index in trace.order:
         stack = inputs.skeleton.stacks[stack_index]
         for index in [index for index, runs in enumerate(trace.stacks[stack_index].runs) if runs]:
@@ -170,12 +171,25 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple
             prefix = stack.block_name(index) + "."
             linears = linears_in(stack.blocks[index])
             reasons = {
-                name: _why_not_solvable(name.removeprefix(prefix), linears, roles, trace, stack_index) for name in names
+                name: "several blocks have it in common"
+                if name in shared
+                else _why_not_solvable(name.removeprefix(prefix), linears, roles, trace, stack_index)
+                for name in names
             }
             tensors = [_plan_tensor(config, inputs, name, reasons[name]) for name in names]
             groups = _plan_groups(stack.blocks[index], tensors, prefix, roles)
             blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups))
     return tuple(blocks)
+
+
+def _shared_by_blocks(skeleton: Skeleton) -> frozenset[str]:
+    """Parameters that several blocks have in common (Zamba's shared attention), by all their names."""
+    prefixes = [stack.block_name(index) + "." for stack in skeleton.stacks for index in range(len(stack.blocks))]
+    found: set[str] = set()
+    for names in skeleton.aliases.values():
+        if len({prefix for prefix in prefixes for name in names if name.startswith(prefix)}) > 1:
+            found.update(names)
+    return frozenset(found)
 
 
 def plan_non_block(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple[TensorPlan, ...]:
