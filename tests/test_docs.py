@@ -447,3 +447,14 @@ def test_the_arguments_of_both_functions_are_told(function: Callable[..., Any]) 
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     told = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     assert told == set(inspect.signature(function).parameters)
+
+
+def test_every_row_of_what_goes_in_has_a_test() -> None:
+    rows = [line for line in (ROOT / "docs" / "inputs.md").read_text().splitlines() if line.startswith("| ")]
+    for row in rows:
+        if row.startswith("| what you have"):
+            continue
+        named = re.search(r"<!-- (tests/\S+?)(?:::(test_\w+))? -->", row)
+        assert named is not None, row
+        text = (ROOT / named[1]).read_text()
+        assert named[2] is None or f"def {named[2]}(" in text, row
