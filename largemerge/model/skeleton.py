@@ -11,6 +11,9 @@ exist nowhere else.
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,9 +137,28 @@ def build_skeleton(
         CheckpointError: If the config is not understood.
         ArchitectureError: If the model class is unknown or has no block stacks.
     """
+    model = build_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+    found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
+    return Skeleton(model, found, _aliases(model), dtype)
+
+
+def build_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Builds the model of a checkpoint on the meta device, in evaluation mode, with real buffers.
+
+    Args:
+        checkpoint: The checkpoint; its files with weights are not looked at.
+        dtype: Dtype of parameters, and of buffers that follow the default dtype.
+        trust_remote_code: Allow the checkpoint's own Python code.
+
+    Raises:
+        CheckpointError: If the config is not understood.
+        ArchitectureError: If the model class is unknown, or refuses the config.
+    """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    model_class = _model_class(config, checkpoint, trust_remote_code)
-    for part in _all_configs(config):
+    model_class = find_model_class(config, checkpoint, trust_remote_code)
+    for part in all_configs(config).values():
         if hasattr(part, "use_cache"):
             part.use_cache = False  # a cache handed to a block would be filled again by every extra run of it
     try:
@@ -147,8 +169,23 @@ def build_skeleton(
     model.tie_weights()
     model.train(False)
     model.requires_grad_(False)
-    found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
-    return Skeleton(model, found, _aliases(model), dtype)
+    return model
+
+
+@contextmanager
+def bare_checkpoint(config: Mapping[str, Any], name: str, code: Path | None = None) -> Iterator[Checkpoint]:
+    """Yields a checkpoint that consists of a config alone, in a folder that goes afterwards.
+
+    Args:
+        config: Contents of its `config.json`.
+        name: Its name, for messages.
+        code: Folder whose Python files it has, too.
+    """
+    with tempfile.TemporaryDirectory(prefix="largemerge-config-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        for path in code.glob("*.py") if code is not None else ():
+            shutil.copyfile(path, Path(folder) / path.name)
+        yield Checkpoint(name, Path(folder), config, {}, {})
 
 
 @contextmanager
@@ -161,7 +198,19 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_code: bool) -> type[PreTrainedModel]:
+def find_model_class(
+    config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_code: bool
+) -> type[PreTrainedModel]:
+    """Finds the class that a checkpoint's config names.
+
+    Args:
+        config: The config, from `load_config`.
+        checkpoint: The checkpoint, for messages and for its own code.
+        trust_remote_code: Allow the checkpoint's own Python code.
+
+    Raises:
+        ArchitectureError: If there is no such class, or none is named.
+    """
     names = config.architectures or []
     found: type[PreTrainedModel]
     auto_map: Mapping[str, str] = getattr(config, "auto_map", None) or {}
@@ -189,12 +238,13 @@ def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_
     )
 
 
-def _all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and those inside it, such as that of a text model."""
-    yield config
-    for value in vars(config).values():
+def all_configs(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], PreTrainedConfig]:
+    """Collects a config and those inside it, such as that of a text model, by the keys that lead to them."""
+    found = {path: config}
+    for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _all_configs(value)
+            found |= all_configs(value, (*path, key))
+    return found
 
 
 def is_linear(module: nn.Module) -> bool:
