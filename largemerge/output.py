@@ -29,7 +29,7 @@ from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.side_files import GENERATION_FILES, PROCESSOR_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
 from largemerge.distributed.ranks import Ranks
-from largemerge.errors import LargemergeError, OutputError
+from largemerge.errors import LargemergeError, MergeError, OutputError
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
@@ -74,7 +74,11 @@ class OutputFolder:
             shards: All shards, written and flushed.
             write_side_files: Writes tokenizer, report, … into a folder.
             config: Text of `config.json`, which is written last.
+
+        Raises:
+            MergeError: If the files of the weights are not what was laid out.
         """
+        self.check_written(shards)
         names = {shard.file_name for shard in shards}
         if self.replaces:
             # From here on the earlier checkpoint is gone: first what makes it one, then its weights.
@@ -95,6 +99,29 @@ class OutputFolder:
         write_atomically(self.path / "config.json", config)
         (self.working / "manifest.json").unlink()  # from here on there is nothing to resume
         shutil.rmtree(self.working)
+
+    def check_written(self, shards: tuple[Shard, ...]) -> None:
+        """Compares every file of weights with its layout, which was checked to load before the long work.
+
+        Raises:
+            MergeError: If a file has another size, or holds tensors of other names, shapes or dtypes.
+        """
+        problems = []
+        for shard in shards:
+            moved = self.path / shard.file_name
+            file = self.working / shard.file_name if (self.working / shard.file_name).exists() else moved
+            if not file.exists():
+                problems.append(f"{file} is not there")
+                continue
+            with file.open("rb") as stream:
+                header = stream.read(len(shard.header))
+            if file.stat().st_size != shard.num_bytes:
+                problems.append(f"{file} has {file.stat().st_size} bytes; expected {shard.num_bytes}")
+            elif header != shard.header:
+                problems.append(f"{file}: its header is not the one that was laid out for it")
+        if problems:
+            advice = f"what was merged is in {self.working}, and nothing of it is lost; merge again with --force"
+            raise MergeError(*problems[:_MAX_PROBLEMS], advice)
 
 
 @contextmanager

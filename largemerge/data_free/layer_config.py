@@ -27,7 +27,7 @@ from largemerge.data_free.matrices import LAYER
 from largemerge.errors import LargemergeError
 from largemerge.model.key_mapping import map_keys
 from largemerge.model.layer_kinds import CLASS, LayerKind, layer_kinds
-from largemerge.model.skeleton import all_configs, bare_checkpoint, build_model
+from largemerge.model.skeleton import all_configs, build_model
 
 Source = tuple[str, int]
 """A model, and the number of a layer in it."""
@@ -36,8 +36,12 @@ Path = tuple[str, ...]
 Edits = dict[Path, Any]
 
 _DEPTH = re.compile(r"layers?$|depth$|blocks?$|^(num|n)_(\w+_)?(layers|blocks)")
-_NO_DEPTH = re.compile(r"period|offset|interval|step|size|window|first|last|drop|norm|dim|freq|idx|index|start|end_|kv_")
-_BY_LAYER = re.compile(r"layer|block|_types?$|pattern|mlp|moe|sparse|per_|_list$|attn|attention|idx|ind(ex|ic)es|hybrid")
+_NO_DEPTH = re.compile(
+    r"period|offset|interval|step|size|window|first|last|drop|norm|dim|freq|idx|index|start|end_|kv_"
+)
+_BY_LAYER = re.compile(
+    r"layer|block|_types?$|pattern|mlp|moe|sparse|per_|_list$|attn|attention|idx|ind(ex|ic)es|hybrid"
+)
 _NAMES_LAYERS = re.compile(r"idxs?$|ind(ex|exes|ices)$|_ids$|only_layers$|moe_layers$|(attn|attention)_layers$|cross_")
 _NEVER = re.compile(r"token|label|^out_|feature|stage_names|lang|dims?$|sizes?$|section")
 _NUMBER = re.compile(r"period|offset|step|interval|pattern|freq|every|first|last|start|end|replace|layers|dense|skip")
@@ -123,8 +127,7 @@ class _Blueprint:
     @classmethod
     def of(cls, checkpoint: Checkpoint, raw: Mapping[str, Any] | None = None) -> _Blueprint:
         raw = checkpoint.config if raw is None else raw
-        with bare_checkpoint(raw, checkpoint.name) as bare:
-            model = build_model(bare)
+        model = build_model(raw, checkpoint.name)
         parts = all_configs(model.config)
         aliases: dict[Path, list[Path]] = {}
         lists: dict[Path, list[Any]] = {}
@@ -135,7 +138,8 @@ class _Blueprint:
             for key in [*vars(part), *names]:
                 value = getattr(part, key, None) if _BY_LAYER.search(key) and not key.startswith("_") else None
                 if isinstance(value, list | tuple):
-                    lists[*path, key] = list(value)
+                    where: Path = (*path, key)
+                    lists[where] = list(value)
         known = {path: tuple(others) for path, others in aliases.items()}
         return cls(raw, model.config.to_dict(), known, layer_kinds(model), lists, model)
 
@@ -149,7 +153,7 @@ class _Blueprint:
                 return value
         return None
 
-    def keys(self) -> Iterator[Path]:
+    def paths(self) -> Iterator[Path]:
         """Yields the paths of all values, parts before what lies in them."""
         seen = set()
         for tree in (self.raw, self.full):
@@ -290,7 +294,7 @@ class _Follower:
     def _depth_keys(self, depth: int) -> list[Path]:
         return [
             path
-            for path in self.base.keys()
+            for path in self.base.paths()
             if _DEPTH.search(path[-1]) and not _NO_DEPTH.search(path[-1])
             if type(self.base.value(path)) is int and self.base.value(path) == depth
         ]
@@ -336,7 +340,7 @@ class _Follower:
     def _lists(self, parts: Mapping[Path, list[_Stack]]) -> Edits:
         """Lets lists by layer, and lists that name layers, follow the layers."""
         edits: Edits = {}
-        for path in self.base.keys():
+        for path in self.base.paths():
             stack = self._stack_of(path, parts)
             if stack is not None:
                 for value in self._followed(path, stack)[:1]:
@@ -434,7 +438,7 @@ class _Follower:
 
     def _alternatives(self, parts: Mapping[Path, list[_Stack]]) -> Iterator[Edits]:
         """Yields edits that may mend what differs: other readings of lists, then numbers that solve for the order."""
-        for path in self.base.keys():
+        for path in self.base.paths():
             stack = self._stack_of(path, parts)
             if stack is not None:
                 yield from ({path: value} for value in self._followed(path, stack)[1:])
@@ -446,7 +450,7 @@ class _Follower:
         """Yields numbers by which the layers of the output have the answers of their sources."""
         keys = [
             path
-            for path in self.base.keys()
+            for path in self.base.paths()
             if path[:-1] == part and type(self.base.value(path)) is int and _NUMBER.search(path[-1])
         ]
         numbers = [path for path in keys if path not in self._depth_keys(stack.depth)]
@@ -565,7 +569,7 @@ class _Follower:
         for path, values in made.lists.items():
             stack = self._stack_of(path, parts)
             before = self.base.lists.get(path)
-            if stack is None or before is None or _NEVER.search(path[-1]) or _NAMES_LAYERS.search(path[-1]):
+            if stack is None or before is None or not _by_layer(path[-1]):
                 continue
             if len(before) != stack.depth or len(values) != len(stack.sources):
                 continue
@@ -614,11 +618,13 @@ class _Follower:
             more = f" (so for layers {which[1:6]})" if len(which) > 1 else ""
             keys = [
                 path
-                for path in self.base.keys()
+                for path in self.base.paths()
                 if path[:-1] in parts and stack in parts[path[:-1]] and path not in self._depth_keys(stack.depth)
                 if type(self.base.value(path)) is int and _NUMBER.search(path[-1])
             ]
-            by = f"; the config gives kinds of layers by {_listed(keys)}, and no numbers give this order" if keys else ""
+            by = (
+                f"; the config gives kinds of layers by {_listed(keys)}, and no numbers give this order" if keys else ""
+            )
             problems.append(
                 f"{stack.name}.{number} would {_told(entry, found)}, but layer {layer} of {model}, which it is made "
                 f"of, {_told(entry, expected, of_source=True)}{more}{by}{self._advice(stack, edits)}"
@@ -654,7 +660,10 @@ class _Follower:
 
 
 def _near(
-    runs: Sequence[tuple[str, int, int]], position: int, fits: Mapping[tuple[int, str, int], bool], depth: Mapping[str, int]
+    runs: Sequence[tuple[str, int, int]],
+    position: int,
+    fits: Mapping[tuple[int, str, int], bool],
+    depth: Mapping[str, int],
 ) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     """Yields slices near to those given that fit, with how many layers their ends were moved."""
     if not runs:
@@ -703,15 +712,19 @@ def _by_name(
                 if type(value) is int and value == depth and fits and _DEPTH.search(key) and not _NO_DEPTH.search(key):
                     part[key] = len(layers)
                     counts += 1
-                elif isinstance(value, list) and len(value) == depth and _BY_LAYER.search(key):
-                    if not _NEVER.search(key) and not _NAMES_LAYERS.search(key):
-                        part[key] = [value[layer] for layer in layers]
+                elif isinstance(value, list) and len(value) == depth and _by_layer(key):
+                    part[key] = [value[layer] for layer in layers]
         if not counts and depth != len(layers):
             problems.append(
                 f"{stack}: no key of config.json holds its number of layers, {depth}; the output's {len(layers)} "
                 f"cannot be said in it ({reason})"
             )
     return LayerConfig(config, problems, notes)
+
+
+def _by_layer(key: str) -> bool:
+    """Says whether a list of this name has an entry for every layer, as far as a name can tell."""
+    return bool(_BY_LAYER.search(key)) and not _NEVER.search(key) and not _NAMES_LAYERS.search(key)
 
 
 def _told(entry: str, value: Any, *, of_source: bool = False) -> str:

@@ -4,8 +4,8 @@
     verdict of the output, verdict of the input that it takes after ──► problems, notes
 
 Transformers itself loads here, tensors without numbers into a model without numbers; so tied weights, renamings,
-conversions, buffers and patterns of keys that a class ignores all count as they will. Many checkpoints of the Hub lack a
-pooler, or hold buffers of years ago: what the reference input has in this way is a note, and anything beyond a problem.
+conversions, buffers and patterns of keys that a class ignores all count as they will. Many checkpoints of the Hub lack
+a pooler, or hold buffers of years ago: what the reference input has in this way is a note, anything beyond a problem.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from transformers.utils import logging
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.errors import LargemergeError
-from largemerge.model.skeleton import bare_checkpoint, find_model_class, load_config
+from largemerge.model.skeleton import find_classes
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _NAMES_SHOWN = 4
@@ -97,10 +98,10 @@ def try_loading(
         trust_remote_code: Allow that code.
     """
     state = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
-    with bare_checkpoint(config, "config", code if trust_remote_code else None) as bare, _quiet():
+    with _quiet():
         try:
-            loaded = load_config(bare, trust_remote_code=trust_remote_code)
-            model_class: Any = find_model_class(loaded, bare, trust_remote_code)
+            loaded, found = find_classes(config, "config", code if trust_remote_code else None)
+            model_class: Any = found
         except LargemergeError as error:
             return LoadingVerdict(not_checked=error.problems[0].removeprefix("config: "))
         except Exception as error:  # configs raise whatever they like
@@ -199,15 +200,16 @@ def _some(names: list[str]) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Transformers from telling what is told here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    progress: Any = logging  # its functions have no types
+    level, bars = logging.get_verbosity(), progress.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    progress.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            progress.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,9 +11,6 @@ exist nowhere else.
 from __future__ import annotations
 
 import inspect
-import json
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,27 +134,72 @@ def build_skeleton(
         CheckpointError: If the config is not understood.
         ArchitectureError: If the model class is unknown or has no block stacks.
     """
-    model = build_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    model = _build(config, find_model_class(config, checkpoint, trust_remote_code), checkpoint.name, dtype)
     found = _named_stacks(model, stacks) if stacks else _find_stacks(model)
     return Skeleton(model, found, _aliases(model), dtype)
 
 
-def build_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Builds the model of a checkpoint on the meta device, in evaluation mode, with real buffers.
+def build_model(config: Mapping[str, Any], name: str) -> PreTrainedModel:
+    """Builds the model of a config on the meta device, in evaluation mode, with real buffers.
 
     Args:
-        checkpoint: The checkpoint; its files with weights are not looked at.
-        dtype: Dtype of parameters, and of buffers that follow the default dtype.
-        trust_remote_code: Allow the checkpoint's own Python code.
+        config: Contents of a `config.json`.
+        name: Name of the checkpoint, for messages.
 
     Raises:
         CheckpointError: If the config is not understood.
         ArchitectureError: If the model class is unknown, or refuses the config.
     """
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    model_class = find_model_class(config, checkpoint, trust_remote_code)
+    loaded, model_class = find_classes(config, name)
+    return _build(loaded, model_class, name, torch.float32)
+
+
+def find_classes(
+    config: Mapping[str, Any], name: str, code: Path | None = None
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """Finds what Transformers makes of a config that may be in no file: the config and the model's class.
+
+    Args:
+        config: Contents of a `config.json`.
+        name: Name of the checkpoint, for messages.
+        code: Folder with Python code that the config may refer to, and that may be run; by default none is.
+
+    Raises:
+        CheckpointError: If the config is not understood.
+        ArchitectureError: If the model class is unknown.
+    """
+    from_code = (config.get("auto_map") or {}).get("AutoConfig") if code is not None else None
+    try:
+        if from_code is not None:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            config_class: Any = get_class_from_dynamic_module(from_code, str(code))
+        else:
+            config_class = transformers.CONFIG_MAPPING[config["model_type"]]
+        loaded: PreTrainedConfig = config_class.from_dict(_with_floats(config))
+    except KeyError as error:
+        raise CheckpointError(f"{name}: config.json: Transformers has no model type {error}") from None
+    except (ValueError, OSError, ImportError) as error:
+        raise CheckpointError(f"{name}: config.json: {_first_line(error)}") from None
+    if hasattr(loaded, "quantization_config"):
+        del loaded.quantization_config  # weights are described as they are once they have been dequantised
+    bare = Checkpoint(name, code or Path(), config, {}, {})
+    return loaded, find_model_class(loaded, bare, trust_remote_code=code is not None)
+
+
+def _with_floats(value: Any) -> Any:
+    """Copies values of JSON, with the floating-point numbers that JSON lacks: `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(each) for key, each in value.items()}
+    return [_with_floats(each) for each in value] if isinstance(value, list) else value
+
+
+def _build(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, dtype: torch.dtype
+) -> PreTrainedModel:
     for part in all_configs(config).values():
         if hasattr(part, "use_cache"):
             part.use_cache = False  # a cache handed to a block would be filled again by every extra run of it
@@ -165,27 +207,11 @@ def build_model(
         with _default_dtype(dtype), init_empty_weights(include_buffers=False):
             model = model_class(config)
     except (ImportError, ValueError, NotImplementedError) as error:
-        raise ArchitectureError(f"{checkpoint.name}: {model_class.__name__}: {_first_line(error)}") from None
+        raise ArchitectureError(f"{name}: {model_class.__name__}: {_first_line(error)}") from None
     model.tie_weights()
     model.train(False)
     model.requires_grad_(False)
     return model
-
-
-@contextmanager
-def bare_checkpoint(config: Mapping[str, Any], name: str, code: Path | None = None) -> Iterator[Checkpoint]:
-    """Yields a checkpoint that consists of a config alone, in a folder that goes afterwards.
-
-    Args:
-        config: Contents of its `config.json`.
-        name: Its name, for messages.
-        code: Folder whose Python files it has, too.
-    """
-    with tempfile.TemporaryDirectory(prefix="largemerge-config-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        for path in code.glob("*.py") if code is not None else ():
-            shutil.copyfile(path, Path(folder) / path.name)
-        yield Checkpoint(name, Path(folder), config, {}, {})
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from largemerge.devices import compute_a_little, warm_up
 from largemerge.distributed.partition import samples_at_once
 from largemerge.machine import memory_in_use
 from largemerge.model.key_mapping import KeyMapping
+from largemerge.model.output_check import Findings, check_loads
 from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
@@ -306,6 +307,8 @@ def make_plan(
     problems = check_tensors(inputs, tensors)
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
+    findings = _check_loads(config, inputs, output) if not problems else Findings()
+    problems += findings.problems
     workload = partial(measure_workload, config, inputs, trace, blocks, non_block)
     works = partition_work(shapes, blocks, trace, workload, machines.num_ranks)
     limits = _limits(config, machines, out)
@@ -332,10 +335,16 @@ def make_plan(
         reasons=choice.reasons,
         footprint=choice.footprint,
         limits=limits,
-        notes=(*inputs.notes, *_notes(config, inputs, tensors)),
+        notes=(*inputs.notes, *_notes(config, inputs, tensors), *findings.notes),
         problems=tuple(problems),
     )
     return PlannedMerge(plan, inputs, trace)
+
+
+def _check_loads(config: MergeConfig, inputs: Inputs, output: Mapping[str, OutputTensor]) -> Findings:
+    """Says what would be missing or unexpected when the output is loaded by the reference's config."""
+    reference = inputs.reference
+    return check_loads(reference.config, output, reference, trust_remote_code=config.trust_remote_code)
 
 
 def _num_samples(inputs: Inputs, shapes: Sequence[Sequence[BatchShapes]]) -> dict[str, int]:
