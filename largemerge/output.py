@@ -34,7 +34,7 @@ from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
 from largemerge.distributed.ranks import Ranks
-from largemerge.errors import LargemergeError, OutputError
+from largemerge.errors import LargemergeError, MergeError, OutputError
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
@@ -99,7 +99,11 @@ class OutputFolder:
             write_side_files: Writes tokenizer, report, … into a folder.
             config: Text of `config.json`, which is written last.
             inner: Folder inside this one for the transformer and its config, in sentence-transformers' old layout.
+
+        Raises:
+            MergeError: If the files of the weights are not what was laid out.
         """
+        self.check_written(shards)
         if self.replaces:
             self._remove_earlier({shard.file_name for shard in shards})
         model = self.path / inner
@@ -129,6 +133,29 @@ class OutputFolder:
             for old in self.path.glob(pattern):
                 if old not in kept:
                     old.unlink()
+
+    def check_written(self, shards: tuple[Shard, ...]) -> None:
+        """Compares every file of weights with its layout, which was checked to load before the long work.
+
+        Raises:
+            MergeError: If a file has another size, or holds tensors of other names, shapes or dtypes.
+        """
+        problems = []
+        for shard in shards:
+            moved = self.path / shard.file_name
+            file = self.working / shard.file_name if (self.working / shard.file_name).exists() else moved
+            if not file.exists():
+                problems.append(f"{file} is not there")
+                continue
+            with file.open("rb") as stream:
+                header = stream.read(len(shard.header))
+            if file.stat().st_size != shard.num_bytes:
+                problems.append(f"{file} has {file.stat().st_size} bytes; expected {shard.num_bytes}")
+            elif header != shard.header:
+                problems.append(f"{file}: its header is not the one that was laid out for it")
+        if problems:
+            advice = f"what was merged is in {self.working}, and nothing of it is lost; merge again with --force"
+            raise MergeError(*problems[:_MAX_PROBLEMS], advice)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
 from largemerge.data_free.loader import cost, is_factored
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
 from largemerge.data_free.methods.table import METHODS, merge_tensors
+from largemerge.data_free.output_config import make_output_config
 from largemerge.data_free.output_files import check_tokenizer, find_files
 from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_device, choose_resources
 from largemerge.data_free.tasks import OutputTasks, Task, plan_tasks
@@ -61,6 +62,7 @@ class DataFreePlan:
         alignment: The models under the names of the output, and the output's class.
         tasks: A task for every tensor of the output, in its order.
         layers: The layers of its first source that a stack's layers come from, by stack.
+        out_config: Contents of the output's `config.json`; empty where there are problems with its tensors.
         resources: Workers and memory.
         vocabulary: The output's vocabulary, where embeddings are arranged by token.
         prior: Results of earlier merges of the same file.
@@ -80,6 +82,7 @@ class DataFreePlan:
     alignment: Alignment
     tasks: list[Task]
     layers: dict[str, list[int]]
+    out_config: dict[str, Any]
     resources: Resources
     vocabulary: Vocabulary | None
     prior: PriorMerges
@@ -301,6 +304,8 @@ def plan_data_free(
         output.notes.append(f"{method} goes element by element, at the speed of the disk: on the CPU")
     limits = (limits or MemoryBudget()).with_defaults(config.memory, ranks.local_size)
     template = _template(config, inputs, output)
+    trusted = config.trust_remote_code
+    out_config = {} if output.problems else make_output_config(alignment, output, vocabulary, trust_remote_code=trusted)
     plan = DataFreePlan(
         config=config,
         checkpoints=inputs.checkpoints,
@@ -308,6 +313,7 @@ def plan_data_free(
         alignment=alignment,
         tasks=output.tasks,
         layers=output.layers,
+        out_config=out_config,
         resources=choose_resources(method, output, adapter_bytes, limits, computes_on),
         vocabulary=vocabulary,
         prior=prior,

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -24,8 +23,6 @@ from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.side_files import (
     GENERATION_FILES,
     model_card,
-    output_config,
-    set_vocabulary_size,
 )
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.config_file import gib
@@ -128,40 +125,8 @@ class DataFreeReport:
 
 
 def config_text(plan: DataFreePlan) -> str:
-    """Makes `config.json`: the reference's, with the output's dtype, number of layers and vocabulary."""
-    sizes: dict[torch.dtype, int] = {}
-    for task in plan.tasks:
-        if task.out_dtype.is_floating_point:
-            sizes[task.out_dtype] = sizes.get(task.out_dtype, 0) + task.num_elements
-    dtype = max(sizes, key=lambda dtype: sizes[dtype])
-    config = json.loads(output_config(plan.alignment.config, dtype))
-    if plan.config.slices and len(plan.layers) == 1:
-        (layers,) = plan.layers.values()
-        _set_layers(config, layers)
-    if plan.vocabulary is not None:
-        tensors = plan.alignment.views[plan.reference].tensors
-        rows = {tensors[name].shape[0] for name in plan.vocabulary.tensors if name in tensors}
-        _set_vocabulary(config, plan.vocabulary, rows)
-    return json.dumps(config, indent=2) + "\n"
-
-
-def _set_layers(config: dict[str, Any], layers: list[int]) -> None:
-    """Sets the number of layers wherever it stands, and lists with an entry for every layer."""
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        counts = [key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in part]
-        for key in counts:
-            before = part[key]
-            for name, value in part.items():
-                if isinstance(value, list) and len(value) == before and name.endswith(("layers", "_types")):
-                    part[name] = [value[layer] for layer in layers]
-            part[key] = len(layers)
-
-
-def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary, rows_before: set[int]) -> None:
-    """Sets the rows of the embeddings, and the numbers of tokens that have moved."""
-    for before in rows_before:
-        set_vocabulary_size(config, before, vocabulary.num_rows)
-    move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
+    """Returns the text of the output's `config.json`."""
+    return json.dumps(plan.out_config, indent=2) + "\n"
 
 
 def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -166,8 +167,8 @@ def build_model(
         ArchitectureError: If the model class is unknown.
     """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    model_class = _model_class(config, checkpoint, trust_remote_code)
-    for part in _all_configs(config):
+    model_class = find_model_class(config, checkpoint, trust_remote_code)
+    for part in all_configs(config).values():
         if hasattr(part, "use_cache"):
             part.use_cache = False  # a cache handed to a block would be filled again by every extra run of it
     try:
@@ -181,6 +182,17 @@ def build_model(
     return model
 
 
+def bare_checkpoint(config: Mapping[str, Any], name: str, code: Path | None = None) -> Checkpoint:
+    """Makes a checkpoint that consists of a config alone, for `load_config` and `build_model`.
+
+    Args:
+        config: Contents of its `config.json`.
+        name: Its name, for messages.
+        code: Folder with the Python code that the config refers to.
+    """
+    return Checkpoint(name, code or Path(os.devnull), config, {}, {})
+
+
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -191,7 +203,19 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_code: bool) -> type[PreTrainedModel]:
+def find_model_class(
+    config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_code: bool
+) -> type[PreTrainedModel]:
+    """Finds the class that a checkpoint's config names.
+
+    Args:
+        config: The config, from `load_config`.
+        checkpoint: The checkpoint, for messages and for its own code.
+        trust_remote_code: Allow the checkpoint's own Python code.
+
+    Raises:
+        ArchitectureError: If there is no such class, or none is named.
+    """
     names = config.architectures or []
     found: type[PreTrainedModel]
     auto_map: Mapping[str, str] = getattr(config, "auto_map", None) or {}
@@ -219,12 +243,13 @@ def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint, trust_remote_
     )
 
 
-def _all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and those inside it, such as that of a text model."""
-    yield config
-    for value in vars(config).values():
+def all_configs(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], PreTrainedConfig]:
+    """Collects a config and those inside it, such as that of a text model, by the keys that lead to them."""
+    found = {path: config}
+    for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _all_configs(value)
+            found |= all_configs(value, (*path, key))
+    return found
 
 
 def is_linear(module: nn.Module) -> bool:

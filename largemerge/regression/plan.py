@@ -34,6 +34,7 @@ from largemerge.errors import CalibrationError
 from largemerge.heads import Heads
 from largemerge.machine import memory_in_use
 from largemerge.model.key_mapping import KeyMapping
+from largemerge.model.output_check import Findings, check_loads
 from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
@@ -320,6 +321,8 @@ def make_plan(
     problems = check_tensors(inputs, tensors)
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
+    findings = _check_loads(config, inputs, output) if not problems else Findings()
+    problems += findings.problems
     workload = partial(measure_workload, config, inputs, trace, blocks, non_block)
     works = partition_work(shapes, blocks, trace, workload, machines.num_ranks)
     limits = _limits(config, machines, out)
@@ -359,12 +362,19 @@ def make_plan(
             *_unreached(inputs, trace),
             *_notes(config, inputs, tensors),
             *file_notes,
+            *findings.notes,
         ),
         problems=tuple(problems),
     )
     if config.strict:
         plan = replace(plan, problems=(*plan.problems, *strict_problems(plan.notes)))
     return PlannedMerge(plan, inputs, trace)
+
+
+def _check_loads(config: MergeConfig, inputs: Inputs, output: Mapping[str, OutputTensor]) -> Findings:
+    """Says what would be missing or unexpected when the output is loaded by the reference's config."""
+    reference = inputs.reference
+    return check_loads(reference.config, output, reference, trust_remote_code=config.trust_remote_code)
 
 
 def _num_samples(inputs: Inputs, shapes: Sequence[Sequence[BatchShapes]]) -> dict[str, int]:

@@ -1,0 +1,218 @@
+"""Checks that a checkpoint loads: with no missing, no unexpected and no mismatched key.
+
+    config.json + names and shapes ──► from_pretrained on the meta device ──► LoadingVerdict
+    verdict of the output, verdict of the input that it takes after ──► problems, notes
+
+Transformers itself loads here, tensors without numbers into a model without numbers; so tied weights, renamings,
+conversions, buffers and patterns of keys that a class ignores all count as they will. Many checkpoints of the Hub lack
+a pooler, or hold buffers of years ago: what the reference input has in this way is a note, anything beyond a problem.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers.utils import logging
+
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.errors import LargemergeError
+from largemerge.model.skeleton import bare_checkpoint, find_model_class, load_config
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NAMES_SHOWN = 4
+
+
+class SizedTensor(Protocol):
+    """A tensor on disk, read or to be written, a quantised one as the model sees it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape for the model."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype for the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadingVerdict:
+    """What Transformers would say of a checkpoint that it loads.
+
+    Attributes:
+        class_name: The class that loads it.
+        missing: Names of the model's tensors for which the checkpoint has nothing: they would be random.
+        unexpected: Names in the checkpoint that the class does not know: they would be dropped.
+        mismatched: Name → shape in the checkpoint and shape in the model, where these differ.
+        error: Why the checkpoint could not be loaded at all; empty if it could.
+        not_checked: Why nothing could be found out, such as a class that Transformers does not have; empty if it could.
+    """
+
+    class_name: str = ""
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    error: str = ""
+    not_checked: str = ""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the checkpoint loads with nothing to be said."""
+        return not (self.missing or self.unexpected or self.mismatched or self.error or self.not_checked)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is to be said of an output.
+
+    Attributes:
+        problems: Why it would not load as a whole.
+        notes: What a user should know.
+    """
+
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def try_loading(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, SizedTensor],
+    *,
+    code: Path | None = None,
+    trust_remote_code: bool = False,
+) -> LoadingVerdict:
+    """Lets Transformers load a checkpoint on the meta device.
+
+    Args:
+        config: Contents of its `config.json`.
+        tensors: Its tensors by name on disk, quantised ones as the model sees them.
+        code: Folder with the Python code that the config refers to.
+        trust_remote_code: Allow that code.
+    """
+    state = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
+    with _quiet():
+        try:
+            bare = bare_checkpoint(config, "config", code)
+            loaded = load_config(bare, trust_remote_code=trust_remote_code)
+            model_class: Any = find_model_class(loaded, bare, trust_remote_code)
+        except LargemergeError as error:
+            return LoadingVerdict(not_checked=error.problems[0].removeprefix("config: "))
+        except Exception as error:  # configs raise whatever they like
+            return LoadingVerdict(not_checked=_first_line(error))
+        try:
+            _, info = model_class.from_pretrained(
+                None,
+                config=loaded,
+                state_dict=state,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # so do models
+            return LoadingVerdict(model_class.__name__, error=_first_line(error))
+    mismatched = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    missing, unexpected = tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
+    return LoadingVerdict(model_class.__name__, missing, unexpected, mismatched, "\n".join(info["error_msgs"]))
+
+
+def check_loads(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, SizedTensor],
+    reference: Checkpoint,
+    *,
+    restacked: bool = False,
+    trust_remote_code: bool = False,
+) -> Findings:
+    """Says what is wrong with an output that does not load as a whole, as far as its reference input does.
+
+    Args:
+        config: Contents of the output's `config.json`.
+        tensors: The output's tensors by name on disk.
+        reference: The input whose config and names the output has.
+        restacked: Whether the output has layers in another order, so that what concerns a layer of the reference may
+            concern any layer of the output.
+        trust_remote_code: Allow the reference's own Python code.
+    """
+    options: dict[str, Any] = {"code": reference.folder, "trust_remote_code": trust_remote_code}
+    verdict = try_loading(config, tensors, **options)
+    if verdict.is_clean:
+        return Findings()
+    before = try_loading(reference.config, reference.tensors, **options)
+    if before.not_checked or (verdict.error and before.error):
+        why = before.not_checked or f"{before.class_name} does not load {reference.name} either: {before.error}"
+        return Findings(notes=(f"not checked: whether the output loads without missing or unexpected keys ({why})",))
+    if verdict.not_checked or verdict.error:
+        return Findings((f"the output could not be loaded: {verdict.not_checked or verdict.error}",))
+    problems: list[str] = []
+    notes: list[str] = []
+    for texts, found, known in (
+        (_MISSING, verdict.missing, before.missing),
+        (_UNEXPECTED, verdict.unexpected, before.unexpected),
+    ):
+        told = _is_known(known, restacked)
+        new = [name for name in found if not told(name)]
+        old = [name for name in found if told(name)]
+        if new:
+            problems.append(texts[0].format(class_name=verdict.class_name, count=_count(new), names=_some(new)))
+        if old:
+            reason = texts[1].format(class_name=verdict.class_name, count=_count(old), names=_some(old))
+            notes.append(f"as in {reference.name}, {reason}")
+    for name, (shape, wanted) in list(verdict.mismatched.items())[:_NAMES_SHOWN]:
+        problems.append(f"{name}: the output would hold {list(shape)}; by its config {list(wanted)} is expected")
+    return Findings(tuple(problems), tuple(notes))
+
+
+_MISSING = (
+    "the output would lack {count} that {class_name} needs by its config, and that would be random: {names}",
+    "the output lacks {count} that {class_name} has, and that are random when it is loaded: {names}",
+)
+_UNEXPECTED = (
+    "the output would hold {count} that {class_name} has no place for by its config, and drops: {names}",
+    "the output holds {count} that {class_name} has no place for, and drops when it is loaded: {names}",
+)
+
+
+def _is_known(known: Collection[str], restacked: bool) -> Callable[[str], bool]:
+    """Makes what says whether a name is among those of the reference, whatever the layer if `restacked`."""
+    names = set(known)
+    if not restacked:
+        return names.__contains__
+    patterns = {_NUMBER.sub("*", name, count=1) for name in names}
+    return lambda name: _NUMBER.sub("*", name, count=1) in patterns
+
+
+def _count(names: Collection[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Transformers from telling what is told here."""
+    progress: Any = logging  # its functions have no types
+    level, bars = logging.get_verbosity(), progress.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            progress.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
