@@ -233,13 +233,32 @@ def find_heads(
     if choice not in (NONE, BASE, *models):
         raise ConfigError(f"head: {choice!r}: expected none, base, or one of {[*models]}")
     heads = Heads(choice, reason or f"head is {choice}", models, own_base, found[0].body_class, {})
+    of_output = dataclasses.replace(candidates[0], config=found[0].body_config)
     if heads.chosen is not None:
-        in_output, class_name = heads.chosen.body_names, heads.chosen.class_name
-    else:
-        bare = dataclasses.replace(candidates[0], config=found[0].body_config)
-        in_output, class_name = frozenset(build_model(bare).state_dict()), found[0].body_class
+        every = [*candidates, *([base] if base is not None else [])]
+        of_output = next(each for each in every if each.name == heads.chosen.model)
+        of_output = dataclasses.replace(of_output, config=heads.chosen.config)
+    model = build_model(of_output, trust_remote_code=trust_remote_code)
+    path, body = find_body(model)
+    in_output, class_name = frozenset(body.state_dict()), type(model).__name__
+    _check_bodies(found, candidates, model, path)
     kept = {head.model: _kept_keys(head, found, candidates, in_output) for head in found}
     return dataclasses.replace(heads, class_name=class_name, kept=kept)
+
+
+def _check_bodies(found: Sequence[Head], candidates: Sequence[Checkpoint], model: PreTrainedModel, path: str) -> None:
+    """Raises where a candidate's body goes by names that the output's class does not read."""
+    problems = []
+    for head, checkpoint in zip(found, candidates, strict=True):
+        missing = set(map_keys(model, checkpoint).missing)
+        names = {f"{path}.{name}" if path else name for name in head.body_names}
+        if names and names <= missing:
+            problems.append(
+                f"{head.model}: a {head.class_name} keeps its body under {head.body_path!r}, where a "
+                f"{type(model).__name__}, as the output would be, does not look for it; merge models of one class"
+            )
+    if problems:
+        raise CheckpointError(*problems)
 
 
 def _alike(candidates: Sequence[Checkpoint]) -> bool:

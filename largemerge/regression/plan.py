@@ -503,12 +503,15 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
             f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}"
         )
     labels = {label for plan in tensors for label in tensor_labels(inputs.reference_mapping, plan.name)}
+    if inputs.heads is not None:
+        labels |= {key for kept in inputs.heads.kept.values() for key in kept.values()}
     for kind in ("include", "exclude"):
         for pattern in getattr(config.parameters, kind):
             if not any(re.search(pattern, label) for label in labels):
                 notes.append(f"parameters.{kind}: {pattern!r} matches no tensor")
     for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True):
-        extra = sorted(set(names.unmapped) - set(inputs.reference_mapping.unmapped))
+        written = inputs.reference_mapping.unmapped if inputs.heads is None else ()
+        extra = sorted(set(names.unmapped) - set(written))
         if extra:
             notes.append(
                 f"{checkpoint.name}: {len(extra)} tensors that the model class does not know are left out: {extra[:3]}"

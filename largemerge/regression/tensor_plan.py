@@ -208,7 +208,8 @@ def plan_non_block(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tu
     known = [plan for plan in planned if plan is not None]
     if inputs.tokens is not None:
         known = [_by_token(inputs, inputs.tokens, plan) for plan in known]
-    unknown = [_plan_unmapped(config, inputs, key) for key in inputs.reference_mapping.unmapped]
+    unmapped = inputs.reference_mapping.unmapped if inputs.heads is None else ()  # what is left of other heads
+    unknown = [_plan_unmapped(config, inputs, key) for key in unmapped]
     return (*known, *unknown)
 
 

@@ -241,7 +241,8 @@ def test_excluded_heads_do_not_lead_in_a_circle(tmp_path: Path) -> None:
     case.config["parameters"] = {"exclude": ["classifier"]}
     largemerge.merge(case.config, tmp_path / "with")
     load_clean(tmp_path / "with")
-    assert largemerge.plan(case.config | {"base_model": None}, probe=False).problems == ()
+    plan = largemerge.plan(case.config | {"base_model": None}, probe=False)
+    assert plan.problems == () and not any("matches no tensor" in note for note in plan.notes)  # type: ignore[union-attr]
     case.config["head"] = "base"
     largemerge.merge(case.config, tmp_path / "masked")
     merged = load_clean(tmp_path / "masked", tf.BertForMaskedLM)
@@ -258,6 +259,14 @@ def test_heads_that_nobody_has_are_refused(tmp_path: Path, head: str, mentions: 
     case = heads_case(tmp_path, classifier(name, 2, 1), classifier(name, 3, 2), head=head)
     with pytest.raises(LargemergeError, match=mentions):
         largemerge.merge(case.config, tmp_path / "out")
+
+
+def test_bodies_under_other_names_are_refused(tmp_path: Path) -> None:
+    models = [classifier("LlamaForSequenceClassification", 2, 1), classifier("LlamaForQuestionAnswering", 2, 2)]
+    case = heads_case(tmp_path, *models)
+    with pytest.raises(LargemergeError, match=r"keeps its body under 'transformer'.*LlamaModel") as caught:
+        largemerge.plan(case.config, probe=False)
+    assert len(caught.value.problems) == 1
 
 
 def test_language_models_have_no_head_to_choose(tmp_path: Path) -> None:
@@ -309,6 +318,8 @@ def test_glue_runs_as_it_is_shipped(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = tf.BertForPreTraining(tf.BertConfig(**TEXT))
     base.save_pretrained(tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings | {"architectures": ["BertForMaskedLM"]}))
     text.save_pretrained(tmp_path / "base")
     config["base_model"] = str(tmp_path / "base")
     labels = {"stsb": 1, "mnli": 3}
