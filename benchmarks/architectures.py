@@ -1,6 +1,7 @@
 """Which of Transformers' model classes can be merged, and is what comes out right?
 
     python benchmarks/architectures.py [--kind KIND …] [--only CLASS …] [--methods METHOD …] [--seconds S] [--json FILE]
+    python benchmarks/architectures.py --read FILE    # the tables of an earlier sweep, or of one under way
 
 Takes the causal, masked, sequence-to-sequence, vision, audio and multimodal classes of Transformers' auto classes,
 makes each tiny from its own config (`tiny_configs.py`), perturbs it twice, and merges the two by `linear`, `ties`,
@@ -13,8 +14,8 @@ makes each tiny from its own config (`tiny_configs.py`), perturbs it twice, and 
 and whether the tensors are right: `linear` beside the mean; the regression methods beside a dense float64 solve of
 every linear that the plan says is solved, its Grams from hooks on the real model (for RegMean++ a model whose earlier
 blocks are merged, in the order in which they run), and the mean for every tensor that is not solved. Every class has a
-process of its own and a time limit. Classes that cannot be built or run tiny are listed with the reason. Ends with one
-line of JSON.
+process of its own and a time limit. Classes that cannot be built or run tiny are listed with the reason. Ends with a
+table of counts, a list of what was refused and why, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -90,18 +91,19 @@ def sweep_class(kind: str, name: str, folder: Path, methods: Sequence[str]) -> R
     """Merges two models of a class by every method."""
     row = Row(kind, name, "")
     try:
-        models, inputs = _make_models(kind, name, folder)
+        models, inputs = make_models(kind, name, folder)
     except Exception as error:  # whatever a class raises when it is built small is a line of the table
         row.built = _first_line(error)
         return row
     for method in methods:
         start = time.perf_counter()
-        row.merges[method] = _merge(method, models, inputs, folder)
+        row.merges[method] = merge_models(method, models, inputs, folder)
         row.merges[method].seconds = round(time.perf_counter() - start, 2)
     return row
 
 
-def _make_models(kind: str, name: str, folder: Path) -> tuple[list[PreTrainedModel], list[Inputs]]:
+def make_models(kind: str, name: str, folder: Path) -> tuple[list[PreTrainedModel], list[Inputs]]:
+    """Writes a base and two fine-tuned models of a class, and calibration tensors for each, into a folder."""
     base = tiny_model(getattr(transformers, name))
     base.save_pretrained(folder / "base")
     models = [perturbed(base, folder / "base", seed) for seed in range(2)]
@@ -115,10 +117,10 @@ def _make_models(kind: str, name: str, folder: Path) -> tuple[list[PreTrainedMod
     return [type(base).from_pretrained(folder / f"model{index}").eval() for index in range(2)], inputs
 
 
-def _merge(method: str, models: list[PreTrainedModel], inputs: list[Inputs], folder: Path) -> Outcome:
-    out = folder / method
+def merge_config(method: str, folder: Path, num_models: int) -> dict[str, Any]:
+    """A configuration that merges what `make_models` has written."""
     config: dict[str, Any] = {"merge_method": method, "models": []}
-    for index in range(len(models)):
+    for index in range(num_models):
         entry: dict[str, Any] = {"model": str(folder / f"model{index}"), "parameters": {"weight": 1.0 + index}}
         if method in REGRESSION:
             entry["calibration"] = {"data": str(folder / f"data{index}.safetensors")}
@@ -128,6 +130,12 @@ def _merge(method: str, models: list[PreTrainedModel], inputs: list[Inputs], fol
     if method in REGRESSION:
         config["parameters"] = {"ridge": RIDGE, "off_diagonal_scale": SCALE}
         config["calibration"] = {"batch_size": BATCH_SIZE}
+    return config
+
+
+def merge_models(method: str, models: list[PreTrainedModel], inputs: list[Inputs], folder: Path) -> Outcome:
+    """Merges two models by one method, loads the result, and compares it."""
+    out, config = folder / method, merge_config(method, folder, len(models))
     try:
         report: Any = largemerge.merge(config, out, quiet=True, device="cpu")
     except LargemergeError as error:
@@ -305,8 +313,10 @@ def _child(kind: str, name: str, work: Path, methods: Sequence[str], result: Pat
     result.write_text(json.dumps(asdict(row)))
 
 
-def sweep(kinds: Sequence[str], only: Sequence[str], methods: Sequence[str], seconds: float) -> list[dict[str, Any]]:
-    """Sweeps all classes, each in a process of its own; prints a line as soon as a class is done."""
+def sweep(
+    kinds: Sequence[str], only: Sequence[str], methods: Sequence[str], seconds: float, file: Path | None
+) -> list[dict[str, Any]]:
+    """Sweeps all classes, each in a process of its own; prints and writes a line as soon as a class is done."""
     context = multiprocessing.get_context("fork")
     rows = []
     for kind in kinds:
@@ -328,6 +338,8 @@ def sweep(kinds: Sequence[str], only: Sequence[str], methods: Sequence[str], sec
             shutil.rmtree(work, ignore_errors=True)
             rows.append(row)
             print(line(row), flush=True)
+            if file is not None:
+                file.write_text(json.dumps(rows, indent=1))
     return rows
 
 
@@ -363,6 +375,29 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return counts
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Counts as a table in Markdown, and the reasons of what was refused or failed."""
+    lines = [
+        "| kind | classes | run tiny | method | clean | right | refused | faults |",
+        "|---|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for kind, counts in summary(rows).items():
+        for method in METHODS:
+            found = counts[method]
+            right = "" if method == "ties" else found["right"]
+            faults = found["wrong"] + found.get("error", 0) + found.get("unclean", 0)
+            cells = (found.get("clean", 0), right, found.get("refused", 0), faults)
+            head = (kind, counts["classes"], counts["built"]) if method == METHODS[0] else ("", "", "")
+            lines.append("| " + " | ".join(map(str, (*head, f"`{method}`", *cells))) + " |")
+    for status in ("refused", "error", "unclean", "wrong"):
+        for row in rows:
+            for method, merge in row["merges"].items():
+                if merge["status"] == status or (status == "wrong" and merge["right"] is False):
+                    reason = " ".join(merge["reason"].split()) if status != "wrong" else merge["worst"]
+                    lines.append(f"- {status}: {row['name']}, `{method}`: {reason[:300]}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Reads the arguments, sweeps, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -371,11 +406,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seconds", type=float, default=120.0, help="time limit of a class")
     parser.add_argument("--json", type=Path, help="a file for all rows")
+    parser.add_argument("--read", type=Path, help="a file with the rows of an earlier sweep, instead of a new one")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows = sweep(arguments.kind, arguments.only, arguments.methods, arguments.seconds)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    if arguments.read:
+        rows = json.loads(arguments.read.read_text())
+    else:
+        rows = sweep(arguments.kind, arguments.only, arguments.methods, arguments.seconds, arguments.json)
+    print(table(rows))
     print(json.dumps({"benchmark": "architectures", "machine": machine(), "summary": summary(rows)}))
 
 

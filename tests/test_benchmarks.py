@@ -112,3 +112,12 @@ def test_methods_of_the_literature(tmp_path: Path) -> None:
     rows = {row["method"]: row for row in result(lines, "literature_methods")["rows"]}
     assert set(rows["tsv_m"]["bare_seconds"]) == {"values", "both", "lapack"} and rows["opcm"]["scratch_bytes"] > 0
     assert not list(tmp_path.rglob("*.safetensors")), "what it made must be gone"
+
+
+def test_architectures(tmp_path: Path) -> None:
+    small = ("--only", "GPT2LMHeadModel", "ResNetForImageClassification", "--kind", "causal", "vision")
+    lines = run("architectures.py", *small, "--json", tmp_path / "rows.json", cwd=tmp_path)
+    counts = result(lines, "architectures")["summary"]
+    assert counts["causal"]["regmean_plusplus"] == {"clean": 1, "right": 1, "wrong": 0}
+    assert counts["vision"]["regmean"]["refused"] == counts["vision"]["ties"]["clean"] == 1
+    assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == [small[1], small[2]]

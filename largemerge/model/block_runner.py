@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from largemerge.calibration.batches import Batch, split_batches
 from largemerge.checkpoint.tensor_info import Tensors
-from largemerge.errors import MergeError
+from largemerge.errors import LargemergeError, MergeError
 from largemerge.matmul import faster_linear
 from largemerge.model.forward import (
     KeptOutputs,
@@ -273,9 +273,11 @@ class RunningBlock:
             shown = Counter(seen)
             try:
                 return self._run_batch(batch, outputs, watch, on_input, until, shown)
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
+            except LargemergeError:
+                raise
+            except Exception as error:  # whatever a model's code raises
+                if not isinstance(error, RuntimeError) or not _is_out_of_memory(error):
+                    raise MergeError(_cannot_run(self._name, batch, error)) from error
                 runner.halve_samples(self._name, batch.num_samples, error)
             seen = shown
             if runner.device.type == "cuda":
@@ -377,6 +379,12 @@ def valid_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
         return x.reshape(-1, x.shape[-1])
     return x.reshape(mask.numel(), -1, x.shape[-1])[mask.reshape(-1)].reshape(-1, x.shape[-1])
+
+
+def _cannot_run(block: str, batch: Batch, error: Exception) -> str:
+    shapes = {name: list(tensor.shape) for name, tensor in batch.inputs.items()}
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"{block}: cannot be run on a batch of shapes {shapes}: {type(error).__name__}: {reason}"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -29,7 +29,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from largemerge.errors import ArchitectureError
+from largemerge.errors import ArchitectureError, LargemergeError
 from largemerge.model.fake_forward import (
     NUM_SAMPLES,
     BlockRecord,
@@ -123,13 +123,22 @@ def trace_model(skeleton: Skeleton, outline: InputOutline, examples: Examples | 
         ArchitectureError: If the model cannot be run on such input, or not block by block.
     """
     with fake_model(skeleton, outline, examples or {}) as fake:
-        _find_kept(fake)
-        _compare_resumed(fake)
-        depending = _depending_on_tokens(fake)
-        stacks = tuple(
-            _trace_stack(fake, index, depending) if index in fake.order else _unused_stack(len(stack.blocks))
-            for index, stack in enumerate(skeleton.stacks)
-        )
+        try:
+            _find_kept(fake)
+            _compare_resumed(fake)
+            depending = _depending_on_tokens(fake)
+            stacks = tuple(
+                _trace_stack(fake, index, depending) if index in fake.order else _unused_stack(len(stack.blocks))
+                for index, stack in enumerate(skeleton.stacks)
+            )
+        except LargemergeError:
+            raise
+        except Exception as error:  # whatever a model's code raises when it is resumed in the middle
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ArchitectureError(
+                f"{skeleton.class_name}: the forward pass cannot be resumed at a block ({type(error).__name__}: "
+                f"{reason}); this model cannot be merged block by block: use a method that needs no data"
+            ) from error
     return ModelTrace(tuple(fake.order), stacks)
 
 
@@ -182,7 +191,9 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> Stac
     blocks = fake.skeleton.stacks[stack].blocks
     records = fake.records[stack]
     assert 0 in records, "the first block of a stack runs first"
-    rows = {number: _samples_and_tokens(fake, fake.records[number][0].arguments[0]) for number in fake.order}
+    # Rows of stacks that run later are not there yet: what looks like them does so by chance.
+    earlier = fake.order[: fake.order.index(stack) + 1]
+    rows = {number: _samples_and_tokens(fake, fake.records[number][0].arguments[0]) for number in earlier}
     runs = tuple(fake.runs.get((stack, index), 0) for index in range(len(blocks)))
     roles = {index: _roles(entry, rows, stack) for index, entry in records.items()}
     later = [index for index in records if index > 0]

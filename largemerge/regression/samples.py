@@ -21,7 +21,7 @@ from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.tokenizer import shared_tokenizers
 from largemerge.distributed.partition import Partition, partition_batches
 from largemerge.distributed.ranks import Ranks
-from largemerge.errors import CalibrationError
+from largemerge.errors import CalibrationError, LargemergeError
 from largemerge.model.block_runner import count_valid_rows
 from largemerge.model.fake_forward import placeholder_tokens
 from largemerge.model.forward import resumed_at
@@ -203,7 +203,9 @@ def check_samples(
                         ids = [name for name in inputs if name.endswith("input_ids")]
                         inputs |= {name: inputs[name].clamp(max=vocabulary - 1) for name in ids}
                     run(inputs, {}, lambda *args, **kwargs: None)
-                except (IndexError, RuntimeError, ValueError) as error:
+                except LargemergeError:
+                    raise
+                except Exception as error:  # whatever a model's code raises
                     found.append(_explained(skeleton, batch, error))
                     break
             problems += [f"candidate {data.name!r}: {problem}" for problem in found]

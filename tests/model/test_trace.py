@@ -248,10 +248,10 @@ def text_case(folder: Path, model: PreTrainedModel, **inputs: torch.Tensor) -> C
     return write_case(folder, [model, model], [inputs or tiny_models.inputs("text", 4, 0)] * 2)
 
 
-def test_one_block_that_runs_several_times_is_refused(tmp_path: Path) -> None:
-    config = tf.AlbertConfig(**tiny_models.TEXT, intermediate_size=24, embedding_size=8)
-    case = text_case(tmp_path, tf.AlbertForMaskedLM(config))
-    refused(case, ArchitectureError, r"AlbertForMaskedLM: .* runs the blocks of .*albert_layer_groups \[3\] times")
+def test_stacks_that_run_in_turns_are_refused(tmp_path: Path) -> None:
+    config = tf.XLMConfig(vocab_size=tiny_models.VOCAB_SIZE, emb_dim=16, n_layers=3, n_heads=4)
+    case = text_case(tmp_path, tf.XLMWithLMHeadModel(config))
+    refused(case, ArchitectureError, r"transformer.attentions run in 3 parts, in turns with those of transformer.ffns")
 
 
 def test_a_model_without_stacks_is_refused(tmp_path: Path) -> None:
