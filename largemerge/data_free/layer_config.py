@@ -40,12 +40,14 @@ _NO_DEPTH = re.compile(
     r"period|offset|interval|step|size|window|first|last|drop|norm|dim|freq|idx|index|start|end_|kv_"
 )
 _BY_LAYER = re.compile(
-    r"layer|block|_types?$|pattern|mlp|moe|sparse|per_|_list$|attn|attention|idx|ind(ex|ic)es|hybrid"
+    r"layer|block|_types?$|pattern|mlp|moe|sparse|per_|_list$|attn|attention|idx|ind(ex|ic)es|hybrid|intermediate|heads$"
 )
 _NAMES_LAYERS = re.compile(r"idxs?$|ind(ex|exes|ices)$|_ids$|only_layers$|moe_layers$|(attn|attention)_layers$|cross_")
-_NEVER = re.compile(r"token|label|^out_|feature|stage_names|lang|dims?$|sizes?$|section")
+_NEVER = re.compile(r"token|label|^out_|feature|stage_names|lang|section|image|patch|rope|^architectures$")
 _NUMBER = re.compile(r"period|offset|step|interval|pattern|freq|every|first|last|start|end|replace|layers|dense|skip")
+_TAKEN = re.compile(r"intermediate_layers|deepstack|visual_indexes")
 _HIDDEN_STATES = re.compile(r"^(vision_)?(feature|select)_layers?$|feature_layers?$|^out_indices$")
+_HALVES = ("encoder", "decoder")
 _MAX_BUILDS = 24
 _SHIFT = 4  # layers by which an end of a slice is moved for an advice
 
@@ -237,6 +239,7 @@ class _Follower:
         self.base = before[reference]
         self.builds = 0
         self.error = ""
+        self.lost: dict[Path, str] = {}
         self.built: dict[str, _Blueprint | None] = {}
 
     def follow(self) -> LayerConfig:
@@ -247,6 +250,8 @@ class _Follower:
         edits = self._depths()
         parts = self._parts(edits)
         edits |= self._lists(parts)
+        if self.lost:
+            return LayerConfig(self._apply(edits), list(self.lost.values()))
         best = self._differences(edits)
         for candidate in self._alternatives(parts):
             if best is not None and not best:
@@ -333,6 +338,11 @@ class _Follower:
                     parts.setdefault(path[:-1], [])
                     if stack not in parts[path[:-1]]:
                         parts[path[:-1]].append(stack)
+            if not any(stack in here for here in parts.values()):  # a list alone says how many layers there are
+                for path in self.base.paths():
+                    value = self.base.value(path)
+                    if _by_layer(path[-1]) and isinstance(value, list | str) and len(value) == stack.depth:
+                        parts.setdefault(path[:-1], [stack])
         return parts
 
     # Lists
@@ -349,24 +359,30 @@ class _Follower:
 
     def _stack_of(self, path: Path, parts: Mapping[Path, list[_Stack]]) -> _Stack | None:
         """Returns the stack that a list in a part of the config speaks of."""
-        here = parts.get(path[:-1], ())
-        named = [stack for stack in here if any(w in path[-1] and w in stack.module for w in ("encoder", "decoder"))]
-        if not named and any(word in path[-1] for word in ("encoder", "decoder")) and len(here) > 1:
-            return None
+        here = [stack for stack in parts.get(path[:-1], ()) if self._speaks_of(path[-1], stack)]
         if _HIDDEN_STATES.search(path[-1]) and not here:
             vision = [stack for each in parts.values() for stack in each if "vision" in stack.module]
             return vision[0] if vision else None
-        return next(iter(named or here), None)
+        return next(iter(here), None)
+
+    def _speaks_of(self, key: str, stack: _Stack) -> bool:
+        """Says whether a key may speak of this stack, where a model has an encoder and a decoder."""
+        names = [name for name in self.base.kinds if any(word in name for word in _HALVES)]
+        if not all(any(word in name for name in names) for word in _HALVES):
+            return True
+        return all(word in stack.module for word in _HALVES if word in key)
 
     def _followed(self, path: Path, stack: _Stack) -> list[Any]:
         """Returns what a list, or a text with a letter for every layer, may become; the likeliest first."""
         key, value, depth = path[-1], self.base.value(path), stack.depth
         if _HIDDEN_STATES.search(key):
-            return self._hidden_states(value, stack)
+            return self._hidden_states(path, value, stack)
+        if _TAKEN.search(key) and isinstance(value, list):
+            return self._taken(path, value, stack)
         if key == "stage_names" and isinstance(value, list) and len(value) == depth + 1:
             return [["stem", *(f"stage{number}" for number in range(1, len(stack.sources) + 1))]]
         if key == "out_features" and isinstance(value, list):
-            return self._features(value, stack)
+            return self._features(path, value, stack)
         if key == "attention_types" and isinstance(value, list):
             return self._expanded(path, stack)
         if _NEVER.search(key) or not _BY_LAYER.search(key):
@@ -414,24 +430,36 @@ class _Follower:
                 return []
         return [[[kinds, 1]]]
 
-    def _hidden_states(self, value: Any, stack: _Stack) -> list[Any]:
+    def _taken(self, path: Path, value: list[Any], stack: _Stack) -> list[Any]:
+        """Renumbers layers whose outputs are used elsewhere: of a layer that comes twice, the last one's."""
+        if any(type(number) is not int for number in value):
+            return []
+        states = self._hidden_states(path, [number % stack.depth + 1 for number in value], stack)
+        return [[number - 1 for number in states[0]]] if states else []
+
+    def _hidden_states(self, path: Path, value: Any, stack: _Stack) -> list[Any]:
         """Renumbers hidden states, of which 0 lies before the first layer; those counted from the end stay."""
         one = [value] if type(value) is int else value
         if not isinstance(one, list) or any(type(number) is not int for number in one):
             return []
         after = {layer + 1: number + 1 for number, (_, layer) in enumerate(stack.sources)}
         after |= {0: 0, stack.depth: len(stack.sources)}
-        moved = [number if number < 0 else after[number] for number in one if number < 0 or number in after]
-        if len(moved) < len(one) and type(value) is int:
+        lost = [number - 1 for number in one if number >= 0 and number not in after]
+        if lost:
+            self.lost[path] = (
+                f"{stack.name}: {'.'.join(path)} takes the output of layer {lost[0]}, which the slices leave out; "
+                "expected slices with this layer"
+            )
             return []
+        moved = [number if number < 0 else after[number] for number in one]
         return [moved[0] if type(value) is int else moved]
 
-    def _features(self, value: list[Any], stack: _Stack) -> list[Any]:
+    def _features(self, path: Path, value: list[Any], stack: _Stack) -> list[Any]:
         """Renames the stages of a backbone, one after every layer."""
         names = [re.fullmatch(r"stage(\d+)", str(name)) for name in value]
         if not all(match or name == "stem" for match, name in zip(names, value, strict=True)):
             return []
-        numbers = self._hidden_states([int(match[1]) if match else 0 for match in names], stack)
+        numbers = self._hidden_states(path, [int(match[1]) if match else 0 for match in names], stack)
         return [[f"stage{number}" if number else "stem" for number in numbers[0]]] if numbers else []
 
     # What is computed from numbers
@@ -442,18 +470,17 @@ class _Follower:
             stack = self._stack_of(path, parts)
             if stack is not None:
                 yield from ({path: value} for value in self._followed(path, stack)[1:])
+                value = self.base.value(path)
+                if isinstance(value, list) and len(value) == stack.depth and not self._followed(path, stack):
+                    entries = self._entries(path, stack)
+                    yield from [{path: entries}] if entries is not None else []
         for part, stacks in parts.items():
             for stack in stacks:
                 yield from self._solved(part, stack)
 
     def _solved(self, part: Path, stack: _Stack) -> Iterator[Edits]:
         """Yields numbers by which the layers of the output have the answers of their sources."""
-        keys = [
-            path
-            for path in self.base.paths()
-            if path[:-1] == part and type(self.base.value(path)) is int and _NUMBER.search(path[-1])
-        ]
-        numbers = [path for path in keys if path not in self._depth_keys(stack.depth)]
+        numbers = self._numbers(part, stack)
         paired = set()
         for period in numbers:
             offset = (*period[:-1], period[-1].replace("period", "offset"))
@@ -468,6 +495,16 @@ class _Follower:
         step = (*part, "decoder_sparse_step")
         if step in numbers and isinstance(self.base.value(dense), list):
             yield {step: 1, dense: self._dense(step, dense, stack)}
+
+    def _numbers(self, part: Path, stack: _Stack) -> list[Path]:
+        """Lists the numbers in a part of the config that a class may decide the kinds of layers by."""
+        return [
+            path
+            for path in self.base.paths()
+            if path[:-1] == part and type(self.base.value(path)) is int and _NUMBER.search(path[-1])
+            if not _NEVER.search(path[-1]) and self._speaks_of(path[-1], stack)
+            if path not in self._depth_keys(stack.depth)
+        ]
 
     def _solve_pair(self, period: Path, offset: Path, stack: _Stack) -> Iterator[tuple[int, int]]:
         """Yields periods and offsets, first those near to the source's."""
@@ -616,12 +653,7 @@ class _Follower:
             model, layer = stack.sources[number]
             which = sorted({each[1] for each in here})
             more = f" (so for layers {which[1:6]})" if len(which) > 1 else ""
-            keys = [
-                path
-                for path in self.base.paths()
-                if path[:-1] in parts and stack in parts[path[:-1]] and path not in self._depth_keys(stack.depth)
-                if type(self.base.value(path)) is int and _NUMBER.search(path[-1])
-            ]
+            keys = [path for part, here in parts.items() if stack in here for path in self._numbers(part, stack)]
             by = (
                 f"; the config gives kinds of layers by {_listed(keys)}, and no numbers give this order" if keys else ""
             )
@@ -687,6 +719,7 @@ _DIVIDING: tuple[Rule, ...] = (
 )
 _RULES: tuple[Rule, ...] = (
     lambda layer, first, _: layer >= first,
+    lambda layer, last, _: layer > last,
     lambda layer, last, count: layer >= count - last,
     *_DIVIDING,
 )

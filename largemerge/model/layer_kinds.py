@@ -32,15 +32,18 @@ class LayerKind:
 
     Attributes:
         entries: What must agree in layers of one kind, by path in the layer.
+        numbering: Entries that only number the layers of the model, and so are compared with nothing.
         numbers: Floating-point attributes and buffers, which some classes derive from a layer's position.
     """
 
     entries: Mapping[str, Any]
+    numbering: frozenset[str] = frozenset()
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def differences(self, other: LayerKind) -> list[tuple[str, Any, Any]]:
         """Lists entries that differ: path, value here, value there; `None` where one has no such entry."""
         keys = [*self.entries, *(key for key in other.entries if key not in self.entries)]
+        keys = [key for key in keys if key not in self.numbering | other.numbering]
         pairs = ((key, self.entries.get(key), other.entries.get(key)) for key in keys)
         return [(key, mine, its) for key, mine, its in pairs if mine != its]
 
@@ -63,17 +66,18 @@ def layer_kinds(model: nn.Module) -> dict[str, list[LayerKind]]:
 
 
 def _kinds(layers: Sequence[nn.Module] | nn.ModuleList) -> list[LayerKind]:
-    raw = [(dict(_entries(layer)), dict(_numbers(layer))) for layer in layers]
-    numbering = {key for entries, _ in raw for key in entries if key.rpartition(".")[2] in _NUMBERING}
-    if len(raw) > 1:
-        for key, value in raw[0][0].items():
-            values = [entries.get(key) for entries, _ in raw]
-            if type(value) in (int, str) and len(set(values)) == len(values):
-                numbering.add(key)  # another value in each layer: it tells the layers apart, not their kinds
-    return [
-        LayerKind({key: value for key, value in entries.items() if key not in numbering}, numbers)
-        for entries, numbers in raw
-    ]
+    entries = [dict(_entries(layer)) for layer in layers]
+    keys = {key: None for each in entries for key in each}
+    numbering = frozenset(key for key in keys if _only_numbers(key, [each.get(key) for each in entries]))
+    return [LayerKind(each, numbering, dict(_numbers(layer))) for each, layer in zip(entries, layers, strict=True)]
+
+
+def _only_numbers(key: str, values: Sequence[Any]) -> bool:
+    """Says whether an attribute, by its name or its values in all layers, is no more than the layer's number."""
+    if key.rpartition(".")[2] in _NUMBERING:
+        return True
+    distances = {value - number if type(value) is int else None for number, value in enumerate(values)}
+    return len(values) > 1 and len(distances) == 1 and None not in distances
 
 
 def _entries(layer: nn.Module) -> Iterator[tuple[str, Any]]:
