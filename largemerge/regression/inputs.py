@@ -26,7 +26,7 @@ from largemerge.checkpoint.tensor_info import TensorInfo, torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.heads import BASE, NONE, Heads, check_files, default_labels_note, find_heads
 from largemerge.model.adapter_names import AdapterNames
-from largemerge.model.alignment import classify, declared_ties, is_tied, untie_config, untied_heads
+from largemerge.model.classes import classify
 from largemerge.model.config_differences import check_configs
 from largemerge.model.key_mapping import KeyMapping, map_keys
 from largemerge.model.skeleton import (
@@ -38,6 +38,7 @@ from largemerge.model.skeleton import (
     load_config,
     weight_is_transposed,
 )
+from largemerge.model.ties import declared_ties, is_tied, untie_config, untied_heads
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.tokens import Tokens, open_tokens
 from largemerge.tokenizer.tokenizers import tokenizer_folder

@@ -38,7 +38,7 @@ from largemerge.checkpoint.sentence_modules import module_problems, split_name
 from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name, torch_dtype
 from largemerge.errors import LargemergeError
 from largemerge.heads import BASE
-from largemerge.model.alignment import token_parameters
+from largemerge.model.classes import token_parameters
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton, linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace

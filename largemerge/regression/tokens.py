@@ -37,7 +37,7 @@ from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.side_files import GENERATION_FILES, TOKENIZER_FILES, has_tokenizer, set_vocabulary_size
 from largemerge.checkpoint.tensor_files import Rows as StoredRows
 from largemerge.errors import CalibrationError, CheckpointError, ConfigError, LargemergeError
-from largemerge.model.alignment import token_parameters
+from largemerge.model.classes import token_parameters
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton
 from largemerge.tokenizer.config import TokenizerSettings
