@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pydantic
 import pytest
 import yaml
 
@@ -416,3 +418,17 @@ def test_every_example_is_a_valid_configuration(path: Path) -> None:
         assert config == load_data_free(path) and config.merge_method in METHODS
         return
     assert config == load_config(path) == load_config(config)
+
+
+def fields_of(model: type[pydantic.BaseModel]) -> Iterator[str]:
+    """Names of a configuration's keys, and of those inside them."""
+    for name, field in model.model_fields.items():
+        yield name
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, pydantic.BaseModel):
+                yield from fields_of(part)
+
+
+def test_the_annotated_file_has_every_key() -> None:
+    text = (Path(__file__).parents[2] / "configs" / "annotated.yaml").read_text()
+    assert [name for name in sorted(set(fields_of(MergeConfig))) if not re.search(rf"\b{name}\b", text)] == []
