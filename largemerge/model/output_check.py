@@ -118,7 +118,7 @@ def try_loading(
             )
         except Exception as error:  # so do models
             return LoadingVerdict(model_class.__name__, error=_first_line(error))
-    mismatched = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    mismatched = {name: (tuple(found), tuple(wanted)) for name, found, wanted in sorted(info["mismatched_keys"])}
     missing, unexpected = tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
     return LoadingVerdict(model_class.__name__, missing, unexpected, mismatched, "\n".join(info["error_msgs"]))
 
