@@ -121,3 +121,9 @@ def test_architectures(tmp_path: Path) -> None:
     assert counts["causal"]["regmean_plusplus"] == {"clean": 1, "right": 1, "wrong": 0}
     assert counts["vision"]["regmean"]["refused"] == counts["vision"]["ties"]["clean"] == 1
     assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == [small[1], small[2]]
+
+
+def test_what_checks_cost(tmp_path: Path) -> None:
+    small = ("--geometry", "tiny", "--methods", "linear", "--repeats", "1")
+    (row,) = result(run("checks.py", *small, "--work", tmp_path, cwd=tmp_path), "checks")["rows"]
+    assert row["check_seconds"] > 0 and row["preparation_seconds"] > 0
