@@ -47,6 +47,7 @@ _NEVER = re.compile(r"token|label|^out_|feature|stage_names|lang|section|image|p
 _NUMBER = re.compile(r"period|offset|step|interval|pattern|freq|every|first|last|start|end|replace|layers|dense|skip")
 _TAKEN = re.compile(r"intermediate_layers|deepstack|visual_indexes")
 _HIDDEN_STATES = re.compile(r"^(vision_)?(feature|select)_layers?$|feature_layers?$|^out_indices$")
+_PLAIN_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _HALVES = ("encoder", "decoder")
 _MAX_BUILDS = 24
 _SHIFT = 4  # layers by which an end of a slice is moved for an advice
@@ -89,7 +90,7 @@ def follow_layers(
     models = dict.fromkeys([reference, *(model for sources in changed.values() for model, _ in sources)])
     try:
         before = {model: _Blueprint.of(checkpoints[model]) for model in models}
-        stacks = _module_stacks(before[reference], checkpoints[reference], changed)
+        stacks = _module_stacks(before, reference, checkpoints[reference], changed)
     except Exception as error:  # a class may raise whatever it likes
         return _by_name(config, found, changed, _reason(error))
     return _Follower(reference, checkpoints, before, stacks).follow()
@@ -138,7 +139,7 @@ class _Blueprint:
                 aliases.setdefault((*path, key), []).append((*path, alias))
             names = [name for name in dir(type(part)) if isinstance(getattr(type(part), name, None), property)]
             for key in [*vars(part), *names]:
-                value = getattr(part, key, None) if _BY_LAYER.search(key) and not key.startswith("_") else None
+                value = _attribute(part, key) if _BY_LAYER.search(key) and not key.startswith("_") else None
                 if isinstance(value, list | tuple):
                     where: Path = (*path, key)
                     lists[where] = list(value)
@@ -166,6 +167,14 @@ class _Blueprint:
 
     def _parts(self) -> set[Path]:
         return set(all_configs(self.model.config))
+
+
+def _attribute(part: Any, key: str) -> Any:
+    """Reads an attribute; `None` where a property raises."""
+    try:
+        return getattr(part, key, None)
+    except Exception:  # properties may raise whatever they like
+        return None
 
 
 def _paths(tree: Mapping[str, Any], parts: set[Path], path: Path = ()) -> Iterator[Path]:
@@ -196,25 +205,28 @@ class _Stack:
 
 
 def _module_stacks(
-    reference: _Blueprint, checkpoint: Checkpoint, changed: Mapping[str, list[Source]]
+    before: Mapping[str, _Blueprint], reference: str, checkpoint: Checkpoint, changed: Mapping[str, list[Source]]
 ) -> dict[str, _Stack]:
     """Finds the list of modules that every stack on disk is."""
-    mapping = map_keys(reference.model, checkpoint)
+    kinds = before[reference].kinds
+    mapping = map_keys(before[reference].model, checkpoint)
     found: dict[str, str] = {}
     pairs = [(name, key) for name, key in mapping.renamed.items()]
     pairs += [(made.targets[0], made.sources[0][0]) for made in mapping.conversions]
     for name, key in pairs:
         on_disk, in_model = LAYER.match(key), LAYER.match(name)
-        if on_disk and in_model and on_disk["number"] == in_model["number"] and in_model["stack"] in reference.kinds:
+        if on_disk and in_model and on_disk["number"] == in_model["number"] and in_model["stack"] in kinds:
             found.setdefault(on_disk["stack"], in_model["stack"])
     missing = [stack for stack in changed if stack not in found]
     if missing:
         raise LargemergeError(f"the class has no list of layers for {', '.join(missing)}")
     stacks = {}
     for stack, sources in changed.items():
-        depth = len(reference.kinds[found[stack]])
-        kept = [source for source in sources if source[1] < depth]
-        stacks[stack] = _Stack(stack, found[stack], depth, kept, len(sources) - len(kept))
+        made = {model: len(blueprint.kinds.get(found[stack], ())) for model, blueprint in before.items()}
+        kept = [source for source in sources if source[1] < made[source[0]]]
+        if kept != sources[: len(kept)]:
+            kept = sources  # among others, a layer that the class does not make is a problem
+        stacks[stack] = _Stack(stack, found[stack], made[reference], kept, len(sources) - len(kept))
     return stacks
 
 
@@ -283,7 +295,10 @@ class _Follower:
                 continue
             paths = [path for path in self._depth_keys(stack.depth) if not self._is_alias(path)]
             if len(paths) > 1:
-                paths = [path for path in paths if self._controls(path, stack)] or paths
+                controlling = [path for path in paths if self._controls([path], stack)]
+                idle = [path for path in paths if path not in controlling and path[-1] in _PLAIN_DEPTHS]
+                idle = [path for path in idle if self._controls([*controlling, path], stack)]
+                paths = [*controlling, *idle] if controlling else paths
             for path in paths:
                 edits[path] = wanted[stack.module]
                 for alias in self.base.aliases.get(path, ()):
@@ -315,12 +330,12 @@ class _Follower:
             value = value[key]
         return True
 
-    def _controls(self, path: Path, stack: _Stack) -> bool:
-        """Says whether a key changes the number of layers of this stack, and of no other."""
+    def _controls(self, paths: Sequence[Path], stack: _Stack) -> bool:
+        """Says whether keys change the number of layers of this stack, and of no other."""
         others = {key: self.base.value(key) for key in self._depth_keys(stack.depth) if not self._is_alias(key)}
-        edits = others | {path: len(stack.sources)}
-        edits |= {alias: len(stack.sources) for alias in self.base.aliases.get(path, ()) if self._is_written(alias)}
-        made = self._build(edits | self._lists({path[:-1]: [stack]}))
+        aliases = [alias for path in paths for alias in self.base.aliases.get(path, ()) if self._is_written(alias)]
+        edits = others | dict.fromkeys([*paths, *aliases], len(stack.sources))
+        made = self._build(edits | self._lists({path[:-1]: [stack] for path in paths}))
         if made is None:
             return False
         lengths = {name: len(kinds) for name, kinds in made.kinds.items()}

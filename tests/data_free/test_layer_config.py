@@ -410,6 +410,24 @@ def test_without_a_class_keys_follow_by_name(tmp_path: Path) -> None:
     assert "not checked against a class" in note and "of_my_own" in note
 
 
+def test_numbers_of_layers_that_no_class_reads_follow_too(tmp_path: Path) -> None:
+    saved(tmp_path, "phi3")
+    path = tmp_path / "phi3" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layers": 6, "num_heads_of_something": 6}))
+    checkpoint = open_checkpoint(tmp_path / "phi3", "phi3")
+    found = changes(checkpoint.config, follow(checkpoint, layers=CUT).config)
+    assert found == {"num_hidden_layers": 5, "n_layers": 5}
+
+
+def test_layers_of_a_deeper_model(tmp_path: Path) -> None:
+    first = saved(tmp_path, "phi3")
+    deeper = tf.Phi3ForCausalLM(tf.Phi3Config(**COMMON | {"num_hidden_layers": 9}))
+    second = saved(tmp_path, "deeper", deeper)
+    order = [("phi3", 0), ("phi3", 1), *(("deeper", layer) for layer in range(2, 9))]
+    followed = follow_layers("phi3", {"phi3": first, "deeper": second}, {"model.layers": order})
+    assert not followed.problems and followed.config["num_hidden_layers"] == 9
+
+
 def test_lists_by_layer_come_from_the_model_that_the_layer_is_of(tmp_path: Path) -> None:
     first = saved(tmp_path, "lfm2")
     other = tf.Lfm2ForCausalLM(tf.Lfm2Config(**COMMON, layer_types=[FULL, "conv", FULL, FULL, "conv", FULL]))
