@@ -316,7 +316,9 @@ def pixels(model: Any, takes: set[str], generator: torch.Generator) -> Inputs:
         grid = torch.tensor([1, 4, 4])
         values = torch.randn(NUM_SAMPLES, 16, channels * frames * patch * patch, generator=generator)
         return {"pixel_values": values, "image_grid_thw": grid.expand(NUM_SAMPLES, 1, 3).contiguous()}
-    name = "pixel_values" if "pixel_values" in takes else "pixel_values_videos"
+    name = next((name for name in ("pixel_values", "pixel_values_videos") if name in takes), None)
+    if name is None:
+        return {}
     shape: tuple[int, ...] = (NUM_SAMPLES, channels, height, width)
     if config.model_type in ("videomae", "vivit", "timesformer", "vjepa2", "videoprism_vision_model", "videoprism"):
         frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 2)
