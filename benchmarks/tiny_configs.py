@@ -41,7 +41,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"(num|n)_(local_|routed_|total_)?experts$|moe_num_experts", 4),
     (r"experts_per_tok|topk$|top_k|moe_k|num_selected_experts", 2),
     (r"n_group|topk_group|num_shared_experts|n_shared_experts", 1),
-    (r"intermediate|ffn_(hidden|dim|embed)|_ffn_dim|ffn_dim|d_ff|d_inner|mlp_dim|n_inner|ffn_size|inner_size|mlp_size"
+    (r"intermediate|^dff$|ffn_(hidden|dim|embed)|_ffn_dim|ffn_dim|d_ff|d_inner|mlp_dim|n_inner|ffn_size|inner_size|mlp_size"
      r"|expand_size|feedforward", 48),
     (r"state_size|d_state|ssm_state|mamba_state", 8),
     (r"time_step_rank|dt_rank", 4),
