@@ -41,7 +41,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"(num|n)_(local_|routed_|total_)?experts$|moe_num_experts", 4),
     (r"experts_per_tok|topk$|top_k|moe_k|num_selected_experts", 2),
     (r"n_group|topk_group|num_shared_experts|n_shared_experts", 1),
-    (r"intermediate|ffn_(hidden|dim|embed)|_ffn_dim|ffn_dim|d_ff|d_inner|mlp_dim|n_inner|ffn_size|inner_size|mlp_size"
+    (r"intermediate|^dff$|ffn_(hidden|dim|embed)|_ffn_dim|ffn_dim|d_ff|d_inner|mlp_dim|n_inner|ffn_size|inner_size|mlp_size"
      r"|expand_size|feedforward", 48),
     (r"state_size|d_state|ssm_state|mamba_state", 8),
     (r"time_step_rank|dt_rank", 4),
@@ -316,7 +316,9 @@ def pixels(model: Any, takes: set[str], generator: torch.Generator) -> Inputs:
         grid = torch.tensor([1, 4, 4])
         values = torch.randn(NUM_SAMPLES, 16, channels * frames * patch * patch, generator=generator)
         return {"pixel_values": values, "image_grid_thw": grid.expand(NUM_SAMPLES, 1, 3).contiguous()}
-    name = "pixel_values" if "pixel_values" in takes else "pixel_values_videos"
+    name = next((name for name in ("pixel_values", "pixel_values_videos") if name in takes), None)
+    if name is None:
+        return {}
     shape: tuple[int, ...] = (NUM_SAMPLES, channels, height, width)
     if config.model_type in ("videomae", "vivit", "timesformer", "vjepa2", "videoprism_vision_model", "videoprism"):
         frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 2)

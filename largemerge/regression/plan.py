@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -313,7 +313,8 @@ def make_plan(
     Raises:
         ArchitectureError: If the model cannot be run block by block.
     """
-    trace = trace_model(inputs.skeleton, _joint_outline(outlines), outlines[0].examples)
+    outline = _joint_outline(outlines)
+    trace = trace_model(inputs.skeleton, outline, outlines[0].examples)
     blocks = plan_blocks(config, inputs, trace)
     non_block = plan_non_block(config, inputs, trace)
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
@@ -360,6 +361,7 @@ def make_plan(
             *inputs.notes,
             *(inputs.tokens.all_notes if inputs.tokens else ()),
             *_unreached(inputs, trace),
+            *_unused_masks(inputs, trace, outline),
             *_notes(config, inputs, tensors),
             *file_notes,
             *findings.notes,
@@ -443,6 +445,19 @@ def _unreached(inputs: Inputs, trace: ModelTrace) -> Iterator[str]:
                 f"the calibration data does not reach {which} of {stack.name}: their tensors are averaged; give data "
                 "that does (pixels, sounds, ready-made tensors) to have their linears solved"
             )
+
+
+def _unused_masks(inputs: Inputs, trace: ModelTrace, outline: Collection[str]) -> Iterator[str]:
+    """Notes on masks of pixels or sounds, whose rows cannot be told from padding."""
+    masks = [
+        name for name in outline if name.endswith("mask") and name.replace("attention_mask", "input_ids") not in outline
+    ]
+    stacks = [inputs.skeleton.stacks[number].name for number in trace.order if trace.stacks[number].token_input is None]
+    if masks and stacks:
+        yield (
+            f"{', '.join(masks)}: the model reads it, but padded pixels or sounds count like all others in the "
+            f"statistics of {', '.join(stacks)}"
+        )
 
 
 def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -108,6 +108,13 @@ def test_text_alone_averages_the_vision_tower_and_says_so(
         torch.testing.assert_close(merged_weights[name], (first[name] + 2 * second[name]) / 3)
 
 
+def test_masks_of_pixels_are_told(smolvlm: tuple[Path, list[dict[str, torch.Tensor]]]) -> None:
+    folder, inputs = smolvlm
+    mask = torch.ones(*inputs[0]["pixel_values"].shape[:2], 32, 32, dtype=torch.long)
+    plan = largemerge.plan(config_with(folder, *({**own, "pixel_attention_mask": mask} for own in inputs)))
+    assert any("pixel_attention_mask" in note and "vision_model.encoder.layers" in note for note in plan.notes)
+
+
 def test_images_for_one_candidate_alone_are_refused(smolvlm: tuple[Path, list[dict[str, torch.Tensor]]]) -> None:
     folder, inputs = smolvlm
     config = config_with(folder, inputs[0], {"input_ids": inputs[1]["input_ids"][:, 8:]})
