@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,12 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{name}: {path} holds a {type(value).__name__}, expected an object")
     return value
+
+
+def shared_folders(checkpoints: Iterable[Checkpoint]) -> frozenset[Path]:
+    """Finds the folders that several checkpoints lie in, such as the base of several adapters."""
+    counts = Counter(checkpoint.folder.resolve() for checkpoint in checkpoints)
+    return frozenset(folder for folder, count in counts.items() if count > 1)
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.direct_io import Buffers
-from largemerge.checkpoint.lora import open_reader
+from largemerge.checkpoint.index import Checkpoint, shared_folders
+from largemerge.checkpoint.lora import Adapter, open_reader
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, release_slot
@@ -308,9 +309,15 @@ def run(
 @contextmanager
 def open_readers(plan: DataFreePlan, buffers: Buffers | None = None) -> Iterator[dict[str, TensorReader]]:
     """Opens a reader for every model, and for every path of auxiliary tensors."""
+    shared = shared_folders(plan.checkpoints.values())  # what one has read, the system's cache keeps for the others
+
+    def opened(checkpoint: Checkpoint, adapter: Adapter | None) -> AbstractContextManager[TensorReader]:
+        past_cache = checkpoint.folder.resolve() not in shared
+        return open_reader(checkpoint, adapter, past_cache=past_cache, buffers=buffers)
+
     with ExitStack() as stack:
         readers: dict[str, TensorReader] = {
-            name: stack.enter_context(open_reader(checkpoint, plan.adapters.get(name), buffers=buffers))
+            name: stack.enter_context(opened(checkpoint, plan.adapters.get(name)))
             for name, checkpoint in {**plan.checkpoints, **plan.auxiliary}.items()
         }
         for name, view in plan.alignment.views.items():

@@ -23,7 +23,7 @@ import torch
 
 from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration, outline_from_config
 from largemerge.calibration.batches import mmap_inputs, split_batches
-from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.index import Checkpoint, shared_folders
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
@@ -278,10 +278,13 @@ def _verify(planned: PlannedMerge, shards: tuple[Shard, ...], folder: OutputFold
     with ExitStack() as stack:
         output = stack.enter_context(CheckpointReader(folder.written(shards, config)))
         readers = {
-            each.name: stack.enter_context(open_reader(each, inputs.adapters.get(each.name)))
+            each.name: stack.enter_context(open_reader(inputs.on_disk(each), inputs.adapters.get(each.name)))
             for each in inputs.checkpoints
         }
+        by_token = inputs.tokens.parameters if inputs.tokens is not None else frozenset()
         for block, tensor in by_block:
+            if tensor.name in by_token:
+                continue  # the same row is another token in another model
             for key, keys in inputs.keys_by_model(tensor.name).items():
                 if tensor.rule is MergeRule.COPIED or key not in plan.output:
                     continue
@@ -366,11 +369,13 @@ class Job:
     def _open_weights(self, stack: ExitStack) -> Weights:
         """Opens readers of all inputs, and on rank 0 the writer."""
         plan, inputs = self.planned.plan, self.planned.inputs
-        # Each tensor is read once, unless a block takes several passes, or ranks share a candidate.
-        past_cache = plan.placement.passes == 1 and self.ranks.size == 1
+        # Each tensor is read once, unless a block takes several passes, ranks share a candidate, or adapters a base.
+        read_once = plan.placement.passes == 1 and self.ranks.size == 1
+        shared = shared_folders(inputs.checkpoints)
 
         def reader(checkpoint: Checkpoint) -> TensorReader:
             adapter, on_disk = inputs.adapters.get(checkpoint.name), inputs.on_disk(checkpoint)
+            past_cache = read_once and checkpoint.folder.resolve() not in shared
             opened = stack.enter_context(open_reader(on_disk, adapter, past_cache=past_cache))
             return opened if inputs.tokens is None else ArrangedReader(opened, checkpoint, inputs.tokens)
 
