@@ -35,6 +35,7 @@ from largemerge.heads import Heads
 from largemerge.machine import memory_in_use
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.output_check import Findings, check_loads
+from largemerge.model.skeleton import linears_in
 from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
@@ -337,7 +338,7 @@ def make_plan(
         problems += found
         file_notes = [*find_files(config, inputs).notes, *checked]
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
-        problems.append("nothing is left to solve: no linear of a block passes parameters.include and .exclude")
+        problems.append(_nothing_to_solve(inputs, tensors))
     plan = MergePlan(
         config=config,
         class_name=inputs.skeleton.class_name,
@@ -433,6 +434,17 @@ def _disk_problems(output: Mapping[str, OutputTensor], choice: Choice, limits: L
     bytes_written = sum(tensor.num_bytes for tensor in output.values())
     needed = bytes_written + (choice.footprint.disk if limits.scratch == out else 0)
     return [f"{out}: needs {gib(needed)} of disk, {gib(free)} are free"] if needed > free else []
+
+
+def _nothing_to_solve(inputs: Inputs, tensors: Sequence[TensorPlan]) -> str:
+    """Says so, and why the weights of linears are not solved."""
+    linears = {f"{path}.weight" for path in linears_in(inputs.skeleton.model)}
+    reasons = Counter(plan.reason for plan in tensors if plan.name in linears)
+    found = "; ".join(f"{reason} ({count} linears)" for reason, count in reasons.most_common())
+    return (
+        "nothing is left to solve: no linear of a block passes parameters.include and .exclude, or can be solved: "
+        f"{found}; change the patterns, or use a method that needs no data"
+    )
 
 
 def _unreached(inputs: Inputs, trace: ModelTrace) -> Iterator[str]:
