@@ -335,6 +335,9 @@ class _TaskPlanner:
         if not anchor.info.dtype.is_floating_point:
             self._copy(name, anchor, dtype, dtype, "not floating point")
             return
+        if 0 in anchor.info.shape and all(one.info.shape == anchor.info.shape for one in found):
+            self._copy(name, anchor, dtype, out, "no elements")
+            return
         if self._nothing_merged or (base is not None and not merged):
             why = "only the base has it" if lacking else "nothing is merged into the base"
             self._copy(name, anchor, dtype, out, why)

@@ -348,6 +348,18 @@ def test_a_head_that_the_base_lacks_is_averaged_and_told(tmp_path: Path) -> None
     assert report_of(tmp_path / "out")["plan"]["class"] == "BertForSequenceClassification"
 
 
+@pytest.mark.parametrize("method", ["ties", "linear", "dare_ties", "tsv_m", "model_stock"])
+def test_tensors_without_elements_are_copied(tmp_path: Path, method: str) -> None:
+    folders = [llama(tmp_path / name, seed) for seed, name in enumerate(["base", "a", "b"])]
+    for folder in folders:
+        rewrite_weights(folder, lambda tensors: tensors | {"model.norm.empty": torch.empty(0, 4)})
+    config = linear(*folders[1:]) | {"merge_method": method, "base_model": str(folders[0])}
+    if method in ("tsv_m", "model_stock"):
+        config["models"] = [{"model": entry["model"]} for entry in config["models"]]
+    largemerge.merge(config, tmp_path / "out")
+    assert weights_in(tmp_path / "out")["model.norm.empty"].shape == (0, 4)
+
+
 # Where no class can be had
 
 
