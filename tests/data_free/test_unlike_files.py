@@ -348,7 +348,7 @@ def test_a_head_that_the_base_lacks_is_averaged_and_told(tmp_path: Path) -> None
     assert report_of(tmp_path / "out")["plan"]["class"] == "BertForSequenceClassification"
 
 
-@pytest.mark.parametrize("method", ["ties", "linear", "dare_ties", "tsv_m", "model_stock"])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "tsv_m", "model_stock"])
 def test_tensors_without_elements_are_copied(tmp_path: Path, method: str) -> None:
     folders = [llama(tmp_path / name, seed) for seed, name in enumerate(["base", "a", "b"])]
     for folder in folders:
