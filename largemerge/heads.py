@@ -39,6 +39,7 @@ from largemerge.model.skeleton import build_model
 
 NONE, BASE = "none", "base"
 """Values of `head` that are no model's name: the bare body, and the head of the base."""
+_BODY_CLASS = re.compile(r"(?<!Head)(?<!Heads)(Model|Encoder)$")
 _LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task")
 
 
@@ -210,7 +211,9 @@ def find_heads(
     with_head = [head for head in found if head.names]
     only_bodies_differ = len(with_head) < len(found) and _why_apart(with_head) is None
     if choice is None and merges_with_bodies and only_bodies_differ:
-        return None
+        in_all = with_head[0].body_names if with_head else frozenset[str]()
+        if all(head.body_names <= in_all for head in found):
+            return None  # else a body has parts, such as a pooler, that the class with a head has not
     reason = _why_apart(found)
     models = {head.model: head for head in found}
     if choice is not None and not any(head.names for head in found):
@@ -279,6 +282,8 @@ def find_body(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     body = model.base_model
     if body is not model and isinstance(body, PreTrainedModel):
         return next(name for name, module in model.named_modules() if module is body), body
+    if _BODY_CLASS.search(type(model).__name__):
+        return "", model  # a bare body that has another model inside, as OPT's and Swin's have
     inner = [(name, child) for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
     if len(inner) == 1 and any(isinstance(module, nn.ModuleList) for module in inner[0][1].modules()):
         return inner[0]

@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, release
 from largemerge.data_free.matrices import LAYER
 from largemerge.data_free.methods.base import Access, Cut, select_formula
 from largemerge.data_free.methods.table import METHODS
-from largemerge.data_free.plan import DataFreePlan
+from largemerge.data_free.plan import DataFreePlan, initial_values
 from largemerge.data_free.resources import Accelerator
 from largemerge.data_free.tasks import Task
 from largemerge.devices import CPU, one_thread_each
@@ -118,6 +118,7 @@ class Merger:
         writer: Writer of the output.
         kept_bytes: The most bytes of all models' tensors that are kept between two passes.
         accelerator: The GPU that weight matrices are merged on, if there is one.
+        new: Tensors that no model has, by name in the output.
     """
 
     def __init__(
@@ -128,13 +129,18 @@ class Merger:
         writer: ShardWriter,
         kept_bytes: int,
         accelerator: Accelerator,
+        new: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         self._name, self._seed = method, seed
         self._readers, self._writer, self._kept_bytes = readers, writer, kept_bytes
-        self._accelerator = accelerator
+        self._accelerator, self._new = accelerator, new
 
     def __call__(self, task: Task) -> None:
         """Reads, merges and writes one tensor."""
+        if task.copied and not task.sources:
+            with release_slot():
+                self._writer.write(task.name, self._new[task.name].to(task.out_dtype))
+            return
         if task.copied:
             ((model, key),) = task.sources
             with release_slot():
@@ -287,7 +293,8 @@ def run(
         readers = stack.enter_context(open_readers(plan, buffers))
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
         kept_bytes, accelerator = plan.resources.kept_bytes, plan.resources.accelerator
-        merge: Callable[[Task], None] = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator)
+        new = initial_values(plan.alignment) if any(not task.sources for task in plan.tasks) else {}
+        merge: Callable[[Task], None] = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator, new)
         kinds = [_OUTPUT] if METHODS[method].global_scale is None else [_DELTAS, _OUTPUT]
         num_tasks = sum(len(part) for kind in kinds for part in parts.own(kind))
         progress = stack.enter_context(RunProgress(num_tasks, num_tasks, plan.device, quiet=quiet))

@@ -121,7 +121,9 @@ def _with_heads(config: DataFreeConfig, inputs: DataFreeInputs) -> DataFreeInput
         if config.head is not None:
             raise ConfigError("head: expected 'models'; slices and modules say themselves what the output is made of")
         return inputs
-    names = short_names([entry.model for entry in config.models if entry.model != config.base_model])
+    listed = list(dict.fromkeys(entry.model for entry in config.models))
+    beside_base = [each for each in listed if each != config.base_model]
+    names = short_names(beside_base if len(beside_base) > 1 else listed)  # of a base and one model, both are merged
     choice = names.get(config.head, config.head) if config.head is not None else None
     candidates = [replace(inputs.checkpoints[reference], name=name) for reference, name in names.items()]
     base = replace(inputs.checkpoints[config.base_model], name=BASE) if config.base_model is not None else None
@@ -139,10 +141,10 @@ def _with_heads(config: DataFreeConfig, inputs: DataFreeInputs) -> DataFreeInput
         return inputs
     check_files(heads)
     checkpoints = dict(inputs.checkpoints)
-    by_name = {**names, **({config.base_model: BASE} if config.base_model is not None else {})}
+    by_name = {**names, **({config.base_model: BASE} if config.base_model is not None and heads.base else {})}
     for reference, name in by_name.items():
         viewed = heads.view(replace(checkpoints[reference], name=name))
         checkpoints[reference] = replace(viewed, name=checkpoints[reference].name)
     chosen = next((reference for reference, name in by_name.items() if name == heads.choice), inputs.reference)
-    whole = {name: inputs.checkpoints[reference] for reference, name in by_name.items()}
+    whole = {name: inputs.checkpoints[reference] for reference, name in (*names.items(), *by_name.items())}
     return replace(inputs, checkpoints=checkpoints, reference=chosen, heads=heads, whole=whole)

@@ -38,14 +38,15 @@ from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.output_config import make_output_config
 from largemerge.data_free.output_files import check_tokenizer, find_files
 from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_device, choose_resources
-from largemerge.data_free.tasks import OutputTasks, Task, plan_tasks
+from largemerge.data_free.tasks import OutputTasks, Task, TokenTensors, plan_tasks
 from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.ranks import Ranks
-from largemerge.heads import Heads
+from largemerge.heads import NONE, Heads, initial_tensors
 from largemerge.model.alignment import Alignment, align
+from largemerge.model.skeleton import build_model
 from largemerge.tokenizer.chat_templates import choose_template
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
-from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary
+from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary, compare_by_number
 
 _MAX_SIDE = {"cpu": 384, "cuda": 4096}  # the shorter side of a matrix that is factored for the probe
 _PROBE_COLUMNS = 1024  # at most, of any other tensor
@@ -291,9 +292,13 @@ def plan_data_free(
         base=config.base_model,
         trust_remote_code=config.trust_remote_code,
         allow_crimes=config.allow_crimes,
+        compares_labels=inputs.heads is None,
     )
     vocabulary = _vocabulary(config, inputs, alignment, prior)
-    output = plan_tasks(config, alignment.views, inputs.auxiliary, vocabulary)
+    token_rows, rows_notes = _token_rows(config, inputs, alignment)
+    new = initial_shapes(alignment) if inputs.heads is not None and inputs.heads.choice == NONE else {}
+    output = plan_tasks(config, alignment.views, inputs.auxiliary, vocabulary, token_rows, inputs.heads, new)
+    output.notes.extend(rows_notes)
     output.notes[:0], output.problems[:0] = alignment.notes, alignment.problems
     if vocabulary is not None:
         output.notes.extend(vocabulary.notes)
@@ -373,6 +378,41 @@ def _vocabulary(
         moved, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special
     )
     return vocabulary
+
+
+def initial_shapes(alignment: Alignment) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of tensors that the output's class wants and no model has, by name in the output."""
+    model = build_model(replace(alignment.views[alignment.layout].checkpoint, config=alignment.config))
+    state = model.state_dict()
+    return {name: tuple(state[parameter].shape) for name, parameter in alignment.lacking.items()}
+
+
+def initial_values(alignment: Alignment) -> dict[str, torch.Tensor]:
+    """Makes these tensors as the class initialises them, the same ones each time."""
+    model = build_model(replace(alignment.views[alignment.layout].checkpoint, config=alignment.config))
+    made = initial_tensors(model, list(alignment.lacking.values()))
+    return {name: made[parameter] for name, parameter in alignment.lacking.items()}
+
+
+def _token_rows(config: DataFreeConfig, inputs: DataFreeInputs, alignment: Alignment) -> tuple[TokenTensors, list[str]]:
+    """Finds out whether rows of embeddings can be matched by number, where no settings arrange them by token."""
+    names = alignment.token_tensors or frozenset()
+    if config.vocabulary is not None or not names:
+        return TokenTensors(names), []
+    sizes = {view.tensors[name].shape[0] for view in alignment.views.values() for name in names if name in view.tensors}
+    trusted = config.trust_remote_code
+    needed, clash = compare_by_number(inputs.tokenizer_folders, always=len(sizes) > 1, trust_remote_code=trusted)
+    advice = "tokenizer_source: union merges them by token"
+    if clash is not None:
+        return TokenTensors(names), [f"vocabularies differ: {clash}; rows of embeddings are merged by number; {advice}"]
+    rows = max(
+        (info.shape[0] for name, info in alignment.views[alignment.layout].tensors.items() if name in names), default=0
+    )
+    if len(sizes) == 1 or not 0 < needed <= rows:
+        return TokenTensors(names), []
+    found = ", ".join(map(str, sorted(sizes)))
+    note = f"one tokenizer, but {found} rows: those beyond its tokens are padding; the output has {rows}"
+    return TokenTensors(names, rows), [note]
 
 
 def _template(config: DataFreeConfig, inputs: DataFreeInputs, output: OutputTasks) -> str | None:

@@ -31,11 +31,14 @@ from largemerge.data_free.matrices import (
 from largemerge.data_free.methods.base import REQUIRED, Base
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.modules import module_of_tensor, stacks_of_modules
+from largemerge.heads import Heads
 from largemerge.model.alignment import ModelView, tensors_in_order
-from largemerge.tokenizer.embedding_rows import TokenRows
+from largemerge.tokenizer.embedding_rows import TokenRows, rows_by_number
 from largemerge.tokenizer.vocabulary import Vocabulary
 
 _BEFORE_LAYERS = ("embed", "wte", "wpe", "patch", "position", "token_type", "cls_token", "class_embedding")
+NOT_TRAINED = "not trained: no model has it, and the class wants it"
+"""Why a tensor is copied that has no source."""
 _MEAN = "linear"  # merges what the base lacks
 _ADVICE = "; if these are vocabularies of unlike sizes, tokenizer_source: union brings them together"
 
@@ -103,6 +106,20 @@ class Task:
         return not self.copied and not self.fallback_reason
 
 
+@dataclass(frozen=True)
+class TokenTensors:
+    """Tensors with a row for every token, where no settings arrange them.
+
+    Attributes:
+        names: Their names in the output; empty where that is not known.
+        padded: Number of rows of the output, where models have one tokenizer and other numbers of rows: those beyond
+            the tokens are padding. `None` where all have as many, or where rows cannot be matched.
+    """
+
+    names: frozenset[str] = frozenset()
+    padded: int | None = None
+
+
 @dataclass
 class OutputTasks:
     """All tasks of a merge.
@@ -125,6 +142,9 @@ def plan_tasks(
     views: Mapping[str, ModelView],
     auxiliary: Mapping[str, Checkpoint] = MappingProxyType({}),
     vocabulary: Vocabulary | None = None,
+    token_rows: TokenTensors | None = None,
+    heads: Heads | None = None,
+    new: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> OutputTasks:
     """Plans one task for every tensor of the output.
 
@@ -133,6 +153,9 @@ def plan_tasks(
         views: All models as the configuration names them, under the names of the output.
         auxiliary: Tensors that the method needs beside the models', by the path that the configuration has.
         vocabulary: The output's vocabulary, where embeddings are arranged by token.
+        token_rows: What is known of tensors with a row for every token, where they are not.
+        heads: Heads that are kept apart, if there are any.
+        new: Shapes of tensors that the output's class wants and no model has, by name in the output.
     """
     output = OutputTasks()
     depths = {model: _find_stacks(view.tensors) for model, view in views.items()}
@@ -142,7 +165,7 @@ def plan_tasks(
     modules = _modules_by_stack(config, depths, stacks, output.problems)
     if output.problems:
         return output
-    planner = _TaskPlanner(config, views, auxiliary, output, vocabulary)
+    planner = _TaskPlanner(config, views, auxiliary, output, vocabulary, token_rows or TokenTensors(), heads)
     first, last = next(iter(modules.values())), list(modules.values())[-1]
     owners = _owners(config, modules, stacks)
     for name in tensors_in_order(views.values()):
@@ -158,11 +181,28 @@ def plan_tasks(
             for offset in range(len(sources[0].layers) if sources else 0):
                 _add_layer(planner, stack, number, sources, output_slice, module, offset)
                 number += 1
+    for name, shape in new.items():
+        dtype = max((task.out_dtype for task in output.tasks), key=lambda each: each.itemsize, default=torch.float32)
+        output.tasks.append(Task(name, shape, (), None, {}, {}, dtype, dtype, NOT_TRAINED))
+    if new:
+        output.notes.append(f"{_some_names(list(new))}: {NOT_TRAINED}; initialised as Transformers would do it")
     output.tasks.sort(key=lambda task: natural_key(task.name))
     output.problems.extend(planner.unlike_layers())
+    output.problems.extend(_vanished(config, views, output))
     output.notes.extend(planner.lacking_notes())
     output.notes.extend(_notes(config.merge_method, output.tasks))
     return output
+
+
+def _vanished(config: DataFreeConfig, views: Mapping[str, ModelView], output: OutputTasks) -> Iterator[str]:
+    """Yields the models of which nothing would be in the output, where nothing else is known to be wrong."""
+    if output.problems:
+        return
+    used = {model for task in output.tasks for model, _ in task.inputs}
+    for model, view in views.items():
+        if model not in used and (model != config.base_model or len(views) == 1):
+            names = _some_names(list(view.checkpoint.tensors))
+            yield f"{model}: nothing of it would be in the output: its tensors ({names}) have no place there"
 
 
 def _lies_before(name: str) -> bool:
@@ -258,6 +298,8 @@ class _TaskPlanner:
         auxiliary: Tensors that the method needs beside the models', by path.
         output: The tasks, problems and notes, which are added to.
         vocabulary: The output's vocabulary, where embeddings are arranged by token.
+        token_rows: What is known of tensors with a row for every token, where they are not.
+        heads: Heads that are kept apart, if there are any.
     """
 
     def __init__(
@@ -267,9 +309,14 @@ class _TaskPlanner:
         auxiliary: Mapping[str, Checkpoint],
         output: OutputTasks,
         vocabulary: Vocabulary | None,
+        token_rows: TokenTensors,
+        heads: Heads | None,
     ) -> None:
         self.config, self.views, self.auxiliary, self.output = config, views, auxiliary, output
-        self.vocabulary = vocabulary
+        self.vocabulary, self.token_rows = vocabulary, token_rows
+        chosen = heads.chosen if heads is not None else None
+        self._head = frozenset(chosen.keys.values()) if chosen is not None else frozenset()
+        self._head_of = heads.choice if heads is not None else ""
         self.method = METHODS[config.merge_method]
         checkpoints = {model: view.checkpoint for model, view in views.items()}
         self._missing: set[tuple[str, str]] = set()
@@ -338,9 +385,12 @@ class _TaskPlanner:
         if 0 in anchor.info.shape and all(one.info.shape == anchor.info.shape for one in found):
             self._copy(name, anchor, dtype, out, "no elements")
             return
-        if self._nothing_merged or (base is not None and not merged):
+        if self._nothing_merged or (base is not None and not merged and name not in self._head):
             why = "only the base has it" if lacking else "nothing is merged into the base"
             self._copy(name, anchor, dtype, out, why)
+            return
+        if name in self._head and len(found) == 1:
+            self._copy(name, found[0], dtype, out, f"of {self._head_of}, whose head the output has")
             return
         levels = Levels((output_slice.parameters, module.parameters, self.config.parameters))
         if lacking and (base is None or len(merged) < self.method.num_models[0]):
@@ -381,6 +431,10 @@ class _TaskPlanner:
         task = replace(task, auxiliary=self._auxiliary(task))
         self.output.tasks.append(self._by_token(task, [*merged, *([base] if base is not None else [])], base_model))
 
+    def _is_padded(self, name: str) -> bool:
+        """Whether rows of a tensor are matched by number, those beyond the tokens being padding."""
+        return self.vocabulary is None and self.token_rows.padded is not None and name in self.token_rows.names
+
     def _copy(self, name: str, source: _Found, dtype: torch.dtype, out: torch.dtype, why: str) -> None:
         """Plans a tensor that is taken as it is from its only source."""
         only = (source.model, source.info.name)
@@ -408,9 +462,16 @@ class _TaskPlanner:
 
     def _by_token(self, task: Task, found: Sequence[_Found], base_model: str | None) -> Task:
         """Returns the task with the rows of the output's vocabulary, where its tensor has one for every token."""
-        if self.vocabulary is None or task.name not in self.vocabulary.tensors:
+        padded = self.token_rows.padded
+        by_token = self.vocabulary is not None and task.name in self.vocabulary.tensors
+        if not by_token and not self._is_padded(task.name):
             return task
         num_rows = {one.model: one.info.shape[0] for one in found}
+        if padded is not None and len(set(num_rows.values())) > 1 and not by_token:
+            by_number = rows_by_number({model: num_rows[model] for model, _ in task.inputs}, padded, base_model)
+            return replace(task, shape=(padded, *task.shape[1:]), token_rows=by_number)
+        if self.vocabulary is None:
+            return task
         quantized = [one.info.quantization for one in found if one.info.quantization is not None]
         if not all(quantization.keeps_rows for quantization in quantized):
             self._problem(f"{task.name}: quantised embeddings cannot be arranged by token; leave 'tokenizer' out")
@@ -502,10 +563,12 @@ class _TaskPlanner:
     def _check_shapes(self, name: str, found: Sequence[_Found], anchor: TensorInfo) -> None:
         """Checks that the tensors of all models have one shape; rows that are arranged by token may differ."""
         shapes = {one.model: list(one.info.shape) for one in found}
-        first = 1 if self.vocabulary is not None and name in self.vocabulary.tensors else 0
+        by_token = self.vocabulary is not None and name in self.vocabulary.tensors
+        first = 1 if by_token or self._is_padded(name) else 0
         if any(list(one.info.shape[first:]) != list(anchor.shape[first:]) for one in found):
             alike_beyond = all(one.info.shape[1:] == anchor.shape[1:] for one in found)
-            advice = _ADVICE if not first and alike_beyond and LAYER.match(name) is None else ""
+            may_be_tokens = name in self.token_rows.names if self.token_rows.names else LAYER.match(name) is None
+            advice = _ADVICE if not first and alike_beyond and may_be_tokens else ""
             self._problem(f"{name}: shapes differ: {shapes}; expected one{advice}")
 
     def _check_number(self, num_models: int) -> None:
@@ -563,7 +626,7 @@ def _modules_by_stack(
         given = {stack: Module(models=config.models) for stack in stacks or {"": 0}}
     modules = {stack: _as_slices(config, depths, stack, module) for stack, module in given.items()}
     for stack, module in modules.items():
-        problems.extend(_slice_problems(depths, stack, module))
+        problems.extend(_slice_problems(depths, stack, module, is_given=bool(given[stack].slices)))
     return modules
 
 
@@ -599,13 +662,14 @@ def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Modul
     return module.model_copy(update={"models": (), "slices": (output_slice,)})
 
 
-def _slice_problems(depths: Depths, stack: str, module: Module) -> Iterator[str]:
+def _slice_problems(depths: Depths, stack: str, module: Module, *, is_given: bool) -> Iterator[str]:
     for number, output_slice in enumerate(module.slices):
         where = f"slices[{number}]"
         sources = [source for source in output_slice.sources if depths[source.model].get(stack) or source.layers]
         lengths = {source.model: len(source.layers) for source in sources}
         if len(set(lengths.values())) > 1:
-            yield f"{where}: models have unlike numbers of layers here: {lengths}"
+            place = where if is_given else stack
+            yield f"{place}: models have unlike numbers of layers: {lengths}; expected as many, or 'slices' of some"
         for source in sources:
             num_layers = depths[source.model].get(stack, 0)
             start, stop = source.layer_range

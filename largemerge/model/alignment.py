@@ -100,6 +100,7 @@ class Alignment:
         token_tensors: Names in the output of tensors with a row for every token; `None` where no class was had.
         notes: What a user should know.
         problems: What makes a merge impossible.
+        lacking: Parameters of the output's class that no model has, by the names that they would have in the output.
     """
 
     views: Mapping[str, ModelView]
@@ -109,6 +110,7 @@ class Alignment:
     token_tensors: frozenset[str] | None
     notes: list[str]
     problems: list[str]
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Aligner:
@@ -149,6 +151,18 @@ class _Aligner:
             return []
         own = self._own_name(owner, self.aliases.get(parameter, parameter))
         return self._models[owner].mapping.disk_keys([own]) if own is not None else []
+
+    def lacking(self) -> dict[str, str]:
+        """Returns parameters of the output's class that no model has, by the names that they would have on disk."""
+        outside = {place: self.names_of(place) for place in self._owners if not _NUMBER.search(place)}
+        known = ((place, keys[0]) for place, keys in outside.items() if len(keys) == 1 and keys[0].endswith(place))
+        prefix = next((key.removesuffix(place) for place, key in known), "")
+        state = self._layout.model.state_dict()
+        return {
+            prefix + name: name
+            for name in state
+            if name not in self._owners and name not in self.aliases and not _NUMBER.search(name)
+        }
 
     def view(self, name: str) -> ModelView:
         """Returns one model's tensors by the names of the output."""
@@ -306,6 +320,7 @@ def align(
     base: str | None = None,
     trust_remote_code: bool = False,
     allow_crimes: bool = False,
+    compares_labels: bool = True,
 ) -> Alignment:
     """Brings models under common names.
 
@@ -316,6 +331,7 @@ def align(
         base: The base, if there is one: what only it has counts least.
         trust_remote_code: Allow the checkpoints' own Python code.
         allow_crimes: Merge models whose configs say that they compute otherwise.
+        compares_labels: Whether labels matter: they do not where heads are kept apart.
     """
     try:
         models = classify(checkpoints, trust_remote_code=trust_remote_code)
@@ -336,9 +352,15 @@ def align(
             problems.append(f"{text} (the class of {chosen}); expected models of one class")
     if chosen != reference:
         notes.append(f"names and config come from {chosen}: its class {models[chosen].class_name} has room for all")
-    configs = {name: model.model.config.to_dict() for name, model in models.items()}
+    idle = () if compares_labels else ("id2label", "label2id")
+    configs = {
+        name: {key: value for key, value in model.model.config.to_dict().items() if key not in idle}
+        for name, model in models.items()
+    }
     found = check_configs(configs, chosen, allow_crimes=allow_crimes)
-    problems, notes = problems + found[0], notes + found[1]
+    if found[0]:
+        raise CheckpointError(*problems, *found[0])  # what follows would only say the same in other words
+    notes += found[1]
     separate = untied_heads(models, adapters)
     layout, problem = _untied(models[chosen], models, separate, trust_remote_code)
     if problem is not None:
@@ -360,6 +382,7 @@ def align(
         frozenset(key for name in token_parameters(layout.model)[0] for key in aligner.names_of(name)),
         notes,
         problems,
+        aligner.lacking(),
     )
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 _CRIMES = re.compile(
     r"(^|_)(heads?|n_head|head_dim|head_size|hidden_act|hidden_activation|activation|activation_function|mlp_act"
-    r"|position_embedding_type|alibi|parallel_attn|new_decoder_architecture|multi_query|patch_size|model_type)$"
+    r"|dense_act_fn|feed_forward_proj|is_gated_act|use_parallel_residual|parallel_residual|do_layer_norm_before"
+    r"|apply_residual_connection_post_layernorm|scale_decoder_outputs|layer_types|num_local_experts|num_experts"
+    r"|n_routed_experts|position_embedding_type|alibi|parallel_attn|new_decoder_architecture|multi_query|patch_size|model_type)$"
 )
 _IDLE = re.compile(
     r"^(_.*|transformers_version|torch_dtype|dtype|architectures|use_cache|id2label|label2id|num_labels|auto_map"

@@ -207,10 +207,50 @@ def _load_all(
     return {model: by_model[model] for model in folders if model in by_model}
 
 
-def _files_key(folder: Path) -> str:
-    """Hashes the files that make a folder's tokenizer what it is."""
+def compare_by_number(
+    folders: Mapping[str, Path], *, always: bool, trust_remote_code: bool = False
+) -> tuple[int, str | None]:
+    """Compares tokenizers by their tokens' numbers, for models whose rows are merged by number.
+
+    Args:
+        folders: Folder of every model's tokenizer; those without one are passed over.
+        always: Load the tokenizer even if all models have the same files.
+        trust_remote_code: Allow tokenizers to be code of their own.
+
+    Returns:
+        The number of rows that the tokens need, 0 where no tokenizer was loaded; and what differs, in words, `None`
+        where the same number is the same token everywhere.
+    """
+    keys = {model: _files_key(folder, with_config=False) for model, folder in folders.items() if has_tokenizer(folder)}
+    if not always and len(set(keys.values())) < 2:
+        return 0, None
+    loaded: dict[str, Mapping[str, int]] = {}
+    by_model: dict[str, Mapping[str, int]] = {}
+    for model, key in keys.items():
+        folder = folders[model]
+        if key not in loaded:
+            try:
+                loaded[key] = load_tokenizer(folder, model, trust_remote_code=trust_remote_code).ids
+            except LargemergeError:
+                return 0, None  # which is told where the tokenizer is copied
+        by_model[model] = loaded[key]
+    tokens: dict[int, tuple[str, str]] = {}
+    clashes = []
+    for model, ids in by_model.items() if len(loaded) > 1 else ():
+        for token, number in ids.items():
+            other, theirs = tokens.setdefault(number, (model, token))
+            if theirs != token:
+                clashes.append(f"{number} is {theirs!r} in {other}, {token!r} in {model}")
+    needed = max((number + 1 for ids in loaded.values() for number in ids.values()), default=0)
+    if not clashes:
+        return needed, None
+    return needed, f"{len(clashes)} numbers are other tokens, such as {clashes[0]}"
+
+
+def _files_key(folder: Path, *, with_config: bool = True) -> str:
+    """Hashes the files that make a folder's tokenizer what it is; the config may decide on its class."""
     digest = hashlib.sha256()
-    for name in (*tokenizer_names(folder), "config.json"):  # the config may decide on the tokenizer's class
+    for name in (*tokenizer_names(folder), *(["config.json"] if with_config else [])):
         path = folder / name
         content = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(content)} ".encode() + content)

@@ -17,7 +17,9 @@ import transformers as tf
 from cases import report_of, rewrite_weights, weights_in
 from data_free_cases import load
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import largemerge
 from largemerge import LargemergeError
@@ -457,3 +459,104 @@ def test_heads_of_other_sizes_lie_beside_the_merged_body(tmp_path: Path, head: s
     told = report.plan.to_json()["heads"]
     assert told["in_the_model"] == (head or "none") and set(told["beside_it"]) == {"m1", "m2"}
     assert "heads/m1.safetensors" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_body_that_holds_another_model_is_a_body(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = tiny_models.TEXT | {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 64}
+    base: Any = noisy(tf.OPTForCausalLM(tf.OPTConfig(**sizes, pad_token_id=0)), 0)
+    base.save_pretrained(tmp_path / "base")
+    folders = []
+    for number, labels in enumerate((2, 3), start=1):
+        folders.append(tmp_path / f"m{number}")
+        config = tf.OPTConfig(**sizes, pad_token_id=0, num_labels=labels)
+        noisy(tf.OPTForSequenceClassification(config), number).save_pretrained(folders[-1])
+    for more in ({}, {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}):
+        largemerge.merge(linear(*folders, weights=(0.4, 0.6)) | more, tmp_path / "out", force=True)
+        merged = load(tmp_path / "out", tf.OPTModel).state_dict()
+        bodies = [tf.OPTModel.from_pretrained(folder).state_dict() for folder in folders]
+        for name, tensor in merged.items():
+            assert torch.allclose(tensor, 0.4 * bodies[0][name] + 0.6 * bodies[1][name], atol=1e-5), name
+
+
+def test_a_model_of_which_nothing_would_be_in_the_output_is_refused(tmp_path: Path) -> None:
+    a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2)
+    rewrite_weights(b, lambda tensors: {f"strange.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(LargemergeError, match=r"b: nothing of it would be in the output.*strange\."):
+        largemerge.merge(linear(a, b), tmp_path / "out")
+
+
+def test_models_of_other_depths_are_told_so(tmp_path: Path) -> None:
+    a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2, num_hidden_layers=2)
+    with pytest.raises(LargemergeError, match=r"model\.layers: models have unlike numbers of layers"):
+        largemerge.merge(linear(a, b), tmp_path / "out")
+
+
+# Vocabularies without settings
+
+
+def with_tokenizer(folder: Path, seed: int, rows: int, words: str) -> Path:
+    tokens = {token: number for number, token in enumerate(["<unk>", *words.split()])}
+    tokenizer = Tokenizer(WordLevel(tokens, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return llama(folder, seed, vocab_size=rows)
+
+
+def test_rows_of_padding_are_matched_by_number(tmp_path: Path) -> None:
+    a = with_tokenizer(tmp_path / "a", 1, 16, "a b c d e")
+    b = with_tokenizer(tmp_path / "b", 2, 24, "a b c d e")
+    for order, weights in (([a, b], (0.7, 0.3)), ([b, a], (0.3, 0.7))):
+        report = largemerge.merge(linear(*order, weights=weights), tmp_path / "out", force=True)
+        merged = load(tmp_path / "out")
+        rows = 16 if order[0] == a else 24
+        found = merged.get_input_embeddings().weight
+        own = [weights_in(folder)["model.embed_tokens.weight"] for folder in (a, b)]
+        assert found.shape[0] == rows == merged.config.vocab_size
+        assert torch.allclose(found[:16], 0.7 * own[0] + 0.3 * own[1][:16], atol=1e-6)
+        assert any("padding" in note for note in report.plan.notes)
+
+
+def test_other_tokens_at_the_same_numbers_are_told(tmp_path: Path) -> None:
+    a = with_tokenizer(tmp_path / "a", 1, 16, "a b c d e")
+    b = with_tokenizer(tmp_path / "b", 2, 16, "a c b d e")
+    notes = largemerge.plan(linear(a, b), probe=False).notes
+    assert any("2 numbers are other tokens" in note and "tokenizer_source" in note for note in notes)
+
+
+def vit(folder: Path, seed: int, **more: Any) -> Path:
+    config = tf.ViTConfig(**tiny_models.VISION, **more)
+    noisy(tf.ViTForImageClassification(config), seed).save_pretrained(folder)
+    return folder
+
+
+def test_a_pooler_that_no_model_has_is_written_as_the_class_makes_it(tmp_path: Path) -> None:
+    a, b = vit(tmp_path / "a", 1, num_labels=3), vit(tmp_path / "b", 2, num_labels=4)
+    report = largemerge.merge(linear(a, b), tmp_path / "out")
+    merged: Any = load(tmp_path / "out", tf.ViTModel)
+    assert torch.isfinite(merged.pooler.dense.weight).all() and merged.pooler.dense.weight.abs().sum() > 0
+    assert any("pooler.dense.weight" in note and "not trained" in note for note in report.plan.notes)
+    largemerge.merge(linear(a, b), tmp_path / "again")
+    again: Any = load(tmp_path / "again", tf.ViTModel)
+    assert torch.equal(again.pooler.dense.weight, merged.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("head", [None, "base", "b", "none"])
+def test_labels_that_differ_beside_a_base(tmp_path: Path, head: str | None) -> None:
+    labels = [{0: "cat", 1: "dog"}, {0: "cat", 1: "dog"}, {0: "dog", 1: "cat"}]
+    base, a, b = (vit(tmp_path / name, seed, id2label=labels[seed]) for seed, name in enumerate(["base", "a", "b"]))
+    config = (
+        linear(a, b) | {"merge_method": "task_arithmetic", "base_model": str(base)} | ({"head": head} if head else {})
+    )
+    report = largemerge.merge(config, tmp_path / "out")
+    merged: Any = load(tmp_path / "out", tf.ViTModel if head == "none" else tf.ViTForImageClassification)
+    if head != "none":
+        expected = tf.ViTForImageClassification.from_pretrained(b if head == "b" else base)
+        assert torch.equal(merged.classifier.weight, expected.classifier.weight)
+        assert merged.config.id2label == expected.config.id2label
+    assert not any("only" in note and "classifier" in note for note in report.plan.notes)
+
+
+def test_a_base_that_is_a_candidate_too(tmp_path: Path) -> None:
+    a, b = vit(tmp_path / "a", 1, num_labels=3), vit(tmp_path / "b", 2, num_labels=4)
+    config = linear(a, b) | {"merge_method": "task_arithmetic", "base_model": str(a)}
+    report = largemerge.merge(config, tmp_path / "out")
+    assert report.plan.to_json()["heads"]["beside_it"].keys() == {"a", "b"}
