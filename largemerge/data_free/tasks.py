@@ -555,7 +555,11 @@ class _TaskPlanner:
         for info in infos:
             dtype = torch.promote_types(dtype, info.dtype)
         if any(info.dtype != dtype for info in infos):
-            note = f"models are stored in unlike dtypes; computed in {dtype_name(dtype)}, which holds them all"
+            computed = torch.float32 if dtype is torch.float64 else dtype
+            note = (
+                f"models are stored in unlike dtypes; computed in {dtype_name(computed)}, stored in {dtype_name(dtype)}"
+            )
+            note = note if computed is not dtype else f"{note.partition(', stored')[0]}, which holds them all"
             if note not in self.output.notes:
                 self.output.notes.append(note)
         return dtype

@@ -107,8 +107,9 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
         with _config_folder(checkpoint) as folder:
             config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config may hold anything, and nobody has listed what its class then raises
-        hint = "" if trust_remote_code or not checkpoint.config.get("auto_map") else _CODE_HINT
-        raise CheckpointError(f"{checkpoint.name}: config.json: {_first_line(error)}{hint}") from None
+        needs_code = checkpoint.config.get("auto_map") and not trust_remote_code
+        told = f"Transformers does not know its class.{_CODE_HINT}" if needs_code else _first_line(error)
+        raise CheckpointError(f"{checkpoint.name}: config.json: {told}") from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton computes with weights that have been dequantised
     return config

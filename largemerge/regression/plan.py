@@ -26,6 +26,7 @@ from rich.text import Text
 from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
+from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name
 from largemerge.config_file import gib, strict_problems
 from largemerge.devices import compute_a_little, warm_up
@@ -377,7 +378,8 @@ def make_plan(
 def _check_loads(config: MergeConfig, inputs: Inputs, output: Mapping[str, OutputTensor]) -> Findings:
     """Says what would be missing or unexpected when the output is loaded by the reference's config."""
     reference = inputs.reference
-    return check_loads(reference.config, output, reference, trust_remote_code=config.trust_remote_code)
+    own = {name: tensor for name, tensor in output.items() if not split_name(name)[0]}
+    return check_loads(reference.config, own, reference, trust_remote_code=config.trust_remote_code)
 
 
 def _num_samples(inputs: Inputs, shapes: Sequence[Sequence[BatchShapes]]) -> dict[str, int]:
