@@ -295,6 +295,7 @@ def plan_data_free(
         compares_labels=inputs.heads is None,
     )
     vocabulary = _vocabulary(config, inputs, alignment, prior)
+    inputs = replace(inputs, checkpoints=_as_modules_hold(inputs.checkpoints, alignment))
     token_rows, rows_notes = _token_rows(config, inputs, alignment)
     new = initial_shapes(alignment) if inputs.heads is not None and inputs.heads.choice == NONE else {}
     output = plan_tasks(config, alignment.views, inputs.auxiliary, vocabulary, token_rows, inputs.heads, new)
@@ -378,6 +379,14 @@ def _vocabulary(
         moved, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special
     )
     return vocabulary
+
+
+def _as_modules_hold(checkpoints: Mapping[str, Checkpoint], alignment: Alignment) -> dict[str, Checkpoint]:
+    """Returns the models with quantised weights as the modules hold them: GPT-2's lie on disk as linears would."""
+    return {
+        name: replace(checkpoint, tensors=alignment.views[name].checkpoint.tensors)
+        for name, checkpoint in checkpoints.items()
+    }
 
 
 def initial_shapes(alignment: Alignment) -> dict[str, tuple[int, ...]]:

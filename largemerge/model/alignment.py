@@ -334,7 +334,7 @@ def align(
         compares_labels: Whether labels matter: they do not where heads are kept apart.
     """
     try:
-        models = classify(checkpoints, trust_remote_code=trust_remote_code)
+        models = classify(checkpoints, adapters, trust_remote_code=trust_remote_code)
     except ArchitectureError as error:
         return _by_name(checkpoints, reference, error, allow_crimes=allow_crimes)
     except CheckpointError as error:

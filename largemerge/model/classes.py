@@ -10,15 +10,20 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.lora import Adapter
+from largemerge.checkpoint.quantized import transposed
+from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.errors import CheckpointError
 from largemerge.model.key_mapping import KeyMapping, map_keys
-from largemerge.model.skeleton import build_model
+from largemerge.model.skeleton import build_model, linears_in, weight_is_transposed
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -56,7 +61,12 @@ class ClassifiedModel:
         return [key for key in self.mapping.unmapped if ".".join(key.split(".")[-2:]) in ends]
 
 
-def classify(checkpoints: Mapping[str, Checkpoint], *, trust_remote_code: bool = False) -> dict[str, ClassifiedModel]:
+def classify(
+    checkpoints: Mapping[str, Checkpoint],
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, ClassifiedModel]:
     """Builds the class of every checkpoint, and maps its names; checkpoints that are alike share both.
 
     Raises:
@@ -71,11 +81,46 @@ def classify(checkpoints: Mapping[str, Checkpoint], *, trust_remote_code: bool =
         if model is None:
             model = build_model(checkpoint, trust_remote_code=trust_remote_code)
             models.append((significant, model))
+        checkpoint = oriented(model, checkpoint, adapters.get(name))
         layout = (id(model), tuple((key, info.shape, info.dtype) for key, info in checkpoint.tensors.items()))
         if layout not in mappings:
             mappings[layout] = map_keys(model, checkpoint)
         found[name] = ClassifiedModel(checkpoint, model, mappings[layout])
     return found
+
+
+def oriented(model: PreTrainedModel, checkpoint: Checkpoint, adapter: Adapter | None) -> Checkpoint:
+    """Turns a checkpoint's quantised weights to how the modules hold them (see `Quantization.transposed`).
+
+    Args:
+        model: The model, on any device.
+        checkpoint: The checkpoint.
+        adapter: Its adapter, if it has one.
+
+    Raises:
+        CheckpointError: If the adapter adds to one of these weights.
+    """
+    turned = [f"{path}.weight" for path, module in linears_in(model).items() if weight_is_transposed(module)]
+    if not turned or not checkpoint.quantized():
+        return checkpoint
+    renamed = map_keys(model, checkpoint).renamed
+    keys = {renamed[name] for name in turned if name in renamed}
+    adapted = [key for key in keys if adapter is not None and key in adapter.deltas]
+    if any(_may_be_turned(checkpoint.tensors[key]) for key in adapted):
+        raise CheckpointError(
+            f"{checkpoint.name}: its adapter adds to {sorted(adapted)[0]}, which is quantised and held as [in, out]; "
+            "merge the adapter into its model first (peft: merge_and_unload)"
+        )
+    tensors = {
+        key: transposed(info) if _may_be_turned(info) and key in keys else info
+        for key, info in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
+
+
+def _may_be_turned(info: TensorInfo) -> bool:
+    """Whether a weight is quantised as a linear's weight would be, whatever the module."""
+    return info.quantization is not None and not info.quantization.keeps_rows
 
 
 def _significant(config: Mapping[str, Any]) -> dict[str, Any]:

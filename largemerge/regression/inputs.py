@@ -20,13 +20,13 @@ import torch
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint, split_reference
 from largemerge.checkpoint.lora import Adapter, open_model
-from largemerge.checkpoint.quantized import model_dtype, transposed
+from largemerge.checkpoint.quantized import model_dtype
 from largemerge.checkpoint.sentence_modules import module_notes
-from largemerge.checkpoint.tensor_info import TensorInfo, torch_dtype
+from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.heads import BASE, NONE, Heads, check_files, default_labels_note, find_heads
 from largemerge.model.adapter_names import AdapterNames
-from largemerge.model.classes import classify
+from largemerge.model.classes import classify, oriented
 from largemerge.model.config_differences import check_configs
 from largemerge.model.key_mapping import KeyMapping, map_keys
 from largemerge.model.skeleton import (
@@ -34,9 +34,7 @@ from largemerge.model.skeleton import (
     build_skeleton,
     checkpoint_from_config,
     keep_computed,
-    linears_in,
     load_config,
-    weight_is_transposed,
 )
 from largemerge.model.ties import declared_ties, is_tied, untie_config, untied_heads
 from largemerge.regression.config import MergeConfig
@@ -264,8 +262,8 @@ def _map_all(
         dtype=_compute_dtype(config, candidates[0]),
         trust_remote_code=config.trust_remote_code,
     )
-    candidates = tuple(_oriented(skeleton, each, adapters.get(each.name)) for each in candidates)
-    base = _oriented(skeleton, base, adapters.get(base.name)) if base is not None else None
+    candidates = tuple(oriented(skeleton.model, each, adapters.get(each.name)) for each in candidates)
+    base = oriented(skeleton.model, base, adapters.get(base.name)) if base is not None else None
     maps: dict[Layout, KeyMapping] = {}
     candidate_mappings = tuple(_mapping_of(skeleton, each, maps, each.name in tied) for each in candidates)
     base_mapping = _mapping_of(skeleton, base, maps, base.name in tied) if base is not None else None
@@ -406,35 +404,6 @@ def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
         if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
             elements[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
     return elements.most_common(1)[0][0] if elements else torch.float32
-
-
-def _oriented(skeleton: Skeleton, checkpoint: Checkpoint, adapter: Adapter | None) -> Checkpoint:
-    """Turns a checkpoint's quantised weights to how the modules hold them (see `Quantization.transposed`).
-
-    Raises:
-        CheckpointError: If an adapter adds to one of these weights.
-    """
-    turned = [f"{path}.weight" for path, module in linears_in(skeleton.model).items() if weight_is_transposed(module)]
-    if not turned or not checkpoint.quantized():
-        return checkpoint
-    renamed = map_keys(skeleton.model, checkpoint).renamed
-    keys = {renamed[name] for name in turned if name in renamed}
-    adapted = [key for key in keys if adapter is not None and key in adapter.deltas]
-    if any(_may_be_turned(checkpoint.tensors[key]) for key in adapted):
-        raise CheckpointError(
-            f"{checkpoint.name}: its adapter adds to {sorted(adapted)[0]}, which is quantised and held as [in, out]; "
-            "merge the adapter into its model first (peft: merge_and_unload)"
-        )
-    tensors = {
-        key: transposed(info) if _may_be_turned(info) and key in keys else info
-        for key, info in checkpoint.tensors.items()
-    }
-    return dataclasses.replace(checkpoint, tensors=tensors)
-
-
-def _may_be_turned(info: TensorInfo) -> bool:
-    """Whether a weight is quantised as a linear's weight would be, whatever the module."""
-    return info.quantization is not None and not info.quantization.keeps_rows
 
 
 def _mapping_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, KeyMapping], tied: bool) -> KeyMapping:

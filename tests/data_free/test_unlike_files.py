@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantized_models
 import tiny_models
 import torch
 import transformers as tf
@@ -560,3 +561,18 @@ def test_a_base_that_is_a_candidate_too(tmp_path: Path) -> None:
     config = linear(a, b) | {"merge_method": "task_arithmetic", "base_model": str(a)}
     report = largemerge.merge(config, tmp_path / "out")
     assert report.plan.to_json()["heads"]["beside_it"].keys() == {"a", "b"}
+
+
+def test_quantised_conv1d_lies_as_a_linear_and_is_merged_as_conv1d(tmp_path: Path) -> None:
+    folders, plain = [], []
+    for seed, kind in enumerate(("nf4", "int8")):
+        folders.append(tmp_path / f"m{seed}")
+        quantized_models.wide("gpt2", seed).save_pretrained(folders[-1])
+        quantized_models.quantize_folder(folders[-1], kind)
+        plain.append(quantized_models.plain_copy(folders[-1], tmp_path / f"plain{seed}"))
+    largemerge.merge(linear(*folders), tmp_path / "out")
+    largemerge.merge(linear(*plain), tmp_path / "expected")
+    load(tmp_path / "out", tf.GPT2LMHeadModel)
+    merged, expected = weights_in(tmp_path / "out"), weights_in(tmp_path / "expected")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
