@@ -22,6 +22,7 @@ from pydantic import Field
 
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.side_files import TOKENIZER_FILES
+from largemerge.config_file import nearest
 from largemerge.errors import CheckpointError
 
 _PICKLES = ["*.bin"]
@@ -52,8 +53,10 @@ def locate_checkpoint(reference: str, name: str, *, weights: bool = True) -> Pat
         raise CheckpointError(f"{name}: {reference} is a file; expected a checkpoint folder or a Hub id")
     repository, _, revision = reference.partition("@")
     if reference.startswith((".", "/", "~")) or repository.count("/") != 1:
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        hint = nearest(folder.name, beside)
         raise CheckpointError(
-            f"{name}: {reference} does not exist; expected a checkpoint folder or a Hub id (owner/name)"
+            f"{name}: {reference} does not exist; expected a checkpoint folder or a Hub id (owner/name){hint}"
         )
     return _from_hub(repository, revision or None, name, weights)
 

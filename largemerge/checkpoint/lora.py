@@ -43,7 +43,7 @@ MAX_FACTORS = 32
 """Number of the adapter's tensors that are kept in memory: more than there are workers, mostly."""
 MAX_WHOLE = 8
 """Number of weights that are kept adapted, where a delta needs all of a weight and only rows are wanted."""
-_MAX_PROBLEMS = 20
+_MAX_PROBLEMS = 5
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -125,13 +125,18 @@ def open_adapter(
     if fitting.problems:
         shown = fitting.problems[:_MAX_PROBLEMS]
         if len(fitting.problems) > len(shown):
-            shown.append(f"and {len(fitting.problems) - len(shown)} more of the kind")
+            made_for = own.config.get("base_model_name_or_path")
+            told = f"; the adapter was made for {made_for!r}" if isinstance(made_for, str) and made_for else ""
+            shown.append(f"and {len(fitting.problems) - len(shown)} more of the kind{told}")
         raise CheckpointError(*(f"{name}: {problem}" for problem in shown))
     return _put_together(own, model, fitting, below)
 
 
 def _open_own(folder: Path, name: str) -> Checkpoint:
     """Reads an adapter's own files."""
+    if not (folder / "adapter_config.json").exists():
+        what = "a model's" if (folder / "config.json").exists() else "no adapter's"
+        raise CheckpointError(f"{name}: {folder} is {what} folder; expected an adapter, with adapter_config.json")
     config = read_json(folder / "adapter_config.json", name)
     problems = [f"{name}: adapter_config.json: {problem}" for problem in config_problems(config)]
     file = next((folder / each for each in _FILES if (folder / each).is_file()), None)

@@ -22,13 +22,13 @@ def find_files(plan: DataFreePlan) -> SideFiles:
     """Finds the files that the output gets from its inputs; those of a vocabulary of its own are not among them."""
     reference, checkpoints = plan.checkpoints[plan.reference], list(plan.checkpoints.values())
     processor = find_processor(reference.folder, *(checkpoint.folder for checkpoint in checkpoints))
-    source, own = _tokenizer_source(plan), plan.vocabulary is not None
+    source, own = tokenizer_source(plan), plan.vocabulary is not None
     return find_side_files(reference, source, processor, checkpoints, vocabulary_files=not own)
 
 
 def write_tokenizer(folder: Path, plan: DataFreePlan) -> None:
     """Writes the output's tokenizer: its vocabulary's, else a copy of the reference's, else of the first there is."""
-    files = plan.vocabulary.tokenizer.files if plan.vocabulary is not None else tokenizer_files(_tokenizer_source(plan))
+    files = plan.vocabulary.tokenizer.files if plan.vocabulary is not None else tokenizer_files(tokenizer_source(plan))
     write_files(folder, files if plan.template is None else with_template(files, plan.template))
 
 
@@ -45,13 +45,14 @@ def check_tokenizer(plan: DataFreePlan, written: Path | None = None) -> tuple[li
     return check_output_tokenizer(
         find_files(plan),
         plan.checkpoints[plan.reference].config,
-        plan.vocabulary.tokenizer if plan.vocabulary is not None else _tokenizer_source(plan),
+        plan.vocabulary.tokenizer if plan.vocabulary is not None else tokenizer_source(plan),
         trust_remote_code=plan.config.trust_remote_code,
         write=lambda folder: write_tokenizer(folder, plan),
         written=written,
     )
 
 
-def _tokenizer_source(plan: DataFreePlan) -> Path:
+def tokenizer_source(plan: DataFreePlan) -> Path:
+    """Returns the folder of the output's tokenizer: the reference's if it has one, else the first that has."""
     models = [plan.reference, *plan.checkpoints]
     return find_tokenizer(*(tokenizer_folder(plan.checkpoints[name], plan.adapters.get(name)) for name in models))

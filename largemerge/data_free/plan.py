@@ -36,7 +36,7 @@ from largemerge.data_free.loader import cost, is_factored
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
 from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.output_config import make_output_config
-from largemerge.data_free.output_files import check_tokenizer, find_files
+from largemerge.data_free.output_files import check_tokenizer, find_files, tokenizer_source
 from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_device, choose_resources
 from largemerge.data_free.tasks import OutputTasks, Task, TokenTensors, plan_tasks
 from largemerge.devices import CPU, one_thread_each
@@ -343,6 +343,9 @@ def _check_folders(plan: DataFreePlan, ranks: Ranks) -> None:
     plan.notes.extend(dict.fromkeys(note for checkpoint in checkpoints for note in checkpoint.notes))
     plan.notes.extend([*module_notes(checkpoints), *find_files(plan).notes])
     plan.problems.extend(module_problems(checkpoints))
+    source = tokenizer_source(plan)
+    if plan.vocabulary is None and has_tokenizer(source) and source != plan.checkpoints[plan.reference].folder:
+        plan.notes.append(f"the tokenizer comes from {source}")
     if ranks.is_first and not plan.problems:
         problems, notes = check_tokenizer(plan)
         plan.problems.extend(problems)

@@ -368,6 +368,12 @@ def align(
     elif layout is not models[chosen]:
         some = ", ".join(separate)
         notes.append(f"{some}: has output embeddings of its own, so the output's are untied from the input embeddings")
+    if not layout.mapping.aliases:
+        tied = [name for name, model in models.items() if model.mapping.aliases]
+        if tied and layout is models[chosen]:
+            notes.append(
+                f"{', '.join(tied)}: input and output embeddings are one tensor, which enters both of the output"
+            )
     aligner = _Aligner({**models, chosen: replace(layout, mapping=models[chosen].mapping)}, layout, chosen, separate)
     views = {name: aligner.view(name) for name in models}
     _add_unknown(models, chosen, base, views, notes)

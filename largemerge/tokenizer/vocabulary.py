@@ -18,6 +18,7 @@ import numpy as np
 from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.side_files import has_tokenizer, tokenizer_names
+from largemerge.config_file import nearest
 from largemerge.errors import ConfigError, LargemergeError
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 from largemerge.tokenizer.embedding_rows import Rows, TokenRows, choose_rows, rule_labels
@@ -166,7 +167,8 @@ def build_vocabulary(
             folder = folder / transformer_folder(folder, source)
             outside = load_tokenizer(folder, source, trust_remote_code=trust_remote_code)
         except LargemergeError as error:
-            problems.extend(f"tokenizer source: {problem}" for problem in error.problems)
+            hint = nearest(source, [UNION, BASE])
+            problems.extend(f"tokenizer source: {problem}{hint}" for problem in error.problems)
     if problems:
         raise LargemergeError(*problems)
     if source == UNION:

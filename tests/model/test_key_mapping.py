@@ -280,8 +280,7 @@ def test_experts_of_another_number_are_refused(make_case: MakeCase, tmp_path: Pa
     tf.MixtralForCausalLM(config).save_pretrained(tmp_path / "model1")
     with pytest.raises(LargemergeError) as caught:
         largemerge.merge(case.config, tmp_path / "merged")
-    expected = "model.layers.1.mlp.experts.down_proj: expected [3, 16, 24] as in model0, found {'model1': [2, 16, 24]}"
-    assert expected in str(caught.value)
+    assert "num_local_experts is 3 in model0, 2 in model1" in str(caught.value)
     assert not (tmp_path / "merged").exists()
 
 
