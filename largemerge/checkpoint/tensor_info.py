@@ -10,7 +10,8 @@ dtype that it has for the model, and its `parts`. `quantized.py` knows which par
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,21 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 """Dtypes by their names in safetensors headers."""
+
+
+LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""Matches a layer's number inside a tensor's name."""
+
+
+def kinds_of_names(names: Iterable[str]) -> list[str]:
+    """Replaces the layers' numbers in names by `*`, and returns each result once."""
+    return list(dict.fromkeys(LAYER_NUMBER.sub("*", name) for name in names))
+
+
+def list_kinds(names: Iterable[str], shown: int = 4) -> str:
+    """Lists names for people: layers' numbers as `*`, the first few kinds."""
+    kinds = kinds_of_names(names)
+    return ", ".join(kinds[:shown]) + (f" and {len(kinds) - shown} more kinds" if len(kinds) > shown else "")
 
 
 def torch_dtype(name: DtypeName) -> torch.dtype:

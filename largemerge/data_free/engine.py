@@ -293,7 +293,8 @@ def run(
         readers = stack.enter_context(open_readers(plan, buffers))
         writer = stack.enter_context(ShardWriter(folder.working, plan.output, shards))
         kept_bytes, accelerator = plan.resources.kept_bytes, plan.resources.accelerator
-        new = initial_values(plan.alignment) if any(not task.sources for task in plan.tasks) else {}
+        trusted, any_new = plan.config.trust_remote_code, any(not task.sources for task in plan.tasks)
+        new = initial_values(plan.alignment, trust_remote_code=trusted) if any_new else {}
         merge: Callable[[Task], None] = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator, new)
         kinds = [_OUTPUT] if METHODS[method].global_scale is None else [_DELTAS, _OUTPUT]
         num_tasks = sum(len(part) for kind in kinds for part in parts.own(kind))

@@ -7,7 +7,7 @@ size: no method of matrices treats them, since an SVD of 128,000 x 4,096 would t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from largemerge.checkpoint.index import Checkpoint
 
@@ -64,8 +64,3 @@ def stored_inputs_first(checkpoint: Checkpoint) -> frozenset[str]:
         by_biases = {by_bias for by_bias in names.values() if by_bias is not None}
         found |= {name for name, by_bias in names.items() if by_bias or (by_bias is None and by_biases == {True})}
     return frozenset(found)
-
-
-def grouped(names: Iterable[str]) -> list[str]:
-    """Replaces the layers' numbers in names by `*`, and returns each result once."""
-    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))

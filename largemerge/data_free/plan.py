@@ -297,7 +297,8 @@ def plan_data_free(
     vocabulary = _vocabulary(config, inputs, alignment, prior)
     inputs = replace(inputs, checkpoints=_as_modules_hold(inputs.checkpoints, alignment))
     token_rows, rows_notes = _token_rows(config, inputs, alignment)
-    new = initial_shapes(alignment) if inputs.heads is not None and inputs.heads.choice == NONE else {}
+    bare = inputs.heads is not None and inputs.heads.choice == NONE
+    new = {name: shape for name, (_, shape) in alignment.lacking.items()} if bare else {}
     output = plan_tasks(config, alignment.views, inputs.auxiliary, vocabulary, token_rows, inputs.heads, new)
     output.notes.extend(rows_notes)
     output.notes[:0], output.problems[:0] = alignment.notes, alignment.problems
@@ -392,18 +393,12 @@ def _as_modules_hold(checkpoints: Mapping[str, Checkpoint], alignment: Alignment
     }
 
 
-def initial_shapes(alignment: Alignment) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of tensors that the output's class wants and no model has, by name in the output."""
-    model = build_model(replace(alignment.views[alignment.layout].checkpoint, config=alignment.config))
-    state = model.state_dict()
-    return {name: tuple(state[parameter].shape) for name, parameter in alignment.lacking.items()}
-
-
-def initial_values(alignment: Alignment) -> dict[str, torch.Tensor]:
-    """Makes these tensors as the class initialises them, the same ones each time."""
-    model = build_model(replace(alignment.views[alignment.layout].checkpoint, config=alignment.config))
-    made = initial_tensors(model, list(alignment.lacking.values()))
-    return {name: made[parameter] for name, parameter in alignment.lacking.items()}
+def initial_values(alignment: Alignment, *, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """Makes tensors that no model has as the output's class initialises them, the same ones each time."""
+    checkpoint = replace(alignment.views[alignment.layout].checkpoint, config=alignment.config)
+    model = build_model(checkpoint, trust_remote_code=trust_remote_code)
+    made = initial_tensors(model, [parameter for parameter, _ in alignment.lacking.values()])
+    return {name: made[parameter] for name, (parameter, _) in alignment.lacking.items()}
 
 
 def _token_rows(config: DataFreeConfig, inputs: DataFreeInputs, alignment: Alignment) -> tuple[TokenTensors, list[str]]:

@@ -24,11 +24,11 @@ import psutil
 import torch
 
 from largemerge.checkpoint.direct_io import with_rounding
+from largemerge.checkpoint.tensor_info import kinds_of_names
 from largemerge.config_file import gib
 from largemerge.data_free import loader
 from largemerge.data_free.config import MemoryLimits
 from largemerge.data_free.loader import KEPT_BYTES, is_factored, worker_bytes
-from largemerge.data_free.matrices import grouped
 from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.tasks import OutputTasks, Task
 from largemerge.devices import CPU, choose_device, warm_up
@@ -255,7 +255,7 @@ def open_accelerator(
         warm_up(device, lambda: _merge_small_matrix(method, device))
     accelerator = Accelerator(device, int(_GPU_MARGIN * free_on_gpu(device, local_ranks)) if limit is None else limit)
     too_large = [task.name for task in tasks if device_bytes(method, task) > accelerator.max_bytes]
-    return accelerator, ", ".join(grouped(too_large))
+    return accelerator, ", ".join(kinds_of_names(too_large))
 
 
 def _merge_small_matrix(method: str, device: torch.device) -> None:

@@ -18,11 +18,10 @@ import torch
 
 from largemerge.checkpoint.index import Checkpoint, natural_key
 from largemerge.checkpoint.sentence_modules import split_name
-from largemerge.checkpoint.tensor_info import TensorInfo, dtype_name, torch_dtype
+from largemerge.checkpoint.tensor_info import TensorInfo, dtype_name, kinds_of_names, list_kinds, torch_dtype
 from largemerge.data_free.config import DataFreeConfig, Levels, Module, OutputSlice, SliceSource
 from largemerge.data_free.matrices import (
     LAYER,
-    grouped,
     stored_inputs_first,
     too_small,
     vocabulary_sizes,
@@ -181,11 +180,11 @@ def plan_tasks(
             for offset in range(len(sources[0].layers) if sources else 0):
                 _add_layer(planner, stack, number, sources, output_slice, module, offset)
                 number += 1
+    dtype = max((task.out_dtype for task in output.tasks), key=lambda each: each.itemsize, default=torch.float32)
     for name, shape in new.items():
-        dtype = max((task.out_dtype for task in output.tasks), key=lambda each: each.itemsize, default=torch.float32)
         output.tasks.append(Task(name, shape, (), None, {}, {}, dtype, dtype, NOT_TRAINED))
     if new:
-        output.notes.append(f"{_some_names(list(new))}: {NOT_TRAINED}; initialised as Transformers would do it")
+        output.notes.append(f"{list_kinds(new)}: {NOT_TRAINED}; initialised as Transformers would do it")
     output.tasks.sort(key=lambda task: natural_key(task.name))
     output.problems.extend(planner.unlike_layers())
     output.problems.extend(_vanished(config, views, output))
@@ -201,7 +200,7 @@ def _vanished(config: DataFreeConfig, views: Mapping[str, ModelView], output: Ou
     used = {model for task in output.tasks for model, _ in task.inputs}
     for model, view in views.items():
         if model not in used and (model != config.base_model or len(views) == 1):
-            names = _some_names(list(view.checkpoint.tensors))
+            names = list_kinds(view.checkpoint.tensors)
             yield f"{model}: nothing of it would be in the output: its tensors ({names}) have no place there"
 
 
@@ -252,10 +251,10 @@ def _notes(method: str, tasks: Sequence[Task]) -> Iterator[str]:
             reasons.setdefault(task.fallback_reason, []).append(task.name)
     for reason, names in reasons.items():
         assert formula is not None, "no other method has such tensors"
-        yield f"{method}: {formula.fallback_name}, not its formula, for {', '.join(grouped(names))} ({reason})"
+        yield f"{method}: {formula.fallback_name}, not its formula, for {', '.join(kinds_of_names(names))} ({reason})"
     turned = [task.name for task in tasks if task.inputs_first]
     if turned:
-        yield f"{method}: taken as [inputs, outputs], as their biases tell: {', '.join(grouped(turned))}"
+        yield f"{method}: taken as [inputs, outputs], as their biases tell: {', '.join(kinds_of_names(turned))}"
 
 
 @dataclass(frozen=True)
@@ -281,12 +280,6 @@ def _sources(found: Sequence[_Found]) -> tuple[Source, ...]:
 
 def _listed(models: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(models))
-
-
-def _some_names(names: Sequence[str]) -> str:
-    """Lists names for people: layers' numbers as `*`, the first few kinds."""
-    kinds = grouped(names)
-    return ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")
 
 
 class _TaskPlanner:
@@ -379,24 +372,12 @@ class _TaskPlanner:
         out = torch_dtype(self.config.out_dtype) if self.config.out_dtype is not None else dtype
         if self.config.merge_method != "passthrough":
             dtype = torch.float32 if dtype is torch.float64 else dtype  # as the checkpoint's notes say
-        if not anchor.info.dtype.is_floating_point:
-            self._copy(name, anchor, dtype, dtype, "not floating point")
-            return
-        if 0 in anchor.info.shape and all(one.info.shape == anchor.info.shape for one in found):
-            self._copy(name, anchor, dtype, out, "no elements")
-            return
-        if self._nothing_merged or (base is not None and not merged and name not in self._head):
-            why = "only the base has it" if lacking else "nothing is merged into the base"
-            self._copy(name, anchor, dtype, out, why)
-            return
-        if name in self._head and len(found) == 1:
-            self._copy(name, found[0], dtype, out, f"of {self._head_of}, whose head the output has")
+        why = self._why_copied(name, found, merged, base, bool(lacking))
+        if why:
+            self._copy(name, anchor, dtype, out if anchor.info.dtype.is_floating_point else dtype, why)
             return
         levels = Levels((output_slice.parameters, module.parameters, self.config.parameters))
-        if lacking and (base is None or len(merged) < self.method.num_models[0]):
-            if len(found) == 1:
-                self._copy(name, found[0], dtype, out, f"only {found[0].model} has it")
-                return
+        if lacking and self._has_too_few(base, merged):
             self._note_lacking(name, found, lacking, "their weighted mean")
             self._check_shapes(name, found, anchor.info)
             weights = self._per_model(levels, found, t, {"weight": 1.0})
@@ -406,30 +387,64 @@ class _TaskPlanner:
         if lacking:
             self._note_lacking(name, merged, lacking, "merged from these")
         self._check_shapes(name, found, anchor.info)
+        task = self._by_method(name, found, merged, base, levels, t, dtype, out)
+        self.output.tasks.append(self._by_token(task, [*merged, *([base] if base is not None else [])], base_model))
+
+    def _has_too_few(self, base: _Found | None, merged: Sequence[_Found]) -> bool:
+        """Whether the method cannot merge a tensor that only some models have."""
+        return base is None or len(merged) < self.method.num_models[0]
+
+    def _why_copied(
+        self, name: str, found: Sequence[_Found], merged: Sequence[_Found], base: _Found | None, lacking: bool
+    ) -> str:
+        """Says why a tensor is taken from the base, or from the first that has it; empty if it is merged."""
+        anchor = base or found[0]
+        if not anchor.info.dtype.is_floating_point:
+            return "not floating point"
+        if 0 in anchor.info.shape and all(one.info.shape == anchor.info.shape for one in found):
+            return "no elements"
+        if self._nothing_merged or (base is not None and not merged and name not in self._head):
+            return "only the base has it" if lacking else "nothing is merged into the base"
+        if name in self._head and len(found) == 1:
+            return f"of {self._head_of}, whose head the output has"
+        if lacking and len(found) == 1 and self._has_too_few(base, merged):
+            return f"only {found[0].model} has it"
+        return ""
+
+    def _by_method(
+        self,
+        name: str,
+        found: Sequence[_Found],
+        merged: Sequence[_Found],
+        base: _Found | None,
+        levels: Levels,
+        t: float,
+        dtype: torch.dtype,
+        out: torch.dtype,
+    ) -> Task:
+        """Plans a tensor that the method merges, by its formula for matrices or the other one."""
+        shape = (base or found[0]).info.shape
         self._check_number(len(merged))
         per_model = self._per_model(levels, merged, t, self.method.per_model)
         shared = self._shared(levels, name, t)
         self._check_together(per_model, shared)
         reason, inputs_first = "", False
         if self.method.matrix_formula is not None:
-            reason = why_not_a_matrix(name, anchor.info.shape, self._table_sizes)
-            reason = reason or too_small(anchor.info.shape, len(merged))
+            reason = why_not_a_matrix(name, shape, self._table_sizes) or too_small(shape, len(merged))
             inputs_first = not reason and found[0].info.name in self._inputs_first[found[0].model]
         task = Task(
             name,
-            anchor.info.shape,
+            shape,
             _sources(merged),
             (base.model, base.info.name) if base is not None else None,
             per_model,
             shared,
             dtype,
             out,
-            "",
-            reason,
-            inputs_first,
+            fallback_reason=reason,
+            inputs_first=inputs_first,
         )
-        task = replace(task, auxiliary=self._auxiliary(task))
-        self.output.tasks.append(self._by_token(task, [*merged, *([base] if base is not None else [])], base_model))
+        return replace(task, auxiliary=self._auxiliary(task))
 
     def _is_padded(self, name: str) -> bool:
         """Whether rows of a tensor are matched by number, those beyond the tokens being padding."""
@@ -450,13 +465,13 @@ class _TaskPlanner:
     def lacking_notes(self) -> Iterator[str]:
         """Yields which tensors only some models have, and what was done about them."""
         for text, names in self._lacking.items():
-            yield f"{_some_names(names)}: {text}"
+            yield f"{list_kinds(names)}: {text}"
 
     def unlike_layers(self) -> Iterator[str]:
         """Yields which tensors only some models have in a layer that all of them have."""
         for text, names in self._unlike.items():
             yield (
-                f"{_some_names(names)}: {text}; expected layers with the same tensors, since no merge of these is "
+                f"{list_kinds(names)}: {text}; expected layers with the same tensors, since no merge of these is "
                 "known to be right"
             )
 

@@ -25,16 +25,15 @@ from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_files import Rows
-from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.checkpoint.tensor_info import LAYER_NUMBER, TensorInfo, list_kinds
 from largemerge.errors import ArchitectureError, CheckpointError, LargemergeError
 from largemerge.model.classes import ClassifiedModel, choose_layout, classify, token_parameters, translate
 from largemerge.model.config_differences import check_configs
-from largemerge.model.key_mapping import Conversion, map_keys
+from largemerge.model.key_mapping import Conversion, map_keys, prefix_on_disk
 from largemerge.model.skeleton import build_model
 from largemerge.model.ties import declared_ties, is_tied, untie_config, untied_heads
 
 _KEPT_GROUPS = 3  # of converted tensors, for each model
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ class Alignment:
         token_tensors: Names in the output of tensors with a row for every token; `None` where no class was had.
         notes: What a user should know.
         problems: What makes a merge impossible.
-        lacking: Parameters of the output's class that no model has, by the names that they would have in the output.
+        lacking: Parameters of the output's class that no model has, with their shapes, by the names that they would
+            have in the output.
     """
 
     views: Mapping[str, ModelView]
@@ -110,7 +110,7 @@ class Alignment:
     token_tensors: frozenset[str] | None
     notes: list[str]
     problems: list[str]
-    lacking: Mapping[str, str] = field(default_factory=dict)
+    lacking: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
 
 class _Aligner:
@@ -152,16 +152,15 @@ class _Aligner:
         own = self._own_name(owner, self.aliases.get(parameter, parameter))
         return self._models[owner].mapping.disk_keys([own]) if own is not None else []
 
-    def lacking(self) -> dict[str, str]:
-        """Returns parameters of the output's class that no model has, by the names that they would have on disk."""
-        outside = {place: self.names_of(place) for place in self._owners if not _NUMBER.search(place)}
-        known = ((place, keys[0]) for place, keys in outside.items() if len(keys) == 1 and keys[0].endswith(place))
-        prefix = next((key.removesuffix(place) for place, key in known), "")
+    def lacking(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns what `Alignment.lacking` has."""
+        outside = {place: self.names_of(place) for place in self._owners if not LAYER_NUMBER.search(place)}
+        prefix = prefix_on_disk((place, keys[0]) for place, keys in outside.items() if len(keys) == 1)
         state = self._layout.model.state_dict()
         return {
-            prefix + name: name
-            for name in state
-            if name not in self._owners and name not in self.aliases and not _NUMBER.search(name)
+            prefix + name: (name, tuple(tensor.shape))
+            for name, tensor in state.items()
+            if name not in self._owners and name not in self.aliases and not LAYER_NUMBER.search(name)
         }
 
     def view(self, name: str) -> ModelView:
@@ -345,7 +344,7 @@ def align(
     problems: list[str] = []
     chosen, homeless = choose_layout(models, reference, [base] if base is not None else [])
     for name, parameters in homeless.items():
-        text = f"{name} has {_some(_shortened(parameters))}, for which {models[chosen].class_name} has no place"
+        text = f"{name} has {list_kinds(parameters, 3)}, for which {models[chosen].class_name} has no place"
         if name == base:
             notes.append(f"{text}: left out, as nothing is merged into them")
         else:
@@ -443,7 +442,7 @@ def _add_unknown(
 
     def tell(what: str, keys: Sequence[str], name: str) -> None:
         if keys:
-            told.setdefault(what, {}).setdefault(_some(_shortened(keys)), []).append(name)
+            told.setdefault(what, {}).setdefault(list_kinds(keys, 3), []).append(name)
 
     for name, classified in models.items():
         buffers = classified.remade_buffers()
@@ -489,16 +488,6 @@ def _by_name(
 
 
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-
-
-def _shortened(names: Iterable[str]) -> list[str]:
-    """Replaces the layers' numbers in names by `*`, and returns each result once."""
-    return list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more kinds" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def tensors_in_order(views: Iterable[ModelView]) -> Iterator[str]:

@@ -8,7 +8,6 @@ all models ──► choose_layout ──► the model whose class has room for 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,12 +19,10 @@ from transformers import PreTrainedModel
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.quantized import transposed
-from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.checkpoint.tensor_info import LAYER_NUMBER, TensorInfo
 from largemerge.errors import CheckpointError
 from largemerge.model.key_mapping import KeyMapping, map_keys
 from largemerge.model.skeleton import build_model, linears_in, weight_is_transposed
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -142,17 +139,17 @@ def translate(source: PreTrainedModel, target: PreTrainedModel) -> dict[str, str
     names = list(source.state_dict())
     if type(source) is type(target):
         return {name: name for name in names}
-    places = {_NUMBER.sub("*", name) for name in target.state_dict()}
+    places = {LAYER_NUMBER.sub("*", name) for name in target.state_dict()}
     prefix = f"{source.base_model_prefix}."
     body = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)} or {n: n for n in names}
-    patterns = {_NUMBER.sub("*", name) for name in body.values()}
+    patterns = {LAYER_NUMBER.sub("*", name) for name in body.values()}
     modules = ["", *(f"{path}." for path, _ in target.named_modules() if path and path.count(".") < 3)]
     best = max(modules, key=lambda module: (sum(module + each in places for each in patterns), -len(module)))
     found: dict[str, str] = {}
     for name in names:
         inside = best + body[name] if name in body else None
         for place in (inside, name):
-            if place is not None and _NUMBER.sub("*", place) in places:
+            if place is not None and LAYER_NUMBER.sub("*", place) in places:
                 found[name] = place
                 break
     return found

@@ -168,6 +168,11 @@ def map_keys(model: PreTrainedModel, checkpoint: Checkpoint) -> KeyMapping:
     return KeyMapping(renamed, tuple(conversions), tuple(unmapped), missing, mismatched, aliases)
 
 
+def prefix_on_disk(names: Iterable[tuple[str, str]]) -> str:
+    """Finds what stands before a parameter's name on disk, from the first pair of both that differs by no more."""
+    return next((key.removesuffix(name) for name, key in names if key.endswith(name)), "")
+
+
 def _tied_aliases(model: PreTrainedModel, found: set[str]) -> dict[str, str]:
     """Names that share a parameter with another: all but the one that is on disk and that Transformers keeps."""
     keys: dict[int, list[str]] = {}

@@ -10,7 +10,6 @@ a pooler, or hold buffers of years ago: what the reference input has in this way
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,10 +21,10 @@ import torch
 from transformers.utils import logging
 
 from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.tensor_info import LAYER_NUMBER
 from largemerge.errors import LargemergeError
 from largemerge.model.skeleton import bare_checkpoint, find_model_class, load_config
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _NAMES_SHOWN = 4
 
 
@@ -185,8 +184,8 @@ def _is_known(known: Collection[str], restacked: bool) -> Callable[[str], bool]:
     names = set(known)
     if not restacked:
         return names.__contains__
-    patterns = {_NUMBER.sub("*", name, count=1) for name in names}
-    return lambda name: _NUMBER.sub("*", name, count=1) in patterns
+    patterns = {LAYER_NUMBER.sub("*", name, count=1) for name in names}
+    return lambda name: LAYER_NUMBER.sub("*", name, count=1) in patterns
 
 
 def _count(names: Collection[str]) -> str:

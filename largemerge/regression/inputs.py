@@ -28,7 +28,7 @@ from largemerge.heads import BASE, NONE, Heads, check_files, default_labels_note
 from largemerge.model.adapter_names import AdapterNames
 from largemerge.model.classes import classify, oriented
 from largemerge.model.config_differences import check_configs
-from largemerge.model.key_mapping import KeyMapping, map_keys
+from largemerge.model.key_mapping import KeyMapping, map_keys, prefix_on_disk
 from largemerge.model.skeleton import (
     Skeleton,
     build_skeleton,
@@ -356,11 +356,9 @@ def _stacks(config: MergeConfig, heads: Heads | None) -> tuple[str, ...]:
 
 def _with_missing(skeleton: Skeleton, names: KeyMapping) -> KeyMapping:
     """Gives names on disk to the parameters outside the blocks that the reference lacks, in the manner of its own."""
-    outside = [name for name in skeleton.non_block_tensors() if name in names.renamed]
-    prefix = next(
-        (names.renamed[name].removesuffix(name) for name in outside if names.renamed[name].endswith(name)), ""
-    )
-    new = {name: prefix + name for name in skeleton.non_block_tensors() if names.canonical(name) in names.missing}
+    outside = skeleton.non_block_tensors()
+    prefix = prefix_on_disk((name, names.renamed[name]) for name in outside if name in names.renamed)
+    new = {name: prefix + name for name in outside if names.canonical(name) in names.missing}
     missing = tuple(name for name in names.missing if name not in new)
     return dataclasses.replace(names, renamed={**names.renamed, **new}, missing=missing)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,10 @@ def card_code(out: Path, name: str) -> PreTrainedModel:
     (code,) = [text for text in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "heads" in text]
     code = code.replace("path/to/this/folder", str(out)).replace('name = "', 'name = "', 1)
     code = re.sub(r'(folder, name = "[^"]*"), "[^"]*"', rf'\1, "{name}"', code)
-    space: dict[str, Any] = {}
+    script = out.with_name("from_the_card.py")
+    script.write_text(code)
     logging.disable_progress_bar()
-    exec(code, space)
-    model: PreTrainedModel = space["model"]
+    model: PreTrainedModel = runpy.run_path(str(script))["model"]
     return model
 
 
