@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.data_free.resources import MemoryBudget
+    from largemerge.integrity import FolderCheck
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.planning.rates import Cluster as Cluster
     from largemerge.regression.report import MergeReport
@@ -261,6 +262,24 @@ def plan(
     if isinstance(resolved, DataFreeConfig):
         return plan_data_free(resolved, device=device, limits=limits, probe=probe)
     return plan_series(resolved, other_methods=tuple(REGRESSION_METHODS), device=device, limits=limits, probe=probe)
+
+
+def verify(out: str | Path, *, trust_remote_code: bool = False) -> FolderCheck:
+    """Compares a finished merge with the digests in its report, and checks that its keys and shapes load.
+
+    Args:
+        out: The output folder of a merge.
+        trust_remote_code: Allow the folder's own Python code, where its class needs it.
+
+    Returns:
+        The findings; `problems` is empty for a merge that is whole.
+
+    Raises:
+        OutputError: If the folder holds no finished merge, or one whose report has no digests.
+    """
+    from largemerge.integrity import verify_folder
+
+    return verify_folder(Path(out), trust_remote_code=trust_remote_code)
 
 
 def cluster(

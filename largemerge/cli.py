@@ -175,6 +175,20 @@ def _cluster(options: argparse.Namespace) -> Cluster | None:
     return api.cluster(**asked) if asked else None
 
 
+def _verify(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from largemerge import api
+
+    found = api.verify(options.out, trust_remote_code=options.trust_remote_code)
+    if options.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        from rich.console import Console
+
+        found.print(Console(markup=False, emoji=False))
+    return EXIT_CODE if found.problems else 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from largemerge.demo import run_demo
@@ -190,7 +204,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-COMMANDS = {"merge": _merge, "plan": _plan, "demo": _demo}
+COMMANDS = {"merge": _merge, "plan": _plan, "verify": _verify, "demo": _demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -320,6 +334,10 @@ def _parser() -> argparse.ArgumentParser:
     elsewhere.add_argument("--disk-rate", metavar="RATE", help="at which a node reads (default: 2GB/s)")
     elsewhere.add_argument("--node-memory", metavar="SIZE", help="host memory of a node (default: 1TiB)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    verify = commands.add_parser("verify", help="check that a finished merge is as it was written, and loads")
+    verify.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    verify.add_argument("--trust-remote-code", action="store_true", help="allow the folder's own Python code")
+    verify.add_argument("--json", action="store_true", help="print the findings as JSON")
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
     )

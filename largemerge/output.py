@@ -5,10 +5,16 @@
         journal.jsonl             one line for each finished part, appended once its bytes are on disk
         model-….safetensors       shards under way
         lock                      held by the running process
+        side/                     the files beside the weights, on their way
+        finishing                 there from when the first file goes to its place in OUT
         intermediate/             results of earlier merges, where one configuration has several
 
-At the end: side files, shards, the index, `config.json` last, then the working folder goes. A folder
-without `config.json`, or with a working folder, is no finished merge.
+A line of the journal holds the digests of all tensors of its part, and one of itself. When a merge is resumed, a line
+that does not hold, and a part whose bytes are not on the disk as they were written, are as if they had never been.
+
+At the end: shards, side files, the index, `config.json` last, then the working folder goes. A folder without
+`config.json`, or with a working folder, is no finished merge. The report has the digests of all files; `integrity.py`
+holds a finished merge against them.
 
 Where ranks share a merge, all must agree on the manifest; rank 0 opens the folder and writes.
 """
@@ -19,17 +25,19 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
+from largemerge.checkpoint.digests import ALGORITHM, digest_of_bytes, digest_of_file, digest_of_text
 from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
 from largemerge.checkpoint.sentence_modules import split_name
-from largemerge.checkpoint.side_files import remove_side_files
+from largemerge.checkpoint.side_files import remove_checkpoint
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
@@ -40,7 +48,29 @@ _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
 INTERMEDIATE_FOLDER = "intermediate"
 """Folder in the working folder, for results of merges that this one is made of."""
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json", "adapter_config.json")
+REPORT_FILE = "merge_report.json"
+"""The report of a finished merge, with the digests of its files."""
+_SIDE_FOLDER, _FINISHING = "side", "finishing"
+_NUM_READERS = 4  # threads that compare digests
+
+
+@dataclass(frozen=True)
+class PartKind:
+    """Parts of a merge whose tensors go to the same files.
+
+    Attributes:
+        parts: Their names in the journal.
+        folder: Folder of the files while they are written.
+        shards: The files.
+        sizes: Bytes of every tensor in them, by name on disk.
+        key: What an entry of the journal calls their digests; `digests` for those of the output.
+    """
+
+    parts: Collection[str]
+    folder: Path
+    shards: tuple[Shard, ...]
+    sizes: Mapping[str, int]
+    key: str = "digests"
 
 
 @dataclass
@@ -51,11 +81,13 @@ class OutputFolder:
         path: The folder, OUT.
         replaces: Whether an earlier checkpoint here is to be replaced at the end.
         entries: Entries of the journal by the name of the finished part.
+        redone: Why parts that an earlier run had finished are done again.
     """
 
     path: Path
     replaces: bool
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    redone: list[str] = field(default_factory=list)
 
     @property
     def working(self) -> Path:
@@ -64,12 +96,74 @@ class OutputFolder:
 
     def record(self, part: str, entry: Mapping[str, Any]) -> None:
         """Notes in the journal that a part is finished; its bytes must be on disk by now."""
-        line = json.dumps({"part": part, "entry": entry}) + "\n"
-        with (self.working / "journal.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(line)
+        with _open_plain(self.working / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND) as stream:
+            stream.write(_checked_json({"part": part, "entry": entry}).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
         self.entries[part] = dict(entry)
+
+    def drop_damaged(self, kinds: Iterable[PartKind]) -> None:
+        """Forgets what a resumed run cannot rely on: parts that nobody knows, or whose bytes are not as written.
+
+        Args:
+            kinds: All kinds of parts. Sizes and headers of their files are put right.
+        """
+        known: set[str] = set()
+        for kind in kinds:
+            known.update(kind.parts)
+            wanted = {part: self.entries[part].get(kind.key, {}) for part in kind.parts if part in self.entries}
+            if not wanted:
+                continue
+            damaged = self._damaged(kind, wanted)
+            if damaged and self._is_finishing:
+                self._take_back(kind.shards)
+            for part, reason in damaged.items():
+                del self.entries[part]
+                self.redone.append(f"{part} is done again: {reason}")
+        for part in sorted(set(self.entries) - known):
+            del self.entries[part]
+
+    def _damaged(self, kind: PartKind, wanted: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        """Compares tensors on the disk with their digests; returns why a part is not as it was written."""
+        places = {
+            name: (self._place(kind.folder, shard), offset, kind.sizes[name])
+            for shard in kind.shards
+            for name, offset in shard.offsets.items()
+        }
+        for shard in kind.shards:
+            _mend_frame(self._place(kind.folder, shard), shard)
+        with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="largemerge-check") as pool:
+
+            def reason(item: tuple[str, Mapping[str, str]]) -> str | None:
+                for name, digest in item[1].items():
+                    file, offset, num_bytes = places[name]
+                    found = digest_of_bytes(file, offset, num_bytes)
+                    if found != digest:
+                        return f"{name} in {file} is {'not as it was written' if found is not None else 'not there'}"
+                return None
+
+            reasons = zip(wanted, pool.map(reason, wanted.items()), strict=True)
+            return {part: text for part, text in reasons if text is not None}
+
+    @property
+    def _is_finishing(self) -> bool:
+        """Whether files have begun to go to their places; only then is a shard in OUT one of this merge."""
+        return (self.working / _FINISHING).exists()
+
+    def _place(self, folder: Path, shard: Shard) -> Path:
+        """Path of a shard: in the folder where it is written, or, where a crash came late, at its place in OUT."""
+        inside = folder / shard.file_name
+        return self.path / shard.file_name if self._is_finishing and not inside.exists() else inside
+
+    def _take_back(self, shards: Iterable[Shard]) -> None:
+        """Moves shards that are at their places back to where they are written."""
+        for shard in shards:
+            moved, inside = self.path / shard.file_name, self.working / shard.file_name
+            if not inside.exists() and moved.exists():
+                inside.parent.mkdir(parents=True, exist_ok=True)
+                moved.replace(inside)
+        sync_folder(self.working)
+        (self.working / _FINISHING).unlink()
 
     def written(self, shards: tuple[Shard, ...], config: Mapping[str, Any]) -> Checkpoint:
         """Opens the finished shards, wherever a crash has left them, as a checkpoint that can be read.
@@ -80,8 +174,7 @@ class OutputFolder:
         """
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
-            inside = self.working / shard.file_name
-            found = SafetensorsFile(inside if inside.exists() else self.path / shard.file_name).tensors()
+            found = SafetensorsFile(self._place(self.working, shard)).tensors()
             tensors |= {name: found[split_name(name)[1]] for name in shard.offsets}
         return Checkpoint("output", self.path, config, fold_quantized(tensors, config, "output", read_bytes), {})
 
@@ -90,49 +183,100 @@ class OutputFolder:
         shards: tuple[Shard, ...],
         write_side_files: Callable[[Path], None],
         config: str,
+        report: Mapping[str, Any],
         inner: str = "",
     ) -> None:
         """Makes the folder a checkpoint; may be repeated after a crash at any point.
 
+        Everything is written as a whole before the first file goes to its place. Until then, what an earlier
+        checkpoint here consists of is untouched.
+
         Args:
             shards: All shards, written and flushed.
-            write_side_files: Writes tokenizer, report, … into a folder.
-            config: Text of `config.json`, which is written last.
+            write_side_files: Writes tokenizer, model card, … into a folder.
+            config: Text of `config.json`, which comes last.
+            report: What `merge_report.json` will hold, beside the digests of all files.
             inner: Folder inside this one for the transformer and its config, in sentence-transformers' old layout.
 
         Raises:
             MergeError: If the files of the weights are not what was laid out.
+            OutputError: If something is in the way of a file.
         """
         self.check_written(shards)
-        if self.replaces:
-            self._remove_earlier({shard.file_name for shard in shards})
-        model = self.path / inner
-        if inner:
-            model.mkdir(parents=True, exist_ok=True)
-        write_side_files(self.path)
-        for shard in shards:
-            target = self.path / shard.file_name
-            if (self.working / shard.file_name).exists():
-                if target.parent != self.path:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                (self.working / shard.file_name).replace(target)
-        for folder in {self.path, *((self.path / shard.file_name).parent for shard in shards)}:
-            sync_folder(folder)
+        side = self.working / _SIDE_FOLDER
+        shutil.rmtree(side, ignore_errors=True)
+        (side / inner).mkdir(parents=True)
+        write_side_files(side)
         index = weight_index(shards)
         if index is not None:
-            write_atomically(model / "model.safetensors.index.json", index)
-        write_atomically(model / "config.json", config)
-        (self.working / "manifest.json").unlink()  # from here on there is nothing to resume
-        shutil.rmtree(self.working)
+            (side / inner / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+        (side / inner / "config.json").write_text(config, encoding="utf-8")
+        digests = {str(file.relative_to(side)): digest_of_file(file) for file in _files_below(side)}
+        described = {**report, "redone_parts": self.redone, "digests": self._digests(shards, digests)}
+        (side / REPORT_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        staged = [str(file.relative_to(side)) for file in _files_below(side)]
+        self._check_places([*staged, *(shard.file_name for shard in shards)])
+        for file in _files_below(side):
+            _sync(file)
+        write_atomically(self.working / _FINISHING, "")
+        if self.replaces:
+            self._remove_earlier({shard.file_name for shard in shards})
+        last = str(PurePosixPath(inner, "config.json"))
+        for shard in shards:
+            if self._place(self.working, shard) != self.path / shard.file_name:
+                self._move(self.working, shard.file_name)
+        for name in staged:
+            if name != last:
+                self._move(side, name)
+        self._sync_folders([*staged, *(shard.file_name for shard in shards)])
+        self._move(side, last)
+        self._sync_folders([last])
+        clean_up(self.working)
+
+    def _digests(self, shards: Iterable[Shard], side_files: Mapping[str, str]) -> dict[str, Any]:
+        """What the report says of all files, for `integrity.py`."""
+        tensors = {name: digest for entry in self.entries.values() for name, digest in entry.get("digests", {}).items()}
+        return {
+            "algorithm": ALGORITHM,
+            "weights": {
+                shard.file_name: {
+                    "bytes": shard.num_bytes,
+                    "header": digest_of_text([shard.header.decode("latin-1")]),
+                    "tensors": {split_name(name)[1]: tensors[name] for name in shard.offsets},
+                }
+                for shard in shards
+            },
+            "files": dict(side_files),
+        }
+
+    def _check_places(self, names: Iterable[str]) -> None:
+        """Checks that nothing but a file lies where a file is to go, and that no link leads elsewhere."""
+        problems, real = [], self.path.resolve()
+        for name in names:
+            place = self.path / name
+            if place.is_dir() and not place.is_symlink():
+                problems.append(f"{place} is a folder; a file of the merge belongs there")
+            parent = place.parent.resolve()
+            if parent != real and real not in parent.parents:
+                problems.append(f"{place.parent} is a link that leads out of {self.path}; nothing is written there")
+        if problems:
+            advice = "take them out of the way, then go on with --resume; what was merged is safe"
+            raise OutputError(*dict.fromkeys(problems), advice)
+
+    def _move(self, folder: Path, name: str) -> None:
+        """Moves a file to its place in OUT."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).replace(self.path / name)
+
+    def _sync_folders(self, names: Iterable[str]) -> None:
+        for folder in {(self.path / name).parent for name in names}:
+            if folder.is_dir():
+                sync_folder(folder)
 
     def _remove_earlier(self, names: set[str]) -> None:
         """Removes an earlier checkpoint: first what makes it one, then its weights, but for shards of this merge."""
         kept = {self.path / name for name in names if not (self.working / name).exists()}
-        remove_side_files(self.path, kept)
-        for pattern in _WEIGHT_FILES:
-            for old in self.path.glob(pattern):
-                if old not in kept:
-                    old.unlink()
+        remove_checkpoint(self.path, kept)
 
     def check_written(self, shards: tuple[Shard, ...]) -> None:
         """Compares every file of weights with its layout, which was checked to load before the long work.
@@ -142,8 +286,7 @@ class OutputFolder:
         """
         problems = []
         for shard in shards:
-            moved = self.path / shard.file_name
-            file = self.working / shard.file_name if (self.working / shard.file_name).exists() else moved
+            file = self._place(self.working, shard)
             if not file.exists():
                 problems.append(f"{file} is not there")
                 continue
@@ -154,8 +297,101 @@ class OutputFolder:
             elif header != shard.header:
                 problems.append(f"{file}: its header is not the one that was laid out for it")
         if problems:
-            advice = f"what was merged is in {self.working}, and nothing of it is lost; merge again with --force"
+            advice = f"what was merged is in {self.working}; --resume finds out what of it is whole, and does the rest"
             raise MergeError(*problems[:_MAX_PROBLEMS], advice)
+
+
+class InputWatch:
+    """Notices when files that a merge is made of change while it runs, or before it is resumed.
+
+    Args:
+        checkpoints: All checkpoints that are read, adapters and auxiliary tensors included.
+        side_files: Sources of the files that are copied, by their names in the output.
+
+    Attributes:
+        digests: Digests of the side files by their names in the output, for the manifest.
+    """
+
+    def __init__(self, checkpoints: Iterable[Checkpoint], side_files: Mapping[str, Path]) -> None:
+        self._side_files = dict(side_files)
+        self._stamps = {file: _stamp(file) for checkpoint in checkpoints for file in checkpoint.files}
+        self.digests = {name: digest_of_file(file) for name, file in self._side_files.items()}
+
+    def check(self) -> None:
+        """Looks at all files again.
+
+        Raises:
+            MergeError: If one has changed; it names all of them.
+        """
+        changed = [str(file) for file, stamp in self._stamps.items() if _stamp(file) != stamp]
+        for name, file in self._side_files.items():
+            if not file.is_file() or digest_of_file(file) != self.digests[name]:
+                changed.append(str(file))
+        if changed:
+            raise MergeError(
+                *(f"{file} has changed, or was deleted, while it was being merged" for file in changed[:_MAX_PROBLEMS]),
+                "what was merged may be of both; start afresh with --force",
+            )
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another at the same place; `None` if there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def clean_up(working: Path) -> None:
+    """Removes the working folder of a finished merge; a crash on the way leaves what `check_output` removes later."""
+    (working / "manifest.json").unlink(missing_ok=True)  # from here on there is nothing to resume
+    shutil.rmtree(working)
+
+
+def _mend_frame(file: Path, shard: Shard) -> None:
+    """Gives a shard that is there its size and header; what its tensors hold is another question."""
+    if not file.is_file():
+        return
+    with file.open("rb") as stream:
+        header = stream.read(len(shard.header))
+    if header == shard.header and file.stat().st_size == shard.num_bytes:
+        return
+    with _open_plain(file, os.O_RDWR) as written:
+        written.truncate(shard.num_bytes)
+        written.write(shard.header)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_plain(path: Path, flags: int) -> BinaryIO:
+    """Opens a file of the working folder for writing, but follows no link: what it led to is somebody else's."""
+    return os.fdopen(os.open(path, flags | os.O_NOFOLLOW, 0o644), "r+b" if flags & os.O_RDWR else "wb")
+
+
+def _checked_json(value: Mapping[str, Any]) -> str:
+    """Makes one line of JSON that holds its own digest."""
+    return json.dumps({**value, "check": digest_of_text([json.dumps(value)])})
+
+
+def _read_checked(line: str | bytes) -> dict[str, Any] | None:
+    """Reads what `_checked_json` made; `None` if it is anything else, or was changed."""
+    try:
+        value = json.loads(line)
+        check = value.pop("check")
+        return value if check == digest_of_text([json.dumps(value)]) else None
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return None
 
 
 @contextmanager
@@ -192,34 +428,65 @@ def open_output(
             _check_same(before["manifest"], json.loads(json.dumps(manifest)), path)
             replaces = before["replaces"]
         else:
-            text = json.dumps({"manifest": manifest, "replaces": replaces}, indent=2)
-            write_atomically(working / "manifest.json", text)
+            write_atomically(
+                working / "manifest.json", _checked_json({"manifest": manifest, "replaces": replaces}) + "\n"
+            )
         yield OutputFolder(path, replaces, _read_journal(working / "journal.jsonl"))
 
 
 def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
     """Refuses an output folder that is in the way, before anything is done.
 
+    What a crash has left of the working folder of a finished merge is removed here when it is to be resumed.
+
     Raises:
         OutputError: If it is in the way; it says what is there and what to do.
     """
+    try:
+        _check_kind(path)
+        check_no_input(path, inputs, force=force)
+        others, working = _others(path), path / WORKING_FOLDER
+        _check_links(working)
+        begun = (working / "manifest.json").exists()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{str(path)[:200]!r} cannot be the output folder: {error}") from None
+    if resume and not begun and others:
+        state = "holds no merge to resume"
+        if (path / REPORT_FILE).exists():
+            state = "holds a finished merge"
+            if working.exists():
+                with _locked(working):
+                    clean_up(working)
+        raise OutputError(f"{path} {state} (found {others[:5]}); choose another folder, or --force to replace it")
+    if not resume and not force and begun:
+        raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
+    if not resume and not force and others:
+        raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
+
+
+def _check_kind(path: Path) -> None:
+    """Checks that a folder is there, or can be made."""
+    if path.is_symlink() and not path.exists():
+        raise OutputError(f"{path} is a link to {os.readlink(path)}, which is not there; expected a folder, or nothing")
     present = existing_folder(path)
     if not present.is_dir():
         raise OutputError(f"{present} is a file; expected a folder, or nothing")
-    check_no_input(path, inputs, force=force)
-    if not path.exists():
-        return
-    begun = (path / WORKING_FOLDER / "manifest.json").exists()
-    others = _others(path)
-    if resume:
-        if not begun and others:
-            state = "holds a finished merge" if (path / "merge_report.json").exists() else "holds no merge to resume"
-            raise OutputError(f"{path} {state} (found {others[:5]}); choose another folder, or --force to replace it")
-        return
-    if begun and not force:
-        raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
-    if others and not force:
-        raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise OutputError(f"{present}: no permission to write there; choose another folder")
+
+
+def _check_links(working: Path) -> None:
+    """Refuses a working folder that is a link, or holds one: what it leads to would be overwritten or emptied.
+
+    Results of earlier merges inside are checkpoints like any other, and are not looked into.
+    """
+    entries = [entry for entry in working.iterdir() if entry.name != INTERMEDIATE_FOLDER] if working.is_dir() else []
+    below = [inner for entry in entries if entry.is_dir() and not entry.is_symlink() for inner in entry.rglob("*")]
+    for place in (working, *(working / name for name in (INTERMEDIATE_FOLDER,)), *entries, *below):
+        if place.is_symlink():
+            raise OutputError(f"{place} is a link; nothing is written through it: remove it, or choose another folder")
+    if working.exists() and not working.is_dir():
+        raise OutputError(f"{working} is a file; a merge keeps a folder of this name: remove it")
 
 
 def check_no_input(path: Path, inputs: list[Path], *, force: bool) -> None:
@@ -232,8 +499,16 @@ def check_no_input(path: Path, inputs: list[Path], *, force: bool) -> None:
     for folder in inputs:
         if resolved / WORKING_FOLDER in folder.resolve().parents:
             continue  # made for this very merge
-        if resolved == folder.resolve() or (resolved in folder.resolve().parents and force):
+        if _is_same(resolved, folder) or (resolved in folder.resolve().parents and force):
             raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
+
+
+def _is_same(path: Path, folder: Path) -> bool:
+    """Whether two paths are one folder, by whatever names."""
+    try:
+        return path == folder.resolve() or path.samefile(folder)
+    except OSError:
+        return False
 
 
 def _others(path: Path) -> list[str]:
@@ -244,7 +519,7 @@ def _others(path: Path) -> list[str]:
 
 @contextmanager
 def _locked(working: Path) -> Iterator[None]:
-    with (working / "lock").open("a") as stream:
+    with _open_plain(working / "lock", os.O_WRONLY | os.O_CREAT) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -254,13 +529,16 @@ def _locked(working: Path) -> Iterator[None]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = _read_checked(path.read_bytes())
+    except OSError as error:
         raise OutputError(f"{path} cannot be read: {error}; start afresh with --force") from None
+    if manifest is None or set(manifest) != {"manifest", "replaces"}:
+        raise OutputError(f"{path} is not as a merge has written it; start afresh with --force")
     return manifest
 
 
 def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+    """Reads the entries of finished parts; a line that a crash or somebody else has spoiled says nothing."""
     entries: dict[str, dict[str, Any]] = {}
     if not path.exists():
         return entries
@@ -268,11 +546,12 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
     complete = raw[: raw.rfind(b"\n") + 1]
     if complete != raw:
         # A line cut off by a crash says nothing; the part that it was about is done again.
-        with path.open("r+b") as stream:
+        with _open_plain(path, os.O_RDWR) as stream:
             stream.truncate(len(complete))
     for line in complete.splitlines():
-        record = json.loads(line)
-        entries[record["part"]] = record["entry"]
+        record = _read_checked(line)
+        if record is not None and isinstance(record.get("entry"), dict):
+            entries[str(record.get("part"))] = record["entry"]
     return entries
 
 
@@ -325,3 +604,15 @@ def open_for_ranks(
         folder = ranks.agree(open_it)
         folder.entries = ranks.from_first(folder.entries)
         yield folder
+
+
+def drop_damaged(folder: OutputFolder, ranks: Ranks, kinds: Sequence[PartKind]) -> None:
+    """Forgets, on all ranks, finished parts whose bytes are not on the disk as they were written (collective)."""
+
+    def check() -> None:
+        if ranks.is_first:
+            folder.drop_damaged(kinds)
+
+    ranks.agree(check)
+    folder.entries = ranks.from_first(folder.entries)
+    folder.redone = ranks.from_first(folder.redone)

@@ -11,7 +11,7 @@ tensor, so that the check costs next to nothing beside the merge.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,14 +64,12 @@ class Verification:
         cosines: Cosine of a candidate's and the merge's task vectors, by candidate and block; empty without a base.
         distances: Relative distance of the merge from a candidate, by candidate and block.
         means: The same over all blocks together, by candidate: cosine (`None` without a base) and distance.
-        not_finite: Names of tensors of the output that hold NaN or infinity.
         seconds: How long the check took.
     """
 
     cosines: Mapping[str, Mapping[str, float]]
     distances: Mapping[str, Mapping[str, float]]
     means: Mapping[str, tuple[float | None, float]]
-    not_finite: Sequence[str]
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +89,6 @@ class Verification:
                 }
                 for name, (cosine, distance) in self.means.items()
             },
-            "not_finite": list(self.not_finite),
             "seconds": round(self.seconds, 3),
         }
 
@@ -105,11 +102,7 @@ class Verification:
                 continue
             lowest = min(self.cosines[name], key=lambda block: self.cosines[name][block])
             parts.append(f"{short(name)} {cosine:.2f} (lowest {self.cosines[name][lowest]:.2f}, {lowest})")
-        found = [(title, "\n".join(parts))] if parts else []
-        if self.not_finite:
-            more = f" and {len(self.not_finite) - 3} more" if len(self.not_finite) > 3 else ""
-            found.append(("not finite", f"NaN or infinity in {', '.join(self.not_finite[:3])}{more}"))
-        return found
+        return [(title, "\n".join(parts))] if parts else []
 
 
 @dataclass
@@ -144,7 +137,7 @@ class Comparison:
                 sums.own += _dot(own, own)
                 sums.merged += _dot(difference, difference)
 
-    def finish(self, not_finite: Iterable[str] = (), seconds: float = 0.0) -> Verification:
+    def finish(self, seconds: float = 0.0) -> Verification:
         """Returns cosines and distances, by candidate and block."""
         cosines: dict[str, dict[str, float]] = {}
         distances: dict[str, dict[str, float]] = {}
@@ -158,7 +151,7 @@ class Comparison:
                 for key, value in vars(sums).items():
                     setattr(total, key, getattr(total, key) + value)
             means[name] = (_cosine(total), _distance(total))
-        return Verification(cosines, distances, means, sorted(not_finite), seconds)
+        return Verification(cosines, distances, means, seconds)
 
 
 def _cosine(sums: _Sums) -> float | None:

@@ -22,14 +22,15 @@ def test_files_that_are_not_as_laid_out_are_not_called_finished(tmp_path: Path) 
             for name in tensors:
                 writer.write(name, torch.ones(4, 4))
             writer.flush()
+            folder.record("all", {"digests": writer.take_digests()})
         file = working / shards[1].file_name
         whole = file.read_bytes()
         for spoiled in (whole[:-8], whole.replace(b'"b"', b'"c"')):
             file.write_bytes(spoiled)
             with pytest.raises(MergeError) as caught:
-                folder.finish(shards, lambda path: None, "{}")
-            assert str(file) in caught.value.problems[0] and "nothing of it is lost" in caught.value.problems[1]
+                folder.finish(shards, lambda path: None, "{}", {})
+            assert str(file) in caught.value.problems[0] and "--resume finds out" in caught.value.problems[1]
             assert not (out / "config.json").exists() and working.is_dir()
         file.write_bytes(whole)
-        folder.finish(shards, lambda path: None, "{}")
+        folder.finish(shards, lambda path: None, "{}", {})
     assert (out / "config.json").exists() and not working.exists()

@@ -24,7 +24,8 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,7 +72,9 @@ class DataFile:
     def __init__(self, path: Path, *, size: int | None = None, buffers: Buffers | None = None) -> None:
         self._space = _aligned if buffers is None else buffers.lend
         self.bytes_past_cache = 0
-        flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT
+        self._path = path
+        # A file that is written may not be a link: what it led to would be overwritten.
+        flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, 0o644)
         self._direct: int | None = None
         self._is_direct_refused = False
@@ -105,9 +108,14 @@ class DataFile:
         os.close(self._descriptor)
 
     def _take_room(self, size: int) -> None:
-        if self._direct is not None and size:
-            os.posix_fallocate(self._descriptor, 0, size)
-        os.truncate(self._descriptor, size)  # elsewhere sparse: costs nothing until written
+        before = os.fstat(self._descriptor).st_size
+        try:
+            if self._direct is not None and size:
+                os.posix_fallocate(self._descriptor, 0, size)
+            os.truncate(self._descriptor, size)  # elsewhere sparse: costs nothing until written
+        except OSError:
+            os.truncate(self._descriptor, before)  # a failed call keeps all the room that it could get
+            raise
 
     def read_tensor(
         self, offset: int, dtype: torch.dtype, shape: tuple[int, ...], *, past_cache: bool = True
@@ -123,6 +131,12 @@ class DataFile:
         Raises:
             EOFError: If the file ends before the tensor does.
         """
+        with self._named():
+            return self._read_tensor(offset, dtype, shape, past_cache=past_cache)
+
+    def _read_tensor(
+        self, offset: int, dtype: torch.dtype, shape: tuple[int, ...], *, past_cache: bool
+    ) -> torch.Tensor:
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes < _SHORT_BYTES:
             return read_tensor(self._descriptor, offset, dtype, shape)
@@ -153,6 +167,10 @@ class DataFile:
             offset: Position of the first byte in the file.
             data: The bytes: a vector of uint8 on the CPU.
         """
+        with self._named():
+            self._write(offset, data)
+
+    def _write(self, offset: int, data: torch.Tensor) -> None:
         view, stop = byte_view(data), offset + data.numel()
         begin, end = -(-offset // PAGE) * PAGE, stop // PAGE * PAGE
         if self._direct is None or self._is_direct_refused or end - begin < _SHORT_BYTES:
@@ -182,7 +200,26 @@ class DataFile:
 
     def sync(self) -> None:
         """Forces everything written so far onto the disk."""
-        os.fsync(self._descriptor)
+        with self._named():
+            os.fsync(self._descriptor)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the open file is still the one that lies at a path."""
+        try:
+            found = path.stat(follow_symlinks=False)
+        except OSError:
+            return False
+        own = os.fstat(self._descriptor)
+        return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Puts the path into errors of calls that know the file by its number alone."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def _give_up_direct(self, error: OSError) -> None:
         """Goes through the cache from now on, if direct transfers are what is refused."""
@@ -239,7 +276,10 @@ def _fill(descriptor: int, view: memoryview, offset: int, wanted: int, unit: int
 def _drain(descriptor: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + _MAX_CALL_BYTES], offset + done)
+        count = os.pwrite(descriptor, view[done : done + _MAX_CALL_BYTES], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += count
 
 
 def _aligned(num_bytes: int) -> torch.Tensor:

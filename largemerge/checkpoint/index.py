@@ -65,6 +65,12 @@ class Checkpoint:
         return self.folder.parents[len(Path(self.inner).parts) - 1] if self.inner else self.folder
 
     @property
+    def files(self) -> frozenset[Path]:
+        """The files that config and tensors lie in."""
+        stored = (part for info in self.tensors.values() for part in (info.parts or {"": info}).values())
+        return frozenset({self.folder / "config.json", *(info.file for info in stored)})
+
+    @property
     def num_bytes(self) -> int:
         """Size of all tensors on disk, in bytes."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())

@@ -25,7 +25,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import SETTINGS_KEYS
 from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
-from largemerge.checkpoint.weight_files import SETTING
+from largemerge.checkpoint.weight_files import SETTING, is_loaded_weights
 from largemerge.errors import CheckpointError
 
 GENERATION_FILES = ("generation_config.json",)
@@ -192,8 +192,11 @@ def tokenizer_names(folder: Path) -> list[str]:
     return [*_matching(folder, TOKENIZER_FILES), *_in_folders(folder, _TOKENIZER_FOLDERS)]
 
 
-def remove_side_files(folder: Path, kept: Collection[Path]) -> None:
-    """Removes what makes a folder a checkpoint, and then the files that an earlier merge has put beside its weights.
+def remove_checkpoint(folder: Path, kept: Collection[Path]) -> None:
+    """Removes a checkpoint: first what makes it one, then its weights, then the files beside them.
+
+    What the report of an earlier merge lists, and what Transformers would load by its name. Anything else in the folder
+    is somebody's: other weights (`optimizer.bin`, `lora.safetensors`), notes, data.
 
     Args:
         folder: The folder.
@@ -203,19 +206,59 @@ def remove_side_files(folder: Path, kept: Collection[Path]) -> None:
         modules = [folder / module["path"] for module in read_modules(folder, folder.name) if module["path"]]
     except CheckpointError:
         modules = []
-    for config in (folder / "config.json", *(module / "config.json" for module in modules)):
-        config.unlink(missing_ok=True)
-    for module in modules:
-        for path in sorted(module.rglob("*"), reverse=True):
-            if path.is_dir() and not path.is_symlink():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path not in kept:
-                path.unlink()
-    names = [*tokenizer_names(folder), *_matching(folder, (*GENERATION_FILES, *PROCESSOR_FILES, *SENTENCE_FILES))]
+    modules = [module for module in modules if is_inside(module, folder)]
+    found = [config for place in (folder, *modules) if (config := place / "config.json").is_file()]
+    listed = _listed_files(folder)
+    found += [folder / name for name in listed]
+    found += [path for place in (folder, *modules) for path in _loaded_weights(place)]
+    found += [path for module in modules for path in _files_below(module)]
+    names = _matching(folder, (*GENERATION_FILES, *PROCESSOR_FILES, *SENTENCE_FILES))
+    names += [name for name in tokenizer_names(folder) if _is_loaded_by_name(name)]
+    real = folder.resolve()
+    removed = dict.fromkeys([*found, *(folder / name for name in names)])
+    for path in removed:
+        place = path.parent.resolve()
+        if path not in kept and real in (place, *place.parents) and not path.is_dir():
+            path.unlink(missing_ok=True)
+    places = {place for path in removed for place in path.parents if folder in place.parents}
+    for place in sorted(places, reverse=True):
+        if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
+            place.rmdir()
+
+
+_UNCLEAR = ("*.model", "*.spm", "*.tiktoken", "*.tokenizer")
+_CLEAR = ("tokenizer.model*", "spiece.model", "sentencepiece*.model", "spm*.model", "source.spm", "target.spm")
+
+
+def _is_loaded_by_name(name: str) -> bool:
+    """Whether a class of Transformers looks for a tokenizer's file by this name; custom code may have any."""
+    clear = any(fnmatch.fnmatchcase(name, pattern) for pattern in _CLEAR)
+    return clear or not any(fnmatch.fnmatchcase(name, pattern) for pattern in _UNCLEAR)
+
+
+def _listed_files(folder: Path) -> list[str]:
+    """Lists the files that an earlier merge has written to a folder, as its report says."""
+    try:
+        digests = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))["digests"]
+        names = [name for kind in ("weights", "files") for name in digests[kind] if isinstance(name, str)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
+
+
+def _loaded_weights(folder: Path) -> list[Path]:
+    """Lists the files of weights that Transformers or peft would load from a folder, and their indexes."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if path.is_file() or path.is_symlink()]
+    indexed: set[str] = set()
     for name in names:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / HEADS_FOLDER, ignore_errors=True)
+        if name.endswith(".json") and ".index." in name:
+            try:
+                indexed.update(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+    return [folder / name for name in names if name in indexed or is_loaded_weights(name)]
 
 
 def is_inside(path: Path, folder: Path) -> bool:

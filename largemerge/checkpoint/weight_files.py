@@ -41,6 +41,13 @@ def variant_name(file_name: str, variant: str | None) -> str:
     return f"{path}.{variant}.{ending}"
 
 
+def is_loaded_weights(file_name: str) -> bool:
+    """Whether Transformers or peft look for weights, or the index of some, by a file's name."""
+    of_adapters = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    names = (*WEIGHT_FILES, *(f"{name}.index.json" for name in WEIGHT_FILES), *of_adapters)
+    return file_name in names or bool(_VARIANT.match(file_name) or _SHARD.match(file_name))
+
+
 def is_index(file_name: str) -> bool:
     """Whether a file's name is that of an index of weights."""
     return file_name.endswith(".json")

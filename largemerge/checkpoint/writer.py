@@ -12,10 +12,11 @@ import errno
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from largemerge.checkpoint.digests import TensorDigests, digest_of_bytes
 from largemerge.checkpoint.direct_io import PAGE, PROBE_BYTES, PROBE_SECONDS, DataFile
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import dequantize, quantize
@@ -88,6 +90,11 @@ def _grouped(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> list[
     return [(name, {key: tensors[key] for key in keys}) for name, keys in zip(names, groups, strict=True)]
 
 
+def stored_sizes(tensors: Mapping[str, OutputTensor]) -> dict[str, int]:
+    """Returns the bytes of everything that really lies on disk, by name there."""
+    return {name: tensor.num_bytes for name, tensor in _stored(tensors).items()}
+
+
 def _stored(tensors: Mapping[str, OutputTensor]) -> dict[str, OutputTensor]:
     """Lists the tensors that really lie on disk: parts instead of quantised weights."""
     return {key: part for name, tensor in tensors.items() for key, part in (tensor.parts or {name: tensor}).items()}
@@ -117,31 +124,53 @@ def _shard(file_name: str, logical: Mapping[str, OutputTensor]) -> Shard:
     return Shard(file_name, len(text).to_bytes(8, "little") + text, offsets, start + position)
 
 
+class NotFiniteError(FloatingPointError):
+    """A tensor that is to be written holds NaN or infinity; the message says which, without the tensor's name.
+
+    Attributes:
+        name: Name of the tensor on disk.
+    """
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class ShardWriter:
     """Writes tensors at their places in the shards of a working folder, quantised where asked. A context manager.
+
+    Every tensor is checked for NaN and infinity, and its digest is kept, while it is in the processor's cache.
 
     Args:
         folder: Working folder for the unfinished shards.
         tensors: All tensors that will be written, by name on disk.
         shards: Shards that `layout_shards` has laid out for them.
+        checked: Whether NaN and infinity are refused; not for what is only passed on.
 
     Attributes:
         bytes_written: Bytes written so far.
         quantization_errors: Relative error ‖written - given‖ / ‖given‖ of every quantised weight written so far.
-        not_finite: Names of tensors in which NaN or infinity has been written.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, OutputTensor], shards: tuple[Shard, ...]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, OutputTensor],
+        shards: tuple[Shard, ...],
+        *,
+        checked: bool = True,
+    ) -> None:
         self.folder = folder
         self.tensors = tensors
         self.shards = shards
         self.bytes_written = 0
         self.quantization_errors: dict[str, float] = {}
-        self.not_finite: set[str] = set()
+        self._checked = checked
         self._stored = _stored(tensors)
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
         self._files: dict[str, DataFile] = {}
         self._dirty: set[str] = set()
+        self._digests = TensorDigests()
         self._lock = threading.Lock()  # several threads may write
 
     @property
@@ -150,38 +179,55 @@ class ShardWriter:
         return sum(file.bytes_past_cache for file in self._files.values())
 
     def __enter__(self) -> ShardWriter:
-        for shard in self.shards:
-            self._open(shard)
+        made: list[Path] = []
+        try:
+            _check_room(self.folder, self.shards)
+            for shard in self.shards:
+                path = self.folder / shard.file_name
+                if not path.exists():
+                    made.append(path)
+                self._open(path, shard)
+        except BaseException:
+            self._close()
+            for path in made:  # or they would hold all the room that was left
+                path.unlink(missing_ok=True)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()
 
-    def _open(self, shard: Shard) -> None:
-        path = self.folder / shard.file_name
+    def _open(self, path: Path, shard: Shard) -> None:
         if path.parent != self.folder:  # a module's
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = self._files[shard.file_name] = DataFile(path, size=shard.num_bytes)
         except OSError as error:
             room = f"; expected room for {gib(shard.num_bytes)}" if error.errno in _NO_ROOM else ""
-            raise OutputError(f"{path}: {error.strerror}{room}") from None
+            link = "it is a link; " if error.errno == errno.ELOOP else ""
+            raise OutputError(f"{path}: {link}{error.strerror}{room}") from None
         # Each time: a crash may have come between these two lines.
         file.write(0, torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
-        """Writes a tensor in the dtype of the layout, or rows of it from `first_row` on."""
+        """Writes a tensor in the dtype of the layout, or rows of it from `first_row` on, in order.
+
+        Raises:
+            NotFiniteError: If it holds NaN or infinity; it is not written then.
+        """
         expected = self.tensors[name]
         assert tensor.dtype == expected.dtype, (name, tensor.dtype, expected.dtype)
         assert tensor.shape[1:] == expected.shape[1:] and tensor.dim() == len(expected.shape), (name, tensor.shape)
         assert tensor.dim() == 0 or first_row + tensor.shape[0] <= expected.shape[0], (name, tensor.shape, first_row)
-        if not _is_finite(tensor):
-            with self._lock:
-                self.not_finite.add(name)
+        if self._checked and (found := not_finite(tensor)) is not None:
+            raise NotFiniteError(name, f"would be written with {found}")
         if expected.quantization is None:
             self._write(name, tensor, first_row)
             return
@@ -196,8 +242,9 @@ class ShardWriter:
     def _write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         shard = self._shard_of[name]
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        offset = shard.offsets[name] + first_row * (data.numel() // max(1, tensor.shape[0]) if first_row else 0)
-        self._files[shard.file_name].write(offset, data)
+        position = first_row * (data.numel() // max(1, tensor.shape[0]) if first_row else 0)
+        self._digests.add(name, position, data)
+        self._files[shard.file_name].write(shard.offsets[name] + position, data)
         with self._lock:
             self.bytes_written += data.numel()
             self._dirty.add(shard.file_name)
@@ -225,19 +272,79 @@ class ShardWriter:
         return self._files[shard.file_name].read_tensor(offset, stored.dtype, shape)
 
     def flush(self) -> None:
-        """Forces everything written so far onto the disk; not what other threads write meanwhile."""
+        """Forces everything written so far onto the disk; not what other threads write meanwhile.
+
+        Raises:
+            OutputError: If a file has been taken away, or put in the place of another, since it was opened.
+        """
         with self._lock:
             dirty, self._dirty = self._dirty, set()
         for file_name in sorted(dirty):
             self._files[file_name].sync()
+            if not self._files[file_name].is_at(self.folder / file_name):
+                raise OutputError(
+                    f"{self.folder / file_name} was deleted or replaced while it was being written; "
+                    "--resume writes again what it held"
+                )
+
+    def take_digests(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Returns the digests of tensors written as a whole, by name on disk, and forgets them.
+
+        Args:
+            names: Names of tensors, a quantised one's by its own; `None` for all that have not been taken yet.
+        """
+        if names is None:
+            wanted = self._digests.names()
+        else:
+            wanted = [part for name in names for part in (self.tensors[name].parts or (name,))]
+        return {name: self._digest(name) for name in sorted(wanted)}
+
+    def _digest(self, name: str) -> str:
+        num_bytes = self._stored[name].num_bytes
+        found = self._digests.take(name, num_bytes)
+        if found is not None:
+            return found
+        shard = self._shard_of[name]
+        read = digest_of_bytes(self.folder / shard.file_name, shard.offsets[name], num_bytes)
+        assert read is not None, name
+        return read
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; one pass, as fast as a copy (`isfinite` is ten times slower)."""
+def not_finite(tensor: torch.Tensor) -> str | None:
+    """Says what a tensor holds that is no number, `NaN` or `infinity`; `None` if nothing.
+
+    One pass, as fast as a copy (`isfinite` is ten times slower). Infinities in a mask, which has nothing else but
+    zeros, are what it is made for.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
-        return True
+        return None
     lowest, highest = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32))
-    return math.isfinite(lowest.item()) and math.isfinite(highest.item())  # NaN is both
+    if math.isfinite(lowest.item()) and math.isfinite(highest.item()):  # NaN is both
+        return None
+    if math.isnan(lowest.item()) or math.isnan(highest.item()):
+        return "NaN"
+    finite = tensor[torch.isfinite(tensor)]
+    return None if finite.numel() and not finite.any() and highest.item() <= 0 else "infinity"
+
+
+def _check_room(folder: Path, shards: Sequence[Shard]) -> None:
+    """Checks that the disk has room for the shards before any of it is taken.
+
+    Raises:
+        OutputError: If it has not; what earlier runs have taken counts as there.
+    """
+    try:
+        free = shutil.disk_usage(folder).free  # first: another rank may be taking room just now
+    except OSError:
+        return
+    paths = [folder / shard.file_name for shard in shards]
+    needed = sum(shard.num_bytes for shard in shards)
+    needed -= sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+    if needed > free:
+        raise OutputError(
+            f"{folder}: the disk has {gib(free)} free, and {gib(needed)} more are needed; "
+            "make room, then go on with --resume"
+        )
 
 
 def weight_index(shards: tuple[Shard, ...]) -> str | None:

@@ -35,7 +35,15 @@ from largemerge.checkpoint.direct_io import Buffers
 from largemerge.checkpoint.index import Checkpoint, shared_folders
 from largemerge.checkpoint.lora import Adapter, open_reader
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
-from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
+from largemerge.checkpoint.tensor_info import dtype_name
+from largemerge.checkpoint.writer import (
+    NotFiniteError,
+    Shard,
+    ShardWriter,
+    layout_shards,
+    not_finite,
+    stored_sizes,
+)
 from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, release_slot
 from largemerge.data_free.matrices import LAYER
 from largemerge.data_free.methods.base import Access, Cut, select_formula
@@ -48,7 +56,7 @@ from largemerge.distributed.partition import choose_owners
 from largemerge.distributed.ranks import Ranks, too_many_threads
 from largemerge.errors import MergeError
 from largemerge.model.alignment import AlignedReader
-from largemerge.output import OutputFolder
+from largemerge.output import OutputFolder, PartKind
 from largemerge.progress import RunProgress
 from largemerge.verify import ComparedTensor, Comparison, Verification
 
@@ -57,6 +65,7 @@ PART_BYTES = 256 << 20
 
 _SCRATCH_FOLDER = "scratch"
 _DELTAS, _OUTPUT = "unscaled part", "part"  # kinds of passes over all parts, as the journal calls them
+_DIGESTS = {_DELTAS: "scratch_digests", _OUTPUT: "digests"}  # and the digests of what they write
 
 Squares = dict[str, list[float]]
 """Sums of `UnscaledDelta.squares` over a tensor, by its name."""
@@ -137,35 +146,41 @@ class Merger:
 
     def __call__(self, task: Task) -> None:
         """Reads, merges and writes one tensor."""
-        if task.copied and not task.sources:
-            with release_slot():
+        with as_merge_error(task, self._name, self._readers):
+            if task.copied:
+                self._copy(task)
+                return
+            method = METHODS[task.instead or self._name]
+            access, prepare = select_formula(method, task.shared, falls_back=bool(task.fallback_reason))
+            device = self._accelerator.device_of(self._name, task)
+            load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device)
+            with self._accelerator.stream():
+                merge = prepare(access.first_pass(load.pieces) if access.first_pass is not None else None)
+                for rows, piece in zip(load.cuts, load.pieces(), strict=True):
+                    write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
+
+    def _copy(self, task: Task) -> None:
+        """Writes a tensor as one model has it, or one that no model has."""
+        with release_slot():
+            if not task.sources:
                 self._writer.write(task.name, self._new[task.name].to(task.out_dtype))
-            return
-        if task.copied:
+                return
             ((model, key),) = task.sources
-            with release_slot():
-                self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
-            return
-        method = METHODS[task.instead or self._name]
-        access, prepare = select_formula(method, task.shared, falls_back=bool(task.fallback_reason))
-        device = self._accelerator.device_of(self._name, task)
-        load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device)
-        with as_merge_error(task, self._name), self._accelerator.stream():
-            merge = prepare(access.first_pass(load.pieces) if access.first_pass is not None else None)
-            for rows, piece in zip(load.cuts, load.pieces(), strict=True):
-                write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
+            self._writer.write(task.name, self._readers[model].read(key).to(task.out_dtype))
 
 
 @contextmanager
-def as_merge_error(task: Task, method: str) -> Iterator[None]:
+def as_merge_error(task: Task, method: str, readers: Mapping[str, TensorReader]) -> Iterator[None]:
     """Runs the arithmetic of one task without autograd, and names the tensor in what goes wrong.
 
     Raises:
-        MergeError: If the method raises a `FloatingPointError`, or a GPU has no memory left.
+        MergeError: If the method raises a `FloatingPointError`, the result is not finite, or a GPU has no memory left.
     """
     try:
         with torch.inference_mode():
             yield
+    except NotFiniteError as error:
+        raise MergeError(f"{task.name}: {method}: {error}: {_why_not_finite(task, readers)}") from None
     except FloatingPointError as error:
         raise MergeError(f"{task.name}: {method}: {error}") from None
     except torch.OutOfMemoryError as error:
@@ -173,6 +188,23 @@ def as_merge_error(task: Task, method: str) -> Iterator[None]:
             f"{task.name}: {method}: {str(error).splitlines()[0]} What is finished is safe: go on with --resume when "
             "the GPU is free, or with a lower --memory-device, which lets fewer work side by side"
         ) from None
+
+
+def _why_not_finite(task: Task, readers: Mapping[str, TensorReader]) -> str:
+    """Finds out where NaN or infinity in a merged tensor comes from: a model, the dtype, or the parameters."""
+    highest = 0.0
+    for model, key in dict.fromkeys((*task.inputs, *task.auxiliary)):
+        tensor = readers[model].read(key)
+        found = not_finite(tensor)
+        if found is not None:
+            return f"{model} holds {found} in {key}; fetch or save that checkpoint again, or leave it out"
+        highest = max(highest, tensor.to(torch.float32).abs().max().item() if tensor.numel() else 0.0)
+    if highest > torch.finfo(task.out_dtype).max:
+        return f"the models' values go up to {highest:.3g}, more than {dtype_name(task.out_dtype)} holds; set out_dtype"
+    given = {name: list(values) for name, values in task.per_model.items()} | dict(task.shared)
+    listed = ", ".join(f"{name} {value}" for name, value in given.items()) or "none"
+    holds = f"or set an out_dtype that holds more than {dtype_name(task.out_dtype)} does"
+    return f"all models hold finite numbers there, so look at the parameters ({listed}), {holds}"
 
 
 def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tensor, dtype: torch.dtype) -> None:
@@ -230,7 +262,7 @@ class TwoPassMerge:
         device = self._accelerator.device_of(self._name, task)
         load = PieceLoader(task, access, self._readers, self._seed, device=device)
         squares = []
-        with as_merge_error(task, self._name), self._accelerator.stream():
+        with as_merge_error(task, self._name, self._readers), self._accelerator.stream():
             for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                 made = make(piece)
                 squares.append(made.squares)
@@ -261,8 +293,8 @@ class TwoPassMerge:
                 return
             as_stored = replace(task, inputs_first=False)
             load = PieceLoader(as_stored, Access(Cut.ELEMENTS, lazy=True), self._readers, self._seed)
-            for rows, piece in zip(load.cuts, load.pieces(), strict=True):
-                with torch.inference_mode():
+            with as_merge_error(task, self._name, self._readers):
+                for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                     delta = self.scratch.read(task.name, rows if task.shape else None)
                     write_piece(self._writer, as_stored, rows, delta.mul_(factor).add_(piece.origin), task.out_dtype)
 
@@ -299,7 +331,7 @@ def run(
         kinds = [_OUTPUT] if METHODS[method].global_scale is None else [_DELTAS, _OUTPUT]
         num_tasks = sum(len(part) for kind in kinds for part in parts.own(kind))
         progress = stack.enter_context(RunProgress(num_tasks, num_tasks, plan.device, quiet=quiet))
-        for note in (*plan.notes, *too_many_threads(ranks, CPU)):
+        for note in (*plan.notes, *folder.redone, *too_many_threads(ranks, CPU)):
             progress.tell(f"note: {note}")
         if _DELTAS in kinds:
             two_pass = TwoPassMerge(plan, readers, writer, folder.working, max_shard_bytes)
@@ -354,8 +386,24 @@ def verify_merge(plan: DataFreePlan, shards: tuple[Shard, ...], folder: OutputFo
                     by_rows=all(info is not None and info.quantization is None for info in stored),
                 )
             )
-    not_finite = {name for entry in folder.entries.values() for name in entry.get("not_finite", ())}
-    return comparison.finish(not_finite, time.perf_counter() - start)
+    return comparison.finish(time.perf_counter() - start)
+
+
+def part_kinds(plan: DataFreePlan, shards: tuple[Shard, ...], working: Path, max_shard_bytes: int) -> list[PartKind]:
+    """Lists the kinds of parts that the journal may have, with their files."""
+    numbers = range(len(split_into_parts(plan.tasks)))
+    kinds = [PartKind(_names(_OUTPUT, numbers), working, shards, stored_sizes(plan.output))]
+    if METHODS[plan.config.merge_method].global_scale is not None:
+        deltas = plan.unscaled_deltas
+        scratch = layout_shards(deltas, max_shard_bytes)
+        names, sizes = _names(_DELTAS, numbers), stored_sizes(deltas)
+        kinds.append(PartKind(names, working / _SCRATCH_FOLDER, scratch, sizes, _DIGESTS[_DELTAS]))
+    return kinds
+
+
+def _names(kind: str, numbers: Iterable[int]) -> list[str]:
+    """Lists the names that a kind of pass over parts has in the journal."""
+    return [f"{kind} {number}" for number in numbers]
 
 
 class _PartRunner:
@@ -367,7 +415,7 @@ class _PartRunner:
 
     def journal_names(self, kind: str) -> list[str]:
         """Lists the names that a kind of pass over every part has in the journal."""
-        return [f"{kind} {number}" for number in range(len(self._parts))]
+        return _names(kind, range(len(self._parts)))
 
     def missing(self, kind: str) -> list[int]:
         """Lists the numbers of the parts that are not in the journal."""
@@ -410,15 +458,13 @@ class _PartRunner:
             with self._ranks.blocked():
                 writer.flush()
             # Once this is gathered, every rank's tensors of this part are on the disk.
-            own_names = {task.name for task in own[index]}
-            broken = sorted(writer.not_finite & own_names)
-            gathered = self._ranks.gather((notes(own[index]) if notes is not None else {}, broken))
+            digests = writer.take_digests(task.name for task in own[index] if task.name in writer.tensors)
+            gathered = self._ranks.gather((notes(own[index]) if notes is not None else {}, digests))
             number = numbers[index]
             entry: dict[str, Any] = {"tensors": len(self._parts[number])}
             if notes is not None:
                 entry["notes"] = {name: note for of_rank, _ in gathered for name, note in of_rank.items()}
-            if any(of_rank for _, of_rank in gathered):
-                entry["not_finite"] = sorted(name for _, of_rank in gathered for name in of_rank)
+            entry[_DIGESTS[kind]] = {name: digest for _, of_rank in gathered for name, digest in of_rank.items()}
             if self._ranks.is_first:
                 self._folder.record(names[number], entry)
             self._folder.entries[names[number]] = entry

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
-from largemerge.data_free.engine import run, verify_merge
+from largemerge.data_free.engine import part_kinds, run, verify_merge
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.output_files import find_files
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
@@ -24,7 +25,7 @@ from largemerge.devices import CPU
 from largemerge.distributed.ranks import Ranks, start_ranks
 from largemerge.errors import LargemergeError
 from largemerge.machine import MemoryWatch, versions
-from largemerge.output import OutputFolder, check_output, open_for_ranks
+from largemerge.output import InputWatch, OutputFolder, check_output, drop_damaged, open_for_ranks
 
 
 def merge_data_free(
@@ -61,7 +62,7 @@ def merge_data_free(
     """
     start = time.perf_counter()
     with start_ranks() as ranks:
-        with MemoryWatch(CPU) as watch:
+        with MemoryWatch(CPU) as memory:
 
             def plan_and_check() -> DataFreePlan:
                 plan = plan_data_free(config, prior, device=device, ranks=ranks, limits=limits)
@@ -69,12 +70,18 @@ def merge_data_free(
                 return plan
 
             plan = ranks.agree(plan_and_check)
-            watch.follow(plan.device)
+            memory.follow(plan.device)
             if planned is not None:
                 planned(plan)
-            shards, folders = layout_shards(plan.output, max_shard_bytes, find_files(plan).inner), input_folders(plan)
-            with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
+            side_files = find_files(plan)
+            shards, folders = layout_shards(plan.output, max_shard_bytes, side_files.inner), input_folders(plan)
+            adapters = [adapter.checkpoint for adapter in plan.adapters.values()]
+            opened = [*plan.checkpoints.values(), *plan.auxiliary.values(), *adapters]
+            watch = ranks.agree(lambda: InputWatch(opened, side_files.files))
+            manifest = _manifest(plan, shards) | {"side files": watch.digests}
+            with open_for_ranks(out, manifest, folders, ranks, resume=resume, force=force) as folder:
                 ranks.agree(lambda: _check_shared(folder))
+                drop_damaged(folder, ranks, part_kinds(plan, shards, folder.working, max_shard_bytes))
                 prepared = time.perf_counter() - start
                 resumed = len(folder.entries)
                 moved_here = run(
@@ -83,11 +90,12 @@ def merge_data_free(
                 bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
                 verified = verify_merge(plan, shards, folder) if verify and ranks.is_first else None
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
-                peaks = tuple(ranks.gather(watch.peak()))
+                peaks = tuple(ranks.gather(memory.peak()))
                 report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks, out, verified)
                 if ranks.is_first:
-                    inner = find_files(plan).inner
-                    folder.finish(shards, lambda path: write_side_files(path, report), config_text(plan), inner)
+                    watch.check()
+                    write = partial(write_side_files, report=report)
+                    folder.finish(shards, write, config_text(plan), report.to_json(), side_files.inner)
         ranks.gather(None)  # nobody says that the merge is done before it is
     return report
 

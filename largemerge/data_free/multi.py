@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError
+from largemerge.integrity import find_damage
 from largemerge.model.adapter_names import AdapterNames
-from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER, check_no_input, check_output
+from largemerge.output import INTERMEDIATE_FOLDER, REPORT_FILE, WORKING_FOLDER, check_no_input, check_output
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,10 @@ def merge_series(
             if is_last:
                 return merge_data_free(document.config, out, prior=prior, resume=resumes, force=force, **options)
             with start_ranks() as ranks:
-                made = ranks.agree(partial(_is_made, document, target, prior, force=force and not resume))
-            if not made:
-                merge_data_free(document.config, target, prior=prior, resume=resumes, force=force, **options)
+                state = ranks.agree(partial(_state, document, target, prior, force=force and not resume))
+            if state is not _Result.MADE:
+                again = force or state is _Result.DAMAGED
+                merge_data_free(document.config, target, prior=prior, resume=resumes, force=again, **options)
             report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
             prior = prior.with_result(document.config, open_checkpoint(target, document.label), report)
     raise AssertionError("there is a last document")
@@ -244,39 +247,61 @@ def _check(
         inputs = [path for each in plan.plans.values() for path in input_folders(each)]
     if not ranks.is_first:
         return
-    for document in documents[:-1]:
-        check_no_input(folder / document.label, inputs, force=force)
+    targets = [folder / document.label for document in documents[:-1]]
+    for target in targets:
+        check_no_input(target, inputs, force=force)
+        if folder != out / WORKING_FOLDER / INTERMEDIATE_FOLDER:
+            _check_apart(target, out)
     inside = out / WORKING_FOLDER / INTERMEDIATE_FOLDER
     if inside.exists() and not (resume or force):
         raise OutputError(f"{out} holds an unfinished merge; --resume goes on with it, --force starts afresh")
-    check_output(out, inputs, resume=resume and (out / WORKING_FOLDER / "manifest.json").exists(), force=force)
+    check_output(out, inputs, resume=resume, force=force)
     if inside.exists() and not resume:
         shutil.rmtree(inside)
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _is_made(document: Document, target: Path, prior: PriorMerges, *, force: bool) -> bool:
-    """Whether the result is there already, made from the same configuration and files.
+def _check_apart(target: Path, out: Path) -> None:
+    """Refuses a folder of a result that is the output's, lies in it, or holds it."""
+    one, other = target.resolve(), out.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise OutputError(f"{target}, the result of another document, and {out}, the output: expected folders apart")
+
+
+class _Result(Enum):
+    """What there is of a document's result."""
+
+    MISSING = "missing"
+    MADE = "made"
+    DAMAGED = "damaged"
+
+
+def _state(document: Document, target: Path, prior: PriorMerges, *, force: bool) -> _Result:
+    """Finds out whether a result is there already, made from the same configuration and files, and whole.
 
     Raises:
         OutputError: If something else is there.
     """
     config = target / transformer_folder(target, document.label) / "config.json"
     if force or not config.exists() or (target / WORKING_FOLDER / "manifest.json").exists():
-        return False
+        return _Result.MISSING
     try:
-        report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+        report = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))
         inputs = {name: described["files"] for name, described in report["inputs"].items()}
-    except (OSError, ValueError, KeyError):
+        before = [report["config"], inputs, report["plan"]["vocabulary"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise OutputError(f"{target} is no result of a merge; remove it, or take another --intermediate-dir") from None
     plan = plan_data_free(document.config, prior, device="cpu")  # the device does not matter here
     vocabulary = plan.vocabulary.to_json() if plan.vocabulary is not None else None
-    same_config = report["config"] == json.loads(document.config.model_dump_json(exclude_defaults=True))
     now = {name: dict(checkpoint.fingerprint) for name, checkpoint in plan.checkpoints.items()}
-    if not same_config or [inputs, report["plan"]["vocabulary"]] != json.loads(json.dumps([now, vocabulary])):
-        changed = "inputs" if same_config else "configuration"
+    same = json.loads(document.config.model_dump_json(exclude_defaults=True))
+    if before != json.loads(json.dumps([same, now, vocabulary])):
+        changed = "inputs" if before[0] == same else "configuration"
         raise OutputError(f"{target} was made from another {changed}; --force makes it again")
-    return True
+    damage = find_damage(target)
+    if damage and WORKING_FOLDER not in target.parts:
+        raise OutputError(*damage, f"{target} is not as it was written; --force makes it again")
+    return _Result.DAMAGED if damage else _Result.MADE
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 DataFreeReport → merge_report.json, the closing table on the terminal
 config_text → config.json
-write_side_files → tokenizer, processor, generation config, largemerge_config.yaml, model card, merge_report.json
+write_side_files → tokenizer, processor, generation config, largemerge_config.yaml, model card
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
 
 
 def write_side_files(path: Path, report: DataFreeReport) -> None:
-    """Writes everything but weights, index and `config.json` into a folder."""
+    """Writes everything but weights, index, `config.json` and the report into a folder."""
     plan, config = report.plan, report.plan.config
     folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
     side_files = find_files(plan)
@@ -173,4 +173,3 @@ def write_side_files(path: Path, report: DataFreeReport) -> None:
         more=card_section(plan.heads) if plan.heads is not None else "",
     )
     (path / "README.md").write_text(card, encoding="utf-8")
-    (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

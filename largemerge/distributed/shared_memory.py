@@ -161,7 +161,8 @@ def _write(path: Path, tensors: Tensors) -> None:
     """
     outputs = {name: OutputTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     (shard,) = layout_shards(outputs, sys.maxsize)
-    with ShardWriter(path.parent, outputs, (dataclasses.replace(shard, file_name=path.name),)) as writer:
+    shards = (dataclasses.replace(shard, file_name=path.name),)
+    with ShardWriter(path.parent, outputs, shards, checked=False) as writer:
         for name in outputs:
             writer.write(name, tensors.pop(name))
 

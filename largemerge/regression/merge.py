@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,17 +27,17 @@ from largemerge.checkpoint.index import Checkpoint, shared_folders
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
-from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
+from largemerge.checkpoint.writer import NotFiniteError, Shard, ShardWriter, layout_shards, not_finite, stored_sizes
 from largemerge.devices import choose_device
 from largemerge.distributed.collectives import SHARED_BYTES, AsyncCollectives, open_collectives
 from largemerge.distributed.partition import samples_at_once
 from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks, too_many_threads
 from largemerge.distributed.shared_memory import ALONE, Node, find_node
-from largemerge.errors import CalibrationError, LargemergeError
+from largemerge.errors import CalibrationError, LargemergeError, MergeError
 from largemerge.machine import MemoryUse, MemoryWatch, versions
 from largemerge.model.block_runner import BlockRunner
 from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
-from largemerge.output import OutputFolder, check_output, open_for_ranks
+from largemerge.output import InputWatch, OutputFolder, PartKind, check_output, drop_damaged, open_for_ranks
 from largemerge.progress import Clock, RunProgress
 from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
@@ -104,25 +104,31 @@ def merge_by_regression(
     start = time.perf_counter()
     with start_ranks(on_gpus=device != "cpu") as ranks:
         target = ranks.agree(lambda: device_of_rank(device, ranks))
-        with MemoryWatch(target) as watch:
+        with MemoryWatch(target) as memory:
             prepared = _prepare(config, target, out, ranks, resume=resume, force=force)
             if planned is not None:
                 planned(prepared.planned.plan)
-            inner = find_files(config, prepared.planned.inputs).inner
-            shards = layout_shards(prepared.planned.plan.output, max_shard_bytes, inner)
-            manifest = _manifest(prepared, shards)
+            inputs = prepared.planned.inputs
+            side_files = find_files(config, inputs)
+            shards = layout_shards(prepared.planned.plan.output, max_shard_bytes, side_files.inner)
+            opened = [*inputs.stored.values(), *(adapter.checkpoint for adapter in inputs.adapters.values())]
+            watch = ranks.agree(lambda: InputWatch(opened, side_files.files))
+            manifest = _manifest(prepared, shards) | {"side files": watch.digests}
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
+                drop_damaged(folder, ranks, [_part_kind(prepared.planned.plan, shards, folder.working)])
                 job = Job(prepared.planned, prepared.samples, shards, folder, ranks, quiet, Clock(start))
                 job.run()
                 verified = _verify(prepared.planned, shards, folder) if verify and ranks.is_first else None
-                report = _report(prepared, job, folder, watch.peak(), start, out)
+                report = _report(prepared, job, folder, memory.peak(), start, out)
                 report = replace(report, verified=verified)
                 if ranks.is_first:
+                    watch.check()
                     folder.finish(
                         shards,
-                        lambda path: write_side_files(path, prepared.planned, report),
+                        partial(write_side_files, planned=prepared.planned),
                         config_text(prepared.planned),
-                        inner,
+                        report.to_json(),
+                        side_files.inner,
                     )
         ranks.gather(None)  # nobody says that the merge is done before it is
     return report
@@ -196,7 +202,7 @@ def _report(
         plan=prepared.planned.plan,
         inputs=prepared.planned.inputs,
         calibration=prepared.calibration,
-        parts=ranks.from_first(folder.entries),
+        parts={name: _without_digests(entry) for name, entry in ranks.from_first(folder.entries).items()},
         prepared_seconds=job.started - start,
         total_seconds=time.perf_counter() - start,
         resumed_parts=job.resumed_parts,
@@ -208,6 +214,17 @@ def _report(
         ranks=of_ranks if ranks.size > 1 else (),
         out=out,
     )
+
+
+def _without_digests(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the journal as the report shows it: digests stand in one place for all parts."""
+    return {key: value for key, value in entry.items() if key != "digests"}
+
+
+def _part_kind(plan: MergePlan, shards: tuple[Shard, ...], working: Path) -> PartKind:
+    """The parts that the journal may have, with their files."""
+    names = [NON_BLOCK, *(block.name for block in plan.blocks)]
+    return PartKind(names, working, shards, stored_sizes(plan.output))
 
 
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
@@ -294,8 +311,7 @@ def _verify(planned: PlannedMerge, shards: tuple[Shard, ...], folder: OutputFold
                 plain = all(info.quantization is None for info in infos) and plan.output[key].quantization is None
                 shape = plan.output[key].shape
                 comparison.add(ComparedTensor(block, shape, partial(output.read, key), reads, base, plain))
-    not_finite = {name for entry in folder.entries.values() for name in entry.get("not_finite", ())}
-    return comparison.finish(not_finite, time.perf_counter() - start)
+    return comparison.finish(time.perf_counter() - start)
 
 
 @dataclass
@@ -344,11 +360,12 @@ class Job:
         with ExitStack() as stack:
             stack.enter_context(self.ranks.busy())
             weights = self._open_weights(stack)
+            stack.enter_context(self._as_merge_error(weights))
             quiet = self.quiet or not self.ranks.is_first
             progress = stack.enter_context(
                 RunProgress(self._num_steps(finished), len(plan.blocks), plan.device, quiet=quiet)
             )
-            for note in plan.notes:
+            for note in (*plan.notes, *self.folder.redone):
                 progress.tell(f"note: {note}")
             if NON_BLOCK not in finished and self.ranks.is_first:
                 self._merge_non_block(weights, progress)
@@ -470,9 +487,30 @@ class Job:
         self._record(NON_BLOCK, entry | {"seconds": self.clock.seconds()}, weights)
 
     def _record(self, part: str, entry: Mapping[str, Any], weights: Weights) -> None:
-        """Notes a finished part in the journal, with the tensors in which something is not finite."""
-        broken = sorted(weights.own_writer.not_finite)
-        self.folder.record(part, {**entry, **({"not_finite": broken} if broken else {})})
+        """Notes a finished part in the journal, with the digests of all that was written since the last one."""
+        self.folder.record(part, {**entry, "digests": weights.own_writer.take_digests()})
+
+    @contextmanager
+    def _as_merge_error(self, weights: Weights) -> Iterator[None]:
+        """Names the model, or the setting, where NaN or infinity in a tensor comes from."""
+        try:
+            yield
+        except NotFiniteError as error:
+            raise MergeError(f"{error.name}: {error}: {self._why_not_finite(error.name, weights)}") from None
+
+    def _why_not_finite(self, key: str, weights: Weights) -> str:
+        plan, inputs = self.planned.plan, self.planned.inputs
+        names = [tensor.name for tensors in (plan.non_block, *(b.tensors for b in plan.blocks)) for tensor in tensors]
+        own = next((keys for name in names for out, keys in inputs.keys_by_model(name).items() if out == key), {})
+        readers = {reader.checkpoint.name: reader for reader in weights.all_readers}
+        for model, own_key in own.items():
+            found = not_finite(readers[model].read(own_key)) if model in readers else None
+            if found is not None:
+                return f"{model} holds {found} in {own_key}; fetch or save that checkpoint again, or leave it out"
+        return (
+            "all models hold finite numbers there; set a dtype that holds more (bfloat16, float32), compute_dtype: "
+            f"float32, or a ridge above {plan.config.parameters.ridge:g}"
+        )
 
     def _num_steps(self, finished: frozenset[str]) -> int:
         """Number of steps that progress will count."""

@@ -6,7 +6,6 @@ parts of the journal, of all ranks ──► MergeReport ──► print: the ta
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -250,8 +249,8 @@ def config_text(planned: PlannedMerge) -> str:
     return output_config(planned.inputs.reference.config, dtype, settings)
 
 
-def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> None:
-    """Writes everything but weights, index and `config.json` into a folder."""
+def write_side_files(path: Path, planned: PlannedMerge) -> None:
+    """Writes everything but weights, index, `config.json` and the report into a folder."""
     inputs, config = planned.inputs, planned.plan.config
     tokens = inputs.tokens
     side_files = find_files(config, inputs)
@@ -292,4 +291,3 @@ def write_side_files(path: Path, planned: PlannedMerge, report: MergeReport) -> 
         ),
         encoding="utf-8",
     )
-    (path / "merge_report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

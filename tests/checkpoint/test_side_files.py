@@ -21,7 +21,7 @@ from largemerge.checkpoint.side_files import (
     find_tokenizer,
     model_card,
     output_config,
-    remove_side_files,
+    remove_checkpoint,
 )
 from largemerge.tokenizer.tokenizers import tokenizer_files
 
@@ -236,6 +236,6 @@ def test_what_an_earlier_merge_left_is_removed(tmp_path: Path) -> None:
     sentence_encoder(tmp_path / "out", "0_Transformer")
     touch(tmp_path / "out", "spm.model", "qformer_tokenizer/vocab.txt", "notes.md", "generation_config.json")
     kept = tmp_path / "out" / "2_Dense" / "model.safetensors"
-    remove_side_files(tmp_path / "out", {kept})
+    remove_checkpoint(tmp_path / "out", {kept})
     left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left == {"2_Dense/model.safetensors", "README.md", "notes.md", "custom_st.py"}

@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import largemerge
-from largemerge import LargemergeError
+from largemerge import LargemergeError, MergeError
 
 Rename = Callable[[str], str]
 VL_TEXT = tiny_models.LLM | {
@@ -401,21 +401,22 @@ def test_the_report_says_how_much_of_each_model_is_left(tmp_path: Path) -> None:
         expected = torch.cosine_similarity(delta, merged, dim=0).item()
         found = told["candidates"][str(tmp_path / name)]["by_block"]["model.layers.1"]["cosine"]
         assert abs(found - expected) < 1e-3, name
-    assert told["not_finite"] == []
     largemerge.merge(config, tmp_path / "out2", verify=False)
     assert "verified" not in report_of(tmp_path / "out2")
 
 
-def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "found"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_what_is_not_finite_is_refused_with_model_and_tensor(tmp_path: Path, value: float, found: str) -> None:
     a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2)
 
     def broken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors["model.norm.weight"][3] = float("nan")
+        tensors["model.norm.weight"][3] = value
         return tensors
 
     rewrite_weights(b, broken)
-    largemerge.merge(linear(a, b), tmp_path / "out")
-    assert report_of(tmp_path / "out")["verified"]["not_finite"] == ["model.norm.weight"]
+    with pytest.raises(MergeError, match=f"model.norm.weight: linear: .*{found}: .*b holds {found} in model.norm"):
+        largemerge.merge(linear(a, b), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 # Heads that cannot be merged

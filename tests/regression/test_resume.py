@@ -14,12 +14,14 @@ import processes
 import pytest
 import tiny_models
 import torch
-from cases import Case, MakeCase, files_in, touch, weights_in
+from cases import Case, files_in, touch, weights_in
 from processes import PARTS, SHARD, check_unbroken, journal, make_long_case, merging, parts
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import largemerge
-from largemerge import OutputError
+from largemerge import MergeError, OutputError
+from largemerge.output import OutputFolder
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +212,7 @@ def test_a_second_process_is_refused(half_done: Case, out: Path, tmp_path: Path)
 
 
 def test_the_report_of_a_resumed_merge_covers_all_blocks(half_done: Case, out: Path) -> None:
-    finished = [line["entry"] for line in journal(out)]
+    finished = [{key: value for key, value in line["entry"].items() if key != "digests"} for line in journal(out)]
     report = resume(half_done, out).to_json()
     assert report["resumed_parts"] == len(finished)
     assert [report["outside"], *report["blocks"].values()][: len(finished)] == finished
@@ -219,10 +221,130 @@ def test_the_report_of_a_resumed_merge_covers_all_blocks(half_done: Case, out: P
         assert report["blocks"][name]["linears"] == block["linears"]
 
 
-def test_a_manifest_that_cannot_be_read_is_told(make_case: MakeCase) -> None:
-    case = make_case()
-    working = case.folder / "out" / ".largemerge"
-    working.mkdir(parents=True)
-    (working / "manifest.json").write_text("{")
-    with pytest.raises(OutputError, match=r"manifest\.json cannot be read.*--force"):
-        largemerge.merge(case.config, case.folder / "out", resume=True)
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"null", b"\x00" * 40, b"[" * 100_000, b"\xff\xfe"])
+def test_a_manifest_that_is_not_as_written_is_told(half_done: Case, out: Path, content: bytes) -> None:
+    (out / ".largemerge" / "manifest.json").write_bytes(content)
+    refused(half_done, out, "manifest.json is not as a merge has written it")
+
+
+def test_an_edited_manifest_is_told(half_done: Case, out: Path) -> None:
+    path = out / ".largemerge" / "manifest.json"
+    path.write_text(path.read_text().replace('"replaces": false', '"replaces": true'))
+    refused(half_done, out, "manifest.json is not as a merge has written it")
+
+
+# What lies on the disk is not what the journal says
+
+
+def some_tensor(out: Path) -> tuple[Path, int]:
+    """The shard that holds a tensor of the first finished block, and where it begins."""
+    name = next(name for name in journal(out)[1]["entry"]["digests"] if name.endswith("q_proj.weight"))
+    for shard in sorted((out / ".largemerge").glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            if name in file.keys():  # noqa: SIM118 (it is no mapping)
+                raw = shard.read_bytes()
+                length = int.from_bytes(raw[:8], "little")
+                return shard, 8 + length + json.loads(raw[8 : 8 + length])[name]["data_offsets"][0]
+    raise AssertionError(name)
+
+
+def flip(shard: Path, place: int) -> None:
+    raw = bytearray(shard.read_bytes())
+    raw[place] ^= 1
+    shard.write_bytes(raw)
+
+
+def swap(shard: Path, place: int) -> None:
+    other = next(each for each in sorted(shard.parent.glob("*.safetensors")) if each != shard)
+    first, second = shard.read_bytes(), other.read_bytes()
+    shard.write_bytes(second)
+    other.write_bytes(first)
+
+
+DAMAGES: dict[str, Callable[[Path, int], object]] = {
+    "deleted": lambda shard, place: shard.unlink(),
+    "cut": lambda shard, place: os.truncate(shard, place + 5),
+    "emptied": lambda shard, place: os.truncate(shard, 0),
+    "zeroed": lambda shard, place: shard.write_bytes(bytes(shard.stat().st_size)),
+    "flipped": flip,
+    "swapped": swap,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_was_lost_between_two_runs_is_done_again(half_done: Case, out: Path, damage: str) -> None:
+    DAMAGES[damage](*some_tensor(out))
+    report = resume(half_done, out)
+    assert report.resumed_parts < len(PARTS[:2])
+    check_unbroken(half_done, out)
+    redone = json.loads((out / "merge_report.json").read_text())["redone_parts"]
+    assert any(text.startswith("model.layers.0 is done again: ") for text in redone), redone
+
+
+@pytest.mark.parametrize("damage", ["deleted", "flipped"])
+def test_what_was_lost_after_a_crash_at_the_end_is_done_again(
+    half_done: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """When shards have gone to their places already, and all but `config.json`."""
+    out = tmp_path / "out"
+    move = OutputFolder._move
+
+    def crash(folder: OutputFolder, source: Path, name: str) -> None:
+        if name == "config.json":
+            raise KeyboardInterrupt
+        move(folder, source, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "_move", crash)
+        with pytest.raises(KeyboardInterrupt):
+            resume(half_done, out)
+    shard = sorted(out.glob("*.safetensors"))[2]
+    DAMAGES[damage](shard, shard.stat().st_size - 3)
+    resume(half_done, out)
+    check_unbroken(half_done, out)
+
+
+@pytest.mark.parametrize("line", [b"garbage\n", b"\x00\x00\n", b"{}\n", b"[]\n", b"null\n", b"[" * 50_000 + b"\n"])
+def test_a_spoiled_line_of_the_journal_says_nothing(half_done: Case, out: Path, line: bytes) -> None:
+    path = out / ".largemerge" / "journal.jsonl"
+    _, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(line + second + line)
+    assert resume(half_done, out).resumed_parts == 1
+    check_unbroken(half_done, out)
+
+
+def test_an_edited_line_of_the_journal_says_nothing(half_done: Case, out: Path) -> None:
+    path = out / ".largemerge" / "journal.jsonl"
+    path.write_text(path.read_text().replace('"part": "outside"', '"part": "model.layers.2"'))
+    assert resume(half_done, out).resumed_parts == 1
+    check_unbroken(half_done, out)
+
+
+def test_side_files_that_changed_since_are_named(half_done: Case, out: Path) -> None:
+    path = half_done.folder / "model0" / "generation_config.json"
+    before = path.read_bytes()
+    try:
+        path.write_text('{"max_length": 7}')
+        refused(half_done, out, "side files → generation_config.json")
+    finally:
+        path.write_bytes(before)
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(
+    half_done: Case, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = half_done.folder / "model1" / "model.safetensors"
+    times = path.stat()
+    check = OutputFolder.written
+
+    def touch_it(folder: OutputFolder, *rest: Any) -> Any:
+        os.utime(path)
+        return check(folder, *rest)
+
+    monkeypatch.setattr(OutputFolder, "written", touch_it)
+    try:
+        with pytest.raises(MergeError, match=r"model1/model\.safetensors has changed, or was deleted, while"):
+            resume(half_done, out)
+    finally:
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not (out / "config.json").exists()
