@@ -25,7 +25,7 @@ from largemerge.errors import (
 )
 
 if TYPE_CHECKING:
-    from largemerge.api import Memory, cluster, merge, plan
+    from largemerge.api import Memory, cluster, merge, plan, verify
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.regression.config import MergeConfig, load_config
@@ -53,6 +53,7 @@ __all__ = [
     "load_config",
     "merge",
     "plan",
+    "verify",
 ]
 
 _LAZY = {
@@ -66,6 +67,7 @@ _LAZY = {
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",
     "plan": "largemerge.api",
+    "verify": "largemerge.api",
 }
 
 

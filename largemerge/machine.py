@@ -6,11 +6,20 @@ total, with pages of mapped files, which the kernel may drop at any time. Limits
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import functools
 import importlib.metadata
 import os
 import platform
+import shutil
+import stat
+import tempfile
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +30,7 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 _INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
+_ABANDONED_SECONDS = 120.0  # a scratch folder gets its lock right after it is made
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 
 
@@ -116,6 +126,42 @@ def reuse_freed_memory(*, sparingly: bool) -> None:
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_THRESHOLD, largest_reused)
     mallopt(_M_TRIM_THRESHOLD, 4 * largest_reused)
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """Makes a folder for the moment where temporary files go; what killed processes have left there goes, too.
+
+    Args:
+        purpose: A word for its name, `largemerge-PURPOSE-…`.
+    """
+    _remove_abandoned()
+    with tempfile.TemporaryDirectory(prefix=f"largemerge-{purpose}-", ignore_cleanup_errors=True) as folder:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: then nobody takes it for abandoned
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield Path(folder)
+        finally:
+            os.close(descriptor)
+
+
+@functools.cache
+def _remove_abandoned() -> None:
+    """Removes scratch folders whose processes have been killed: nobody holds their locks."""
+    for folder in Path(tempfile.gettempdir()).glob("largemerge-*-????????"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                continue
+            if time.time() - status.st_mtime < _ABANDONED_SECONDS:
+                continue
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
 
 
 class MemoryWatch:

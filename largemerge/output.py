@@ -421,7 +421,10 @@ def open_output(
                 elif entry.is_file() and entry.name != "lock":
                     entry.unlink()
     resuming = (working / "manifest.json").exists()
-    working.mkdir(parents=True, exist_ok=True)
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be made: {error.strerror}; choose another folder") from None
     with _locked(working):
         if resuming:
             before = _read_manifest(working / "manifest.json")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cases import touch
 
+from largemerge.checkpoint import writer as writer_module
 from largemerge.checkpoint.tensor_info import OutputTensor
-from largemerge.checkpoint.writer import ShardWriter, layout_shards
-from largemerge.errors import MergeError
+from largemerge.checkpoint.writer import NotFiniteError, ShardWriter, layout_shards
+from largemerge.errors import MergeError, OutputError
 from largemerge.output import open_output
 
 
@@ -34,3 +37,125 @@ def test_files_that_are_not_as_laid_out_are_not_called_finished(tmp_path: Path) 
         file.write_bytes(whole)
         folder.finish(shards, lambda path: None, "{}", {})
     assert (out / "config.json").exists() and not working.exists()
+
+
+def unlike(folder: Path) -> dict[str, str]:
+    """Files that are nobody's checkpoint, in a folder."""
+    names = ("optimizer.bin", "lora.safetensors", "training_args.bin", "voice.model", "notes.txt", "data/x.safetensors")
+    touch(folder, *names)
+    return {name: (folder / name).read_text() for name in names}
+
+
+def finished(out: Path, *, force: bool = False, resume: bool = False) -> None:
+    """Writes a checkpoint of one tensor by hand."""
+    tensors = {"a": OutputTensor(torch.float32, (4, 4))}
+    shards = layout_shards(tensors, 1 << 20)
+    with open_output(out, {}, [], resume=resume, force=force) as folder:
+        with ShardWriter(folder.working, tensors, shards) as writer:
+            writer.write("a", torch.ones(4, 4))
+            writer.flush()
+            folder.record("all", {"digests": writer.take_digests()})
+        folder.finish(shards, lambda path: touch(path, "vocab.txt"), "{}", {})
+
+
+def test_force_takes_away_a_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    touch(out, "model-00001-of-00002.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "odd.safetensors")
+    (out / "model.safetensors.index.json").write_text('{"weight_map": {"x": "odd.safetensors"}}')
+    kept = unlike(out)
+    finished(out, force=True)
+    finished(out, force=True)
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert left == {*kept, "config.json", "vocab.txt", "model.safetensors", "merge_report.json"}
+    assert {name: (out / name).read_text() for name in kept} == kept
+
+
+@pytest.mark.parametrize("place", [".largemerge", ".largemerge/manifest.json", ".largemerge/model.safetensors"])
+@pytest.mark.parametrize("options", [{"force": True}, {"resume": True}])
+def test_nothing_is_written_through_a_link_in_the_working_folder(
+    tmp_path: Path, place: str, options: dict[str, bool]
+) -> None:
+    target, out = tmp_path / "target", tmp_path / "out"
+    if place == ".largemerge":
+        touch(target, "keep")
+    else:
+        target.write_text("keep")
+    (out / place).parent.mkdir(parents=True)
+    (out / place).symlink_to(target)
+    with pytest.raises(OutputError, match=r"is a link; nothing is written through it"):
+        finished(out, **options)
+    assert (target / "keep").is_file() if target.is_dir() else target.read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda out: out.write_text("x"), "is a file"),
+        (lambda out: out.symlink_to("nowhere"), "is a link to nowhere, which is not there"),
+        (lambda out: out.symlink_to(out.name), "is a link to out, which is not there"),
+        (lambda out: touch(out, ".largemerge"), "is a file; a merge keeps a folder of this name"),
+    ],
+)
+def test_what_stands_in_the_way_is_told(tmp_path: Path, make: Callable[[Path], object], expected: str) -> None:
+    make(tmp_path / "out")
+    with pytest.raises(OutputError, match=expected):
+        finished(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "/proc/nothing/here"])
+def test_names_that_no_folder_can_have_are_told(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match="cannot be"):
+        finished(tmp_path / name)
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finished(out)
+    before = (out / "model.safetensors").read_bytes()
+    (out / "vocab.txt").unlink()
+    touch(out / "vocab.txt", "mine")
+    with pytest.raises(OutputError, match=r"vocab\.txt is a folder"):
+        finished(out, force=True)
+    assert (out / "model.safetensors").read_bytes() == before and (out / "vocab.txt" / "mine").is_file()
+
+
+def test_what_a_kill_in_the_clean_up_left_goes_at_the_next_resume(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finished(out)
+    touch(out / ".largemerge", "lock", "side/x")
+    with pytest.raises(OutputError, match="holds a finished merge"):
+        finished(out, resume=True)
+    assert not (out / ".largemerge").exists() and (out / "config.json").exists()
+
+
+def test_a_shard_that_is_taken_away_meanwhile_is_noticed(tmp_path: Path) -> None:
+    tensors = {"a": OutputTensor(torch.float32, (4, 4))}
+    with ShardWriter(tmp_path, tensors, layout_shards(tensors, 1 << 20)) as writer:
+        (tmp_path / "model.safetensors").unlink()
+        writer.write("a", torch.ones(4, 4))
+        with pytest.raises(OutputError, match="was deleted or replaced while it was being written"):
+            writer.flush()
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [([1.0, float("nan")], "NaN"), ([1.0, float("inf")], "infinity"), ([0.0, float("inf")], "infinity")],
+)
+def test_what_is_no_number_is_not_written(tmp_path: Path, values: list[float], found: str) -> None:
+    tensors = {"a": OutputTensor(torch.bfloat16, (2,))}
+    with ShardWriter(tmp_path, tensors, layout_shards(tensors, 1 << 20)) as writer:
+        with pytest.raises(NotFiniteError, match=f"with {found}"):
+            writer.write("a", torch.tensor(values, dtype=torch.bfloat16))
+        writer.write("a", torch.tensor([0.0, -float("inf")], dtype=torch.bfloat16))  # a mask is what it is
+
+
+def test_a_disk_without_room_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: OutputTensor(torch.float32, (1 << 40,)) for name in ("a", "b")}
+    shards = layout_shards(tensors, 1 << 20)
+    with pytest.raises(OutputError, match=r"free, and .* more are needed"), ShardWriter(tmp_path, tensors, shards):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(writer_module, "_check_room", lambda folder, shards: None)
+    with pytest.raises(OutputError, match="expected room for"), ShardWriter(tmp_path, tensors, shards):
+        pass
+    assert list(tmp_path.iterdir()) == []

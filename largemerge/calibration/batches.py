@@ -195,8 +195,10 @@ def mmap_inputs(calibration: CalibrationSet, folder: Path) -> CalibrationSet:
 
 
 def _mmap(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".calibration-") as stream:
+    with tempfile.TemporaryFile(dir=folder, prefix=".calibration-") as stream:
         stream.write(byte_view(tensor.contiguous().reshape(-1).view(torch.uint8)))
         stream.flush()
-        flat = torch.from_file(stream.name, shared=False, size=math.prod(tensor.shape), dtype=tensor.dtype)
+        # It has no name from the start, so that even a kill right now leaves nothing; Linux names it by its number.
+        name = f"/proc/self/fd/{stream.fileno()}"
+        flat = torch.from_file(name, shared=False, size=math.prod(tensor.shape), dtype=tensor.dtype)
     return flat.reshape(tensor.shape)

@@ -44,6 +44,7 @@ from largemerge.checkpoint.writer import (
     not_finite,
     stored_sizes,
 )
+from largemerge.comparison import ComparedTensor, Comparison, Verification
 from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, release_slot
 from largemerge.data_free.matrices import LAYER
 from largemerge.data_free.methods.base import Access, Cut, select_formula
@@ -58,7 +59,6 @@ from largemerge.errors import MergeError
 from largemerge.model.alignment import AlignedReader
 from largemerge.output import OutputFolder, PartKind
 from largemerge.progress import RunProgress
-from largemerge.verify import ComparedTensor, Comparison, Verification
 
 PART_BYTES = 256 << 20
 """The least bytes of the output between two lines of the journal."""

@@ -22,7 +22,6 @@ import graphlib
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError
 from largemerge.integrity import find_damage
+from largemerge.machine import scratch_folder
 from largemerge.model.adapter_names import AdapterNames
 from largemerge.output import INTERMEDIATE_FOLDER, REPORT_FILE, WORKING_FOLDER, check_no_input, check_output
 
@@ -251,7 +251,7 @@ def _check(
     for target in targets:
         check_no_input(target, inputs, force=force)
         if folder != out / WORKING_FOLDER / INTERMEDIATE_FOLDER:
-            _check_apart(target, out)
+            _check_target(target, out)
     inside = out / WORKING_FOLDER / INTERMEDIATE_FOLDER
     if inside.exists() and not (resume or force):
         raise OutputError(f"{out} holds an unfinished merge; --resume goes on with it, --force starts afresh")
@@ -261,11 +261,14 @@ def _check(
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _check_apart(target: Path, out: Path) -> None:
-    """Refuses a folder of a result that is the output's, lies in it, or holds it."""
+def _check_target(target: Path, out: Path) -> None:
+    """Refuses a folder for a result that is the output's, lies in it or holds it, or holds something else."""
     one, other = target.resolve(), out.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise OutputError(f"{target}, the result of another document, and {out}, the output: expected folders apart")
+    ours = (target / REPORT_FILE, target / WORKING_FOLDER / "manifest.json")
+    if target.exists() and not any(path.is_file() for path in ours) and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} is no result of a merge; remove it, or take another --intermediate-dir")
 
 
 class _Result(Enum):
@@ -310,7 +313,7 @@ def _planned(documents: list[Document], *, probe: bool = False, **options: Any) 
     plans: dict[str, DataFreePlan] = {}
     problems: list[str] = []
     prior = PriorMerges()
-    with tempfile.TemporaryDirectory(prefix="largemerge-plan-") as folder:
+    with scratch_folder("plan") as folder:
         for document in documents:
             if not set(document.needs) <= set(prior.checkpoints):
                 problems += _open_problems(document)  # that what it needs cannot be planned is among them already
@@ -323,7 +326,7 @@ def _planned(documents: list[Document], *, probe: bool = False, **options: Any) 
                 continue
             plans[document.label] = plan
             if not plan.problems:
-                placeholder = _placeholder(plan, Path(folder) / document.label, document.label)
+                placeholder = _placeholder(plan, folder / document.label, document.label)
                 prior = prior.with_result(document.config, placeholder, {})
         if problems:
             raise LargemergeError(*problems, *SeriesPlan(plans).problems)

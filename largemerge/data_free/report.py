@@ -25,6 +25,7 @@ from largemerge.checkpoint.side_files import (
     model_card,
 )
 from largemerge.checkpoint.tensor_info import torch_dtype
+from largemerge.comparison import Verification
 from largemerge.config_file import gib
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.output_files import check_tokenizer, find_files, write_tokenizer
@@ -35,7 +36,6 @@ from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.tokenizer.token_ids import move_ids
 from largemerge.tokenizer.vocabulary import Vocabulary
-from largemerge.verify import Verification
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.writer import NotFiniteError, Shard, ShardWriter, layout_shards, not_finite, stored_sizes
+from largemerge.comparison import ComparedTensor, Comparison, Verification
 from largemerge.devices import choose_device
 from largemerge.distributed.collectives import SHARED_BYTES, AsyncCollectives, open_collectives
 from largemerge.distributed.partition import samples_at_once
@@ -62,7 +63,6 @@ from largemerge.regression.samples import (
 from largemerge.regression.tensor_plan import MergeRule
 from largemerge.regression.tokens import ArrangedReader
 from largemerge.regression.weights import Weights
-from largemerge.verify import ComparedTensor, Comparison, Verification
 
 NON_BLOCK = "outside"
 """Name of the part that holds all tensors outside the blocks, in journal, report and progress."""

@@ -19,6 +19,7 @@ from rich.table import Table
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.side_files import model_card, output_config
 from largemerge.checkpoint.tensor_info import torch_dtype
+from largemerge.comparison import Verification
 from largemerge.config_file import gib
 from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
@@ -28,7 +29,6 @@ from largemerge.regression.inputs import Inputs
 from largemerge.regression.output_files import check_tokenizer, find_files, write_tokenizer
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
-from largemerge.verify import Verification
 
 
 def config_yaml(config: MergeConfig) -> str:

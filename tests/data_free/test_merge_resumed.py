@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -86,3 +87,34 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path: Path) -> None:
     assert "hangs: for 3 s it has" in log and "--resume" in log and "Traceback" not in log
     processes.run_ranks([*command, "--resume"], tmp_path, 3, small)
     load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["scratch/model.safetensors", "model.safetensors"])
+def test_what_was_lost_is_done_again(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a method that goes over all tensors twice: merged task vectors, or the output."""
+    write_models(tmp_path)
+    config = config_of(tmp_path, "opcm", base_model=str(tmp_path / "model0"))
+    monkeypatch.setattr(engine, "PART_BYTES", 9000)
+    write = engine.write_piece
+    done = 0
+
+    def fails(writer: engine.ShardWriter, task: tasks.Task, *rest: Any) -> None:
+        nonlocal done
+        if writer.folder.name == ".largemerge":
+            done += 1
+            if done > 8:
+                raise LargemergeError("the power went out")
+        write(writer, task, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "write_piece", fails)
+        with pytest.raises(LargemergeError, match="power"):
+            largemerge.merge(config, tmp_path / "out")
+    names = [line["part"] for line in processes.journal(tmp_path / "out")]
+    assert "part 0" in names and "unscaled part 0" in names, names
+    file = tmp_path / "out" / ".largemerge" / where
+    file.write_bytes(bytes(file.stat().st_size))
+    resumed = largemerge.merge(config, tmp_path / "out", resume=True).resumed_parts
+    assert resumed < len(names)
+    largemerge.merge(config, tmp_path / "unbroken")
+    assert processes.lasting(tmp_path / "out") == processes.lasting(tmp_path / "unbroken")

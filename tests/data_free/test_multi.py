@@ -238,3 +238,45 @@ def test_the_option_is_for_several(folder: Path, capsys: pytest.CaptureFixture[s
     assert done.value.code == 2 and "is for files of several merges" in capsys.readouterr().err
     with pytest.raises(LargemergeError, match="is for files of several merges"):
         largemerge.merge(path, folder / "out", intermediate_dir=folder / "kept")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("out", "intermediate", "expected"),
+    [
+        ("model0", None, "model0 holds an input of this merge"),
+        ("link", None, "link holds an input of this merge"),
+        ("out", ".", "first is no result of a merge; remove it"),
+        ("kept/first", "kept", "expected folders apart"),
+        ("kept", "kept/inside", "expected folders apart"),
+    ],
+)
+def test_no_model_is_overwritten_even_by_force(
+    folder: Path, out: str, intermediate: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "link").symlink_to("model0")
+    tiny_models.perturbed("llama", 5).save_pretrained(folder / "first")  # somebody's, called like a document
+    path = three(folder)
+    before = snapshot(folder)
+    with pytest.raises(LargemergeError, match=expected):
+        largemerge.merge(path, out, intermediate_dir=intermediate, force=True)
+    assert snapshot(folder) == before
+
+
+def test_a_finished_series_is_not_resumed(folder: Path) -> None:
+    largemerge.merge(three(folder), folder / "out")
+    with pytest.raises(LargemergeError, match="holds a finished merge"):
+        largemerge.merge(three(folder), folder / "out", resume=True)
+
+
+def test_a_result_that_was_damaged_since_is_told(folder: Path) -> None:
+    path = three(folder)
+    largemerge.merge(path, folder / "out", intermediate_dir=folder / "kept")
+    file = folder / "kept" / "first" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(LargemergeError, match=r"model\.norm\.weight is not as it was written(.|\n)*--force makes it"):
+        largemerge.merge(path, folder / "again", intermediate_dir=folder / "kept")
