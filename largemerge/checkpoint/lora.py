@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ def _open_own(folder: Path, name: str) -> Checkpoint:
         raise CheckpointError(f"{name}: {folder} is {what} folder; expected an adapter, with adapter_config.json")
     config = read_json(folder / "adapter_config.json", name)
     problems = [f"{name}: adapter_config.json: {problem}" for problem in config_problems(config)]
-    file = next((folder / each for each in _FILES if (folder / each).is_file()), None)
+    file = next((folder / each for each in _FILES if os.path.lexists(folder / each)), None)
     if file is None:
         problems.append(f"{name}: no weights in {folder}; expected {' or '.join(_FILES)}")
     if problems or file is None:
