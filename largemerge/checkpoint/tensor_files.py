@@ -5,7 +5,7 @@
 
 A safetensors file starts with eight bytes (the header's length, little endian), a JSON header (name → dtype, shape,
 byte range) and then the bytes of all tensors. Reading headers costs kilobytes, whatever the size of the model. Pickle
-files are unpickled onto the meta device with `weights_only=True`; where training programs wrap the weights
+files are mapped, and unpickled with `weights_only=True`; where training programs wrap the weights
 (`{"state_dict": …, "epoch": 3}`), the only dictionary of tensors is taken. Another format is one more class, and a line
 in `open_tensor_file`.
 
@@ -18,6 +18,8 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -38,6 +40,7 @@ Rows = slice | torch.Tensor | None
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _MAX_PROBLEMS = 20
 _MAX_DIMENSIONS = 64  # as many as PyTorch computes with
+_MAX_PICKLE_BYTES = 256 << 20  # without the tensors, which lie beside it
 _MAX_EXPANDED_BYTES = 1 << 30  # of a tensor whose rows share memory
 MAX_NAME_LENGTH = 1000
 """Number of characters that a tensor's name may have: those of models have a hundred."""
@@ -191,13 +194,19 @@ class PickleFile:
         problem = file_problem(file)
         if problem is not None:
             raise CheckpointError(f"{file} {problem}")
-        try:
-            state = torch.load(file, map_location="meta", weights_only=True)
-        except Exception as error:  # what a broken or malicious pickle may raise, nobody has listed
-            raise CheckpointError(f"{file}: cannot be read with weights_only=True: {_first_line(error)}") from None
-        problem = _zip_problem(file) if zipfile.is_zipfile(file) else None
+        zipped = zipfile.is_zipfile(file)
+        problem = _zip_problem(file) if zipped else None
         if problem is not None:
             raise CheckpointError(f"{file}: {problem}")
+        try:
+            # Mapped, nothing is read, and views that lead out of their storage are refused, which meta tensors hide.
+            where: dict[str, Any] = {"map_location": "cpu", "mmap": True} if zipped else {"map_location": "meta"}
+            state = torch.load(file, weights_only=True, **where)
+        except Exception as error:  # what a broken or malicious pickle may raise, nobody has listed
+            raise CheckpointError(
+                f"{file}: cannot be read with weights_only=True: {_unpickling_problem(error)}; expected tensors by "
+                "name, saved by torch.save: fetch it again, or take the checkpoint in safetensors"
+            ) from None
         state = self._unwrapped(state)
         problems = [f"{file}: {each}" for name, tensor in state.items() for each in _pickled_problems(name, tensor)]
         if problems:
@@ -238,7 +247,12 @@ class PickleFile:
             state = self._whole
             if state is None:
                 mapped = zipfile.is_zipfile(self._path)
-                state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
+                try:
+                    state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
+                except (RuntimeError, OSError, ValueError) as error:
+                    raise CheckpointError(
+                        f"{self._path}: cannot be read: {_first_line(error)}; was it changed meanwhile?"
+                    ) from None
                 if not mapped:
                     self._whole = state
         tensor = self._unwrapped(state)[info.name].detach()
@@ -262,6 +276,10 @@ def name_problem(name: str) -> str | None:
     """Says why a text cannot be a tensor's name here; `None` if it can."""
     if len(name) > MAX_NAME_LENGTH:
         return f"a tensor's name has {len(name):,} characters, expected {MAX_NAME_LENGTH} or fewer"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return f"a tensor is called {shorten(name)!r}, which holds half of a character"
     if MODULE_SEPARATOR in name:
         return f"a tensor is called {shorten(name)!r}; expected no {MODULE_SEPARATOR!r}, which parts a module's folder"
     return None
@@ -315,9 +333,11 @@ class _Storages(pickle.Unpickler):
     def __init__(self, raw: bytes) -> None:
         super().__init__(io.BytesIO(raw))
         self.num_bytes: dict[str, int] = {}
+        self.names: set[str] = set()
 
     def find_class(self, module: str, name: str, /) -> Any:
         """Loads nothing: storages are known by their names, and all else is inert."""
+        self.names.add(name)
         return name if name in _STORAGE_BYTES else _Inert
 
     def persistent_load(self, pid: Any, /) -> Any:
@@ -344,10 +364,18 @@ def _zip_problem(file: Path) -> str | None:
             pickled = next((name for name in entries if name.endswith("data.pkl")), None)
             if pickled is None:
                 return "has no data.pkl; expected what torch.save writes"
+            order = next((archive.read(name) for name in entries if name.endswith("byteorder")), b"little")
+            if order.strip().decode("latin-1") != sys.byteorder:
+                # Numbers would be turned round in the mapped file itself, which ends the process.
+                return f"was saved in the byte order {shorten(repr(order))}; expected {sys.byteorder}"
+            if entries[pickled].file_size > _MAX_PICKLE_BYTES:
+                return f"{shorten(pickled)} in it has {entries[pickled].file_size:,} bytes; expected a model's weights"
             storages = _Storages(archive.read(pickled))
             storages.load()
     except Exception as error:  # what a broken or malicious file may raise, nobody has listed
         return f"cannot be read: {_first_line(error)}"
+    if "_rebuild_meta_tensor_no_storage" in storages.names:
+        return "holds tensors on the meta device, which have no numbers; save the model once its weights are loaded"
     root = pickled.removesuffix("data.pkl")
     for key, wanted in storages.num_bytes.items():
         entry = entries.get(f"{root}data/{key}")
@@ -380,6 +408,13 @@ def _pickled_problems(name: str, tensor: torch.Tensor) -> Iterator[str]:
             f"{shorten(name)} is {list(tensor.shape)}, expanded from {tensor.untyped_storage().nbytes()} bytes; "
             "expected a tensor with memory of its own: tensor.contiguous(), saved again"
         )
+
+
+def _unpickling_problem(error: Exception) -> str:
+    """Says what the unpickler has found, without its advice to run what is in the file."""
+    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    text = found[1] if found is not None else str(error).partition("Weights only load failed")[0]
+    return shorten((text.strip().splitlines() or [type(error).__name__])[0], 200)
 
 
 def _first_line(error: Exception) -> str:
