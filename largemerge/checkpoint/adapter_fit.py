@@ -337,8 +337,8 @@ class Fitting:
             )
         else:
             self.problems.append(
-                f"{self._own.folder.name} holds {shorten(key, 200)} {shape}, but {self._model.folder.name} has no tensor "
-                f"{shorten(name, 200)} "
+                f"{self._own.folder.name} holds {shorten(key)} {shape}, but {self._model.folder.name} has no tensor "
+                f"{shorten(name)} "
                 f"(matched {self._places.way}); expected the adapter's own model"
             )
         return None

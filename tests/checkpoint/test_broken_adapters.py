@@ -68,7 +68,6 @@ SETTINGS: list[tuple[str, object, str]] = [
     ("new_number", INF, "expected a finite number"),
     ("peft_type", 5, "expected the kind of the adapter"),
     ("peft_type", None, "expected the kind of the adapter"),
-    ("peft_type", "LORA²", "which this peft does not know"),
 ]
 
 
@@ -155,7 +154,7 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path, llama: tuple[PreTrained
 
 def test_names_of_a_thousand_parts_are_matched_quickly(tmp_path: Path, llama: tuple[PreTrainedModel, Path]) -> None:
     write_adapter(tmp_path, {}, whole={"x." * 480 + "²": ones(4, 16)})
-    assert "has no tensor" in problems(llama[1], tmp_path)
+    assert "but llama0 has no tensor x.x.x" in problems(llama[1], tmp_path)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.bfloat16, torch.float16)])
