@@ -130,11 +130,17 @@ def touch(folder: Path, *names: str) -> None:
     """Files whose content says where they come from."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"{folder.name} {name}")
+        origin = f"{folder.name} {name}"
+        (folder / name).write_text(json.dumps({"origin": origin}) if name.endswith(".json") else origin)
 
 
 def origins(out: Path, *names: str) -> list[str]:
-    return [(out / name).read_text().split()[0] if (out / name).exists() else "" for name in names]
+    return [origin(out / name).split()[0] if (out / name).exists() else "" for name in names]
+
+
+def origin(file: Path) -> str:
+    """What `touch` has written."""
+    return str(json.loads(file.read_text())["origin"]) if file.suffix == ".json" else file.read_text()
 
 
 def names_in(folder: Path) -> set[str]:

@@ -17,6 +17,7 @@ import torch
 
 from largemerge.calibration.batches import ForwardSignature, Sample
 from largemerge.calibration.columns import MAX_PROBLEMS
+from largemerge.checkpoint.side_files import PROCESSOR_FILES, check_side_files
 from largemerge.errors import CalibrationError
 
 PIXELS = "pixel_values"
@@ -32,6 +33,7 @@ def load_image_processor(checkpoint: Path, where: str, *, trust_remote_code: boo
 
     auto: Any = transformers.AutoImageProcessor
     try:
+        check_side_files(checkpoint, ("config.json", *PROCESSOR_FILES))
         return auto.from_pretrained(
             str(checkpoint), backend="pil", trust_remote_code=trust_remote_code, local_files_only=True
         )

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
+from largemerge.text_files import parse_json
 
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -228,15 +229,17 @@ def _first_bad_json(path: Path) -> str | None:
     try:
         with path.open(encoding="utf-8") as file:
             if path.suffix.lower() == ".json":
-                json.load(file)
+                parse_json(file.read())
                 return None
             for line, text in enumerate(file, start=1):
-                if text.strip() and not isinstance(json.loads(text), dict):
+                if text.strip() and not isinstance(parse_json(text), dict):
                     return f'line {line}: expected an object such as {{"text": ...}}, found {text.strip()[:60]}'
     except UnicodeDecodeError as error:
         return f"not readable as UTF-8 text: {error}"
     except json.JSONDecodeError as error:
         return f"line {line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
+    except ValueError as error:
+        return f"{f'line {line}: ' if line else ''}not valid JSON: {error}"
     return None
 
 

@@ -13,15 +13,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import regex
 import torch
 from torch import nn
 
-from largemerge.checkpoint.adapter_places import Place, Places
+from largemerge.checkpoint.adapter_places import INPUT_EMBEDDINGS, Place, Places
 from largemerge.checkpoint.deltas import (
     Delta,
     Experts,
@@ -34,7 +36,8 @@ from largemerge.checkpoint.deltas import (
 )
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import CheckpointReader
-from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.checkpoint.tensor_info import TensorInfo, dtype_name
+from largemerge.text_files import shorten
 
 _REFUSED = (
     "layer_replication",
@@ -50,6 +53,8 @@ _REFUSED = (
 """Keys of `adapter_config.json` that change what an adapter does to a weight, or to which."""
 _REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of an adapter that change the model's own weights, which the adapter then does not hold."""
+_KNOWN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
+"""Initialisations that leave the model's weights as they are."""
 _DONE_AGAIN = ("pissa", "olora")
 """Those of them that peft does again from the model's weights alone, to the same numbers."""
 _KNOWN = frozenset(
@@ -77,12 +82,16 @@ _LORA_PART = re.compile(
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
 _TOKENS = re.compile(r"^(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
+_LARGEST = torch.finfo(torch.float32).max
+_MAX_PATTERN_SECONDS = 2.0
+"""Time that all patterns of an adapter may take; those of people take a thousandth."""
 _MERGE_FIRST = "merge the adapter into its model first (peft: merge_and_unload), and name the result"
 _EXTRA = "pip install 'largemerge[peft]'"
 
 
 def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Yields what in an `adapter_config.json` is wrong or not supported."""
+    yield from _type_problems(config)
     kind = config.get("peft_type")
     if kind != "LORA":
         yield from _kind_problems(kind)
@@ -98,14 +107,94 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             f"init_lora_weights is {start!r}, which changes the model's own weights, too; convert it to a plain LoRA "
             "(peft: path_initial_model_for_weight_conversion), or merge it with peft first"
         )
+    elif isinstance(start, str) and not start.lower().startswith((*_KNOWN_STARTS, *_REFUSED_STARTS)):
+        yield f"init_lora_weights is {shorten(repr(start))}, which is not known; {_MERGE_FIRST}"
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        yield f"bias is {shorten(repr(config['bias']))}; expected 'none', 'all' or 'lora_only'"
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        values = {key: config.get(key)}
-        values |= {f"{patterns}[{name!r}]": value for name, value in (config.get(patterns) or {}).items()}
-        for label, value in values.items():
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                yield f"{label} is {value!r}; expected a number"
+        found = config.get(patterns) or {}
+        if not isinstance(found, Mapping):
+            continue  # which its type tells
+        for label, value in {key: config.get(key), **{f"{patterns}[{each!r}]": found[each] for each in found}}.items():
+            if not _is_number(value):
+                yield f"{label} is {shorten(repr(value))}; expected a number"
+            elif not abs(value) <= _LARGEST:
+                yield f"{label} is {shorten(repr(value))}; expected a finite number"
             elif key == "r" and (value <= 0 or value != int(value)):
-                yield f"{label} is {value!r}; expected a whole number above 0"
+                yield f"{label} is {shorten(repr(value))}; expected a whole number above 0"
+        yield from (f"{patterns}: {problem}" for problem in filter(None, map(_pattern_problem, found)))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+
+
+def _are_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+
+
+_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "inference_mode", "ensure_weight_tying"),
+        (lambda value: isinstance(value, bool), "true or false"),
+    ),
+    **dict.fromkeys(
+        ("base_model_name_or_path", "revision", "task_type", "peft_version", "megatron_core"),
+        (lambda value: isinstance(value, str), "a text"),
+    ),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (_are_texts, "a list of names")),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        (lambda value: isinstance(value, str) or _are_texts(value), "a pattern, or a list of names"),
+    ),
+    "rank_pattern": (lambda value: isinstance(value, dict), "numbers by pattern"),
+    "alpha_pattern": (lambda value: isinstance(value, dict), "numbers by pattern"),
+    "init_lora_weights": (lambda value: isinstance(value, bool | str), "true, false, or a name"),
+    "bias": (lambda value: isinstance(value, str), "'none', 'all', or the adapter's only"),
+    **dict.fromkeys(
+        ("auto_mapping", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+        (lambda value: isinstance(value, dict), "keys and values"),
+    ),
+    "trainable_token_indices": (
+        lambda value: (
+            _are_token_ids(value) or (isinstance(value, dict) and all(_are_token_ids(each) for each in value.values()))
+        ),
+        "a list of token ids from 0 on, or one for each module",
+    ),
+    "layers_to_transform": (
+        lambda value: type(value) is int or (isinstance(value, list) and all(type(each) is int for each in value)),
+        "a layer's number, or a list of them",
+    ),
+    "lora_dropout": (_is_number, "a number"),
+}
+"""What the values of keys must be, where they are given and not null; and its words."""
+
+
+def _type_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the keys whose values are of another type than peft's, and numbers that are none."""
+    for key, value in config.items():
+        is_right, expected = _TYPES.get(key, (None, ""))
+        if value is not None and is_right is not None and not is_right(value):
+            yield f"{key} is {shorten(repr(value))}; expected {expected}"
+        elif isinstance(value, float) and not math.isfinite(value) and key not in ("r", "lora_alpha"):
+            yield f"{key} is {value!r}; expected a finite number"
+
+
+def _pattern_problem(pattern: str) -> str | None:
+    try:
+        regex.compile(_whole(pattern))
+    except regex.error as error:
+        return f"{shorten(repr(pattern))} is no regular expression: {error}"
+    return None
+
+
+def _whole(pattern: str) -> str:
+    """The pattern that a module's whole path must match, as peft makes it."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _kind_problems(kind: object) -> Iterator[str]:
@@ -152,6 +241,7 @@ class Fitting:
         self._plain: dict[str, str] = {}
         self._tokens: dict[str, str] = {}
         self._other: list[str] = []
+        self._patterns = _Patterns(own.config)
 
     def fit(self) -> None:
         """Sorts all tensors, then fits each sort."""
@@ -170,9 +260,17 @@ class Fitting:
         for path, key in self._tokens.items():
             self._fit_tokens(path, key)
         # Embeddings first, as peft goes through the modules in the model's order: a tied head comes last.
-        for path, found in sorted(self._lora.items(), key=lambda item: "lora_embedding_A" not in item[1]):
-            self._fit_lora(path, found)
+        try:
+            for path, found in sorted(self._lora.items(), key=lambda item: "lora_embedding_A" not in item[1]):
+                self._fit_lora(path, found)
+        except ValueError as error:  # a pattern without an end
+            self.problems.append(f"adapter_config.json: {error}")
         self._fit_with_peft()
+        if not self.problems and not self.deltas and not self.replaced:
+            self.problems.append(
+                f"{self._own.folder} changes nothing of its model: {len(self._own.tensors)} tensors, such as "
+                f"{shorten(next(iter(self._own.tensors)))}; expected the weights of an adapter"
+            )
 
     def _known_keys(self) -> Collection[str]:
         """Keys of `adapter_config.json` that this kind of adapter may have."""
@@ -239,7 +337,8 @@ class Fitting:
             )
         else:
             self.problems.append(
-                f"{self._own.folder.name} holds {key} {shape}, but {self._model.folder.name} has no tensor {name} "
+                f"{self._own.folder.name} holds {shorten(key)} {shape}, but {self._model.folder.name} has no tensor "
+                f"{shorten(name)} "
                 f"(matched {self._places.way}); expected the adapter's own model"
             )
         return None
@@ -253,10 +352,23 @@ class Fitting:
         info = self._own.tensors[key]
         if place.key is None:
             self.problems.append(f"{key} replaces {name}, which lies on disk in another layout; {_MERGE_FIRST}")
-        elif info.shape[1:] != place.shape[1:] or len(info.shape) != len(place.shape):
+        elif not self._may_replace(info.shape, place):
             self.problems.append(f"{key} is {list(info.shape)}, and replaces {name}, which is {list(place.shape)}")
         else:
+            stored = self._model.tensors[place.key].dtype
+            if info.dtype.is_floating_point != stored.is_floating_point:
+                self.problems.append(f"{key} is {dtype_name(info.dtype)}, and replaces {name}, {dtype_name(stored)}")
             self.replaced[at or place.key] = info
+
+    def _may_replace(self, shape: tuple[int, ...], place: Place) -> bool:
+        """Whether a tensor of a shape may take a place: one like it, or of a vocabulary of another size."""
+        if shape == place.shape:
+            return True
+        parts = [self._model.config, *(part for part in self._model.config.values() if isinstance(part, Mapping))]
+        vocabulary = {part.get("vocab_size") for part in parts}
+        vocabulary |= {info.shape[0] for key, info in self._model.tensors.items() if key.endswith(INPUT_EMBEDDINGS)}
+        same_width = len(shape) == len(place.shape) > 0 and shape[1:] == place.shape[1:]
+        return same_width and shape[0] > 0 and place.shape[0] in vocabulary
 
     def _fit_saved(self) -> None:
         """Replaces the tensors of `modules_to_save`; one that was tied to another is so no more."""
@@ -287,7 +399,7 @@ class Fitting:
         given = self._own.config.get("trainable_token_indices")
         if isinstance(given, Mapping):
             given = next((value for name, value in given.items() if path.endswith(name)), None)
-        if place is None:
+        if place is None or not self._is_real(key):
             return
         stored = self.replaced[place.key].shape if place.key in self.replaced else place.shape
         if not given or info.shape != (len(given), *stored[1:]):
@@ -320,6 +432,8 @@ class Fitting:
         place = self._place(parameter, keys[0])
         if place is None:
             return
+        if any(not self._is_real(key) for key in found.values()):
+            return
         down, up = (self._own.tensors[key] for key in keys)
         if self._own.config.get("init_lora_weights") in _DONE_AGAIN and len(place.shape) == 2:
             self._other.extend(found.values())
@@ -329,8 +443,9 @@ class Fitting:
             return
         config = self._own.config
         pattern_name = parameter.removesuffix(".weight") if not self._is_target(parameter) else parameter
-        rank = int(_by_pattern(config.get("rank_pattern"), pattern_name, config["r"]))
-        alpha = _by_pattern(config.get("alpha_pattern"), pattern_name, config["lora_alpha"])
+        own_rank, own_alpha = (self._patterns.find(f"{key}_pattern", pattern_name) for key in ("rank", "alpha"))
+        rank = int(config["r"] if own_rank is None else own_rank)
+        alpha = config["lora_alpha"] if own_alpha is None else own_alpha
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if len(place.shape) == 3:
             self._fit_experts(parameter, place, down, up, rank, scale)
@@ -339,19 +454,13 @@ class Fitting:
         if not self._fits(parameter, place, down, up, rank, transposed, embedding):
             return
         magnitude = found.get("lora_magnitude_vector")
-        if bool(config.get("use_dora")) != (magnitude is not None):
-            self.problems.append(f"{parameter}: use_dora is {bool(config.get('use_dora'))}, but found {sorted(found)}")
+        if not self._magnitude_fits(parameter, place, found, transposed):
             return
         # Elsewhere than in a linear, peft adapts the bare parameter, and rounds what it adds.
         linear = place.module is None or isinstance(place.module, nn.Linear) or transposed
         rounded = embedding or place.fused or not linear or self._is_target(parameter)
         rounded = rounded or config.get("init_lora_weights") == "mica"
         delta = LowRank(keys[0], keys[1], scale, transposed, magnitude, embedding, rounded, inside=place.inside)
-        if magnitude is not None and (place.key is None or place.fused):
-            self.problems.append(
-                f"{parameter}: use_dora, on a weight that lies on disk in another layout; {_MERGE_FIRST}"
-            )
-            return
         if len(place.tied) > 1 and not embedding:
             self.notes.append(
                 f"{self._own.folder.name} adds to {parameter}, which is tied to {place.key}: both change, as peft's "
@@ -361,6 +470,33 @@ class Fitting:
             self.deltas[key].append(replace(delta, piece=block))
         if "lora_B.bias" in found:
             self._fit_bias(parameter, found["lora_B.bias"], scale)
+
+    def _magnitude_fits(self, parameter: str, place: Place, found: Mapping[str, str], transposed: bool) -> bool:
+        """Whether a magnitude is there just where DoRA says so, and fits the weight; else adds to the problems."""
+        use_dora, magnitude = bool(self._own.config.get("use_dora")), found.get("lora_magnitude_vector")
+        if use_dora != (magnitude is not None):
+            self.problems.append(f"{parameter}: use_dora is {use_dora}, but found {sorted(found)}")
+            return False
+        if magnitude is None:
+            return True
+        shape = self._own.tensors[magnitude].shape
+        num_outputs = place.shape[1] if transposed else place.shape[0]
+        if place.key is None or place.fused:
+            self.problems.append(
+                f"{parameter}: use_dora, on a weight that lies on disk in another layout; {_MERGE_FIRST}"
+            )
+        elif math.prod(shape) != num_outputs:
+            self.problems.append(f"{magnitude} is {list(shape)}; expected a number for each of {num_outputs} outputs")
+        else:
+            return True
+        return False
+
+    def _is_real(self, key: str) -> bool:
+        """Whether a tensor of the adapter holds floating-point numbers; else adds to the problems."""
+        dtype = self._own.tensors[key].dtype
+        if not dtype.is_floating_point:
+            self.problems.append(f"{key} is {dtype_name(dtype)}; expected floating-point numbers")
+        return dtype.is_floating_point
 
     def _fits(
         self, name: str, place: Place, down: TensorInfo, up: TensorInfo, rank: int, transposed: bool, embedding: bool
@@ -401,7 +537,7 @@ class Fitting:
 
     def _fit_bias(self, parameter: str, key: str, scale: float) -> None:
         place = self._place(f"{parameter.removesuffix('.weight')}.bias", key)
-        if place is None:
+        if place is None or not self._is_real(key):
             return
         if place.key is None or place.shape != self._own.tensors[key].shape:
             self.problems.append(f"{key} is {list(self._own.tensors[key].shape)}; the bias is {list(place.shape)}")
@@ -467,9 +603,10 @@ class Fitting:
         if self.problems or not modules:
             return
         try:
-            peft_config(self._own.config, modules)
-        except (TypeError, ValueError, KeyError) as error:
-            self.problems.append(f"adapter_config.json: {error}")
+            config = self._resolved(modules)
+            peft_config(config, modules)
+        except Exception as error:  # peft's own, of any kind
+            self.problems.append(f"adapter_config.json: {shorten(str(error) or type(error).__name__, 300)}")
             return
         by_size = [max(modules, key=lambda path: _features(modules[path])[side]) for side in (0, 1)]
         largest = (
@@ -477,8 +614,18 @@ class Fitting:
         )
         checked: dict[Any, bool | None] = {}
         for path, tensors in layers.items():
-            layer = PeftLayer(path, modules[path], tensors, shared, self._own.config, largest)
+            layer = PeftLayer(path, modules[path], tensors, shared, config, largest)
             self._fit_layer(layer, checked)
+
+    def _resolved(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """Returns the adapter's config with what its patterns say of these modules, as peft matches without a limit."""
+        config = dict(self._own.config)
+        for key in ("rank_pattern", "alpha_pattern"):
+            values = config.get(key)
+            if isinstance(values, Mapping) and all(map(_is_number, values.values())):
+                found = {path: self._patterns.find(key, path) for path in modules}
+                config[key] = {re.escape(path): value for path, value in found.items() if value is not None}
+        return config
 
     def _fit_layer(self, layer: PeftLayer, checked: dict[Any, bool | None]) -> None:
         """Fits one of peft's layers; the like of it is built only once to see whether it can be."""
@@ -559,9 +706,36 @@ def _same_ending(first: str, second: str) -> bool:
     return first == second or first.endswith(f".{second}") or second.endswith(f".{first}")
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Looks up `rank_pattern` or `alpha_pattern` as peft does: the first pattern that the module's path ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+class _Patterns:
+    """Looks up `rank_pattern` and `alpha_pattern` as peft does; a pattern that takes too long is an error.
+
+    Args:
+        config: Contents of `adapter_config.json`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._seconds_left = _MAX_PATTERN_SECONDS
+        self._compiled: dict[str, Any] = {}
+
+    def find(self, key: str, module: str) -> Any:
+        """Returns the value of the first pattern that a module's path ends with; `None` if none does.
+
+        Raises:
+            ValueError: If a pattern takes too long, as one with loops in loops may.
+        """
+        for pattern, value in (self._config.get(key) or {}).items():
+            if pattern not in self._compiled:
+                self._compiled[pattern] = regex.compile(_whole(pattern))
+            start = time.perf_counter()
+            try:
+                found = self._compiled[pattern].match(module, timeout=max(0.01, self._seconds_left))
+            except TimeoutError:
+                raise ValueError(
+                    f"{key}: {shorten(repr(pattern))} takes too long to match {shorten(module)}; write the modules' "
+                    "names, or a pattern without loops in loops"
+                ) from None
+            self._seconds_left -= time.perf_counter() - start
+            if found is not None:
+                return value
+        return None

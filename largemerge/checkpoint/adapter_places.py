@@ -19,7 +19,8 @@ from torch import nn
 
 from largemerge.checkpoint.index import Checkpoint
 
-_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+"""Ends of the names of input embeddings."""
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
 
@@ -128,7 +129,7 @@ class PlacesByName:
         if key is None:
             return self._find_tied(name)
         head: tuple[str, ...] = ()
-        if self._model.config.get("tie_word_embeddings") and key.endswith(_INPUT_EMBEDDINGS):
+        if self._model.config.get("tie_word_embeddings") and key.endswith(INPUT_EMBEDDINGS):
             head = () if any(other.endswith(_HEADS) for other in tensors) else (_HEADS[0],)
         return Place({key: None}, tensors[key].shape, tied=(key, *head), separable=head)
 
@@ -140,7 +141,7 @@ class PlacesByName:
         """Finds the embeddings that a head without a tensor of its own is tied to."""
         if not self._model.config.get("tie_word_embeddings") or not name.endswith(_HEADS):
             return None
-        found = [key for key in self._model.tensors if key.endswith(_INPUT_EMBEDDINGS)]
+        found = [key for key in self._model.tensors if key.endswith(INPUT_EMBEDDINGS)]
         if len(found) != 1:
             return None
         tied = (found[0], name)

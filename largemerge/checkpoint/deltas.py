@@ -36,7 +36,15 @@ def as_delta_dtype(tensor: torch.Tensor) -> torch.Tensor:
     """Returns an adapter's tensor in `DELTA_DTYPE`, or in a wider dtype of its own; whole numbers as they are."""
     if not tensor.dtype.is_floating_point:
         return tensor
+    if tensor.dtype.itemsize == 1:  # float8 has no promotion
+        return tensor.to(DELTA_DTYPE)
     return tensor.to(torch.promote_types(tensor.dtype, DELTA_DTYPE))
+
+
+def _alike(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns two factors in the wider of their dtypes."""
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.to(dtype), second.to(dtype)
 
 
 class Delta(Protocol):
@@ -106,7 +114,7 @@ class LowRank:
 
     def apply(self, weight: torch.Tensor, read: ReadOwn, rows: Rows) -> torch.Tensor:
         """Adds the product to a matrix, or to some rows of it (see `Delta`)."""
-        down, up = read(self.down), read(self.up)
+        down, up = _alike(read(self.down), read(self.up))
         if self.inside is not None:
             matrix = weight if self.inside.expert is None else weight[self.inside.expert]
             target = self.inside.of(matrix)
@@ -129,6 +137,13 @@ class LowRank:
         by_output = self.transposed
         total = weight.T + product.T if by_output else weight + product
         norm = torch.linalg.norm(total, dim=1).to(total.dtype)
+        zeros = torch.nonzero(norm == 0).view(-1).tolist()
+        if zeros:
+            raise ValueError(
+                f"use_dora divides by the length of {'column' if by_output else 'row'} {zeros[0]}, which is zero (and "
+                f"{len(zeros) - 1} more); the adapter does not fit this model, or the model is broken"
+            )
+        magnitude = magnitude.reshape(-1)
         factor = (magnitude if rows is None or by_output else magnitude[rows]) / norm
         factor = factor.view(1, -1) if by_output else factor.view(-1, 1)
         merged: torch.Tensor = factor * (weight + product)
@@ -171,7 +186,7 @@ class Experts:
 
     def apply(self, weight: torch.Tensor, read: ReadOwn, rows: Rows) -> torch.Tensor:
         """Adds the products to all experts, to some, or to one (see `Delta`)."""
-        down, up = read(self.down), read(self.up)
+        down, up = _alike(read(self.down), read(self.up))
         down = down.reshape(self.num_experts, -1, down.shape[-1])  # [experts, r, in]
         up = up.reshape(up.shape[0], -1, self.num_experts)  # [out, r, experts]
         if self.piece is not None:

@@ -10,7 +10,7 @@ A file is known by size, modification time and a hash of its header, so that a r
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import torch
 from largemerge.checkpoint.quantized import fold_quantized, quantization_method, quantization_notes
 from largemerge.checkpoint.sentence_modules import module_weight_files, read_module_tensors, transformer_folder
 from largemerge.checkpoint.tensor_files import PickleFile, SafetensorsFile, open_tensor_file
-from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo, dtype_name
+from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.weight_files import (
     WEIGHT_FILES,
     advice,
@@ -32,6 +32,8 @@ from largemerge.checkpoint.weight_files import (
     without_prefix,
 )
 from largemerge.errors import CheckpointError
+from largemerge.text_files import file_problem, inner_path_problem, shorten
+from largemerge.text_files import read_json as read_json_file
 
 _MAX_PROBLEMS = 20
 
@@ -110,11 +112,6 @@ def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Chec
         missing = sorted(set(wanted) - set(found))
         if missing:
             problems.append(f"{name}: the index says that {file.name} holds {_some(missing)}, but it does not")
-        problems += [
-            f"{name}: {file.name}: {key} is {dtype_name(info.dtype)}, which is not supported; expected real numbers"
-            for key, info in found.items()
-            if info.dtype not in SAFETENSORS_DTYPES.values()
-        ]
         if isinstance(opened, PickleFile) and opened.wrapper:
             left_out = f"; {', '.join(opened.left_out[:5])} beside it left out" if opened.left_out else ""
             notes.append(f"{name}: the weights in {file.name} lie under {opened.wrapper!r}{left_out}")
@@ -122,6 +119,10 @@ def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Chec
         fingerprint[file.name] = file_fingerprint(file, opened.header)
     if problems:
         raise CheckpointError(*problems[:_MAX_PROBLEMS])
+    if not tensors:
+        raise CheckpointError(
+            f"{name}: no tensor in {', '.join(file.name for file in files)}; expected a model's weights"
+        )
     stored = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
     folded = fold_quantized(stored, config, name, read_bytes)
     notes += quantization_notes(stored, folded, name)
@@ -180,15 +181,9 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: If there is no such file, or it holds something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        hint = advice(path.parent)
-        raise CheckpointError(f"{name}: {path} does not exist; expected a checkpoint folder.{hint}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-        raise CheckpointError(f"{name}: {path} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{name}: {path} holds a {type(value).__name__}, expected an object")
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{name}: {path} does not exist; expected a checkpoint folder.{advice(path.parent)}")
+    value: dict[str, Any] = read_json_file(path, name)
     return value
 
 
@@ -200,7 +195,7 @@ def shared_folders(checkpoints: Iterable[Checkpoint]) -> frozenset[Path]:
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Makes a key by which `layers.2` is sorted before `layers.10`."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
 def _weight_files(
@@ -231,11 +226,18 @@ def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str)
     by_file: dict[Path, set[str]] = {}
     for tensor_name, file_name in weight_map.items():
         # A weight map comes from strangers: it must not lead out of the checkpoint's folder.
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
-            problems.append(f"{name}: {index_path} maps {tensor_name!r} to {file_name!r}; expected a plain file name")
+        if inner_path_problem(file_name, name_only=True) is not None:
+            problems.append(
+                f"{name}: {index_path} maps {shorten(tensor_name)!r} to {shorten(repr(file_name))}; expected a plain "
+                "file name"
+            )
             continue
         by_file.setdefault(index_path.parent / file_name, set()).add(tensor_name)
-    problems += [f"{name}: {file} is named in {index_path.name} but missing" for file in by_file if not file.exists()]
+    for file in by_file:
+        found = file_problem(file)
+        if found is not None:
+            missing = found == "does not exist"
+            problems.append(f"{name}: {file} is named in {index_path.name} but {'missing' if missing else found}")
     if problems:
         raise CheckpointError(*problems[:_MAX_PROBLEMS])
     return {file: frozenset(names) for file, names in sorted(by_file.items())}
@@ -261,4 +263,4 @@ def file_fingerprint(file: Path, header: bytes | None = None) -> dict[str, Any]:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(map(shorten, names[:3])) + more

@@ -10,7 +10,6 @@ alone means the model that its `adapter_config.json` names, with this adapter.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.side_files import TOKENIZER_FILES
 from largemerge.config_file import nearest
 from largemerge.errors import CheckpointError
+from largemerge.text_files import file_problem, read_json
 
 _PICKLES = ["*.bin"]
 _MODULE_PICKLES = ["[0-9]*_*/pytorch_model.bin"]  # of sentence-transformers' modules
@@ -47,13 +47,18 @@ def locate_checkpoint(reference: str, name: str, *, weights: bool = True) -> Pat
         CheckpointError: If there is no such folder and the Hub does not have it or cannot be reached.
     """
     folder = Path(os.path.expanduser(reference))
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
-        raise CheckpointError(f"{name}: {reference} is a file; expected a checkpoint folder or a Hub id")
+    if os.path.lexists(folder):
+        found = file_problem(folder) or "is a file"
+        raise CheckpointError(
+            f"{name}: {reference} {found.partition(', expected')[0]}; expected a checkpoint folder or a Hub id"
+        )
     repository, _, revision = reference.partition("@")
     if reference.startswith((".", "/", "~")) or repository.count("/") != 1:
-        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        beside = (
+            [path.name for path in folder.parent.iterdir() if path.is_dir()] if os.path.isdir(folder.parent) else []
+        )
         hint = nearest(folder.name, beside)
         raise CheckpointError(
             f"{name}: {reference} does not exist; expected a checkpoint folder or a Hub id (owner/name){hint}"
@@ -114,10 +119,10 @@ Reference = Annotated[str, Field(min_length=1), pydantic.BeforeValidator(_refere
 
 def split_reference(reference: str) -> tuple[str, str | None]:
     """Splits a reference into model and adapters; a plus sign may also be part of a folder's name."""
-    if "+" not in reference or Path(os.path.expanduser(reference)).exists():
+    if "+" not in reference or os.path.exists(os.path.expanduser(reference)):
         return reference, None
     splits = list(_splits(reference))
-    model, adapter = next((each for each in splits if Path(os.path.expanduser(each[0])).is_dir()), splits[0])
+    model, adapter = next((each for each in splits if os.path.isdir(os.path.expanduser(each[0]))), splits[0])
     return model, adapter
 
 
@@ -136,16 +141,16 @@ def split_adapters(adapters: str, folders: Sequence[Path] = (Path(),)) -> list[s
 
 
 def base_of_adapter(folder: Path) -> str | None:
-    """Returns what an adapter's config says its model is (maybe nothing: `""`); `None` for a folder of a model."""
+    """Returns what an adapter's config says its model is (maybe nothing: `""`); `None` for a folder of a model.
+
+    Raises:
+        CheckpointError: If the adapter's config cannot be read.
+    """
     config = folder / "adapter_config.json"
     has_weights = any(next(folder.glob(pattern), None) is not None for pattern in _WEIGHTS)
-    if has_weights or not config.is_file():
+    if has_weights or not os.path.lexists(config):
         return None
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    base = read_json(config).get("base_model_name_or_path")
     return base if isinstance(base, str) else ""
 
 
@@ -201,7 +206,7 @@ def _with_base(path: str, folders: Sequence[Path]) -> str:
 def _absolute_path(path: str, folders: Sequence[Path], unversioned: list[str] | None = None) -> str | None:
     for folder in folders:
         found = folder / os.path.expanduser(path)
-        if path and found.is_dir():
+        if path and os.path.isdir(found):
             return str(found.resolve())
     without, at, _ = path.rpartition("@")
     whole = _absolute_path(without, folders) if at and unversioned is not None else None

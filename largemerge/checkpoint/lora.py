@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.adapter_fit import Fitting, config_problems
-from largemerge.checkpoint.adapter_places import FindPlaces, places_by_name
+from largemerge.checkpoint.adapter_places import INPUT_EMBEDDINGS, FindPlaces, places_by_name
 from largemerge.checkpoint.deltas import (
     DELTA_DTYPE,
     Delta,
@@ -44,7 +45,6 @@ MAX_FACTORS = 32
 MAX_WHOLE = 8
 """Number of weights that are kept adapted, where a delta needs all of a weight and only rows are wanted."""
 _MAX_PROBLEMS = 5
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -93,7 +93,7 @@ class Adapter:
     @property
     def embeddings(self) -> tuple[str, ...]:
         """Names of input embeddings that an adapter replaces: it may have brought tokens of its own."""
-        return tuple(name for name in self.replaced if name.endswith(_EMBEDDINGS))
+        return tuple(name for name in self.replaced if name.endswith(INPUT_EMBEDDINGS))
 
 
 def open_adapter(
@@ -134,12 +134,12 @@ def open_adapter(
 
 def _open_own(folder: Path, name: str) -> Checkpoint:
     """Reads an adapter's own files."""
-    if not (folder / "adapter_config.json").exists():
+    if not os.path.lexists(folder / "adapter_config.json"):
         what = "a model's" if (folder / "config.json").exists() else "no adapter's"
         raise CheckpointError(f"{name}: {folder} is {what} folder; expected an adapter, with adapter_config.json")
     config = read_json(folder / "adapter_config.json", name)
     problems = [f"{name}: adapter_config.json: {problem}" for problem in config_problems(config)]
-    file = next((folder / each for each in _FILES if (folder / each).is_file()), None)
+    file = next((folder / each for each in _FILES if os.path.lexists(folder / each)), None)
     if file is None:
         problems.append(f"{name}: no weights in {folder}; expected {' or '.join(_FILES)}")
     if problems or file is None:
@@ -174,13 +174,13 @@ def _put_together(
             if each in fitting.saved:
                 continue
             deltas[each] = (*deltas.get(each, ()), *(delta.renamed(partial(_number, number)) for delta in added))
-    config = _with_rows(model, [tensors[key] for key in fitting.replaced if key.endswith(_EMBEDDINGS)])
+    config = _with_rows(model, [tensors[key] for key in fitting.replaced if key.endswith(INPUT_EMBEDDINGS)])
     if fitting.untied:
         _untie(config)
     own_tensors = {**(below.checkpoint.tensors if below is not None else {})}
     own_tensors |= {_number(number, key): info for key, info in own.tensors.items()}
     replaced = dict.fromkeys([*(below.replaced if below is not None else ()), *fitting.replaced, *fitting.untied])
-    brings = any(key.endswith(_EMBEDDINGS) for key in fitting.replaced)
+    brings = any(key.endswith(INPUT_EMBEDDINGS) for key in fitting.replaced)
     adapter = Adapter(
         checkpoint=replace(own, tensors=own_tensors),
         deltas=deltas,
@@ -285,6 +285,11 @@ class AdaptedReader:
             found = self._factors.get(name)
         if found is None:
             found = as_delta_dtype(self._own.read(name))
+            if found.dtype.is_floating_point and not torch.isfinite(found).all():
+                raise CheckpointError(
+                    f"{self.checkpoint.name}: {name} in the adapter holds numbers that are not finite (NaN or "
+                    "infinity); train or save the adapter once more"
+                )
             _keep(self._factors, name, found, MAX_FACTORS, self._lock)
         return found
 

@@ -12,22 +12,21 @@ written (to `2_Dense/model.safetensors`), resumed, planned and reported like the
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from largemerge.checkpoint.tensor_files import open_tensor_file
-from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.checkpoint.tensor_info import MODULE_SEPARATOR, TensorInfo
 from largemerge.checkpoint.weight_files import WEIGHT_FILES
 from largemerge.errors import CheckpointError
+from largemerge.text_files import inner_path_problem, read_json, shorten
 
 if TYPE_CHECKING:
     from largemerge.checkpoint.index import Checkpoint
 
 MODULES_FILE = "modules.json"
-MODULE_SEPARATOR = "::"
-"""Stands between a module's folder and the name of a tensor in it."""
 
 
 def read_modules(root: Path, name: str) -> list[Mapping[str, Any]]:
@@ -37,19 +36,20 @@ def read_modules(root: Path, name: str) -> list[Mapping[str, Any]]:
         CheckpointError: If `modules.json` is broken, or leads out of the folder.
     """
     path = root / MODULES_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{name}: {path} is not readable JSON: {error}") from None
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+    modules: list[Mapping[str, Any]] = read_json(path, name, expected=list)
+    if not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{name}: {path} holds no list of modules")
-    for module in modules:
-        # It comes from strangers: it must not lead out of the checkpoint's folder.
-        inner = module.get("path")
-        if not isinstance(inner, str) or PurePosixPath(inner).is_absolute() or ".." in PurePosixPath(inner).parts:
-            raise CheckpointError(f"{name}: {path} names the folder {inner!r}; expected one inside its own")
+    # It comes from strangers: it must not lead out of the checkpoint's folder.
+    found = [(module.get("path"), inner_path_problem(module.get("path"))) for module in modules]
+    problems = [
+        f"{name}: {path} names the folder {shorten(repr(inner))}, which {problem}; expected one inside its own"
+        for inner, problem in found
+        if problem is not None
+    ]
+    if problems:
+        raise CheckpointError(*problems[:20])
     return modules
 
 
@@ -59,7 +59,7 @@ def transformer_folder(root: Path, name: str) -> str:
     Raises:
         CheckpointError: If `modules.json` is broken, or none of its modules has a config.
     """
-    if (root / "config.json").is_file():
+    if os.path.lexists(root / "config.json"):
         return ""
     modules = read_modules(root, name)
     found = next((each["path"] for each in modules if (root / each["path"] / "config.json").is_file()), None)
@@ -83,10 +83,12 @@ def module_weight_files(root: Path, transformer: str, name: str) -> dict[str, Pa
     found: dict[str, Path] = {}
     for module in read_modules(root, name):
         start = root / module["path"]
-        if module["path"] in ("", transformer) or not start.is_dir():
+        if os.path.lexists(start) and not start.is_dir():
+            raise CheckpointError(f"{name}: {start} is named in {MODULES_FILE}; expected a folder, or nothing")
+        if PurePosixPath(module["path"]) in (PurePosixPath(), PurePosixPath(transformer)) or not start.is_dir():
             continue
         for folder in (start, *sorted(path for path in start.rglob("*") if path.is_dir())):
-            file = next((folder / each for each in WEIGHT_FILES if (folder / each).is_file()), None)
+            file = next((folder / each for each in WEIGHT_FILES if os.path.lexists(folder / each)), None)
             if file is not None:
                 found[folder.relative_to(root).as_posix()] = file
                 continue

@@ -12,7 +12,9 @@ from __future__ import annotations
 import ast
 import copy
 import fnmatch
+import functools
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
 from largemerge.checkpoint.weight_files import SETTING, is_loaded_weights
 from largemerge.errors import CheckpointError
+from largemerge.text_files import MAX_TEXT_BYTES, file_problem, parse_json, read_file, read_json, read_text
 
 GENERATION_FILES = ("generation_config.json",)
 TOKENIZER_FILES = (
@@ -77,6 +80,7 @@ _TOKENIZER_FOLDERS = (TEMPLATE_FOLDER, "*tokenizer")  # InstructBLIP, RAG: a tok
 _PROCESSOR_FOLDERS = ("*processor", "speaker_embeddings", "language_model")  # Bark, Wav2Vec2 with a language model
 _CODE_FOLDER = "custom_generate"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*.ckpt", "*.index.json", ".*")
+_MAX_PARSED_BYTES, _MAX_SIDE_BYTES = 4 << 20, 4 << 30
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
@@ -149,7 +153,8 @@ def find_side_files(
         vocabulary_files: Copy the tokenizer's files; else its code alone, where the files are made anew.
 
     Raises:
-        CheckpointError: If `modules.json` of one of them is broken.
+        CheckpointError: If `modules.json` of one of them is broken, or what lies in the place of a file is none (a
+            named pipe, a folder, a link that leads nowhere), or is no JSON where it should be; it names all.
     """
     notes: list[str] = []
     everywhere = list(dict.fromkeys(each.name for each in (reference, *checkpoints)))
@@ -159,20 +164,27 @@ def find_side_files(
     inner = sentence.inner if sentence is not None else reference.inner
     found: dict[str, Path] = {}
 
+    problems: list[str] = []
+
     def add(folder: Path, names: Iterable[str], target: str = "") -> None:
         for name in names:
-            if not is_inside(folder / name, folder):
+            problem = side_file_problem(folder / name)
+            if problem is not None:
+                problems.append(problem)
+            elif not is_inside(folder / name, folder):
                 notes.append(
                     f"{folder / name} is a link that leads out of its checkpoint: not copied; put a copy there"
                 )
             else:
                 found[str(PurePosixPath(target, name))] = folder / name
 
-    add(tokenizer, _code_files(tokenizer, ("tokenizer_config.json",), notes), inner)
     add(tokenizer, tokenizer_names(tokenizer) if vocabulary_files else [], inner)
-    add(processor, _code_files(processor, PROCESSOR_FILES, notes), inner)
     add(processor, [*_matching(processor, PROCESSOR_FILES), *_in_folders(processor, _PROCESSOR_FOLDERS)], inner)
     add(reference.folder, _matching(reference.folder, GENERATION_FILES), inner)
+    if problems:
+        raise CheckpointError(*dict.fromkeys(problems))
+    add(tokenizer, _code_files(tokenizer, ("tokenizer_config.json",), notes), inner)
+    add(processor, _code_files(processor, PROCESSOR_FILES, notes), inner)
     code = _code_files(reference.folder, ("config.json",), notes)
     add(reference.folder, [*code, *_in_folders(reference.folder, (_CODE_FOLDER,))], inner)
     notes += _differences("custom code", reference, code, {each.name: each.folder for each in others})
@@ -184,7 +196,31 @@ def find_side_files(
             notes.append(f"files of sentence-transformers ({MODULES_FILE}, …) come from {sentence.name}")
         folders = {each.name: each.root for each in others if (each.root / MODULES_FILE).is_file()}
         notes += _differences("modules", sentence, at_root, folders)
+    if problems:
+        raise CheckpointError(*dict.fromkeys(problems))
     return SideFiles(found, inner, tuple(dict.fromkeys(notes)))
+
+
+def side_file_problem(path: Path) -> str | None:
+    """Says why what lies in the place of a side file cannot be copied; `None` if it can."""
+    is_json = path.suffix == ".json"
+    problem = file_problem(path, MAX_TEXT_BYTES if is_json else None)
+    if problem is not None:
+        return f"{path} {problem}"
+    status = path.stat()
+    return _json_problem(path, status.st_size, status.st_mtime_ns) if is_json else None
+
+
+@functools.lru_cache(maxsize=256)
+def _json_problem(path: Path, num_bytes: int, modified_ns: int) -> str | None:
+    """Says why a file is no JSON; a large one is a vocabulary, which is looked at where it is read."""
+    if num_bytes > _MAX_PARSED_BYTES:
+        return None
+    try:
+        read_json(path, expected=object)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def tokenizer_names(folder: Path) -> list[str]:
@@ -239,9 +275,9 @@ def _is_loaded_by_name(name: str) -> bool:
 def _listed_files(folder: Path) -> list[str]:
     """Lists the files that an earlier merge has written to a folder, as its report says."""
     try:
-        digests = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))["digests"]
+        digests = read_json(folder / "merge_report.json")["digests"]
         names = [name for kind in ("weights", "files") for name in digests[kind] if isinstance(name, str)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (CheckpointError, KeyError, TypeError):
         return []
     return [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
 
@@ -255,8 +291,8 @@ def _loaded_weights(folder: Path) -> list[Path]:
     for name in names:
         if name.endswith(".json") and ".index." in name:
             try:
-                indexed.update(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                indexed.update(read_json(folder / name)["weight_map"].values())
+            except (CheckpointError, KeyError, TypeError, AttributeError):
                 continue
     return [folder / name for name in names if name in indexed or is_loaded_weights(name)]
 
@@ -272,9 +308,11 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:
-    """Lists the files of a folder whose names match a pattern, each once."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    """Lists what lies in a folder under a name that matches a pattern; folders only where it is the very name."""
+    wanted = tuple(patterns)
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    matching = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
+    return [name for name in matching if name in wanted or not os.path.isdir(folder / name)]
 
 
 def _in_folders(folder: Path, patterns: Iterable[str]) -> list[str]:
@@ -287,7 +325,7 @@ def _in_folders(folder: Path, patterns: Iterable[str]) -> list[str]:
 def _files_below(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and not any(fnmatch.fnmatchcase(path.name, each) for each in _WEIGHTS):
+        if not path.is_dir() and not hidden and not any(fnmatch.fnmatchcase(path.name, each) for each in _WEIGHTS):
             yield path
 
 
@@ -309,12 +347,13 @@ def _code_files(folder: Path, configs: Sequence[str], notes: list[str]) -> list[
     """Lists the Python files that some configs of a folder name, and all that these import of the same folder."""
     modules: list[str] = []
     for name in configs:
-        try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not os.path.lexists(folder / name) or not is_inside(folder / name, folder):
+            continue
+        config = read_json(folder / name, expected=object)
+        if not isinstance(config, dict):
             continue
         for key in _CODE_KEYS:
-            modules += _module_names(config.get(key)) if isinstance(config, dict) else []
+            modules += _module_names(config.get(key))
     return _with_imports(folder, [f"{module.replace('.', '/')}.py" for module in modules], notes)
 
 
@@ -338,7 +377,7 @@ def _with_imports(folder: Path, files: Sequence[str], notes: list[str]) -> list[
     found: list[str] = []
     waiting = list(dict.fromkeys(files))
     for name in waiting:  # grows on the way
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             if name in files:
                 notes.append(f"{folder} names its code {name}, which is not there: the output will name it, too")
             continue
@@ -350,8 +389,8 @@ def _with_imports(folder: Path, files: Sequence[str], notes: list[str]) -> list[
 def _imported(folder: Path, name: str) -> Iterator[str]:
     """Yields the files of a folder that one of its files imports, and those that make their folders packages."""
     try:
-        tree = ast.parse((folder / name).read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
+        tree = ast.parse(read_text(folder / name))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     package = PurePosixPath(name).parent
     for node in ast.walk(tree):
@@ -363,10 +402,10 @@ def _imported(folder: Path, name: str) -> Iterator[str]:
         module = start.joinpath(*(node.module or "").split(".")) if node.module else start
         for path in (module, *(module / alias.name for alias in node.names)):
             for file in (f"{path}.py", str(path / "__init__.py")):
-                if (folder / file).is_file():
+                if os.path.isfile(folder / file):
                     yield file
         for parent in module.parents:
-            if parent != PurePosixPath(".") and (folder / parent / "__init__.py").is_file():
+            if parent != PurePosixPath(".") and os.path.isfile(folder / parent / "__init__.py"):
                 yield str(parent / "__init__.py")
 
 
@@ -377,7 +416,7 @@ def _differences(what: str, chosen: Checkpoint, names: Iterable[str], folders: M
         unlike = [
             model
             for model, folder in folders.items()
-            if model != chosen.name and (folder / name).is_file() and _content(folder / name) != _content(taken)
+            if model != chosen.name and os.path.isfile(folder / name) and _content(folder / name) != _content(taken)
         ]
         if unlike:
             yield f"{what}: {name} of {chosen.name} is taken; {', '.join(unlike)} has another one"
@@ -385,9 +424,9 @@ def _differences(what: str, chosen: Checkpoint, names: Iterable[str], folders: M
 
 def _content(path: Path) -> Any:
     """Reads a file for a comparison; which version of a library wrote a JSON file makes no difference."""
-    raw = path.read_bytes()
+    raw = read_file(path)
     try:
-        value = json.loads(raw) if path.suffix == ".json" else raw
+        value = parse_json(raw.decode("utf-8-sig")) if path.suffix == ".json" else raw
     except ValueError:
         return raw
     return {key: inner for key, inner in value.items() if key != "__version__"} if isinstance(value, dict) else value
@@ -401,11 +440,25 @@ def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: Allow it to be code that lies in the folder.
 
     Raises:
+        CheckpointError: If something else than a file lies in the place of one of its files.
         Exception: Of almost any type: nobody has listed what the many tokenizer classes may raise.
     """
     from transformers import AutoTokenizer
 
+    check_side_files(folder, ("config.json", *TOKENIZER_FILES))
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def check_side_files(folder: Path, patterns: Iterable[str]) -> None:
+    """Makes sure that what matches a pattern in a folder can be read, before another library tries.
+
+    Raises:
+        CheckpointError: If there is a named pipe, a folder, or a link that leads nowhere; it names all.
+    """
+    paths = [folder / name for name in _matching(folder, patterns)]
+    problems = [f"{path} {problem}" for path in paths if (problem := file_problem(path, _MAX_SIDE_BYTES)) is not None]
+    if problems:
+        raise CheckpointError(*problems)
 
 
 def find_processor(*folders: Path) -> Path:

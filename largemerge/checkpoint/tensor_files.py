@@ -5,7 +5,7 @@
 
 A safetensors file starts with eight bytes (the header's length, little endian), a JSON header (name → dtype, shape,
 byte range) and then the bytes of all tensors. Reading headers costs kilobytes, whatever the size of the model. Pickle
-files are unpickled onto the meta device with `weights_only=True`; where training programs wrap the weights
+files are mapped, and unpickled with `weights_only=True`; where training programs wrap the weights
 (`{"state_dict": …, "epoch": 3}`), the only dictionary of tensors is taken. Another format is one more class, and a line
 in `open_tensor_file`.
 
@@ -15,7 +15,11 @@ adapter. Both kinds of merge read through these two.
 
 from __future__ import annotations
 
-import json
+import io
+import math
+import pickle
+import re
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,15 +27,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from largemerge.checkpoint.direct_io import Buffers, DataFile
-from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo
+from largemerge.checkpoint.tensor_info import MODULE_SEPARATOR, SAFETENSORS_DTYPES, TensorInfo, dtype_name
 from largemerge.errors import CheckpointError
+from largemerge.text_files import file_problem, os_reason, parse_json, shorten
 
 Rows = slice | torch.Tensor | None
 """Rows of a tensor (its first dimension): a slice without a step, numbers in any order, or `None` for all."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_MAX_PROBLEMS = 20
+_MAX_DIMENSIONS = 64  # as many as PyTorch computes with
+_MAX_PICKLE_BYTES = 256 << 20  # without the tensors, which lie beside it
+_MAX_EXPANDED_BYTES = 1 << 30  # of a tensor whose rows share memory
+MAX_NAME_LENGTH = 1000
+"""Number of characters that a tensor's name may have: those of models have a hundred."""
 _MAX_GAP_BYTES = 32 << 10  # between two rows: reading it in vain costs less than another call
 
 
@@ -179,12 +191,26 @@ class PickleFile:
     def tensors(self) -> dict[str, TensorInfo]:
         """Lists the tensors of the file by name."""
         file = self._path
+        problem = file_problem(file)
+        if problem is not None:
+            raise CheckpointError(f"{file} {problem}")
+        zipped = zipfile.is_zipfile(file)
+        problem = _zip_problem(file) if zipped else None
+        if problem is not None:
+            raise CheckpointError(f"{file}: {problem}")
         try:
-            state = torch.load(file, map_location="meta", weights_only=True)
+            # Mapped, nothing is read, and views that lead out of their storage are refused, which meta tensors hide.
+            where: dict[str, Any] = {"map_location": "cpu", "mmap": True} if zipped else {"map_location": "meta"}
+            state = torch.load(file, weights_only=True, **where)
         except Exception as error:  # what a broken or malicious pickle may raise, nobody has listed
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{file}: cannot be read with weights_only=True: {first_line}") from None
+            raise CheckpointError(
+                f"{file}: cannot be read with weights_only=True: {_unpickling_problem(error)}; expected tensors by "
+                "name, saved by torch.save: fetch it again, or take the checkpoint in safetensors"
+            ) from None
         state = self._unwrapped(state)
+        problems = [f"{file}: {each}" for name, tensor in state.items() for each in _pickled_problems(name, tensor)]
+        if problems:
+            raise CheckpointError(*problems[:_MAX_PROBLEMS])
         return {name: TensorInfo(name, tuple(each.shape), each.dtype, file, None) for name, each in state.items()}
 
     def _unwrapped(self, state: Any) -> Mapping[str, torch.Tensor]:
@@ -221,10 +247,15 @@ class PickleFile:
             state = self._whole
             if state is None:
                 mapped = zipfile.is_zipfile(self._path)
-                state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
+                try:
+                    state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
+                except (RuntimeError, OSError, ValueError) as error:
+                    raise CheckpointError(
+                        f"{self._path}: cannot be read: {_first_line(error)}; was it changed meanwhile?"
+                    ) from None
                 if not mapped:
                     self._whole = state
-        tensor = self._unwrapped(state)[info.name]
+        tensor = self._unwrapped(state)[info.name].detach()
         tensor = (tensor if rows is None else tensor[rows]).clone(memory_format=torch.contiguous_format)
         with self._lock:
             self.bytes_read += tensor.nbytes
@@ -241,45 +272,256 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{file}: not a safetensors file, or cut short ({size} bytes, header {length}); fetch it again"
-            )
-        raw = stream.read(length)
+def name_problem(name: str) -> str | None:
+    """Says why a text cannot be a tensor's name here; `None` if it can."""
+    if len(name) > MAX_NAME_LENGTH:
+        return f"a tensor's name has {len(name):,} characters, expected {MAX_NAME_LENGTH} or fewer"
     try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise CheckpointError(f"{file}: the safetensors header is not JSON; fetch the file again") from None
+        name.encode()
+    except UnicodeEncodeError:
+        return f"a tensor is called {shorten(name)!r}, which holds half of a character"
+    if MODULE_SEPARATOR in name:
+        return f"a tensor is called {shorten(name)!r}; expected no {MODULE_SEPARATOR!r}, which parts a module's folder"
+    return None
+
+
+def _dtype_problem(name: str, dtype: torch.dtype) -> str | None:
+    """Says why a tensor of a dtype cannot be read here; `None` if it can."""
+    if dtype in SAFETENSORS_DTYPES.values():
+        return None
+    return (
+        f"{shorten(name)} is {dtype_name(dtype)}, which is not supported; expected real numbers of one of the dtypes "
+        f"{', '.join(map(dtype_name, SAFETENSORS_DTYPES.values()))}"
+    )
+
+
+# Pickles
+
+
+_STORAGE_BYTES = {
+    **dict.fromkeys(("UntypedStorage", "ByteStorage", "CharStorage", "BoolStorage", "QInt8Storage"), 1),
+    **dict.fromkeys(("QUInt8Storage", "QUInt4x2Storage", "QUInt2x4Storage"), 1),
+    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
+    **dict.fromkeys(("FloatStorage", "IntStorage", "QInt32Storage"), 4),
+    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
+    "ComplexDoubleStorage": 16,
+}
+"""Bytes of an item, by the names of storages in pickles."""
+
+
+class _Inert:
+    """Stands for whatever a pickle would build: nothing of it is run."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+    def __setitem__(self, _: Any, __: Any) -> None: ...
+
+    def append(self, _: Any) -> None:
+        """Takes an item of a list."""
+
+    extend = add = append
+
+
+class _Storages(pickle.Unpickler):
+    """Lists the storages that a pickle of `torch.save` names: their bytes by the names of their entries."""
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(io.BytesIO(raw))
+        self.num_bytes: dict[str, int] = {}
+        self.names: set[str] = set()
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        """Loads nothing: storages are known by their names, and all else is inert."""
+        self.names.add(name)
+        return name if name in _STORAGE_BYTES else _Inert
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        """Takes down a storage."""
+        _, kind, key, _, count = pid
+        self.num_bytes[str(key)] = int(count) * _STORAGE_BYTES[kind]
+        return _Inert()
+
+
+def _zip_problem(file: Path) -> str | None:
+    """Says why a zip file that `torch.load` opens would be mapped to other numbers than were saved; `None` if not.
+
+    Tensors are mapped where their entries lie: these must be stored, not compressed, and as long as the pickle says.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            packed = [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]
+            if packed:
+                return (
+                    f"{shorten(packed[0])} in it is compressed, which torch.save does not do and which cannot be "
+                    "mapped; load it with torch.load, and save it again"
+                )
+            pickled = next((name for name in entries if name.endswith("data.pkl")), None)
+            if pickled is None:
+                return "has no data.pkl; expected what torch.save writes"
+            order = next((archive.read(name) for name in entries if name.endswith("byteorder")), b"little")
+            if order.strip().decode("latin-1") != sys.byteorder:
+                # Numbers would be turned round in the mapped file itself, which ends the process.
+                return f"was saved in the byte order {shorten(repr(order))}; expected {sys.byteorder}"
+            if entries[pickled].file_size > _MAX_PICKLE_BYTES:
+                return f"{shorten(pickled)} in it has {entries[pickled].file_size:,} bytes; expected a model's weights"
+            storages = _Storages(archive.read(pickled))
+            storages.load()
+    except Exception as error:  # what a broken or malicious file may raise, nobody has listed
+        return f"cannot be read: {_first_line(error)}"
+    if "_rebuild_meta_tensor_no_storage" in storages.names:
+        return "holds tensors on the meta device, which have no numbers; save the model once its weights are loaded"
+    root = pickled.removesuffix("data.pkl")
+    for key, wanted in storages.num_bytes.items():
+        entry = entries.get(f"{root}data/{key}")
+        found = None if entry is None else entry.file_size
+        if found != wanted:
+            return f"storage {shorten(key)} has {found} bytes, expected {wanted}; it is broken: fetch it again"
+    return None
+
+
+def _pickled_problems(name: str, tensor: torch.Tensor) -> Iterator[str]:
+    """Yields what is wrong with one tensor of a pickle."""
+    problem = name_problem(name)
+    if problem is not None:
+        yield problem
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = (
+            "nested"
+            if tensor.is_nested
+            else "quantized"
+            if tensor.is_quantized
+            else str(tensor.layout).removeprefix("torch.")
+        )
+        yield f"{shorten(name)} is {kind}; expected a dense tensor: tensor.to_dense() or .dequantize(), saved again"
+        return
+    problem = _dtype_problem(name, tensor.dtype)
+    if problem is not None:
+        yield problem
+    elif tensor.numel() * tensor.itemsize > max(tensor.untyped_storage().nbytes(), _MAX_EXPANDED_BYTES):
+        yield (
+            f"{shorten(name)} is {list(tensor.shape)}, expanded from {tensor.untyped_storage().nbytes()} bytes; "
+            "expected a tensor with memory of its own: tensor.contiguous(), saved again"
+        )
+
+
+def _unpickling_problem(error: Exception) -> str:
+    """Says what the unpickler has found, without its advice to run what is in the file."""
+    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    text = found[1] if found is not None else str(error).partition("Weights only load failed")[0]
+    return shorten((text.strip().splitlines() or [type(error).__name__])[0], 200)
+
+
+def _first_line(error: Exception) -> str:
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
+
+
+# Safetensors
+
+
+def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
+    """Reads a file's header, and makes sure that it is one: ours reads nothing that the safetensors library refuses."""
+    problem = file_problem(file)
+    if problem is not None:
+        raise CheckpointError(f"{file} {problem}")
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or cut short ({size} bytes, header {length}); fetch it again"
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {os_reason(error)}") from None
+    try:
+        header = parse_json(raw.decode("utf-8"), strict=True)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: the safetensors header is not JSON ({_first_line(error)}); fetch the file again"
+        ) from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the safetensors header is a {type(header).__name__}, expected an object")
     return header, raw
 
 
 def _infos(file: Path, header: dict[str, Any], start: int) -> Iterator[TensorInfo]:
+    """Yields the tensors of a header; raises for all that the format does not allow."""
     size = file.stat().st_size
+    problems: list[str] = []
+    found: list[tuple[int, int, TensorInfo]] = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            begin, end = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-            if not all(type(number) is int for number in (begin, end, *shape)) or min(shape, default=0) < 0:
-                raise TypeError
-        except KeyError as error:
-            raise CheckpointError(
-                f"{file}: {name}: dtype or field {error} is not supported; expected one of {list(SAFETENSORS_DTYPES)}"
-            ) from None
-        except (TypeError, ValueError):
-            raise CheckpointError(f"{file}: {name}: broken header entry {entry!r}") from None
-        info = TensorInfo(name, shape, dtype, file, start + begin)
-        if end - begin != info.num_bytes or start + end > size or begin < 0:
-            raise CheckpointError(
-                f"{file}: {name}: bytes {begin}..{end} do not hold {entry['dtype']} {list(shape)} "
-                f"in a file of {size} bytes; the file is cut short or broken: fetch it again"
-            )
-        yield info
+            found.append(_entry(file, name, entry, start))
+        except ValueError as error:
+            problems.append(f"{file}: {error}")
+    cut = [(stop, info) for _, stop, info in found if start + stop > size]
+    if cut and not problems:
+        stop, info = max(cut, key=lambda each: each[0])
+        problems.append(
+            f"{file}: {shorten(info.name)}: bytes {start}..{start + stop} are not in a file of {size} bytes; the file "
+            "is cut short or broken: fetch it again"
+        )
+    end = 0
+    for begin, stop, info in sorted(found, key=lambda each: each[:2]) if not problems else ():
+        if begin != end:
+            what = "overlap another tensor's" if begin < end else f"leave a hole before them, from {end} on"
+            problems.append(f"{file}: {shorten(info.name)}: bytes {begin}..{stop} {what}; it is broken: fetch it again")
+        end = max(end, stop)
+    if not problems and start + end != size:
+        problems.append(
+            f"{file}: {size - start - end} bytes after the last tensor belong to none; it is broken: fetch it again"
+        )
+    if not problems:
+        try:
+            # The library's own word on the header comes last: what it refuses, no program that reads the output takes.
+            with safe_open(str(file), framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file}: the safetensors library does not read it: {_first_line(error)}")
+    if problems:
+        raise CheckpointError(*problems[:_MAX_PROBLEMS])
+    yield from (info for _, _, info in found)
+
+
+def _entry(file: Path, name: str, entry: Any, start: int) -> tuple[int, int, TensorInfo]:
+    """Checks one entry of a header; returns first byte, end and tensor.
+
+    Raises:
+        ValueError: If something in it is wrong.
+    """
+    problem = name_problem(name)
+    if problem is not None:
+        raise ValueError(problem)
+    label = shorten(name)
+    lacking = [key for key in ("dtype", "shape", "data_offsets") if not isinstance(entry, dict) or key not in entry]
+    if lacking:
+        found = f"lacks {', '.join(lacking)}" if isinstance(entry, dict) else f"{shorten(repr(entry))} is no object"
+        raise ValueError(f"{label}: broken header entry: {found}; fetch the file again")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{label}: dtype {shorten(repr(kind))} is not supported; expected {list(SAFETENSORS_DTYPES)}")
+    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
+        is_right = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+        if not is_right or min(numbers, default=0) < 0 or max(numbers, default=0) >= 1 << 63:
+            raise ValueError(f"{label}: broken header entry: {key} is {shorten(repr(numbers))}; expected whole numbers")
+    if len(offsets) != 2:
+        raise ValueError(f"{label}: broken header entry: data_offsets is {shorten(repr(offsets))}; expected two")
+    if len(shape) > _MAX_DIMENSIONS or math.prod(max(1, side) for side in shape) >= 1 << 60:
+        raise ValueError(f"{label}: {shorten(repr(shape))} is no shape that a tensor can have")
+    begin, end = offsets
+    info = TensorInfo(name, tuple(shape), SAFETENSORS_DTYPES[kind], file, start + begin)
+    if end - begin != info.num_bytes:
+        raise ValueError(
+            f"{label}: bytes {begin}..{end} do not hold {kind} {shorten(repr(shape))}, which has {info.num_bytes} "
+            "bytes; the file is broken: fetch it again"
+        )
+    return begin, end, info

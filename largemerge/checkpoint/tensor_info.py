@@ -38,7 +38,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 """Dtypes by their names in safetensors headers."""
-
+MODULE_SEPARATOR = "::"
+"""Stands between the folder of a module of sentence-transformers and the name of a tensor in it."""
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """Matches a layer's number inside a tensor's name."""

@@ -10,12 +10,15 @@ of Transformers has such names, and the output is to load.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from largemerge.checkpoint.tensor_info import TensorInfo
+from largemerge.errors import CheckpointError
+from largemerge.text_files import file_problem, inner_path_problem, shorten
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SETTING = "transformers_weights"
@@ -60,12 +63,24 @@ def find_weight_file(folder: Path, config: Mapping[str, Any], variant: str | Non
         folder: The checkpoint's folder.
         config: Contents of `config.json`.
         variant: Variant of the weights, such as `fp16`.
+
+    Raises:
+        CheckpointError: If the config names a file that is not there.
     """
     named = config.get(SETTING)
-    if variant is None and isinstance(named, str) and Path(named).name == named and (folder / named).is_file():
-        return named
+    if variant is None and named is not None:
+        problem = inner_path_problem(named)
+        if problem is None:
+            problem = file_problem(folder / named)
+        if problem is not None:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {SETTING} is {shorten(repr(named))}, which {problem}; expected the name of "
+                "the file with the weights"
+            )
+        return str(named)
     names = (variant_name(each, variant) for file in WEIGHT_FILES for each in (file, f"{file}.index.json"))
-    return next((name for name in names if (folder / name).is_file()), None)
+    # What lies there may be no file: this is told where it is opened, rather than another one taken.
+    return next((name for name in names if os.path.lexists(folder / name)), None)
 
 
 def without_prefix(
@@ -93,7 +108,7 @@ def _held_by_model(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any])
 
 def advice(folder: Path) -> str:
     """Says what a folder without weights that can be read has instead, and what to do; "" where nothing is known."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
 
     def first(*endings: str) -> str | None:
         return next((name for name in names if name.endswith(endings)), None)

@@ -40,6 +40,7 @@ from largemerge.errors import CalibrationError, CheckpointError, ConfigError, La
 from largemerge.model.classes import token_parameters
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton
+from largemerge.text_files import read_json as read_json_file
 from largemerge.tokenizer.config import TokenizerSettings
 from largemerge.tokenizer.embedding_rows import Rows, TokenReader, TokenRows, rows_by_number, rule_labels
 from largemerge.tokenizer.token_ids import move_ids, sideways_tensors
@@ -448,9 +449,9 @@ def _vocabulary_key(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     if path.is_file():
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = read_json_file(path)
             settings = {key: value for key, value in settings.items() if key not in ("chat_template", "name_or_path")}
-        except (ValueError, AttributeError):
+        except CheckpointError:
             settings = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()

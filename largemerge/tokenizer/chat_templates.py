@@ -6,6 +6,7 @@ The built-in ones are written from the public descriptions of these formats.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from largemerge.text_files import parse_json, read_json, read_text
 
 AUTO = "auto"
 _FILE = "chat_template.jinja"
@@ -117,12 +120,11 @@ def choose_template(setting: str, folders: Iterable[Path]) -> tuple[str | None, 
 def template_in(folder: Path) -> str | None:
     """Reads the chat template of a folder's tokenizer; the default one where there are several."""
     if (folder / _FILE).is_file():
-        return (folder / _FILE).read_text(encoding="utf-8")
+        return read_text(folder / _FILE)
     for name in ("tokenizer_config.json", "chat_template.json"):
-        try:
-            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-        except (OSError, ValueError, AttributeError):
-            continue  # what is wrong with them is told where the tokenizer is read
+        if not os.path.lexists(folder / name):
+            continue
+        template = read_json(folder / name).get("chat_template")
         if isinstance(template, list):
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
@@ -136,7 +138,7 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
     made = {name: content for name, content in files.items() if name != "chat_template.json"}
     made[_FILE] = template.encode()
     if "tokenizer_config.json" in made:
-        settings = json.loads(made["tokenizer_config.json"])
+        settings = parse_json(made["tokenizer_config.json"].decode("utf-8-sig"))
         if settings.pop("chat_template", None) is not None:
             made["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     return made

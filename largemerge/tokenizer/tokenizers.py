@@ -26,6 +26,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.side_files import auto_tokenizer, has_tokenizer, is_inside, tokenizer_names
 from largemerge.errors import CheckpointError
+from largemerge.text_files import parse_json, read_file
 
 Document = dict[str, Any]
 """The contents of a `tokenizer.json`."""
@@ -94,7 +95,7 @@ def with_document(tokenizer: Tokenizer, document: Document, name: str) -> Tokeni
     """
     files = {key: content for key, content in tokenizer.files.items() if key in _KEPT_FILES or "template" in key}
     files["tokenizer.json"] = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    settings = parse_json(files.get("tokenizer_config.json", b"{}").decode("utf-8-sig"))
     settings.pop("added_tokens_decoder", None)  # tokenizer.json has them, with the numbers of now
     files["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     with tempfile.TemporaryDirectory(prefix="largemerge-tokenizer-") as folder:
@@ -130,9 +131,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Reads the files of a folder's tokenizer, by name."""
+    """Reads the files of a folder's tokenizer, by name; those that links outside the folder lead to are left out."""
     names = [name for name in tokenizer_names(folder) if is_inside(folder / name, folder)]
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: read_file(folder / name) for name in names}
 
 
 def join_documents(first: Document, others: Mapping[str, Document]) -> tuple[Document, list[str], list[str]]:

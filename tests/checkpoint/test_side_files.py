@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cases import touch
+from cases import origin, touch
 from safetensors.torch import save_file
 
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
@@ -86,7 +86,7 @@ def copied(out: Path, side_files: SideFiles) -> dict[str, str]:
     side_files.copy(out)
     paths = [path for path in out.rglob("*") if path.is_file()]
     assert set(side_files.files) == {str(path.relative_to(out)) for path in paths}
-    return {str(path.relative_to(out)): path.read_text().split()[0] for path in paths}
+    return {str(path.relative_to(out)): origin(path).split()[0] for path in paths}
 
 
 def test_files_come_from_where_they_should(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def sentence_encoder(root: Path, inner: str = "", pooling: str = "mean") -> Chec
     touch(root / inner, "vocab.txt")
     (root / inner / "sentence_bert_config.json").write_text("{}")
     (root / "1_Pooling").mkdir()
-    (root / "1_Pooling" / "config.json").write_text(pooling)
+    (root / "1_Pooling" / "config.json").write_text(json.dumps({"pooling": pooling}))
     modules = [
         {"path": inner, "type": "sentence_transformers.models.Transformer"},
         {"path": "1_Pooling", "type": "custom_st.Pooling"},

@@ -61,8 +61,28 @@ def test_the_file_that_the_config_names(folder: Path) -> None:
     for name in ("model", "other"):
         save_file({name: torch.ones(1)}, folder / f"{name}.safetensors")
     assert list(open_checkpoint(folder, "m").tensors) == ["other"]
-    (folder / "config.json").write_text('{"transformers_weights": "../other.safetensors"}')
-    assert list(open_checkpoint(folder, "m").tensors) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("named", "mentions"),
+    [
+        ("../other.safetensors", "leads out"),
+        ("/other.safetensors", "leads out"),
+        ("absent.safetensors", "does not exist"),
+        ("x" * 300, "too long"),
+        ("a\0b", "characters that no name has"),
+        ("", "is a folder"),
+        (5, "is no text"),
+    ],
+)
+def test_a_config_that_names_no_file_of_its_folder_is_refused_rather_than_ignored(
+    folder: Path, named: object, mentions: str
+) -> None:
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    with pytest.raises(CheckpointError, match="transformers_weights is") as caught:
+        open_checkpoint(folder, "m")
+    assert mentions in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "module", "model_state_dict"])
