@@ -25,6 +25,7 @@ from largemerge.distributed.ranks import Ranks, start_ranks
 from largemerge.errors import LargemergeError
 from largemerge.machine import MemoryWatch, versions
 from largemerge.output import OutputFolder, check_output, open_for_ranks
+from largemerge.progress import stage
 
 
 def merge_data_free(
@@ -73,6 +74,7 @@ def merge_data_free(
             if planned is not None:
                 planned(plan)
             shards, folders = layout_shards(plan.output, max_shard_bytes, find_files(plan).inner), input_folders(plan)
+            stage("opening the output folder")
             with open_for_ranks(out, _manifest(plan, shards), folders, ranks, resume=resume, force=force) as folder:
                 ranks.agree(lambda: _check_shared(folder))
                 prepared = time.perf_counter() - start
@@ -81,6 +83,7 @@ def merge_data_free(
                     plan, shards, folder, ranks, max_shard_bytes=max_shard_bytes, quiet=quiet or not ranks.is_first
                 )
                 bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
+                stage("measuring what of every model is in the output, and finishing it")
                 verified = verify_merge(plan, shards, folder) if verify and ranks.is_first else None
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(watch.peak()))

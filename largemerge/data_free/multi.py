@@ -21,7 +21,6 @@ from __future__ import annotations
 import graphlib
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError
+from largemerge.log import tell
 from largemerge.model.adapter_names import AdapterNames
 from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER, check_no_input, check_output
 
@@ -214,7 +214,7 @@ def merge_series(
             is_last = number == len(documents)
             target = out if is_last else folder / document.label
             if not is_quiet:
-                print(f"largemerge: merge {number} of {len(documents)}: {document.label} → {target}", file=sys.stderr)
+                tell(f"merge {number} of {len(documents)}: {document.label} → {target}")
             resumes = resume and (target / WORKING_FOLDER / "manifest.json").exists()
             if is_last:
                 return merge_data_free(document.config, out, prior=prior, resume=resumes, force=force, **options)
