@@ -19,9 +19,11 @@ from largemerge.errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
+    InstallationError,
     LargemergeError,
     MergeError,
     OutputError,
+    SystemFailure,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ __all__ = [
     "ConfigError",
     "DataFreePlan",
     "DataFreeReport",
+    "InstallationError",
     "LargemergeError",
     "Memory",
     "MergeConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "MergePlan",
     "MergeReport",
     "OutputError",
+    "SystemFailure",
     "__version__",
     "cluster",
     "load_config",
@@ -74,6 +78,9 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'largemerge' has no attribute {name!r}")
+    from largemerge.installed import check_installed
+
+    check_installed()
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from largemerge.config_file import parse_size, read_documents
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
-from largemerge.errors import ConfigError
+from largemerge.errors import ConfigError, explain_failures
 from largemerge.regression.config import MergeConfig, load_config
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
 
@@ -109,6 +109,7 @@ def _size(size: int | str | None) -> int | None:
     return size
 
 
+@explain_failures()
 def read_config(source: Source, *, strict: bool = False) -> Config:
     """Reads and checks a configuration as the kind of merge that its method belongs to.
 
@@ -152,6 +153,7 @@ def preload(config: Config) -> None:
         import largemerge.data_free.multi  # noqa: F401
 
 
+@explain_failures()
 def merge(
     config: Source,
     out: str | Path,
@@ -209,6 +211,7 @@ def merge(
     return merge_series(resolved, Path(out), folder, other_methods=tuple(REGRESSION_METHODS), **options)
 
 
+@explain_failures()
 def plan(
     config: Source,
     *,

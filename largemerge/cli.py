@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import io
 import json
 import os
 import shlex
@@ -20,19 +19,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any
 
-from largemerge import __version__
-from largemerge.errors import EXIT_CODE, INTERRUPTED, ConfigError, LargemergeError, RankAborted
+from largemerge import __version__, interrupts
+from largemerge.distributed.launcher import Launch, own_rank, read_launch, several_processes
+from largemerge.errors import (
+    EXIT_CODE,
+    UNEXPECTED,
+    ConfigError,
+    LargemergeError,
+    RankAborted,
+    explain_failures,
+)
+from largemerge.installed import check_installed
+from largemerge.log import LOGGER, stage, tell, verbose_lines, writing_log
+from largemerge.streams import leave, output_kept, safe_streams
 
 if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
-
-
-def own_rank() -> int:
-    """Number of this process, as its launcher says: torchrun, Accelerate, DeepSpeed, or MPI."""
-    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
 
 
 def _size(text: str, option: str) -> int:
@@ -80,19 +84,26 @@ def _read(options: argparse.Namespace) -> Config:
 
     config = api.read_config(options.config, strict=options.strict)
     _quiet_libraries()
+    stage("importing torch and Transformers")
     with _importing(options):
         api.preload(config)
+    if options.own_process:
+        interrupts.raising()
     return config
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from largemerge import api
-
-    max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
+    launch = read_launch()
     try:
-        config = _read(options)
-        from rich.console import Console
+        from largemerge import api
 
+        _check_log_file(options)
+        max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
+        config = _read(options)
+    except LargemergeError as error:
+        _fail_together(error, launch, options)
+        raise
+    try:
         from largemerge.machine import reuse_freed_memory
 
         def planned(made: Plan) -> None:
@@ -101,24 +112,58 @@ def _merge(options: argparse.Namespace) -> int:
                 _print_warnings(made)
 
         reuse_freed_memory(sparingly=True)
-        report: Report = api.merge(
-            config,
-            options.out,
-            device=options.device,
-            resume=options.resume,
-            force=options.force,
-            max_shard_bytes=max_shard_bytes,
-            quiet=options.quiet,
-            verify=not options.no_verify,
-            intermediate_dir=options.intermediate_dir,
-            memory=memory,
-            planned=planned,
-        )
-    except KeyboardInterrupt:
-        return _interrupted(options)
-    if not options.quiet:
-        report.print(Console(stderr=True, markup=False, emoji=False))
+        with output_kept(own_process=options.own_process):
+            report: Report = api.merge(
+                config,
+                options.out,
+                device=options.device,
+                resume=options.resume,
+                force=options.force,
+                max_shard_bytes=max_shard_bytes,
+                quiet=options.quiet,
+                verify=not options.no_verify,
+                intermediate_dir=options.intermediate_dir,
+                memory=memory,
+                planned=planned,
+            )
+    except KeyboardInterrupt as error:
+        return _interrupted(options, error)
+    stage("")
+    if launch.rank == 0:
+        _show_report(report, options)
     return 0
+
+
+def _show_report(report: Report, options: argparse.Namespace) -> None:
+    """Shows the report of a finished merge: as JSON, or as a table unless all is to be quiet."""
+    LOGGER.debug("report: %s", json.dumps(report.to_json()))
+    if options.json:
+        try:
+            print(json.dumps(report.to_json(), indent=2), flush=True)
+        except OSError as error:
+            raise LargemergeError(
+                f"{error.filename}: {error.strerror}; the merge is finished, and its report is in {options.out}"
+            ) from error
+    elif not options.quiet:
+        from rich.console import Console
+
+        report.print(Console(stderr=True, markup=False, emoji=False))
+
+
+def _fail_together(error: LargemergeError, launch: Launch, options: argparse.Namespace) -> None:
+    """Tells the other ranks what is wrong here, so that rank 0 tells it once, and nobody waits for this rank."""
+    if launch.size > 1:
+        _quiet_libraries()
+        from largemerge.distributed.ranks import fail_together
+
+        fail_together(error, on_gpus=options.device != "cpu")
+
+
+def _check_log_file(options: argparse.Namespace) -> None:
+    if options.log_file is not None:
+        out, log = os.path.realpath(options.out), os.path.realpath(options.log_file)
+        if os.path.commonpath([out, log]) == out:
+            raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
 
 
 def _print_warnings(plan: Plan) -> None:
@@ -128,35 +173,43 @@ def _print_warnings(plan: Plan) -> None:
     if own_rank() == 0:
         for note in plan.notes:
             if note.startswith(WARNING):
-                print(f"largemerge: {note}", file=sys.stderr)
+                tell(note)
 
 
-def _interrupted(options: argparse.Namespace) -> int:
+def _interrupted(options: argparse.Namespace, error: KeyboardInterrupt) -> int:
     """Says how to go on with an interrupted merge, if it has begun."""
     from largemerge.output import INTERMEDIATE_FOLDER, WORKING_FOLDER
 
     begun = [options.out / WORKING_FOLDER / name for name in ("manifest.json", INTERMEDIATE_FOLDER)]
     if own_rank() != 0 or not any(path.exists() for path in [*begun, options.intermediate_dir] if path is not None):
-        raise KeyboardInterrupt
+        raise error
     kept = [argument for argument in options.given if argument not in ("--force", "--resume")]
     command = shlex.join(["largemerge", *kept, "--resume"])
-    print(f"\nlargemerge: interrupted; what is finished is safe. Go on with:\n\n    {command}\n", file=sys.stderr)
-    return INTERRUPTED
+    said = str(error) or "interrupted"
+    launcher = ", under the same launcher" if several_processes() else ""
+    LOGGER.info(said)
+    text = f"\nlargemerge: {said}; what is finished is safe. Go on with{launcher}:\n\n    {command}\n"
+    print(text, file=sys.stderr)
+    return interrupts.exit_code(error)
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if read_launch().rank != 0:
+        return 0  # rank 0 plans and prints
     from largemerge import api
 
     memory, cluster = _memory(options), _cluster(options)
-    made: Plan = api.plan(
-        _read(options),
-        device=options.device,
-        probe=options.probe,
-        num_ranks=options.num_ranks,
-        cluster=cluster,
-        from_config=options.from_config,
-        memory=memory,
-    )
+    with output_kept(own_process=options.own_process):
+        made: Plan = api.plan(
+            _read(options),
+            device=options.device,
+            probe=options.probe,
+            num_ranks=options.num_ranks,
+            cluster=cluster,
+            from_config=options.from_config,
+            memory=memory,
+        )
+    stage("")
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:
@@ -190,9 +243,15 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if read_launch().size > 1:
+        raise ConfigError("the demo is for one process; start it without a launcher")
     _quiet_libraries()
+    stage("importing torch and Transformers")
     from largemerge.demo import run_demo
 
+    if options.own_process:
+        interrupts.raising()
+    stage("")
     run_demo(options.out)
     return 0
 
@@ -202,64 +261,108 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 COMMANDS = {"merge": _merge, "plan": _plan, "verify": _verify, "demo": _demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the `largemerge` command and exits: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(given)
-    options.given, options.own_process = given, arguments is None
-    with contextlib.redirect_stderr(_numbered(sys.stderr)):
-        sys.exit(_run(options))
+    """Runs the `largemerge` command and exits.
+
+    The exit code is 0 if all is done, 2 after a mistake of the user's or a failure of the system, 70 after a mistake in
+    largemerge itself, and 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP.
+
+    Args:
+        arguments: Of the command line; by default those of this process, which is the command's own then.
+    """
+    given, own_process = list(sys.argv[1:] if arguments is None else arguments), arguments is None
+    if own_process:
+        interrupts.install()
+    with safe_streams(own_rank(), own_process=own_process):
+        code = _run(given, own_process=own_process)
+        if own_process:
+            interrupts.ending(code)
+        if code and several_processes():
+            leave(code)  # threads that wait for a rank that is gone would keep this process
+    sys.exit(code)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(given: list[str], *, own_process: bool) -> int:
+    """Parses and runs a command; whatever goes wrong is told in a line or a list, and returned as an exit code."""
+    verbose = False
     try:
-        code = COMMANDS[options.command](options)
+        options = _parse(given)
+        options.given, options.own_process, verbose = given, own_process, options.verbose
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(explain_failures())
+            stack.enter_context(writing_log(options.log_file, own_rank()))
+            stack.enter_context(verbose_lines(shown=verbose))
+            code = _logged(options)
+            sys.stdout.flush()
+        return code
+    except SystemExit as error:  # of the parser, which has said why
+        return error.code if isinstance(error.code, int) else EXIT_CODE
     except RankAborted:
-        code = EXIT_CODE
+        return EXIT_CODE
     except LargemergeError as error:
-        print(f"largemerge: {error}", file=sys.stderr)
-        code = EXIT_CODE
-    except KeyboardInterrupt:
-        print("\nlargemerge: interrupted", file=sys.stderr)
-        code = INTERRUPTED
+        tell(str(error))
+        return EXIT_CODE
+    except KeyboardInterrupt as error:
+        if own_rank() == 0:
+            print(f"\nlargemerge: {error or 'interrupted'}", file=sys.stderr)
+        return interrupts.exit_code(error)
+    except Exception as error:
+        _tell_unexpected(error, verbose=verbose)
+        return UNEXPECTED
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    """Parses arguments; all ranks have the same ones, and rank 0 tells what is wrong with them."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.ExitStack() as stack:
+        if own_rank() != 0:
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        return _parser().parse_args(given)
+
+
+def _logged(options: argparse.Namespace) -> int:
+    """Runs a command; what it was, and how it ended, goes to the log."""
+    LOGGER.debug("largemerge %s, %s: %s", __version__, sys.version.split()[0], shlex.join(options.given))
+    try:
+        check_installed()
+        with _stages(options), explain_failures():
+            code = COMMANDS[options.command](options)
+    except BaseException as error:
+        LOGGER.debug("ended by %s: %s", type(error).__name__, error, exc_info=True)
+        raise
+    LOGGER.debug("exit code %d", code)
     return code
 
 
-class _Numbered(io.TextIOBase):
-    """A stream whose lines begin with the rank, for several processes on one terminal."""
+@contextmanager
+def _stages(options: argparse.Namespace) -> Iterator[None]:
+    """Shows what is being done before there is progress to show."""
+    if options.quiet or options.verbose or own_rank() != 0:
+        yield
+        return
+    from largemerge.progress import showing_stages
 
-    def __init__(self, stream: TextIO, rank: int) -> None:
-        self._stream, self._prefix, self._begins = stream, f"[rank {rank}] ", True
-
-    def write(self, text: str) -> int:
-        """Writes a text, with the rank before each line."""
-        for line in text.splitlines(keepends=True):
-            self._stream.write(self._prefix + line if self._begins else line)
-            self._begins = line.endswith("\n")
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes the wrapped stream."""
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        """File descriptor of the wrapped stream."""
-        return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        """Always False, so that only rank 0 draws a progress bar."""
-        return False
+    with showing_stages():
+        yield
 
 
-def _numbered(stream: TextIO) -> TextIO:
-    """Wraps a stream so that lines begin with the rank; rank 0 keeps it as it is."""
-    rank = own_rank()
-    return cast(TextIO, _Numbered(stream, rank)) if rank else stream
+def _tell_unexpected(error: Exception, *, verbose: bool) -> None:
+    import traceback
+
+    if verbose:
+        traceback.print_exc()
+    first_line = (str(error) or "no message").splitlines()[0]
+    shown = "the traceback above" if verbose else "what --verbose or --log-file FILE shows of it"
+    tell(
+        f"unexpected {type(error).__name__}: {first_line}; this is a mistake in largemerge, not yours: please report "
+        f"it, with {shown}; a merge that had begun can go on with --resume"
+    )
 
 
 class _PrintCompletion(argparse.Action):
@@ -312,7 +415,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of an output file (default: 5GB)")
     _add_memory_options(merge)
     merge.add_argument("--strict", action="store_true", help="warnings are errors")
-    merge.add_argument("--quiet", action="store_true", help="no progress, no closing table")
+    merge.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
+    _add_log_options(merge).add_argument("--quiet", action="store_true", help="no progress, no closing table")
     merge.add_argument("--no-verify", action="store_true", help="do not measure, at the end, what is in the output")
     plan = commands.add_parser("plan", help="show what a merge would do, without reading weights")
     plan.add_argument("config", type=Path, help="a YAML file")
@@ -334,15 +438,31 @@ def _parser() -> argparse.ArgumentParser:
     elsewhere.add_argument("--disk-rate", metavar="RATE", help="at which a node reads (default: 2GB/s)")
     elsewhere.add_argument("--node-memory", metavar="SIZE", help="host memory of a node (default: 1TiB)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _add_log_options(plan)
     verify = commands.add_parser("verify", help="check that a finished merge is as it was written, and loads")
     verify.add_argument("out", type=Path, metavar="OUT", help="the output folder")
     verify.add_argument("--trust-remote-code", action="store_true", help="allow the folder's own Python code")
     verify.add_argument("--json", action="store_true", help="print the findings as JSON")
+    _add_log_options(verify)
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
     )
     demo.add_argument("--out", type=Path, default=Path("largemerge-demo"), help="folder (default: largemerge-demo)")
+    _add_log_options(demo)
     return parser
+
+
+def _add_log_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Adds what all commands have; returns the group of options on how much is shown."""
+    parser.set_defaults(quiet=False)
+    parser.add_argument(
+        "--log-file", type=Path, metavar="FILE", help="add everything that is told to FILE, with times and details"
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "-v", "--verbose", action="store_true", help="show details, and the traceback of a mistake of ours"
+    )
+    return shown
 
 
 def _add_memory_options(parser: argparse.ArgumentParser) -> None:

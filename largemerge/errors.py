@@ -7,6 +7,8 @@
     ├── CalibrationError    calibration data: missing, unreadable, or unfit for the model
     ├── OutputError         the output folder: in the way, or not what a resume needs
     ├── MergeError          something in the data that shows only while merging
+    ├── SystemFailure       the operating system refuses: no room, no permission, no memory; with path and cause
+    ├── InstallationError   a package is missing, too old or too new
     └── RankAborted         this rank ends because of problems that rank 0 tells
 
 Each says what was found, what was expected, in which file or key, and what to do. The command line
@@ -15,10 +17,33 @@ prints the message without a traceback and exits with `EXIT_CODE`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 
-EXIT_CODE, INTERRUPTED = 2, 130
-"""Exit codes of the command: after a `LargemergeError`, and after Ctrl-C."""
+EXIT_CODE, UNEXPECTED, INTERRUPTED = 2, 70, 130
+"""Exit codes of the command: after a `LargemergeError`, after a mistake in largemerge itself, and after Ctrl-C."""
+
+_MAX_SHOWN = 200  # characters of a path
+_ADVICE = {
+    errno.ENOSPC: "make room there, then go on with --resume where a merge had begun",
+    errno.EDQUOT: "make room there, then go on with --resume where a merge had begun",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "expected a place that this user may use",
+    errno.EPERM: "expected a place that this user may use",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.EMFILE: "allow this process more open files (ulimit -n)",
+    errno.ENFILE: "close some programs: the system has too many open files",
+    errno.EIO: "the disk or its file system fails; the system's log says more",
+    errno.ENOTDIR: "a part of the path is a file; expected folders",
+    errno.EISDIR: "it is a folder; expected a file",
+    errno.ESTALE: "the network's file system has lost it; try again",
+    errno.ENOMEM: "this machine has too little free memory",
+}
 
 
 class LargemergeError(Exception):
@@ -63,5 +88,78 @@ class MergeError(LargemergeError):
     """Something in the data that shows only while merging."""
 
 
+class SystemFailure(LargemergeError):
+    """The operating system refuses something; the message names path and cause."""
+
+
+class InstallationError(LargemergeError):
+    """A package that is needed is missing, too old or too new."""
+
+
 class RankAborted(LargemergeError):
     """This rank ends because of problems that rank 0 tells; nothing more has to be said."""
+
+
+@contextmanager
+def explain_failures() -> Iterator[None]:
+    """Makes errors of the operating system, and a lack of memory, errors that a user can read.
+
+    Raises:
+        SystemFailure: In their place; the message names path and cause.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SystemFailure(describe(error)) from error
+    except MemoryError as error:
+        raise SystemFailure(_no_memory("")) from error
+    except RecursionError as error:
+        raise SystemFailure(
+            f"something that was read is nested too deeply ({error}){_near(error.__traceback__)}; "
+            "expected a file as Transformers or a text editor writes it"
+        ) from error
+    except RuntimeError as error:
+        if "Symlink loop" in str(error):  # pathlib's, before Python 3.13
+            raise SystemFailure(f"{shorten(str(error))}; {_ADVICE[errno.ELOOP]}") from error
+        if "can't allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise SystemFailure(_no_memory(str(error).splitlines()[0])) from error
+    except ValueError as error:
+        if "null " not in str(error) or "embedded" not in str(error):
+            raise
+        raise SystemFailure("a path holds a NUL character; expected the name of a file or folder") from error
+
+
+def describe(error: OSError) -> str:
+    """Describes an error of the operating system in one line: path, cause, what to do."""
+    if error.errno is None:  # made by a library, which says all in its message
+        return " ".join(str(error).split()) or type(error).__name__
+    paths = [shorten(os.fsdecode(path)) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
+    cause = error.strerror or os.strerror(error.errno)
+    text = f"{' → '.join(paths)}: {cause}" if paths else f"{cause}{_near(error.__traceback__)}"
+    return f"{text}; {_ADVICE[error.errno]}" if error.errno in _ADVICE else text
+
+
+def shorten(text: str) -> str:
+    """Leaves out the middle of a text that is longer than a line or two."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]} … {text[-_MAX_SHOWN // 2 :]}"
+
+
+def _no_memory(cause: str) -> str:
+    told = f": {shorten(cause)}" if cause else ""
+    return (
+        f"there is too little memory{told}; close other programs, or set limits: --memory-host, --memory-device and "
+        "memory: in the configuration (largemerge plan says what a merge needs)"
+    )
+
+
+def _near(trace: TracebackType | None) -> str:
+    """Names the path that was worked on where a system call on an open file failed, which tells none."""
+    found = ""
+    while trace is not None:
+        values = trace.tb_frame.f_locals
+        owner = vars(values["self"]) if hasattr(values.get("self"), "__dict__") else {}
+        near = [value for value in (*owner.values(), *values.values()) if isinstance(value, Path)]
+        found = str(near[-1]) if near else found
+        trace = trace.tb_next
+    return f" (at {shorten(found)})" if found else ""

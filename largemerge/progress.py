@@ -1,27 +1,38 @@
 """Progress of a long run, and where its time goes.
 
-    StepBar        a live bar on a terminal, a plain line now and then anywhere else
-    RunProgress    that bar for a merge: stage, block, candidate, rate, memory
-    Clock          seconds by stage, and when each stage began, for the report
+    stage            what is being done before there are steps to count: importing, reading headers, planning
+    showing_stages   shows it: a live line on a terminal, a plain line for what takes long anywhere else
+    StepBar          a live bar on a terminal, a plain line now and then anywhere else
+    RunProgress      that bar for a merge: stage, block, candidate, rate, memory
+    Clock            seconds by stage, and when each stage began, for the report
 
-Whoever merges reports steps and stages to them, and need not know how they are shown.
+Whoever merges reports steps and stages to them, and need not know how they are shown. Nothing here imports torch: the
+first stage is to import it.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
 
-from largemerge.machine import memory_in_use
+from largemerge.log import LOGGER, STAGES, stage
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Clock", "RunProgress", "StepBar", "Watcher", "showing_stages", "stage"]
 
 _PLAIN_INTERVAL_SECONDS = 10.0
+_PLAIN_STAGE_SECONDS = 5.0  # a stage gets a plain line once it takes this long
 _MIN_TIMELINE_SECONDS = 0.001  # the timeline leaves out what is shorter
 
 
@@ -30,6 +41,59 @@ class Watcher(Protocol):
 
     def step(self, block: str, stage: str, candidate: str | None = None) -> None:
         """Counts one batch or one solve that has been done."""
+
+
+class _StageDisplay(logging.Handler):
+    """Shows the stage that is under way: on a terminal at once, elsewhere once it takes long."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._console = Console(stderr=True, markup=False, emoji=False)
+        self._status = Status("", console=self._console) if self._console.is_terminal else None
+        self._changed = threading.Event()
+        self._text = ""
+        if self._status is None:
+            threading.Thread(target=self._tell_long_ones, name="largemerge-stages", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows a stage in place of the one before; nothing where it has no text."""
+        self._text = record.getMessage()
+        self._changed.set()
+        if self._status is not None:
+            self._status.update(self._text)
+            (self._status.start if self._text else self._status.stop)()
+
+    def close(self) -> None:
+        """Shows nothing from now on."""
+        self._text = ""
+        self._changed.set()
+        if self._status is not None:
+            self._status.stop()
+        super().close()
+
+    def _tell_long_ones(self) -> None:
+        while self._changed.wait():
+            self._changed.clear()
+            text = self._text
+            if text and not self._changed.wait(_PLAIN_STAGE_SECONDS):
+                self._console.print(f"largemerge: {text}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def showing_stages(*, quiet: bool = False) -> Iterator[None]:
+    """Shows what `stage` says while the block runs, on standard error; once, if blocks are nested."""
+    if quiet or any(isinstance(handler, _StageDisplay) for handler in STAGES.handlers):
+        yield
+        return
+    display, level = _StageDisplay(), STAGES.level
+    STAGES.addHandler(display)
+    STAGES.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        STAGES.removeHandler(display)
+        STAGES.setLevel(level)
+        display.close()
 
 
 class StepBar:
@@ -62,6 +126,7 @@ class StepBar:
         self._task: TaskID = self._bar.add_task("starting", total=self._total, more="")
 
     def __enter__(self) -> StepBar:
+        stage("")
         if self._live:
             self._bar.start()
         return self
@@ -85,6 +150,7 @@ class StepBar:
             more: Returns what else to show; called only when it is shown.
         """
         self._done += 1
+        LOGGER.debug("%d/%d %s", self._done, self._total, text)
         now = time.monotonic()
         if self._live:
             self._bar.update(self._task, completed=self._done, description=text, more=more())
@@ -129,6 +195,7 @@ class RunProgress:
 
     def tell(self, text: str) -> None:
         """Shows a line of its own, above the bar."""
+        LOGGER.debug("%s", text)
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, block: str, stage: str, candidate: str | None = None) -> None:
@@ -139,6 +206,8 @@ class RunProgress:
         self._bar.advance(f"{stage} {where}" + (f" {candidate}" if candidate else ""), self._rate_and_memory)
 
     def _rate_and_memory(self) -> str:
+        from largemerge.machine import memory_in_use
+
         memory = memory_in_use(self._device)
         held = f"{memory.host_anonymous / 2**30:.1f} GiB"
         if memory.device:

@@ -290,12 +290,10 @@ def test_the_version_is_that_of_the_package() -> None:
     assert f"version = {__version__}\n" in setup
 
 
-@pytest.mark.parametrize("variable", ["RANK", "PMI_RANK"])
-def test_lines_of_other_ranks_begin_with_their_number(
-    command: Command, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    monkeypatch.setenv(variable, "2")
-    outcome = command("plan", "nowhere.yaml")
-    assert outcome.code == 2 and outcome.err.startswith("[rank 2] largemerge: nowhere.yaml: no such")
-    monkeypatch.setenv(variable, "0")
-    assert command("plan", "nowhere.yaml").err.startswith("largemerge: ")
+def test_lines_of_other_ranks_begin_with_their_number(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    outcome = command("merge", "nowhere.yaml", "out")
+    assert outcome.code == 2 and outcome.err.startswith("[rank 2] largemerge: 2 problems:\n[rank 2]   - MASTER_ADDR")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert command("plan", "nowhere.yaml").err.startswith("largemerge: nowhere.yaml: no such"), "it is alone"

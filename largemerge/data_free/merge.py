@@ -26,6 +26,7 @@ from largemerge.distributed.ranks import Ranks, start_ranks
 from largemerge.errors import LargemergeError
 from largemerge.machine import MemoryWatch, versions
 from largemerge.output import InputWatch, OutputFolder, check_output, drop_damaged, open_for_ranks
+from largemerge.progress import stage
 
 
 def merge_data_free(
@@ -79,6 +80,7 @@ def merge_data_free(
             opened = [*plan.checkpoints.values(), *plan.auxiliary.values(), *adapters]
             watch = ranks.agree(lambda: InputWatch(opened, side_files.files))
             manifest = _manifest(plan, shards) | {"side files": watch.digests}
+            stage("opening the output folder")
             with open_for_ranks(out, manifest, folders, ranks, resume=resume, force=force) as folder:
                 ranks.agree(lambda: _check_shared(folder))
                 drop_damaged(folder, ranks, part_kinds(plan, shards, folder.working, max_shard_bytes))
@@ -88,6 +90,7 @@ def merge_data_free(
                     plan, shards, folder, ranks, max_shard_bytes=max_shard_bytes, quiet=quiet or not ranks.is_first
                 )
                 bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
+                stage("measuring what of every model is in the output, and finishing it")
                 verified = verify_merge(plan, shards, folder) if verify and ranks.is_first else None
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(memory.peak()))

@@ -21,7 +21,6 @@ from __future__ import annotations
 import graphlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError
 from largemerge.integrity import find_damage
+from largemerge.log import tell
 from largemerge.machine import scratch_folder
 from largemerge.model.adapter_names import AdapterNames
 from largemerge.output import INTERMEDIATE_FOLDER, REPORT_FILE, WORKING_FOLDER, check_no_input, check_output
@@ -216,7 +216,7 @@ def merge_series(
             is_last = number == len(documents)
             target = out if is_last else folder / document.label
             if not is_quiet:
-                print(f"largemerge: merge {number} of {len(documents)}: {document.label} → {target}", file=sys.stderr)
+                tell(f"merge {number} of {len(documents)}: {document.label} → {target}")
             resumes = resume and (target / WORKING_FOLDER / "manifest.json").exists()
             if is_last:
                 return merge_data_free(document.config, out, prior=prior, resume=resumes, force=force, **options)

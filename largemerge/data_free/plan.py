@@ -44,6 +44,7 @@ from largemerge.distributed.ranks import Ranks
 from largemerge.heads import NONE, Heads, initial_tensors
 from largemerge.model.alignment import Alignment, align
 from largemerge.model.skeleton import build_model
+from largemerge.progress import stage
 from largemerge.tokenizer.chat_templates import choose_template
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
 from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary, compare_by_number
@@ -284,7 +285,9 @@ def plan_data_free(
     prior, ranks = prior or PriorMerges(), ranks or Ranks()
     method = config.merge_method
     computes_on = accelerated_device(method, device, ranks)
+    stage("reading the headers of all models")
     inputs = open_inputs(config, prior)
+    stage("matching tensors through the model's class")
     alignment = align(
         inputs.checkpoints,
         inputs.adapters,
@@ -335,6 +338,7 @@ def plan_data_free(
     _check_folders(plan, ranks)
     if config.strict:
         plan.problems.extend(strict_problems(plan.notes))
+    stage("measuring this machine" if probe else "")
     return replace(plan, seconds=estimate_seconds(plan)) if probe and not plan.problems else plan
 
 
@@ -348,6 +352,7 @@ def _check_folders(plan: DataFreePlan, ranks: Ranks) -> None:
     if plan.vocabulary is None and has_tokenizer(source) and source != plan.checkpoints[plan.reference].folder:
         plan.notes.append(f"the tokenizer comes from {source}")
     if ranks.is_first and not plan.problems:
+        stage("checking the tokenizer")
         problems, notes = check_tokenizer(plan)
         plan.problems.extend(problems)
         plan.notes.extend(notes)

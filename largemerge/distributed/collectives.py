@@ -128,12 +128,13 @@ def open_collectives(
     if ranks.size == 1:
         yield None
         return
-    transport = open_transport(ranks.rank, range(ranks.size), node, device)
-    assert transport is not None
-    group = None
-    for members in rank_groups:
-        own = open_transport(ranks.rank, members, node, device) if len(members) > 1 else None
-        group = (members, own) if own is not None else group
+    with ranks.blocked(), ranks.timed():
+        transport = open_transport(ranks.rank, range(ranks.size), node, device)
+        assert transport is not None
+        group = None
+        for members in rank_groups:
+            own = open_transport(ranks.rank, members, node, device) if len(members) > 1 else None
+            group = (members, own) if own is not None else group
     collectives = AsyncCollectives(ranks, transport, device, group)
     yield collectives
     collectives.close()  # not after an error: the others may be gone

@@ -9,6 +9,7 @@ All ranks must call what is marked as collective, in the same order.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +21,17 @@ from typing import Any, TypeVar
 import torch
 
 from largemerge.devices import choose_device
-from largemerge.distributed.watchdog import Heartbeat, StallWatch, join_store, open_store
-from largemerge.errors import LargemergeError, MergeError, RankAborted
+from largemerge.distributed.launcher import Launch, beat_limit, read_launch, start_limit, started_by_mpi
+from largemerge.distributed.watchdog import GO_ON, Heartbeat, StallWatch, deadline, join_store, open_store
+from largemerge.errors import LargemergeError, MergeError, RankAborted, explain_failures
 
 Value = TypeVar("Value")
 
 _TIMEOUT = timedelta(minutes=30)  # of one collective call: ranks wait there for the slowest
+_POLL_SECONDS = 0.02
+_SILENT_SECONDS = 3.0
+_MAX_SHOWN = 8
+_distributed: Any = torch.distributed  # much of it carries no types
 
 
 @dataclass
@@ -105,7 +111,8 @@ class Ranks:
         result: Value | None = None
         problems: tuple[str, ...] = ()
         try:
-            result = step()
+            with explain_failures():
+                result = step()
         except LargemergeError as error:
             problems = error.problems
         gathered = self.gather(problems)
@@ -145,7 +152,7 @@ class Ranks:
                 why = self._heartbeat.why_gone()
             self._failure_is_known = True
             kind = MergeError if self.is_first or "rank 0" in why else RankAborted
-            raise kind(f"{why}; what is finished is safe: go on with --resume") from None
+            raise kind(f"{why}; {GO_ON}") from None
         self.seconds += time.perf_counter() - start
         self.num_bytes += num_bytes
 
@@ -155,20 +162,50 @@ class Ranks:
         if self.size == 1:
             yield
             return
-        store = open_store() if self.is_first else None
-        port = self.from_first(store.port if store is not None else 0)
-        self._watch = StallWatch()
-        heartbeat = Heartbeat(store or join_store(port), self.rank, self.size, self._watch)
-        self.gather(None)  # now all ranks have made their heartbeats
-        heartbeat.start()
+        with deadline(start_limit(), lambda: f"rank {self.rank} waits for another rank in vain; {GO_ON}"):
+            heartbeat = self._start_heartbeat()
         self._heartbeat = heartbeat
         try:
             yield
         except BaseException as error:
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            heartbeat.stop(None if self._failure_is_known else first_line)
+            heartbeat.stop(None if self._failure_is_known else _reason(error))
             raise
         heartbeat.stop()
+
+    def before_end(self, clean_up: Callable[[], None]) -> None:
+        """Has something called before the watchdog ends this process, which unwinds nothing."""
+        if self._heartbeat is not None:
+            self._heartbeat.before_end(clean_up)
+
+    def _start_heartbeat(self) -> Heartbeat:
+        """Starts the watchdog (collective)."""
+        port, problem, store = 0, "", None
+        try:
+            store = open_store() if self.is_first else None
+            port = store.port if store is not None else 0
+        except (RuntimeError, ValueError) as error:
+            problem = _reason(error)
+        port, problem = self.from_first((port, problem))
+        try:
+            store = store if self.is_first or problem else join_store(port)
+        except (RuntimeError, ValueError) as error:
+            problem = f"{_reason(error)} (rank 0 listens at port {port} of {os.environ.get('MASTER_ADDR')})"
+        problems = [(text,) if text else () for text in self.gather(problem)]
+        if any(problems):
+            self._failure_is_known = True
+            told = [f"the watchdog cannot reach all ranks: {text}" for text in join_problems(problems)]
+            raise (LargemergeError if self.is_first else RankAborted)(*told)
+        self._watch = StallWatch()
+        heartbeat = Heartbeat(store, self.rank, self.size, self._watch)
+        self.gather(None)  # now all ranks have made their heartbeats
+        heartbeat.start()
+        return heartbeat
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted"
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def join_problems(problems: Sequence[tuple[str, ...]]) -> list[str]:
@@ -190,71 +227,153 @@ def start_ranks(*, on_gpus: bool = False) -> Iterator[Ranks]:
     Args:
         on_gpus: Whether ranks exchange tensors on GPUs, where every rank of a machine has one.
     """
-    size = world_size()
-    if size == 1 and not torch.distributed.is_initialized():
-        yield Ranks()
-        return
-    ours = not torch.distributed.is_initialized()
-    if ours:
-        _initialize(on_gpus=on_gpus)
-    ranks = Ranks(
-        rank=torch.distributed.get_rank(),
-        size=torch.distributed.get_world_size(),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=_local_size(),
-    )
+    if torch.distributed.is_initialized():
+        launch, ours = _launch_of_group(), False
+    else:
+        launch, ours = read_launch(), True
+        if launch.size == 1:
+            yield Ranks()
+            return
+        _initialize(launch, on_gpus=on_gpus)
+    ranks = Ranks(launch.rank, launch.size, launch.local_rank, launch.local_size)
     try:
         with ranks.watched():
             yield ranks
     finally:
         # After an error the others may wait for this rank: ending the process is what tells them.
         if ours and sys.exc_info()[0] is None:
-            torch.distributed.destroy_process_group()
+            _leave()
 
 
 @contextmanager
 def stay_together() -> Iterator[None]:
     """Keeps the process group open across several merges."""
-    ours = world_size() > 1 and not torch.distributed.is_initialized()
-    if ours:
-        _initialize(on_gpus=False)
+    launch = Launch() if torch.distributed.is_initialized() else read_launch()
+    if launch.size > 1:
+        _initialize(launch, on_gpus=False)
     yield
-    if ours:  # after an error the end of the process is what tells the others
-        torch.distributed.destroy_process_group()
+    if launch.size > 1:  # after an error the end of the process is what tells the others
+        _leave()
 
 
-def world_size() -> int:
-    """Number of processes that the launcher has started; under Accelerate that may be MPI, with names of its own."""
-    if not _started_by_accelerate():
-        return int(os.environ.get("WORLD_SIZE", "1"))
-    from accelerate.utils import get_cpu_distributed_information
+def fail_together(error: LargemergeError, *, on_gpus: bool = False) -> None:
+    """Tells all ranks, which are about to start, that this one has failed before (collective).
 
-    return int(get_cpu_distributed_information().world_size)
+    Args:
+        error: What is wrong.
+        on_gpus: As for `start_ranks`.
+
+    Raises:
+        LargemergeError: On rank 0, with the problems of all ranks; on the others it is a `RankAborted`.
+    """
+
+    def fail() -> None:
+        raise error
+
+    with start_ranks(on_gpus=on_gpus) as ranks:
+        ranks.agree(fail)
 
 
-def _started_by_accelerate() -> bool:
-    return any(name.startswith("ACCELERATE_") for name in os.environ)
+def _launch_of_group() -> Launch:
+    """The place of this process in a group that the program which imports us has made."""
+    distributed: Any = torch.distributed
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    try:
+        launch = read_launch()
+    except LargemergeError:
+        launch = Launch()
+    local = (launch.local_rank, launch.local_size) if (launch.rank, launch.size) == (rank, size) else (rank, size)
+    return Launch(rank, size, *local)
 
 
-def _local_size() -> int:
-    """Number of processes on this machine, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
-
-
-def _initialize(*, on_gpus: bool) -> None:
-    """Opens the process group: by Accelerate where that has started us (it knows MPI, too), else by torch.
+def _initialize(launch: Launch, *, on_gpus: bool) -> None:
+    """Opens the process group: by Accelerate where that has started us by MPI, which it knows, else by torch.
 
     DeepSpeed's own `init_distributed` would, on CPUs, compile collectives that a merge never calls (a minute, and a
     compiler), and leave their buffers in shared memory (66 MiB a rank).
-    """
-    on_gpus = on_gpus and torch.cuda.is_available() and _local_size() <= torch.cuda.device_count()
-    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-    if _started_by_accelerate():
-        from accelerate import PartialState
 
-        PartialState(cpu=not on_gpus, backend=backend, timeout=_TIMEOUT)
-    else:
-        torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+    Raises:
+        LargemergeError: If this rank cannot meet the others.
+    """
+    on_gpus = on_gpus and torch.cuda.is_available() and launch.local_size <= torch.cuda.device_count()
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    meeting = _Meeting(launch)
+    with deadline(start_limit(), meeting.why_late):
+        try:
+            if started_by_mpi():
+                from accelerate import PartialState
+
+                PartialState(cpu=not on_gpus, backend=backend, timeout=_TIMEOUT)
+                return
+            store = meeting.join()
+            torch.distributed.init_process_group(
+                backend, store=store, rank=launch.rank, world_size=launch.size, timeout=_TIMEOUT
+            )
+            store.set_timeout(_TIMEOUT)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise LargemergeError(f"rank {launch.rank} cannot meet the others: {_reason(error)}") from error
+
+
+class _Meeting:
+    """The ranks of a merge as they come, at the store that the launcher's environment names."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._missing = set(range(launch.size))
+        self._answered = time.monotonic()
+        self._host, self._port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+
+    def join(self) -> Any:
+        """Joins the store, on rank 0 opens it, and waits until all ranks have.
+
+        Raises:
+            LargemergeError: If the port is in use.
+        """
+        launch, distributed = self._launch, _distributed
+        if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            self._check_port()
+        store, _, _ = next(distributed.rendezvous("env://", launch.rank, launch.size, timeout=_TIMEOUT))
+        store.set(f"largemerge-{launch.rank}", "here")
+        while self._missing:
+            self._missing -= {rank for rank in self._missing if store.check([f"largemerge-{rank}"])}
+            self._answered = time.monotonic()
+            time.sleep(_POLL_SECONDS)
+        return distributed.PrefixStore("largemerge", store)
+
+    def why_late(self) -> str:
+        """Says which ranks have not come in time."""
+        limit = f"within {start_limit():.0f} s"
+        rank = f"rank {self._launch.rank}: "
+        if self._launch.rank and time.monotonic() - self._answered > _SILENT_SECONDS:
+            return f"{rank}rank 0 has not answered at {self._host}, port {self._port} {limit}: start it, or look there"
+        missing = sorted(self._missing - {self._launch.rank})
+        if not missing:
+            return f"{rank}the process group has not come about {limit}: another rank was stopped, or is cut off"
+        shown = ", ".join(map(str, missing[:_MAX_SHOWN])) + (", …" if len(missing) > _MAX_SHOWN else "")
+        who = f"ranks {shown} have" if len(missing) > 1 else f"rank {shown} has"
+        return (
+            f"{rank}{who} not come {limit}, of {self._launch.size}; "
+            "start all of them, or set LARGEMERGE_RANK_TIMEOUT to more seconds"
+        )
+
+    def _check_port(self) -> None:
+        """Checks that rank 0 can listen, before torch's store tells it in many lines."""
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", int(self._port)))
+                probe.listen()
+        except OSError as error:
+            raise LargemergeError(
+                f"MASTER_PORT={self._port}: rank 0 cannot listen there: {error.strerror}; choose a free port "
+                "(torchrun --standalone finds one)"
+            ) from None
+
+
+def _leave() -> None:
+    """Leaves the process group; everything is finished, and a rank that is gone now does not matter."""
+    with deadline(beat_limit(), str, code=0):
+        _distributed.destroy_process_group()
 
 
 def too_many_threads(ranks: Ranks, device: torch.device) -> Iterator[str]:

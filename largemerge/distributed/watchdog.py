@@ -1,7 +1,9 @@
 """A watchdog for the ranks of a merge: one that dies, hangs or fails ends the merge of all, and is named.
 
     Heartbeat    a thread of each rank writes a beat into a store that rank 0 keeps, and looks at those of the others
+    TimedStore   that store, whose calls end in time: they would wait for ever where rank 0 is stopped or cut off
     StallWatch   whether this process still does something, since its heartbeat goes on where the main thread hangs
+    deadline     ends this process where something takes too long before all heartbeats run
 
 A rank whose beat stands still for `beat_limit()` seconds is gone: killed, stopped, or its machine lost. One that has
 failed, or finds that it hangs, writes why. A rank that sees this ends its own process, since it may be in a collective
@@ -14,10 +16,13 @@ waits neither for another rank nor for the disk to confirm what was written.
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one from Python 3.11 on
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -25,11 +30,17 @@ from typing import Any
 import psutil
 import torch
 
+from largemerge.distributed.launcher import beat_limit
+from largemerge.errors import EXIT_CODE
+from largemerge.log import tell
+
 _MIN_CPU_SHARE = 0.02  # of one core; less is the noise of threads that only watch
-_WATCHING_THREADS = ("largemerge-heartbeat", "largemerge-memory")
+_WATCHING_THREADS = tuple(
+    f"largemerge-{name}" for name in ("heartbeat", "memory", "store", "signals", "stages", "dead")
+)
 _INTERVAL_SECONDS = 1.0
 _GRACE_SECONDS = 3.0  # for the main thread to end by itself, which often finds a broken connection first
-_EXIT_CODE = 1
+_TELL_SECONDS = 2.0  # for the last message: who reads the terminal may be stopped, too
 _FAILED, _DONE = "failed ", "done"
 
 
@@ -104,9 +115,54 @@ class StallWatch:
         return 0
 
 
-def beat_limit() -> float:
-    """Seconds without a beat after which a rank counts as gone: `LARGEMERGE_RANK_TIMEOUT`, 30 by default."""
-    return float(os.environ.get("LARGEMERGE_RANK_TIMEOUT", "30"))
+class TimedStore:
+    """A store of torch.distributed whose calls end in time, carried out by a thread of their own.
+
+    Args:
+        store: The store: from `open_store` on rank 0, from `join_store` on the others.
+        limit: Seconds that a call may take.
+    """
+
+    def __init__(self, store: Any, limit: float) -> None:
+        self._store, self._limit, self._is_lost = store, limit, False
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="largemerge-store", daemon=True).start()
+
+    def set(self, key: str, value: str) -> None:
+        """Sets a value.
+
+        Raises:
+            RuntimeError: If rank 0 does not answer in time, or has ended.
+        """
+        self._call(lambda: self._store.set(key, value))
+
+    def get(self, keys: Sequence[str]) -> list[str]:
+        """Looks up values.
+
+        Raises:
+            RuntimeError: If rank 0 does not answer in time, or has ended.
+        """
+        return [value.decode() for value in self._call(lambda: self._store.multi_get(list(keys)))]
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        if self._is_lost:
+            raise RuntimeError("the store is lost")
+        result: Future[Any] = Future()
+        self._queue.put((function, result))
+        try:
+            return result.result(self._limit)
+        except FutureTimeout as error:
+            raise RuntimeError("the store has not answered") from error
+        finally:
+            self._is_lost = not result.done() or result.exception() is not None
+
+    def _run(self) -> None:
+        while True:
+            function, result = self._queue.get()
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
 
 
 def open_store() -> Any:
@@ -137,14 +193,19 @@ class Heartbeat:
     """
 
     def __init__(self, store: Any, rank: int, size: int, watch: StallWatch) -> None:
-        self._store, self._rank, self._watch = store, rank, watch
-        self._others = [other for other in range(size) if other != rank]
         self._limit = beat_limit()
+        self._store, self._rank, self._watch = TimedStore(store, self._limit), rank, watch
+        self._others = [other for other in range(size) if other != rank]
         self._stopped = threading.Event()
         self._gone = threading.Event()
         self._why = ""
+        self._clean_up: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="largemerge-heartbeat", daemon=True)
         self._store.set(_key(rank), "0")
+
+    def before_end(self, clean_up: Callable[[], None]) -> None:
+        """Has something called before this thread ends the process."""
+        self._clean_up.append(clean_up)
 
     def start(self) -> None:
         """Starts the thread; all ranks must have made their heartbeats by now."""
@@ -166,32 +227,38 @@ class Heartbeat:
 
     def _run(self) -> None:
         seen = {rank: ("", time.monotonic()) for rank in self._others}
-        number = 0
+        number, last = 0, time.monotonic()
         while not self._stopped.wait(_INTERVAL_SECONDS):
             number += 1
+            seen = self._forgive(seen, time.monotonic() - last)
             try:
                 self._store.set(_key(self._rank), str(number))
-                beats = self._store.multi_get([_key(rank) for rank in self._others])
+                beats = self._store.get([_key(rank) for rank in self._others])
             except RuntimeError:
-                self._end("rank 0 cannot be reached: it has ended, or the network has")
+                self._end("rank 0 cannot be reached: it has ended, was stopped, or is cut off")
                 return
+            last = time.monotonic()
             if self._watch.idle_seconds() > self._limit:
                 self._hangs()
-            why = self._look(seen, [beat.decode() for beat in beats])
+            why = self._look(seen, beats)
             if why is not None:
                 self._end(why)
                 return
+
+    def _forgive(self, seen: dict[int, tuple[str, float]], pause: float) -> dict[int, tuple[str, float]]:
+        """Gives the others more time where this process itself has been stopped: with Ctrl-Z, all of them are."""
+        if pause < 3 * _INTERVAL_SECONDS:
+            return seen
+        return {rank: (beat, when + pause) for rank, (beat, when) in seen.items()}
 
     def _hangs(self) -> None:
         """Tells the other ranks that this one hangs, and ends this process."""
         why = f"hangs: for {self._limit:.0f} s it has computed, read and written nothing, in {self._watch.where()}"
         with suppress(RuntimeError):
             self._store.set(_key(self._rank), _FAILED + why)
-        print(f"largemerge: rank {self._rank} {why}; what is finished is safe: go on with --resume", file=sys.stderr)
-        sys.stderr.flush()
         if self._rank == 0:  # the store goes with this process
             time.sleep(2 * _INTERVAL_SECONDS)
-        os._exit(_EXIT_CODE)
+        end_process(f"rank {self._rank} {why}; {GO_ON}", self._clean_up)
 
     def _look(self, seen: dict[int, tuple[str, float]], beats: list[str]) -> str | None:
         """Notes the beats that have changed; says which rank is gone, if one is."""
@@ -214,11 +281,56 @@ class Heartbeat:
         """
         self._why = why
         self._gone.set()
-        if self._stopped.wait(_GRACE_SECONDS):
-            return
-        if self._rank == 0 or "rank 0" in why:
-            print(f"largemerge: {why}; what is finished is safe: go on with --resume", file=sys.stderr, flush=True)
-        os._exit(_EXIT_CODE)
+        if not self._stopped.wait(_GRACE_SECONDS):
+            end_process(f"{why}; {GO_ON}" if self._rank == 0 or "rank 0" in why else "", self._clean_up)
+
+
+GO_ON = "what is finished is safe: go on with --resume"
+"""Closing words of a message about a rank that is gone."""
+
+
+def end_process(message: str, clean_up: Sequence[Callable[[], None]] = (), code: int = EXIT_CODE) -> None:
+    """Ends this process at once, whatever its main thread does.
+
+    Args:
+        message: What is told before; empty for nothing.
+        clean_up: Called before.
+        code: The exit code.
+    """
+
+    def last_words() -> None:
+        if message:
+            tell(message)
+        for call in clean_up:
+            with suppress(OSError):
+                call()
+
+    thread = threading.Thread(target=last_words, daemon=True)
+    thread.start()
+    thread.join(_TELL_SECONDS)
+    os._exit(code)
+
+
+@contextmanager
+def deadline(seconds: float, message: Callable[[], str], code: int = EXIT_CODE) -> Iterator[None]:
+    """Ends this process if what is inside takes longer.
+
+    Args:
+        seconds: How long it may take.
+        message: Returns what is told then.
+        code: The exit code.
+    """
+    over = threading.Event()
+
+    def wait() -> None:
+        if not over.wait(seconds):
+            end_process(message(), code=code)
+
+    threading.Thread(target=wait, name="largemerge-deadline", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _key(rank: int) -> str:

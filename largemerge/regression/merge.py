@@ -39,7 +39,7 @@ from largemerge.machine import MemoryUse, MemoryWatch, versions
 from largemerge.model.block_runner import BlockRunner
 from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
 from largemerge.output import InputWatch, OutputFolder, PartKind, check_output, drop_damaged, open_for_ranks
-from largemerge.progress import Clock, RunProgress
+from largemerge.progress import Clock, RunProgress, stage
 from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
@@ -82,9 +82,12 @@ def plan_regression(
         machines = Machines(torch.device("cuda"), cluster.num_ranks, cluster.gpus_per_node, cluster)
     else:
         machines = Machines(choose_device(device), num_ranks, num_ranks)
+    stage("reading the headers of all models")
     inputs = open_inputs(config, from_config=from_config)
+    stage("looking at the calibration data")
     outlines = read_all(config, inputs, outline_from_config if from_config else outline_calibration)
     planned = make_plan(config, inputs, machines, outlines)
+    stage("measuring this machine")
     return forecast(planned, outlines, machines, probe=probe and not from_config)
 
 
@@ -114,10 +117,12 @@ def merge_by_regression(
             opened = [*inputs.stored.values(), *(adapter.checkpoint for adapter in inputs.adapters.values())]
             watch = ranks.agree(lambda: InputWatch(opened, side_files.files))
             manifest = _manifest(prepared, shards) | {"side files": watch.digests}
+            stage("opening the output folder")
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
                 drop_damaged(folder, ranks, [_part_kind(prepared.planned.plan, shards, folder.working)])
                 job = Job(prepared.planned, prepared.samples, shards, folder, ranks, quiet, Clock(start))
                 job.run()
+                stage("measuring what of every model is in the output, and finishing it")
                 verified = _verify(prepared.planned, shards, folder) if verify and ranks.is_first else None
                 report = _report(prepared, job, folder, memory.peak(), start, out)
                 report = replace(report, verified=verified)
@@ -157,6 +162,7 @@ def _prepare(
     """Reads the calibration data and plans the merge; raises whatever makes it impossible, on all ranks."""
 
     def plan_it() -> tuple[PlannedMerge, tuple[CalibrationSet, ...], list[Path]]:
+        stage("reading the headers of all models")
         inputs = open_inputs(config)
         input_paths = _input_paths(config, inputs)
         if ranks.is_first:
@@ -239,6 +245,7 @@ def _plan_with_data(
     config: MergeConfig, inputs: Inputs, device: torch.device, out: Path, ranks: Ranks
 ) -> tuple[PlannedMerge, tuple[CalibrationSet, ...]]:
     """Reads all candidates' data and plans with it; raises where data or plan have problems."""
+    stage("reading the calibration data")
     outlines = read_all(config, inputs, outline_calibration)
     calibration = read_all(config, inputs, load_calibration, _transform(config, inputs, out))
     machines = Machines(device, ranks.size, ranks.local_size)
@@ -373,6 +380,7 @@ class Job:
             if self.ranks.size > 1:
                 self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)
                 stack.callback(self.node.clean_up)
+                self.ranks.before_end(self.node.clean_up)
             # The first candidate is the anchor: it has no right-hand side to compute together.
             rank_groups = self.samples.partition.rank_groups[1:]
             collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))

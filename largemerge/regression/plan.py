@@ -38,6 +38,7 @@ from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.output_check import Findings, check_loads
 from largemerge.model.skeleton import linears_in
 from largemerge.model.trace import ModelTrace, trace_model
+from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.output_files import check_tokenizer, find_files
@@ -315,6 +316,7 @@ def make_plan(
     Raises:
         ArchitectureError: If the model cannot be run block by block.
     """
+    stage("planning: following the hidden states through the model")
     outline = _joint_outline(outlines)
     trace = trace_model(inputs.skeleton, outline, outlines[0].examples)
     blocks = plan_blocks(config, inputs, trace)
@@ -335,6 +337,7 @@ def make_plan(
     problems += [*choice.problems, *_disk_problems(output, choice, limits, out)]
     file_notes: list[str] = []
     if not problems:
+        stage("checking the tokenizer")
         found, checked = check_tokenizer(config, inputs)
         problems += found
         file_notes = [*find_files(config, inputs).notes, *checked]
