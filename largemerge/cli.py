@@ -232,7 +232,14 @@ def _verify(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from largemerge import api
 
+    stage("importing torch and Transformers")
+    with _importing(options):
+        import largemerge.integrity  # noqa: F401
+    if options.own_process:
+        interrupts.raising()
+    stage("comparing what is there with what was written")
     found = api.verify(options.out, trust_remote_code=options.trust_remote_code)
+    stage("")
     if options.json:
         print(json.dumps(found.to_json(), indent=2))
     else:

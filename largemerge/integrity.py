@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from largemerge.checkpoint.digests import ALGORITHM, digest_of_bytes, digest_of_file, digest_of_text
-from largemerge.checkpoint.index import open_checkpoint, read_json
+from largemerge.checkpoint.index import open_checkpoint
 from largemerge.checkpoint.sentence_modules import transformer_folder, without_modules
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.config_file import gib
 from largemerge.errors import CheckpointError, LargemergeError, OutputError
 from largemerge.model.output_check import try_loading
 from largemerge.output import REPORT_FILE, WORKING_FOLDER
+from largemerge.text_files import read_json
 
 _NUM_READERS = 4
 _MAX_PROBLEMS = 20
@@ -124,11 +125,9 @@ def find_damage(folder: Path) -> list[str]:
 def _read_digests(folder: Path) -> dict[str, Any]:
     """Reads the digests in a report, and checks that they are what a merge writes."""
     path = folder / REPORT_FILE
-    expected = "expected the folder of a finished merge, with its report"
-    try:
-        digests = read_json(path, folder.name).get("digests")
-    except CheckpointError as error:
-        raise OutputError(*(f"{problem}; {expected}" for problem in error.problems)) from None
+    if not path.exists():
+        raise OutputError(f"{folder} has no {REPORT_FILE}; expected the folder of a finished merge")
+    digests = read_json(path, error=OutputError).get("digests")
     if not isinstance(digests, dict) or not _is_complete(digests):
         raise OutputError(f"{path} has no digests of what was written, or broken ones; merge again to get some")
     if digests["algorithm"] != ALGORITHM:
