@@ -33,7 +33,8 @@ from transformers import PreTrainedModel
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.side_files import HEADS_FOLDER
-from largemerge.errors import CheckpointError, ConfigError, LargemergeError
+from largemerge.checkpoint.writer import not_finite
+from largemerge.errors import CheckpointError, ConfigError, LargemergeError, MergeError
 from largemerge.model.key_mapping import map_keys
 from largemerge.model.skeleton import build_model
 
@@ -461,6 +462,9 @@ def write_heads(
         dtype: Dtype of floating-point tensors; `None` for the stored one.
         adapt: Called with a model's name and its config, to change that to what the output's body needs, such as its
             number of tokens.
+
+    Raises:
+        MergeError: If a head holds NaN or infinity.
     """
     (out / HEADS_FOLDER).mkdir(exist_ok=True)
     for name, head in heads.kept_heads.items():
@@ -470,6 +474,11 @@ def write_heads(
                 tensor = reader.read(key)
                 wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 tensors[parameter] = tensor.to(wanted).contiguous()
+                if (found := not_finite(tensors[parameter])) is not None:
+                    raise MergeError(
+                        f"{name} holds {found} in {key}, a tensor of its head; fetch or save that checkpoint again, or "
+                        "leave it out"
+                    )
         config = copy.deepcopy(dict(head.config))
         for key in ("_name_or_path", "quantization_config", "transformers_weights"):
             config.pop(key, None)

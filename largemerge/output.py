@@ -37,12 +37,13 @@ from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
 from largemerge.checkpoint.sentence_modules import split_name
-from largemerge.checkpoint.side_files import remove_checkpoint
+from largemerge.checkpoint.side_files import SideFiles, remove_checkpoint
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import LargemergeError, MergeError, OutputError
+from largemerge.machine import scratch_folder
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
@@ -332,6 +333,31 @@ class InputWatch:
                 *(f"{file} has changed, or was deleted, while it was being merged" for file in changed[:_MAX_PROBLEMS]),
                 "what was merged may be of both; start afresh with --force",
             )
+
+
+def rehearse(
+    checkpoints: Iterable[Checkpoint], side_files: SideFiles, write: Callable[..., None], ranks: Ranks
+) -> InputWatch:
+    """Writes all files beside the weights for the moment, so that what is wrong with one is told before the long work.
+
+    Args:
+        checkpoints: All checkpoints that are read.
+        side_files: The files that are copied.
+        write: Writes the files beside the weights into a folder, given `rehearsal=True`.
+        ranks: The ranks; the first one writes.
+
+    Returns:
+        What notices when inputs change from now on.
+
+    Raises:
+        LargemergeError: If one cannot be read, is not what it should be, or holds NaN.
+    """
+    watch = InputWatch(checkpoints, side_files.files)
+    if ranks.is_first:
+        with scratch_folder("rehearsal") as folder:
+            (folder / side_files.inner).mkdir(parents=True, exist_ok=True)
+            write(folder, rehearsal=True)
+    return watch
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:

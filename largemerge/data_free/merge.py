@@ -25,7 +25,7 @@ from largemerge.devices import CPU
 from largemerge.distributed.ranks import Ranks, start_ranks
 from largemerge.errors import LargemergeError
 from largemerge.machine import MemoryWatch, versions
-from largemerge.output import InputWatch, OutputFolder, check_output, drop_damaged, open_for_ranks
+from largemerge.output import OutputFolder, check_output, drop_damaged, open_for_ranks, rehearse
 from largemerge.progress import stage
 
 
@@ -78,7 +78,8 @@ def merge_data_free(
             shards, folders = layout_shards(plan.output, max_shard_bytes, side_files.inner), input_folders(plan)
             adapters = [adapter.checkpoint for adapter in plan.adapters.values()]
             opened = [*plan.checkpoints.values(), *plan.auxiliary.values(), *adapters]
-            watch = ranks.agree(lambda: InputWatch(opened, side_files.files))
+            write = partial(write_side_files, plan=plan)
+            watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks))
             manifest = _manifest(plan, shards) | {"side files": watch.digests}
             stage("opening the output folder")
             with open_for_ranks(out, manifest, folders, ranks, resume=resume, force=force) as folder:
@@ -97,7 +98,6 @@ def merge_data_free(
                 report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks, out, verified)
                 if ranks.is_first:
                     watch.check()
-                    write = partial(write_side_files, report=report)
                     folder.finish(shards, write, config_text(plan), report.to_json(), side_files.inner)
         ranks.gather(None)  # nobody says that the merge is done before it is
     return report

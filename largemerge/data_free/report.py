@@ -137,14 +137,23 @@ def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_side_files(path: Path, report: DataFreeReport) -> None:
-    """Writes everything but weights, index, `config.json` and the report into a folder."""
-    plan, config = report.plan, report.plan.config
+def write_side_files(path: Path, plan: DataFreePlan, *, rehearsal: bool = False) -> None:
+    """Writes everything but weights, index, `config.json` and the report into a folder.
+
+    Args:
+        path: The folder.
+        plan: The plan of the merge.
+        rehearsal: Whether this is only to see, before the long work, that all of it can be written.
+
+    Raises:
+        LargemergeError: If anything of it cannot be read, is not what it should be, or would not load.
+    """
+    config = plan.config
     folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
     side_files = find_files(plan)
     side_files.copy(path)
     write_tokenizer(path / side_files.inner, plan)
-    problems, _ = check_tokenizer(plan, path)
+    problems = [] if rehearsal else check_tokenizer(plan, path)[0]  # the plan has tried it already
     if problems:
         raise MergeError(*problems)
     if plan.vocabulary is not None:

@@ -38,7 +38,7 @@ from largemerge.errors import CalibrationError, LargemergeError, MergeError
 from largemerge.machine import MemoryUse, MemoryWatch, versions
 from largemerge.model.block_runner import BlockRunner
 from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
-from largemerge.output import InputWatch, OutputFolder, PartKind, check_output, drop_damaged, open_for_ranks
+from largemerge.output import OutputFolder, PartKind, check_output, drop_damaged, open_for_ranks, rehearse
 from largemerge.progress import Clock, RunProgress, stage
 from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
@@ -115,7 +115,8 @@ def merge_by_regression(
             side_files = find_files(config, inputs)
             shards = layout_shards(prepared.planned.plan.output, max_shard_bytes, side_files.inner)
             opened = [*inputs.stored.values(), *(adapter.checkpoint for adapter in inputs.adapters.values())]
-            watch = ranks.agree(lambda: InputWatch(opened, side_files.files))
+            write = partial(write_side_files, planned=prepared.planned)
+            watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks))
             manifest = _manifest(prepared, shards) | {"side files": watch.digests}
             stage("opening the output folder")
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
@@ -130,7 +131,7 @@ def merge_by_regression(
                     watch.check()
                     folder.finish(
                         shards,
-                        partial(write_side_files, planned=prepared.planned),
+                        write,
                         config_text(prepared.planned),
                         report.to_json(),
                         side_files.inner,

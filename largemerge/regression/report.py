@@ -249,8 +249,17 @@ def config_text(planned: PlannedMerge) -> str:
     return output_config(planned.inputs.reference.config, dtype, settings)
 
 
-def write_side_files(path: Path, planned: PlannedMerge) -> None:
-    """Writes everything but weights, index, `config.json` and the report into a folder."""
+def write_side_files(path: Path, planned: PlannedMerge, *, rehearsal: bool = False) -> None:
+    """Writes everything but weights, index, `config.json` and the report into a folder.
+
+    Args:
+        path: The folder.
+        planned: The plan, with the inputs that it was made from.
+        rehearsal: Whether this is only to see, before the long work, that all of it can be written.
+
+    Raises:
+        LargemergeError: If anything of it cannot be read, is not what it should be, or would not load.
+    """
     inputs, config = planned.inputs, planned.plan.config
     tokens = inputs.tokens
     side_files = find_files(config, inputs)
@@ -258,7 +267,7 @@ def write_side_files(path: Path, planned: PlannedMerge) -> None:
     write_tokenizer(path / side_files.inner, inputs)
     if tokens is not None:
         tokens.move_generation_ids(path / side_files.inner, inputs.reference.name)
-    problems, _ = check_tokenizer(config, inputs, path)
+    problems = [] if rehearsal else check_tokenizer(config, inputs, path)[0]  # the plan has tried it already
     if problems:
         raise MergeError(*problems)
     yaml_text = config_yaml(config)

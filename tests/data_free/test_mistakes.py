@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 import largemerge
 from largemerge import ConfigError, LargemergeError
+from largemerge.data_free import engine
 
 MISTAKES: list[tuple[str, Config, str]] = [
     ("ties", {}, "base_model: ties needs one"),
@@ -213,3 +214,22 @@ def test_options_of_other_methods_are_refused(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as done:
         main(["plan", str(path)])
     assert done.value.code == 0 and "to write" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("generation_config.json", "{", "generation_config.json"),
+        ("generation_config.json", "[1]", "generation_config.json"),
+        ("generation_config.json", '{"max_length": "many"}', "generation_config.json"),
+    ],
+)
+def test_what_is_wrong_beside_the_weights_is_told_before_the_work(
+    tmp_path: Path, file: str, content: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_models(tmp_path)
+    (tmp_path / "model1" / file).write_text(content)
+    monkeypatch.setattr(engine, "run_parts", None)  # nothing may be merged
+    with pytest.raises(LargemergeError, match=expected):
+        largemerge.merge(weighted(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
