@@ -221,7 +221,7 @@ def test_options_of_other_methods_are_refused(tmp_path: Path, capsys: pytest.Cap
     [
         ("generation_config.json", "{", "generation_config.json"),
         ("generation_config.json", "[1]", "generation_config.json"),
-        ("generation_config.json", '{"max_length": "many"}', "generation_config.json"),
+        ("generation_config.json", '{"cache_implementation": "none such"}', "generation_config.json"),
     ],
 )
 def test_what_is_wrong_beside_the_weights_is_told_before_the_work(
