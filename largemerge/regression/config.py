@@ -8,7 +8,6 @@ with the nearest right one. `load_config` is the way in; paths come out absolute
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,22 +17,22 @@ from pydantic import Field
 
 from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
 from largemerge.checkpoint.locate import Reference, absolute_reference
-from largemerge.config_file import DtypeName, Size, Strict, Truth, explain, nearest, read_yaml, to_json, without_helpers
+from largemerge.config_file import (
+    DtypeName,
+    Regex,
+    Size,
+    Strict,
+    Truth,
+    check_source,
+    explain,
+    nearest,
+    read_yaml,
+    to_json,
+    without_helpers,
+)
 from largemerge.errors import ConfigError
 from largemerge.regression.methods import METHODS, RegressionMethod
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
-
-
-def _check_regex(pattern: str) -> str:
-    """Returns the pattern; raises where it is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-    return pattern
-
-
-Regex = Annotated[str, pydantic.AfterValidator(_check_regex)]
 
 
 class CandidateParameters(Strict):
@@ -200,6 +199,7 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
     elif isinstance(source, Mapping):
         raw = without_helpers(source, MergeConfig.model_fields)
     else:
+        check_source(source)
         path = Path(source)
         raw, folder = without_helpers(read_yaml(path), MergeConfig.model_fields), path.resolve().parent
     folders = [*([folder] if folder is not None else []), Path.cwd()]
@@ -207,7 +207,8 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
         # Through JSON, so that lists become tuples while strictness holds for everything else.
         config = MergeConfig.model_validate_json(to_json(raw))
     except pydantic.ValidationError as error:
-        raise ConfigError(*explain(error, MergeConfig)) from None
+        missing = {"merge_method: missing": f"merge_method: missing; expected one of {sorted(METHODS)}"}
+        raise ConfigError(*(missing.get(text, text) for text in explain(error, MergeConfig))) from None
     config = _with_names(config)
     problems = list(_cross_checks(config))
     if problems:
@@ -304,7 +305,7 @@ def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfi
     def absolute(text: str) -> str:
         for folder in folders:
             candidate = folder / os.path.expanduser(text)
-            if candidate.exists():
+            if os.path.exists(candidate):
                 return str(candidate.resolve())
         return text
 

@@ -49,8 +49,7 @@ TOLD_TOGETHER: list[tuple[str, list[str]]] = [
         "{merge_method: linear, models: [{model: A}, {model: B}], parameters: {normalize: maybe}}",
         [
             "parameters.normalize: expected true or false, found 'maybe'",
-            "models[0].parameters.weight: missing for A; expected a number",
-            "models[1].parameters.weight: missing for B; expected a number",
+            "weight: missing for A, B, in models[0], models[1]; expected a number",
         ],
     ),
     (
@@ -90,7 +89,7 @@ TOLD_TOGETHER: list[tuple[str, list[str]]] = [
             "found [0]",
             "slices[0].sources[1].layer_range: expected the first layer and the one after the last, such as [0, 16], "
             "found '0-3'",
-            "slices[1].sources: expected 1 entries or more, found an empty list",
+            "slices[1].sources: expected 1 or more entries, found an empty list",
             "slices[2].sources: expected a list, found the keys ['model']",
         ],
     ),
@@ -98,7 +97,7 @@ TOLD_TOGETHER: list[tuple[str, list[str]]] = [
         "{merge_method: linear, models: {A: 1}, parameters: [weight], dtype: float8, seed: -1, allow_crimes: perhaps}",
         [
             "models: expected a list, found the keys ['A']",
-            "parameters: expected keys and values, found 1 entries",
+            "parameters: expected keys and values, found 1 entry",
             "dtype: expected 'float32', 'bfloat16' or 'float16', found 'float8'",
             "allow_crimes: expected true or false, found 'perhaps'",
             "seed: expected a number from 0 on, found -1",
