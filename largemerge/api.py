@@ -116,7 +116,7 @@ def _is_path(value: object) -> bool:
 
 
 _MAX_NAME_BYTES = 255
-_MAX_RANKS = 16_384
+_MAX_RANKS = 4096
 _FLAG = (lambda value: isinstance(value, bool), "True or False")
 _RANKS = (lambda value: type(value) is int and 1 <= value <= _MAX_RANKS, f"a whole number from 1 to {_MAX_RANKS}")
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -355,7 +355,7 @@ def cluster(
         node_memory: Host memory of a node in bytes, or a text such as `1TiB`.
 
     Raises:
-        ConfigError: If a number is none from 1 to 16,384, the GPU is not known, or a text is not a rate or size.
+        ConfigError: If a number is none from 1 to 4,096, the GPU is not known, or a text is not a rate or size.
     """
     from largemerge.regression.planning.rates import Cluster, find_gpu, parse_rate
 

@@ -37,6 +37,7 @@ _MAX_NUMBER = 10**308  # what a float holds
 _MAX_SIZE = (1 << 63) - 1
 _MAX_LINES, _MAX_PLACES = 50, 3  # of one error; of one line
 _SEARCH_SECONDS = 2.0  # a search takes microseconds, unless the pattern backtracks without end
+_LONGEST_LINE = 1500
 _LONGEST_WORD = 80  # that is compared with others
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -64,6 +65,10 @@ def unquoted_truth(value: object) -> object:
     return words.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
+LARGEST_SEED = (1 << 63) - 1
+"""The largest seed that all random number generators take."""
+LARGEST_COUNT = (1 << 31) - 1
+"""The largest number of samples, tokens and the like; any above is a slip of the pen."""
 WholeNumber = Annotated[int, pydantic.BeforeValidator(unquoted_whole_number)]
 """A whole number, which may be quoted."""
 Truth = Annotated[bool, pydantic.BeforeValidator(unquoted_truth)]
@@ -188,16 +193,18 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
         ConfigError: If there is no such file, or it does not hold mappings.
     """
     text = _read_text(path)
+    documents: list[Any] = []
     try:
-        found = list(_load_all(text))
+        for raw in _load_all(text):
+            documents += [raw] if raw is not None else []
+            if len(documents) > _MAX_DOCUMENTS:
+                raise ConfigError(f"{path}: expected {_MAX_DOCUMENTS} documents at most, found more")
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
-    except Exception as error:  # PyYAML lets what Python finds wrong with a number or letter through
-        raise ConfigError(f"{path}: not valid YAML: {shortened(str(error) or type(error).__name__)}") from None
-    documents = [raw for raw in found if raw is not None] or [None]
-    if len(documents) > _MAX_DOCUMENTS:
-        raise ConfigError(f"{path}: expected {_MAX_DOCUMENTS} documents at most, found {len(documents)}")
-    for raw in documents:
+    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError):
+        # What Python finds wrong with an escape or a directive; PyYAML lets it through.
+        raise ConfigError(f"{path}: not valid YAML: it holds a letter or number that is none") from None
+    for raw in documents or [None]:
         if not isinstance(raw, dict):
             what = "nothing" if raw is None else f"{type(raw).__name__}: {shown(raw)}"
             raise ConfigError(f"{path}: expected keys such as 'merge_method' and 'models', found {what}")
@@ -206,7 +213,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
 
 def _read_text(path: Path) -> str:
     """Reads a file that may be anything."""
-    name = shortened(str(path))
+    name = shortened(str(path)) if str(path).isprintable() else shown(str(path))
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -472,6 +479,7 @@ def grouped(problems: Iterable[str]) -> list[str]:
         place, colon, text = problem.partition(": ")
         places.setdefault(text if colon else problem, []).append(place if colon else "")
     lines = [f"{listed_places(where)}: {text}" if where[0] else text for text, where in places.items()]
+    lines = [shortened(line, _LONGEST_LINE) for line in lines]
     return lines if len(lines) <= _MAX_LINES else [*lines[:_MAX_LINES], f"and {len(lines) - _MAX_LINES} more mistakes"]
 
 
@@ -553,7 +561,7 @@ def _expected(detail: Any) -> tuple[str, bool]:
         return f"expected {_EXPECTED[detail['type']].format(**context)}", False
     if detail["type"] != "value_error":  # of types that no field has now
         return "expected another value", False
-    text = str(context["error"])
+    text = shortened(str(context["error"]), 500)
     return text[:1].lower() + text[1:], "found" in text or isinstance(detail["input"], dict | list)
 
 

@@ -25,6 +25,7 @@ from pydantic import Field
 
 from largemerge.checkpoint.locate import Reference, absolute_reference
 from largemerge.config_file import (
+    LARGEST_SEED,
     WARNING,
     DtypeName,
     Size,
@@ -142,7 +143,7 @@ class DataFreeConfig(Strict):
     """Merge models of different classes or configurations all the same; mergekit has this on its command line."""
     trust_remote_code: Truth = False
     """Allow a checkpoint to run Python code that it ships; mergekit has this on its command line."""
-    seed: WholeNumber = Field(0, ge=0)
+    seed: WholeNumber = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of methods that draw random numbers."""
     memory: MemoryLimits = MemoryLimits()
     """Limits of memory; mergekit does not have this key."""
@@ -543,7 +544,7 @@ def _absolute(value: Any, folders: list[Path], names: Collection[str], unversion
         return tuple(_absolute(inner, folders, names, unversioned, key) for inner in value)
     if isinstance(value, str) and key in _AUXILIARY_PARAMETERS:
         paths = (folder / os.path.expanduser(value) for folder in folders)
-        return next((str(path.resolve()) for path in paths if path.exists()), value)
+        return next((str(path.resolve()) for path in paths if os.path.exists(path)), value)
     if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", "source"):
         return absolute_reference(value, folders, names, unversioned)
     return value

@@ -435,6 +435,7 @@ class _TaskPlanner:
         per_model = self._per_model(levels, merged, t, self.method.per_model)
         shared = self._shared(levels, name, t)
         self._check_together(name, per_model, shared)
+        self._check_fits(name, per_model.get("weight", ()), dtype)
         reason, inputs_first = "", False
         if self.method.matrix_formula is not None:
             reason = why_not_a_matrix(name, shape, self._table_sizes) or too_small(shape, len(merged))
@@ -560,6 +561,14 @@ class _TaskPlanner:
             if (text := check(per_model, shared)) is not None:
                 told.setdefault(text, []).append(name)
 
+    def _check_fits(self, name: str, weights: Sequence[Any], dtype: torch.dtype) -> None:
+        """Checks that weights of task vectors, which are rounded to the dtype of the computation, stay finite."""
+        largest = torch.finfo(dtype).max
+        large = [weight for weight in weights if isinstance(weight, int | float) and abs(weight) > largest]
+        if large and "lambda" in self.method.shared:
+            text = f"weight: {large[0]:g} does not fit into {dtype_name(dtype)}; expected up to {largest:g}, or"
+            self._conflicts.setdefault(f"{text} dtype: float32", []).append(name)
+
     def parameter_problems(self) -> Iterator[str]:
         """Yields which parameters do not go together, with the tensors if these are not all."""
         for text, names in self._conflicts.items():
@@ -571,14 +580,14 @@ class _TaskPlanner:
     def parameter_notes(self) -> Iterator[str]:
         """Yields where parameters leave the base as it is, or count as others."""
         for text, names in self._idle.items():
-            if not self._is_useless(text, names):
+            if not self._is_useless(text, names) and not text.startswith("scale"):
                 yield f"{WARNING}{text}: the base as it is{self._of_which(names)}"
         for text, names in self._remarks.items():
             yield f"{WARNING}{text}{self._of_which(names)}"
 
     def _is_useless(self, text: str, names: Sequence[str]) -> bool:
         """Whether nothing is kept anywhere; weights and factors of 0 may be the first of a series."""
-        return len(names) == self._num_merged and text.startswith(("density", "select_topk"))
+        return len(names) == self._num_merged and text.startswith(("density", "scale:", "select_topk"))
 
     def _of_which(self, names: Sequence[str]) -> str:
         return f" ({list_kinds(names)})" if len(names) < self._num_merged else ""

@@ -8,6 +8,7 @@ with the nearest right one. `load_config` is the way in; paths come out absolute
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,8 +26,10 @@ from largemerge.config_file import (
     Truth,
     check_source,
     explain,
+    grouped,
     nearest,
     read_yaml,
+    shown,
     to_json,
     without_helpers,
 )
@@ -38,7 +41,7 @@ from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSou
 class CandidateParameters(Strict):
     """Settings that may differ from candidate to candidate."""
 
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(1.0, ge=1e-30, le=1e30, allow_inf_nan=False)
     """Relative weight `c_i` of the candidate, in Gram matrices and in averages."""
 
 
@@ -212,7 +215,7 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
     config = _with_names(config)
     problems = list(_cross_checks(config))
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*grouped(problems))
     return _with_absolute_paths(config, folders)
 
 
@@ -221,9 +224,9 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
     yield from (f"merge_method: {problem}" for problem in config.method.not_built())
     for name in sorted(config.parameters.model_fields_set - config.method.parameters - {"include", "exclude"}):
         yield f"parameters.{name}: {config.merge_method} has no such parameter"
-    for name in sorted(set(config.names)):
-        if config.names.count(name) > 1:
-            yield f"models: {config.names.count(name)} candidates are called {name!r}; give each a 'name' of its own"
+    for name, count in sorted(Counter(config.names).items()):
+        if count > 1:
+            yield f"models: {count} candidates are called {shown(name)}; give each a 'name' of its own"
     if "base" in config.names:
         yield "models: 'base' stands for base_model; give that candidate another 'name'"
     if config.output.double_quant is not None and config.output.quantization not in ("nf4", "fp4"):
@@ -235,12 +238,12 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
             yield f"{place}: 'base' needs a 'base_model'"
         elif source not in (BASE, *config.names) and not (source == UNION and place in _SOURCES):
             known = [*([UNION] if place in _SOURCES else []), BASE, *config.names]
-            yield f"{place}: {source!r} is no candidate's name; expected one of {known}{nearest(source, known)}"
+            yield f"{place}: {shown(source)} is no candidate's name; expected one of {known}{nearest(source, known)}"
     if config.head == "base" and config.base_model is None:
         yield "head: 'base' needs a 'base_model'"
     elif config.head is not None and config.head not in ("none", "base", *config.names):
         known = ["none", "base", *config.names]
-        yield f"head: {config.head!r} is no candidate's name; expected one of {known}{nearest(config.head, known)}"
+        yield f"head: {shown(config.head)} is no candidate's name; expected one of {known}{nearest(config.head, known)}"
     if config.head is not None and "none" in config.names:
         yield "models: 'none' stands for no head; give that candidate another 'name'"
     for index, candidate in enumerate(config.models):

@@ -61,7 +61,7 @@ TOLD_TOGETHER: list[tuple[str, list[str]]] = [
         {model: A, parameters: {weight: .nan, density: 1.5}},
         {model: B, parameters: {weight: true, density: -0.5}}]}""",
         [
-            "parameters.lambda: expected a number, found 'x'",
+            "parameters.lambda: expected a number from -1e+06 to 1e+06, found 'x'",
             "parameters.wieght: unknown parameter; did you mean 'weight'?",
             "models[0].parameters.weight: expected a number, found nan",
             "models[0].parameters.density: expected a number from 0 to 1, found 1.5",

@@ -38,7 +38,9 @@ from largemerge.data_free.methods.base import (
 _SINGLE, _DOUBLE = 4, 8
 _SMALLEST_SUM = 1e-6  # of weights that something is divided by, as a share of their magnitudes
 _MAX_STEPS = 10_000
-_NUMBER, _SHARE, _POSITIVE, _FLAG = Range(), Range(0, 1), Range(0, above=True), Flag()
+_MAX_FACTOR = 1e6  # of task vectors and the like; larger ones would leave 16 bits
+_WEIGHT, _SHARE, _POSITIVE, _FLAG = Range(), Range(0, 1), Range(0, above=True), Flag()
+_FACTOR, _LIMIT = Range(-_MAX_FACTOR, _MAX_FACTOR), Range(0, _MAX_FACTOR)
 
 
 def _task_vector_method(
@@ -48,7 +50,7 @@ def _task_vector_method(
     per_model: dict[str, Any] = {"weight": REQUIRED, "density": 1.0}
     per_model |= {"gamma": 0.01} if sparsifier == "outliers" else {}
     per_model |= {"epsilon": 0.15} if sparsifier == "ranks" else {}
-    kinds = {"weight": _NUMBER, "density": _SHARE, "gamma": _SHARE, "epsilon": Range(0)} | dict.fromkeys(
+    kinds = {"weight": _WEIGHT, "density": _SHARE, "gamma": _SHARE, "epsilon": _SHARE} | dict.fromkeys(
         ("normalize", "rescale", "int8_mask"), _FLAG
     )
     first_pass = partial(task_arithmetic.plan_sparsification, method=sparsifier) if sparsifier is not None else None
@@ -61,7 +63,7 @@ def _task_vector_method(
         Base.REQUIRED,
         shared={"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False},
         per_model=per_model,
-        kinds={name: kinds.get(name, _NUMBER) for name in ("normalize", "rescale", "lambda", "int8_mask", *per_model)},
+        kinds={name: kinds.get(name, _FACTOR) for name in ("normalize", "rescale", "lambda", "int8_mask", *per_model)},
         conflict=_leaves_probabilities if sparsifier == "ranks" else _no_conflict,
         idle=_adds_nothing,
         note=_undivided if not elects_sign else _no_conflict,
@@ -81,6 +83,11 @@ def _adds_nothing(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, A
 
 
 _FACTORS = ("alpha", "scaling_factor", "scaling_coefficient")
+
+
+def _scales_by_nothing(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
+    """Says where tensors become 0, which switches single ones off, and would leave nothing if it were all."""
+    return "scale: 0" if per_model["scale"][0] == 0 else None
 
 
 def _undivided(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
@@ -124,6 +131,14 @@ def no_sum_of_weights(per_model: Mapping[str, Sequence[Any]], shared: Mapping[st
     if shared[switch] and _cancel_out(weights):
         return f"weight: {_listed(weights)} add up to 0, which the sum is divided by; choose others, or {switch}: false"
     return None
+
+
+def _no_direction(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
+    """Says where the weighted mean direction of Multi-SLERP would be shorter than `eps`, as far as weights tell."""
+    weights = per_model["weight"]
+    if not shared["normalize_weights"] and sum(map(abs, weights)) < shared["eps"] and len(weights) > 1:
+        return f"weight: {_listed(weights)} are together below eps, {shared['eps']:g}; choose others"
+    return no_sum_of_weights(per_model, shared, "normalize_weights")
 
 
 def _needs_more_tasks(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
@@ -202,7 +217,7 @@ LITERATURE: dict[str, Method] = {
         Base.REQUIRED,
         shared={"prun_thre_k": 2, "scaling_factor": 1.0},
         per_model={"tall_mask_lambda": 0.6},
-        kinds={"prun_thre_k": Range(0, whole=True), "scaling_factor": _NUMBER, "tall_mask_lambda": Range(0)},
+        kinds={"prun_thre_k": Range(0, whole=True), "scaling_factor": _FACTOR, "tall_mask_lambda": _LIMIT},
         conflict=_needs_more_tasks,
         idle=_adds_nothing,
     ),
@@ -225,13 +240,13 @@ LITERATURE: dict[str, Method] = {
         kinds={"fisher": FilePath(), "weight": _POSITIVE},
         auxiliary_parameter="fisher",
     ),
-    "tsv_m": _matrix_method("TSV-M", "arXiv 2412.00081", svd.tsv_m, {"alpha": (1.0, _NUMBER)}),
-    "iso_c": _matrix_method("Iso-C", "arXiv 2502.04959", svd.iso_c, {"scaling_factor": (1.0, _NUMBER)}),
+    "tsv_m": _matrix_method("TSV-M", "arXiv 2412.00081", svd.tsv_m, {"alpha": (1.0, _FACTOR)}),
+    "iso_c": _matrix_method("Iso-C", "arXiv 2502.04959", svd.iso_c, {"scaling_factor": (1.0, _FACTOR)}),
     "iso_cts": _matrix_method(
         "Iso-CTS",
         "arXiv 2502.04959",
         svd.iso_cts,
-        {"scaling_factor": (1.0, _NUMBER), "common_space_fraction": (0.8, _SHARE)},
+        {"scaling_factor": (1.0, _FACTOR), "common_space_fraction": (0.8, _SHARE)},
         reread=True,
     ),
     "opcm": Method(
@@ -251,10 +266,10 @@ LITERATURE: dict[str, Method] = {
         "arXiv 2603.02945",
         covariance.ace,
         {
-            "scaling_coefficient": (1.0, _NUMBER),
-            "eps": (1e-2, _POSITIVE),
+            "scaling_coefficient": (1.0, _FACTOR),
+            "eps": (1e-2, Range(0, _MAX_FACTOR, above=True)),
             "k_frac": (0.3, _SHARE),
-            "heterogeneity": (0.3, Range(0)),
+            "heterogeneity": (0.3, _LIMIT),
         },
         _ace_bytes,
         reread=True,
@@ -271,7 +286,7 @@ METHODS: dict[str, Method] = {
         Base.NONE,
         shared={"normalize": True},
         per_model={"weight": REQUIRED},
-        kinds={"normalize": _FLAG, "weight": _NUMBER},
+        kinds={"normalize": _FLAG, "weight": _WEIGHT},
         conflict=partial(no_sum_of_weights, switch="normalize"),
     ),
     "passthrough": Method(
@@ -282,7 +297,8 @@ METHODS: dict[str, Method] = {
         Base.NONE,
         (1, 1),
         per_model={"scale": None},
-        kinds={"scale": _NUMBER},
+        kinds={"scale": _FACTOR},
+        idle=_scales_by_nothing,
     ),
     "slerp": Method(
         "SLERP",
@@ -292,7 +308,7 @@ METHODS: dict[str, Method] = {
         Base.REQUIRED,
         (1, 1),
         shared={"t": REQUIRED},
-        kinds={"t": _NUMBER},
+        kinds={"t": _FACTOR},
     ),
     "nuslerp": Method(
         "NuSLERP",
@@ -303,7 +319,7 @@ METHODS: dict[str, Method] = {
         (2, 2),
         shared={"nuslerp_row_wise": False, "nuslerp_flatten": True},
         per_model={"weight": REQUIRED},
-        kinds={"nuslerp_row_wise": _FLAG, "nuslerp_flatten": _FLAG, "weight": _NUMBER},
+        kinds={"nuslerp_row_wise": _FLAG, "nuslerp_flatten": _FLAG, "weight": _WEIGHT},
         note=_counts_as_equal,
     ),
     "multislerp": Method(
@@ -314,8 +330,8 @@ METHODS: dict[str, Method] = {
         Base.OPTIONAL,
         shared={"normalize_weights": True, "eps": 1e-8},
         per_model={"weight": REQUIRED},
-        kinds={"normalize_weights": _FLAG, "eps": Range(0, 0.1, above=True), "weight": _NUMBER},
-        conflict=partial(no_sum_of_weights, switch="normalize_weights"),
+        kinds={"normalize_weights": _FLAG, "eps": Range(0, 0.1, above=True), "weight": _WEIGHT},
+        conflict=_no_direction,
     ),
     "karcher": Method(
         "Karcher mean",
@@ -376,7 +392,7 @@ METHODS: dict[str, Method] = {
         Base.REQUIRED,
         (1, 1),
         shared={"t": REQUIRED},
-        kinds={"t": Range(0)},
+        kinds={"t": _LIMIT},
     ),
     "arcee_fusion": Method(
         "Arcee Fusion",
@@ -393,7 +409,7 @@ METHODS: dict[str, Method] = {
         without_first_pass(ram.ram),
         Base.REQUIRED,
         shared={"epsilon": 1e-5},
-        kinds={"epsilon": Range(0)},
+        kinds={"epsilon": _LIMIT},
     ),
     "ramplus_tl": Method(
         "Reinforced Agent Merging Plus, tensor by tensor",
@@ -402,7 +418,7 @@ METHODS: dict[str, Method] = {
         with_first_pass(ram.ramplus_tl),
         Base.REQUIRED,
         shared={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
-        kinds={"r": _NUMBER, "alpha": Range(0), "epsilon": Range(0)},
+        kinds={"r": _FACTOR, "alpha": _LIMIT, "epsilon": _LIMIT},
     ),
     **LITERATURE,
 }
