@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 from pydantic import Field
 
-from largemerge.checkpoint.locate import Reference, absolute_reference
+from largemerge.checkpoint.locate import Reference, absolute_reference, split_reference
 from largemerge.config_file import (
     LARGEST_SEED,
     WARNING,
@@ -534,6 +534,16 @@ def _vocabulary_problems(config: DataFreeConfig) -> Iterator[str]:
     elif config.vocabulary is not None and config.vocabulary.source == BASE and config.base_model is None:
         key = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
         yield f"{key}: 'base' needs a 'base_model'"
+    settings = config.vocabulary
+    if settings is None:
+        return
+    key = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
+    for place, source in ((key, settings.source), *settings.models()):
+        if source not in config.references and split_reference(source)[1] is not None:
+            yield (
+                f"{place}: {shown(source)} is a model with an adapter, and not among the models of this merge; "
+                "expected one of them, 'union', 'base', or a model without an adapter"
+            )
 
 
 def _absolute(value: Any, folders: list[Path], names: Collection[str], unversioned: list[str], key: str = "") -> Any:

@@ -164,7 +164,7 @@ class Range:
     def _in_words(self, *, everything: bool) -> str:
         """Describes the range; its widest bounds only if asked for."""
         low = f" {'above' if self.above else 'from'} {self.low:g}" if everything or self.low > -LARGEST else ""
-        high = f" to {self.high:g}" if everything or self.high < LARGEST else ""
+        high = f"{' and up' if self.above else ''} to {self.high:g}" if everything or self.high < LARGEST else ""
         return f"a {'whole ' if self.whole else ''}number{low}{high}"
 
     def read(self, value: Any) -> Any:
