@@ -28,7 +28,7 @@ from largemerge.data_free.matrices import (
     vocabulary_sizes,
     why_not_a_matrix,
 )
-from largemerge.data_free.methods.base import REQUIRED, Base
+from largemerge.data_free.methods.base import REQUIRED, Base, Range
 from largemerge.data_free.methods.table import METHODS, no_sum_of_weights
 from largemerge.data_free.modules import module_of_tensor, stacks_of_modules
 from largemerge.heads import Heads
@@ -435,7 +435,7 @@ class _TaskPlanner:
         per_model = self._per_model(levels, merged, t, self.method.per_model)
         shared = self._shared(levels, name, t)
         self._check_together(name, per_model, shared)
-        self._check_fits(name, per_model.get("weight", ()), dtype)
+        self._check_fits(name, per_model, shared, {dtype, out})
         reason, inputs_first = "", False
         if self.method.matrix_formula is not None:
             reason = why_not_a_matrix(name, shape, self._table_sizes) or too_small(shape, len(merged))
@@ -561,13 +561,22 @@ class _TaskPlanner:
             if (text := check(per_model, shared)) is not None:
                 told.setdefault(text, []).append(name)
 
-    def _check_fits(self, name: str, weights: Sequence[Any], dtype: torch.dtype) -> None:
-        """Checks that weights of task vectors, which are rounded to the dtype of the computation, stay finite."""
-        largest = torch.finfo(dtype).max
-        large = [weight for weight in weights if isinstance(weight, int | float) and abs(weight) > largest]
-        if large and "lambda" in self.method.shared:
-            text = f"weight: {large[0]:g} does not fit into {dtype_name(dtype)}; expected up to {largest:g}, or"
-            self._conflicts.setdefault(f"{text} dtype: float32", []).append(name)
+    def _check_fits(
+        self, name: str, per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any], dtypes: set[torch.dtype]
+    ) -> None:
+        """Checks that the numbers that tensors are multiplied by are finite in the dtypes of computation and output."""
+        narrow = min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
+        largest = torch.finfo(narrow).max
+        divides = shared.get("normalize", shared.get("normalize_weights", True))
+        for parameter, kind in self.method.kinds.items():
+            is_factor = isinstance(kind, Range) and kind.low < 0
+            if not is_factor or (parameter == "weight" and divides and "lambda" not in shared):
+                continue
+            values = per_model[parameter] if parameter in per_model else [shared[parameter]]
+            large = [value for value in values if isinstance(value, int | float) and abs(value) > largest]
+            if large:
+                text = f"{parameter}: {large[0]:g} does not fit into {dtype_name(narrow)}; expected up to {largest:g}"
+                self._conflicts.setdefault(text, []).append(name)
 
     def parameter_problems(self) -> Iterator[str]:
         """Yields which parameters do not go together, with the tensors if these are not all."""

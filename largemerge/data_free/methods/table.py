@@ -126,8 +126,8 @@ def _leaves_probabilities(per_model: Mapping[str, Sequence[Any]], _: Mapping[str
 def no_sum_of_weights(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any], switch: str) -> str | None:
     """Says where the weights, which a method with this switch divides by their sum, add up to 0."""
     weights = per_model["weight"]
-    if not any(weights) and not shared[switch]:
-        return "weight: 0 for every model, so that the output would be 0; choose others"
+    if not shared[switch] and sum(map(abs, weights)) < _SMALLEST_SUM:
+        return f"weight: {_listed(weights)} are so small that the output would be 0; choose others"
     if shared[switch] and _cancel_out(weights):
         return f"weight: {_listed(weights)} add up to 0, which the sum is divided by; choose others, or {switch}: false"
     return None
