@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -231,19 +232,25 @@ def test_factors_fit_into_the_dtype(models: Path) -> None:
     assert not largemerge.plan(config | {"dtype": "float32", "out_dtype": "bfloat16"}, probe=False).problems
 
 
-def test_heads_of_other_sizes_are_no_vocabularies(tmp_path: Path) -> None:
-    for number, labels in enumerate((2, 3), start=1):
-        sizes = tf.LlamaConfig(**tiny_models.LLM, num_labels=labels)
-        tf.LlamaForSequenceClassification(sizes).save_pretrained(tmp_path / f"model{number}")
-    entries = [
-        {"sources": [{"model": str(tmp_path / f"model{n}"), "layer_range": [0, NUM_LAYERS]} for n in (1, 2)]},
-    ]
-    config = {"merge_method": "linear", "slices": entries, "parameters": {"weight": 1}}
-    try:
-        problems = largemerge.plan(config, probe=False).problems
-    except LargemergeError as error:
-        problems = list(error.problems)
-    assert problems and "tokenizer_source" not in str(problems)
+@pytest.mark.parametrize("is_vocabulary", [False, True])
+def test_heads_of_other_sizes_are_no_vocabularies(tmp_path: Path, is_vocabulary: bool) -> None:
+    """Of a class that nobody knows, only the sizes in the config tell which tensors are tables of tokens."""
+    for number in (1, 2):
+        folder = tmp_path / f"model{number}"
+        sizes = tiny_models.LLM | ({"vocab_size": 64 + number} if is_vocabulary else {"num_labels": 1 + number})
+        build = LlamaForCausalLM if is_vocabulary else tf.LlamaForSequenceClassification
+        build(tf.LlamaConfig(**sizes)).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        names = {"model_type": "nobodys", "architectures": ["NobodysModel"]}
+        (folder / "config.json").write_text(json.dumps(config | names))
+    with pytest.raises(LargemergeError) as error:
+        largemerge.merge({"merge_method": "linear", "models": two_of(tmp_path)}, tmp_path / "out")
+    assert "shapes differ" in str(error.value)
+    assert ("tokenizer_source: union" in str(error.value)) == is_vocabulary
+
+
+def two_of(folder: Path) -> list[Config]:
+    return [{"model": str(folder / f"model{number}"), "parameters": {"weight": 1}} for number in (1, 2)]
 
 
 def test_a_tokenizer_comes_from_no_model_with_an_adapter(tmp_path: Path) -> None:
