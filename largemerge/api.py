@@ -8,12 +8,13 @@ Plans and reports of both kinds follow the same protocol, so that the command li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from largemerge.config_file import parse_size, read_documents
+from largemerge.config_file import check_source, read_documents, shown, size_in_bytes
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.errors import ConfigError, explain_failures
 from largemerge.regression.config import MergeConfig, load_config
@@ -94,19 +95,81 @@ class Memory:
                 object.__setattr__(self, name, _size(getattr(self, name)))
             except ValueError as error:
                 problems.append(f"memory.{name}: {error}")
-        if self.disk is not None and not isinstance(self.disk, str | Path):
-            problems.append(f"memory.disk: {self.disk!r}: expected a folder")
+        if self.disk is not None and not _is_path(self.disk):
+            problems.append(f"memory.disk: {shown(self.disk)}: expected a folder")
         if problems:
             raise ConfigError(*problems)
 
 
 def _size(size: int | str | None) -> int | None:
-    """Returns a size in bytes; raises a `ValueError` where it is none."""
-    if isinstance(size, str):
-        return parse_size(size)
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ValueError(f"{size!r}: expected a size such as 5GB, 500MB or 2GiB, or a number of bytes from 1 on")
-    return size
+    """Returns a size in bytes, if there is one; raises a `ValueError` where it is none."""
+    return size_in_bytes(size) if size is not None else None
+
+
+def _is_path(value: object) -> bool:
+    """Whether a value can be the path of a file or folder: some text, each part as short as file systems want it."""
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
+        return False
+    try:
+        return max(map(len, map(os.fsencode, Path(value).parts)), default=0) <= _MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
+
+
+_MAX_NAME_BYTES = 255
+_MAX_RANKS = 4096
+_FLAG = (lambda value: isinstance(value, bool), "True or False")
+_RANKS = (lambda value: type(value) is int and 1 <= value <= _MAX_RANKS, f"a whole number from 1 to {_MAX_RANKS}")
+_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "out": (_is_path, "a folder"),
+    "intermediate_dir": (lambda value: value is None or _is_path(value), "a folder"),
+    "device": (lambda value: isinstance(value, str), "auto, cpu or cuda:0"),
+    "memory": (lambda value: value is None or isinstance(value, Memory), "largemerge.Memory(host=…, device=…)"),
+    "planned": (lambda value: value is None or callable(value), "a function"),
+    "cluster": (lambda value: value is None or hasattr(value, "num_ranks"), "largemerge.cluster(num_nodes=…)"),
+    "num_ranks": _RANKS,
+    "num_nodes": _RANKS,
+    "gpus_per_node": _RANKS,
+    **dict.fromkeys(("resume", "force", "quiet", "verify", "strict", "probe", "from_config"), _FLAG),
+}
+"""What arguments of the public functions may be: a check, and words for it."""
+_OPTIONS = frozenset(
+    (
+        "intermediate_dir",
+        "device",
+        "num_ranks",
+        "num_nodes",
+        "gpus_per_node",
+        "resume",
+        "force",
+        "strict",
+        "from_config",
+    )
+)
+"""Arguments that the command line has under the same names."""
+
+
+def _argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with arguments, by the names of the command line's options where it has them."""
+    for name, value in arguments.items():
+        is_right, expected = _ARGUMENTS[name]
+        if not is_right(value):
+            option = f"--{name.replace('_', '-')}" if name in _OPTIONS else f"{name}:"
+            yield f"{option} {shown(value)}: expected {expected}"
+    if arguments.get("resume") is True and arguments.get("force") is True:
+        yield "--resume goes on with what --force would replace: expected one of them"
+
+
+def _checked(config: Source, problems: list[str], **arguments: Any) -> Config:
+    """Reads a configuration, and checks the other arguments of a call; all that is wrong is told at once."""
+    problems += _argument_problems(arguments)
+    try:
+        resolved = read_config(config, strict=arguments["strict"] is True)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    if problems:
+        raise ConfigError(*problems)
+    return resolved
 
 
 @explain_failures()
@@ -130,6 +193,7 @@ def read_config(source: Source, *, strict: bool = False) -> Config:
         return source.as_strict(strict)
     if isinstance(source, Documents):
         return Documents(source.path, source.raw, strict or source.strict)
+    check_source(source)
     raw: Mapping[str, Any]
     if isinstance(source, Mapping):
         raw, folder = source, None
@@ -140,7 +204,7 @@ def read_config(source: Source, *, strict: bool = False) -> Config:
             return Documents(path, tuple(documents), strict)
         raw, folder = documents[0], path.resolve().parent
     method = raw.get("merge_method")
-    if isinstance(method, str) and method not in REGRESSION_METHODS:
+    if not isinstance(method, str) or method not in REGRESSION_METHODS:
         return load_data_free(raw, folder, other_methods=tuple(REGRESSION_METHODS), strict=strict)
     return load_config(raw, folder).as_strict(strict)
 
@@ -161,7 +225,7 @@ def merge(
     device: str = "auto",
     resume: bool = False,
     force: bool = False,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | str = DEFAULT_MAX_SHARD_BYTES,
     quiet: bool = True,
     verify: bool = True,
     intermediate_dir: str | Path | None = None,
@@ -177,7 +241,7 @@ def merge(
         device: `auto`, `cpu`, `cuda:0`, ….
         resume: Go on with an interrupted merge; the result is bit for bit that of an unbroken run.
         force: Replace what is in `out`, once the merge is finished.
-        max_shard_bytes: Size of an output file in bytes, unless one tensor is larger.
+        max_shard_bytes: Size of an output file in bytes, or a text such as `5GB`, unless one tensor is larger.
         quiet: Show no progress.
         verify: At the end, measure how much of every candidate is in the output.
         intermediate_dir: Folder that keeps the results that the last one of several merges is made of. By default they
@@ -192,9 +256,17 @@ def merge(
     Raises:
         LargemergeError: If anything is wrong with config, inputs, data or output; before the long work.
     """
-    resolved, memory = read_config(config, strict=strict), memory or Memory()
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
-    options |= {"max_shard_bytes": max_shard_bytes, "planned": planned, "verify": verify}
+    options |= {"planned": planned, "verify": verify}
+    more = {"out": out, "intermediate_dir": intermediate_dir, "memory": memory, "strict": strict}
+    problems: list[str] = []
+    try:
+        options["max_shard_bytes"] = size_in_bytes(max_shard_bytes)
+    except ValueError as error:
+        problems.append(f"--max-shard-size {error}")
+    sizes = {"max_shard_bytes": options.pop("max_shard_bytes", None)}
+    resolved, memory = _checked(config, problems, **options, **more), memory or Memory()
+    options |= sizes
     if intermediate_dir is not None and not isinstance(resolved, Documents):
         raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
     if isinstance(resolved, MergeConfig):
@@ -240,10 +312,10 @@ def plan(
         LargemergeError: If the inputs cannot be opened. Reasons why the merge is impossible are in the plan's
             `problems`.
     """
-    resolved, memory = read_config(config, strict=strict), memory or Memory()
+    arguments = {"device": device, "probe": probe, "num_ranks": num_ranks, "cluster": cluster}
+    more = {"from_config": from_config, "memory": memory, "strict": strict}
+    resolved, memory = _checked(config, [], **arguments, **more), memory or Memory()
     if isinstance(resolved, MergeConfig):
-        if num_ranks < 1:
-            raise ConfigError(f"--num-ranks {num_ranks}: expected 1 or more")
         if num_ranks > 1 and cluster is not None:
             raise ConfigError("--num-ranks is for this machine; with other machines there is a rank for every GPU")
         from largemerge.regression.merge import plan_regression
@@ -305,26 +377,32 @@ def cluster(
         node_memory: Host memory of a node in bytes, or a text such as `1TiB`.
 
     Raises:
-        ConfigError: If a number is below 1, the GPU is not known, or a text is not a rate or size.
+        ConfigError: If a number is none from 1 to 4,096, the GPU is not known, or a text is not a rate or size.
     """
     from largemerge.regression.planning.rates import Cluster, find_gpu, parse_rate
 
-    for option, number in (("--num-nodes", num_nodes), ("--gpus-per-node", gpus_per_node)):
-        if number < 1:
-            raise ConfigError(f"{option} {number}: expected 1 or more")
-    try:
-        host_memory = _size(node_memory)
-    except ValueError as error:
-        raise ConfigError(f"--node-memory {error}") from None
-    assert host_memory is not None
-    return Cluster(
-        num_nodes=num_nodes,
-        gpus_per_node=gpus_per_node,
-        gpu=find_gpu(gpu),
-        interconnect=parse_rate(interconnect, "--interconnect"),
-        disk=parse_rate(disk_rate, "--disk-rate"),
-        host_memory=host_memory,
-    )
+    problems = list(_argument_problems({"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}))
+    if not problems and num_nodes * gpus_per_node > _MAX_RANKS:
+        problems.append(
+            f"--num-nodes {num_nodes}, --gpus-per-node {gpus_per_node}: expected up to {_MAX_RANKS} GPUs together"
+        )
+    readers: dict[str, Callable[[], Any]] = {
+        "gpu": lambda: find_gpu(gpu),
+        "interconnect": lambda: parse_rate(interconnect, "--interconnect"),
+        "disk": lambda: parse_rate(disk_rate, "--disk-rate"),
+        "host_memory": lambda: size_in_bytes(node_memory),
+    }
+    parts: dict[str, Any] = {}
+    for name, read in readers.items():
+        try:
+            parts[name] = read()
+        except ConfigError as error:
+            problems += error.problems
+        except ValueError as error:
+            problems.append(f"--node-memory {error}")
+    if problems:
+        raise ConfigError(*problems)
+    return Cluster(num_nodes=num_nodes, gpus_per_node=gpus_per_node, **parts)
 
 
 def _limited(config: MergeConfig, memory: Memory) -> MergeConfig:

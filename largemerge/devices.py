@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.tensor_info import Tensors
+from largemerge.config_file import shortened
 from largemerge.errors import LargemergeError
 
 CPU = torch.device("cpu")
@@ -32,9 +33,11 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen).item()  # the meta device has no numbers
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise LargemergeError(f"--device {device}: {first_line}; expected auto, cpu or cuda:0") from None
+    except Exception as error:  # backends that are not installed raise what they like
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LargemergeError(
+            f"--device {shortened(device)}: {shortened(first_line)}; expected auto, cpu or cuda:0"
+        ) from None
     return chosen
 
 

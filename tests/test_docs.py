@@ -458,3 +458,9 @@ def test_every_row_of_what_goes_in_has_a_test() -> None:
         assert named is not None, row
         text = (ROOT / named[1]).read_text()
         assert named[2] is None or f"def {named[2]}(" in text, row
+
+
+def test_the_table_of_parameters_is_what_the_code_declares() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "parameter_table"))
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert script["BEGIN"] + script["table"]() + script["END"] in page, "run scripts/parameter_table"

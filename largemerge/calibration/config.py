@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from largemerge.config_file import Strict
+from largemerge.config_file import LARGEST_COUNT, LARGEST_SEED, Strict
 
 
 def template_columns(template: str) -> list[str]:
@@ -39,13 +39,13 @@ Template = Annotated[str, pydantic.AfterValidator(_check_template)]
 class CalibrationDefaults(Strict):
     """Defaults of all candidates: how calibration samples are drawn and batched."""
 
-    num_samples: int = Field(256, ge=1)
+    num_samples: int = Field(256, ge=1, le=LARGEST_COUNT)
     """Samples of each candidate; published methods stop gaining at 256."""
-    max_length: int = Field(2048, ge=1)
+    max_length: int = Field(2048, ge=1, le=LARGEST_COUNT)
     """Tokens at which a text sample is truncated."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=LARGEST_COUNT)
     """Samples in one forward pass; the result does not depend on it."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Seed that draws the samples where the data has more than `num_samples`."""
 
 
@@ -54,10 +54,10 @@ class CalibrationConfig(Strict):
 
     data: str = Field(min_length=1)
     """A .safetensors, .jsonl, .json, .csv, .parquet or .txt file, a folder of images, or a Hub dataset id."""
-    num_samples: int | None = Field(None, ge=1)
-    max_length: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0)
+    num_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    max_length: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    batch_size: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
     subset: str | None = None
     """Configuration name of a Hub dataset."""
     split: str = "train"

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.side_files import TOKENIZER_FILES
-from largemerge.config_file import nearest
+from largemerge.config_file import nearest, shown
 from largemerge.errors import CheckpointError
 from largemerge.text_files import file_problem, read_json
 
@@ -32,6 +32,7 @@ _CODE_PATTERNS = ["*.json", "*.py", "*.jinja", *_TOKENIZERS]
 _PATTERNS = ["*.safetensors", *_MODULE_PICKLES, *_CODE_PATTERNS]
 _IGNORED = ["onnx/*", "openvino/*", "original/*", "consolidated*", "checkpoint-*/*", "runs/*"]
 """The same weights for other programs, and what was left over from training."""
+_MAX_LENGTH, _MAX_PLUS_SIGNS = 4096, 64
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
 
 
@@ -100,7 +101,7 @@ def _reference(value: object) -> object:
         raise ValueError("'override_architecture' is not supported: names and shapes come from the files")
     unknown = set(value) - {"model", "lora", "override_architecture"}
     if unknown:
-        raise ValueError(f"expected 'model' and maybe 'lora', found {sorted(value)}")
+        raise ValueError(f"expected 'model' and maybe 'lora', found {shown(sorted(value))}")
     adapter = value.get("lora")
     return _path(value["model"]) + (f"+{_path(adapter)}" if adapter is not None else "")
 
@@ -109,11 +110,25 @@ def _path(value: Any) -> str:
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, Mapping) or set(value) - {"path", "revision"} or not isinstance(value.get("path"), str):
-        raise ValueError(f"expected a path, or path and revision, found {value!r}")
+        raise ValueError(f"expected a path, or path and revision, found {shown(value)}")
     return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
 
 
-Reference = Annotated[str, Field(min_length=1), pydantic.BeforeValidator(_reference)]
+def _check_length(reference: str) -> str:
+    """Returns the reference; raises where no file system, and no Hub, could have it."""
+    if len(reference) > _MAX_LENGTH or reference.count("+") > _MAX_PLUS_SIGNS:
+        raise ValueError(
+            f"expected a path of up to {_MAX_LENGTH} characters and {_MAX_PLUS_SIGNS} adapters, found "
+            f"{len(reference)} characters and {reference.count('+')} plus signs: {shown(reference)}"
+        )
+    if not reference.strip():
+        raise ValueError(f"expected a folder or a Hub id, found {shown(reference)}")
+    return reference
+
+
+Reference = Annotated[
+    str, Field(min_length=1), pydantic.BeforeValidator(_reference), pydantic.AfterValidator(_check_length)
+]
 """A folder, or a Hub id, with `@revision` if wanted, and `+adapter` if wanted."""
 
 

@@ -23,17 +23,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 from pydantic import Field
 
-from largemerge.checkpoint.locate import Reference, absolute_reference
+from largemerge.checkpoint.locate import Reference, absolute_reference, split_reference
 from largemerge.config_file import (
+    LARGEST_SEED,
     WARNING,
     DtypeName,
     Size,
     Strict,
     Truth,
     WholeNumber,
+    check_source,
     explain,
+    grouped,
+    listed_places,
     nearest,
+    plain_values,
     read_yaml,
+    shown,
     strict_problems,
     to_json,
     unquoted_whole_number,
@@ -69,7 +75,7 @@ def _read_layer_range(value: object) -> object:
     numbers = [unquoted_whole_number(number) for number in value] if isinstance(value, list | tuple) else []
     layers = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
     if len(layers) != 2 or len(numbers) != 2 or not all(0 <= number <= _MAX_LAYERS for number in layers):
-        raise ValueError(f"expected the first layer and the one after the last, such as [0, 16], found {value!r}")
+        raise ValueError(f"expected the first layer and the one after the last, such as [0, 16], found {shown(value)}")
     return tuple(layers)
 
 
@@ -137,7 +143,7 @@ class DataFreeConfig(Strict):
     """Merge models of different classes or configurations all the same; mergekit has this on its command line."""
     trust_remote_code: Truth = False
     """Allow a checkpoint to run Python code that it ships; mergekit has this on its command line."""
-    seed: WholeNumber = Field(0, ge=0)
+    seed: WholeNumber = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of methods that draw random numbers."""
     memory: MemoryLimits = MemoryLimits()
     """Limits of memory; mergekit does not have this key."""
@@ -225,13 +231,14 @@ def load_data_free(
     Raises:
         ConfigError: If anything is wrong; it lists every mistake found.
     """
+    check_source(source)
     if isinstance(source, Mapping):
         raw: Mapping[str, Any] = source
     else:
         raw = read_yaml(Path(source))
         folder = Path(source).resolve().parent
     folders = [*([folder] if folder is not None else []), Path.cwd()]
-    raw = without_helpers(raw, DataFreeConfig.model_fields)
+    raw = plain_values(without_helpers(raw, DataFreeConfig.model_fields))
     _check_method(raw.get("merge_method"), other_methods)
     reader = _mergekit_reader(raw["merge_method"])
     raw = reader.read(raw)
@@ -250,7 +257,7 @@ def load_data_free(
         warnings += _idle_bases(config)
     if problems:
         more = strict_problems(f"{WARNING}{text}" for text in warnings) if strict else ()
-        raise ConfigError(*dict.fromkeys(problems), *more)
+        raise ConfigError(*grouped(problems), *more)
     return config.read_with(warnings, strict=strict)
 
 
@@ -290,9 +297,11 @@ def _check_method(name: object, other_methods: Sequence[str]) -> None:
     from largemerge.data_free.methods.table import METHODS
 
     known = sorted([*METHODS, *other_methods])
+    if name is None:
+        raise ConfigError(f"merge_method: missing; expected one of {known}")
     if not isinstance(name, str) or name not in METHODS:
-        hint = nearest(str(name).lower(), known) or f"; expected one of {known}"
-        raise ConfigError(f"merge_method: {name!r} is not known{hint}")
+        hint = nearest(name.lower(), known) if isinstance(name, str) else ""
+        raise ConfigError(f"merge_method: {shown(name)} is not known{hint or f'; expected one of {known}'}")
 
 
 # Parameters
@@ -338,8 +347,7 @@ def read_parameters(values: dict[str, Any], problems: list[str], warnings: list[
                 idle.setdefault("does nothing: this model is the base", []).append(place)
         holder["parameters"] = kept
     for reason, places in idle.items():
-        more = f" (and {len(places) - 3} more places)" if len(places) > 3 else ""
-        warnings.append(f"{', '.join(places[:3])}{more}: {reason}")
+        warnings.append(f"{listed_places(places)}: {reason}")
 
 
 def _holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str | None]]:
@@ -378,13 +386,13 @@ def read_setting(kind: Kind, setting: Setting, place: str, problems: list[str]) 
 
 def _read_conditional(kind: Kind, setting: Setting, place: str, problems: list[str]) -> Setting:
     if not isinstance(setting, Mapping):
-        problems.append(f"{place}: expected an entry of 'filter' and 'value' like the others, found {setting!r}")
+        problems.append(f"{place}: expected an entry of 'filter' and 'value' like the others, found {shown(setting)}")
         return setting
     if "value" not in setting or set(setting) - {"filter", "value"}:
-        problems.append(f"{place}: expected 'value' and maybe 'filter', found {sorted(map(str, setting))}")
+        problems.append(f"{place}: expected 'value' and maybe 'filter', found {shown(sorted(setting))}")
         return setting
     if not isinstance(setting.get("filter", ""), str):
-        problems.append(f"{place}.filter: expected a part of tensors' names, found {setting['filter']!r}")
+        problems.append(f"{place}.filter: expected a part of tensors' names, found {shown(setting['filter'])}")
     value = setting["value"]
     read = _read_gradient if isinstance(value, list | tuple) else _read_value
     return {**setting, "value": read(kind, value, f"{place}.value", problems)}
@@ -475,7 +483,7 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
                 f"{scope.where}sources: {config.merge_method} needs the base among them, {scope.base_model}, "
                 f"with as many layers as the others; found {models}"
             )
-        yield from _missing_parameters(config.merge_method, method, scope)
+    yield from _missing_parameters(config.merge_method, method, scopes)
 
 
 def _idle_bases(config: DataFreeConfig) -> Iterator[str]:
@@ -494,28 +502,30 @@ def _idle_bases(config: DataFreeConfig) -> Iterator[str]:
             yield f"{scope.where}sources: {scope.base_model}, the base, does nothing here: it is not among them"
 
 
-def _missing_parameters(name: str, method: Method, scope: _Scope) -> Iterator[str]:
-    """Yields the parameters that a method needs and that no level has."""
+def _missing_parameters(name: str, method: Method, scopes: Sequence[_Scope]) -> Iterator[str]:
+    """Yields the parameters that a method needs and that no level has, each once with all models that lack it."""
     from largemerge.data_free.methods.base import REQUIRED, Base
 
-    def has(parameter: str, *more: Parameters) -> bool:
-        return any(parameter in level for level in (*more, *scope.shared))
-
-    for parameter, default in method.shared.items():
-        if default is REQUIRED and not has(parameter):
-            yield f"{scope.where}parameters.{parameter}: {name} needs it"
     takes_base = method.base in (Base.REQUIRED, Base.OPTIONAL)
-    for parameter, default in method.per_model.items():
-        expected = method.kinds[parameter].expected
-        for place, model, parameters in scope.entries:
-            if (
-                default is REQUIRED
-                and not has(parameter, parameters)
-                and not (takes_base and model == scope.base_model)
-            ):
-                advice = ", which it merges like the others: name it among them" if place == "base_model" else ""
-                where = "" if place == "base_model" else f"{place}.parameters."
-                yield f"{where}{parameter}: missing for {model}{advice}; expected {expected}"
+    lacking: dict[tuple[str, bool], dict[str, str]] = {}  # model by place, by parameter and whether it is the base
+    for scope in scopes:
+        for parameter, default in method.shared.items():
+            if default is REQUIRED and not any(parameter in level for level in scope.shared):
+                yield f"{scope.where}parameters.{parameter}: {name} needs it"
+        for parameter, default in method.per_model.items():
+            for place, model, parameters in scope.entries if default is REQUIRED else ():
+                has = any(parameter in level for level in (parameters, *scope.shared))
+                if not has and not (takes_base and model == scope.base_model):
+                    lacking.setdefault((parameter, place == "base_model"), {})[place] = model
+    for (parameter, is_base), models in lacking.items():
+        expected, places = method.kinds[parameter].expected, list(models)
+        if is_base:
+            which = f"{models['base_model']}, which it merges like the others: name it among them"
+        else:
+            which = listed_places(list(dict.fromkeys(models.values())))
+            which += f", in {listed_places(places)}" if len(places) > 1 else ""
+        where = f"{places[0]}.parameters." if len(places) == 1 and not is_base else ""
+        yield f"{where}{parameter}: missing for {which}; expected {expected}"
 
 
 def _vocabulary_problems(config: DataFreeConfig) -> Iterator[str]:
@@ -524,6 +534,16 @@ def _vocabulary_problems(config: DataFreeConfig) -> Iterator[str]:
     elif config.vocabulary is not None and config.vocabulary.source == BASE and config.base_model is None:
         key = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
         yield f"{key}: 'base' needs a 'base_model'"
+    settings = config.vocabulary
+    if settings is None:
+        return
+    key = "tokenizer_source" if config.tokenizer is None else "tokenizer.source"
+    for place, source in ((key, settings.source), *settings.models()):
+        if source not in config.references and split_reference(source)[1] is not None:
+            yield (
+                f"{place}: {shown(source)} is a model with an adapter, and not among the models of this merge; "
+                "expected one of them, 'union', 'base', or a model without an adapter"
+            )
 
 
 def _absolute(value: Any, folders: list[Path], names: Collection[str], unversioned: list[str], key: str = "") -> Any:
@@ -534,7 +554,7 @@ def _absolute(value: Any, folders: list[Path], names: Collection[str], unversion
         return tuple(_absolute(inner, folders, names, unversioned, key) for inner in value)
     if isinstance(value, str) and key in _AUXILIARY_PARAMETERS:
         paths = (folder / os.path.expanduser(value) for folder in folders)
-        return next((str(path.resolve()) for path in paths if path.exists()), value)
+        return next((str(path.resolve()) for path in paths if os.path.exists(path)), value)
     if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", "source"):
         return absolute_reference(value, folders, names, unversioned)
     return value

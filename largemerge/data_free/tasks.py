@@ -19,6 +19,7 @@ import torch
 from largemerge.checkpoint.index import Checkpoint, natural_key
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import TensorInfo, dtype_name, kinds_of_names, list_kinds, torch_dtype
+from largemerge.config_file import WARNING
 from largemerge.data_free.config import DataFreeConfig, Levels, Module, OutputSlice, SliceSource
 from largemerge.data_free.matrices import (
     LAYER,
@@ -27,8 +28,8 @@ from largemerge.data_free.matrices import (
     vocabulary_sizes,
     why_not_a_matrix,
 )
-from largemerge.data_free.methods.base import REQUIRED, Base
-from largemerge.data_free.methods.table import METHODS
+from largemerge.data_free.methods.base import REQUIRED, Base, Range
+from largemerge.data_free.methods.table import METHODS, no_sum_of_weights
 from largemerge.data_free.modules import module_of_tensor, stacks_of_modules
 from largemerge.heads import Heads
 from largemerge.model.alignment import ModelView, tensors_in_order
@@ -186,9 +187,9 @@ def plan_tasks(
     if new:
         output.notes.append(f"{list_kinds(new)}: {NOT_TRAINED}; initialised as Transformers would do it")
     output.tasks.sort(key=lambda task: natural_key(task.name))
-    output.problems.extend(planner.unlike_layers())
+    output.problems.extend([*planner.parameter_problems(), *planner.unlike_layers()])
     output.problems.extend(_vanished(config, views, output))
-    output.notes.extend(planner.lacking_notes())
+    output.notes.extend([*planner.parameter_notes(), *planner.lacking_notes()])
     output.notes.extend(_notes(config.merge_method, output.tasks))
     return output
 
@@ -319,6 +320,10 @@ class _TaskPlanner:
         self._layers: dict[str, dict[str, list[str]]] = {}
         self._lacking: dict[str, list[str]] = {}
         self._unlike: dict[str, list[str]] = {}
+        self._num_merged = 0  # tensors that the method merges
+        self._conflicts: dict[str, list[str]] = {}  # of parameters, with the tensors that have them
+        self._idle: dict[str, list[str]] = {}
+        self._remarks: dict[str, list[str]] = {}
 
     def names_in_layer(self, model: str, prefix: str) -> Sequence[str]:
         """Lists the names of a model's tensors that start with the prefix of a layer, `model.layers.3.`."""
@@ -381,6 +386,8 @@ class _TaskPlanner:
             self._note_lacking(name, found, lacking, "their weighted mean")
             self._check_shapes(name, found, anchor.info)
             weights = self._per_model(levels, found, t, {"weight": 1.0})
+            if problem := no_sum_of_weights(weights, {"normalize": True}, "normalize"):
+                self._conflicts.setdefault(problem.partition("; choose")[0], []).append(name)
             mean = Task(name, anchor.info.shape, _sources(found), None, weights, {"normalize": True}, dtype, out)
             self.output.tasks.append(self._by_token(replace(mean, instead=_MEAN), found, base_model))
             return
@@ -427,7 +434,8 @@ class _TaskPlanner:
         self._check_number(len(merged))
         per_model = self._per_model(levels, merged, t, self.method.per_model)
         shared = self._shared(levels, name, t)
-        self._check_together(per_model, shared)
+        self._check_together(name, per_model, shared)
+        self._check_fits(name, per_model, shared, {dtype, out})
         reason, inputs_first = "", False
         if self.method.matrix_formula is not None:
             reason = why_not_a_matrix(name, shape, self._table_sizes) or too_small(shape, len(merged))
@@ -535,12 +543,63 @@ class _TaskPlanner:
         if problem is not None:
             self._problem(f"{parameter}: {problem}")
 
-    def _check_together(self, per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> None:
-        """Checks parameters that are right one by one together, once all of them are there."""
-        values = [*shared.values(), *(value for of_models in per_model.values() for value in of_models)]
-        problem = self.method.conflict(per_model, shared) if REQUIRED not in values else None
-        if problem is not None:
-            self._problem(problem)
+    def _check_together(self, name: str, per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> None:
+        """Checks a tensor's parameters that are right one by one together, once all of them are there."""
+        self._num_merged += 1
+        values = {**shared, **per_model}
+        for parameter, kind in self.method.kinds.items():
+            of_models = values[parameter] if parameter in per_model else [values[parameter]]
+            if any(value is not None and (value is REQUIRED or kind.problem(value)) for value in of_models):
+                return  # told already
+        for told, check in (
+            (self._conflicts, self.method.conflict),
+            (self._idle, self.method.idle),
+            (self._remarks, self.method.note),
+        ):
+            if per_model and not next(iter(per_model.values())):
+                continue  # nothing is merged, which is told otherwise
+            if (text := check(per_model, shared)) is not None:
+                told.setdefault(text, []).append(name)
+
+    def _check_fits(
+        self, name: str, per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any], dtypes: set[torch.dtype]
+    ) -> None:
+        """Checks that the numbers that tensors are multiplied by are finite in the dtypes of computation and output."""
+        narrow = min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
+        largest = torch.finfo(narrow).max
+        divides = shared.get("normalize", shared.get("normalize_weights", True))
+        for parameter, kind in self.method.kinds.items():
+            is_factor = isinstance(kind, Range) and kind.low < 0
+            if not is_factor or (parameter == "weight" and divides and "lambda" not in shared):
+                continue
+            values = per_model[parameter] if parameter in per_model else [shared[parameter]]
+            large = [value for value in values if isinstance(value, int | float) and abs(value) > largest]
+            if large:
+                text = f"{parameter}: {large[0]:g} does not fit into {dtype_name(narrow)}; expected up to {largest:g}"
+                self._conflicts.setdefault(text, []).append(name)
+
+    def parameter_problems(self) -> Iterator[str]:
+        """Yields which parameters do not go together, with the tensors if these are not all."""
+        for text, names in self._conflicts.items():
+            yield f"{text}{self._of_which(names)}"
+        for text, names in self._idle.items():
+            if self._is_useless(text, names):
+                yield f"{text}: nothing of any model would be in the output"
+
+    def parameter_notes(self) -> Iterator[str]:
+        """Yields where parameters leave the base as it is, or count as others."""
+        for text, names in self._idle.items():
+            if not self._is_useless(text, names) and not text.startswith("scale"):
+                yield f"{WARNING}{text}: the base as it is{self._of_which(names)}"
+        for text, names in self._remarks.items():
+            yield f"{WARNING}{text}{self._of_which(names)}"
+
+    def _is_useless(self, text: str, names: Sequence[str]) -> bool:
+        """Whether nothing is kept anywhere; weights and factors of 0 may be the first of a series."""
+        return len(names) == self._num_merged and text.startswith(("density", "scale:", "select_topk"))
+
+    def _of_which(self, names: Sequence[str]) -> str:
+        return f" ({list_kinds(names)})" if len(names) < self._num_merged else ""
 
     def _auxiliary(self, task: Task) -> tuple[Source, ...]:
         """Finds the auxiliary tensor of every source, which has the source's name, where the method needs one."""
@@ -587,8 +646,13 @@ class _TaskPlanner:
         if any(list(one.info.shape[first:]) != list(anchor.shape[first:]) for one in found):
             alike_beyond = all(one.info.shape[1:] == anchor.shape[1:] for one in found)
             may_be_tokens = name in self.token_rows.names if self.token_rows.names else LAYER.match(name) is None
+            # Heads have other sizes, too: those of tables of tokens stand in the configs.
+            may_be_tokens = may_be_tokens and all(one.info.shape[:1] and self._is_vocabulary(one) for one in found)
             advice = _ADVICE if not first and alike_beyond and may_be_tokens else ""
             self._problem(f"{name}: shapes differ: {shapes}; expected one{advice}")
+
+    def _is_vocabulary(self, one: _Found) -> bool:
+        return one.info.shape[0] in vocabulary_sizes(self.views[one.model].checkpoint)
 
     def _check_number(self, num_models: int) -> None:
         """Checks the number of models, the base not counted."""

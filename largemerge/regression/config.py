@@ -8,7 +8,7 @@ with the nearest right one. `load_config` is the way in; paths come out absolute
 from __future__ import annotations
 
 import os
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,28 +18,30 @@ from pydantic import Field
 
 from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
 from largemerge.checkpoint.locate import Reference, absolute_reference
-from largemerge.config_file import DtypeName, Size, Strict, Truth, explain, nearest, read_yaml, to_json, without_helpers
+from largemerge.config_file import (
+    DtypeName,
+    Regex,
+    Size,
+    Strict,
+    Truth,
+    check_source,
+    explain,
+    grouped,
+    nearest,
+    read_yaml,
+    shown,
+    to_json,
+    without_helpers,
+)
 from largemerge.errors import ConfigError
 from largemerge.regression.methods import METHODS, RegressionMethod
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 
 
-def _check_regex(pattern: str) -> str:
-    """Returns the pattern; raises where it is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-    return pattern
-
-
-Regex = Annotated[str, pydantic.AfterValidator(_check_regex)]
-
-
 class CandidateParameters(Strict):
     """Settings that may differ from candidate to candidate."""
 
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(1.0, ge=1e-30, le=1e30, allow_inf_nan=False)
     """Relative weight `c_i` of the candidate, in Gram matrices and in averages."""
 
 
@@ -200,6 +202,7 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
     elif isinstance(source, Mapping):
         raw = without_helpers(source, MergeConfig.model_fields)
     else:
+        check_source(source)
         path = Path(source)
         raw, folder = without_helpers(read_yaml(path), MergeConfig.model_fields), path.resolve().parent
     folders = [*([folder] if folder is not None else []), Path.cwd()]
@@ -207,11 +210,12 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
         # Through JSON, so that lists become tuples while strictness holds for everything else.
         config = MergeConfig.model_validate_json(to_json(raw))
     except pydantic.ValidationError as error:
-        raise ConfigError(*explain(error, MergeConfig)) from None
+        missing = {"merge_method: missing": f"merge_method: missing; expected one of {sorted(METHODS)}"}
+        raise ConfigError(*(missing.get(text, text) for text in explain(error, MergeConfig))) from None
     config = _with_names(config)
     problems = list(_cross_checks(config))
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*grouped(problems))
     return _with_absolute_paths(config, folders)
 
 
@@ -220,9 +224,9 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
     yield from (f"merge_method: {problem}" for problem in config.method.not_built())
     for name in sorted(config.parameters.model_fields_set - config.method.parameters - {"include", "exclude"}):
         yield f"parameters.{name}: {config.merge_method} has no such parameter"
-    for name in sorted(set(config.names)):
-        if config.names.count(name) > 1:
-            yield f"models: {config.names.count(name)} candidates are called {name!r}; give each a 'name' of its own"
+    for name, count in sorted(Counter(config.names).items()):
+        if count > 1:
+            yield f"models: {count} candidates are called {shown(name)}; give each a 'name' of its own"
     if "base" in config.names:
         yield "models: 'base' stands for base_model; give that candidate another 'name'"
     if config.output.double_quant is not None and config.output.quantization not in ("nf4", "fp4"):
@@ -234,12 +238,12 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
             yield f"{place}: 'base' needs a 'base_model'"
         elif source not in (BASE, *config.names) and not (source == UNION and place in _SOURCES):
             known = [*([UNION] if place in _SOURCES else []), BASE, *config.names]
-            yield f"{place}: {source!r} is no candidate's name; expected one of {known}{nearest(source, known)}"
+            yield f"{place}: {shown(source)} is no candidate's name; expected one of {known}{nearest(source, known)}"
     if config.head == "base" and config.base_model is None:
         yield "head: 'base' needs a 'base_model'"
     elif config.head is not None and config.head not in ("none", "base", *config.names):
         known = ["none", "base", *config.names]
-        yield f"head: {config.head!r} is no candidate's name; expected one of {known}{nearest(config.head, known)}"
+        yield f"head: {shown(config.head)} is no candidate's name; expected one of {known}{nearest(config.head, known)}"
     if config.head is not None and "none" in config.names:
         yield "models: 'none' stands for no head; give that candidate another 'name'"
     for index, candidate in enumerate(config.models):
@@ -304,7 +308,7 @@ def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfi
     def absolute(text: str) -> str:
         for folder in folders:
             candidate = folder / os.path.expanduser(text)
-            if candidate.exists():
+            if os.path.exists(candidate):
                 return str(candidate.resolve())
         return text
 

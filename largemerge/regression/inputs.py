@@ -8,7 +8,6 @@ Everything here comes from configs and headers; no weight is read.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.checkpoint.quantized import model_dtype
 from largemerge.checkpoint.sentence_modules import module_notes
 from largemerge.checkpoint.tensor_info import torch_dtype
+from largemerge.config_file import matches
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.heads import BASE, NONE, Heads, check_files, default_labels_note, find_heads
 from largemerge.model.adapter_names import AdapterNames
@@ -340,7 +340,8 @@ def _find_heads(config: MergeConfig, candidates: Sequence[Checkpoint], base: Che
 
 def _is_excluded(config: MergeConfig, *labels: str) -> bool:
     """Whether the user wants the base's tensor, by any of its names."""
-    return any(re.search(pattern, label) for pattern in config.parameters.exclude for label in labels)
+    patterns = config.parameters.exclude
+    return any(matches(pattern, label, "parameters.exclude") for pattern in patterns for label in labels)
 
 
 def _stacks(config: MergeConfig, heads: Heads | None) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ What makes the merge impossible is collected in `problems`, all at once; `merge`
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name
-from largemerge.config_file import gib, strict_problems
+from largemerge.config_file import gib, matches, strict_problems
 from largemerge.devices import compute_a_little, warm_up
 from largemerge.distributed.partition import samples_at_once
 from largemerge.errors import CalibrationError
@@ -539,7 +538,7 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
         labels |= {key for kept in inputs.heads.kept.values() for key in kept.values()}
     for kind in ("include", "exclude"):
         for pattern in getattr(config.parameters, kind):
-            if not any(re.search(pattern, label) for label in labels):
+            if not any(matches(pattern, label, f"parameters.{kind}") for label in labels):
                 notes.append(f"parameters.{kind}: {pattern!r} matches no tensor")
     for checkpoint, names in zip(inputs.candidates, inputs.candidate_mappings, strict=True):
         written = inputs.reference_mapping.unmapped if inputs.heads is None else ()

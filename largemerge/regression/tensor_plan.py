@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -36,6 +35,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import bitsandbytes, quantized_tensor
 from largemerge.checkpoint.sentence_modules import module_problems, split_name
 from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name, torch_dtype
+from largemerge.config_file import matches
 from largemerge.errors import LargemergeError
 from largemerge.heads import BASE
 from largemerge.model.classes import token_parameters
@@ -327,7 +327,7 @@ def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str
     if not dtype.is_floating_point:
         return TensorPlan(name, MergeRule.COPIED, "not a floating-point tensor", dtype)
     labels = tensor_labels(inputs.reference_mapping, name)
-    if _matches(config.parameters.exclude, labels):
+    if _matches(config.parameters.exclude, labels, "parameters.exclude"):
         base = inputs.base_mapping
         if base is None:
             return TensorPlan(name, MergeRule.AVERAGED, "excluded, and there is no base", dtype)
@@ -336,7 +336,7 @@ def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str
         return TensorPlan(name, MergeRule.BASE, "excluded", dtype)
     if unsolvable is not None:
         return TensorPlan(name, MergeRule.AVERAGED, unsolvable, dtype)
-    if config.parameters.include and not _matches(config.parameters.include, labels):
+    if config.parameters.include and not _matches(config.parameters.include, labels, "parameters.include"):
         return TensorPlan(name, MergeRule.AVERAGED, "not included", dtype)
     return TensorPlan(name, MergeRule.SOLVED, "", dtype)
 
@@ -433,8 +433,8 @@ def tensor_labels(names: KeyMapping, name: str) -> set[str]:
     return {name} if name in names.unmapped else {name, *names.keys_of(name)}
 
 
-def _matches(patterns: tuple[str, ...], labels: set[str]) -> bool:
-    return any(re.search(pattern, label) for pattern in patterns for label in labels)
+def _matches(patterns: tuple[str, ...], labels: set[str], where: str) -> bool:
+    return any(matches(pattern, label, where) for pattern in patterns for label in labels)
 
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:

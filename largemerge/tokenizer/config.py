@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field
 
 from largemerge.checkpoint.locate import Reference
-from largemerge.config_file import Strict
+from largemerge.config_file import LARGEST_COUNT, Strict
 
 UNION, BASE = "union", "base"
 
@@ -26,7 +26,7 @@ class TokenSource(Strict):
     kind: Literal["model_token"]
     model: Reference
     token: str | None = None
-    token_id: int | None = Field(None, ge=0)
+    token_id: int | None = Field(None, ge=0, le=LARGEST_COUNT)
 
     @pydantic.model_validator(mode="after")
     def _one_of_both(self) -> TokenSource:
@@ -69,7 +69,7 @@ class TokenizerSettings(Strict):
     """`union`, `base`, or a model, whose tokenizer becomes the output's."""
     tokens: dict[str, TokenSettings] = Field(default_factory=dict)
     """Settings by token; tokens that the tokenizer does not have are added to it."""
-    pad_to_multiple_of: int | None = Field(None, ge=1)
+    pad_to_multiple_of: int | None = Field(None, ge=1, le=1 << 20)
     """The number of rows of the embeddings is rounded up to a multiple of this."""
 
     def models(self) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from largemerge.config_file import shown
 from largemerge.data_free.config import Levels, evaluate, read_setting
 from largemerge.data_free.methods.base import REQUIRED, FilePath, Flag, Kind, Range
 from largemerge.data_free.methods.table import METHODS
@@ -99,6 +100,27 @@ def test_values_are_read_as_their_kind(kind: Kind, setting: Any, expected: Any) 
             [{"value": 1.0}, 0.5],
             "parameters.it[1]: expected an entry of 'filter' and 'value' like the others, found 0.5",
         ),
+        (
+            Range(),
+            10**400,
+            "parameters.it: expected a number from -1e+30 to 1e+30, found a whole number of some 401 digits",
+        ),
+        (Range(), -1e31, "parameters.it: expected a number from -1e+30 to 1e+30, found -1e+31"),
+        (Range(), "9" * 5000, f"parameters.it: expected a number, found {shown('9' * 5000)}"),
+        (Range(0), 1e31, "parameters.it: expected a number from 0 to 1e+30, found 1e+31"),
+        (
+            Range(0, above=True),
+            1e-320,
+            "parameters.it: expected a number above 0 and up to 1e+30, found 1e-320",
+        ),
+        (
+            Range(1, 10_000, whole=True),
+            1e9,
+            "parameters.it: expected a whole number from 1 to 10000, found 1000000000.0",
+        ),
+        (Range(0, 1), ["0", "²"], "parameters.it[1]: expected a number from 0 to 1, found '²'"),
+        (Flag(), 10**400, "parameters.it: expected true or false, found a whole number of some 401 digits"),
+        (FilePath(), "\n", "parameters.it: expected a .safetensors file, or a folder with some, found '\\n'"),
         (Range(), {"value": {"value": 1}}, "parameters.it.value: expected a number, found {'value': 1}"),
     ],
 )

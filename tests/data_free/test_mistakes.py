@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
+import torch
 import transformers as tf
 import yaml
 from data_free_cases import NUM_LAYERS, Config, config_of, weighted, write_models
@@ -50,8 +53,7 @@ TOLD_TOGETHER: list[tuple[str, list[str]]] = [
         "{merge_method: linear, models: [{model: A}, {model: B}], parameters: {normalize: maybe}}",
         [
             "parameters.normalize: expected true or false, found 'maybe'",
-            "models[0].parameters.weight: missing for A; expected a number",
-            "models[1].parameters.weight: missing for B; expected a number",
+            "weight: missing for A, B, in models[0], models[1]; expected a number",
         ],
     ),
     (
@@ -63,7 +65,7 @@ TOLD_TOGETHER: list[tuple[str, list[str]]] = [
         {model: A, parameters: {weight: .nan, density: 1.5}},
         {model: B, parameters: {weight: true, density: -0.5}}]}""",
         [
-            "parameters.lambda: expected a number, found 'x'",
+            "parameters.lambda: expected a number from -1e+06 to 1e+06, found 'x'",
             "parameters.wieght: unknown parameter; did you mean 'weight'?",
             "models[0].parameters.weight: expected a number, found nan",
             "models[0].parameters.density: expected a number from 0 to 1, found 1.5",
@@ -91,7 +93,7 @@ TOLD_TOGETHER: list[tuple[str, list[str]]] = [
             "found [0]",
             "slices[0].sources[1].layer_range: expected the first layer and the one after the last, such as [0, 16], "
             "found '0-3'",
-            "slices[1].sources: expected 1 entries or more, found an empty list",
+            "slices[1].sources: expected 1 or more entries, found an empty list",
             "slices[2].sources: expected a list, found the keys ['model']",
         ],
     ),
@@ -99,7 +101,7 @@ TOLD_TOGETHER: list[tuple[str, list[str]]] = [
         "{merge_method: linear, models: {A: 1}, parameters: [weight], dtype: float8, seed: -1, allow_crimes: perhaps}",
         [
             "models: expected a list, found the keys ['A']",
-            "parameters: expected keys and values, found 1 entries",
+            "parameters: expected keys and values, found 1 entry",
             "dtype: expected 'float32', 'bfloat16' or 'float16', found 'float8'",
             "allow_crimes: expected true or false, found 'perhaps'",
             "seed: expected a number from 0 on, found -1",
@@ -146,6 +148,122 @@ def test_values_that_do_not_go_together(tmp_path: Path, method: str, parameters:
     problems = largemerge.plan(config_of(tmp_path, method, parameters=parameters, **base), probe=False).problems
     assert len(problems) == (3 if method == "ties" else 1), "not one for each tensor"
     assert all(problem in told for told in problems)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four models in float32, and two in float16."""
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    write_models(folder / "half", count=2, dtype=torch.float16)
+    return folder
+
+
+MLP = ", ".join(f"model.layers.*.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+OF_MLP: list[dict[str, Any]] = [{"filter": "mlp", "value": 0}, {"value": 1}]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "weights", "problem"),
+    [
+        (
+            "linear",
+            {},
+            [1, -1],
+            "weight: 1, -1 add up to 0, which the sum is divided by; choose others, or normalize: ",
+        ),
+        ("linear", {}, [1, -0.9999999], "weight: 1, -1 add up to 0"),
+        ("linear", {}, [1e10, -1e10], "weight: 1e+10, -1e+10 add up to 0"),
+        ("linear", {"normalize": False}, [0, 0], "weight: 0, 0 are so small that the output would be 0; choose others"),
+        ("linear", {}, [[{"filter": "mlp", "value": -1}, {"value": 1}], 1], f"normalize: false ({MLP})"),
+        ("linear", {}, [[1, 0, 1], [0, 0, 0]], "add up to 0, which the sum is divided by; choose others, or normalize"),
+        ("multislerp", {}, [1, -1], "weight: 1, -1 add up to 0"),
+        (
+            "multislerp",
+            {"normalize_weights": False},
+            [1e-9, 1e-9],
+            "weight: 1e-09, 1e-09 are together below eps, 1e-08",
+        ),
+        ("ties", {"density": 0}, [1, 1], "density: 0 for every model: nothing of any model would be in the output"),
+        ("dare_linear", {"density": [0, 0]}, [1, 1], "density: 0 for every model: nothing of any model"),
+        ("sce", {"select_topk": 0}, [], "select_topk: 0: nothing of any model would be in the output"),
+        ("passthrough", {"scale": 0}, [], "scale: 0: nothing of any model would be in the output"),
+        ("consensus_ta", {"prun_thre_k": 3}, [], "prun_thre_k: expected 2 at most, the number of models, found 3"),
+        ("della", {"density": [0.9, 0.5, 0.5]}, [1, 1], "density 0.9 ± epsilon 0.15 leaves the range from 0 to 1"),
+    ],
+)
+def test_parameters_that_leave_no_number(
+    models: Path, method: str, parameters: Config, weights: list[Any], problem: str
+) -> None:
+    needs_base = method in ("ties", "dare_linear", "sce", "consensus_ta", "della")
+    base = {"base_model": str(models / "model0")} if needs_base else {}
+    config = config_of(models, method, [1] if method == "passthrough" else [1, 2], parameters=parameters, **base)
+    for entry, weight in zip(config["models"], weights, strict=False):
+        entry["parameters"] = {"weight": weight}
+    (found,) = largemerge.plan(config, probe=False).problems
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "weights", "note"),
+    [
+        ("task_arithmetic", {}, [0, 0], "warning: weight: 0 for every model: the base as it is"),
+        ("task_arithmetic", {"lambda": 0}, [1, 1], "warning: lambda: 0: the base as it is"),
+        ("ties", {"density": OF_MLP}, [1, 1], f"warning: density: 0 for every model: the base as it is ({MLP})"),
+        ("task_arithmetic", {"normalize": True}, [1, -1], "warning: weight: 1, -1 add up to 0: the sum is not divided"),
+        ("nuslerp", {}, [1, -1], "warning: weight: 1, -1 add up to 0: both models count half, as in mergekit"),
+        ("iso_c", {"scaling_factor": 0}, [], "warning: scaling_factor: 0: the base as it is"),
+    ],
+)
+def test_parameters_that_change_nothing_are_named(
+    models: Path, method: str, parameters: Config, weights: list[Any], note: str
+) -> None:
+    base = {"base_model": str(models / "model0")} if method != "nuslerp" else {}
+    config = config_of(models, method, [1, 2], parameters=parameters, **base)
+    for entry, weight in zip(config["models"], weights, strict=False):
+        entry["parameters"] = {"weight": weight}
+    plan = largemerge.plan(config, probe=False)
+    assert not plan.problems and sum(told.startswith(note) for told in plan.notes) == 1
+
+
+def test_factors_fit_into_the_dtype(models: Path) -> None:
+    config = config_of(models / "half", "passthrough", [1], parameters={"scale": 1e5})
+    expected = "scale: 100000 does not fit into float16; expected up to 65504"
+    assert largemerge.plan(config, probe=False).problems == [expected]
+    assert not largemerge.plan(config | {"dtype": "float32", "out_dtype": "bfloat16"}, probe=False).problems
+
+
+@pytest.mark.parametrize("is_vocabulary", [False, True])
+def test_heads_of_other_sizes_are_no_vocabularies(tmp_path: Path, is_vocabulary: bool) -> None:
+    """Of a class that nobody knows, only the sizes in the config tell which tensors are tables of tokens."""
+    for number in (1, 2):
+        folder = tmp_path / f"model{number}"
+        sizes = tiny_models.LLM | ({"vocab_size": 64 + number} if is_vocabulary else {"num_labels": 1 + number})
+        build = LlamaForCausalLM if is_vocabulary else tf.LlamaForSequenceClassification
+        build(tf.LlamaConfig(**sizes)).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        names = {"model_type": "nobodys", "architectures": ["NobodysModel"]}
+        (folder / "config.json").write_text(json.dumps(config | names))
+    with pytest.raises(LargemergeError) as error:
+        largemerge.merge({"merge_method": "linear", "models": two_of(tmp_path)}, tmp_path / "out")
+    assert "shapes differ" in str(error.value)
+    assert ("tokenizer_source: union" in str(error.value)) == is_vocabulary
+
+
+def two_of(folder: Path) -> list[Config]:
+    return [{"model": str(folder / f"model{number}"), "parameters": {"weight": 1}} for number in (1, 2)]
+
+
+def test_a_tokenizer_comes_from_no_model_with_an_adapter(tmp_path: Path) -> None:
+    config = {"merge_method": "linear", "models": [{"model": "o/a", "parameters": {"weight": 1}}]}
+    for more, place in (
+        ({"tokenizer_source": "o/b+o/adapter"}, "tokenizer_source"),
+        ({"tokenizer": {"tokens": {"x": {"source": "o/b+o/adapter"}}}}, "tokenizer.tokens.x.source"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            largemerge.plan(config | more)
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"{place}: 'o/b+o/adapter' is a model with an adapter, and not among the models")
 
 
 def test_anchors_do_not_excuse_a_key_that_nothing_refers_to(tmp_path: Path) -> None:

@@ -154,7 +154,6 @@ def test_the_ends_of_a_range_are_in_it(path: str, value: int) -> None:
 @pytest.mark.parametrize(
     ("path", "where"),
     [
-        ("merge_method", "merge_method"),
         ("models", "models"),
         ("models.1.model", "models[1].model"),
         ("models.0.calibration.data", "models[0].calibration.data"),
@@ -168,6 +167,15 @@ def test_missing_keys_are_named(path: str, where: str) -> None:
         target = target[int(part)] if part.isdigit() else target[part]
     del target[leaf]
     assert problems_of(raw) == (f"{where}: missing",)
+
+
+def test_a_missing_method_comes_with_all_methods() -> None:
+    raw = good()
+    del raw["merge_method"]
+    assert problems_of(raw) == ("merge_method: missing; expected one of ['regmean', 'regmean_plusplus']",)
+    with pytest.raises(ConfigError) as caught:
+        read_config(raw)
+    assert str(sorted([*METHODS, "regmean", "regmean_plusplus"])) in str(caught.value)
 
 
 def test_one_model_is_too_few() -> None:
@@ -212,10 +220,9 @@ def test_every_candidate_without_calibration_is_named() -> None:
     raw = good()
     for model in raw["models"]:
         del model["calibration"]
-    problems = problems_of(raw)
-    assert len(problems) == 2
-    assert "models[0] (maths)" in problems[0] and "models[1] (code)" in problems[1]
-    assert all("calibration: {data: FILE}" in problem for problem in problems)
+    assert problems_of(raw) == (
+        "models[0] (maths), models[1] (code): regmean_plusplus needs calibration data; add calibration: {data: FILE}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,7 +315,7 @@ def test_a_binary_file_is_not_yaml(tmp_path: Path) -> None:
 
 def test_no_such_file(tmp_path: Path) -> None:
     assert problems_of(tmp_path / "absent.yaml") == (f"{tmp_path / 'absent.yaml'}: no such configuration file",)
-    assert problems_of(str(tmp_path)) == (f"{tmp_path}: no such configuration file",)
+    assert problems_of(str(tmp_path)) == (f"{tmp_path}: is a folder; expected a YAML file",)
 
 
 @pytest.mark.parametrize(

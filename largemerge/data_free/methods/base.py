@@ -23,8 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from largemerge.config_file import shown
+
 PIECE_ELEMENTS = 1 << 19
 """Elements of one model in a piece: a megabyte in 16 bits, so that a piece of some models stays in a core's cache."""
+
+LARGEST = 1e30
+"""The largest number of a parameter that knows no other bound: sums and products of some still fit into float32."""
 
 REQUIRED = object()
 """Stands in the place of a default for parameters that have none."""
@@ -143,19 +148,23 @@ class Range:
         low: The smallest number.
         high: The largest number.
         whole: Whether only whole numbers are allowed.
-        above: Whether `low` itself is excluded.
+        above: Whether `low` itself, which is 0, is excluded, and what float32 would round to it, too.
     """
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = -LARGEST
+    high: float = LARGEST
     whole: bool = False
     above: bool = False
 
     @property
     def expected(self) -> str:
         """What the values are, in words."""
-        low = "" if self.low == -math.inf else f" {'above' if self.above else 'from'} {self.low:g}"
-        high = "" if self.high == math.inf else f" to {self.high:g}"
+        return self._in_words(everything=False)
+
+    def _in_words(self, *, everything: bool) -> str:
+        """Describes the range; its widest bounds only if asked for."""
+        low = f" {'above' if self.above else 'from'} {self.low:g}" if everything or self.low > -LARGEST else ""
+        high = f"{' and up' if self.above else ''} to {self.high:g}" if everything or self.high < LARGEST else ""
         return f"a {'whole ' if self.whole else ''}number{low}{high}"
 
     def read(self, value: Any) -> Any:
@@ -167,11 +176,13 @@ class Range:
         number = _as_number(value)
         if self.whole and isinstance(number, float) and number.is_integer():
             number = int(number)
-        kinds = int if self.whole else int | float
-        inside = isinstance(number, kinds) and math.isfinite(number) and self.low <= number <= self.high
-        if inside and not (self.above and number == self.low):
+        if not isinstance(number, int if self.whole else int | float) or not -math.inf < number < math.inf:
+            raise ValueError(f"expected {self.expected}, found {shown(value)}")
+        lowest = 1 / LARGEST if self.above else self.low
+        if lowest <= number <= self.high:
             return number
-        raise ValueError(f"expected {self.expected}, found {value!r}")
+        is_extreme = number < -LARGEST or (number > self.low and not lowest <= number <= LARGEST)
+        raise ValueError(f"expected {self._in_words(everything=is_extreme)}, found {shown(value)}")
 
     def problem(self, value: Any) -> str | None:
         """Says what is wrong with a value; `None` if nothing is."""
@@ -194,7 +205,7 @@ class Flag:
             return _TRUTHS[value.strip().lower()]
         if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
             return bool(value)
-        raise ValueError(f"expected {self.expected}, found {value!r}")
+        raise ValueError(f"expected {self.expected}, found {shown(value)}")
 
     def problem(self, value: Any) -> str | None:
         """Says what is wrong with a value; `None` if nothing is."""
@@ -215,7 +226,7 @@ class FilePath:
         """
         if isinstance(value, str) and value.strip():
             return value
-        raise ValueError(f"expected {self.expected}, found {value!r}")
+        raise ValueError(f"expected {self.expected}, found {shown(value)}")
 
     def problem(self, value: Any) -> str | None:
         """Says what is wrong with a value; `None` if nothing is."""
@@ -306,6 +317,8 @@ class Method:
         kinds: What values each of the parameters may have.
         conflict: Function from the parameters of every model and the shared ones, each right by itself, to what is
             wrong with them together; `None` if nothing is.
+        idle: Function from the same to why nothing of any model would be added to the base; `None` if something is.
+        note: Function from the same to what a user should know of them; `None` if nothing.
         auxiliary_parameter: Name of the parameter whose value for each model is a file or folder of tensors as large
             as the model's own.
         matrix_formula: The rest of a method whose formula holds for weight matrices only.
@@ -323,6 +336,8 @@ class Method:
     per_model: Mapping[str, Any] = field(default_factory=dict)
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     conflict: Callable[[Mapping[str, Sequence[Any]], Mapping[str, Any]], str | None] = lambda _, __: None
+    idle: Callable[[Mapping[str, Sequence[Any]], Mapping[str, Any]], str | None] = lambda _, __: None
+    note: Callable[[Mapping[str, Sequence[Any]], Mapping[str, Any]], str | None] = lambda _, __: None
     auxiliary_parameter: str | None = None
     matrix_formula: MatrixFormula | None = None
     global_scale: GlobalScale | None = None

@@ -82,14 +82,16 @@ def fisher(piece: Piece) -> torch.Tensor:
     to F_i and F_i is not normalised.
 
     Raises:
-        FloatingPointError: If an F_i is negative or no number.
+        FloatingPointError: If an F_i is negative, infinite or no number.
     """
     weighted, total = (torch.zeros_like(piece.tensors[0], dtype=torch.float64) for _ in range(2))
     mean = torch.zeros_like(weighted)
     weights = piece.per_model["weight"]
     for tensor, diagonal, weight in zip(piece.tensors, piece.auxiliary, weights, strict=True):
-        if not bool((diagonal >= 0).all()):
-            raise FloatingPointError("a Fisher diagonal is negative or NaN; expected mean squares of gradients")
+        if not bool(((diagonal >= 0) & (diagonal < torch.inf)).all()):
+            raise FloatingPointError(
+                "a Fisher diagonal is infinite, negative or NaN; expected mean squares of gradients"
+            )
         share = diagonal.to(torch.float64).mul_(weight)
         weighted.addcmul_(share, tensor.to(torch.float64))
         total.add_(share)

@@ -21,8 +21,11 @@ import torch
 from largemerge.data_free.methods.base import Piece, Pieces
 from largemerge.data_free.methods.exact_statistics import inner_products, weighted_sum
 
+_SMALLEST_STEP = 1e-30  # of the Karcher mean: what is divided by is larger
 _COLINEAR = 0.9995  # cosine from which on slerp interpolates on the line
 _EPS = 1e-8
+SMALLEST_SUM = 1e-6
+"""Sum of NuSLERP's weights below which both models count half, as in mergekit."""
 
 
 def products_of_vectors(pieces: Pieces) -> torch.Tensor:
@@ -62,7 +65,7 @@ def nuslerp(piece: Piece, products_KK: torch.Tensor | None) -> torch.Tensor:
         products_KK: Inner products, for the tensor as one vector; `None` for every row or column by itself.
     """
     weights = piece.per_model["weight"]
-    t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
+    t = 0.5 if abs(sum(weights)) < SMALLEST_SUM else weights[1] / sum(weights)
     first, second = _exact_vectors(piece)
     if products_KK is not None:
         norms = products_KK.diagonal().sqrt().clamp(min=1e-7)
@@ -114,7 +117,7 @@ def karcher(piece: Piece, products_KK: torch.Tensor) -> torch.Tensor:
     A base is one of the models.
     """
     tensors = _all_models(piece)
-    count, tol = len(tensors), piece.shared["tol"]
+    count, tol = len(tensors), max(piece.shared["tol"], _SMALLEST_STEP)
     if count == 1:
         return tensors[0]
     norms = products_KK.diagonal().sqrt()

@@ -15,6 +15,7 @@ import torch
 from largemerge.data_free.matrices import too_small, why_not_a_matrix
 from largemerge.data_free.methods import averaging, covariance, masks, ram, slerp, svd, task_arithmetic
 from largemerge.data_free.methods.base import (
+    LARGEST,
     REQUIRED,
     Access,
     Base,
@@ -35,8 +36,11 @@ from largemerge.data_free.methods.base import (
 )
 
 _SINGLE, _DOUBLE = 4, 8
-_SMALLEST_SUM = 1e-12  # of weights that something is divided by
-_NUMBER, _SHARE, _POSITIVE, _FLAG = Range(), Range(0, 1), Range(0, above=True), Flag()
+_SMALLEST_SUM = 1e-6  # of weights that something is divided by, as a share of their magnitudes
+_MAX_STEPS = 10_000
+_MAX_FACTOR = 1e6  # of task vectors and the like; larger ones would leave 16 bits
+_WEIGHT, _SHARE, _POSITIVE, _FLAG = Range(), Range(0, 1), Range(0, above=True), Flag()
+_FACTOR, _LIMIT = Range(-_MAX_FACTOR, _MAX_FACTOR), Range(0, _MAX_FACTOR)
 
 
 def _task_vector_method(
@@ -46,7 +50,7 @@ def _task_vector_method(
     per_model: dict[str, Any] = {"weight": REQUIRED, "density": 1.0}
     per_model |= {"gamma": 0.01} if sparsifier == "outliers" else {}
     per_model |= {"epsilon": 0.15} if sparsifier == "ranks" else {}
-    kinds = {"weight": _NUMBER, "density": _SHARE, "gamma": _SHARE, "epsilon": Range(0)} | dict.fromkeys(
+    kinds = {"weight": _WEIGHT, "density": _SHARE, "gamma": _SHARE, "epsilon": _SHARE} | dict.fromkeys(
         ("normalize", "rescale", "int8_mask"), _FLAG
     )
     first_pass = partial(task_arithmetic.plan_sparsification, method=sparsifier) if sparsifier is not None else None
@@ -59,13 +63,56 @@ def _task_vector_method(
         Base.REQUIRED,
         shared={"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False},
         per_model=per_model,
-        kinds={name: kinds.get(name, _NUMBER) for name in ("normalize", "rescale", "lambda", "int8_mask", *per_model)},
+        kinds={name: kinds.get(name, _FACTOR) for name in ("normalize", "rescale", "lambda", "int8_mask", *per_model)},
         conflict=_leaves_probabilities if sparsifier == "ranks" else _no_conflict,
+        idle=_adds_nothing,
+        note=_undivided if not elects_sign else _no_conflict,
     )
 
 
 def _no_conflict(_: Mapping[str, Sequence[Any]], __: Mapping[str, Any]) -> str | None:
     return None
+
+
+def _adds_nothing(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
+    """Says why nothing is added to the base: every density, every weight or a factor is 0."""
+    for name, values in per_model.items():
+        if name in ("density", "weight") and not any(values):
+            return f"{name}: 0 for every model"
+    return next((f"{name}: 0" for name in ("lambda", "select_topk", *_FACTORS) if shared.get(name, 1) == 0), None)
+
+
+_FACTORS = ("alpha", "scaling_factor", "scaling_coefficient")
+
+
+def _scales_by_nothing(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
+    """Says where tensors become 0, which switches single ones off, and would leave nothing if it were all."""
+    return "scale: 0" if per_model["scale"][0] == 0 else None
+
+
+def _undivided(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
+    """Says where weights add up to 0, by which task vectors are not divided, as in mergekit."""
+    if not shared["normalize"] or not any(per_model["weight"]) or not _cancel_out(per_model["weight"]):
+        return None
+    return f"weight: {_listed(per_model['weight'])} add up to 0: the sum is not divided by it, as in mergekit"
+
+
+def _counts_as_equal(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
+    """Says where NuSLERP's weights add up to 0, which it takes for equal ones, as mergekit does."""
+    weights = per_model["weight"]
+    if abs(sum(weights)) >= slerp.SMALLEST_SUM:
+        return None
+    return f"weight: {_listed(weights)} add up to 0: both models count half, as in mergekit"
+
+
+def _cancel_out(weights: Sequence[float]) -> bool:
+    """Whether weights add up to 0, but for rounding in float32."""
+    magnitudes = sum(map(abs, weights))
+    return magnitudes < 1 / LARGEST or abs(sum(weights)) < _SMALLEST_SUM * magnitudes
+
+
+def _listed(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)
 
 
 def _leaves_probabilities(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
@@ -76,13 +123,30 @@ def _leaves_probabilities(per_model: Mapping[str, Sequence[Any]], _: Mapping[str
     return None
 
 
-def _no_sum_of_weights(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any], switch: str) -> str | None:
+def no_sum_of_weights(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any], switch: str) -> str | None:
     """Says where the weights, which a method with this switch divides by their sum, add up to 0."""
     weights = per_model["weight"]
-    if shared[switch] and abs(sum(weights)) < _SMALLEST_SUM:
-        numbers = ", ".join(f"{weight:g}" for weight in weights)
-        return f"weight: {numbers} add up to 0, which the sum is divided by; choose others, or {switch}: false"
+    if not shared[switch] and sum(map(abs, weights)) < _SMALLEST_SUM:
+        return f"weight: {_listed(weights)} are so small that the output would be 0; choose others"
+    if shared[switch] and _cancel_out(weights):
+        return f"weight: {_listed(weights)} add up to 0, which the sum is divided by; choose others, or {switch}: false"
     return None
+
+
+def _no_direction(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
+    """Says where the weighted mean direction of Multi-SLERP would be shorter than `eps`, as far as weights tell."""
+    weights = per_model["weight"]
+    if not shared["normalize_weights"] and sum(map(abs, weights)) < shared["eps"] and len(weights) > 1:
+        return f"weight: {_listed(weights)} are together below eps, {shared['eps']:g}; choose others"
+    return no_sum_of_weights(per_model, shared, "normalize_weights")
+
+
+def _needs_more_tasks(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
+    """Says where more tasks are to need an element than there are."""
+    count, needed = len(per_model["tall_mask_lambda"]), shared["prun_thre_k"]
+    if needed <= count:
+        return None
+    return f"prun_thre_k: expected {count} at most, the number of models, found {needed}: no element would be merged"
 
 
 def _nuslerp_access(shared: Mapping[str, Any]) -> Access:
@@ -139,6 +203,7 @@ def _matrix_method(
         Base.REQUIRED,
         shared={name: default for name, (default, _) in parameters.items()},
         kinds={name: values for name, (_, values) in parameters.items()},
+        idle=_adds_nothing,
         matrix_formula=MatrixFormula(svd.mean_of_task_vectors(scale), "mean of task vectors", work_bytes),
     )
 
@@ -152,7 +217,9 @@ LITERATURE: dict[str, Method] = {
         Base.REQUIRED,
         shared={"prun_thre_k": 2, "scaling_factor": 1.0},
         per_model={"tall_mask_lambda": 0.6},
-        kinds={"prun_thre_k": Range(0, whole=True), "scaling_factor": _NUMBER, "tall_mask_lambda": Range(0)},
+        kinds={"prun_thre_k": Range(0, whole=True), "scaling_factor": _FACTOR, "tall_mask_lambda": _LIMIT},
+        conflict=_needs_more_tasks,
+        idle=_adds_nothing,
     ),
     "localize_and_stitch": Method(
         "Localize-and-Stitch, dataless",
@@ -173,13 +240,13 @@ LITERATURE: dict[str, Method] = {
         kinds={"fisher": FilePath(), "weight": _POSITIVE},
         auxiliary_parameter="fisher",
     ),
-    "tsv_m": _matrix_method("TSV-M", "arXiv 2412.00081", svd.tsv_m, {"alpha": (1.0, _NUMBER)}),
-    "iso_c": _matrix_method("Iso-C", "arXiv 2502.04959", svd.iso_c, {"scaling_factor": (1.0, _NUMBER)}),
+    "tsv_m": _matrix_method("TSV-M", "arXiv 2412.00081", svd.tsv_m, {"alpha": (1.0, _FACTOR)}),
+    "iso_c": _matrix_method("Iso-C", "arXiv 2502.04959", svd.iso_c, {"scaling_factor": (1.0, _FACTOR)}),
     "iso_cts": _matrix_method(
         "Iso-CTS",
         "arXiv 2502.04959",
         svd.iso_cts,
-        {"scaling_factor": (1.0, _NUMBER), "common_space_fraction": (0.8, _SHARE)},
+        {"scaling_factor": (1.0, _FACTOR), "common_space_fraction": (0.8, _SHARE)},
         reread=True,
     ),
     "opcm": Method(
@@ -199,10 +266,10 @@ LITERATURE: dict[str, Method] = {
         "arXiv 2603.02945",
         covariance.ace,
         {
-            "scaling_coefficient": (1.0, _NUMBER),
-            "eps": (1e-2, _POSITIVE),
+            "scaling_coefficient": (1.0, _FACTOR),
+            "eps": (1e-2, Range(0, _MAX_FACTOR, above=True)),
             "k_frac": (0.3, _SHARE),
-            "heterogeneity": (0.3, Range(0)),
+            "heterogeneity": (0.3, _LIMIT),
         },
         _ace_bytes,
         reread=True,
@@ -219,8 +286,8 @@ METHODS: dict[str, Method] = {
         Base.NONE,
         shared={"normalize": True},
         per_model={"weight": REQUIRED},
-        kinds={"normalize": _FLAG, "weight": _NUMBER},
-        conflict=partial(_no_sum_of_weights, switch="normalize"),
+        kinds={"normalize": _FLAG, "weight": _WEIGHT},
+        conflict=partial(no_sum_of_weights, switch="normalize"),
     ),
     "passthrough": Method(
         "Passthrough",
@@ -230,7 +297,8 @@ METHODS: dict[str, Method] = {
         Base.NONE,
         (1, 1),
         per_model={"scale": None},
-        kinds={"scale": _NUMBER},
+        kinds={"scale": _FACTOR},
+        idle=_scales_by_nothing,
     ),
     "slerp": Method(
         "SLERP",
@@ -240,7 +308,7 @@ METHODS: dict[str, Method] = {
         Base.REQUIRED,
         (1, 1),
         shared={"t": REQUIRED},
-        kinds={"t": _NUMBER},
+        kinds={"t": _FACTOR},
     ),
     "nuslerp": Method(
         "NuSLERP",
@@ -251,7 +319,8 @@ METHODS: dict[str, Method] = {
         (2, 2),
         shared={"nuslerp_row_wise": False, "nuslerp_flatten": True},
         per_model={"weight": REQUIRED},
-        kinds={"nuslerp_row_wise": _FLAG, "nuslerp_flatten": _FLAG, "weight": _NUMBER},
+        kinds={"nuslerp_row_wise": _FLAG, "nuslerp_flatten": _FLAG, "weight": _WEIGHT},
+        note=_counts_as_equal,
     ),
     "multislerp": Method(
         "Multi-SLERP",
@@ -261,8 +330,8 @@ METHODS: dict[str, Method] = {
         Base.OPTIONAL,
         shared={"normalize_weights": True, "eps": 1e-8},
         per_model={"weight": REQUIRED},
-        kinds={"normalize_weights": _FLAG, "eps": _POSITIVE, "weight": _NUMBER},
-        conflict=partial(_no_sum_of_weights, switch="normalize_weights"),
+        kinds={"normalize_weights": _FLAG, "eps": Range(0, 0.1, above=True), "weight": _WEIGHT},
+        conflict=_no_direction,
     ),
     "karcher": Method(
         "Karcher mean",
@@ -271,7 +340,7 @@ METHODS: dict[str, Method] = {
         with_first_pass(slerp.karcher),
         Base.MEMBER,
         shared={"max_iter": 10, "tol": 1e-5},
-        kinds={"max_iter": Range(1, whole=True), "tol": Range(0)},
+        kinds={"max_iter": Range(1, _MAX_STEPS, whole=True), "tol": Range(0, 0.1)},
     ),
     "task_arithmetic": _task_vector_method(
         "Task arithmetic", "arXiv 2212.04089", None, elects_sign=False, normalize=False, rescale=False
@@ -303,6 +372,7 @@ METHODS: dict[str, Method] = {
         Base.REQUIRED,
         shared={"int8_mask": False, "select_topk": 1.0},
         kinds={"int8_mask": _FLAG, "select_topk": _SHARE},
+        idle=_adds_nothing,
     ),
     "model_stock": Method(
         "Model Stock",
@@ -322,7 +392,7 @@ METHODS: dict[str, Method] = {
         Base.REQUIRED,
         (1, 1),
         shared={"t": REQUIRED},
-        kinds={"t": Range(0)},
+        kinds={"t": _LIMIT},
     ),
     "arcee_fusion": Method(
         "Arcee Fusion",
@@ -339,7 +409,7 @@ METHODS: dict[str, Method] = {
         without_first_pass(ram.ram),
         Base.REQUIRED,
         shared={"epsilon": 1e-5},
-        kinds={"epsilon": Range(0)},
+        kinds={"epsilon": _LIMIT},
     ),
     "ramplus_tl": Method(
         "Reinforced Agent Merging Plus, tensor by tensor",
@@ -348,7 +418,7 @@ METHODS: dict[str, Method] = {
         with_first_pass(ram.ramplus_tl),
         Base.REQUIRED,
         shared={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
-        kinds={"r": _NUMBER, "alpha": Range(0), "epsilon": Range(0)},
+        kinds={"r": _FACTOR, "alpha": _LIMIT, "epsilon": _LIMIT},
     ),
     **LITERATURE,
 }

@@ -23,6 +23,7 @@ from largemerge.checkpoint.direct_io import PROBE_SECONDS
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import read_rate
 from largemerge.checkpoint.writer import write_rate
+from largemerge.config_file import shortened, shown
 from largemerge.errors import ConfigError
 from largemerge.matmul import product
 from largemerge.regression.gram import Gram, float32_means_float32
@@ -36,6 +37,7 @@ _PROCESS_BYTES = 2 << 30  # host memory of a process that has imported everythin
 _MATRIX_SHARE, _FLOAT32_SHARE, _CHOLESKY_SHARE, _MEMORY_SHARE, _LINK_SHARE = 0.6, 0.7, 0.3, 0.8, 0.8
 _BATCH_SECONDS = 2e-3  # Python and small kernels on the way to a block
 _MAX_FEATURES, _MAX_ROWS = 2048, 2048  # of the products that are timed here
+_FASTEST = 1e18  # bytes per second
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(bit|B)(?:/s|ps)?\s*")
 
 
@@ -135,8 +137,8 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         ConfigError: If the name is not known.
     """
-    if name.lower() not in GPUS:
-        raise ConfigError(f"--gpu {name}: not known; expected one of {', '.join(GPUS)}")
+    if not isinstance(name, str) or name.lower() not in GPUS:
+        raise ConfigError(f"--gpu {shortened(str(name))}: not known; expected one of {', '.join(GPUS)}")
     return GPUS[name.lower()]
 
 
@@ -146,11 +148,13 @@ def parse_rate(text: str, option: str) -> float:
     Raises:
         ConfigError: If the text is no rate.
     """
-    match = _RATE.fullmatch(text.replace("Gbps", "Gbit").replace("Mbps", "Mbit"))
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"{option} {text!r}: expected a rate such as 400Gbit, 200Gbps or 2GB/s")
-    number = float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
-    return number / 8 if match[3] == "bit" else number
+    written = text.replace("Gbps", "Gbit").replace("Mbps", "Mbit") if isinstance(text, str) else ""
+    match = _RATE.fullmatch(written)
+    number = float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]] if match is not None else 0
+    number = number / 8 if match is not None and match[3] == "bit" else number
+    if not 1 <= number <= _FASTEST:
+        raise ConfigError(f"{option} {shown(text)}: expected a rate such as 400Gbit, 200Gbps or 2GB/s")
+    return number
 
 
 @dataclass(frozen=True)

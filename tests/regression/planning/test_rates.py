@@ -135,7 +135,7 @@ def test_large_geometries_are_planned_from_the_command_line(capsys: pytest.Captu
         (["--gpu", "h9000"], "--gpu h9000: not known; expected one of a100"),
         (["--interconnect", "fast"], "expected a rate such as 400Gbit"),
         (["--disk-rate", "0GB/s"], "--disk-rate '0GB/s'"),
-        (["--num-nodes", "0"], "--num-nodes 0: expected 1 or more"),
+        (["--num-nodes", "0"], "--num-nodes 0: expected a whole number from 1 to 4096"),
         (["--num-nodes", "2", "--num-ranks", "4"], "--num-ranks is for this machine"),
     ],
 )
