@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.index import Checkpoint, is_linked_config
 from largemerge.checkpoint.quantized import SETTINGS_KEYS
 from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
@@ -256,13 +256,32 @@ def remove_side_files(folder: Path, kept: Collection[Path]) -> None:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder, links followed; the Hub's cache links to its blobs, which count as inside."""
-    roots = [folder.resolve()]
-    snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
-    if snapshots is not None:
-        roots.append(snapshots.parent.resolve() / "blobs")
-    real = path.resolve()
+    """Whether a file lies in a checkpoint's folder, links followed.
+
+    The Hub's cache links to its blobs, which count as inside. So does the folder of another checkpoint whose
+    `config.json` is linked, as people link all files of a model into a folder of its own.
+    """
+    try:
+        roots, real = [folder.resolve()], path.resolve()
+        snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
+        if snapshots is not None:
+            roots.append(snapshots.parent.resolve() / "blobs")
+        config = (folder / "config.json").resolve()
+    except (OSError, RuntimeError):  # a link that leads in a circle
+        return False
+    if config.name == "config.json" and config.parent not in roots and is_linked_config(folder / "config.json"):
+        roots.append(config.parent)
     return any(root in real.parents for root in roots)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Makes sure that a file whose content may come to lie in the output is the checkpoint's own.
+
+    Raises:
+        CheckpointError: If it is a link that leads out of the folder (see `is_inside`).
+    """
+    if not is_inside(path, folder):
+        raise CheckpointError(f"{path} is a link that leads out of its checkpoint; put a copy there")
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:
@@ -390,20 +409,23 @@ def _content(path: Path) -> Any:
     return {key: inner for key, inner in value.items() if key != "__version__"} if isinstance(value, dict) else value
 
 
-def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False, own_links: bool = False) -> Any:
     """Loads the tokenizer in a folder, as Transformers makes it of the files there; the Hub is not asked.
 
     Args:
         folder: Folder of the tokenizer, such as a checkpoint's.
         trust_remote_code: Allow it to be code that lies in the folder.
+        own_links: Whether links in it are ours, and may lead out.
 
     Raises:
-        CheckpointError: If something else than a file lies in the place of one of its files.
+        CheckpointError: If something else than a file lies in the place of one of its files, or a link that leads out.
         Exception: Of almost any type: nobody has listed what the many tokenizer classes may raise.
     """
     from transformers import AutoTokenizer
 
     check_side_files(folder, ("config.json", *TOKENIZER_FILES))
+    for name in tokenizer_names(folder) if not own_links else ():
+        check_inside(folder / name, folder)
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
 
 
