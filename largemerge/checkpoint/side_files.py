@@ -29,7 +29,15 @@ from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
 from largemerge.checkpoint.weight_files import SETTING
 from largemerge.errors import CheckpointError
-from largemerge.text_files import MAX_TEXT_BYTES, file_problem, parse_json, read_file, read_json, read_text
+from largemerge.text_files import (
+    MAX_FILE_BYTES,
+    MAX_TEXT_BYTES,
+    file_problem,
+    parse_json,
+    read_file,
+    read_json,
+    read_text,
+)
 
 GENERATION_FILES = ("generation_config.json",)
 TOKENIZER_FILES = (
@@ -80,7 +88,7 @@ _TOKENIZER_FOLDERS = (TEMPLATE_FOLDER, "*tokenizer")  # InstructBLIP, RAG: a tok
 _PROCESSOR_FOLDERS = ("*processor", "speaker_embeddings", "language_model")  # Bark, Wav2Vec2 with a language model
 _CODE_FOLDER = "custom_generate"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*.ckpt", "*.index.json", ".*")
-_MAX_PARSED_BYTES, _MAX_SIDE_BYTES = 4 << 20, 4 << 30
+_MAX_PARSED_BYTES = 4 << 20
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
@@ -204,7 +212,7 @@ def find_side_files(
 def side_file_problem(path: Path) -> str | None:
     """Says why what lies in the place of a side file cannot be copied; `None` if it can."""
     is_json = path.suffix == ".json"
-    problem = file_problem(path, MAX_TEXT_BYTES if is_json else None)
+    problem = file_problem(path, MAX_TEXT_BYTES if is_json else MAX_FILE_BYTES)
     if problem is not None:
         return f"{path} {problem}"
     status = path.stat()
@@ -436,7 +444,11 @@ def check_side_files(folder: Path, patterns: Iterable[str]) -> None:
         CheckpointError: If there is a named pipe, a folder, or a link that leads nowhere; it names all.
     """
     paths = [folder / name for name in _matching(folder, patterns)]
-    problems = [f"{path} {problem}" for path in paths if (problem := file_problem(path, _MAX_SIDE_BYTES)) is not None]
+    problems = [
+        f"{path} {problem}"
+        for path in paths
+        if (problem := file_problem(path, MAX_TEXT_BYTES if path.suffix == ".json" else MAX_FILE_BYTES)) is not None
+    ]
     if problems:
         raise CheckpointError(*problems)
 
