@@ -23,6 +23,8 @@ from largemerge.errors import CheckpointError, LargemergeError
 
 MAX_TEXT_BYTES = 256 << 20
 """Size of the largest text that is read; the largest tokenizers known have 40 MB."""
+MAX_FILE_BYTES = 4 << 30
+"""Size of the largest file beside the weights that is read or copied as it is, such as a language model's."""
 MAX_DEPTH = 64
 """Brackets inside brackets that JSON may have: what reads it later is recursive, and no config has ten."""
 _LARGEST_NUMBER = 10**308  # a float holds no more

@@ -97,6 +97,11 @@ def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Chec
     root, inner = folder, transformer_folder(folder, name)
     folder = root / inner
     config = read_json(folder / "config.json", name)
+    if (folder / "config.json").is_symlink() and not is_linked_config(folder / "config.json"):
+        raise CheckpointError(
+            f"{name}: {folder / 'config.json'} is a link to {os.readlink(folder / 'config.json')}, which is no model's "
+            "config: it has neither 'model_type' nor 'architectures'"
+        )
     quantization_method(config, name)
     files, notes = _weight_files(folder, config, name, variant)
     fingerprint: dict[str, dict[str, Any]] = {"config.json": file_fingerprint(folder / "config.json")}
@@ -185,6 +190,16 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{name}: {path} does not exist; expected a checkpoint folder.{advice(path.parent)}")
     value: dict[str, Any] = read_json_file(path, name)
     return value
+
+
+def is_linked_config(path: Path) -> bool:
+    """Whether a path is a link to a model's config, rather than to any JSON of the user's."""
+    if not path.is_symlink():
+        return False
+    try:
+        return not {"model_type", "architectures"}.isdisjoint(read_json_file(path))
+    except CheckpointError:
+        return False
 
 
 def shared_folders(checkpoints: Iterable[Checkpoint]) -> frozenset[Path]:

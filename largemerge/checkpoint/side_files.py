@@ -23,13 +23,21 @@ from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.index import Checkpoint, is_linked_config
 from largemerge.checkpoint.quantized import SETTINGS_KEYS
 from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
 from largemerge.checkpoint.weight_files import SETTING, is_loaded_weights
 from largemerge.errors import CheckpointError
-from largemerge.text_files import MAX_TEXT_BYTES, file_problem, parse_json, read_file, read_json, read_text
+from largemerge.text_files import (
+    MAX_FILE_BYTES,
+    MAX_TEXT_BYTES,
+    file_problem,
+    parse_json,
+    read_file,
+    read_json,
+    read_text,
+)
 
 GENERATION_FILES = ("generation_config.json",)
 TOKENIZER_FILES = (
@@ -80,7 +88,7 @@ _TOKENIZER_FOLDERS = (TEMPLATE_FOLDER, "*tokenizer")  # InstructBLIP, RAG: a tok
 _PROCESSOR_FOLDERS = ("*processor", "speaker_embeddings", "language_model")  # Bark, Wav2Vec2 with a language model
 _CODE_FOLDER = "custom_generate"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*.ckpt", "*.index.json", ".*")
-_MAX_PARSED_BYTES, _MAX_SIDE_BYTES = 4 << 20, 4 << 30
+_MAX_PARSED_BYTES = 4 << 20
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
@@ -204,7 +212,7 @@ def find_side_files(
 def side_file_problem(path: Path) -> str | None:
     """Says why what lies in the place of a side file cannot be copied; `None` if it can."""
     is_json = path.suffix == ".json"
-    problem = file_problem(path, MAX_TEXT_BYTES if is_json else None)
+    problem = file_problem(path, MAX_TEXT_BYTES if is_json else MAX_FILE_BYTES)
     if problem is not None:
         return f"{path} {problem}"
     status = path.stat()
@@ -298,13 +306,32 @@ def _loaded_weights(folder: Path) -> list[Path]:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder, links followed; the Hub's cache links to its blobs, which count as inside."""
-    roots = [folder.resolve()]
-    snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
-    if snapshots is not None:
-        roots.append(snapshots.parent.resolve() / "blobs")
-    real = path.resolve()
+    """Whether a file lies in a checkpoint's folder, links followed.
+
+    The Hub's cache links to its blobs, which count as inside. So does the folder of another checkpoint whose
+    `config.json` is linked, as people link all files of a model into a folder of its own.
+    """
+    try:
+        roots, real = [folder.resolve()], path.resolve()
+        snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
+        if snapshots is not None:
+            roots.append(snapshots.parent.resolve() / "blobs")
+        config = (folder / "config.json").resolve()
+    except (OSError, RuntimeError):  # a link that leads in a circle
+        return False
+    if config.name == "config.json" and config.parent not in roots and is_linked_config(folder / "config.json"):
+        roots.append(config.parent)
     return any(root in real.parents for root in roots)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Makes sure that a file whose content may come to lie in the output is the checkpoint's own.
+
+    Raises:
+        CheckpointError: If it is a link that leads out of the folder (see `is_inside`).
+    """
+    if not is_inside(path, folder):
+        raise CheckpointError(f"{path} is a link that leads out of its checkpoint; put a copy there")
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:
@@ -432,20 +459,23 @@ def _content(path: Path) -> Any:
     return {key: inner for key, inner in value.items() if key != "__version__"} if isinstance(value, dict) else value
 
 
-def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False, own_links: bool = False) -> Any:
     """Loads the tokenizer in a folder, as Transformers makes it of the files there; the Hub is not asked.
 
     Args:
         folder: Folder of the tokenizer, such as a checkpoint's.
         trust_remote_code: Allow it to be code that lies in the folder.
+        own_links: Whether links in it are ours, and may lead out.
 
     Raises:
-        CheckpointError: If something else than a file lies in the place of one of its files.
+        CheckpointError: If something else than a file lies in the place of one of its files, or a link that leads out.
         Exception: Of almost any type: nobody has listed what the many tokenizer classes may raise.
     """
     from transformers import AutoTokenizer
 
     check_side_files(folder, ("config.json", *TOKENIZER_FILES))
+    for name in tokenizer_names(folder) if not own_links else ():
+        check_inside(folder / name, folder)
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
 
 
@@ -456,7 +486,11 @@ def check_side_files(folder: Path, patterns: Iterable[str]) -> None:
         CheckpointError: If there is a named pipe, a folder, or a link that leads nowhere; it names all.
     """
     paths = [folder / name for name in _matching(folder, patterns)]
-    problems = [f"{path} {problem}" for path in paths if (problem := file_problem(path, _MAX_SIDE_BYTES)) is not None]
+    problems = [
+        f"{path} {problem}"
+        for path in paths
+        if (problem := file_problem(path, MAX_TEXT_BYTES if path.suffix == ".json" else MAX_FILE_BYTES)) is not None
+    ]
     if problems:
         raise CheckpointError(*problems)
 

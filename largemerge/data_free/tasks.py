@@ -162,6 +162,7 @@ def plan_tasks(
     stacks: dict[str, int] = {}
     for found in depths.values():
         stacks |= {stack: max(number, stacks.get(stack, 0)) for stack, number in found.items()}
+    output.problems.extend(_gaps(views, depths, stacks))
     modules = _modules_by_stack(config, depths, stacks, output.problems)
     if output.problems:
         return output
@@ -672,12 +673,29 @@ class _TaskPlanner:
 
 def _find_stacks(names: Iterable[str]) -> dict[str, int]:
     """Finds the stacks of layers, and how many each has, in the tensors' names."""
+    return {stack: len(found) for stack, found in _layers(names).items() if found == set(range(len(found)))}
+
+
+def _layers(names: Iterable[str]) -> dict[str, set[int]]:
+    """Finds the numbers of layers in the tensors' names, by what stands before them."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         match = LAYER.match(name)
         if match and not split_name(name)[0]:
             numbers.setdefault(match["stack"], set()).add(int(match["number"]))
-    return {stack: len(found) for stack, found in numbers.items() if found == set(range(len(found)))}
+    return numbers
+
+
+def _gaps(views: Mapping[str, ModelView], depths: Depths, stacks: Mapping[str, int]) -> Iterator[str]:
+    """Yields the models that have some layers of a stack, but not all up to their last one."""
+    for model, view in views.items():
+        for stack, found in _layers(view.tensors).items():
+            if stack in stacks and stack not in depths[model]:
+                lacking = next(number for number in range(len(found) + 1) if number not in found)
+                yield (
+                    f"{model}: {stack} lacks layer {lacking}, and has {len(found)} others; expected all from 0 on: "
+                    "fetch the checkpoint again"
+                )
 
 
 def _stack_of(name: str, stacks: Mapping[str, int]) -> str | None:

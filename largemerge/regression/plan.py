@@ -26,11 +26,11 @@ from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.sentence_modules import split_name
-from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name
+from largemerge.checkpoint.tensor_info import LAYER_NUMBER, OutputTensor, dtype_name, list_kinds
 from largemerge.config_file import gib, matches, strict_problems
 from largemerge.devices import compute_a_little, warm_up
 from largemerge.distributed.partition import samples_at_once
-from largemerge.errors import CalibrationError
+from largemerge.errors import CalibrationError, CheckpointError
 from largemerge.heads import Heads
 from largemerge.machine import memory_in_use
 from largemerge.model.key_mapping import KeyMapping
@@ -529,6 +529,13 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
         for name in state
         if name not in {plan.name for plan in tensors} and name in inputs.reference_mapping.missing
     ]
+    weights = {name for name, _ in inputs.skeleton.model.named_parameters()}
+    in_layers = [name for name in unwritten if name in weights and LAYER_NUMBER.search(name)]
+    if in_layers:
+        raise CheckpointError(
+            f"no model has {list_kinds(in_layers)}, which every layer of the class has; expected whole checkpoints: "
+            "fetch them again"
+        )
     if unwritten:
         notes.append(
             f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}"

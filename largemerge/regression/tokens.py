@@ -40,6 +40,7 @@ from largemerge.errors import CalibrationError, CheckpointError, ConfigError, La
 from largemerge.model.classes import token_parameters
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton
+from largemerge.text_files import MAX_FILE_BYTES, read_file
 from largemerge.text_files import read_json as read_json_file
 from largemerge.tokenizer.config import TokenizerSettings
 from largemerge.tokenizer.embedding_rows import Rows, TokenReader, TokenRows, rows_by_number, rule_labels
@@ -444,7 +445,7 @@ def _vocabulary_key(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in _VOCABULARY_FILES:
         path = folder / name
-        content = path.read_bytes() if path.is_file() else b""
+        content = read_file(path, max_bytes=MAX_FILE_BYTES) if path.is_file() else b""
         digest.update(f"{name} {len(content)} ".encode() + content)
     path = folder / "tokenizer_config.json"
     if path.is_file():
@@ -452,7 +453,7 @@ def _vocabulary_key(folder: Path) -> str:
             settings = read_json_file(path)
             settings = {key: value for key, value in settings.items() if key not in ("chat_template", "name_or_path")}
         except CheckpointError:
-            settings = hashlib.sha256(path.read_bytes()).hexdigest()
+            settings = hashlib.sha256(read_file(path)).hexdigest()
         digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from largemerge.checkpoint.reader import TensorReader
-from largemerge.checkpoint.tensor_info import OutputTensor, Tensors
+from largemerge.checkpoint.tensor_info import OutputTensor, Tensors, list_kinds
 from largemerge.checkpoint.writer import ShardWriter
 from largemerge.distributed.ranks import Ranks
+from largemerge.errors import CheckpointError
 from largemerge.model.key_mapping import KeyMapping, ReadTensor
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.tokens import ArrangedReader, Tokens
@@ -73,7 +74,11 @@ class Weights:
 
     def read_base(self, names: Sequence[str]) -> Tensors:
         """Reads parameters of the base, on the CPU, as stored."""
-        assert self.base_reader is not None and self.inputs.base_mapping is not None, list(names)
+        if self.base_reader is None or self.inputs.base_mapping is None:
+            raise CheckpointError(
+                f"no model has {list_kinds(names)}, which {self.inputs.reference.name} needs to compute; expected "
+                "whole checkpoints: fetch them again"
+            )
         return self._load(self.inputs.base_mapping, names, self.base_reader.read)
 
     def read_merged(self, names: Sequence[str]) -> Tensors:

@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from largemerge.checkpoint.side_files import check_inside
 from largemerge.text_files import parse_json, read_json, read_text
 
 AUTO = "auto"
@@ -118,8 +119,15 @@ def choose_template(setting: str, folders: Iterable[Path]) -> tuple[str | None, 
 
 
 def template_in(folder: Path) -> str | None:
-    """Reads the chat template of a folder's tokenizer; the default one where there are several."""
-    if (folder / _FILE).is_file():
+    """Reads the chat template of a folder's tokenizer; the default one where there are several.
+
+    Raises:
+        CheckpointError: If its file cannot be read, or is a link that leads out of the folder.
+    """
+    for name in (_FILE, "tokenizer_config.json", "chat_template.json"):
+        if os.path.lexists(folder / name):
+            check_inside(folder / name, folder)  # its text may become the output's
+    if os.path.lexists(folder / _FILE):
         return read_text(folder / _FILE)
     for name in ("tokenizer_config.json", "chat_template.json"):
         if not os.path.lexists(folder / name):

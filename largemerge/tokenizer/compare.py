@@ -95,7 +95,7 @@ def compare_tokenizers(
         special = list(expected.special.values())
         where = "the vocabulary of the output"
     try:
-        found = auto_tokenizer(made, trust_remote_code=trust_remote_code)
+        found = auto_tokenizer(made, trust_remote_code=trust_remote_code, own_links=True)
     except Exception as error:
         if not isinstance(expected, Path) and expected.document is None:
             return [], [f"the output's tokenizer cannot be loaded ({_line(error)}): its files are copied unchecked"]

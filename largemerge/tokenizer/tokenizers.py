@@ -26,7 +26,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.side_files import auto_tokenizer, has_tokenizer, is_inside, tokenizer_names
 from largemerge.errors import CheckpointError
-from largemerge.text_files import parse_json, read_file
+from largemerge.text_files import MAX_FILE_BYTES, parse_json, read_file
 
 Document = dict[str, Any]
 """The contents of a `tokenizer.json`."""
@@ -133,7 +133,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """Reads the files of a folder's tokenizer, by name; those that links outside the folder lead to are left out."""
     names = [name for name in tokenizer_names(folder) if is_inside(folder / name, folder)]
-    return {name: read_file(folder / name) for name in names}
+    return {name: read_file(folder / name, max_bytes=MAX_FILE_BYTES) for name in names}
 
 
 def join_documents(first: Document, others: Mapping[str, Document]) -> tuple[Document, list[str], list[str]]:

@@ -20,6 +20,7 @@ from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.side_files import has_tokenizer, tokenizer_names
 from largemerge.config_file import nearest
 from largemerge.errors import ConfigError, LargemergeError
+from largemerge.text_files import MAX_FILE_BYTES, read_file
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 from largemerge.tokenizer.embedding_rows import Rows, TokenRows, choose_rows, rule_labels
 from largemerge.tokenizer.tokenizers import (
@@ -254,7 +255,7 @@ def _files_key(folder: Path, *, with_config: bool = True) -> str:
     digest = hashlib.sha256()
     for name in (*tokenizer_names(folder), *(["config.json"] if with_config else [])):
         path = folder / name
-        content = path.read_bytes() if path.is_file() else b""
+        content = read_file(path, max_bytes=MAX_FILE_BYTES) if path.is_file() else b""
         digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()
 
