@@ -128,7 +128,7 @@ def test_details(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     assert "INFO reading the headers of all models" in printed.err and "21 solved" in printed.out
     assert run("plan", "nowhere.yaml", "-v") == 2
     told = capfd.readouterr().err
-    assert told.endswith("largemerge: nowhere.yaml: no such configuration file\n") and "Traceback" not in told
+    assert "\nlargemerge: nowhere.yaml: no such configuration file\n" in told and "Traceback" not in told
     assert run("merge", "a", "b", "--quiet", "-v") == 2
     assert "not allowed with" in capfd.readouterr().err
 
