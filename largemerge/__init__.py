@@ -5,31 +5,32 @@
     report = largemerge.merge("config.yaml", "merged")
     plan = largemerge.plan("config.yaml")
 
-Names are imported when they are first used, so that importing the package costs nothing, and the command says what is
-wrong with a configuration before torch is loaded.
+Names are imported when they are first used, so that importing the package costs nothing: the command takes over the
+signals at once, and says what is wrong with a configuration before torch is loaded.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-from largemerge.errors import (
-    ArchitectureError,
-    CalibrationError,
-    CheckpointError,
-    ConfigError,
-    InstallationError,
-    LargemergeError,
-    MergeError,
-    OutputError,
-    SystemFailure,
-)
-
+TYPE_CHECKING = False  # that of `typing`, whose import would take longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from largemerge.api import Memory, cluster, merge, plan, verify
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
+    from largemerge.errors import (
+        ArchitectureError,
+        CalibrationError,
+        CheckpointError,
+        ConfigError,
+        InstallationError,
+        LargemergeError,
+        MergeError,
+        OutputError,
+        SystemFailure,
+    )
     from largemerge.regression.config import MergeConfig, load_config
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.report import MergeReport
@@ -60,13 +61,23 @@ __all__ = [
     "verify",
 ]
 
+_ERRORS = "largemerge.errors"
 _LAZY = {
+    "ArchitectureError": _ERRORS,
+    "CalibrationError": _ERRORS,
+    "CheckpointError": _ERRORS,
+    "ConfigError": _ERRORS,
     "DataFreePlan": "largemerge.data_free.plan",
     "DataFreeReport": "largemerge.data_free.report",
+    "InstallationError": _ERRORS,
+    "LargemergeError": _ERRORS,
     "Memory": "largemerge.api",
     "MergeConfig": "largemerge.regression.config",
+    "MergeError": _ERRORS,
     "MergePlan": "largemerge.regression.plan",
     "MergeReport": "largemerge.regression.report",
+    "OutputError": _ERRORS,
+    "SystemFailure": _ERRORS,
     "cluster": "largemerge.api",
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",
@@ -78,9 +89,10 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'largemerge' has no attribute {name!r}")
-    from largemerge.installed import check_installed
+    if _LAZY[name] != _ERRORS:
+        from largemerge.installed import check_installed
 
-    check_installed()
+        check_installed()
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

@@ -16,7 +16,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,6 @@ def _merge(options: argparse.Namespace) -> int:
     try:
         from largemerge import api
 
-        _check_log_file(options)
         max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
         config = _read(options)
     except LargemergeError as error:
@@ -160,7 +159,8 @@ def _fail_together(error: LargemergeError, launch: Launch, options: argparse.Nam
 
 
 def _check_log_file(options: argparse.Namespace) -> None:
-    if options.log_file is not None:
+    """Refuses a log in the output folder, which would be found not to be empty."""
+    if options.log_file is not None and options.command == "merge":
         out, log = os.path.realpath(options.out), os.path.realpath(options.log_file)
         if os.path.commonpath([out, log]) == out:
             raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
@@ -297,15 +297,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(given: list[str], *, own_process: bool) -> int:
     """Parses and runs a command; whatever goes wrong is told in a line or a list, and returned as an exit code."""
-    verbose = False
-    try:
+
+    def parse_and_run() -> int:
         options = _parse(given)
-        options.given, options.own_process, verbose = given, own_process, options.verbose
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(explain_failures())
-            stack.enter_context(writing_log(options.log_file, own_rank()))
-            stack.enter_context(verbose_lines(shown=verbose))
-            code = _logged(options)
+        options.given, options.own_process = given, own_process
+        _check_log_file(options)
+        with writing_log(options.log_file, own_rank()), verbose_lines(shown=options.verbose):
+            code = _told(lambda: _logged(options), verbose=options.verbose)
+            LOGGER.debug("exit code %d", code)
+            return code
+
+    return _told(parse_and_run, verbose=False)
+
+
+def _told(function: Callable[[], int], *, verbose: bool) -> int:
+    """Calls a function; tells what goes wrong, and returns the exit code."""
+    try:
+        with explain_failures():
+            code = function()
             sys.stdout.flush()
         return code
     except SystemExit as error:  # of the parser, which has said why
@@ -317,7 +326,7 @@ def _run(given: list[str], *, own_process: bool) -> int:
         return EXIT_CODE
     except KeyboardInterrupt as error:
         if own_rank() == 0:
-            print(f"\nlargemerge: {error or 'interrupted'}", file=sys.stderr)
+            print(f"\nlargemerge: {str(error) or 'interrupted'}", file=sys.stderr)
         return interrupts.exit_code(error)
     except Exception as error:
         _tell_unexpected(error, verbose=verbose)
@@ -339,12 +348,11 @@ def _logged(options: argparse.Namespace) -> int:
     try:
         check_installed()
         with _stages(options), explain_failures():
-            code = COMMANDS[options.command](options)
+            return COMMANDS[options.command](options)
     except BaseException as error:
-        LOGGER.debug("ended by %s: %s", type(error).__name__, error, exc_info=True)
+        trace = not (options.verbose and isinstance(error, LargemergeError | KeyboardInterrupt))  # none on the terminal
+        LOGGER.debug("ended by %s: %s", type(error).__name__, error, exc_info=trace)
         raise
-    LOGGER.debug("exit code %d", code)
-    return code
 
 
 @contextmanager
@@ -360,10 +368,6 @@ def _stages(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _tell_unexpected(error: Exception, *, verbose: bool) -> None:
-    import traceback
-
-    if verbose:
-        traceback.print_exc()
     first_line = (str(error) or "no message").splitlines()[0]
     shown = "the traceback above" if verbose else "what --verbose or --log-file FILE shows of it"
     tell(

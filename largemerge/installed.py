@@ -6,7 +6,6 @@ takes some milliseconds. Extras are not looked at: whoever never uses them may h
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Iterable, Iterator
 
@@ -30,13 +29,17 @@ def check_installed(requirements: Iterable[str] | None = None) -> None:
 
 
 def _own_requirements() -> list[str]:
+    from importlib import metadata
+
     try:
-        return importlib.metadata.requires("largemerge") or []
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.requires("largemerge") or []
+    except metadata.PackageNotFoundError:
         return []
 
 
 def _problems(listed: Iterable[str]) -> Iterator[str]:
+    from importlib import metadata
+
     try:
         from packaging.requirements import Requirement
         from packaging.version import InvalidVersion, Version
@@ -50,8 +53,8 @@ def _problems(listed: Iterable[str]) -> Iterator[str]:
         install = f"pip install '{needed.name}{needed.specifier}'"
         wanted = f"largemerge needs {needed.name}{_spaced(str(needed.specifier))}"
         try:
-            found = importlib.metadata.version(needed.name)
-        except importlib.metadata.PackageNotFoundError:
+            found = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
             yield f"{needed.name} is not installed in this Python {platform.python_version()}; {wanted}; {install}"
             continue
         try:

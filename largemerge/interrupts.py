@@ -21,12 +21,16 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from types import FrameType
-from typing import Any
+
+TYPE_CHECKING = False  # that of `typing`, whose import would take as long as all of these
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
 
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _GRACE_SECONDS = 10.0
 _WRITE_SECONDS = 1.0
+_AGAIN_SECONDS = 0.02
 _EXIT_BASE = 128  # as shells count
 
 
@@ -147,9 +151,15 @@ def _again_where_swallowed(unraisable: Any) -> None:
     if isinstance(unraisable.exc_value, Interrupted) and _State.first is not None:
         number, _State.first = _State.first, None
         _State.repeats += 1
-        signal.raise_signal(number)
+        # By another thread, a moment later: here, the exception would be swallowed once more.
+        threading.Thread(target=_signal_main_thread, args=(number,), name="largemerge-signals", daemon=True).start()
         return
     sys.__unraisablehook__(unraisable)
+
+
+def _signal_main_thread(number: int) -> None:
+    time.sleep(_AGAIN_SECONDS)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _leave_to_system(taken: list[signal.Signals]) -> None:

@@ -40,6 +40,11 @@ def stage(text: str) -> None:
     STAGES.info(text)
 
 
+def _says_something(record: logging.LogRecord) -> bool:
+    """Whether a record has a text; that of a stage that only ends has none."""
+    return bool(record.getMessage())
+
+
 class _LogFile(logging.StreamHandler[TextIO]):
     """A handler that tells once that the log cannot be written, and leaves the merge alone."""
 
@@ -70,7 +75,8 @@ def writing_log(path: Path | None, rank: int) -> Iterator[None]:
         formatter = logging.Formatter(_FORMAT, "%Y-%m-%d %H:%M:%S")
         formatter.converter = time.gmtime
         handler.setFormatter(formatter)
-        level, propagates = LOGGER.level, LOGGER.propagate
+        handler.addFilter(_says_something)
+        level = LOGGER.level
         LOGGER.setLevel(logging.DEBUG)
         LOGGER.addHandler(handler)
         warnings = logging.getLogger("py.warnings")
@@ -81,7 +87,6 @@ def writing_log(path: Path | None, rank: int) -> Iterator[None]:
             LOGGER.removeHandler(handler)
             warnings.removeHandler(handler)
             LOGGER.setLevel(level)
-            LOGGER.propagate = propagates
             with contextlib.suppress(OSError):
                 handler.flush()
 
@@ -103,8 +108,12 @@ def _open(path: Path) -> Iterator[TextIO]:
                 raw.write(_FIRST_LINE.encode())
         elif not stat.S_ISCHR(os.fstat(descriptor).st_mode):
             raise ConfigError(f"--log-file {path}: is neither a file nor a terminal; expected a new file")
-        with open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False) as stream:
+        stream = open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115 (closed below)
+        try:
             yield stream
+        finally:
+            with contextlib.suppress(OSError):  # what a full disk has not taken is lost
+                stream.close()
 
 
 @contextlib.contextmanager
@@ -130,5 +139,5 @@ class _ToStandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Shows a record."""
-        if record.name != LOGGER.name or record.levelno == logging.DEBUG:
+        if _says_something(record) and (record.name != LOGGER.name or record.levelno == logging.DEBUG):
             print(self.format(record), file=sys.stderr)

@@ -44,9 +44,10 @@ class SafeStream(io.TextIOBase):
 
     def flush(self) -> None:
         """Flushes the wrapped stream."""
-        with self._safely() as stream:
-            if stream is not None:
-                stream.flush()
+        if self._stream is not None:
+            with self._safely() as stream:
+                if stream is not None:
+                    stream.flush()
 
     def fileno(self) -> int:
         """File descriptor of the wrapped stream."""

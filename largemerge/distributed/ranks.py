@@ -330,9 +330,16 @@ class _Meeting:
             LargemergeError: If the port is in use.
         """
         launch, distributed = self._launch, _distributed
-        if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # which keeps the store itself
+        keeps_store = launch.rank == 0 and not of_torchrun
+        if keeps_store:
             self._check_port()
-        store, _, _ = next(distributed.rendezvous("env://", launch.rank, launch.size, timeout=_TIMEOUT))
+        # As `rendezvous` does, which would wait here for all ranks, without saying for which.
+        store = distributed.TCPStore(
+            self._host, int(self._port), launch.size, keeps_store, _TIMEOUT, wait_for_workers=False, multi_tenant=True
+        )
+        if of_torchrun:
+            store = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         store.set(f"largemerge-{launch.rank}", "here")
         while self._missing:
             self._missing -= {rank for rank in self._missing if store.check([f"largemerge-{rank}"])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import processes
@@ -156,19 +157,87 @@ def test_a_mistake_that_all_have_is_told_once(tmp_path: Path) -> None:
     assert (tmp_path / "rank1.log").read_text() == ""
 
 
-@pytest.mark.parametrize(("gone", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("gone", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
+)
 def test_a_rank_that_is_gone_ends_the_others(tmp_path: Path, gone: int, number: signal.Signals) -> None:
     case = processes.make_long_case(tmp_path)
     case.write_yaml()
-    ranks = start_ranks([merging(case, tmp_path / "out")] * 2, tmp_path, environment={"LARGEMERGE_RANK_TIMEOUT": "3"})
+    ranks = start_ranks([merging(case, tmp_path / "out")] * 2, tmp_path, environment={"LARGEMERGE_RANK_TIMEOUT": "2"})
     assert processes.wait_until(lambda: len(processes.parts(tmp_path / "out")) >= 2, ranks[0])
     assert ranks[gone].pid is not None
     os.kill(ranks[gone].pid, number)
-    assert finish(ranks[1 - gone]) != 0
+    assert finish(ranks[1 - gone]) == 2
     ranks[gone].kill()
     log = (tmp_path / f"rank{1 - gone}.log").read_text()
     assert f"rank {gone} " in log and "--resume" in log and "Traceback" not in log, log
     run_ranks(merging(case, tmp_path / "out", "--resume"), tmp_path, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["regmean_plusplus", "linear"])
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_rank_that_is_gone_at_any_moment_ends_the_others(
+    tmp_path: Path, gone: int, number: signal.Signals, method: str
+) -> None:
+    """From the start, where it has not come yet, to the end; the others never wait longer than the limits say."""
+    case = processes.make_long_case(tmp_path)
+    if method == "linear":
+        models = [{"model": model["model"], "parameters": {"weight": 1}} for model in case.config["models"]]
+        case.config = {"merge_method": "linear", "models": models}
+    case.write_yaml()
+    for moment in (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0):
+        out = tmp_path / f"out{moment}"
+        limit = {"LARGEMERGE_RANK_TIMEOUT": "2"}
+        ranks = start_ranks([merging(case, out)] * 2, tmp_path, limit)
+        time.sleep(moment)
+        assert ranks[gone].pid is not None
+        os.kill(ranks[gone].pid, number)
+        start = time.monotonic()
+        code = finish(ranks[1 - gone])
+        seconds = time.monotonic() - start
+        ranks[gone].kill()
+        ranks[gone].join(60)
+        log = tmp_path / f"rank{1 - gone}.log"
+        told = log.read_text()
+        if code == 0:
+            assert (out / "config.json").exists(), told
+            continue
+        assert (code, "Traceback" in told) == (2, False) and f"rank {gone} " in told, (moment, told)
+        assert seconds < 22, (moment, told)  # 15 s to meet, the limit, and some to end
+        log.unlink()
+        if out.exists() and not (out / "config.json").exists():
+            run_ranks(merging(case, out, "--resume"), tmp_path, 2)
+
+
+def test_what_is_told_is_told_once(tmp_path: Path) -> None:
+    case = make_uneven_case(tmp_path, "llama", "regmean_plusplus", num_candidates=2)
+    arguments = merging(case, tmp_path / "out", "--json")
+    arguments.remove("--quiet")
+    run_ranks(arguments, tmp_path, 2)
+    first, second = ((tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
+    assert first.count('"resumed_parts": 0') == 1 and second == ""
+    arguments.remove("--json")
+    run_ranks([*arguments, "--force"], tmp_path, 2)
+    first, second = ((tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
+    assert first.count("21 solved") == 1 and second == ""
+    for log in tmp_path.glob("*.log"):
+        log.unlink()
+    ranks = start_ranks([["merge", tmp_path / "nowhere.yaml", tmp_path / "other"]] * 2, tmp_path)
+    assert [finish(process) for process in ranks] == [2, 2]
+    first, second = ((tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
+    assert first.count("no such configuration file") == 1 and "rank" not in first.partition(":")[0] and second == ""
+
+
+def test_a_mistake_of_one_rank_is_told_by_the_first(tmp_path: Path) -> None:
+    case = make_uneven_case(tmp_path, "llama", "regmean_plusplus", num_candidates=2)
+    command = merging(case, tmp_path / "out")
+    ranks = start_ranks([command, [command[0], tmp_path / "nowhere.yaml", *command[2:]]], tmp_path)
+    assert [finish(process) for process in ranks] == [2, 2]
+    first, second = ((tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
+    assert first.startswith("largemerge: rank 1: ") and "no such configuration file" in first and second == ""
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("hanging", [0, 1])
@@ -176,10 +245,10 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path: Path, hanging: int) -> None
     case = processes.make_long_case(tmp_path)
     case.write_yaml()
     command = merging(case, tmp_path / "out")
-    limit = {"LARGEMERGE_RANK_TIMEOUT": "3"}
+    limit = {"LARGEMERGE_RANK_TIMEOUT": "2"}
     ranks = start_ranks([command] * 2, tmp_path, limit, hanging={hanging: "model.layers.3"})
     assert all(finish(process) not in (None, 0) for process in ranks)
-    assert "hangs: for 3 s it has" in (tmp_path / f"rank{hanging}.log").read_text()
+    assert "hangs: for 2 s it has" in (tmp_path / f"rank{hanging}.log").read_text()
     logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
     assert f"rank {hanging} " in logs[0] and "processes.hang, line" in logs[0] and "Traceback" not in logs[0]
     assert "model.layers.2" in processes.parts(tmp_path / "out") and "--resume" in logs[0]
