@@ -58,6 +58,8 @@ def targets(folder: Path) -> dict[str, Callable[[bytes], None]]:
     from largemerge.errors import CheckpointError
     from largemerge.text_files import read_json
 
+    if importlib.util.find_spec("peft") is not None:
+        import peft.mapping  # noqa: F401  (it takes seconds, which are no input's)
     for name in ("model", "adapter", "sharded", "pickle"):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text("{}")

@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from largemerge.checkpoint.float8 import FP8, dequantize_float8, fold_float8
 from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name
 from largemerge.errors import CheckpointError, MergeError
+from largemerge.text_files import parse_json
 
 ReadBytes = Callable[[TensorInfo], bytes]
 """Reads one small tensor."""
@@ -58,6 +59,7 @@ _NESTED_PARTS = ("nested_absmax", "nested_quant_map")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LONGEST_OFFSET = -1.1754943508222875e-38  # 23 characters
 _MAX_PROBLEMS = 20
+_MAX_STATE_BYTES = 1 << 16
 SETTINGS_KEYS = ("quantization_config", "compression_config")
 """Keys of a config that describe how its weights are quantised: Transformers', and one of older compressed-tensors."""
 _MAYBE_FP8 = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark", "quanto")
@@ -165,14 +167,14 @@ def fold_quantized(
     for key, info in tensors.items():
         try:
             if STATE in key:
-                weight = _fold_4bit(key, tensors, json.loads(read(info)))
+                weight = _fold_4bit(key, tensors, _state(info, read))
             elif key.endswith(SCALES) and f"{key.removesuffix(SCALES)}.weight" in tensors:
                 weight = _fold_int8(key.removesuffix(SCALES), tensors, model_dtype(config), read)
             else:
                 continue
             folded[weight.name] = weight
             of_bitsandbytes = True
-        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             problems.append(f"{name}: {key}: {_reason(error)}")
     used = {part for weight in folded.values() for part in weight.parts} | scales
     left = [key for key in tensors if key not in used]
@@ -225,7 +227,7 @@ def _foreign_format(tensors: Mapping[str, TensorInfo], name: str) -> str | None:
 
 def _no_weight(info: TensorInfo) -> str:
     """Says why a tensor is no plain weight though it is called one; "" if nothing speaks against it."""
-    if info.name.endswith("weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
+    if info.name.endswith("weight") and info.shape and not info.dtype.is_floating_point:
         return (
             f"a weight in {dtype_name(info.dtype)}: quantised in a way that neither config nor names tell; {_EXPECTED}"
         )
@@ -270,6 +272,19 @@ def _fold_int8(module: str, tensors: Mapping[str, TensorInfo], dtype: torch.dtyp
     if layout in parts and any(read(parts[layout])):
         raise ValueError(f"{layout} is not 0 (by rows): load and save it again with a bitsandbytes of today")
     return dataclasses.replace(info, dtype=dtype, quantization=Quantization("int8"), parts=parts)
+
+
+def _state(info: TensorInfo, read: ReadBytes) -> Mapping[str, Any]:
+    """Reads the quantisation state of a 4-bit weight, which is a small JSON."""
+    if info.num_bytes > _MAX_STATE_BYTES:
+        raise ValueError(f"the quantisation state has {info.num_bytes:,} bytes; fetch the checkpoint again")
+    state = parse_json(read(info).decode("utf-8"))
+    if not isinstance(state, dict) or not isinstance(state["shape"], list):
+        raise ValueError("the quantisation state is no object with a shape; fetch the checkpoint again")
+    sizes = [*state["shape"], state["blocksize"]]
+    if not all(type(size) is int and 0 < size < 1 << 40 for size in sizes):
+        raise ValueError(f"shape and blocksize are {sizes}; expected whole numbers above 0")
+    return state
 
 
 def _parts(names: list[str], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

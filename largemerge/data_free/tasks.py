@@ -622,6 +622,9 @@ class _TaskPlanner:
 
     def _dtype(self, anchor: TensorInfo, infos: Sequence[TensorInfo]) -> torch.dtype:
         """Chooses the dtype of the computation: the configured one, else one that holds all of the models'."""
+        if len({info.dtype.is_floating_point for info in (anchor, *infos)}) > 1:
+            found = ", ".join(dict.fromkeys(dtype_name(info.dtype) for info in (anchor, *infos)))
+            self._problem(f"{anchor.name}: {found} in these models; expected floating point, or whole numbers, in all")
         if not anchor.dtype.is_floating_point:
             return anchor.dtype
         if self.config.dtype is not None:

@@ -520,6 +520,28 @@ def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
     return total
 
 
+def _check_whole(inputs: Inputs, unwritten: Sequence[str]) -> None:
+    """Makes sure that the blocks, and what comes into them, can be computed.
+
+    Raises:
+        CheckpointError: If neither candidates nor base have weights of layers, or the input embeddings.
+    """
+    try:
+        embeddings = inputs.skeleton.model.get_input_embeddings()
+    except NotImplementedError:  # a class without any
+        embeddings = None
+    entry = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
+    weights = dict(inputs.skeleton.model.named_parameters())
+    needed = [
+        name for name in unwritten if name in weights and (LAYER_NUMBER.search(name) or id(weights[name]) in entry)
+    ]
+    if needed:
+        raise CheckpointError(
+            f"no model has {list_kinds(needed)}, which the class needs to compute; expected whole checkpoints: fetch "
+            "them again"
+        )
+
+
 def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -> list[str]:
     """Notes on tensors that are left out, and on patterns that match none."""
     notes = []
@@ -529,13 +551,7 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
         for name in state
         if name not in {plan.name for plan in tensors} and name in inputs.reference_mapping.missing
     ]
-    weights = {name for name, _ in inputs.skeleton.model.named_parameters()}
-    in_layers = [name for name in unwritten if name in weights and LAYER_NUMBER.search(name)]
-    if in_layers:
-        raise CheckpointError(
-            f"no model has {list_kinds(in_layers)}, which every layer of the class has; expected whole checkpoints: "
-            "fetch them again"
-        )
+    _check_whole(inputs, unwritten)
     if unwritten:
         notes.append(
             f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}"

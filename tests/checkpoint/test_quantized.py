@@ -165,7 +165,7 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "no shape": ("nf4", with_state(shape=None), "the quantisation state has no 'shape'"),
     "other shape": ("nf4", with_state(shape=[4096, 4096]), "[4096, 4096] in blocks of 64 needs 8388608"),
     "other blocks": ("nf4", with_state(blocksize=32), "needs 256"),
-    "no blocks": ("nf4", with_state(blocksize=0), "zero"),
+    "no blocks": ("nf4", with_state(blocksize=0), "0]; expected whole numbers above 0"),
     "other type": ("nf4", with_state(quant_type="fp4"), "quantised as 'fp4'"),
     "other dtype": ("nf4", with_state(dtype="float64"), "dequantises to 'float64'"),
     "no scales": ("int8", without(f"{MODULE}.SCB"), "an int8 weight without its scales"),

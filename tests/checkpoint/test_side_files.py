@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from largemerge.checkpoint.side_files import (
     output_config,
     remove_checkpoint,
 )
-from largemerge.tokenizer.tokenizers import tokenizer_files
+from largemerge.errors import CheckpointError
+from largemerge.tokenizer.chat_templates import template_in
+from largemerge.tokenizer.tokenizers import load_tokenizer, tokenizer_files
 
 
 def checkpoint_with(folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -172,6 +176,71 @@ def test_links_that_lead_out_are_told_and_not_copied(tmp_path: Path, where: str)
     (note,) = side_files.notes
     assert "vocab.txt is a link that leads out of its checkpoint: not copied" in note
     assert set(tokenizer_files(folder)) == {"tokenizer.json", "merges.txt"}
+
+
+PLACES: dict[str, Callable[[Path], object]] = {
+    "is a named pipe": os.mkfifo,
+    "is a folder": Path.mkdir,
+    "is a device": lambda path: path.symlink_to("/dev/zero"),
+    "leads in a circle": lambda path: path.symlink_to(path.name),
+    "which does not exist": lambda path: path.symlink_to("absent"),
+    "is not readable JSON": lambda path: path.write_text("{"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("generation_config.json", "tokenizer_config.json", "preprocessor_config.json"),
+        ("1_Pooling/config.json",),
+        ("additional_chat_templates/tools.jinja", "qformer_tokenizer/vocab.txt"),
+    ],
+)
+def test_what_is_no_file_in_the_place_of_one_is_told_all_at_once(
+    tmp_path: Path, place: str, names: tuple[str, ...]
+) -> None:
+    if "/" in names[0] and (place == "is a folder" or (names[0].endswith("jinja") and "JSON" in place)):
+        pytest.skip("folders may lie in folders, and templates are no JSON")
+    checkpoint = bare(tmp_path)
+    (tmp_path / "modules.json").write_text('[{"path": "", "type": "a"}, {"path": "1_Pooling", "type": "b"}]')
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PLACES[place](tmp_path / name)
+    with pytest.raises(CheckpointError) as caught:
+        find_side_files(checkpoint, tmp_path, tmp_path)
+    assert len(caught.value.problems) == len(names)
+    for name, problem in zip(sorted(names), sorted(caught.value.problems), strict=True):
+        assert problem.startswith(str(tmp_path / name)) and place in problem
+
+
+def test_a_linked_model_is_its_own_and_linked_secrets_are_not(tmp_path: Path) -> None:
+    """People link all files of a model into a folder of its own; strangers link what lies on other people's disks."""
+    model, secret = bare(tmp_path / "model", model_type="llama").folder, tmp_path / "secret"
+    touch(model, "vocab.txt", "chat_template.jinja", "generation_config.json")
+    touch(secret, "config.json", "merges.txt")
+    (tmp_path / "linked").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    (tmp_path / "linked" / "merges.txt").symlink_to(secret / "merges.txt")
+    linked = bare_at(tmp_path / "linked")
+    side_files = find_side_files(linked, linked.folder, linked.folder)
+    assert set(side_files.files) == {"vocab.txt", "chat_template.jinja", "generation_config.json"}
+    assert len(side_files.notes) == 1 and "merges.txt is a link that leads out" in side_files.notes[0]
+    assert template_in(linked.folder) == "model chat_template.jinja"
+    (linked.folder / "config.json").unlink()
+    (linked.folder / "config.json").symlink_to(secret / "config.json")
+    assert find_side_files(linked, linked.folder, linked.folder).files == {}
+    with pytest.raises(CheckpointError, match="which is no model's config"):
+        open_checkpoint(linked.folder, "maths")
+    with pytest.raises(CheckpointError, match="jinja is a link that leads out"):
+        template_in(linked.folder)
+    with pytest.raises(CheckpointError, match="is a link that leads out"):
+        load_tokenizer(linked.folder, "maths")
+
+
+def bare_at(folder: Path) -> Checkpoint:
+    return Checkpoint(folder.name, folder, json.loads((folder / "config.json").read_text()), {}, {})
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 import transformers as tf
 from cases import report_of, rewrite_weights, weights_in
 from data_free_cases import load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -41,6 +41,36 @@ def linear(*folders: Path, weights: tuple[float, ...] = (0.7, 0.3), **more: Any)
         for folder, weight in zip(folders, weights, strict=True)
     ]
     return {"merge_method": "linear", "models": models, **more}
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_model_with_a_gap_in_its_layers_is_refused_rather_than_left_out(tmp_path: Path, lacking: int) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for number, folder in enumerate(folders):
+        tiny_models.perturbed("llama", number).save_pretrained(folder)
+    rewrite_weights(folders[lacking], lambda tensors: {k: v for k, v in tensors.items() if ".layers.1." not in k})
+    with pytest.raises(LargemergeError, match=f"{folders[lacking]}: model.layers lacks layer 1, and has 2 others"):
+        largemerge.merge(linear(*folders), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("method", ["linear", "regmean"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_weights_of_whole_numbers_are_refused(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for number, folder in enumerate(folders):
+        tiny_models.perturbed("llama", number).save_pretrained(folder)
+    rewrite_weights(folders[0], lambda tensors: tensors | {"model.norm.weight": torch.ones(16, dtype=dtype)})
+    config = linear(*folders) | {"merge_method": method}
+    if method == "regmean":
+        save_file({"input_ids": torch.ones(4, 8, dtype=torch.int64)}, tmp_path / "data.safetensors")
+        config |= {"calibration": {"batch_size": 2}}
+        config["models"] = [
+            entry | {"calibration": {"data": str(tmp_path / "data.safetensors")}} for entry in config["models"]
+        ]
+    with pytest.raises(LargemergeError, match=f"model.norm.weight: a weight in {str(dtype).removeprefix('torch.')}"):
+        largemerge.merge(config, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def check_average(out: Path, folders: list[Path], build: type[PreTrainedModel], weights: tuple[float, ...]) -> None:

@@ -105,6 +105,19 @@ def test_all_broken_checkpoints_are_told_at_once(make_case: MakeCase) -> None:
     assert [problem.split(":")[0] for problem in problems] == ["model0", "model1", "model3"]
 
 
+@pytest.mark.parametrize("part", [".layers.1.", "embed_tokens"])
+def test_what_no_candidate_has_and_the_model_needs_is_named(make_case: MakeCase, part: str) -> None:
+    case = make_case(num_samples=4)
+    for number in (0, 1):
+        rewrite_weights(
+            case.folder / f"model{number}",
+            lambda tensors: {key: tensor for key, tensor in tensors.items() if part not in key},
+        )
+    with pytest.raises(LargemergeError, match=r"no model has model\.") as caught:
+        largemerge.merge(case.config, case.folder / "merged")
+    assert ("layers.*." if "layers" in part else part) in str(caught.value) and "fetch them again" in str(caught.value)
+
+
 def test_a_missing_tensor_is_named(make_case: MakeCase) -> None:
     case = make_case(num_samples=4)
     lost = "model.layers.2.mlp.up_proj.weight"
