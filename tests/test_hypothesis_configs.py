@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any, get_args
 
 import pydantic
+import pytest
 from hypothesis import HealthCheck, given, settings
 
 from largemerge.data_free.config import DataFreeConfig
@@ -47,6 +49,14 @@ def test_a_failure_is_seen() -> None:
             raise RuntimeError("Input should be a valid string")
 
     assert FUZZ["failure"](Broken(merge_method="linear")) == "RuntimeError: Input should be a valid string"
+
+
+def test_the_script_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fuzz_configs.py", "--examples", "3", "--step", "1000"])
+    FUZZ["main"]()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["benchmark"] == "fuzz_configs" and found["places"]["tried"] == found["places"]["passed"] > 10
+    assert found["values"] == found["files"] == {"tried": 3, "passed": 3}
 
 
 def test_made_up_values(tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ def _shape_problems(headers: Mapping[str, torch.Tensor], signature: ForwardSigna
     elif set(counts.values()) == {0}:
         yield "empty; expected at least one sample"
     for name, header in headers.items():
-        if name.endswith("input_ids") and header.dtype.is_floating_point:
-            yield f"tensor {name!r} has {header.dtype}; expected integers"
+        if name.endswith("input_ids") and header.dtype not in (torch.int64, torch.int32):
+            yield f"tensor {name!r} has {header.dtype}; expected integers: torch.int64 or torch.int32"
     if LOSS_MASK in headers:
         tokens = "decoder_input_ids" if signature.is_encoder_decoder else "input_ids"
         expected = shapes.get(tokens) or shapes.get(tokens.replace("input_ids", "inputs_embeds"), ())[:2]

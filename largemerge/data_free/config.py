@@ -118,7 +118,7 @@ class MemoryLimits(Strict):
 class DataFreeConfig(Strict):
     """A whole data-free merge, as the YAML file has it."""
 
-    name: str | None = None
+    name: str | None = Field(None, max_length=200)
     """The name that other documents of the same file use for the result as a model."""
     merge_method: str
     models: tuple[ModelEntry, ...] = ()

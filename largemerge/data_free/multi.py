@@ -34,7 +34,7 @@ from largemerge.checkpoint.locate import split_reference
 from largemerge.checkpoint.lora import open_model
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.config_file import nearest
+from largemerge.config_file import nearest, shortened, shown
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.merge import input_folders, merge_data_free
@@ -86,16 +86,16 @@ def load_documents(file: Documents, *, keeps_all: bool, other_methods: Sequence[
     for number, mapping in enumerate(raw, start=1):
         label = str(mapping.get("name") or f"document {number}")
         if mapping.get("merge_method") in other_methods:
-            problems.append(f"{label}: merge_method: {mapping['merge_method']} goes into a file of its own")
+            problems.append(f"{shortened(label)}: merge_method: {mapping['merge_method']} goes into a file of its own")
             continue
         try:
             config = load_data_free(mapping, file.path.resolve().parent, names, other_methods, strict=file.strict)
         except ConfigError as error:
-            problems += [f"{label}: {problem}" for problem in error.problems]
+            problems += [f"{shortened(label)}: {problem}" for problem in error.problems]
             continue
         used = [model_of(reference) for reference in references_of(config)]
         documents.append(Document(label, config, tuple(dict.fromkeys(model for model in used if model in names))))
-        problems += [f"{label}: {problem}" for problem in _unknown(used, names)]
+        problems += [f"{shortened(label)}: {problem}" for problem in _unknown(used, names)]
     if not problems:
         problems += _order_problems(documents, keeps_all)
     if problems:
@@ -120,11 +120,11 @@ def model_of(reference: str) -> str:
 
 def _name_problems(raw: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"name: {names.count(name)} documents are called {name!r}; expected names that differ"
+        yield f"name: {names.count(name)} documents are called {shown(name)}; expected names that differ"
     for name in dict.fromkeys(names):
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts) or "+" in name or "@" in name:
-            yield f"name: {name!r} is no name of a folder; expected letters, digits and the like"
+            yield f"name: {shown(name)} is no name of a folder; expected letters, digits and the like"
     unnamed = len(raw) - len(names)
     if unnamed > 1:
         yield f"name: {unnamed} documents have none; expected one at most, which makes the output"
@@ -133,8 +133,8 @@ def _name_problems(raw: Sequence[Mapping[str, Any]], names: Sequence[str]) -> It
 def _unknown(used: Sequence[str], names: Sequence[str]) -> Iterator[str]:
     for model in dict.fromkeys(used):
         if model not in names and "/" not in model and not Path(model).expanduser().exists():
-            hint = nearest(model, names) or f"; documents are called {list(names)}"
-            yield f"{model!r} is neither another document nor a folder nor a Hub id{hint}"
+            hint = nearest(model, names) or f"; documents are called {shown(list(names))}"
+            yield f"{shown(model)} is neither another document nor a folder nor a Hub id{hint}"
 
 
 def _order_problems(documents: Sequence[Document], keeps_all: bool) -> Iterator[str]:

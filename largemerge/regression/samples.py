@@ -237,5 +237,7 @@ def _explained(skeleton: Skeleton, batch: Batch, error: Exception) -> str:
     shapes = {name: list(tensor.shape) for name, tensor in batch.inputs.items()}
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    hint = f"; the config allows {limit} positions: lower max_length" if limit is not None else ""
+    longest = max((shape[1] for shape in shapes.values() if len(shape) > 1), default=0)
+    is_long = isinstance(limit, int) and longest > limit
+    hint = f"; the config allows {limit} positions: lower max_length" if is_long else ""
     return f"the model cannot be run on a batch of shapes {shapes}: {reason}{hint}"

@@ -100,6 +100,12 @@ def test_several_problems_at_once(complaint):
     assert "pack: a .safetensors file has no columns" in problem
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.bool, torch.bfloat16])
+def test_tokens_of_a_dtype_that_no_embedding_takes(complaint, dtype):
+    problem = complaint({"input_ids": TOKENS.to(dtype)})
+    assert f"tensor 'input_ids' has {dtype}; expected integers: torch.int64 or torch.int32" in problem
+
+
 def test_empty(complaint):
     assert "empty; expected at least one sample" in complaint({"input_ids": TOKENS[:0]})
     assert "no tensors; expected some that the model's forward takes" in complaint({})
