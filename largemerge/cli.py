@@ -289,10 +289,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with safe_streams(own_rank(), own_process=own_process):
         code = _run(given, own_process=own_process)
         if own_process:
-            interrupts.ending(code)
-        if code and several_processes():
+            interrupts.ending()
+        if code and _has_joined_ranks():
             leave(code)  # threads that wait for a rank that is gone would keep this process
     sys.exit(code)
+
+
+def _has_joined_ranks() -> bool:
+    """Whether this process is still in the group of a merge's ranks, which it leaves at the end of one that is done."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.distributed.is_initialized())
 
 
 def _run(given: list[str], *, own_process: bool) -> int:
@@ -348,6 +354,7 @@ def _logged(options: argparse.Namespace) -> int:
     try:
         check_installed()
         with _stages(options), explain_failures():
+            stage("reading the configuration" if options.command != "demo" else "")
             return COMMANDS[options.command](options)
     except BaseException as error:
         trace = not (options.verbose and isinstance(error, LargemergeError | KeyboardInterrupt))  # none on the terminal

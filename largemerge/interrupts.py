@@ -5,7 +5,7 @@
     raising()       from here on a signal raises `Interrupted` in the main thread, so that all is closed in order
     a second time   the same signal again ends the process at once; so does the first one after some seconds, where the
                     main thread is in code that does not return
-    ending(code)    the work is done: a signal ends the process with the code that it has anyway
+    ending()        the work is done, and signals no longer matter
 
 A thread reads the signals from a pipe that the interpreter's handler, in C, writes to: it sees them also while the main
 thread computes in C++. What is ignored when the process begins, as by `nohup`, stays ignored.
@@ -31,6 +31,7 @@ NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 _GRACE_SECONDS = 10.0
 _WRITE_SECONDS = 1.0
 _AGAIN_SECONDS = 0.02
+_SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 _EXIT_BASE = 128  # as shells count
 
 
@@ -61,7 +62,7 @@ class _State:
 
     installed = False
     raises = False
-    final_code: int | None = None
+    taken: tuple[signal.Signals, ...] = ()
     first: int | None = None  # the signal that came first
     repeats = 0  # signals that are no new ones
 
@@ -71,7 +72,8 @@ def install() -> None:
     if _State.installed or threading.current_thread() is not threading.main_thread():
         return
     _State.installed = True
-    taken = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+    taken = tuple(number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN)
+    _State.taken = taken
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     for number in taken:
@@ -87,14 +89,13 @@ def raising() -> None:
     _State.raises = True
 
 
-def ending(code: int) -> None:
-    """From now on a signal ends the process with this code, for which nothing is left to do."""
-    _State.final_code = code
+def ending() -> None:
+    """From now on signals are ignored: the process is about to end, with the code that it has anyway."""
+    for number in _State.taken:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if _State.final_code is not None:
-        os._exit(_State.final_code)
     if not _State.raises:
         _end(number, describe_signal(number))
     if _State.first is None:
@@ -102,7 +103,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
 
-def _watch(reading: int, taken: list[signal.Signals]) -> None:
+def _watch(reading: int, taken: tuple[signal.Signals, ...]) -> None:
     """Sees signals as they come, and ends the process where the main thread does not."""
     first: int | None = None
     while True:
@@ -128,17 +129,16 @@ def _end_late(number: int) -> None:
 
 def _end(number: int, text: str) -> None:
     """Ends the process at once, with a line; never waits for a lock that the main thread holds, or for a terminal."""
-    code = _EXIT_BASE + number if _State.final_code is None else _State.final_code
-    if _State.final_code is None and not _is_other_rank():
+    if not _is_other_rank():
         thread = threading.Thread(target=_write, args=(f"\nlargemerge: {text}\n",), daemon=True)
         thread.start()
         thread.join(_WRITE_SECONDS)
-    os._exit(code)
+    os._exit(_EXIT_BASE + number)
 
 
 def _write(text: str) -> None:
     with suppress(OSError):
-        os.write(2, text.encode())
+        os.write(2, (_SHOW_CURSOR * os.isatty(2) + text).encode())
 
 
 def _is_other_rank() -> bool:
@@ -162,7 +162,7 @@ def _signal_main_thread(number: int) -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
-def _leave_to_system(taken: list[signal.Signals]) -> None:
+def _leave_to_system(taken: tuple[signal.Signals, ...]) -> None:
     """Gives a child its signals back: it would write them into its parent's pipe."""
     signal.set_wakeup_fd(-1)
     for number in taken:

@@ -145,9 +145,10 @@ class Ranks:
         start = time.perf_counter()
         try:
             yield
-        except RuntimeError:
+        except RuntimeError as error:
             if self._heartbeat is None:
-                raise
+                told = f"{_others(self.rank, self.size)} has gone before the merge began: {_reason(error)}"
+                raise MergeError(f"rank {self.rank}: {told}") from error
             with self.blocked():
                 why = self._heartbeat.why_gone()
             self._failure_is_known = True
@@ -162,7 +163,9 @@ class Ranks:
         if self.size == 1:
             yield
             return
-        with deadline(start_limit(), lambda: f"rank {self.rank} waits for another rank in vain; {GO_ON}"):
+        limit = start_limit()
+        late = f"{_others(self.rank, self.size)} has not answered within {limit:.0f} s: it was stopped, or is cut off"
+        with deadline(limit, lambda: f"rank {self.rank}: {late}; {GO_ON}"):
             heartbeat = self._start_heartbeat()
         self._heartbeat = heartbeat
         try:
@@ -200,6 +203,13 @@ class Ranks:
         self.gather(None)  # now all ranks have made their heartbeats
         heartbeat.start()
         return heartbeat
+
+
+def _others(rank: int, size: int) -> str:
+    """Words for the rank that is gone, as far as this one can know."""
+    if size == 2:
+        return f"rank {1 - rank}"
+    return f"one of ranks 1 to {size - 1}" if rank == 0 else f"rank 0, or another one of {size},"
 
 
 def _reason(error: BaseException) -> str:
@@ -311,7 +321,8 @@ def _initialize(launch: Launch, *, on_gpus: bool) -> None:
             )
             store.set_timeout(_TIMEOUT)
         except (RuntimeError, ValueError, OSError) as error:
-            raise LargemergeError(f"rank {launch.rank} cannot meet the others: {_reason(error)}") from error
+            gone = _others(launch.rank, launch.size)
+            raise LargemergeError(f"rank {launch.rank}: {gone} cannot be reached: {_reason(error)}") from error
 
 
 class _Meeting:
