@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from largemerge.checkpoint.config_check import check_config
 from largemerge.checkpoint.quantized import fold_quantized, quantization_method, quantization_notes
 from largemerge.checkpoint.sentence_modules import module_weight_files, read_module_tensors, transformer_folder
 from largemerge.checkpoint.tensor_files import PickleFile, SafetensorsFile, open_tensor_file
@@ -89,6 +90,7 @@ def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Chec
     root, inner = folder, transformer_folder(folder, name)
     folder = root / inner
     config = read_json(folder / "config.json", name)
+    check_config(config, name)
     quantization_method(config, name)
     files, notes = _weight_files(folder, config, name, variant)
     fingerprint: dict[str, dict[str, Any]] = {"config.json": file_fingerprint(folder / "config.json")}
