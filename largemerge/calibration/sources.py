@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from largemerge.calibration.config import CalibrationConfig
+from largemerge.calibration.json_rows import check_json_rows
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 
@@ -81,6 +81,8 @@ def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]
         found = None
     else:
         found = path
+        if not path.is_file() and not path.is_dir():
+            raise CalibrationError(f"{where}: neither a file nor a folder (a pipe or a device); expected one of them")
         if path.is_file() and path.suffix.lower() not in FILE_SUFFIXES:
             raise CalibrationError(
                 f"{where}: cannot read {path.suffix or 'a file without suffix'}; "
@@ -109,6 +111,10 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         return _from_list(where, "text", _read_texts(path, config.one_per, where), None)
     if path.is_file():
         _reject_blank_file(path, where)
+        if path.suffix.lower() in (".jsonl", ".json"):
+            problem = check_json_rows(path)
+            if problem is not None:
+                raise CalibrationError(f"{where}: {problem}")
         # An empty cell is an empty text, and the word "null" is a word.
         options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
         builder = TABLE_BUILDERS[path.suffix.lower()]
@@ -218,26 +224,7 @@ def _why_unreadable(path: Path | None, error: Exception, arguments: Sequence[Any
         return (
             f"neither images ({', '.join(IMAGE_SUFFIXES)}) nor data files ({', '.join(TABLE_BUILDERS)}) in this folder"
         )
-    found = _first_bad_json(path) if path.suffix.lower() in (".jsonl", ".json") and path.is_file() else None
-    return found or reason
-
-
-def _first_bad_json(path: Path) -> str | None:
-    """Says which line of a JSON file is at fault; `None` if Python's parser finds none."""
-    line = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix.lower() == ".json":
-                json.load(file)
-                return None
-            for line, text in enumerate(file, start=1):
-                if text.strip() and not isinstance(json.loads(text), dict):
-                    return f'line {line}: expected an object such as {{"text": ...}}, found {text.strip()[:60]}'
-    except UnicodeDecodeError as error:
-        return f"not readable as UTF-8 text: {error}"
-    except json.JSONDecodeError as error:
-        return f"line {line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
-    return None
+    return reason
 
 
 @contextlib.contextmanager

@@ -25,8 +25,10 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import SETTINGS_KEYS
 from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
+from largemerge.checkpoint.tokenizer_check import check_tokenizer_files, try_tokenizer
 from largemerge.checkpoint.weight_files import SETTING
 from largemerge.errors import CheckpointError
+from largemerge.isolation import panics_as_errors
 
 GENERATION_FILES = ("generation_config.json",)
 TOKENIZER_FILES = (
@@ -358,11 +360,18 @@ def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: Allow it to be code that lies in the folder.
 
     Raises:
+        CheckpointError: If a file is broken, or the tokenizer made of the files ends its process when it is used.
         Exception: Of almost any type: nobody has listed what the many tokenizer classes may raise.
     """
+    check_tokenizer_files(folder)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    with panics_as_errors():
+        loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    why = try_tokenizer(loaded, [folder / name for name in tokenizer_names(folder)])
+    if why is not None:
+        raise CheckpointError(f"the tokenizer in {folder} cannot encode a text: {why}")
+    return loaded
 
 
 def find_processor(*folders: Path) -> Path:

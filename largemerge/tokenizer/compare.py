@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from largemerge.checkpoint.side_files import SideFiles, auto_tokenizer, has_tokenizer
+from largemerge.errors import CheckpointError
+from largemerge.isolation import panics_as_errors
 from largemerge.tokenizer.tokenizers import Tokenizer
 
 TEXTS = (
@@ -83,6 +85,8 @@ def compare_tokenizers(
             return [], []
         try:
             source = auto_tokenizer(expected, trust_remote_code=trust_remote_code)
+        except CheckpointError as error:
+            return list(error.problems), []
         except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
             return [], [
                 f"the tokenizer in {expected} cannot be loaded ({_line(error)}): its files are copied unchecked"
@@ -145,7 +149,8 @@ def _document_encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
 
 def _try(encode: Callable[[str], list[int]], text: str) -> list[int] | None:
     try:
-        return encode(text)
+        with panics_as_errors():
+            return encode(text)
     except Exception:  # as above
         return None
 
