@@ -21,8 +21,8 @@ from largemerge.calibration.columns import MAX_PROBLEMS
 from largemerge.errors import CalibrationError
 
 PIXELS = "pixel_values"
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats of images that are read, whatever a file is called: Pillow's others run other programs, or are rarely right."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats of images that are read, whatever a file is called; some of Pillow's others run programs."""
 
 
 def load_image_processor(checkpoint: Path, where: str, *, trust_remote_code: bool) -> Any:
@@ -131,7 +131,7 @@ def _open_image(value: Any, folder: Path | None, processor: Any) -> Any:
     except FileNotFoundError:
         raise CalibrationError(f"{name} does not exist (looked for {source})") from None
     except UnidentifiedImageError:
-        raise CalibrationError(f"{name} is none that can be read; expected one of {', '.join(FORMATS)}") from None
+        raise CalibrationError(f"{name} cannot be opened: it is none of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise CalibrationError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels; expected fewer: make it smaller"

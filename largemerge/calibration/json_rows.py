@@ -2,8 +2,8 @@
 
     lines ──► an object each ──► right      a line that is none by itself ──► the whole file as values one after another
 
-The library (Arrow's reader, behind `datasets`) ends the process with a signal where the first row is `null`, or brackets
-are nested some thousand deep; and where it does not, it takes a list for a row.
+The library (Arrow's reader, behind `datasets`) ends the process with a signal where the first row is `null`, or where
+brackets are nested some thousand deep; and it takes a list for a row.
 """
 
 from __future__ import annotations

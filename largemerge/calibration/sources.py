@@ -74,7 +74,11 @@ def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]
     """
     where = f"candidate {name!r}: {config.data}"
     path = Path(config.data).expanduser()
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise CalibrationError(f"candidate {name!r}: {config.data[:60]!r} cannot be found: {error.args[-1]}") from None
+    if not exists:
         if _looks_like_path(config.data):
             siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             raise CalibrationError(f"{where}: no such file or folder{nearest(path.name, siblings)}")
@@ -112,14 +116,13 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
     if path.is_file():
         _reject_blank_file(path, where)
         if path.suffix.lower() in (".jsonl", ".json"):
-            problem = check_json_rows(path)
-            if problem is not None:
-                raise CalibrationError(f"{where}: {problem}")
+            _check_json([path], where)
         # An empty cell is an empty text, and the word "null" is a word.
         options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
         builder = TABLE_BUILDERS[path.suffix.lower()]
         return _from_datasets(where, path, builder, data_files=glob.escape(str(path)), split=config.split, **options)
     if not is_image_folder(path):
+        _check_json([*path.rglob("*.jsonl"), *path.rglob("*.json")], where)
         return _from_datasets(where, path, str(path), config.subset, split=config.split)
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)
 
@@ -178,6 +181,14 @@ def _read_texts(path: Path, one_per: str, where: str) -> list[str]:
     if not texts:
         raise CalibrationError(f"{where}: empty; expected at least one {one_per}")
     return texts
+
+
+def _check_json(paths: Sequence[Path], where: str) -> None:
+    for path in paths:
+        problem = check_json_rows(path) if path.is_file() else None
+        if problem is not None:
+            inside = f": {path}" if len(paths) > 1 or str(path) not in where else ""
+            raise CalibrationError(f"{where}{inside}: {problem}")
 
 
 def _reject_blank_file(path: Path, where: str) -> None:

@@ -13,11 +13,10 @@ Candidates with the same tokenizer files share one tokenizer (`shared_tokenizers
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from largemerge.isolation import panics_as_errors, why_it_fails
 Message = dict[str, Any]
 """A message of a conversation: `role`, and mostly `content`."""
 _MAX_COMPARED_BYTES = 128 << 20
-_TEMPLATE_SECONDS = 10.0
+_TEMPLATE_SECONDS, _MAX_RENDERED = 10.0, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,8 @@ def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> An
         else:
             tokenizer = _load_from(_files_of(checkpoint))
     except CheckpointError as error:
-        raise CalibrationError(*(f"{where}: {problem}" for problem in error.problems)) from None
+        text = f"{where}: the tokenizer in {checkpoint} cannot be loaded: "
+        raise CalibrationError(*(text + problem for problem in error.problems)) from None
     except Exception as error:  # Transformers raises many types for files that are missing or broken
         if not any(checkpoint.glob("*token*")) and not any(checkpoint.glob("vocab.*")):
             raise CalibrationError(missing) from None
@@ -185,7 +185,7 @@ def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> An
     return tokenizer
 
 
-def encode_text(tokenizer: Any, text: str | None = None, **options: Any) -> Mapping[str, list[int]]:
+def encode_text(tokenizer: Any, text: str | None = None, **options: Any) -> dict[str, list[int]]:
     """Tokenises a text.
 
     Args:
@@ -198,11 +198,11 @@ def encode_text(tokenizer: Any, text: str | None = None, **options: Any) -> Mapp
     """
     try:
         with panics_as_errors():
-            encoded: Mapping[str, list[int]] = tokenizer(text, verbose=False, **options)
+            encoded = tokenizer(text, verbose=False, **options)
     except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
         reason = str(error).split("\n")[0]
         raise CalibrationError(f"the tokenizer cannot encode this text ({type(error).__name__}: {reason})") from None
-    return encoded
+    return dict(encoded)
 
 
 def check_templates(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> None:
@@ -214,8 +214,15 @@ def check_templates(tokenizer: Any, conversations: Sequence[Sequence[Message]]) 
 
     def render() -> None:
         for messages in conversations:
-            with contextlib.suppress(Exception):
-                tokenizer.apply_chat_template(list(messages), tokenize=False)
+            try:
+                text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+            except MemoryError:
+                raise MemoryError("it fills the memory") from None
+            except Exception:  # what a template rejects
+                continue
+            given = sum(len(str(message.get("content"))) for message in messages)
+            if len(text) > _MAX_RENDERED + 100 * given:
+                raise ValueError(f"it makes {len(text):,} letters of one conversation")
 
     why = why_it_fails(render, _TEMPLATE_SECONDS + len(conversations) / 50) if conversations else None
     if why is not None:
