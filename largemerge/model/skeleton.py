@@ -408,7 +408,9 @@ def _named_stacks(model: PreTrainedModel, names: Sequence[str]) -> tuple[Stack, 
 def _cause(error: BaseException) -> str:
     """The cause of an error in one line; that of a validator stands in its second line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else ""
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return " ".join(lines[:2])
+    told = lines[0] if lines else ""
     return told if isinstance(error, ValueError | OSError) and told else f"{type(error).__name__}: {told}".strip(": ")
 
 

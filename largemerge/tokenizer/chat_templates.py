@@ -14,6 +14,8 @@ from pathlib import Path
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from largemerge.errors import CheckpointError
+
 AUTO = "auto"
 _FILE = "chat_template.jinja"
 _TRANSFORMERS_TAGS = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
@@ -117,11 +119,14 @@ def choose_template(setting: str, folders: Iterable[Path]) -> tuple[str | None, 
 def template_in(folder: Path) -> str | None:
     """Reads the chat template of a folder's tokenizer; the default one where there are several."""
     if (folder / _FILE).is_file():
-        return (folder / _FILE).read_text(encoding="utf-8")
+        try:
+            return (folder / _FILE).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / _FILE} is not readable as UTF-8 text: {error}") from None
     for name in ("tokenizer_config.json", "chat_template.json"):
         try:
             template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue  # what is wrong with them is told where the tokenizer is read
         if isinstance(template, list):
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -136,7 +141,16 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
     made = {name: content for name, content in files.items() if name != "chat_template.json"}
     made[_FILE] = template.encode()
     if "tokenizer_config.json" in made:
-        settings = json.loads(made["tokenizer_config.json"])
+        try:
+            settings = json.loads(made["tokenizer_config.json"])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"chat_template: tokenizer_config.json of the tokenizer is not readable JSON ({error}); mend it first"
+            ) from None
+        if not isinstance(settings, dict):
+            raise CheckpointError(
+                "chat_template: tokenizer_config.json of the tokenizer has no keys and values; mend it first"
+            )
         if settings.pop("chat_template", None) is not None:
             made["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     return made

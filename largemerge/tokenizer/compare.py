@@ -24,7 +24,6 @@ from largemerge.checkpoint.side_files import (
     auto_tokenizer,
     has_tokenizer,
 )
-from largemerge.errors import CheckpointError
 from largemerge.isolation import panics_as_errors
 from largemerge.tokenizer.tokenizers import Tokenizer
 
@@ -115,8 +114,6 @@ def compare_tokenizers(
             return [], []
         try:
             source = auto_tokenizer(expected, trust_remote_code=trust_remote_code)
-        except CheckpointError as error:
-            return list(error.problems), []
         except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
             return [], [
                 f"the tokenizer in {expected} cannot be loaded ({_line(error)}): its files are copied unchecked"
