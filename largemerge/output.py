@@ -37,14 +37,13 @@ from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
 from largemerge.checkpoint.sentence_modules import split_name
-from largemerge.checkpoint.side_files import GENERATION_FILES, PROCESSOR_FILES, SideFiles, remove_checkpoint
+from largemerge.checkpoint.side_files import SideFiles, remove_checkpoint
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
 from largemerge.distributed.ranks import Ranks
-from largemerge.errors import CheckpointError, LargemergeError, MergeError, OutputError
+from largemerge.errors import LargemergeError, MergeError, OutputError
 from largemerge.machine import scratch_folder
-from largemerge.text_files import read_json
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
@@ -358,31 +357,7 @@ def rehearse(
         with scratch_folder("rehearsal") as folder:
             (folder / side_files.inner).mkdir(parents=True, exist_ok=True)
             write(folder, rehearsal=True)
-            problems = list(_side_file_problems(folder, side_files))
-        if problems:
-            raise CheckpointError(*problems)
     return watch
-
-
-def _side_file_problems(folder: Path, side_files: SideFiles) -> Iterator[str]:
-    """Yields what is wrong with JSON files beside the weights that nobody has read so far, by their sources."""
-    from transformers import GenerationConfig
-
-    for name, source in side_files.files.items():
-        if source.suffix != ".json":
-            continue
-        is_config = source.name in (*GENERATION_FILES, *PROCESSOR_FILES)
-        try:
-            value = read_json(
-                folder / name if (folder / name).exists() else source, expected=dict if is_config else object
-            )
-            if source.name in GENERATION_FILES:
-                GenerationConfig.from_dict(value)
-        except CheckpointError as error:
-            yield from (problem.replace(str(folder / name), str(source)) for problem in error.problems)
-        except Exception as error:  # settings of strangers: nobody has listed what may be raised
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            yield f"{source}: Transformers does not read it: {first_line}; mend it, or take it out of the folder"
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:

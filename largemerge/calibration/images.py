@@ -9,6 +9,7 @@ machine. (The two versions resize a little differently.)
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from largemerge.checkpoint.side_files import PROCESSOR_FILES, check_side_files
 from largemerge.errors import CalibrationError
 
 PIXELS = "pixel_values"
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats of images that are read, whatever a file is called; some of Pillow's others run programs."""
 
 
 def load_image_processor(checkpoint: Path, where: str, *, trust_remote_code: bool) -> Any:
@@ -109,7 +112,7 @@ def _mode(processor: Any) -> str:
 
 def _open_image(value: Any, folder: Path | None, processor: Any) -> Any:
     """Opens a path, bytes, or a dictionary of both as `datasets` has it; upright, and in the processor's colours."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
     if isinstance(path, bytes):
@@ -119,10 +122,22 @@ def _open_image(value: Any, folder: Path | None, processor: Any) -> Any:
     source = _resolve(str(path), folder) if content is None else io.BytesIO(content)
     name = "the image" if path is None else f"the image {path}"
     try:
-        with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert(_mode(processor))
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            raise CalibrationError(f"{name} is no file (looked for {source})")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source, formats=FORMATS) as image:
+                return ImageOps.exif_transpose(image).convert(_mode(processor))
+    except CalibrationError:
+        raise
     except FileNotFoundError:
         raise CalibrationError(f"{name} does not exist (looked for {source})") from None
+    except UnidentifiedImageError:
+        raise CalibrationError(f"{name} cannot be opened: it is none of {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise CalibrationError(
+            f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels; expected fewer: make it smaller"
+        ) from None
     except Exception as error:  # PIL's readers raise many types for broken files
         raise CalibrationError(f"{name} cannot be opened: {type(error).__name__}: {error}") from None
 

@@ -33,7 +33,7 @@ from largemerge.calibration.images import load_image_processor, outline_images, 
 from largemerge.calibration.pretokenized import outline_tensors, read_tensors
 from largemerge.calibration.sources import Source, is_image_folder, list_images, locate_data, open_source
 from largemerge.calibration.text import pack, tokenise
-from largemerge.calibration.tokenizer import TextReader, open_text_reader
+from largemerge.calibration.tokenizer import TextReader, check_templates, open_text_reader
 from largemerge.checkpoint.side_files import find_processor, find_tokenizer
 from largemerge.errors import CalibrationError
 
@@ -181,17 +181,27 @@ def _read_samples(source: Source, fields: Fields, config: CalibrationConfig, rea
     assert config.num_samples is not None
     order = sample_order(source.num_rows, config)
     if config.pack and reader is not None:
-        return pack(_rows_in_parts(source, fields, order), reader, config.num_samples)
+        return pack(_rows_in_parts(source, fields, order, reader), reader, config.num_samples)
     rows = read_rows(source, fields, order, config.num_samples)
     if reader is not None:
+        _check_templates(rows, reader)
         return tokenise(rows, reader)
     return [Sample(row.index, {}, None, row.image) for row in rows]
 
 
-def _rows_in_parts(source: Source, fields: Fields, order: Iterator[int]) -> Iterator[Row]:
+def _rows_in_parts(source: Source, fields: Fields, order: Iterator[int], reader: TextReader) -> Iterator[Row]:
     """Reads rows some at a time, for packing, which does not know beforehand how many it needs."""
     while part := list(itertools.islice(order, 64)):
-        yield from read_rows(source, fields, part, len(part))
+        rows = read_rows(source, fields, part, len(part))
+        _check_templates(rows, reader)
+        yield from rows
+
+
+def _check_templates(rows: list[Row], reader: TextReader) -> None:
+    try:
+        check_templates(reader.tokenizer, [row.messages for row in rows if row.messages is not None])
+    except CalibrationError as error:
+        raise CalibrationError(*(f"{reader.where}: {problem}" for problem in error.problems)) from None
 
 
 def _check_loss_mask(batches: tuple[Batch, ...], where: str) -> None:

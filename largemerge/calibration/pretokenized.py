@@ -128,8 +128,12 @@ def _shape_problems(headers: Mapping[str, torch.Tensor], signature: ForwardSigna
     elif set(counts.values()) == {0}:
         yield "empty; expected at least one sample"
     for name, header in headers.items():
-        if name.endswith("input_ids") and header.dtype not in (torch.int64, torch.int32):
-            yield f"tensor {name!r} has {header.dtype}; expected integers: torch.int64 or torch.int32"
+        if header.dtype.is_complex or header.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            yield f"tensor {name!r} has {header.dtype}; expected int64, or a floating-point dtype"
+        elif name.endswith("input_ids") and header.dtype not in (torch.int64, torch.int32):
+            yield f"tensor {name!r} has {header.dtype}; expected integers: int64 or int32"
+        if name.endswith("input_ids") and (len(header.shape) == 1 or 0 in header.shape[1:]):
+            yield f"tensor {name!r} is {list(header.shape)}; expected [samples, tokens], with one token at least"
     if LOSS_MASK in headers:
         tokens = "decoder_input_ids" if signature.is_encoder_decoder else "input_ids"
         expected = shapes.get(tokens) or shapes.get(tokens.replace("input_ids", "inputs_embeds"), ())[:2]
@@ -147,5 +151,7 @@ def _value_problems(rows: Mapping[str, torch.Tensor]) -> Iterator[str]:
             yield f"tensor {name!r} has NaN or infinity in {f'samples {bad[:5]}' if bad else 'it'}; expected numbers"
         if name.endswith("input_ids") and (tensor < 0).any():
             yield f"tensor {name!r} has negative numbers (the least is {tensor.min()}); expected token ids"
+        if name.endswith("attention_mask") and not (tensor != 0).any():
+            yield f"tensor {name!r} is 0 everywhere, so that no token counts; expected 1 for tokens, 0 for padding"
         if name == LOSS_MASK and not ((tensor == 0) | (tensor == 1)).all():
             yield "tensor 'loss_mask' has other numbers than 0 and 1"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from largemerge.calibration.config import CalibrationConfig
+from largemerge.calibration.json_rows import check_json_rows
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
-from largemerge.text_files import parse_json
 
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -75,13 +74,19 @@ def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]
     """
     where = f"candidate {name!r}: {config.data}"
     path = Path(config.data).expanduser()
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise CalibrationError(f"candidate {name!r}: {config.data[:60]!r} cannot be found: {error.args[-1]}") from None
+    if not exists:
         if _looks_like_path(config.data):
             siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             raise CalibrationError(f"{where}: no such file or folder{nearest(path.name, siblings)}")
         found = None
     else:
         found = path
+        if not path.is_file() and not path.is_dir():
+            raise CalibrationError(f"{where}: neither a file nor a folder (a pipe or a device); expected one of them")
         if path.is_file() and path.suffix.lower() not in FILE_SUFFIXES:
             raise CalibrationError(
                 f"{where}: cannot read {path.suffix or 'a file without suffix'}; "
@@ -110,11 +115,14 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         return _from_list(where, "text", _read_texts(path, config.one_per, where), None)
     if path.is_file():
         _reject_blank_file(path, where)
+        if path.suffix.lower() in (".jsonl", ".json"):
+            _check_json([path], where)
         # An empty cell is an empty text, and the word "null" is a word.
         options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
         builder = TABLE_BUILDERS[path.suffix.lower()]
         return _from_datasets(where, path, builder, data_files=glob.escape(str(path)), split=config.split, **options)
     if not is_image_folder(path):
+        _check_json([*path.rglob("*.jsonl"), *path.rglob("*.json")], where)
         return _from_datasets(where, path, str(path), config.subset, split=config.split)
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)
 
@@ -175,6 +183,14 @@ def _read_texts(path: Path, one_per: str, where: str) -> list[str]:
     return texts
 
 
+def _check_json(paths: Sequence[Path], where: str) -> None:
+    for path in paths:
+        problem = check_json_rows(path) if path.is_file() else None
+        if problem is not None:
+            inside = f": {path}" if len(paths) > 1 or str(path) not in where else ""
+            raise CalibrationError(f"{where}{inside}: {problem}")
+
+
 def _reject_blank_file(path: Path, where: str) -> None:
     try:
         with path.open("rb") as file:
@@ -219,28 +235,7 @@ def _why_unreadable(path: Path | None, error: Exception, arguments: Sequence[Any
         return (
             f"neither images ({', '.join(IMAGE_SUFFIXES)}) nor data files ({', '.join(TABLE_BUILDERS)}) in this folder"
         )
-    found = _first_bad_json(path) if path.suffix.lower() in (".jsonl", ".json") and path.is_file() else None
-    return found or reason
-
-
-def _first_bad_json(path: Path) -> str | None:
-    """Says which line of a JSON file is at fault; `None` if Python's parser finds none."""
-    line = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix.lower() == ".json":
-                parse_json(file.read())
-                return None
-            for line, text in enumerate(file, start=1):
-                if text.strip() and not isinstance(parse_json(text), dict):
-                    return f'line {line}: expected an object such as {{"text": ...}}, found {text.strip()[:60]}'
-    except UnicodeDecodeError as error:
-        return f"not readable as UTF-8 text: {error}"
-    except json.JSONDecodeError as error:
-        return f"line {line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
-    except ValueError as error:
-        return f"{f'line {line}: ' if line else ''}not valid JSON: {error}"
-    return None
+    return reason
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from largemerge.calibration.batches import Sample
 from largemerge.calibration.columns import MAX_PROBLEMS, Row, takes_target
-from largemerge.calibration.tokenizer import TextReader, encode_conversation
+from largemerge.calibration.tokenizer import TextReader, encode_conversation, encode_text
 from largemerge.errors import CalibrationError
 
 Tokens = dict[str, list[int]]
@@ -114,7 +114,7 @@ def _encode(row: Row, reader: TextReader) -> tuple[Tokens, Mask]:
     if row.messages is not None:
         encoded, mask = encode_conversation(reader.tokenizer, row.messages, assistant_only=reader.assistant_only)
     else:
-        encoded = reader.tokenizer(row.text, verbose=False)
+        encoded = encode_text(reader.tokenizer, row.text)
     tokens = {name: list(encoded[name]) for name in reader.token_arguments}
     if row.loss_mask is None or takes_target(reader.signature):
         return tokens, mask
@@ -131,7 +131,7 @@ def _truncate(row: Row, whole: Tokens, mask: Mask, reader: TextReader) -> tuple[
         # The template wrote every special token, so the tokenizer has none to keep at the end.
         short = {name: values[:length] for name, values in whole.items()}
     else:
-        encoded = reader.tokenizer(row.text, truncation=True, max_length=length, verbose=False)
+        encoded = encode_text(reader.tokenizer, row.text, truncation=True, max_length=length)
         short = {name: list(encoded[name]) for name in whole}
     return short, None if mask is None else _mask_of_kept(mask, whole["input_ids"], short["input_ids"])
 
@@ -139,12 +139,12 @@ def _truncate(row: Row, whole: Tokens, mask: Mask, reader: TextReader) -> tuple[
 def _decoder_tokens(row: Row, reader: TextReader) -> tuple[Tokens, Mask]:
     start = reader.signature.decoder_start_token_id
     assert start is not None and row.target is not None, "checked when the columns were chosen"
-    whole: list[int] = list(reader.tokenizer(text_target=row.target, verbose=False)["input_ids"])
+    whole: list[int] = list(encode_text(reader.tokenizer, text_target=row.target)["input_ids"])
     target, mask = whole, row.loss_mask
     if mask is not None:
         _check_lengths(mask, whole)
     if len(whole) > reader.max_length:
-        encoded = reader.tokenizer(text_target=row.target, truncation=True, max_length=reader.max_length, verbose=False)
+        encoded = encode_text(reader.tokenizer, text_target=row.target, truncation=True, max_length=reader.max_length)
         target = list(encoded["input_ids"])
         mask = None if mask is None else _mask_of_kept(mask, whole, target)
     return {"decoder_input_ids": [start, *target[:-1]] if target else []}, mask

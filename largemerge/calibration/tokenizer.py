@@ -26,11 +26,13 @@ from largemerge.calibration.batches import ForwardSignature
 from largemerge.calibration.columns import Fields, takes_target
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.checkpoint.side_files import auto_tokenizer
-from largemerge.errors import CalibrationError
+from largemerge.errors import CalibrationError, CheckpointError
+from largemerge.isolation import panics_as_errors, why_it_fails
 
 Message = dict[str, Any]
 """A message of a conversation: `role`, and mostly `content`."""
 _MAX_COMPARED_BYTES = 128 << 20
+_TEMPLATE_SECONDS, _MAX_RENDERED = 10.0, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def open_text_reader(
     tokenizer = _load_tokenizer(checkpoint, where, trust_remote_code)
     # Where nobody set a limit, Transformers says 10³⁰.
     limit = tokenizer.model_max_length
-    max_length = min(config.max_length, int(limit)) if limit and limit > 0 else config.max_length
+    max_length = int(min(config.max_length, limit)) if limit and limit > 0 else config.max_length
     problems = []
     if fields.messages is not None and not has_chat_template(tokenizer):
         problems.append(
@@ -163,6 +165,9 @@ def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> An
             tokenizer = auto_tokenizer(checkpoint, trust_remote_code=True)
         else:
             tokenizer = _load_from(_files_of(checkpoint))
+    except CheckpointError as error:
+        text = f"{where}: the tokenizer in {checkpoint} cannot be loaded: "
+        raise CalibrationError(*(text + problem for problem in error.problems)) from None
     except Exception as error:  # Transformers raises many types for files that are missing or broken
         if not any(checkpoint.glob("*token*")) and not any(checkpoint.glob("vocab.*")):
             raise CalibrationError(missing) from None
@@ -178,6 +183,53 @@ def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> An
         raise CalibrationError(missing)
     tokenizer.truncation_side = "right"
     return tokenizer
+
+
+def encode_text(tokenizer: Any, text: str | None = None, **options: Any) -> dict[str, list[int]]:
+    """Tokenises a text.
+
+    Args:
+        tokenizer: A Transformers tokenizer.
+        text: The text; `None` where the options have another one, such as `text_target`.
+        options: Arguments of the tokenizer.
+
+    Raises:
+        CalibrationError: If the tokenizer fails at this text.
+    """
+    try:
+        with panics_as_errors():
+            encoded = tokenizer(text, verbose=False, **options)
+    except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
+        reason = str(error).split("\n")[0]
+        raise CalibrationError(f"the tokenizer cannot encode this text ({type(error).__name__}: {reason})") from None
+    return dict(encoded)
+
+
+def check_templates(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> None:
+    """Renders conversations by the chat template in a process of its own: a template is a program, and may never end.
+
+    Raises:
+        CalibrationError: If it takes too long, or fills the memory. What it merely rejects is told for each row.
+    """
+
+    def render() -> None:
+        for messages in conversations:
+            try:
+                text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+            except MemoryError:
+                raise MemoryError("it fills the memory") from None
+            except Exception:  # what a template rejects
+                continue
+            given = sum(len(str(message.get("content"))) for message in messages)
+            if len(text) > _MAX_RENDERED + 100 * given:
+                raise ValueError(f"it makes {len(text):,} letters of one conversation")
+
+    why = why_it_fails(render, _TEMPLATE_SECONDS + len(conversations) / 50) if conversations else None
+    if why is not None:
+        raise CalibrationError(
+            f"the chat template of the tokenizer cannot be used: {why}; expected one that writes a conversation "
+            "in some milliseconds"
+        )
 
 
 def encode_conversation(
@@ -252,9 +304,10 @@ def _mask_by_prefixes(tokenizer: Any, messages: Sequence[Message], ids: list[int
 
 def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> dict[str, list[int]]:
     try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **options
-        )
+        with panics_as_errors():
+            encoded = tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **options
+            )
     except Exception as error:  # a template is a program: it may raise anything
         reason = str(error).split("\n")[0]
         raise CalibrationError(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from largemerge.checkpoint.config_check import check_config
 from largemerge.checkpoint.quantized import fold_quantized, quantization_method, quantization_notes
 from largemerge.checkpoint.sentence_modules import module_weight_files, read_module_tensors, transformer_folder
 from largemerge.checkpoint.tensor_files import PickleFile, SafetensorsFile, open_tensor_file
@@ -97,11 +98,17 @@ def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Chec
     root, inner = folder, transformer_folder(folder, name)
     folder = root / inner
     config = read_json(folder / "config.json", name)
-    if (folder / "config.json").is_symlink() and not is_linked_config(folder / "config.json"):
+    linked = (folder / "config.json").is_symlink()
+    if (
+        linked
+        and own_folders(folder).isdisjoint((folder / "config.json").resolve().parents)
+        and not is_linked_config(folder / "config.json")
+    ):
         raise CheckpointError(
             f"{name}: {folder / 'config.json'} is a link to {os.readlink(folder / 'config.json')}, which is no model's "
             "config: it has neither 'model_type' nor 'architectures'"
         )
+    check_config(config, name)
     quantization_method(config, name)
     files, notes = _weight_files(folder, config, name, variant)
     fingerprint: dict[str, dict[str, Any]] = {"config.json": file_fingerprint(folder / "config.json")}
@@ -190,6 +197,13 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{name}: {path} does not exist; expected a checkpoint folder.{advice(path.parent)}")
     value: dict[str, Any] = read_json_file(path, name)
     return value
+
+
+def own_folders(folder: Path) -> frozenset[Path]:
+    """The folders whose files are a checkpoint's own, links followed: its own one, and the blobs of the Hub's cache."""
+    snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
+    blobs = [snapshots.parent.resolve() / "blobs"] if snapshots is not None else []
+    return frozenset([folder.resolve(), *blobs])
 
 
 def is_linked_config(path: Path) -> bool:

@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 
-from largemerge.checkpoint.index import Checkpoint, is_linked_config
+from largemerge.checkpoint.index import Checkpoint, is_linked_config, own_folders
 from largemerge.checkpoint.quantized import SETTINGS_KEYS
 from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
+from largemerge.checkpoint.tokenizer_check import check_tokenizer_files, try_tokenizer
 from largemerge.checkpoint.weight_files import SETTING, is_loaded_weights
 from largemerge.errors import CheckpointError
+from largemerge.isolation import panics_as_errors
 from largemerge.text_files import (
     MAX_FILE_BYTES,
     MAX_TEXT_BYTES,
@@ -312,10 +314,7 @@ def is_inside(path: Path, folder: Path) -> bool:
     `config.json` is linked, as people link all files of a model into a folder of its own.
     """
     try:
-        roots, real = [folder.resolve()], path.resolve()
-        snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
-        if snapshots is not None:
-            roots.append(snapshots.parent.resolve() / "blobs")
+        roots, real = [*own_folders(folder)], path.resolve()
         config = (folder / "config.json").resolve()
     except (OSError, RuntimeError):  # a link that leads in a circle
         return False
@@ -468,15 +467,22 @@ def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False, own_links: 
         own_links: Whether links in it are ours, and may lead out.
 
     Raises:
-        CheckpointError: If something else than a file lies in the place of one of its files, or a link that leads out.
+        CheckpointError: If one of its files is broken or no file, a link leads out, or the tokenizer made of the files
+            ends its process when it is used.
         Exception: Of almost any type: nobody has listed what the many tokenizer classes may raise.
     """
+    check_side_files(folder, ("config.json", *TOKENIZER_FILES))
+    check_tokenizer_files(folder)
     from transformers import AutoTokenizer
 
-    check_side_files(folder, ("config.json", *TOKENIZER_FILES))
     for name in tokenizer_names(folder) if not own_links else ():
         check_inside(folder / name, folder)
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    with panics_as_errors():
+        loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    why = try_tokenizer(loaded, [folder / name for name in tokenizer_names(folder)])
+    if why is not None:
+        raise CheckpointError(f"the tokenizer in {folder} cannot encode a text: {why}")
+    return loaded
 
 
 def check_side_files(folder: Path, patterns: Iterable[str]) -> None:

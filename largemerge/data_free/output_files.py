@@ -1,4 +1,4 @@
-"""The files beside the weights of a data-free merge's output, and the check of its tokenizer.
+"""The files beside the weights of a data-free merge's output, and the check of them.
 
 find_files → SideFiles: what is copied from where      write_tokenizer → the tokenizer's files
 check_tokenizer → problems, notes: before the long work, and again on what was written
@@ -6,12 +6,23 @@ check_tokenizer → problems, notes: before the long work, and again on what was
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from largemerge.checkpoint.side_files import SideFiles, find_processor, find_side_files, find_tokenizer
+from largemerge.checkpoint.index import read_json
+from largemerge.checkpoint.side_files import (
+    GENERATION_FILES,
+    SideFiles,
+    find_processor,
+    find_side_files,
+    find_tokenizer,
+)
+from largemerge.errors import CheckpointError
 from largemerge.tokenizer.chat_templates import with_template
 from largemerge.tokenizer.compare import check_output_tokenizer
+from largemerge.tokenizer.token_ids import move_ids
 from largemerge.tokenizer.tokenizers import tokenizer_files, tokenizer_folder, write_files
 
 if TYPE_CHECKING:
@@ -32,6 +43,21 @@ def write_tokenizer(folder: Path, plan: DataFreePlan) -> None:
     write_files(folder, files if plan.template is None else with_template(files, plan.template))
 
 
+def move_generation_ids(folder: Path, plan: DataFreePlan) -> None:
+    """Sets the numbers of tokens that have moved in a folder's `generation_config.json`, if there is one."""
+    path, vocabulary = folder / GENERATION_FILES[0], plan.vocabulary
+    if vocabulary is not None and path.is_file():
+        config = read_json(path, path.name)
+        move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_made(folder: Path, plan: DataFreePlan) -> None:
+    write_tokenizer(folder, plan)
+    with contextlib.suppress(CheckpointError):  # which the check of what has been written tells
+        move_generation_ids(folder, plan)
+
+
 def check_tokenizer(plan: DataFreePlan, written: Path | None = None) -> tuple[list[str], list[str]]:
     """Checks that the output's tokenizer loads, and encodes as its source does.
 
@@ -47,7 +73,7 @@ def check_tokenizer(plan: DataFreePlan, written: Path | None = None) -> tuple[li
         plan.checkpoints[plan.reference].config,
         plan.vocabulary.tokenizer if plan.vocabulary is not None else tokenizer_source(plan),
         trust_remote_code=plan.config.trust_remote_code,
-        write=lambda folder: write_tokenizer(folder, plan),
+        write=lambda folder: _write_made(folder, plan),
         written=written,
     )
 

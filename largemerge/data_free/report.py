@@ -17,25 +17,21 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from largemerge.checkpoint.index import read_json
 from largemerge.checkpoint.locate import short_name
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.side_files import (
-    GENERATION_FILES,
     model_card,
 )
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.comparison import Verification
 from largemerge.config_file import gib
 from largemerge.data_free.methods.table import METHODS
-from largemerge.data_free.output_files import check_tokenizer, find_files, write_tokenizer
+from largemerge.data_free.output_files import check_tokenizer, find_files, move_generation_ids, write_tokenizer
 from largemerge.data_free.plan import DataFreePlan, add_common_rows
 from largemerge.data_free.tasks import Task
 from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
-from largemerge.tokenizer.token_ids import move_ids
-from largemerge.tokenizer.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -129,14 +125,6 @@ def config_text(plan: DataFreePlan) -> str:
     return json.dumps(plan.out_config, indent=2) + "\n"
 
 
-def _move_generation_ids(path: Path, vocabulary: Vocabulary) -> None:
-    """Sets the numbers of tokens that have moved in a `generation_config.json`, if there is one."""
-    if path.is_file():
-        config = read_json(path, path.name)
-        move_ids(config, vocabulary.reference.ids, vocabulary.tokenizer.ids, vocabulary.tokenizer.special)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def write_side_files(path: Path, plan: DataFreePlan, *, rehearsal: bool = False) -> None:
     """Writes everything but weights, index, `config.json` and the report into a folder.
 
@@ -156,8 +144,7 @@ def write_side_files(path: Path, plan: DataFreePlan, *, rehearsal: bool = False)
     problems = [] if rehearsal else check_tokenizer(plan, path)[0]  # the plan has tried it already
     if problems:
         raise MergeError(*problems)
-    if plan.vocabulary is not None:
-        _move_generation_ids(path / side_files.inner / GENERATION_FILES[0], plan.vocabulary)
+    move_generation_ids(path / side_files.inner, plan)
     documents = [one.model_dump(mode="json", exclude_defaults=True) for one in (*plan.prior.configs, config)]
     text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
     (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")

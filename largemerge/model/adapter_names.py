@@ -112,7 +112,8 @@ class AdapterNames:
                 return None
             config_class: Any = found.config_class
             if not isinstance(config, config_class):
-                config = config_class.from_pretrained(model.folder)  # a tower's, out of the whole model's
+                config = config_class.from_pretrained(model.folder, local_files_only=True)  # a tower's, of the whole's
+                config._attn_implementation = config._experts_implementation = None  # see `load_config`
             if not tied:
                 config = type(config).from_dict(_untied(config.to_dict()))
             with init_empty_weights(include_buffers=True):

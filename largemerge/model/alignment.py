@@ -336,10 +336,6 @@ def align(
         models = classify(checkpoints, adapters, trust_remote_code=trust_remote_code)
     except ArchitectureError as error:
         return _by_name(checkpoints, reference, error, allow_crimes=allow_crimes)
-    except CheckpointError as error:
-        if any(problem.split(": ")[1:2] == ["config.json"] for problem in error.problems):
-            return _by_name(checkpoints, reference, error, allow_crimes=allow_crimes)
-        raise
     notes: list[str] = []
     problems: list[str] = []
     chosen, homeless = choose_layout(models, reference, [base] if base is not None else [])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -20,21 +21,28 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from largemerge.checkpoint.config_check import check_config
 from largemerge.checkpoint.index import Checkpoint, read_json
 from largemerge.checkpoint.quantized import model_dtype
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import ArchitectureError, CheckpointError
 
+_KERNEL_KEY = re.compile("_?(attn|attention|experts)_implementation(_internal|_autoset)?|_?kernel_config|use_kernels")
+_MORE_PARAMETERS, _MOST_PARAMETERS, _MOST_ELEMENTS = 2_000, 200_000, 1 << 31
+"""Bounds of what a class is let make of a config: parameters beyond four for each tensor on disk, parameters where no
+tensors are known, and elements of a table that is computed."""
 _CODE_HINT = " It ships its own code: set trust_remote_code: true if you trust it."
 
 
@@ -100,16 +108,25 @@ class Skeleton:
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Makes a checkpoint's config as Transformers understands it.
 
+    Kernels and ways to compute attention or experts that the config names are left out: some are code of strangers.
+
     Raises:
-        CheckpointError: If Transformers does not understand it.
+        ArchitectureError: If Transformers does not know the kind of model.
+        CheckpointError: If Transformers knows it, and does not understand the config.
     """
     try:
         with _config_folder(checkpoint) as folder:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
     except Exception as error:  # a config may hold anything, and nobody has listed what its class then raises
-        needs_code = checkpoint.config.get("auto_map") and not trust_remote_code
-        told = f"Transformers does not know its class.{_CODE_HINT}" if needs_code else _first_line(error)
-        raise CheckpointError(f"{checkpoint.name}: config.json: {told}") from None
+        if checkpoint.config.get("auto_map") and not trust_remote_code:
+            raise ArchitectureError(
+                f"{checkpoint.name}: config.json: Transformers does not know its class.{_CODE_HINT}"
+            ) from None
+        if checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
+            raise ArchitectureError(f"{checkpoint.name}: config.json: {_cause(error)}") from None
+        raise CheckpointError(f"{checkpoint.name}: config.json: {_cause(error)}") from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton computes with weights that have been dequantised
     return config
@@ -119,14 +136,22 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
 def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     """Yields a folder whose config.json is the checkpoint's config, which may have been changed since it was read."""
     stored = checkpoint.folder / "config.json"
-    if stored.is_file() and read_json(stored, checkpoint.name) == checkpoint.config:
+    obeyed = _without_kernels(checkpoint.config)
+    if stored.is_file() and read_json(stored, checkpoint.name) == obeyed:
         yield checkpoint.folder
         return
     with tempfile.TemporaryDirectory(prefix="largemerge-config-") as folder:
         for file in checkpoint.folder.glob("*.py") if checkpoint.config.get("auto_map") else ():
             shutil.copyfile(file, Path(folder) / file.name)
-        (Path(folder) / "config.json").write_text(json.dumps(dict(checkpoint.config)), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps(obeyed), encoding="utf-8")
         yield Path(folder)
+
+
+def _without_kernels(part: Any) -> Any:
+    """Leaves out of a config, and of those inside it, by which code attention and experts are to be computed."""
+    if isinstance(part, Mapping):
+        return {key: _without_kernels(value) for key, value in part.items() if not _KERNEL_KEY.fullmatch(key)}
+    return [_without_kernels(value) for value in part] if isinstance(part, list) else part
 
 
 def build_skeleton(
@@ -164,23 +189,71 @@ def build_model(
         trust_remote_code: Allow the checkpoint's own Python code.
 
     Raises:
-        CheckpointError: If the config is not understood.
-        ArchitectureError: If the model class is unknown.
+        CheckpointError: If the config is not understood, or the class cannot be built from it.
+        ArchitectureError: If the model class is unknown, or needs what is not installed.
     """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     model_class = find_model_class(config, checkpoint, trust_remote_code)
-    for part in all_configs(config).values():
-        if hasattr(part, "use_cache"):
-            part.use_cache = False  # a cache handed to a block would be filled again by every extra run of it
+    most = 4 * len(checkpoint.tensors) + _MORE_PARAMETERS if checkpoint.tensors else _MOST_PARAMETERS
     try:
-        with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+        for part in all_configs(config).values():
+            if hasattr(part, "use_cache"):
+                part.use_cache = False  # a cache handed to a block would be filled again by every extra run of it
+        with _default_dtype(dtype), _bounded(most), init_empty_weights(include_buffers=False):
             model = model_class(config)
+        model.tie_weights()
+        model.train(False)
+        model.requires_grad_(False)
+    except _TooLarge as error:
+        raise CheckpointError(f"{checkpoint.name}: config.json: {model_class.__name__} {error}") from None
     except Exception as error:  # what a class raises for a config that it cannot be built from, nobody has listed
-        raise ArchitectureError(f"{checkpoint.name}: {model_class.__name__}: {_first_line(error)}") from None
-    model.tie_weights()
-    model.train(False)
-    model.requires_grad_(False)
+        text = f"{checkpoint.name}: {model_class.__name__} cannot be built from config.json: {_cause(error)}"
+        if isinstance(error, ImportError | NotImplementedError) or "meta" in str(error):
+            raise ArchitectureError(text) from None  # the config may be right
+        raise CheckpointError(text) from None
     return model
+
+
+class _TooLarge(Exception):
+    """A class makes more of a config than any weights could fill."""
+
+
+class _BoundedTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to compute tables beyond `_MOST_ELEMENTS`; what is merely allocated is never filled."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kind = str(func).split(".")[1]
+        if kind in ("ones", "zeros", "full", "arange", "linspace", "eye", "randn", "rand"):
+            sizes = args[0] if args and isinstance(args[0], list) else [each for each in args if isinstance(each, int)]
+            if kind in ("arange", "linspace"):
+                sizes = [max([abs(each) for each in args if isinstance(each, int | float)], default=0)]
+            if math.prod(sizes) > _MOST_ELEMENTS:
+                raise _TooLarge(f"would compute a table of {list(sizes)} elements; expected {_MOST_ELEMENTS} at most")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _bounded(most: int) -> Iterator[None]:
+    """Ends the building of a class that registers more parameters, or computes larger tables, than is reasonable."""
+    count = 0
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise _TooLarge(
+                f"would have more than {most} parameters, far more than there are tensors in its files; "
+                "expected numbers of layers and experts that fit the weights"
+            )
+
+    handle = register_module_parameter_registration_hook(registered)
+    try:
+        with _BoundedTables():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        handle.remove()
 
 
 def bare_checkpoint(config: Mapping[str, Any], name: str, code: Path | None = None) -> Checkpoint:
@@ -216,20 +289,30 @@ def find_model_class(
 
     Raises:
         ArchitectureError: If there is no such class, or none is named.
+        CheckpointError: If what is named is no model.
     """
     names = config.architectures or []
-    found: type[PreTrainedModel]
+    found: Any
     auto_map: Mapping[str, str] = getattr(config, "auto_map", None) or {}
     if trust_remote_code and auto_map and names:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         reference = next((value for value in auto_map.values() if value.endswith(f".{names[0]}")), None)
         if reference is not None:
-            found = get_class_from_dynamic_module(reference, str(checkpoint.folder))
-            return found
-    if names and hasattr(transformers, names[0]):
-        found = getattr(transformers, names[0])
+            try:
+                found = get_class_from_dynamic_module(reference, str(checkpoint.folder))
+            except Exception as error:  # it runs code of strangers
+                text = f"{checkpoint.name}: {reference}, which config.json names, cannot be loaded: {_cause(error)}"
+                raise ArchitectureError(text) from None
+            return cast(type[PreTrainedModel], found)
+    found = getattr(transformers, names[0], None) if names else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
+    if found is not None and not names[0].startswith("Auto"):
+        raise CheckpointError(
+            f"{checkpoint.name}: config.json: architectures: expected a class such as 'LlamaForCausalLM', "
+            f"found {names[0]!r}, which is no model"
+        )
     if names:
         hint = _CODE_HINT if auto_map else ""
         raise ArchitectureError(
@@ -237,8 +320,7 @@ def find_model_class(
         )
     mapping: Any = transformers.MODEL_MAPPING
     if type(config) in mapping:
-        found = mapping[type(config)]
-        return found
+        return cast(type[PreTrainedModel], mapping[type(config)])
     raise ArchitectureError(
         f"{checkpoint.name}: config.json names no 'architectures'; expected a class such as 'LlamaForCausalLM'"
     )
@@ -323,9 +405,13 @@ def _named_stacks(model: PreTrainedModel, names: Sequence[str]) -> tuple[Stack, 
     return tuple(found)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _cause(error: BaseException) -> str:
+    """The cause of an error in one line; that of a validator stands in its second line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return " ".join(lines[:2])
+    told = lines[0] if lines else ""
+    return told if isinstance(error, ValueError | OSError) and told else f"{type(error).__name__}: {told}".strip(": ")
 
 
 def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -377,6 +463,7 @@ def checkpoint_from_config(folder: Path, name: str, *, trust_remote_code: bool =
     """
     folder = folder / transformer_folder(folder, name)
     config = read_json(folder / "config.json", name)
+    check_config(config, name)
     bare = Checkpoint(name, folder, config, {}, {})
     dtype = model_dtype(config)
     skeleton = build_skeleton(bare, dtype=dtype, trust_remote_code=trust_remote_code)

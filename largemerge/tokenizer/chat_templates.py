@@ -16,6 +16,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from largemerge.checkpoint.side_files import check_inside
+from largemerge.errors import CheckpointError
 from largemerge.text_files import parse_json, read_json, read_text
 
 AUTO = "auto"
@@ -146,7 +147,16 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
     made = {name: content for name, content in files.items() if name != "chat_template.json"}
     made[_FILE] = template.encode()
     if "tokenizer_config.json" in made:
-        settings = parse_json(made["tokenizer_config.json"].decode("utf-8-sig"))
+        try:
+            settings = parse_json(made["tokenizer_config.json"].decode("utf-8-sig"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"chat_template: tokenizer_config.json of the tokenizer is not readable JSON ({error}); mend it first"
+            ) from None
+        if not isinstance(settings, dict):
+            raise CheckpointError(
+                "chat_template: tokenizer_config.json of the tokenizer has no keys and values; mend it first"
+            )
         if settings.pop("chat_template", None) is not None:
             made["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     return made

@@ -15,7 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from largemerge.checkpoint.side_files import SideFiles, auto_tokenizer, has_tokenizer
+from transformers import GenerationConfig
+
+from largemerge.checkpoint.side_files import (
+    GENERATION_FILES,
+    PROCESSOR_FILES,
+    SideFiles,
+    auto_tokenizer,
+    has_tokenizer,
+)
+from largemerge.isolation import panics_as_errors
 from largemerge.tokenizer.tokenizers import Tokenizer
 
 TEXTS = (
@@ -62,7 +71,29 @@ def check_output_tokenizer(
                 (folder / path.name).symlink_to(path.absolute())
         (folder / "config.json").unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
-        return compare_tokenizers(folder, expected, trust_remote_code=trust_remote_code)
+        problems, notes = compare_tokenizers(folder, expected, trust_remote_code=trust_remote_code)
+        return [*_broken_files(folder, Path(made), side_files), *problems], notes
+
+
+def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[str]:
+    """Yields what is wrong with the files beside the tokenizer's that go into the output."""
+    for name in (*GENERATION_FILES, *PROCESSOR_FILES):
+        path = folder / name
+        source = side_files.files.get(str(path.relative_to(made)), path)
+        if not path.is_file():
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            yield f"{source} is not readable JSON: {_line(error)}; mend it, or take it away"
+            continue
+        if not isinstance(value, dict):
+            yield f"{source}: expected keys and values, found {str(value)[:60]}; mend it, or take it away"
+        elif name in GENERATION_FILES:
+            try:
+                GenerationConfig.from_dict(value)
+            except Exception as error:  # it checks its values in many ways
+                yield f"{source}: Transformers does not understand it: {_line(error)}; mend it, or take it away"
 
 
 def compare_tokenizers(
@@ -145,7 +176,8 @@ def _document_encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
 
 def _try(encode: Callable[[str], list[int]], text: str) -> list[int] | None:
     try:
-        return encode(text)
+        with panics_as_errors():
+            return encode(text)
     except Exception:  # as above
         return None
 

@@ -73,6 +73,8 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) 
     """
     try:
         loaded = auto_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{name}: {problem}" for problem in error.problems)) from None
     except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: the tokenizer in {folder} cannot be read: {first_line}") from None

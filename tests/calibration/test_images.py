@@ -180,7 +180,7 @@ def test_broken_images_are_told_at_once(complaint, folder):
     (folder / "c.webp").write_bytes(b"")
     (folder / "d.png").write_bytes(whole[: len(whole) - 20])
     problem = complaint(folder)
-    assert f"row 0: the image {folder / 'a.png'} cannot be opened: UnidentifiedImageError" in problem
+    assert f"row 0: the image {folder / 'a.png'} cannot be opened: it is none of PNG, JPEG" in problem
     assert f"row 2: the image {folder / 'c.webp'} cannot be opened" in problem
     assert f"row 3: the image {folder / 'd.png'} cannot be opened" in problem
 

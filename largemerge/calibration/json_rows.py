@@ -1,0 +1,119 @@
+"""Checks of JSON files with samples, before the library that makes a table of them sees them.
+
+    lines ──► an object each ──► right      a line that is none by itself ──► the whole file as values one after another
+
+The library (Arrow's reader, behind `datasets`) ends the process with a signal where the first row is `null`, or where
+brackets are nested some thousand deep; and it takes a list for a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MAX_DEPTH = 100
+"""Levels that a sample may be nested; the library takes fewer."""
+
+_SPACE = re.compile(r"\s*")
+_EXPECTED = 'expected an object such as {"text": ...}'
+
+
+def check_json_rows(path: Path) -> str | None:
+    """Says where a JSON file is at fault: with one object a line, objects one after another, or one list of them.
+
+    Args:
+        path: The file, `.jsonl` or `.json`.
+
+    Returns:
+        Which line is at fault, what was found and expected; `None` if nothing is.
+    """
+    status = path.stat()
+    return _check(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _check(path: Path, num_bytes: int, modified_ns: int) -> str | None:
+    """Checks a file; what came out is kept as long as its size and time stay the same."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if isinstance(row, list) and number == 1:
+                        return _problem_of_list(row, file.read())
+                    problem = _problem_of(row, line)
+                    if problem is not None:
+                        return f"line {number}: {problem}"
+    except json.JSONDecodeError as error:
+        return _check_whole(path, f"line {number}: not valid JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return f"line {number}: nested too deeply; {_EXPECTED}"
+    except UnicodeDecodeError as error:
+        return f"not readable as UTF-8 text: {error}"
+    except ValueError as error:  # a number of thousands of digits
+        return f"line {number}: {error}"
+    return None
+
+
+def _check_whole(path: Path, by_line: str) -> str | None:
+    """Reads values that may span lines; where the first is not valid either, what was found by lines is the answer."""
+    text = path.read_text(encoding="utf-8-sig")
+    place, count = _end_of_space(text, 0), 0
+    while place < len(text):
+        line = text.count("\n", 0, place) + 1
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            return (
+                by_line
+                if count == 0 and error.lineno == 1
+                else (f"line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}")
+            )
+        except RecursionError:
+            return f"line {line}: nested too deeply; {_EXPECTED}"
+        except ValueError as error:
+            return f"line {line}: {error}"
+        if isinstance(value, list) and count == 0:
+            return _problem_of_list(value, text[end:])
+        problem = _problem_of(value, text[place:end])
+        if problem is not None:
+            return f"line {line}: {problem}"
+        place, count = _end_of_space(text, end), count + 1
+    return None
+
+
+def _end_of_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return match.end() if match else place
+
+
+def _problem_of_list(rows: list[Any], rest: str) -> str | None:
+    if rest.strip():
+        return f"more text behind a list of samples: {rest.strip()[:40]!r}"
+    for place, row in enumerate(rows):
+        problem = _problem_of(row, json.dumps(row) if not isinstance(row, dict) else None)
+        if problem is not None:
+            return f"entry {place} of the list: {problem}"
+    return None
+
+
+def _problem_of(row: Any, text: str | None) -> str | None:
+    if not isinstance(row, dict):
+        return f"{_EXPECTED}, found {(text or repr(row)).strip()[:60]}"
+    if text is None or text.count("[") + text.count("{") > MAX_DEPTH:
+        return _depth_problem(row)
+    return None
+
+
+def _depth_problem(row: Any) -> str | None:
+    level = [row]
+    for _ in range(MAX_DEPTH):
+        inside = [list(each.values()) if isinstance(each, dict) else each for each in level]
+        level = [each for values in inside for each in values if isinstance(each, dict | list)]
+        if not level:
+            return None
+    return f"nested more than {MAX_DEPTH} levels deep; {_EXPECTED}"

@@ -1,0 +1,109 @@
+"""Checks of a `config.json` that come before any class is made of it: types that everyone relies on, and sizes.
+
+Classes check their own settings when they are built, each in its own way. What is checked here would be read by others
+first (`architectures`, `dtype`), or keep a class busy, or its memory growing, before it says anything: a
+million layers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from largemerge.errors import CheckpointError
+
+MAX_LAYERS, MAX_LABELS = 10_000, 2_000_000
+"""Largest numbers of layers and of labels that a config may ask for; no model has a tenth of either."""
+
+_LAYERS = re.compile(r"^(n|num)?_?(\w+_)?(layers?|blocks|depths?)$")
+_AT_LEAST_ONE = frozenset(("hidden_size", "d_model", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads"))
+_NOT_NEGATIVE = frozenset(("vocab_size", "intermediate_size", "d_ff", "num_key_value_heads", "num_labels", "head_dim"))
+_MAX_PROBLEMS, _MAX_DEPTH = 20, 100
+
+
+def check_config(config: Mapping[str, Any], name: str) -> None:
+    """Checks types and sizes of a config, whatever its class.
+
+    Args:
+        config: Contents of `config.json`.
+        name: What the user calls the checkpoint.
+
+    Raises:
+        CheckpointError: If values have another type than everyone expects, or sizes that no model has; it names all.
+    """
+    problems = [*_type_problems(config), *_value_problems(config, ())]
+    if problems:
+        raise CheckpointError(*(f"{name}: config.json: {problem}" for problem in problems[:_MAX_PROBLEMS]))
+
+
+def _type_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    checks: tuple[tuple[Sequence[str], Callable[[Any], bool], str], ...] = (
+        (("model_type",), lambda value: isinstance(value, str), "a name such as 'llama'"),
+        (("architectures",), _is_names, "a list of class names such as ['LlamaForCausalLM']"),
+        (("auto_map",), _is_auto_map, "names of classes such as {'AutoConfig': 'configuration_x.XConfig'}"),
+        (("dtype", "torch_dtype"), _is_dtype, "the name of a dtype such as 'bfloat16'"),
+        (("quantization_config",), lambda value: isinstance(value, Mapping), "keys and values"),
+        (("id2label", "label2id"), lambda value: isinstance(value, Mapping), "keys and values"),
+    )
+    for keys, is_right, expected in checks:
+        for key in keys:
+            value = config.get(key)
+            if value is not None and not is_right(value):
+                yield f"{key}: expected {expected}, found {_shown(value)}"
+    labels = config.get("id2label")
+    if isinstance(labels, Mapping):
+        wrong = [key for key in labels if not re.fullmatch(r"-?[0-9]{1,12}", str(key))]
+        if wrong:
+            yield f"id2label: expected numbers and their labels, found {_shown(wrong[0])} for a number"
+
+
+def _value_problems(part: Any, path: tuple[str, ...]) -> Iterator[str]:
+    """Yields what is wrong with the values of a config and of those inside it."""
+    if len(path) > _MAX_DEPTH:
+        yield f"{'.'.join(path[:3])}…: nested more than {_MAX_DEPTH} levels deep"
+        return
+    for key, value in part.items() if isinstance(part, Mapping) else enumerate(part):
+        here = (*path, str(key))
+        if isinstance(value, Mapping | list):
+            yield from _value_problems(value, here)
+        elif isinstance(value, float) and math.isnan(value):
+            yield f"{'.'.join(here)}: expected a number, found NaN"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            of_list = next((each for each in reversed(here) if not each.isdecimal()), "")
+            problem = _size_problem(of_list, value)
+            if problem is not None:
+                yield f"{'.'.join(here)}: {problem}"
+
+
+def _size_problem(key: str, value: int) -> str | None:
+    if abs(value) >= 1 << 63:
+        return f"expected a number of 64 bits, found one of {value.bit_length()}"
+    if key in _AT_LEAST_ONE and value < 1:
+        return f"expected 1 or more, found {value}"
+    if key in _NOT_NEGATIVE and value < 0:
+        return f"expected 0 or more, found {value}"
+    most = MAX_LABELS if key == "num_labels" else MAX_LAYERS if _LAYERS.match(key) else None
+    return f"expected at most {most}, found {value}" if most is not None and value > most else None
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_auto_map(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    named = [each for entry in value.values() for each in (entry if isinstance(entry, list) else [entry])]
+    return all(each is None or isinstance(each, str) for each in named)
+
+
+def _is_dtype(value: Any) -> bool:
+    named = list(value.values()) if isinstance(value, Mapping) else [value]
+    return all(isinstance(each, str) for each in named)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
