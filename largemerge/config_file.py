@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from largemerge.errors import ConfigError
+from largemerge.units import gib as gib
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -71,13 +72,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"{text!r}: expected a size such as 5GB, 500MB or 2GiB")
     return size
-
-
-def gib(num_bytes: float) -> str:
-    """Formats a size in bytes with a unit that suits it: `1.5 KiB`, `20.0 MiB`, `3.25 GiB`."""
-    if num_bytes < 2**20:
-        return f"{num_bytes / 2**10:.1f} KiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _check_size(value: object) -> object:

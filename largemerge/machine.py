@@ -21,6 +21,7 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 _INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
+_BASELINE_STEP = 32 << 20
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 
 
@@ -79,6 +80,22 @@ def memory_in_use(device: torch.device) -> MemoryUse:
     total = psutil.Process().memory_info().rss
     on_device = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     return MemoryUse(_anonymous_bytes(total), total, on_device)
+
+
+def baseline_bytes(device: torch.device, at_least: int, held: int = 0) -> int:
+    """Anonymous memory of this process before the work, the same for a plan and for the merge after it.
+
+    Two processes that do the same differ by a megabyte or so, by the order in which they were given memory. So the
+    measured number is rounded up to a coarse step, and counts only where it is above what such a process always has.
+
+    Args:
+        device: The device that computes; its libraries have been loaded.
+        at_least: Bytes that a process has that imported what the merge needs.
+        held: Bytes of it that a plan counts on their own, such as data that has been read already.
+    """
+    measured = memory_in_use(device).host_anonymous - held
+    step = _BASELINE_STEP if measured < 1 << 30 else 4 * _BASELINE_STEP
+    return max(at_least, -(-measured // step) * step)
 
 
 def free_on_gpu(device: torch.device, local_ranks: int) -> int:

@@ -69,12 +69,15 @@ class CalibrationSet:
     Attributes:
         name: Name of the candidate.
         batches: All batches.
-        fingerprint: A hash that changes whenever data, tokenizer or settings change what the model sees.
+        fingerprint: A hash that changes whenever data, tokenizer or settings change what the model sees; empty where
+            the batches have shapes alone.
+        estimated: What a plan takes to be so, in words, where not all samples have been read; else empty.
     """
 
     name: str
     batches: tuple[Batch, ...]
     fingerprint: str
+    estimated: str = ""
 
     @property
     def num_samples(self) -> int:

@@ -23,6 +23,7 @@ import torch
 
 from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration, outline_from_config
 from largemerge.calibration.batches import mmap_inputs, split_batches
+from largemerge.calibration.survey import is_made_up, survey_calibration, without_contents
 from largemerge.checkpoint.index import Checkpoint, shared_folders
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
@@ -84,8 +85,25 @@ def plan_regression(
         machines = Machines(choose_device(device), num_ranks, num_ranks)
     inputs = open_inputs(config, from_config=from_config)
     outlines = read_all(config, inputs, outline_from_config if from_config else outline_calibration)
-    planned = make_plan(config, inputs, machines, outlines)
-    return forecast(planned, outlines, machines, probe=probe and not from_config)
+    calibration = None if from_config else read_all(config, inputs, survey_calibration, _mapped(config, inputs))
+    planned = make_plan(config, inputs, machines, outlines, calibration)
+    if calibration is not None:
+        real = [data for data in calibration if not is_made_up(data)]
+        misfits = check_samples(inputs.skeleton, planned.trace, real, any_ids=inputs.tokens is not None)
+        planned = replace(planned, plan=replace(planned.plan, problems=(*misfits, *planned.plan.problems)))
+    return forecast(planned, outlines, calibration, machines, probe=probe and not from_config)
+
+
+def _mapped(config: MergeConfig, inputs: Inputs) -> Callable[[CalibrationSet], CalibrationSet]:
+    """Makes what gives a plan's data the output's token ids, and lets go of pixels, of which only shapes matter."""
+    tokens = inputs.tokens
+
+    def transform(data: CalibrationSet) -> CalibrationSet:
+        if tokens is not None and not is_made_up(data):
+            data = tokens.map_ids(data, takes_unknown=config.method.inputs == "candidate")
+        return without_contents(data)
+
+    return transform
 
 
 def merge_by_regression(

@@ -10,7 +10,6 @@ run makes the same one.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from largemerge.checkpoint.locate import existing_folder
-from largemerge.config_file import gib
+from largemerge.checkpoint.room import free_bytes
 from largemerge.machine import free_on_gpu, memory_in_use
 from largemerge.regression.config import MemoryConfig
 from largemerge.regression.planning.cost import NOMINAL_RATES, estimate_seconds
 from largemerge.regression.planning.workload import BlockNumbers, OffloadTo, PassNumbers, Placement, Workload
+from largemerge.units import gib
 
 _BITSANDBYTES_BITS = 8.5  # a byte, and a float32 scale for every 64
 _MARGIN = 0.95  # of what is free now, where the user has set no limit
@@ -260,7 +259,7 @@ def _limit_words(is_set: bool) -> str:
 
 
 def _free_disk(scratch: Path | None) -> int | None:
-    return None if scratch is None else shutil.disk_usage(existing_folder(scratch)).free
+    return None if scratch is None else free_bytes(scratch)
 
 
 def _problems(
