@@ -7,9 +7,9 @@
 
 Every merge is planned and run by the command line, each in a process of its own, without a limit of memory. Models
 have random weights and a tokenizer that is trained on the spot; texts are words of a made-up language, pictures are
-noise. `peak` is anonymous memory of the process, as the plan says it and as `merge_report.json` has it; `time` is that of
-the work, without imports and preparation. With `--edges`, ten limits from 4 MiB below to 4 MiB above the smallest that
-fits are given to both, and the exit codes must be equal. Ends with one line of JSON.
+noise. Memory is anonymous memory of the process, as the plan says it and as `merge_report.json` has it; time is that
+of the work, without imports and preparation. With `--edges`, ten limits from 4 MiB below to 4 MiB above the smallest
+that fits are given to both, and the exit codes must be equal. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -153,8 +153,14 @@ VOCABULARY = {"tiny": 600, "30m": 16000, "135m": 49152}
 
 
 def _llama(size: str) -> LlamaForCausalLM:
-    config = LlamaConfig(**LLAMA_SIZES[size], num_key_value_heads=LLAMA_SIZES[size]["num_attention_heads"],
-                         vocab_size=VOCABULARY[size], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = LlamaConfig(
+        **LLAMA_SIZES[size],
+        num_key_value_heads=LLAMA_SIZES[size]["num_attention_heads"],
+        vocab_size=VOCABULARY[size],
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -313,7 +319,7 @@ def _write_adapter(folder: Path, name: str, number: int) -> Path:
 
 
 CASES = (
-    Case("RegMean++, Llama tiny, 61 short texts of 256 asked for", texts("regmean_plusplus", "tiny", rows=61, words=9), True),
+    Case("RegMean++, Llama tiny, 61 texts of 256 wanted", texts("regmean_plusplus", "tiny", rows=61, words=9), True),
     Case("RegMean++, Llama 30M, long texts", texts("regmean_plusplus", "30m", rows=64, words=400)),
     Case("RegMean, Llama 30M, 4 models", texts("regmean", "30m", k=4)),
     Case("RegMean++, Llama 135M, bfloat16", texts("regmean_plusplus", "135m", k=3, dtype="bfloat16", rows=24)),

@@ -7,10 +7,12 @@ total, with pages of mapped files, which the kernel may drop at any time. Limits
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -85,7 +87,7 @@ def memory_in_use(device: torch.device) -> MemoryUse:
 def baseline_bytes(device: torch.device, at_least: int, held: int = 0) -> int:
     """Anonymous memory of this process before the work, the same for a plan and for the merge after it.
 
-    Two processes that do the same differ by a megabyte or so, by the order in which they were given memory. So the
+    Freed memory goes back to the system first. Two processes that do the same still differ by a megabyte or so. So the
     measured number is rounded up to a coarse step, and counts only where it is above what such a process always has.
 
     Args:
@@ -93,6 +95,9 @@ def baseline_bytes(device: torch.device, at_least: int, held: int = 0) -> int:
         at_least: Bytes that a process has that imported what the merge needs.
         held: Bytes of it that a plan counts on their own, such as data that has been read already.
     """
+    gc.collect()
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
     measured = memory_in_use(device).host_anonymous - held
     step = _BASELINE_STEP if measured < 1 << 30 else 4 * _BASELINE_STEP
     return max(at_least, -(-measured // step) * step)
@@ -122,17 +127,18 @@ def reuse_freed_memory(*, sparingly: bool) -> None:
     command, not for a program that imports us.
 
     Args:
-        sparingly: Return freed memory to the system from 8 MiB on, not from 32 MiB on: for merges that must stay
-            within little memory.
+        sparingly: Return freed memory to the system from 1 MiB on, not from 32 MiB on: for merges that must stay
+            within little memory, and for those that keep small tensors for a while between larger ones, which would
+            leave holes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    largest_reused = (8 if sparingly else 32) << 20  # glibc takes no more than 32 MiB
+    largest_reused = (1 if sparingly else 32) << 20  # glibc takes no more than 32 MiB
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_THRESHOLD, largest_reused)
-    mallopt(_M_TRIM_THRESHOLD, 4 * largest_reused)
+    mallopt(_M_TRIM_THRESHOLD, max(32 << 20, 4 * largest_reused))
 
 
 class MemoryWatch:

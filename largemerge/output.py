@@ -28,6 +28,7 @@ from typing import Any
 from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
+from largemerge.checkpoint.room import INTERMEDIATE_FOLDER as INTERMEDIATE_FOLDER
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.side_files import remove_side_files
 from largemerge.checkpoint.tensor_files import SafetensorsFile
@@ -38,8 +39,6 @@ from largemerge.errors import LargemergeError, MergeError, OutputError
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
-INTERMEDIATE_FOLDER = "intermediate"
-"""Folder in the working folder, for results of merges that this one is made of."""
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json", "adapter_config.json")
 
 

@@ -102,6 +102,12 @@ class CalibrationOutline:
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]
     examples: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def floating_bytes(self) -> int:
+        """Bytes of all inputs in floating point, at most."""
+        shapes = ((shape, dtype) for shape, dtype in self.inputs.values() if dtype.is_floating_point)
+        return self.num_samples * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
 
 @dataclass(frozen=True)
 class Sample:

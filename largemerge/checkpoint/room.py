@@ -15,6 +15,11 @@ from pathlib import Path
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.units import gib
 
+BYTES_OF_REPORT = 2 << 10
+"""Bytes of report, index and headers, for every tensor."""
+INTERMEDIATE_FOLDER = "intermediate"
+"""Folder in the working folder, for results of merges that this one is made of."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -24,7 +29,8 @@ class Need:
         path: Folder that it will lie in, which need not be there yet.
         num_bytes: Bytes that it will take.
         what: Words for it, in a message.
-        reuses: Folder whose files are part of it already, or go before it is written; `None` if there is none.
+        reuses: Folder whose files are part of it already, or go before it is written, but for results of earlier
+            merges in it; `None` if there is none.
     """
 
     path: Path
@@ -69,9 +75,11 @@ def free_bytes(path: Path) -> int | None:
 
 
 def allocated_bytes(folder: Path) -> int:
-    """Bytes of disk that the files in a folder take; 0 where there is none."""
+    """Bytes of disk that the files in a folder take, without results of earlier merges; 0 where there is none."""
     total = 0
-    for parent, _, names in os.walk(folder, onerror=lambda _: None):
+    for parent, folders, names in os.walk(folder, onerror=lambda _: None):
+        if INTERMEDIATE_FOLDER in folders and Path(parent) == folder:
+            folders.remove(INTERMEDIATE_FOLDER)
         for name in names:
             try:
                 total += os.lstat(os.path.join(parent, name)).st_blocks * 512

@@ -28,6 +28,7 @@ from largemerge.checkpoint.index import Checkpoint, shared_folders
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
+from largemerge.checkpoint.room import Need, room_problems
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_shards
 from largemerge.devices import choose_device
 from largemerge.distributed.collectives import SHARED_BYTES, AsyncCollectives, open_collectives
@@ -241,6 +242,11 @@ def _plan_with_data(
 ) -> tuple[PlannedMerge, tuple[CalibrationSet, ...]]:
     """Reads all candidates' data and plans with it; raises where data or plan have problems."""
     outlines = read_all(config, inputs, outline_calibration)
+    if config.memory.maps_inputs:
+        needed = sum(outline.floating_bytes for outline in outlines)
+        room = room_problems([Need(_mapped_folder(config, out), needed, "pixels and the like")])
+        if room:
+            raise LargemergeError(*room)
     calibration = read_all(config, inputs, load_calibration, _transform(config, inputs, out))
     machines = Machines(device, ranks.size, ranks.local_size)
     planned = make_plan(config, inputs, machines, outlines, calibration, out)
@@ -259,7 +265,7 @@ def _transform(config: MergeConfig, inputs: Inputs, out: Path) -> Callable[[Cali
     tokens, maps = inputs.tokens, config.memory.maps_inputs
     if tokens is None and not maps:
         return None
-    folder = existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
+    folder = _mapped_folder(config, out)
 
     def transform(data: CalibrationSet) -> CalibrationSet:
         if tokens is not None:
@@ -267,6 +273,11 @@ def _transform(config: MergeConfig, inputs: Inputs, out: Path) -> Callable[[Cali
         return mmap_inputs(data, folder) if maps else data
 
     return transform
+
+
+def _mapped_folder(config: MergeConfig, out: Path) -> Path:
+    """The folder of the mapped files of calibration inputs."""
+    return existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
 
 
 def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:

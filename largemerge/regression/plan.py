@@ -9,6 +9,7 @@ What makes the merge impossible is collected in `problems`, all at once; `merge`
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.calibration.config import CalibrationDefaults
 from largemerge.calibration.survey import held_bytes, is_made_up
 from largemerge.checkpoint.index import Checkpoint
-from largemerge.checkpoint.room import Need, room_problems
+from largemerge.checkpoint.room import BYTES_OF_REPORT, Need, room_problems
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name
 from largemerge.config_file import WARNING, strict_problems
@@ -72,10 +73,8 @@ from largemerge.regression.tensor_plan import (
 from largemerge.regression.tokens import Tokens
 from largemerge.units import counted, duration, gib, operations
 
-PROCESS_BYTES = 368 << 20
-"""Anonymous memory of a process, at the least, that has imported what a regression merge needs and opened its data."""
-BYTES_OF_REPORT = 2 << 10
-"""Of report, index and headers, for every tensor."""
+PROCESS_BYTES, TABLES_BYTES = 304 << 20, 64 << 20
+"""Anonymous memory of a process, at the least, that has imported what a regression merge needs, and `datasets`."""
 _MAX_RANK_ROWS = 8  # in the table of a plan
 _MEMORY_TRIPS, _LOCAL_LATENCY = 5, 0.5e-3  # of a byte between processes of one machine: copied, and added up
 
@@ -441,7 +440,7 @@ def measure_process_bytes(machines: Machines, work: Workload, calibration: Seque
         return machines.cluster.process_bytes
     warm_up(machines.device, lambda: compute_a_little(machines.device))
     held = min(work.input_bytes, sum(map(held_bytes, calibration or ())))
-    return baseline_bytes(machines.device, PROCESS_BYTES, held)
+    return baseline_bytes(machines.device, PROCESS_BYTES + (TABLES_BYTES if "datasets" in sys.modules else 0), held)
 
 
 def _choose_placement(
