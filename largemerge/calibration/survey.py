@@ -162,12 +162,18 @@ def _streamed(config: CalibrationConfig, where: str, path: Path) -> list[dict[st
 
 
 def _sample_shapes(data: CalibrationSet) -> list[_Shapes]:
-    """Shapes of every sample, padding included."""
-    return [
-        {name: (tuple(x.shape[1:]), x.dtype) for name, x in batch.inputs.items()}
-        for batch in data.batches
-        for _ in range(batch.num_samples)
-    ]
+    """Shapes of every sample, without the padding of its batch."""
+    return [_shapes_of(batch, index) for batch in data.batches for index in range(batch.num_samples)]
+
+
+def _shapes_of(batch: Batch, index: int) -> _Shapes:
+    """Shapes of one sample of a batch: as long as the mask of its tokens says, if there is one."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, x in batch.inputs.items():
+        mask = batch.inputs.get("decoder_attention_mask" if name.startswith("decoder_") else "attention_mask")
+        masked = mask is not None and x.shape == mask.shape
+        found[name] = ((int(mask[index].sum()),) if masked and mask is not None else tuple(x.shape[1:]), x.dtype)
+    return found
 
 
 def _made_up(name: str, samples: list[_Shapes], count: int, batch_size: int, estimated: str) -> CalibrationSet:

@@ -72,7 +72,7 @@ def test_many_samples_are_as_long_as_some(make_config, checkpoint, text_signatur
 def test_a_field_that_is_not_there(data, make_config, checkpoint, text_signature, monkeypatch, large):
     if large:
         monkeypatch.setattr(survey, "MAX_BYTES", 10)
-    with pytest.raises(CalibrationError, match="text_field: no column 'txet'; the columns are .*did you mean 'text'"):
+    with pytest.raises(CalibrationError, match=r"text_field: no column 'txet'; the columns are .*did you mean 'text'"):
         survey_calibration(make_config(data, text_field="txet"), "math", checkpoint, text_signature)
 
 

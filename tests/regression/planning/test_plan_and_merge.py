@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from cases import Case, MakeCase
-from tokenized import ENGLISH, train
+from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import largemerge
@@ -22,9 +23,9 @@ MIB = 2**20
 def texts(make_case: MakeCase) -> Case:
     """Two llamas with a tokenizer and 61 short texts each."""
     case = make_case()
-    tokenizer: Any = PreTrainedTokenizerFast(
-        tokenizer_object=train("BPE", ENGLISH, 64), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    words = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "models": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     for number, entry in enumerate(case.config["models"]):
         tokenizer.save_pretrained(entry["model"])
         rows = [{"text": " ".join(["the models"] * (1 + row % (2 + number)))} for row in range(61)]
@@ -32,11 +33,6 @@ def texts(make_case: MakeCase) -> Case:
         path.write_text("\n".join(map(json.dumps, rows)))
         entry["calibration"] = {"data": str(path)}
     return case
-
-
-def with_vocabulary_of(texts: Case) -> Case:
-    texts.config["models"] = [dict(entry) for entry in texts.config["models"]]
-    return texts
 
 
 def test_plan_and_merge_agree(texts: Case) -> None:
@@ -66,7 +62,7 @@ def test_fewer_samples_than_asked_for(texts: Case) -> None:
 
 def test_a_wrong_field_is_refused_by_the_plan(texts: Case) -> None:
     texts.config["models"][1]["calibration"]["text_field"] = "txt"
-    with pytest.raises(LargemergeError, match="model1.*text_field: no column 'txt'; the columns are") as planned:
+    with pytest.raises(LargemergeError, match=r"model1.*text_field: no column 'txt'; the columns are") as planned:
         largemerge.plan(texts.config, probe=False)
     with pytest.raises(LargemergeError) as merged:
         largemerge.merge(texts.config, texts.folder / "out")
@@ -92,8 +88,8 @@ def test_too_little_room_on_the_disk(texts: Case, monkeypatch: pytest.MonkeyPatc
 
 
 def test_too_little_room_without_data(make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [{"model": entry["model"], "parameters": {"weight": 1.0}} for entry in make_case().config["models"]]
-    config = {"merge_method": "linear", "models": models}
+    entries = [{"model": entry["model"], "parameters": {"weight": 1.0}} for entry in make_case().config["models"]]
+    config = {"merge_method": "linear", "models": entries}
     whole = largemerge.plan(config, probe=False).bytes_written
     free = whole // 2
     monkeypatch.setattr(room, "free_bytes", lambda _: free)
