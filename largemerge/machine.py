@@ -23,6 +23,8 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 _INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
+KERNEL_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+"""Environment variable of oneDNN, which keeps a kernel for each shape of a product that it has seen."""
 _BASELINE_STEP = 32 << 20
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 
@@ -101,6 +103,12 @@ def baseline_bytes(device: torch.device, at_least: int, held: int = 0) -> int:
     measured = memory_in_use(device).host_anonymous - held
     step = _BASELINE_STEP if measured < 1 << 30 else 4 * _BASELINE_STEP
     return max(at_least, -(-measured // step) * step)
+
+
+def kernels_kept() -> int:
+    """Number of kernels that oneDNN keeps, at most."""
+    value = os.environ.get(KERNEL_CACHE, "")
+    return int(value) if value.isdecimal() else 1024
 
 
 def free_on_gpu(device: torch.device, local_ranks: int) -> int:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from largemerge.machine import memory_in_use
+from largemerge.units import duration
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 _MIN_TIMELINE_SECONDS = 0.001  # the timeline leaves out what is shorter
@@ -90,15 +91,9 @@ class StepBar:
             self._bar.update(self._task, completed=self._done, description=text, more=more())
         elif now - self._last_line >= _PLAIN_INTERVAL_SECONDS:
             self._last_line = now
-            left = _clock_time((now - self._start) * (self._total - self._done) / self._done)
+            left = duration((now - self._start) * (self._total - self._done) / self._done)
             shown = ", ".join(part for part in (text, more(), f"{left} left") if part)
             self._console.print(f"{100 * self._done / self._total:3.0f}% {shown}", highlight=False, soft_wrap=True)
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class RunProgress:

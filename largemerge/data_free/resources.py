@@ -25,7 +25,6 @@ import torch
 
 from largemerge.checkpoint.direct_io import with_rounding
 from largemerge.checkpoint.tensor_info import kinds_of_names
-from largemerge.config_file import gib
 from largemerge.data_free import loader
 from largemerge.data_free.config import MemoryLimits
 from largemerge.data_free.loader import KEPT_BYTES, is_factored, worker_bytes
@@ -34,6 +33,7 @@ from largemerge.data_free.tasks import OutputTasks, Task
 from largemerge.devices import CPU, choose_device, warm_up
 from largemerge.distributed.ranks import Ranks, device_of_rank
 from largemerge.machine import baseline_bytes, free_on_gpu
+from largemerge.units import counted, gib
 
 PROCESS_BYTES = 320 << 20
 """Anonymous memory of a process, at the least, that has imported what a data-free merge needs."""
@@ -193,7 +193,7 @@ def _describe_shortage(method: str, wanted: Resources, chosen: Resources, allowe
         needed += f" and {gib(wanted.device_bytes)} on {device}"
         allowed += f" and {gib(chosen.accelerator.max_bytes)} on {device}"
     return (
-        f"{method} would hold {needed} with {wanted.num_workers} workers, and may hold {allowed}; workers at a time: "
+        f"{method} would hold {needed} with {counted(wanted.num_workers, 'worker')}, and may hold {allowed}; workers at a time: "
         f"{chosen.num_workers}{twice}"
     )
 

@@ -504,7 +504,7 @@ def _nothing_to_solve(inputs: Inputs, tensors: Sequence[TensorPlan]) -> str:
     """Says so, and why the weights of linears are not solved."""
     linears = {f"{path}.weight" for path in linears_in(inputs.skeleton.model)}
     reasons = Counter(plan.reason for plan in tensors if plan.name in linears)
-    found = "; ".join(f"{reason} ({count} linears)" for reason, count in reasons.most_common())
+    found = "; ".join(f"{reason} ({counted(count, 'linear')})" for reason, count in reasons.most_common())
     return (
         "nothing is left to solve: no linear of a block passes parameters.include and .exclude, or can be solved: "
         f"{found}; change the patterns, or use a method that needs no data"
@@ -516,7 +516,8 @@ def _unreached(inputs: Inputs, trace: ModelTrace) -> Iterator[str]:
     for stack, traced in zip(inputs.skeleton.stacks, trace.stacks, strict=True):
         unreached = [str(index) for index, runs in enumerate(traced.runs) if runs == 0]
         if unreached:
-            which = f"blocks {', '.join(unreached)}" if any(traced.runs) else f"all {len(unreached)} blocks"
+            some = f"block{'s' if len(unreached) > 1 else ''} {', '.join(unreached)}"
+            which = some if any(traced.runs) else f"all {counted(len(unreached), 'block')}"
             yield (
                 f"the calibration data does not reach {which} of {stack.name}: their tensors are averaged; give data "
                 "that does (pixels, sounds, ready-made tensors) to have their linears solved"
@@ -591,7 +592,8 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
     ]
     if unwritten:
         notes.append(
-            f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}"
+            f"no candidate has {counted(len(unwritten), 'tensor')} of the class, and neither will the output: "
+            f"{unwritten[:3]}"
         )
     labels = {label for plan in tensors for label in tensor_labels(inputs.reference_mapping, plan.name)}
     if inputs.heads is not None:
@@ -605,7 +607,8 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
         extra = sorted(set(names.unmapped) - set(written))
         if extra:
             notes.append(
-                f"{checkpoint.name}: {len(extra)} tensors that the model class does not know are left out: {extra[:3]}"
+                f"{checkpoint.name}: {counted(len(extra), 'tensor')} that the model class does not know "
+                f"{'is' if len(extra) == 1 else 'are'} left out: {extra[:3]}"
             )
     return notes
 
