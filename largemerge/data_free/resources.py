@@ -193,8 +193,8 @@ def _describe_shortage(method: str, wanted: Resources, chosen: Resources, allowe
         needed += f" and {gib(wanted.device_bytes)} on {device}"
         allowed += f" and {gib(chosen.accelerator.max_bytes)} on {device}"
     return (
-        f"{method} would hold {needed} with {counted(wanted.num_workers, 'worker')}, and may hold {allowed}; workers at a time: "
-        f"{chosen.num_workers}{twice}"
+        f"{method} would hold {needed} with {counted(wanted.num_workers, 'worker')}, and may hold {allowed}; "
+        f"workers at a time: {chosen.num_workers}{twice}"
     )
 
 
