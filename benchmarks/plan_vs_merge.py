@@ -397,9 +397,8 @@ def edges(case: Case, folder: Path) -> dict[str, Any]:
 def _smallest_limit(config: Path) -> int:
     """The number of bytes that a plan with a limit of 1 MiB says would do."""
     plan = json.loads(_run("plan", config, "--no-probe", "--json", "--memory-host", MIB).stdout)
-    if isinstance(plan["peak_bytes"], dict):
-        return int(plan["peak_bytes"]["host"])
-    return int(plan["smallest_bytes"])
+    peak = plan["peak_bytes"]
+    return int(peak["host"] if isinstance(peak, dict) else peak)
 
 
 def _written(case: Case, folder: Path) -> Path:
