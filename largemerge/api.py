@@ -295,7 +295,7 @@ def plan(
     memory: Memory | None = None,
     strict: bool = False,
 ) -> MergePlan | DataFreePlan | SeriesPlan:
-    """Plans a merge from configs and headers alone; no weight and no sample is read.
+    """Plans a merge from configs, headers and calibration data; no weight is read, and of large data some rows.
 
     Args:
         config: A path, a mapping, or a configuration that has been read.

@@ -269,6 +269,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # By default 1024, of half a megabyte each: as many as there are batches of unlike lengths, times their products.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 COMMANDS = {"merge": _merge, "plan": _plan, "verify": _verify, "demo": _demo}

@@ -30,6 +30,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from largemerge.errors import ConfigError
+from largemerge.units import gib
 
 _MAX_FILE_BYTES = 1 << 20  # takes some ten seconds at most; configurations of hundreds of layers have a tenth of it
 _MAX_VALUES, _MAX_DEPTH, _MAX_DOCUMENTS = 200_000, 50, 1000
@@ -105,13 +106,6 @@ def size_in_bytes(size: object) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _MAX_SIZE:
         raise ValueError(f"{shown(size)}: expected a size such as 5GB, 500MB or 2GiB, or a number of bytes from 1 on")
     return size
-
-
-def gib(num_bytes: float) -> str:
-    """Formats a size in bytes with a unit that suits it: `1.5 KiB`, `20.0 MiB`, `3.25 GiB`."""
-    if num_bytes < 2**20:
-        return f"{num_bytes / 2**10:.1f} KiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _check_size(value: object) -> object:

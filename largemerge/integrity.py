@@ -22,11 +22,11 @@ from largemerge.checkpoint.digests import ALGORITHM, digest_of_bytes, digest_of_
 from largemerge.checkpoint.index import open_checkpoint
 from largemerge.checkpoint.sentence_modules import transformer_folder, without_modules
 from largemerge.checkpoint.tensor_files import SafetensorsFile
-from largemerge.config_file import gib
 from largemerge.errors import CheckpointError, LargemergeError, OutputError
 from largemerge.model.output_check import try_loading
 from largemerge.output import REPORT_FILE, WORKING_FOLDER
 from largemerge.text_files import read_json
+from largemerge.units import gib
 
 _NUM_READERS = 4
 _MAX_PROBLEMS = 20

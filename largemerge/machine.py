@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import gc
 import importlib.metadata
 import os
 import platform
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,9 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 _INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
 _ABANDONED_SECONDS = 120.0  # a scratch folder gets its lock right after it is made
+KERNEL_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+"""Environment variable of oneDNN, which keeps a kernel for each shape of a product that it has seen."""
+_BASELINE_STEP = 32 << 20
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 
 
@@ -91,6 +95,31 @@ def memory_in_use(device: torch.device) -> MemoryUse:
     return MemoryUse(_anonymous_bytes(total), total, on_device)
 
 
+def baseline_bytes(device: torch.device, at_least: int, held: int = 0) -> int:
+    """Anonymous memory of this process before the work, the same for a plan and for the merge after it.
+
+    Freed memory goes back to the system first. Two processes that do the same still differ by a megabyte or so. So the
+    measured number is rounded up to a coarse step, and counts only where it is above what such a process always has.
+
+    Args:
+        device: The device that computes; its libraries have been loaded.
+        at_least: Bytes that a process has that imported what the merge needs.
+        held: Bytes of it that a plan counts on their own, such as data that has been read already.
+    """
+    gc.collect()
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
+    measured = memory_in_use(device).host_anonymous - held
+    step = _BASELINE_STEP if measured < 1 << 30 else 4 * _BASELINE_STEP
+    return max(at_least, -(-measured // step) * step)
+
+
+def kernels_kept() -> int:
+    """Number of kernels that oneDNN keeps, at most."""
+    value = os.environ.get(KERNEL_CACHE, "")
+    return int(value) if value.isdecimal() else 1024
+
+
 def free_on_gpu(device: torch.device, local_ranks: int) -> int:
     """Bytes that are free for each of `local_ranks` processes, spread evenly over this machine's GPUs."""
     return int(torch.cuda.mem_get_info(device)[0]) // -(-local_ranks // torch.cuda.device_count())
@@ -115,17 +144,18 @@ def reuse_freed_memory(*, sparingly: bool) -> None:
     command, not for a program that imports us.
 
     Args:
-        sparingly: Return freed memory to the system from 8 MiB on, not from 32 MiB on: for merges that must stay
-            within little memory.
+        sparingly: Return freed memory to the system from 1 MiB on, not from 32 MiB on: for merges that must stay
+            within little memory, and for those that keep small tensors for a while between larger ones, which would
+            leave holes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    largest_reused = (8 if sparingly else 32) << 20  # glibc takes no more than 32 MiB
+    largest_reused = (1 if sparingly else 32) << 20  # glibc takes no more than 32 MiB
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_THRESHOLD, largest_reused)
-    mallopt(_M_TRIM_THRESHOLD, 4 * largest_reused)
+    mallopt(_M_TRIM_THRESHOLD, max(32 << 20, 4 * largest_reused))
 
 
 @contextmanager

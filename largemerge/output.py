@@ -36,6 +36,7 @@ from largemerge.checkpoint.digests import ALGORITHM, digest_of_bytes, digest_of_
 from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
+from largemerge.checkpoint.room import INTERMEDIATE_FOLDER as INTERMEDIATE_FOLDER
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.side_files import SideFiles, remove_checkpoint
 from largemerge.checkpoint.tensor_files import SafetensorsFile
@@ -47,8 +48,6 @@ from largemerge.machine import scratch_folder
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
-INTERMEDIATE_FOLDER = "intermediate"
-"""Folder in the working folder, for results of merges that this one is made of."""
 REPORT_FILE = "merge_report.json"
 """The report of a finished merge, with the digests of its files."""
 _SIDE_FOLDER, _FINISHING = "side", "finishing"

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.status import Status
 
 from largemerge.log import LOGGER, STAGES, stage
+from largemerge.units import duration
 
 if TYPE_CHECKING:
     import torch
@@ -156,15 +157,9 @@ class StepBar:
             self._bar.update(self._task, completed=self._done, description=text, more=more())
         elif now - self._last_line >= _PLAIN_INTERVAL_SECONDS:
             self._last_line = now
-            left = _clock_time((now - self._start) * (self._total - self._done) / self._done)
+            left = duration((now - self._start) * (self._total - self._done) / self._done)
             shown = ", ".join(part for part in (text, more(), f"{left} left") if part)
             self._console.print(f"{100 * self._done / self._total:3.0f}% {shown}", highlight=False, soft_wrap=True)
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class RunProgress:

@@ -262,7 +262,7 @@ def test_plain_lines_where_there_is_no_terminal(
     lines = [line for line in outcome.err.splitlines() if "steps/s" in line]
     what = r"(outside|collect|solve|forward) (\S+)( \(\d/4\))?( model[01])?"
     held = rf"[\d.]+ GiB(?: \+ [\d.]+ GiB on {auto_device()})?"
-    pattern = rf" *(\d+)% {what}, [\d.]+ steps/s, {held}, \d+:\d\d left"
+    pattern = rf" *(\d+)% {what}, [\d.]+ steps/s, {held}, \d[\d.]* (s|min|h)( \d+ (s|min))? left"
     matches = [re.fullmatch(pattern, line) for line in lines]
     assert all(matches), lines
     percent = [int(match[1]) for match in matches if match]

@@ -4,6 +4,7 @@ Regression methods run each candidate on a little of its own data, to see which 
 `load_calibration` reads that data; `outline_calibration` says beforehand, without reading it, how large it will be.
 
     load.py           the ways in, as lists of steps: read, outline, outline from the configuration alone
+    survey.py         what the data will be, found out in bounded time, for plans
     config.py         settings
     sources.py        a file, a folder or a Hub id becomes a table
     columns.py        columns and rows of the table become samples

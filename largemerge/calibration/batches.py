@@ -69,12 +69,15 @@ class CalibrationSet:
     Attributes:
         name: Name of the candidate.
         batches: All batches.
-        fingerprint: A hash that changes whenever data, tokenizer or settings change what the model sees.
+        fingerprint: A hash that changes whenever data, tokenizer or settings change what the model sees; empty where
+            the batches have shapes alone.
+        estimated: What a plan takes to be so, in words, where not all samples have been read; else empty.
     """
 
     name: str
     batches: tuple[Batch, ...]
     fingerprint: str
+    estimated: str = ""
 
     @property
     def num_samples(self) -> int:
@@ -98,6 +101,12 @@ class CalibrationOutline:
     batch_size: int
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]
     examples: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def floating_bytes(self) -> int:
+        """Bytes of all inputs in floating point, at most."""
+        shapes = ((shape, dtype) for shape, dtype in self.inputs.values() if dtype.is_floating_point)
+        return self.num_samples * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 @dataclass(frozen=True)

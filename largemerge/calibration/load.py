@@ -71,7 +71,7 @@ def load_calibration(
         source = open_source(config, where, path)
         fields = choose_fields(config, source.columns, signature, where)
         folders = (checkpoint, *([base] if base is not None else []))
-        batches = _read_table(source, fields, config, folders, signature, trust_remote_code)
+        batches = read_table(source, fields, config, folders, signature, trust_remote_code)
     _check_loss_mask(batches, where)
     return CalibrationSet(name, batches, fingerprint_batches(batches))
 
@@ -149,7 +149,7 @@ def _is_tensors(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() == ".safetensors"
 
 
-def _read_table(
+def read_table(
     source: Source,
     fields: Fields,
     config: CalibrationConfig,
@@ -157,7 +157,19 @@ def _read_table(
     signature: ForwardSignature,
     trust_remote_code: bool,
 ) -> tuple[Batch, ...]:
-    """Draws rows, tokenises, groups by length, pads, opens images."""
+    """Draws rows of a table, tokenises, groups by length, pads, opens images.
+
+    Args:
+        source: The table.
+        fields: The columns that become samples.
+        config: Settings, with every number set.
+        folders: Folders that the tokenizer or image processor may be in, in order.
+        signature: Inputs of the model's forward.
+        trust_remote_code: Allow the tokenizer or image processor to be code that comes with it.
+
+    Raises:
+        CalibrationError: If rows do not hold what their columns should, or do not fit the model.
+    """
     assert config.num_samples is not None and config.batch_size is not None
     where = source.where
     reader = processor = None

@@ -108,6 +108,11 @@ class SideFiles:
     inner: str
     notes: tuple[str, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(source.stat().st_size for source in self.files.values() if source.is_file())
+
     def copy(self, out: Path) -> None:
         """Copies all files."""
         for name, source in self.files.items():

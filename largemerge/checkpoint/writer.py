@@ -31,8 +31,8 @@ from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import dequantize, quantize
 from largemerge.checkpoint.sentence_modules import modules_of, split_name
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
-from largemerge.config_file import gib
 from largemerge.errors import OutputError
+from largemerge.units import gib
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from largemerge.checkpoint.room import room_problems
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.engine import part_kinds, run, verify_merge
@@ -105,8 +106,9 @@ def merge_data_free(
 
 def _check(plan: DataFreePlan, out: Path, ranks: Ranks, *, resume: bool, force: bool) -> None:
     """Checks that the merge is possible, and on the first rank, that the output folder may be written."""
-    if plan.problems:
-        raise LargemergeError(*plan.problems)
+    room = room_problems(plan.needs(out)) if ranks.is_first and not plan.problems else []
+    if plan.problems or room:
+        raise LargemergeError(*plan.problems, *room)
     if ranks.is_first:
         check_output(out, input_folders(plan), resume=resume, force=force)
 

@@ -32,6 +32,7 @@ from typing import Any
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
 from largemerge.checkpoint.locate import split_reference
 from largemerge.checkpoint.lora import open_model
+from largemerge.checkpoint.room import Need, room_problems
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.config_file import nearest, shortened, shown
@@ -245,8 +246,11 @@ def _check(
         if plan.problems:
             raise LargemergeError(*plan.problems)
         inputs = [path for each in plan.plans.values() for path in input_folders(each)]
+        room = room_problems(_needs(documents, plan, out, folder, again=force and not resume))
     if not ranks.is_first:
         return
+    if room:
+        raise LargemergeError(*room)
     targets = [folder / document.label for document in documents[:-1]]
     for target in targets:
         check_no_input(target, inputs, force=force)
@@ -269,6 +273,15 @@ def _check_target(target: Path, out: Path) -> None:
     ours = (target / REPORT_FILE, target / WORKING_FOLDER / "manifest.json")
     if target.exists() and not any(path.is_file() for path in ours) and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} is no result of a merge; remove it, or take another --intermediate-dir")
+
+
+def _needs(documents: list[Document], plan: SeriesPlan, out: Path, folder: Path, *, again: bool) -> Iterator[Need]:
+    """Yields what all merges will write where; results that are there already are not written again."""
+    for document in documents[:-1]:
+        target = folder / document.label
+        keeps = again and folder != out / WORKING_FOLDER / INTERMEDIATE_FOLDER  # to the end of the merge
+        yield from plan.plans[document.label].needs(target, target / WORKING_FOLDER if keeps else target)
+    yield from plan.plans[documents[-1].label].needs(out)
 
 
 class _Result(Enum):

@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from rich.text import Text
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.reader import read_rate
+from largemerge.checkpoint.room import BYTES_OF_REPORT, Need
 from largemerge.checkpoint.sentence_modules import module_notes, module_problems
 from largemerge.checkpoint.side_files import has_tokenizer
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.writer import write_rate
-from largemerge.config_file import gib, strict_problems
+from largemerge.config_file import strict_problems
 from largemerge.data_free.config import DataFreeConfig, filters_of
 from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
 from largemerge.data_free.loader import cost, is_factored
@@ -44,10 +46,12 @@ from largemerge.distributed.ranks import Ranks
 from largemerge.heads import NONE, Heads, initial_tensors
 from largemerge.model.alignment import Alignment, align
 from largemerge.model.skeleton import build_model
+from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.tokenizer.chat_templates import choose_template
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
 from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary, compare_by_number
+from largemerge.units import counted, duration, gib
 
 _MAX_SIDE = {"cpu": 384, "cuda": 4096}  # the shorter side of a matrix that is factored for the probe
 _PROBE_COLUMNS = 1024  # at most, of any other tensor
@@ -74,7 +78,8 @@ class DataFreePlan:
         problems: What makes the merge impossible.
         heads: Heads that are kept beside the output; `None` where there are none, or all are merged.
         whole: Checkpoints with their heads, by the names that `heads` has for them.
-        sparing: Whether freed host memory goes back to the system at once: where the user has set a limit.
+        sparing: Whether freed host memory goes back to the system at once: where the user has set a limit, or adapters
+            are kept for a while between larger tensors.
         seconds: Expected seconds of `disk`, `computing` and `total`, where the machine was probed.
     """
 
@@ -140,6 +145,18 @@ class DataFreePlan:
         tasks = [task for task in self.tasks if task.has_factor]
         return {task.name: OutputTensor(torch.float32, task.shape) for task in tasks}
 
+    def needs(self, out: Path, reuses: Path | None = None) -> list[Need]:
+        """Lists what the merge will write where.
+
+        Args:
+            out: The output folder.
+            reuses: Folder whose files are part of it already; by default the working folder in `out`.
+        """
+        beside = find_files(self).num_bytes + len(self.tasks) * BYTES_OF_REPORT
+        reuses = out / WORKING_FOLDER if reuses is None else reuses
+        needs = [Need(out, self.bytes_written + beside, "the output", reuses)]
+        return needs + ([Need(out, self.scratch_bytes, "scratch files")] if self.scratch_bytes else [])
+
     @property
     def num_workers(self) -> int:
         """How many workers merge side by side."""
@@ -187,15 +204,19 @@ class DataFreePlan:
 
     def print(self, console: Console) -> None:
         """Shows the plan as a table."""
-        table = Table(title=f"{self.config.merge_method} of {len(self.checkpoints)} models", show_header=False)
+        table = Table(
+            title=f"{self.config.merge_method} of {counted(len(self.checkpoints), 'model')}", show_header=False
+        )
         table.add_column()
         table.add_column(overflow="fold")
         add_common_rows(table, self)
         on_device = f" and {gib(self.resources.device_bytes)} on {self.device}" if self.resources.device_bytes else ""
-        table.add_row("peak memory", f"{gib(self.peak_bytes)} on the host{on_device}, {self.num_workers} workers")
+        table.add_row(
+            "peak memory", f"{gib(self.peak_bytes)} on the host{on_device}, {counted(self.num_workers, 'worker')}"
+        )
         if self.seconds:
-            disk, computing, total = (self.seconds[stage] for stage in ("disk", "computing", "total"))
-            table.add_row("time", f"about {total:.0f} s: disk {disk:.1f} s, computing beside it {computing:.1f} s")
+            disk, computing, total = (duration(self.seconds[stage]) for stage in ("disk", "computing", "total"))
+            table.add_row("time", f"about {total}: disk {disk}, computing beside it {computing}")
         for problem in self.problems:
             table.add_row(Text("impossible", style="red"), problem)
         console.print(table)
@@ -252,7 +273,7 @@ def add_common_rows(table: Table, plan: DataFreePlan) -> None:
     table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write" + scratch)
     for name, adapter in plan.adapters.items():
         replaced = f", {len(adapter.replaced)} replaced" if adapter.replaced else ""
-        table.add_row("adapter", f"{name}: {len(adapter.deltas)} weights adapted{replaced}")
+        table.add_row("adapter", f"{name}: {counted(len(adapter.deltas), 'weight')} adapted{replaced}")
     if plan.vocabulary is not None:
         table.add_row("vocabulary", plan.vocabulary.summary())
     for note in plan.notes:
@@ -333,7 +354,7 @@ def plan_data_free(
         problems=output.problems,
         heads=inputs.heads,
         whole=inputs.whole,
-        sparing=limits.host is not None,
+        sparing=limits.host is not None or bool(inputs.adapters),
     )
     _check_folders(plan, ranks)
     if config.strict:

@@ -24,7 +24,6 @@ from largemerge.checkpoint.side_files import (
 )
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.comparison import Verification
-from largemerge.config_file import gib
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.output_files import check_tokenizer, find_files, move_generation_ids, write_tokenizer
 from largemerge.data_free.plan import DataFreePlan, add_common_rows
@@ -32,6 +31,7 @@ from largemerge.data_free.tasks import Task
 from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
+from largemerge.units import counted, duration, gib
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class DataFreeReport:
         """Shows the closing table on the terminal."""
         plan = self.plan
         table = Table(
-            title=f"{plan.config.merge_method}: {len(plan.checkpoints)} models → {self.out}", show_header=False
+            title=f"{plan.config.merge_method}: {counted(len(plan.checkpoints), 'model')} → {self.out}",
+            show_header=False,
         )
         table.add_column()
         table.add_column(overflow="fold")
@@ -99,7 +100,7 @@ class DataFreeReport:
         for title, text in self.verified.rows(short_name) if self.verified is not None else ():
             table.add_row(title, text)
         total = self.seconds["total"]
-        table.add_row("time", f"{total:.1f} s, of which preparation {self.seconds['preparation']:.1f} s")
+        table.add_row("time", f"{duration(total)}, of which preparation {duration(self.seconds['preparation'])}")
         table.add_row("peak memory", f"{gib(self.peak.host_anonymous)} anonymous (planned {gib(plan.peak_bytes)})")
         if plan.resources.device_bytes:
             planned = gib(plan.resources.device_bytes)

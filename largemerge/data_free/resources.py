@@ -25,7 +25,6 @@ import torch
 
 from largemerge.checkpoint.direct_io import with_rounding
 from largemerge.checkpoint.tensor_info import kinds_of_names
-from largemerge.config_file import gib
 from largemerge.data_free import loader
 from largemerge.data_free.config import MemoryLimits
 from largemerge.data_free.loader import KEPT_BYTES, is_factored, worker_bytes
@@ -33,8 +32,11 @@ from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.tasks import OutputTasks, Task
 from largemerge.devices import CPU, choose_device, warm_up
 from largemerge.distributed.ranks import Ranks, device_of_rank
-from largemerge.machine import free_on_gpu, memory_in_use
+from largemerge.machine import baseline_bytes, free_on_gpu
+from largemerge.units import counted, gib
 
+PROCESS_BYTES = 320 << 20
+"""Anonymous memory of a process, at the least, that has imported what a data-free merge needs."""
 _MARGIN = 0.9  # of the host memory that is free, where the user has set no limit
 _WORKERS_PER_CORE = 2
 _SMALL_BYTES = 1 << 30  # held in all, up to which elementwise methods have more than a few workers
@@ -147,7 +149,7 @@ def choose_resources(
     accelerator, too_large = open_accelerator(method, tasks, device, limits.device, limits.local_ranks)
     if too_large:
         output.notes.append(f"on the CPU, since {gib(accelerator.max_bytes)} of {device} are too little: {too_large}")
-    present = memory_in_use(CPU).host_anonymous + adapter_bytes  # the GPU's libraries included
+    present = baseline_bytes(CPU, PROCESS_BYTES) + adapter_bytes  # the GPU's libraries included
     free = int(_MARGIN * psutil.virtual_memory().available) // limits.local_ranks
     allowed = limits.host if limits.host is not None else present + free
     largest = {kept: _largest(method, tasks, kept, accelerator) for kept in (loader.KEPT_BYTES, 0)}
@@ -191,8 +193,8 @@ def _describe_shortage(method: str, wanted: Resources, chosen: Resources, allowe
         needed += f" and {gib(wanted.device_bytes)} on {device}"
         allowed += f" and {gib(chosen.accelerator.max_bytes)} on {device}"
     return (
-        f"{method} would hold {needed} with {wanted.num_workers} workers, and may hold {allowed}; workers at a time: "
-        f"{chosen.num_workers}{twice}"
+        f"{method} would hold {needed} with {counted(wanted.num_workers, 'worker')}, and may hold {allowed}; "
+        f"workers at a time: {chosen.num_workers}{twice}"
     )
 
 

@@ -28,6 +28,7 @@ from largemerge.demo.measure import AVERAGE, losses_svg, losses_table, measure
 from largemerge.demo.train import train_all
 from largemerge.devices import one_thread_each
 from largemerge.errors import OutputError
+from largemerge.units import duration
 
 METHODS = {"RegMean": "regmean", "RegMean++": "regmean_plusplus"}
 """`merge_method` by label."""
@@ -79,7 +80,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> None:
         for label, method in METHODS.items():
             start = time.perf_counter()
             merge(_config(out, method), _merged(out, method), device="cpu", force=True, quiet=False)
-            _say(console, "merged", f"{_merged(out, method)} ({label}, {time.perf_counter() - start:.1f} s)")
+            _say(console, "merged", f"{_merged(out, method)} ({label}, {duration(time.perf_counter() - start)})")
         losses = measure(
             out / "base",
             {f"{kind} expert": out / "experts" / kind for kind in corpora},
@@ -119,7 +120,7 @@ def _provide_models(out: Path, corpora: Mapping[str, Corpus], settings: DemoSett
     start = time.perf_counter()
     train_all(out, corpora, settings)
     _write_marker(marker, wanted)
-    _say(console, "models", f"{out / 'experts'}: trained in {time.perf_counter() - start:.0f} s")
+    _say(console, "models", f"{out / 'experts'}: trained in {duration(time.perf_counter() - start)}")
 
 
 def _read_marker(path: Path) -> Any:

@@ -26,8 +26,8 @@ from safetensors import safe_open
 
 from largemerge.checkpoint.tensor_info import OutputTensor, Tensors
 from largemerge.checkpoint.writer import ShardWriter, layout_shards
-from largemerge.config_file import gib
 from largemerge.distributed.ranks import Ranks
+from largemerge.units import gib
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "largemerge-"

@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from largemerge.checkpoint.quantized import model_dtype
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.errors import ArchitectureError, CheckpointError
+from largemerge.machine import scratch_folder
 
 _KERNEL_KEY = re.compile("_?(attn|attention|experts)_implementation(_internal|_autoset)?|_?kernel_config|use_kernels")
 _MORE_PARAMETERS, _MOST_PARAMETERS, _MOST_ELEMENTS = 2_000, 200_000, 1 << 31
@@ -140,11 +140,11 @@ def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     if stored.is_file() and read_json(stored, checkpoint.name) == obeyed:
         yield checkpoint.folder
         return
-    with tempfile.TemporaryDirectory(prefix="largemerge-config-") as folder:
+    with scratch_folder("config") as folder:
         for file in checkpoint.folder.glob("*.py") if checkpoint.config.get("auto_map") else ():
-            shutil.copyfile(file, Path(folder) / file.name)
-        (Path(folder) / "config.json").write_text(json.dumps(obeyed), encoding="utf-8")
-        yield Path(folder)
+            shutil.copyfile(file, folder / file.name)
+        (folder / "config.json").write_text(json.dumps(obeyed), encoding="utf-8")
+        yield folder
 
 
 def _without_kernels(part: Any) -> Any:

@@ -23,10 +23,12 @@ import torch
 
 from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration, outline_from_config
 from largemerge.calibration.batches import mmap_inputs, split_batches
+from largemerge.calibration.survey import is_made_up, survey_calibration, without_contents
 from largemerge.checkpoint.index import Checkpoint, shared_folders
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
+from largemerge.checkpoint.room import Need, room_problems
 from largemerge.checkpoint.writer import NotFiniteError, Shard, ShardWriter, layout_shards, not_finite, stored_sizes
 from largemerge.comparison import ComparedTensor, Comparison, Verification
 from largemerge.devices import choose_device
@@ -86,9 +88,26 @@ def plan_regression(
     inputs = open_inputs(config, from_config=from_config)
     stage("looking at the calibration data")
     outlines = read_all(config, inputs, outline_from_config if from_config else outline_calibration)
-    planned = make_plan(config, inputs, machines, outlines)
+    calibration = None if from_config else read_all(config, inputs, survey_calibration, _mapped(config, inputs))
+    planned = make_plan(config, inputs, machines, outlines, calibration)
+    if calibration is not None:
+        real = [data for data in calibration if not is_made_up(data)]
+        misfits = check_samples(inputs.skeleton, planned.trace, real, any_ids=inputs.tokens is not None)
+        planned = replace(planned, plan=replace(planned.plan, problems=(*misfits, *planned.plan.problems)))
     stage("measuring this machine")
-    return forecast(planned, outlines, machines, probe=probe and not from_config)
+    return forecast(planned, outlines, calibration, machines, probe=probe and not from_config)
+
+
+def _mapped(config: MergeConfig, inputs: Inputs) -> Callable[[CalibrationSet], CalibrationSet]:
+    """Makes what gives a plan's data the output's token ids, and lets go of pixels, of which only shapes matter."""
+    tokens = inputs.tokens
+
+    def transform(data: CalibrationSet) -> CalibrationSet:
+        if tokens is not None and not is_made_up(data):
+            data = tokens.map_ids(data, takes_unknown=config.method.inputs == "candidate")
+        return without_contents(data)
+
+    return transform
 
 
 def merge_by_regression(
@@ -248,6 +267,11 @@ def _plan_with_data(
     """Reads all candidates' data and plans with it; raises where data or plan have problems."""
     stage("reading the calibration data")
     outlines = read_all(config, inputs, outline_calibration)
+    if config.memory.maps_inputs:
+        needed = sum(outline.floating_bytes for outline in outlines)
+        room = room_problems([Need(_mapped_folder(config, out), needed, "pixels and the like")])
+        if room:
+            raise LargemergeError(*room)
     calibration = read_all(config, inputs, load_calibration, _transform(config, inputs, out))
     machines = Machines(device, ranks.size, ranks.local_size)
     planned = make_plan(config, inputs, machines, outlines, calibration, out)
@@ -266,7 +290,7 @@ def _transform(config: MergeConfig, inputs: Inputs, out: Path) -> Callable[[Cali
     tokens, maps = inputs.tokens, config.memory.maps_inputs
     if tokens is None and not maps:
         return None
-    folder = existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
+    folder = _mapped_folder(config, out)
 
     def transform(data: CalibrationSet) -> CalibrationSet:
         if tokens is not None:
@@ -274,6 +298,11 @@ def _transform(config: MergeConfig, inputs: Inputs, out: Path) -> Callable[[Cali
         return mmap_inputs(data, folder) if maps else data
 
     return transform
+
+
+def _mapped_folder(config: MergeConfig, out: Path) -> Path:
+    """The folder of the mapped files of calibration inputs."""
+    return existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
 
 
 def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The plan of a merge: what it will read, write, hold and compute, from headers and configs alone.
+"""The plan of a merge: what it will read, write, hold and compute, from headers, configs and calibration data.
 
     inputs ──► trace of the model ──► a rule for every tensor ──► workload ──► placement ──► MergePlan      make_plan
     MergePlan ──► seconds by stage, and what each rank will hold, move and compute                         forecast
@@ -8,7 +8,7 @@ What makes the merge impossible is collected in `problems`, all at once; `merge`
 
 from __future__ import annotations
 
-import shutil
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,26 +23,30 @@ from rich.table import Table
 from rich.text import Text
 
 from largemerge.calibration import CalibrationOutline, CalibrationSet
+from largemerge.calibration.config import CalibrationDefaults
+from largemerge.calibration.survey import held_bytes, is_made_up
 from largemerge.checkpoint.index import Checkpoint
-from largemerge.checkpoint.locate import existing_folder
+from largemerge.checkpoint.room import BYTES_OF_REPORT, Need, room_problems
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import LAYER_NUMBER, OutputTensor, dtype_name, list_kinds
-from largemerge.config_file import gib, matches, strict_problems
+from largemerge.config_file import WARNING, matches, strict_problems
 from largemerge.devices import compute_a_little, warm_up
 from largemerge.distributed.partition import samples_at_once
 from largemerge.errors import CalibrationError, CheckpointError
 from largemerge.heads import Heads
-from largemerge.machine import memory_in_use
+from largemerge.machine import baseline_bytes
+from largemerge.model.block_runner import count_valid_rows
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.output_check import Findings, check_loads
 from largemerge.model.skeleton import linears_in
 from largemerge.model.trace import ModelTrace, trace_model
+from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.output_files import check_tokenizer, find_files
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
-from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes
+from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes, stack_rows
 from largemerge.regression.planning.placement import (
     Choice,
     Footprint,
@@ -54,6 +58,7 @@ from largemerge.regression.planning.placement import (
 from largemerge.regression.planning.ranks import RankPlan, partition_work, plan_ranks
 from largemerge.regression.planning.rates import Machines, measure_rates
 from largemerge.regression.planning.workload import BatchShapes, Placement, Workload
+from largemerge.regression.samples import forward_signature, loss_input
 from largemerge.regression.tensor_plan import (
     BlockPlan,
     MergeRule,
@@ -66,7 +71,10 @@ from largemerge.regression.tensor_plan import (
     tensor_labels,
 )
 from largemerge.regression.tokens import Tokens
+from largemerge.units import counted, duration, gib, operations
 
+PROCESS_BYTES, TABLES_BYTES = 304 << 20, 64 << 20
+"""Anonymous memory of a process, at the least, that has imported what a regression merge needs, and `datasets`."""
 _MAX_RANK_ROWS = 8  # in the table of a plan
 _MEMORY_TRIPS, _LOCAL_LATENCY = 5, 0.5e-3  # of a byte between processes of one machine: copied, and added up
 
@@ -84,7 +92,8 @@ class MergePlan:
         blocks: Plans of the blocks in the order in which they run.
         non_block: Plans of the tensors of no block.
         output: Tensors of the output, by name on disk.
-        num_samples: Number of calibration samples by candidate (upper bounds before the data is read).
+        num_samples: Number of calibration samples by candidate.
+        num_tokens: Number of tokens, or patches, of these samples that count, by candidate.
         quantized: Number of quantised weights by input and format.
         adapters: For each input with an adapter, the number of weights it adds to and the tensors it replaces.
         heads: Heads that are not merged; `None` where all are.
@@ -110,6 +119,7 @@ class MergePlan:
     non_block: tuple[TensorPlan, ...]
     output: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
+    num_tokens: Mapping[str, int]
     quantized: Mapping[str, Mapping[str, int]]
     adapters: Mapping[str, Mapping[str, Any]]
     heads: Heads | None
@@ -167,6 +177,7 @@ class MergePlan:
             "compute_dtype": dtype_name(self.compute_dtype),
             "candidates": list(self.config.names),
             "num_samples": dict(self.num_samples),
+            "num_tokens": dict(self.num_tokens),
             "stacks": [{"name": name, "num_blocks": count} for name, count in self.stacks],
             "tensors": self.counts(),
             "linears": [
@@ -209,12 +220,12 @@ class MergePlan:
         )
         table.add_column()
         table.add_column(overflow="fold")
-        table.add_row(
-            "candidates", ", ".join(f"{name} ({self.num_samples[name]} samples)" for name in self.config.names)
-        )
-        table.add_row("stacks", ", ".join(f"{name} ({count} blocks)" for name, count in self.stacks))
+        for name in self.config.names:
+            samples, tokens = counted(self.num_samples[name], "sample"), counted(self.num_tokens[name], "token")
+            table.add_row("candidate", f"{name}: {samples}, {tokens}")
+        table.add_row("stacks", ", ".join(f"{name} ({counted(count, 'block')})" for name, count in self.stacks))
         for group in self.blocks[0].groups if self.blocks else ():
-            table.add_row("solved together", f"{', '.join(group.outputs)}: {group.num_inputs} inputs")
+            table.add_row("solved together", f"{', '.join(group.outputs)}: {counted(group.num_inputs, 'input')}")
         table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in self.counts().items()))
         for label, text in input_rows(self):
             table.add_row(label, text)
@@ -232,9 +243,10 @@ class MergePlan:
             table.add_row("", f"{gib(peak.disk)} of hidden states in {self.limits.scratch or 'the output folder'}")
         if self.seconds:
             longest = sorted(self.seconds.items(), key=lambda item: -item[1])[:4]
-            stages = ", ".join(f"{stage.replace('_', ' ')} {seconds:.1f} s" for stage, seconds in longest)
+            stages = ", ".join(f"{stage.replace('_', ' ')} {duration(seconds)}" for stage, seconds in longest)
             source = "" if self.measured else ", by data sheets: nothing of this has been measured"
-            table.add_row("time", f"about {sum(self.seconds.values()):.0f} s once it has begun ({stages}, …){source}")
+            total = duration(sum(self.seconds.values()))
+            table.add_row("time", f"about {total} once it has begun ({stages}, …){source}")
         for label, text in _rank_rows(self.ranks):
             table.add_row(label, text)
         for note in self.notes:
@@ -256,7 +268,7 @@ def input_rows(plan: MergePlan) -> Iterator[tuple[str, str]]:
         yield "quantised output", text(plan.quantized_output())
     for name, summary in plan.adapters.items():
         replaced = f", {len(summary['replaced'])} replaced" if summary["replaced"] else ""
-        yield "adapter", f"{name}: {summary['adapted']} weights adapted{replaced}"
+        yield "adapter", f"{name}: {counted(summary['adapted'], 'weight')} adapted{replaced}"
     if plan.heads is not None:
         yield "heads", plan.heads.summary()
     if plan.tokens is not None:
@@ -268,30 +280,38 @@ def _rank_rows(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, str]]:
     if len(ranks) <= _MAX_RANK_ROWS:
         for rank in ranks:
             held = gib(rank.host) + (f" + {gib(rank.device)} on a GPU" if rank.device else "")
-            work = f"{rank.num_batches} batches of {rank.num_candidates} candidates, {rank.num_rows} rows"
-            moved = f"{rank.operations / 1e12:.2f} TFLOP, {gib(rank.bytes_communicated)} moved"
+            batches, rows = counted(rank.num_batches, "batch", "batches"), counted(rank.num_rows, "row")
+            work = f"{batches} of {counted(rank.num_candidates, 'candidate')}, {rows}"
+            moved = f"{operations(rank.operations)}, {gib(rank.bytes_communicated)} moved"
             yield f"rank {rank.rank}", f"{work}; holds {held}; {moved}"
         return
     least_busy, busiest = (choose(ranks, key=lambda rank: rank.operations) for choose in (min, max))
     host, device = max(rank.host for rank in ranks), max(rank.device for rank in ranks)
     held = gib(host) + (f" + {gib(device)} on a GPU" if device else "")
-    work = (
-        f"{least_busy.num_batches} to {busiest.num_batches} batches, {least_busy.num_rows} to {busiest.num_rows} rows"
-    )
-    operations = f"{least_busy.operations / 1e12:.0f} to {busiest.operations / 1e12:.0f} TFLOP"
+    batches = f"{least_busy.num_batches} to {counted(busiest.num_batches, 'batch', 'batches')}"
+    rows = f"{least_busy.num_rows:,} to {counted(busiest.num_rows, 'row')}"
+    work = f"{operations(least_busy.operations)} to {operations(busiest.operations)}"
     yield (
         f"{len(ranks)} ranks",
-        f"each {work}, {operations}; hold up to {held}; {gib(busiest.bytes_communicated)} moved",
+        f"each {batches}, {rows}, {work}; hold up to {held}; {gib(busiest.bytes_communicated)} moved",
     )
 
 
 @dataclass(frozen=True)
 class PlannedMerge:
-    """A plan, with the inputs and the trace that it was made from."""
+    """A plan, with the inputs and the trace that it was made from.
+
+    Attributes:
+        plan: The plan.
+        inputs: The opened inputs.
+        trace: Trace of the model.
+        process_bytes: Anonymous memory of the process before the work.
+    """
 
     plan: MergePlan
     inputs: Inputs
     trace: ModelTrace
+    process_bytes: int
 
 
 def make_plan(
@@ -309,7 +329,7 @@ def make_plan(
         inputs: The opened inputs, from `open_inputs`.
         machines: Machines that will compute; memory is planned for the rank that has most to do.
         outlines: Outlines of every candidate's calibration data.
-        calibration: The data itself, once it has been read: estimates become exact.
+        calibration: The data itself, or what is known of it; `None` where only the outlines are.
         out: The output folder, to see whether the disk has room.
 
     Raises:
@@ -330,18 +350,21 @@ def make_plan(
     workload = partial(measure_workload, config, inputs, trace, blocks, non_block)
     works = partition_work(shapes, blocks, trace, workload, machines.num_ranks)
     limits = _limits(config, machines, out)
-    choice = _choose_placement(
-        config, max(works, key=lambda rank_work: rank_work.num_rows).work, limits, machines, calibration is not None
-    )
-    problems += [*choice.problems, *_disk_problems(output, choice, limits, out)]
+    largest = max(works, key=lambda rank_work: rank_work.num_rows).work
+    process_bytes = measure_process_bytes(machines, largest, calibration)
+    choice = _choose_placement(config, largest, limits, machines, process_bytes)
+    problems += choice.problems
     file_notes: list[str] = []
     if not problems:
         stage("checking the tokenizer")
         found, checked = check_tokenizer(config, inputs)
         problems += found
-        file_notes = [*find_files(config, inputs).notes, *checked]
+        files = find_files(config, inputs)
+        file_notes = [*files.notes, *checked]
+        problems += [] if out is None else room_problems(_needs(output, choice, limits, out, files.num_bytes))
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
         problems.append(_nothing_to_solve(inputs, tensors))
+    num_samples = _num_samples(inputs, shapes)
     plan = MergePlan(
         config=config,
         class_name=inputs.skeleton.class_name,
@@ -351,7 +374,8 @@ def make_plan(
         blocks=blocks,
         non_block=non_block,
         output=output,
-        num_samples=_num_samples(inputs, shapes),
+        num_samples=num_samples,
+        num_tokens=_num_tokens(inputs, trace, shapes, calibration),
         quantized=inputs.quantized(),
         adapters=_adapter_summaries(inputs),
         heads=inputs.heads,
@@ -367,6 +391,8 @@ def make_plan(
             *_unreached(inputs, trace),
             *_unused_masks(inputs, trace, outline),
             *_notes(config, inputs, tensors),
+            *shortfalls(config, num_samples),
+            *(data.estimated for data in calibration or () if data.estimated),
             *file_notes,
             *findings.notes,
         ),
@@ -374,7 +400,7 @@ def make_plan(
     )
     if config.strict:
         plan = replace(plan, problems=(*plan.problems, *strict_problems(plan.notes)))
-    return PlannedMerge(plan, inputs, trace)
+    return PlannedMerge(plan, inputs, trace, process_bytes)
 
 
 def _check_loads(config: MergeConfig, inputs: Inputs, output: Mapping[str, OutputTensor]) -> Findings:
@@ -407,18 +433,21 @@ def _limits(config: MergeConfig, machines: Machines, out: Path | None) -> Limits
     return find_limits(config.memory, machines.device, out, machines.local_ranks)
 
 
-def measure_process_bytes(machines: Machines) -> int:
-    """Anonymous host memory of a process before the work, libraries of the device included, in bytes."""
+def measure_process_bytes(machines: Machines, work: Workload, calibration: Sequence[CalibrationSet] | None) -> int:
+    """Anonymous host memory of a process before the work, libraries of the device included, in bytes.
+
+    Calibration inputs that it holds already are left out: the plan counts them on their own.
+    """
     if machines.cluster is not None:
         return machines.cluster.process_bytes
     warm_up(machines.device, lambda: compute_a_little(machines.device))
-    return memory_in_use(machines.device).host_anonymous
+    held = min(work.input_bytes, sum(map(held_bytes, calibration or ())))
+    return baseline_bytes(machines.device, PROCESS_BYTES + (TABLES_BYTES if "datasets" in sys.modules else 0), held)
 
 
 def _choose_placement(
-    config: MergeConfig, work: Workload, limits: Limits, machines: Machines, has_data: bool
+    config: MergeConfig, work: Workload, limits: Limits, machines: Machines, process_bytes: int
 ) -> Choice:
-    process_bytes = max(0, measure_process_bytes(machines) - (work.input_bytes if has_data else 0))
     eight_bit = config.memory.hidden_states_8bit
     choice = choose_placement(work, limits, machines.device, process_bytes, eight_bit=eight_bit)
     if machines.cluster is not None:  # what would help here does not help there
@@ -430,21 +459,54 @@ def _choose_placement(
     return choice
 
 
-def _disk_problems(output: Mapping[str, OutputTensor], choice: Choice, limits: Limits, out: Path | None) -> list[str]:
-    """Says so where the output, and hidden states on the same disk, have too little room."""
-    if out is None:
-        return []
-    free = shutil.disk_usage(existing_folder(out)).free
+def _needs(
+    output: Mapping[str, OutputTensor], choice: Choice, limits: Limits, out: Path, side_bytes: int
+) -> Iterator[Need]:
+    """Yields what the merge will write where: the output, and hidden states where they wait on a disk."""
     bytes_written = sum(tensor.num_bytes for tensor in output.values())
-    needed = bytes_written + (choice.footprint.disk if limits.scratch == out else 0)
-    return [f"{out}: needs {gib(needed)} of disk, {gib(free)} are free"] if needed > free else []
+    yield Need(
+        out, bytes_written + side_bytes + len(output) * BYTES_OF_REPORT, "the output", reuses=out / WORKING_FOLDER
+    )
+    if choice.footprint.disk:
+        yield Need(limits.scratch or out, choice.footprint.disk, "hidden states")
+
+
+def _num_tokens(
+    inputs: Inputs,
+    trace: ModelTrace,
+    shapes: Sequence[Sequence[BatchShapes]],
+    calibration: Sequence[CalibrationSet] | None,
+) -> dict[str, int]:
+    """Number of tokens that count, by candidate, in the stack that has most; of outlines, with the padding."""
+    masked = loss_input(forward_signature(inputs.skeleton))
+    rows = [list(of_candidate.values()) for of_candidate in stack_rows(trace, shapes)]
+    for number, data in enumerate(calibration or ()):
+        if not is_made_up(data):
+            counts = ([count_valid_rows(batch, stack, masked) for stack in trace.stacks] for batch in data.batches)
+            rows[number] = [sum(of_stack) for of_stack in zip(*counts, strict=True)]
+    return {candidate.name: max(own, default=0) for candidate, own in zip(inputs.candidates, rows, strict=True)}
+
+
+def shortfalls(config: MergeConfig, num_samples: Mapping[str, int]) -> Iterator[str]:
+    """Notes on data that has fewer samples than asked for: warnings, unless nobody has asked for that many."""
+    default = CalibrationDefaults().num_samples
+    for candidate in config.models:
+        assert candidate.calibration is not None and candidate.calibration.num_samples is not None
+        wanted, found = candidate.calibration.num_samples, num_samples[candidate.label]
+        if found < wanted:
+            is_default = wanted == default and "num_samples" not in config.calibration.model_fields_set
+            yield (
+                f"{'' if is_default else WARNING}{candidate.label}: its data {candidate.calibration.data} gives "
+                f"{counted(found, 'sample')}, fewer than {'the default of ' if is_default else ''}"
+                f"num_samples: {wanted}"
+            )
 
 
 def _nothing_to_solve(inputs: Inputs, tensors: Sequence[TensorPlan]) -> str:
     """Says so, and why the weights of linears are not solved."""
     linears = {f"{path}.weight" for path in linears_in(inputs.skeleton.model)}
     reasons = Counter(plan.reason for plan in tensors if plan.name in linears)
-    found = "; ".join(f"{reason} ({count} linears)" for reason, count in reasons.most_common())
+    found = "; ".join(f"{reason} ({counted(count, 'linear')})" for reason, count in reasons.most_common())
     return (
         "nothing is left to solve: no linear of a block passes parameters.include and .exclude, or can be solved: "
         f"{found}; change the patterns, or use a method that needs no data"
@@ -456,7 +518,8 @@ def _unreached(inputs: Inputs, trace: ModelTrace) -> Iterator[str]:
     for stack, traced in zip(inputs.skeleton.stacks, trace.stacks, strict=True):
         unreached = [str(index) for index, runs in enumerate(traced.runs) if runs == 0]
         if unreached:
-            which = f"blocks {', '.join(unreached)}" if any(traced.runs) else f"all {len(unreached)} blocks"
+            some = f"block{'s' if len(unreached) > 1 else ''} {', '.join(unreached)}"
+            which = some if any(traced.runs) else f"all {counted(len(unreached), 'block')}"
             yield (
                 f"the calibration data does not reach {which} of {stack.name}: their tensors are averaged; give data "
                 "that does (pixels, sounds, ready-made tensors) to have their linears solved"
@@ -554,7 +617,8 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
     _check_whole(inputs, unwritten)
     if unwritten:
         notes.append(
-            f"no candidate has {len(unwritten)} tensors of the class, and neither will the output: {unwritten[:3]}"
+            f"no candidate has {counted(len(unwritten), 'tensor')} of the class, and neither will the output: "
+            f"{unwritten[:3]}"
         )
     labels = {label for plan in tensors for label in tensor_labels(inputs.reference_mapping, plan.name)}
     if inputs.heads is not None:
@@ -568,25 +632,32 @@ def _notes(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -
         extra = sorted(set(names.unmapped) - set(written))
         if extra:
             notes.append(
-                f"{checkpoint.name}: {len(extra)} tensors that the model class does not know are left out: {extra[:3]}"
+                f"{checkpoint.name}: {counted(len(extra), 'tensor')} that the model class does not know "
+                f"{'is' if len(extra) == 1 else 'are'} left out: {extra[:3]}"
             )
     return notes
 
 
 def forecast(
-    planned: PlannedMerge, outlines: Sequence[CalibrationOutline], machines: Machines, *, probe: bool
+    planned: PlannedMerge,
+    outlines: Sequence[CalibrationOutline],
+    calibration: Sequence[CalibrationSet] | None,
+    machines: Machines,
+    *,
+    probe: bool,
 ) -> MergePlan:
     """Adds times and ranks to a plan.
 
     Args:
         planned: A plan from `make_plan`, for the same machines.
         outlines: Outlines of every candidate's calibration data.
+        calibration: The data itself, or what is known of it; `None` where only the outlines are.
         machines: Machines that will compute.
         probe: Whether this machine is measured for some seconds; otherwise only a cluster's times are estimated.
     """
     plan = planned.plan
     workload = partial(measure_workload, plan.config, planned.inputs, planned.trace, plan.blocks, plan.non_block)
-    shapes = batch_shapes(outlines, None)
+    shapes = batch_shapes(outlines, calibration)
     whole = workload(shapes)
     in_background = plan.placement.writes_in_background(plan.device)
     timed = not plan.problems and (probe or machines.cluster is not None)
@@ -603,7 +674,7 @@ def forecast(
         footprint,
         placement=plan.placement,
         device=plan.device,
-        process_bytes=measure_process_bytes(machines),
+        process_bytes=planned.process_bytes,
         eight_bit=plan.config.memory.hidden_states_8bit,
         limited=plan.config.memory.host is not None,
     )

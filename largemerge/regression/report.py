@@ -20,7 +20,6 @@ from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.side_files import model_card, output_config
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.comparison import Verification
-from largemerge.config_file import gib
 from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
@@ -29,6 +28,7 @@ from largemerge.regression.inputs import Inputs
 from largemerge.regression.output_files import check_tokenizer, find_files, write_tokenizer
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
+from largemerge.units import counted, duration, gib
 
 
 def config_yaml(config: MergeConfig) -> str:
@@ -178,7 +178,8 @@ class MergeReport:
         table.add_row("solvers", ", ".join(f"{count} {solver}" for solver, count in solvers.items()))
         if fallbacks:
             table.add_row(
-                "fallbacks", f"{len(fallbacks)} linears needed more than float32 Cholesky: {', '.join(fallbacks[:3])} …"
+                "fallbacks",
+                f"{counted(len(fallbacks), 'linear')} needed more than float32 Cholesky: {', '.join(fallbacks[:3])} …",
             )
         if linears:
             worst = max(linears, key=lambda name: linears[name]["condition"])
@@ -194,9 +195,9 @@ class MergeReport:
         errors = self.quantization_errors
         if errors:
             mean = sum(errors.values()) / len(errors)
-            table.add_row("quantisation error", f"{mean:.4f}, relative, mean over {len(errors)} linears")
+            table.add_row("quantisation error", f"{mean:.4f}, relative, mean over {counted(len(errors), 'linear')}")
         total = self.seconds["total"]
-        table.add_row("time", f"{total:.1f} s, of which preparation {self.seconds['preparation']:.1f} s")
+        table.add_row("time", f"{duration(total)}, of which preparation {duration(self.seconds['preparation'])}")
         written = sum(part["bytes_written"] for part in (*self.blocks.values(), self.non_block))
         table.add_row("disk", f"{gib(self.bytes_read)} read, {gib(written)} written")
         planned = self.plan.footprint
@@ -211,7 +212,7 @@ class MergeReport:
             moved = max(rank["bytes_communicated"] for rank in self.ranks)
             waited = max(rank["seconds_communicating"] for rank in self.ranks)
             table.add_row(
-                "ranks", f"{len(self.ranks)}; at most {gib(moved)} moved by one, {waited:.1f} s, waiting included"
+                "ranks", f"{len(self.ranks)}; at most {gib(moved)} moved by one, {duration(waited)}, waiting included"
             )
         for retry in self.retries:
             table.add_row("retry", retry)

@@ -10,7 +10,6 @@ for which every word is unknown. So what counts is what comes out.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from largemerge.checkpoint.side_files import (
     has_tokenizer,
 )
 from largemerge.isolation import panics_as_errors
+from largemerge.machine import scratch_folder
 from largemerge.tokenizer.tokenizers import Tokenizer
 
 TEXTS = (
@@ -59,11 +59,11 @@ def check_output_tokenizer(
     Returns:
         Problems and notes.
     """
-    with tempfile.TemporaryDirectory(prefix="largemerge-tokenizer-") as made:
-        folder = Path(made) / side_files.inner
+    with scratch_folder("tokenizer") as made:
+        folder = made / side_files.inner
         folder.mkdir(parents=True, exist_ok=True)
         if written is None:
-            side_files.copy(Path(made))
+            side_files.copy(made)
             if write is not None:
                 write(folder)
         else:
@@ -72,7 +72,7 @@ def check_output_tokenizer(
         (folder / "config.json").unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
         problems, notes = compare_tokenizers(folder, expected, trust_remote_code=trust_remote_code)
-        return [*_broken_files(folder, Path(made), side_files), *problems], notes
+        return [*_broken_files(folder, made, side_files), *problems], notes
 
 
 def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.side_files import auto_tokenizer, has_tokenizer, is_inside, tokenizer_names
 from largemerge.errors import CheckpointError
+from largemerge.machine import scratch_folder
 from largemerge.text_files import MAX_FILE_BYTES, parse_json, read_file
 
 Document = dict[str, Any]
@@ -100,9 +100,9 @@ def with_document(tokenizer: Tokenizer, document: Document, name: str) -> Tokeni
     settings = parse_json(files.get("tokenizer_config.json", b"{}").decode("utf-8-sig"))
     settings.pop("added_tokens_decoder", None)  # tokenizer.json has them, with the numbers of now
     files["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-    with tempfile.TemporaryDirectory(prefix="largemerge-tokenizer-") as folder:
-        write_files(Path(folder), files)
-        made = load_tokenizer(Path(folder), name)
+    with scratch_folder("tokenizer") as folder:
+        write_files(folder, files)
+        made = load_tokenizer(folder, name)
     wanted = document_ids(document)
     wrong = [token for token, number in wanted.items() if made.ids.get(token) != number]
     if wrong:

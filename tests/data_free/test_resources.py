@@ -48,15 +48,15 @@ def config(tmp_path: Path) -> dict[str, Any]:
 def test_less_memory_less_at_once_the_same_bits(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = memory_in_use(torch.device("cpu"))  # later it would be more, or less: limits count from there
-    monkeypatch.setattr(resources, "memory_in_use", lambda _: before)
+    before = memory_in_use(torch.device("cpu")).host_anonymous  # later it would be more, or less
+    monkeypatch.setattr(resources, "baseline_bytes", lambda *_: before)
     monkeypatch.setattr(base, "PIECE_ELEMENTS", 500)
     monkeypatch.setattr(loader, "_SPAN_BYTES", 4000)
     free = largemerge.merge(config, tmp_path / "free")
     assert free.plan.num_workers == 4 and free.plan.resources.kept_bytes == loader.KEPT_BYTES
     assert not any("workers at a time" in note for note in free.plan.notes)
     least = sorted((loader.worker_bytes("ties", task, 0) for task in free.plan.tasks), reverse=True)
-    for fewer, limit in ((0, free.plan.peak_bytes - 1), (2, before.host_anonymous + int(1.125 * sum(least[:2])))):
+    for fewer, limit in ((0, free.plan.peak_bytes - 1), (2, before + int(1.125 * sum(least[:2])))):
         out = tmp_path / f"limited-{fewer}"
         limited = largemerge.merge(config | {"memory": {"host": limit}}, out)
         assert limited.plan.peak_bytes <= limit

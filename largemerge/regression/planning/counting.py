@@ -122,6 +122,8 @@ def measure_workload(
         non_block_bytes=non_block_bytes,
         non_block_buffer_bytes=min(non_block_bytes, 8 * AVERAGE_CHUNK_BYTES),
         adapter_bytes=inputs.adapter_bytes,
+        num_kernels=len({tuple(sorted(batch.items())) for batch in batches})
+        * (1 + max((len(set(kind.linears.values())) for kind in kinds), default=0)),
         probe=_probe_shapes(kinds, sample_rows, dtype),
     )
 

@@ -10,7 +10,6 @@ run makes the same one.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from largemerge.checkpoint.locate import existing_folder
-from largemerge.config_file import gib
-from largemerge.machine import free_on_gpu, memory_in_use
+from largemerge.checkpoint.room import free_bytes
+from largemerge.machine import free_on_gpu, kernels_kept, memory_in_use
 from largemerge.regression.config import MemoryConfig
 from largemerge.regression.planning.cost import NOMINAL_RATES, estimate_seconds
 from largemerge.regression.planning.workload import BlockNumbers, OffloadTo, PassNumbers, Placement, Workload
+from largemerge.units import gib
 
 _BITSANDBYTES_BITS = 8.5  # a byte, and a float32 scale for every 64
 _MARGIN = 0.95  # of what is free now, where the user has set no limit
@@ -31,6 +30,8 @@ _SPARING_SHARE, _REUSING_SHARE = 0.04, 0.2  # of everything: what the allocator 
 _MAX_REUSING_BYTES = 2 << 30
 """Larger merges spend little of their time on fresh pages, and holes between reused ones cost them more memory."""
 _LIBRARIES_BYTES = 48 << 20  # work space of matrix products, stacks of threads, shared libraries touched on the way
+
+_KERNEL_BYTES = 640 << 10  # that oneDNN keeps for every shape of a product
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def footprint(
     host |= {"adapters": work.adapter_bytes} if work.adapter_bytes else {}
     on_disk = hidden if offload is OffloadTo.DISK else 0
     if device.type == "cpu":
+        host["kernels"] = min(work.num_kernels, kernels_kept()) * _KERNEL_BYTES
         parts, sparing = _with_allocator(host | max(computing, *before_blocks, key=_total), limited)
         return Footprint(_total(parts), 0, on_disk, parts, sparing)
     largest_block = max((kind.bytes for kind in work.blocks), default=0)
@@ -110,7 +112,7 @@ def _total(parts: Mapping[str, int]) -> int:
 
 def _with_allocator(parts: Mapping[str, int], limited: bool) -> tuple[dict[str, int], bool]:
     """Adds what the allocator keeps; returns also whether it is to keep little."""
-    ours = sum(value for name, value in parts.items() if name != "process")
+    ours = sum(value for name, value in parts.items() if name not in ("process", "kernels"))
     sparing = limited or _total(parts) > _MAX_REUSING_BYTES
     return {**parts, "allocator": round(ours * (_SPARING_SHARE if sparing else _REUSING_SHARE))}, sparing
 
@@ -260,7 +262,7 @@ def _limit_words(is_set: bool) -> str:
 
 
 def _free_disk(scratch: Path | None) -> int | None:
-    return None if scratch is None else shutil.disk_usage(existing_folder(scratch)).free
+    return None if scratch is None else free_bytes(scratch)
 
 
 def _problems(

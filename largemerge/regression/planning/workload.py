@@ -198,6 +198,7 @@ class Workload:
         non_block_bytes: Bytes of all tensors outside the stacks, as they are written.
         non_block_buffer_bytes: Bytes of buffers through which these tensors are averaged.
         adapter_bytes: Bytes that adapters keep in memory.
+        num_kernels: Number of unlike products on the way through a block: shapes of batches times shapes of linears.
         probe: Shapes at which a machine is measured.
     """
 
@@ -216,6 +217,7 @@ class Workload:
     non_block_bytes: int
     non_block_buffer_bytes: int
     adapter_bytes: int
+    num_kernels: int
     probe: ProbeShapes
 
     @property

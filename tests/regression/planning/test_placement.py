@@ -240,4 +240,5 @@ def test_a_rank_holds_its_part_of_the_hidden_states(tmp_path: Path) -> None:
     half = largemerge.plan(config, device="cpu", probe=False, num_ranks=2)
     hidden = [plan.footprint.parts["hidden states"] for plan in (alone, half)]
     assert hidden[1] == pytest.approx(hidden[0] / 2, rel=0.1)
-    assert max(rank.host for rank in half.ranks) <= alone.footprint.host
+    grown = half.footprint.parts["process"] - alone.footprint.parts["process"]  # by what was imported in between
+    assert max(rank.host for rank in half.ranks) - grown <= alone.footprint.host
