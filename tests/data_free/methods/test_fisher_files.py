@@ -122,10 +122,10 @@ def test_missing_files_and_parameters(tmp_path: Path) -> None:
             {"common_space_fraction": -1},
             "common_space_fraction: expected a number from 0 to 1, found -1",
         ),
-        ("iso_c", {"scaling_factor": "much"}, "scaling_factor: expected a number, found 'much'"),
-        ("tsv_m", {"alpha": True}, "alpha: expected a number, found True"),
+        ("iso_c", {"scaling_factor": "much"}, "scaling_factor: expected a number from -1e+06 to 1e+06, found 'much'"),
+        ("tsv_m", {"alpha": True}, "alpha: expected a number from -1e+06 to 1e+06, found True"),
         ("consensus_ta", {"prun_thre_k": 1.5}, "prun_thre_k: expected a whole number from 0, found 1.5"),
-        ("ace", {"eps": 0}, "eps: expected a number above 0, found 0"),
+        ("ace", {"eps": 0}, "eps: expected a number above 0 and up to 1e+06, found 0"),
         ("localize_and_stitch", {"sparsity": 5}, "sparsity: expected a number from 0 to 1, found 5"),
     ],
 )
