@@ -37,6 +37,7 @@ from largemerge.streams import leave, output_kept, safe_streams
 
 if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
+    from largemerge.integrity import FolderCheck
 
 
 def _size(text: str, option: str) -> int:
@@ -209,14 +210,19 @@ def _plan(options: argparse.Namespace) -> int:
             from_config=options.from_config,
             memory=memory,
         )
+    return _show(made, options)
+
+
+def _show(found: Plan | FolderCheck, options: argparse.Namespace) -> int:
+    """Prints what was found, as JSON or as a table; returns the exit code."""
     stage("")
     if options.json:
-        print(json.dumps(made.to_json(), indent=2))
+        print(json.dumps(found.to_json(), indent=2))
     else:
         from rich.console import Console
 
-        made.print(Console(markup=False, emoji=False))
-    return EXIT_CODE if made.problems else 0
+        found.print(Console(markup=False, emoji=False))
+    return EXIT_CODE if found.problems else 0
 
 
 def _cluster(options: argparse.Namespace) -> Cluster | None:
@@ -238,15 +244,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.own_process:
         interrupts.raising()
     stage("comparing what is there with what was written")
-    found = api.verify(options.out, trust_remote_code=options.trust_remote_code)
-    stage("")
-    if options.json:
-        print(json.dumps(found.to_json(), indent=2))
-    else:
-        from rich.console import Console
-
-        found.print(Console(markup=False, emoji=False))
-    return EXIT_CODE if found.problems else 0
+    return _show(api.verify(options.out, trust_remote_code=options.trust_remote_code), options)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -411,6 +409,15 @@ def _all_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from _all_actions(command)
 
 
+def _whole(text: str) -> int:
+    """Reads a number among the options; what is none is quoted no longer than it helps."""
+    try:
+        return int(text)
+    except ValueError:
+        shown = text if len(text) <= 40 else f"{text[:30]}…"
+        raise argparse.ArgumentTypeError(f"{shown!r} is no whole number") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="largemerge", description="Merge K fine-tuned checkpoints of one architecture, a block at a time."
@@ -445,14 +452,18 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--strict", action="store_true", help="warnings are errors")
     plan.add_argument("--no-probe", dest="probe", action="store_false", help="no time estimate, no seconds spent on it")
     plan.add_argument(
-        "--num-ranks", type=int, default=1, metavar="N", help="what each of N processes would hold, move and compute"
+        "--num-ranks",
+        type=_whole,
+        default=1,
+        metavar="N",
+        help="what each of N processes holds, moves and computes",
     )
     plan.add_argument(
         "--from-config", action="store_true", help="look at config.json files alone: no weights, no calibration data"
     )
     elsewhere = plan.add_argument_group("machines that are not here, by their data sheets")
-    elsewhere.add_argument("--num-nodes", type=int, metavar="N", help="plan for so many nodes (default: 1)")
-    elsewhere.add_argument("--gpus-per-node", type=int, metavar="N", help="plan for so many GPUs in each (default: 8)")
+    elsewhere.add_argument("--num-nodes", type=_whole, metavar="N", help="plan for so many nodes (default: 1)")
+    elsewhere.add_argument("--gpus-per-node", type=_whole, metavar="N", help="and so many GPUs in each (default: 8)")
     elsewhere.add_argument("--gpu", metavar="NAME", help="a100, h100 (default), h200, b200, l40s or rtx4090")
     elsewhere.add_argument("--interconnect", metavar="RATE", help="between nodes, each way (default: 400Gbit)")
     elsewhere.add_argument("--disk-rate", metavar="RATE", help="at which a node reads (default: 2GB/s)")

@@ -209,17 +209,18 @@ def _read_text(path: Path) -> str:
     """Reads a file that may be anything."""
     name = shortened(str(path)) if str(path).isprintable() else shown(str(path))
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{name}: no such configuration file") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: cannot be read: {_system_reason(error)}") from None
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
         raise ConfigError(f"{name}: is {kind}; expected a YAML file")
     try:
         with open(path, "rb") as stream:
-            data = stream.read(_MAX_FILE_BYTES + 1)
+            # Some files of the system's say that they are empty, and wait for ever.
+            data = stream.read(min(status.st_size, _MAX_FILE_BYTES + 1))
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {_system_reason(error)}") from None
     if len(data) > _MAX_FILE_BYTES:

@@ -41,7 +41,7 @@ from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.side_files import SideFiles, remove_checkpoint
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.checkpoint.writer import Shard, sync_folder, weight_index, write_atomically
+from largemerge.checkpoint.writer import Shard, sync, weight_index, write_atomically
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import LargemergeError, MergeError, OutputError
 from largemerge.machine import scratch_folder
@@ -162,7 +162,7 @@ class OutputFolder:
             if not inside.exists() and moved.exists():
                 inside.parent.mkdir(parents=True, exist_ok=True)
                 moved.replace(inside)
-        sync_folder(self.working)
+        sync(self.working)
         (self.working / _FINISHING).unlink()
 
     def written(self, shards: tuple[Shard, ...], config: Mapping[str, Any]) -> Checkpoint:
@@ -217,7 +217,7 @@ class OutputFolder:
         staged = [str(file.relative_to(side)) for file in _files_below(side)]
         self._check_places([*staged, *(shard.file_name for shard in shards)])
         for file in _files_below(side):
-            _sync(file)
+            sync(file)
         write_atomically(self.working / _FINISHING, "")
         if self.replaces:
             self._remove_earlier({shard.file_name for shard in shards})
@@ -228,9 +228,9 @@ class OutputFolder:
         for name in staged:
             if name != last:
                 self._move(side, name)
-        self._sync_folders([*staged, *(shard.file_name for shard in shards)])
+        self._syncs([*staged, *(shard.file_name for shard in shards)])
         self._move(side, last)
-        self._sync_folders([last])
+        self._syncs([last])
         clean_up(self.working)
 
     def _digests(self, shards: Iterable[Shard], side_files: Mapping[str, str]) -> dict[str, Any]:
@@ -268,10 +268,10 @@ class OutputFolder:
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).replace(self.path / name)
 
-    def _sync_folders(self, names: Iterable[str]) -> None:
+    def _syncs(self, names: Iterable[str]) -> None:
         for folder in {(self.path / name).parent for name in names}:
             if folder.is_dir():
-                sync_folder(folder)
+                sync(folder)
 
     def _remove_earlier(self, names: set[str]) -> None:
         """Removes an earlier checkpoint: first what makes it one, then its weights, but for shards of this merge."""
@@ -389,14 +389,6 @@ def _mend_frame(file: Path, shard: Shard) -> None:
 
 def _files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open_plain(path: Path, flags: int) -> BinaryIO:

@@ -152,13 +152,19 @@ def check_loads(
         return Findings((f"the output could not be loaded: {verdict.not_checked or verdict.error}",))
     problems: list[str] = []
     notes: list[str] = []
+    cut = _missing_of_layers(verdict.missing, tensors)
+    if cut:
+        problems.append(
+            f"{reference.name}: its files lack {_count(cut)} of layers that its config.json counts: {_some(cut)}; they "
+            "would be random; fetch the checkpoint again, or mend the number of layers in its config.json"
+        )
     for texts, found, known in (
         (_MISSING, verdict.missing, before.missing),
         (_UNEXPECTED, verdict.unexpected, before.unexpected),
     ):
         told = _is_known(known, restacked)
         new = [name for name in found if not told(name)]
-        old = [name for name in found if told(name)]
+        old = [name for name in found if told(name) and name not in cut]
         if new:
             problems.append(texts[0].format(class_name=verdict.class_name, count=_count(new), names=_some(new)))
         if old:
@@ -167,6 +173,12 @@ def check_loads(
     for name, (shape, wanted) in list(verdict.mismatched.items())[:_NAMES_SHOWN]:
         problems.append(f"{name}: the output would hold {list(shape)}; by its config {list(wanted)} is expected")
     return Findings(tuple(problems), tuple(notes))
+
+
+def _missing_of_layers(missing: Collection[str], tensors: Collection[str]) -> list[str]:
+    """Lists what some layers lack and others have: the files hold fewer layers than the config counts."""
+    numbered = {LAYER_NUMBER.sub("*", name, count=1) for name in tensors if LAYER_NUMBER.search(name)}
+    return [name for name in missing if LAYER_NUMBER.sub("*", name, count=1) in numbered]
 
 
 _MISSING = (

@@ -142,3 +142,16 @@ def test_plans_say_what_the_reference_lacks(llama: Checkpoint, tmp_path: Path) -
     out = tmp_path / "out"
     largemerge.merge({"merge_method": "linear", "models": models}, out)
     assert json.loads((out / "merge_report.json").read_text())["plan"]["notes"] == notes
+
+
+def test_files_with_fewer_layers_than_the_config_counts(tmp_path: Path) -> None:
+    """As when a shard is lost on the way, and its index with it."""
+    model = tiny_models.perturbed("llama", 0)
+    model.save_pretrained(tmp_path / "cut")
+    path = tmp_path / "cut" / "config.json"
+    layers = model.config.num_hidden_layers
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers + 1}))
+    checkpoint = open_checkpoint(tmp_path / "cut", "cut")
+    found = check_loads(checkpoint.config, checkpoint.tensors, checkpoint)
+    assert len(found.problems) == 1 and f"model.layers.{layers}." in found.problems[0]
+    assert "cut: its files lack 9 tensors of layers that its config.json counts" in found.problems[0]
