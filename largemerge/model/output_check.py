@@ -176,9 +176,15 @@ def check_loads(
 
 
 def _missing_of_layers(missing: Collection[str], tensors: Collection[str]) -> list[str]:
-    """Lists what some layers lack and others have: the files hold fewer layers than the config counts."""
-    numbered = {LAYER_NUMBER.sub("*", name, count=1) for name in tensors if LAYER_NUMBER.search(name)}
-    return [name for name in missing if LAYER_NUMBER.sub("*", name, count=1) in numbered]
+    """Lists what is missing of layers of which the files hold nothing, though they hold other layers of the stack."""
+
+    def layer_of(name: str) -> str:
+        number = LAYER_NUMBER.search(name)
+        return name[: number.end()] if number is not None else ""
+
+    layers = {layer_of(name) for name in tensors}
+    stacks = {layer.rpartition(".")[0] for layer in layers}
+    return [name for name in missing if (layer := layer_of(name)) not in layers and layer.rpartition(".")[0] in stacks]
 
 
 _MISSING = (
