@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -266,6 +267,8 @@ def main() -> None:
         try_files()
     figures = {kind: {"tried": tried, "passed": passed} for kind, (tried, passed) in counts.items()}
     print(json.dumps({"benchmark": "fuzz_configs", "seed": options.seed, **figures}))
+    if any(tried != passed for tried, passed in counts.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +129,21 @@ def test_what_checks_cost(tmp_path: Path) -> None:
     small = ("--geometry", "tiny", "--methods", "linear", "--repeats", "1")
     (row,) = result(run("checks.py", *small, "--work", tmp_path, cwd=tmp_path), "checks")["rows"]
     assert row["check_seconds"] > 0 and row["preparation_seconds"] > 0
+
+
+def test_faults_of_the_system_and_kills(tmp_path: Path) -> None:
+    some = ("--cases", "ties", "regmean_plusplus", "--work", tmp_path)
+    if shutil.which("cc") or shutil.which("gcc"):
+        found = result(run("faults.py", "calls", "--count", "8", *some, cwd=tmp_path), "faults calls")
+        assert found["tried"] == found["passed"] == 8
+    found = result(run("faults.py", "kills", "--count", "4", *some, cwd=tmp_path), "faults kills")
+    assert found["tried"] == found["passed"] >= 4
+
+
+def test_fuzzers(tmp_path: Path) -> None:
+    found = json.loads(run("fuzz_configs.py", "--examples", "20", "--step", "60", cwd=tmp_path)[-1])
+    for kind in ("places", "values", "files"):
+        assert found[kind]["tried"] == found[kind]["passed"] >= 20, kind
+    if importlib.util.find_spec("atheris") is not None:
+        found = json.loads(run("fuzz_readers.py", "--runs", "200", "--only", "headers", cwd=tmp_path)[-1])
+        assert found["targets"]["headers"] == {"tried": 200, "passed": 200}
