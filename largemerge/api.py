@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from largemerge.config_file import check_source, read_documents, shown, size_in_bytes
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
-from largemerge.errors import ConfigError, explain_failures
+from largemerge.errors import ConfigError, OutputError, explain_failures
 from largemerge.regression.config import MergeConfig, load_config
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
 
@@ -266,6 +266,8 @@ def merge(
         problems.append(f"--max-shard-size {error}")
     sizes = {"max_shard_bytes": options.pop("max_shard_bytes", None)}
     resolved, memory = _checked(config, problems, **options, **more), memory or Memory()
+    if isinstance(config, str | Path):
+        check_apart(Path(config), Path(out))
     options |= sizes
     if intermediate_dir is not None and not isinstance(resolved, Documents):
         raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
@@ -339,6 +341,21 @@ def plan(
     return plan_series(resolved, other_methods=tuple(REGRESSION_METHODS), device=device, limits=limits, probe=probe)
 
 
+def check_apart(config: Path, out: Path) -> None:
+    """Refuses a configuration that lies in the output folder, where the merge's files could take its place.
+
+    Raises:
+        OutputError: If it does.
+    """
+    try:
+        inside = out.resolve() in config.resolve().parents
+    except (OSError, ValueError, RuntimeError):
+        return  # whoever opens them says what is wrong
+    if inside:
+        raise OutputError(f"{config}, the configuration, lies in the output folder {out}; copy it elsewhere first")
+
+
+@explain_failures()
 def verify(out: str | Path, *, trust_remote_code: bool = False) -> FolderCheck:
     """Compares a finished merge with the digests in its report, and checks that its keys and shapes load.
 
@@ -352,6 +369,10 @@ def verify(out: str | Path, *, trust_remote_code: bool = False) -> FolderCheck:
     Raises:
         OutputError: If the folder holds no finished merge, or one whose report has no digests.
     """
+    if not isinstance(out, str | Path) or not str(out) or "\0" in str(out):
+        raise OutputError(f"out: expected the folder of a finished merge, found {shown(out)}")
+    if not isinstance(trust_remote_code, bool):
+        raise OutputError(f"trust_remote_code: expected true or false, found {shown(trust_remote_code)}")
     from largemerge.integrity import verify_folder
 
     return verify_folder(Path(out), trust_remote_code=trust_remote_code)

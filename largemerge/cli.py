@@ -99,6 +99,7 @@ def _merge(options: argparse.Namespace) -> int:
         from largemerge import api
 
         max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
+        api.check_apart(options.config, options.out)
         config = _read(options)
     except LargemergeError as error:
         _fail_together(error, launch, options)

@@ -51,6 +51,7 @@ WORKING_FOLDER = ".largemerge"
 REPORT_FILE = "merge_report.json"
 """The report of a finished merge, with the digests of its files."""
 _SIDE_FOLDER, _FINISHING = "side", "finishing"
+_WORKING_FILES = ("manifest.json", "journal.jsonl", "lock", _FINISHING)
 _NUM_READERS = 4  # threads that compare digests
 
 
@@ -307,14 +308,18 @@ class InputWatch:
     Args:
         checkpoints: All checkpoints that are read, adapters and auxiliary tensors included.
         side_files: Sources of the files that are copied, by their names in the output.
+        data: Files of calibration data.
 
     Attributes:
         digests: Digests of the side files by their names in the output, for the manifest.
     """
 
-    def __init__(self, checkpoints: Iterable[Checkpoint], side_files: Mapping[str, Path]) -> None:
+    def __init__(
+        self, checkpoints: Iterable[Checkpoint], side_files: Mapping[str, Path], data: Iterable[Path] = ()
+    ) -> None:
         self._side_files = dict(side_files)
         self._stamps = {file: _stamp(file) for checkpoint in checkpoints for file in checkpoint.files}
+        self._stamps |= {file: _stamp(file) for file in data}
         self.digests = {name: digest_of_file(file) for name, file in self._side_files.items()}
 
     def check(self) -> None:
@@ -335,7 +340,11 @@ class InputWatch:
 
 
 def rehearse(
-    checkpoints: Iterable[Checkpoint], side_files: SideFiles, write: Callable[..., None], ranks: Ranks
+    checkpoints: Iterable[Checkpoint],
+    side_files: SideFiles,
+    write: Callable[..., None],
+    ranks: Ranks,
+    data: Iterable[Path] = (),
 ) -> InputWatch:
     """Writes all files beside the weights for the moment, so that what is wrong with one is told before the long work.
 
@@ -344,6 +353,7 @@ def rehearse(
         side_files: The files that are copied.
         write: Writes the files beside the weights into a folder, given `rehearsal=True`.
         ranks: The ranks; the first one writes.
+        data: Files of calibration data.
 
     Returns:
         What notices when inputs change from now on.
@@ -351,7 +361,7 @@ def rehearse(
     Raises:
         LargemergeError: If one cannot be read, is not what it should be, or holds NaN.
     """
-    watch = InputWatch(checkpoints, side_files.files)
+    watch = InputWatch(checkpoints, side_files.files, data)
     if ranks.is_first:
         with scratch_folder("rehearsal") as folder:
             (folder / side_files.inner).mkdir(parents=True, exist_ok=True)
@@ -435,7 +445,7 @@ def open_output(
             for entry in working.iterdir():
                 if entry.is_dir() and entry.name != INTERMEDIATE_FOLDER:
                     shutil.rmtree(entry)
-                elif entry.is_file() and entry.name != "lock":
+                elif not entry.is_dir() and entry.name != "lock":
                     entry.unlink()
     resuming = (working / "manifest.json").exists()
     try:
@@ -507,6 +517,14 @@ def _check_links(working: Path) -> None:
             raise OutputError(f"{place} is a link; nothing is written through it: remove it, or choose another folder")
     if working.exists() and not working.is_dir():
         raise OutputError(f"{working} is a file; a merge keeps a folder of this name: remove it")
+    folders = (INTERMEDIATE_FOLDER, _SIDE_FOLDER)
+    for entry in entries:
+        if entry.name in folders or (entry.is_dir() and entry.name not in _WORKING_FILES):
+            is_right, expected = entry.is_dir(), "a folder"
+        else:
+            is_right, expected = entry.is_file(), "a file"
+        if not is_right:
+            raise OutputError(f"{entry} is not {expected}, as a merge makes it; remove it, or choose another folder")
 
 
 def check_no_input(path: Path, inputs: list[Path], *, force: bool) -> None:

@@ -37,8 +37,8 @@ def read_tensors(path: Path, config: CalibrationConfig, signature: ForwardSignat
     assert config.num_samples is not None and config.batch_size is not None
     with _open(path, where) as file:
         tensors = _checked_headers(file, config, signature, where)
-        # Rows beyond num_samples are never read.
-        rows = {name: file.get_slice(name)[: config.num_samples].contiguous() for name in tensors}
+        # Rows beyond num_samples are never read. Copies: of a file that is cut later, a mapped page would be a crash.
+        rows = {name: file.get_slice(name)[: config.num_samples].clone() for name in tensors}
     problems = list(_value_problems(rows))
     if problems:
         raise CalibrationError(*(f"{where}: {problem}" for problem in problems))

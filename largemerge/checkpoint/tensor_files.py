@@ -249,13 +249,16 @@ class PickleFile:
                 mapped = zipfile.is_zipfile(self._path)
                 try:
                     state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
-                except (RuntimeError, OSError, ValueError) as error:
+                except Exception as error:  # of a file that was exchanged it may be anything
                     raise CheckpointError(
                         f"{self._path}: cannot be read: {_first_line(error)}; was it changed meanwhile?"
                     ) from None
                 if not mapped:
                     self._whole = state
-        tensor = self._unwrapped(state)[info.name].detach()
+        state = self._unwrapped(state)
+        if info.name not in state:
+            raise CheckpointError(f"{self._path}: no longer holds {info.name}; was it changed meanwhile?")
+        tensor = state[info.name].detach()
         tensor = (tensor if rows is None else tensor[rows]).clone(memory_format=torch.contiguous_format)
         with self._lock:
             self.bytes_read += tensor.nbytes

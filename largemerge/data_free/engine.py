@@ -183,6 +183,9 @@ def as_merge_error(task: Task, method: str, readers: Mapping[str, TensorReader])
         raise MergeError(f"{task.name}: {method}: {error}: {_why_not_finite(task, readers)}") from None
     except FloatingPointError as error:
         raise MergeError(f"{task.name}: {method}: {error}") from None
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        first_line = str(error).splitlines()[0]
+        raise MergeError(f"{task.name}: {method}: {first_line}: {_why_not_finite(task, readers)}") from None
     except torch.OutOfMemoryError as error:
         raise MergeError(
             f"{task.name}: {method}: {str(error).splitlines()[0]} What is finished is safe: go on with --resume when "

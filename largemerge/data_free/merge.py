@@ -18,7 +18,7 @@ from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.engine import part_kinds, run, verify_merge
 from largemerge.data_free.inputs import PriorMerges
-from largemerge.data_free.output_files import find_files
+from largemerge.data_free.output_files import find_files, tokenizer_source
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
 from largemerge.data_free.resources import MemoryBudget
@@ -116,7 +116,11 @@ def _check(plan: DataFreePlan, out: Path, ranks: Ranks, *, resume: bool, force: 
 def input_folders(plan: DataFreePlan) -> list[Path]:
     """Lists the folders that are read, which the output must not be."""
     folders = [checkpoint.root for checkpoint in (*plan.checkpoints.values(), *plan.auxiliary.values())]
-    return folders + [folder for adapter in plan.adapters.values() for folder in adapter.folders]
+    folders += [folder for adapter in plan.adapters.values() for folder in adapter.folders]
+    folders += [tokenizer_source(plan), *(file.parent for file in find_files(plan).files.values())]
+    if plan.config.vocabulary is not None and Path(plan.config.vocabulary.source).expanduser().is_dir():
+        folders.append(Path(plan.config.vocabulary.source).expanduser())
+    return list(dict.fromkeys(folders))
 
 
 def _check_shared(folder: OutputFolder) -> None:

@@ -52,6 +52,7 @@ class LoadingVerdict:
         unexpected: Names in the checkpoint that the class does not know: they would be dropped.
         mismatched: Name → shape in the checkpoint and shape in the model, where these differ.
         error: Why the checkpoint could not be loaded at all; empty if it could.
+        body: What names of the class's body begin with, such as `model.`; empty where the class has no heads.
         not_checked: Why nothing could be found out, such as a class that Transformers does not have; empty if it could.
     """
 
@@ -60,6 +61,7 @@ class LoadingVerdict:
     unexpected: tuple[str, ...] = ()
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     error: str = ""
+    body: str = ""
     not_checked: str = ""
 
     @property
@@ -107,7 +109,7 @@ def try_loading(
         except Exception as error:  # configs raise whatever they like
             return LoadingVerdict(not_checked=_first_line(error))
         try:
-            _, info = model_class.from_pretrained(
+            model, info = model_class.from_pretrained(
                 None,
                 config=loaded,
                 state_dict=state,
@@ -119,7 +121,9 @@ def try_loading(
             return LoadingVerdict(model_class.__name__, error=_first_line(error))
     mismatched = {name: (tuple(found), tuple(wanted)) for name, found, wanted in sorted(info["mismatched_keys"])}
     missing, unexpected = tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
-    return LoadingVerdict(model_class.__name__, missing, unexpected, mismatched, "\n".join(info["error_msgs"]))
+    told, prefix = "\n".join(info["error_msgs"]), f"{model_class.base_model_prefix}."
+    body = prefix if any(name.startswith(prefix) for name, _ in model.named_parameters()) else ""
+    return LoadingVerdict(model_class.__name__, missing, unexpected, mismatched, told, body)
 
 
 def check_loads(
@@ -158,13 +162,20 @@ def check_loads(
             f"{reference.name}: its files lack {_count(cut)} of layers that its config.json counts: {_some(cut)}; they "
             "would be random; fetch the checkpoint again, or mend the number of layers in its config.json"
         )
+    needed = [name for name in verdict.missing if name not in cut and _is_needed(name, verdict.body)]
+    needed = [name for name in needed if _is_known(before.missing, restacked)(name)]
+    if needed:
+        problems.append(
+            f"{reference.name}: its files lack {_count(needed)} that {verdict.class_name} needs, and that would be "
+            f"random: {_some(needed)}; fetch the checkpoint again"
+        )
     for texts, found, known in (
         (_MISSING, verdict.missing, before.missing),
         (_UNEXPECTED, verdict.unexpected, before.unexpected),
     ):
         told = _is_known(known, restacked)
         new = [name for name in found if not told(name)]
-        old = [name for name in found if told(name) and name not in cut]
+        old = [name for name in found if told(name) and name not in (*cut, *needed)]
         if new:
             problems.append(texts[0].format(class_name=verdict.class_name, count=_count(new), names=_some(new)))
         if old:
@@ -187,6 +198,12 @@ def _missing_of_layers(missing: Collection[str], tensors: Collection[str]) -> li
     return [name for name in missing if (layer := layer_of(name)) not in layers and layer.rpartition(".")[0] in stacks]
 
 
+def _is_needed(name: str, body: str) -> bool:
+    """Whether nothing explains that a tensor of the body is missing: many checkpoints lack poolers, or old buffers."""
+    return name.startswith(body) and not any(word in name for word in _OFTEN_MISSING)
+
+
+_OFTEN_MISSING = ("pool", "mask", "position_ids", "inv_freq", "rotary", "parametrizations", "relative_", "head.")
 _MISSING = (
     "the output would lack {count} that {class_name} needs by its config, and that would be random: {names}",
     "the output lacks {count} that {class_name} has, and that are random when it is loaded: {names}",

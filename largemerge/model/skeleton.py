@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from largemerge.checkpoint.config_check import check_config
@@ -125,8 +126,8 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
                 f"{checkpoint.name}: config.json: Transformers does not know its class.{_CODE_HINT}"
             ) from None
         if checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
-            raise ArchitectureError(f"{checkpoint.name}: config.json: {_cause(error)}") from None
-        raise CheckpointError(f"{checkpoint.name}: config.json: {_cause(error)}") from None
+            raise ArchitectureError(f"{checkpoint.name}: config.json: {_cause(error, checkpoint.config)}") from None
+        raise CheckpointError(f"{checkpoint.name}: config.json: {_cause(error, checkpoint.config)}") from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton computes with weights that have been dequantised
     return config
@@ -207,7 +208,8 @@ def build_model(
     except _TooLarge as error:
         raise CheckpointError(f"{checkpoint.name}: config.json: {model_class.__name__} {error}") from None
     except Exception as error:  # what a class raises for a config that it cannot be built from, nobody has listed
-        text = f"{checkpoint.name}: {model_class.__name__} cannot be built from config.json: {_cause(error)}"
+        cause = _cause(error, checkpoint.config)
+        text = f"{checkpoint.name}: {model_class.__name__} cannot be built from config.json: {cause}"
         if isinstance(error, ImportError | NotImplementedError) or "meta" in str(error):
             raise ArchitectureError(text) from None  # the config may be right
         raise CheckpointError(text) from None
@@ -307,6 +309,12 @@ def find_model_class(
             return cast(type[PreTrainedModel], found)
     found = getattr(transformers, names[0], None) if names else None
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        if not _belongs_to(config, found):
+            wanted: Any = found.config_class
+            raise CheckpointError(
+                f"{checkpoint.name}: config.json: model_type {config.model_type!r} and architectures {names[0]!r} "
+                f"contradict each other; {names[0]} is of {wanted.model_type!r}: mend the wrong one"
+            )
         return found
     if found is not None and not names[0].startswith("Auto"):
         raise CheckpointError(
@@ -324,6 +332,20 @@ def find_model_class(
     raise ArchitectureError(
         f"{checkpoint.name}: config.json names no 'architectures'; expected a class such as 'LlamaForCausalLM'"
     )
+
+
+def _belongs_to(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
+    """Whether a config is that of a class, of a part of it, of a model that it is a part of, or listed for it."""
+    wanted: Any = model_class.config_class
+    if wanted is None or isinstance(config, wanted) or issubclass(wanted, type(config)):
+        return True
+    parts = {*type(config).sub_configs.values(), *wanted.sub_configs.values()}
+    kinds = {str(config.model_type).partition("_")[0], str(wanted.model_type).partition("_")[0]}
+    if wanted in parts or type(config) in parts or len(kinds) == 1:
+        return True
+    tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    listed = [table.get(config.model_type, ()) for table in tables if isinstance(table, Mapping)]
+    return any(model_class.__name__ in ((each,) if isinstance(each, str) else each) for each in listed)
 
 
 def all_configs(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], PreTrainedConfig]:
@@ -405,13 +427,36 @@ def _named_stacks(model: PreTrainedModel, names: Sequence[str]) -> tuple[Stack, 
     return tuple(found)
 
 
-def _cause(error: BaseException) -> str:
-    """The cause of an error in one line; that of a validator stands in its second line."""
+_FIELD = re.compile(r"Field '(\w+)' (?:expected (.+?), got \w+ \(value: (.+)\)$|with value (.+?) doesn't match)")
+_KINDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "dict": "an object"}
+
+
+def _cause(error: BaseException, config: Any = None) -> str:
+    """The cause of an error in one line, with the key of the config that it comes from, where that can be told."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    field = next((match for line in lines if (match := _FIELD.search(line)) is not None), None)
+    if field is not None:
+        key, kind, value, other = field.groups()
+        expected = f"expected {_KINDS.get(kind, kind)}" if kind is not None else "expected a value of another type"
+        return f"{key}: {expected}, found {(value or other)[:80]}"
+    if isinstance(error, KeyError) and error.args and (keys := list(_keys_of(config, error.args[0]))):
+        return f"{keys[0]}: {error.args[0]!r} is not known to Transformers {transformers.__version__}"
+    if isinstance(error, ZeroDivisionError):
+        listed = ", ".join(list(_keys_of(config, 0))[:5])
+        return f"a size that something is divided by is 0{f' (one of {listed})' if listed else ''}; expected 1 or more"
     if len(lines) > 1 and lines[0].endswith(":"):
         return " ".join(lines[:2])
     told = lines[0] if lines else ""
     return told if isinstance(error, ValueError | OSError) and told else f"{type(error).__name__}: {told}".strip(": ")
+
+
+def _keys_of(config: Any, value: Any, path: str = "") -> Iterator[str]:
+    """Yields the keys of a config, and of those inside it, that have a value."""
+    for key, inner in config.items() if isinstance(config, Mapping) else ():
+        if isinstance(inner, Mapping):
+            yield from _keys_of(inner, value, f"{path}{key}.")
+        elif type(inner) is type(value) and inner == value:
+            yield f"{path}{key}"
 
 
 def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> None:

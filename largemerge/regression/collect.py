@@ -188,9 +188,10 @@ class Collector:
 
     def _not_finite(self, block: BlockPlan, group: LinearGroup, index: int, error: FloatingPointError) -> str:
         dtype = dtype_name(self.samples.runner.compute_dtype)
+        advice = "" if dtype == "float32" else "try compute_dtype: float32, and "
         return (
             f"{block.name}.{group.leader}: {error} for candidate {self.names[index]}, computed in {dtype}; "
-            "try compute_dtype: float32, and check that the candidate's weights are finite"
+            f"{advice}check that the candidate's weights, and its calibration data, are finite"
         )
 
 

@@ -29,6 +29,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from largemerge.checkpoint.reader import prefetched
 from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.devices import SideStream, Transfer
@@ -198,7 +200,7 @@ class Engine:
         """Adds the weights of a group to `merged`, in the place of their anchors; returns the report of its linears."""
         try:
             solution = sums.solve(self.settings.ridge)
-        except FloatingPointError as error:
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             raise MergeError(f"{block.name}.{group.leader}: cannot be solved: {error}") from None
         report: JsonObject = {}
         for linear in group.linears:

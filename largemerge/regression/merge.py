@@ -10,6 +10,7 @@ tensors outside the blocks, and finishes the folder.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +67,7 @@ from largemerge.regression.tensor_plan import MergeRule
 from largemerge.regression.tokens import ArrangedReader
 from largemerge.regression.weights import Weights
 
+_MAX_DATA_FILES = 10_000
 NON_BLOCK = "outside"
 """Name of the part that holds all tensors outside the blocks, in journal, report and progress."""
 
@@ -135,7 +137,7 @@ def merge_by_regression(
             shards = layout_shards(prepared.planned.plan.output, max_shard_bytes, side_files.inner)
             opened = [*inputs.stored.values(), *(adapter.checkpoint for adapter in inputs.adapters.values())]
             write = partial(write_side_files, planned=prepared.planned)
-            watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks))
+            watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks, _data_files(config)))
             manifest = _manifest(prepared, shards) | {"side files": watch.digests}
             stage("opening the output folder")
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
@@ -259,6 +261,15 @@ def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
     paths += [folder for adapter in inputs.adapters.values() for folder in adapter.folders]
     data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
     return paths + [path for path in data if path.exists()]
+
+
+def _data_files(config: MergeConfig) -> list[Path]:
+    """Lists the local files of calibration data; of a folder, as many as are looked at in a moment."""
+    data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
+    found = [path for path in data if path.is_file()]
+    for folder in (path for path in data if path.is_dir()):
+        found += itertools.islice((path for path in folder.rglob("*") if path.is_file()), _MAX_DATA_FILES)
+    return found
 
 
 def _plan_with_data(
