@@ -211,7 +211,7 @@ def _is_temporary(event: str, args: tuple[Any, ...]) -> bool:
     path, descriptor = str(args[0]), args[-1]
     if event in ("os.mkdir", "os.remove", "os.rmdir") and not os.path.isabs(path) and descriptor >= 0:
         path = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), path)
-    return "/largemerge-tokenizer-" in path
+    return "/largemerge-" in path
 
 
 def _signal_before_operation(kill_at: int, out: str, number: signal.Signals) -> None:

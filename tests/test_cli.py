@@ -178,7 +178,7 @@ def test_plan_as_text(command: Command, case: Case) -> None:
     assert outcome.code == 0 and outcome.err == ""
     for text in (
         "regmean_plusplus of 2 × LlamaForCausalLM",
-        "model0 (4 samples), model1 (4 samples)",
+        "model0: 4 samples, ",
         "model.layers (3 blocks)",
         "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: 16 inputs",
         "21 solved",
@@ -229,7 +229,7 @@ def test_brackets_are_printed_as_they_are(command: Command, case: Case, pattern:
     outcome = command("plan", path)
     assert outcome.code == 0, outcome.err
     assert f"{pattern!r} matches no tensor" in outcome.out
-    assert "the [bold] one (4 samples)" in outcome.out
+    assert "the [bold] one: 4 samples" in outcome.out
 
 
 # Merge

@@ -417,9 +417,9 @@ def test_the_readme_is_short() -> None:
 
 
 def table_rows(page: Path) -> dict[str, str]:
-    """Rows of tables by what stands in backticks in their first two columns."""
+    """Rows of tables by what stands in backticks in their first two columns; the first one counts."""
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    return {name: line for line in lines for name in re.findall(r"`(\w+)`", "|".join(line.split("|")[:3]))}
+    return {name: line for line in reversed(lines) for name in re.findall(r"`(\w+)`", "|".join(line.split("|")[:3]))}
 
 
 def test_every_method_is_explained_with_its_parameters() -> None:
