@@ -21,6 +21,7 @@ from largemerge.calibration.columns import MAX_PROBLEMS
 from largemerge.calibration.image_settings import MAX_ABSOLUTE, SETTINGS_FILES, check_processor_files
 from largemerge.checkpoint.side_files import PROCESSOR_FILES, check_side_files
 from largemerge.errors import CalibrationError, CheckpointError
+from largemerge.text_files import os_reason, shorten
 
 PIXELS = "pixel_values"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -144,8 +145,12 @@ def _open_image(value: Any, folder: Path | None, processor: Any) -> Any:
         raise CalibrationError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels; expected fewer: make it smaller"
         ) from None
+    except PermissionError as error:
+        raise CalibrationError(f"{name} cannot be opened: {os_reason(error)}") from None
     except Exception as error:  # PIL's readers raise many types for broken files
-        raise CalibrationError(f"{name} cannot be opened: {type(error).__name__}: {error}") from None
+        raise CalibrationError(
+            f"{name} cannot be opened: it is damaged or cut off ({shorten(os_reason(error))})"
+        ) from None
 
 
 def _resolve(path: str, folder: Path | None) -> Path:
