@@ -105,14 +105,14 @@ def _size_problems(key: str, size: Any, by_area: bool) -> Iterator[str]:
         yield f"{key}: expected a size such as {{'height': 224, 'width': 224}}, found {shorten(repr(size))}"
     wrong = False
     for name, value in sides.items():
-        if name.endswith("_edge") and len(sides) == 2 and by_area:
+        if name.endswith("_pixels") or (name.endswith("_edge") and len(sides) == 2 and by_area):
             most = MAX_PIXELS
         else:
             most = MAX_SIDE if len(sides) == 2 and not name.endswith("_edge") else math.isqrt(MAX_PIXELS)
         if not _is_whole(value, most):
             wrong = True
             yield f"{name}: expected a whole number from 1 to {most:,}, found {shorten(repr(value))}"
-    is_area = len(sides) == 2 and not any(name.endswith("_edge") for name in sides)
+    is_area = len(sides) == 2 and not any(name.endswith(("_edge", "_pixels")) for name in sides)
     if is_area and not wrong and math.prod(sides.values()) > MAX_PIXELS:
         yield f"{key}: expected {MAX_PIXELS:,} pixels at most, found {' x '.join(map(str, sides.values()))}"
 

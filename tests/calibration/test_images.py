@@ -262,6 +262,7 @@ def test_settings_of_the_processor_are_checked_before_it_loads(changes, told, tm
     [
         {"size": [224, 224], "image_mean": 0.5, "image_std": 0.5, "resample": None},
         {"size": {"shortest_edge": 3136, "longest_edge": 47_040_000}, "merge_size": 2, "patch_size": 14},
+        {"size": {"min_pixels": 262_144, "max_pixels": 1_048_576}},
         {"size": {"max_height": 800, "max_width": 1333}, "patch_size": {"height": 16, "width": 16}},
         {"do_normalize": False, "image_mean": [0, 0, 0], "image_std": [0, 0, 0]},
         {"do_rescale": False, "rescale_factor": 0, "image_mean": [103.5, 116.3, 123.7]},
