@@ -65,6 +65,8 @@ def _problems_of(settings: Mapping[str, Any], by_area: bool) -> Iterator[str]:
     """Yields what is wrong with the settings of an image processor, by key."""
     for key in ("image_processor_type", "feature_extractor_type", "processor_class"):
         yield from _unless(settings, key, lambda value: isinstance(value, str), "the name of a class")
+    if not isinstance(settings.get("auto_map", {}), Mapping):
+        yield f"auto_map: expected names of classes by their kinds, found {shorten(repr(settings['auto_map']))}"
     for key, value in settings.items():
         if key.startswith("do_"):
             yield from _unless(settings, key, lambda value: value in (True, False), "true or false")

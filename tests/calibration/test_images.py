@@ -246,6 +246,7 @@ def test_broken_image_processor(complaint, folder, vision_checkpoint, text, told
         ({"resample": 99}, "resample: expected the number of one of Pillow's filters, 0 to 5, found 99"),
         ({"do_resize": "no"}, "do_resize: expected true or false, found 'no'"),
         ({"image_processor_type": 5}, "image_processor_type: expected the name of a class, found 5"),
+        ({"auto_map": None}, "auto_map: expected names of classes by their kinds, found None"),
         ({"merge_size": 0}, "merge_size: expected 1 to 67,108,864, found 0"),
         ({"patch_size": 0}, "patch_size: expected a whole number from 1 to 8,192, found 0"),
     ],
