@@ -23,6 +23,7 @@ from largemerge.calibration.config import CalibrationConfig, template_columns
 from largemerge.calibration.sources import Source
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
+from largemerge.text_files import shorten
 
 MAX_PROBLEMS = 5
 """Number of bad rows in one error; whoever has more has one mistake, not many."""
@@ -109,7 +110,7 @@ def _missing_columns(fields: Fields, columns: tuple[str, ...] | None) -> Iterato
 
 
 def _nothing_to_read(fields: Fields, columns: tuple[str, ...] | None, signature: ForwardSignature) -> Iterator[str]:
-    if fields.text or fields.template or fields.messages or fields.image:
+    if any(part is not None for part in (fields.text, fields.template, fields.messages, fields.image)):
         return
     takes = signature.forward_arguments
     ways = {"input_ids": ["'text_field'", "'messages_field'"], "pixel_values": ["'image_field'"]}
@@ -130,10 +131,11 @@ def _misfits_of_the_model(
     fields: Fields, signature: ForwardSignature, columns: tuple[str, ...] | None
 ) -> Iterator[str]:
     takes = sorted(signature.forward_arguments)
-    if (fields.text or fields.template or fields.messages) and "input_ids" not in takes:
-        setting = "text_field" if fields.text else "text_template" if fields.template else "messages_field"
+    if any(part is not None for part in (fields.text, fields.template, fields.messages)) and "input_ids" not in takes:
+        names = {"text_field": fields.text, "text_template": fields.template, "messages_field": fields.messages}
+        setting = next(name for name, part in names.items() if part is not None)
         yield f"{setting}: the model takes no input_ids but {takes}; remove it"
-    if fields.image and "pixel_values" not in takes:
+    if fields.image is not None and "pixel_values" not in takes:
         yield f"image_field: the model takes no pixel_values but {takes}; remove it"
     if takes_target(signature):
         if fields.target is None:
@@ -152,16 +154,16 @@ def _misfits_of_the_model(
 
 
 def _misfits_among_settings(fields: Fields, config: CalibrationConfig, signature: ForwardSignature) -> Iterator[str]:
-    if fields.text and fields.messages:
+    if fields.text is not None and fields.messages is not None:
         yield "'text_field' and 'messages_field' exclude each other"
     if config.assistant_only and fields.messages is None:
         yield "assistant_only: needs 'messages_field'"
     if config.assistant_only and signature.is_encoder_decoder:
         yield "assistant_only: marks tokens of the encoder, but statistics are masked over the decoder's; remove it"
-    if fields.loss_mask and not fields.has_text and fields.image:
+    if fields.loss_mask is not None and not fields.has_text and fields.image is not None:
         yield "loss_mask_field: there is one number per token of a text, but no text; remove it"
-    if config.pack and (fields.image or signature.is_encoder_decoder):
-        partner = "an image" if fields.image else "a target"
+    if config.pack and (fields.image is not None or signature.is_encoder_decoder):
+        partner = "an image" if fields.image is not None else "a target"
         yield f"pack: texts that have {partner} each cannot be joined; remove it"
 
 
@@ -265,6 +267,14 @@ def _message_problem(messages: Any) -> str | None:
             return f"{expected}, found {_shown(message)} as message {turn}"
         if not isinstance(message.get("role"), str):
             return f"{expected}; message {turn} has no 'role' but {sorted(message)}"
+        content = message.get("content")
+        others = any(value not in (None, "", []) for key, value in message.items() if key not in ("role", "content"))
+        if content is None and not others:  # calls of tools may stand in its place
+            return f"{expected}; message {turn} ({shorten(message['role'])}) has no 'content'"
+        if content is not None and not isinstance(content, str | list | dict):
+            return (
+                f"{expected}; the 'content' of message {turn} is {_shown(content)}, expected a text or a list of parts"
+            )
     return None
 
 

@@ -18,8 +18,10 @@ import torch
 
 from largemerge.calibration.batches import ForwardSignature, Sample
 from largemerge.calibration.columns import MAX_PROBLEMS
+from largemerge.calibration.image_settings import MAX_ABSOLUTE, SETTINGS_FILES, check_processor_files
 from largemerge.checkpoint.side_files import PROCESSOR_FILES, check_side_files
-from largemerge.errors import CalibrationError
+from largemerge.errors import CalibrationError, CheckpointError
+from largemerge.text_files import os_reason, shorten
 
 PIXELS = "pixel_values"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -37,12 +39,17 @@ def load_image_processor(checkpoint: Path, where: str, *, trust_remote_code: boo
     auto: Any = transformers.AutoImageProcessor
     try:
         check_side_files(checkpoint, ("config.json", *PROCESSOR_FILES))
-        return auto.from_pretrained(
+        check_processor_files(checkpoint)
+        processor = auto.from_pretrained(
             str(checkpoint), backend="pil", trust_remote_code=trust_remote_code, local_files_only=True
         )
+        check_processor_files(checkpoint, processor)
+        return processor
+    except CheckpointError as error:
+        text = f"{where}: the image processor cannot be used: "
+        raise CalibrationError(*(text + problem for problem in error.problems)) from None
     except Exception as error:  # Transformers raises many types for files that are missing or broken
-        files = ("preprocessor_config.json", "processor_config.json")
-        if not any((checkpoint / file).is_file() for file in files):
+        if not any((checkpoint / file).is_file() for file in SETTINGS_FILES):
             raise CalibrationError(
                 f"{where}: no image processor in {checkpoint}; put the model's preprocessor_config.json there"
             ) from None
@@ -138,8 +145,12 @@ def _open_image(value: Any, folder: Path | None, processor: Any) -> Any:
         raise CalibrationError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels; expected fewer: make it smaller"
         ) from None
+    except PermissionError as error:
+        raise CalibrationError(f"{name} cannot be opened: {os_reason(error)}") from None
     except Exception as error:  # PIL's readers raise many types for broken files
-        raise CalibrationError(f"{name} cannot be opened: {type(error).__name__}: {error}") from None
+        raise CalibrationError(
+            f"{name} cannot be opened: it is damaged or cut off ({shorten(os_reason(error))})"
+        ) from None
 
 
 def _resolve(path: str, folder: Path | None) -> Path:
@@ -174,4 +185,10 @@ def _process(images: Sequence[Any], processor: Any, signature: ForwardSignature,
             f"{where}: {kind} makes {shapes} of {len(images)} images; expected 'pixel_values' with one row per "
             "image. Give such a model ready-made tensors in a .safetensors file"
         )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool((tensor.abs() <= MAX_ABSOLUTE).all()):
+            raise CalibrationError(
+                f"{where}: {kind} makes NaN, infinity or numbers beyond {MAX_ABSOLUTE:g} in {name!r}; expected numbers "
+                f"near 1: look at rescale_factor, image_mean and image_std in {' or '.join(SETTINGS_FILES)}"
+            )
     return tensors

@@ -18,6 +18,7 @@ MAX_DEPTH = 100
 """Levels that a sample may be nested; the library takes fewer."""
 
 _SPACE = re.compile(r"\s*")
+_TOO_LONG = "a number of thousands of digits; expected numbers up to 1.8e308"
 _EXPECTED = 'expected an object such as {"text": ...}'
 
 
@@ -54,8 +55,8 @@ def _check(path: Path, num_bytes: int, modified_ns: int) -> str | None:
         return f"line {number}: nested too deeply; {_EXPECTED}"
     except UnicodeDecodeError as error:
         return f"not readable as UTF-8 text: {error}"
-    except ValueError as error:  # a number of thousands of digits
-        return f"line {number}: {error}"
+    except ValueError:  # the one that is left
+        return f"line {number}: {_TOO_LONG}"
     return None
 
 
@@ -75,8 +76,8 @@ def _check_whole(path: Path, by_line: str) -> str | None:
             )
         except RecursionError:
             return f"line {line}: nested too deeply; {_EXPECTED}"
-        except ValueError as error:
-            return f"line {line}: {error}"
+        except ValueError:
+            return f"line {line}: {_TOO_LONG}"
         if isinstance(value, list) and count == 0:
             return _problem_of_list(value, text[end:])
         problem = _problem_of(value, text[place:end])

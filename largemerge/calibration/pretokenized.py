@@ -15,6 +15,7 @@ import torch
 from largemerge.calibration.batches import Batch, CalibrationOutline, ForwardSignature
 from largemerge.calibration.columns import takes_target
 from largemerge.calibration.config import CalibrationConfig
+from largemerge.calibration.image_settings import MAX_ABSOLUTE
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
 
@@ -128,10 +129,10 @@ def _shape_problems(headers: Mapping[str, torch.Tensor], signature: ForwardSigna
     elif set(counts.values()) == {0}:
         yield "empty; expected at least one sample"
     for name, header in headers.items():
-        if header.dtype.is_complex or header.dtype in (torch.uint16, torch.uint32, torch.uint64):
-            yield f"tensor {name!r} has {header.dtype}; expected int64, or a floating-point dtype"
-        elif name.endswith("input_ids") and header.dtype not in (torch.int64, torch.int32):
+        if name.endswith("input_ids") and header.dtype not in (torch.int64, torch.int32):
             yield f"tensor {name!r} has {header.dtype}; expected integers: int64 or int32"
+        elif header.dtype.is_complex or header.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            yield f"tensor {name!r} has {header.dtype}; expected int64, or a floating-point dtype"
         if name.endswith("input_ids") and (len(header.shape) == 1 or 0 in header.shape[1:]):
             yield f"tensor {name!r} is {list(header.shape)}; expected [samples, tokens], with one token at least"
     if LOSS_MASK in headers:
@@ -145,10 +146,13 @@ def _shape_problems(headers: Mapping[str, torch.Tensor], signature: ForwardSigna
 
 def _value_problems(rows: Mapping[str, torch.Tensor]) -> Iterator[str]:
     for name, tensor in rows.items():
-        # Float8 knows no isfinite.
-        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
-            bad = (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist() if tensor.dim() > 1 else []
-            yield f"tensor {name!r} has NaN or infinity in {f'samples {bad[:5]}' if bad else 'it'}; expected numbers"
+        if tensor.dtype.is_floating_point:
+            numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 cannot be compared
+            wrong = ~(numbers.abs() <= MAX_ABSOLUTE)
+            if wrong.any():
+                bad = wrong.flatten(1).any(dim=1).nonzero().flatten().tolist() if wrong.dim() > 1 else []
+                what = f"numbers beyond {MAX_ABSOLUTE:g}" if numbers.isfinite().all() else "NaN or infinity"
+                yield f"tensor {name!r} has {what} in {f'samples {bad[:5]}' if bad else 'it'}; expected numbers"
         if name.endswith("input_ids") and (tensor < 0).any():
             yield f"tensor {name!r} has negative numbers (the least is {tensor.min()}); expected token ids"
         if name.endswith("attention_mask") and not (tensor != 0).any():

@@ -15,8 +15,11 @@ takes a blank line with spaces in it for text, keeps a byte order mark, and make
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
+import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +29,12 @@ from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.json_rows import check_json_rows
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
+from largemerge.text_files import file_problem, os_reason, shorten
 
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FILE_SUFFIXES = (".safetensors", *TABLE_BUILDERS, ".txt")
+_MAX_PROBLEMS = 5
 
 
 class Rows(Protocol):
@@ -79,6 +84,8 @@ def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
         raise CalibrationError(f"candidate {name!r}: {config.data[:60]!r} cannot be found: {error.args[-1]}") from None
     if not exists:
+        if path.is_symlink():
+            raise CalibrationError(f"{where}: {file_problem(path)}; mend the link, or name the file itself")
         if _looks_like_path(config.data):
             siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             raise CalibrationError(f"{where}: no such file or folder{nearest(path.name, siblings)}")
@@ -93,6 +100,8 @@ def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]
                 f"expected one of {', '.join(FILE_SUFFIXES)}, a folder, or a Hub dataset id"
             )
     problems = list(_settings_without_effect(config, found))
+    if found is not None and found.is_dir():
+        problems += itertools.islice(_unreadable_in_folder(found), _MAX_PROBLEMS)
     if problems:
         raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
     return where, found
@@ -117,12 +126,14 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         _reject_blank_file(path, where)
         if path.suffix.lower() in (".jsonl", ".json"):
             _check_json([path], where)
+        check_headers([path], where)
         # An empty cell is an empty text, and the word "null" is a word.
         options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
         builder = TABLE_BUILDERS[path.suffix.lower()]
         return _from_datasets(where, path, builder, data_files=glob.escape(str(path)), split=config.split, **options)
     if not is_image_folder(path):
         _check_json([*path.rglob("*.jsonl"), *path.rglob("*.json")], where)
+        check_headers([*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
         return _from_datasets(where, path, str(path), config.subset, split=config.split)
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)
 
@@ -148,6 +159,17 @@ def _images_under(path: Path) -> Iterator[Path]:
         is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden and file.is_file():
             yield file
+
+
+def _unreadable_in_folder(path: Path) -> Iterator[str]:
+    """Yields what has the name of an image or table and cannot be read: readers of folders pass over it in silence."""
+    for file in sorted(path.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.suffix.lower() not in (*IMAGE_SUFFIXES, *TABLE_BUILDERS) or is_hidden or file.is_dir():
+            continue
+        problem = file_problem(file)
+        if problem is not None:
+            yield f"{file} {problem}; mend it, or take it away"
 
 
 def _looks_like_path(data: str) -> bool:
@@ -191,6 +213,54 @@ def _check_json(paths: Sequence[Path], where: str) -> None:
             raise CalibrationError(f"{where}{inside}: {problem}")
 
 
+def check_headers(paths: Sequence[Path], where: str) -> None:
+    """Checks the columns of Parquet and CSV files, of which nothing but the header or footer is read.
+
+    Raises:
+        CalibrationError: If a Parquet file is broken or empty, or a column stands twice; it names several files.
+    """
+    checks = {".parquet": _parquet_problem, ".csv": _csv_problem}
+    problems = []
+    for path in paths:
+        check = checks.get(path.suffix.lower())
+        problem = check(path) if check is not None and path.is_file() else None
+        if problem is not None:
+            inside = "" if str(path) in where else f": {path}"
+            problems.append(f"{where}{inside}: {problem}")
+    if problems:
+        raise CalibrationError(*problems[:_MAX_PROBLEMS])
+
+
+def _parquet_problem(path: Path) -> str | None:
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+    except Exception as error:  # Arrow raises several types for what is broken
+        return f"no whole Parquet file: it is damaged, cut off, or of another format ({_first_line(error)})"
+    if not names or not num_rows:
+        columns = shorten([str(name) for name in names])
+        return f"empty; expected at least one sample, found the columns {columns}, and no rows"
+    return _twice(names)
+
+
+def _csv_problem(path: Path) -> str | None:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+    except UnicodeDecodeError as error:
+        return f"not readable as UTF-8 text: {error}"
+    except (OSError, csv.Error) as error:
+        return f"no header of columns can be read: {os_reason(error)}"
+    return _twice([name for name in names if name])
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    return f"the columns {[shorten(name) for name in twice[:3]]} stand twice; expected a name once" if twice else None
+
+
 def _reject_blank_file(path: Path, where: str) -> None:
     try:
         with path.open("rb") as file:
@@ -222,20 +292,64 @@ def _why_unreadable(path: Path | None, error: Exception, arguments: Sequence[Any
 
     if isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-    if "corresponds to no data" in reason:
-        return f"empty; expected at least one sample in split {options['split']!r}"
+    split = str(options["split"])
+    if isinstance(error, UnicodeDecodeError):
+        return f"not readable as UTF-8 text: {error}"
+    told = in_our_words(str(error), split)
+    if told is not None:
+        return told
+    reason = f"{type(error).__name__}: {_first_line(error)}"
     if path is None:
         subset = arguments[1] if len(arguments) > 1 else None
         return (
             "no such file or folder here, and the Hub has no such dataset that can be loaded "
-            f"(id {arguments[0]!r}, subset {subset!r}, split {options['split']!r}): {reason}"
+            f"(id {arguments[0]!r}, subset {subset!r}, split {split!r}): {reason}"
         )
     if path.is_dir() and isinstance(error, FileNotFoundError):
         return (
             f"neither images ({', '.join(IMAGE_SUFFIXES)}) nor data files ({', '.join(TABLE_BUILDERS)}) in this folder"
         )
-    return reason
+    return f"cannot be read: it is damaged, or mixes types of values that no table holds ({reason})"
+
+
+_MEANINGS: tuple[tuple[str, str], ...] = (
+    (r"corresponds to no data", "empty; expected at least one sample in split {split!r}"),
+    (
+        r"Unknown split .*Should be one of (.*?)\.?$",
+        "split: {split!r} is not there; expected one of {0}, or a part of one such as 'train[:100]'",
+    ),
+    (
+        r"Split name should match|Unrecognized instruction|slice boundaries|[Rr]ead ?[Ii]nstruction|Requested slice",
+        "split: {split!r} is no split; expected a name, or a part such as 'train[:100]' or 'train[10%:20%]'",
+    ),
+    (r"BuilderConfig (.*) not found. Available: (.*)", "subset: {0} is not there; expected one of {1}"),
+    (r"Column\(/(.*)\) was specified twice", "the key {0!r} stands twice in one object; remove one of them"),
+    (r"Number too big", "a number is too large; expected numbers up to 1.8e308"),
+    (r"surrogate", "half of a character, such as \\ud800, stands in a text; write whole characters"),
+    (
+        r"Expected (\d+) fields in line (\d+), saw (\d+)",
+        "line {1} has {2} cells, expected {0} as before; put cells that have commas in double quotes",
+    ),
+    (r"EOF inside string starting at row (\d+)", 'a double quote opens in row {0} and is never closed; add a second "'),
+    (
+        r"Couldn't cast|column names don't match|All the data files must have the same columns",
+        "its files have other columns, or values of other types, than each other; expected the same in all",
+    ),
+)
+"""Messages of `datasets`, Arrow and pandas, and what they mean."""
+
+
+def in_our_words(message: str, split: str) -> str | None:
+    """Says what a message of the libraries that read tables means; `None` for those that nobody has seen yet."""
+    for pattern, meaning in _MEANINGS:
+        found = re.search(pattern, message)
+        if found is not None:
+            return meaning.format(*map(shorten, found.groups("")), split=split)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
 
 
 @contextlib.contextmanager

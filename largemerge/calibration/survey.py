@@ -27,6 +27,8 @@ from largemerge.calibration.load import load_calibration, outline_calibration, r
 from largemerge.calibration.sources import (
     TABLE_BUILDERS,
     Source,
+    check_headers,
+    in_our_words,
     is_image_folder,
     list_images,
     locate_data,
@@ -150,6 +152,7 @@ def _streamed(config: CalibrationConfig, where: str, path: Path) -> list[dict[st
     options: dict[str, Any] = {"data_files": glob.escape(str(path))} if path.is_file() else {"name": config.subset}
     if path.is_file() and path.suffix.lower() == ".csv":
         options["keep_default_na"] = False
+    check_headers([path] if path.is_file() else [*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
     try:
         stream = datasets.load_dataset(builder, split=config.split, streaming=True, **options)
         for column, feature in (stream.features or {}).items():
@@ -157,8 +160,9 @@ def _streamed(config: CalibrationConfig, where: str, path: Path) -> list[dict[st
                 stream = stream.cast_column(column, datasets.Image(decode=False))
         return [dict(row) for row in itertools.islice(stream, _FIRST_ROWS)]
     except Exception as error:  # whatever `datasets` and its readers raise, it is about the user's data
-        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise CalibrationError(f"{where}: cannot be read: {reason}") from None
+        told = in_our_words(str(error), config.split)
+        reason = f"cannot be read: {type(error).__name__}: {error}".strip().split("\n")[0]
+        raise CalibrationError(f"{where}: {told or reason}") from None
 
 
 def _sample_shapes(data: CalibrationSet) -> list[_Shapes]:

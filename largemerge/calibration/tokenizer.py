@@ -26,6 +26,7 @@ from largemerge.calibration.batches import ForwardSignature
 from largemerge.calibration.columns import Fields, takes_target
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.checkpoint.side_files import auto_tokenizer
+from largemerge.checkpoint.tokenizer_check import tokenizer_reason
 from largemerge.errors import CalibrationError, CheckpointError
 from largemerge.isolation import panics_as_errors, why_it_fails
 
@@ -171,9 +172,8 @@ def _load_tokenizer(checkpoint: Path, where: str, trust_remote_code: bool) -> An
     except Exception as error:  # Transformers raises many types for files that are missing or broken
         if not any(checkpoint.glob("*token*")) and not any(checkpoint.glob("vocab.*")):
             raise CalibrationError(missing) from None
-        reason = str(error).split("\n")[0]
         raise CalibrationError(
-            f"{where}: the tokenizer in {checkpoint} cannot be loaded ({type(error).__name__}: {reason})"
+            f"{where}: the tokenizer in {checkpoint} cannot be loaded ({tokenizer_reason(error)})"
         ) from None
     # Where config.json names the kind of model but no vocabulary lies beside it, Transformers 5 builds
     # an empty tokenizer, without a word. (Tokenizers of bytes have no vocabulary file, rightly.)

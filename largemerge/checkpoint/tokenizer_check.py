@@ -11,15 +11,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from largemerge.errors import CheckpointError
 from largemerge.isolation import why_it_fails
+from largemerge.text_files import shorten
 
 MAX_GAP, MAX_PADDING = 1_000_000, 10_000_000
 """Numbers that a vocabulary may leave out, and tokens that a tokenizer may pad a text to."""
+
+MAX_TOKEN = 10_000
+"""Characters of a token; a special one of a million takes the library half a minute at each text."""
 
 _NUMBERED = ("added_tokens.json", "vocab.json")
 _OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", *_NUMBERED)
@@ -69,6 +74,18 @@ _TRIED: dict[str, str | None] = {}
 """Hash of files → what came out, so that the same files of several models are tried once."""
 
 
+def tokenizer_reason(error: BaseException) -> str:
+    """Says in one line why a tokenizer cannot be loaded, for an error of almost any type."""
+    line = shorten((str(error).strip().splitlines() or [""])[0], 200)
+    unknown = re.search(r"untagged enum (\w+)", line)
+    if unknown is not None:
+        part = re.sub("(?:Untagged|Wrapper)+$", "", unknown[1])
+        return f"tokenizer.json: its part of the kind {part} is not one that this version of `tokenizers` knows"
+    if re.search(r" at line \d+ column \d+$", line):
+        return f"tokenizer.json: {line}"
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
 def _encode_all(tokenizer: Any) -> None:
     for text in _TEXTS:
         try:
@@ -88,11 +105,35 @@ def _problems_of(name: str, content: bytes) -> tuple[str, ...]:
         return (f"not readable as JSON: {error}",)
     if not isinstance(value, dict):
         return (f"expected keys and values, found {_shown(value)}",)
+    if any(len(text) > MAX_TOKEN for text in _tokens(value)):
+        longest = max(_tokens(value), key=len)
+        return (f"expected tokens of {MAX_TOKEN:,} characters at most, found {shorten(repr(longest))}",)
     if name == "tokenizer.json":
         return tuple(_document_problems(value))
     if name in _NUMBERED:
         return tuple(_number_problems("", value, len(value)))
     return tuple(_settings_problems(value)) if name == "tokenizer_config.json" else ()
+
+
+def _tokens(value: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the texts of tokens that a file of a tokenizer may name, the vocabulary's, added and special ones."""
+    model = value.get("model")
+    inside = model if isinstance(model, Mapping) else {}
+    for part in (value, inside, inside.get("vocab")):
+        if isinstance(part, Mapping):
+            yield from part
+        elif isinstance(part, list):
+            yield from (entry[0] for entry in part if isinstance(entry, list) and entry and isinstance(entry[0], str))
+    special = [part[key] for part in (value, inside) for key in part if key.endswith(("_token", "special_tokens"))]
+    waiting = [*special, value.get("added_tokens_decoder"), value.get("added_tokens")]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, Mapping):
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
 
 
 def _document_problems(document: Mapping[str, Any]) -> Iterator[str]:

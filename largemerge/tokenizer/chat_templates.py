@@ -100,6 +100,8 @@ def template_problem(setting: str) -> str | None:
         environment.parse(_TRANSFORMERS_TAGS.sub("", setting))
     except jinja2.TemplateSyntaxError as error:
         return f"not a Jinja template: line {error.lineno}: {error.message}"
+    except (RecursionError, MemoryError):
+        return "not a Jinja template: brackets stand too deep in each other"
     return None
 
 

@@ -22,7 +22,11 @@ from largemerge.checkpoint.side_files import (
     SideFiles,
     auto_tokenizer,
     has_tokenizer,
+    is_inside,
+    tokenizer_names,
 )
+from largemerge.checkpoint.tokenizer_check import tokenizer_reason
+from largemerge.config_file import WARNING
 from largemerge.isolation import panics_as_errors
 from largemerge.machine import scratch_folder
 from largemerge.tokenizer.tokenizers import Tokenizer
@@ -112,11 +116,18 @@ def compare_tokenizers(
     if isinstance(expected, Path):
         if not has_tokenizer(expected):
             return [], []
+        outside = [name for name in tokenizer_names(expected) if not is_inside(expected / name, expected)]
+        if outside:
+            lacking = ", ".join(outside)
+            return [
+                f"the output's tokenizer would lack {lacking}, a link that leads out of {expected}; put a copy there"
+            ], []
         try:
             source = auto_tokenizer(expected, trust_remote_code=trust_remote_code)
         except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
             return [], [
-                f"the tokenizer in {expected} cannot be loaded ({_line(error)}): its files are copied unchecked"
+                f"{WARNING}the tokenizer in {expected} cannot be loaded ({_line(error)}): "
+                "its files are copied unchecked"
             ]
         encode, vocabulary = _encoder(source), _vocabulary(source)
         special = [str(token) for token in source.all_special_tokens]
@@ -129,7 +140,9 @@ def compare_tokenizers(
         found = auto_tokenizer(made, trust_remote_code=trust_remote_code, own_links=True)
     except Exception as error:
         if not isinstance(expected, Path) and expected.document is None:
-            return [], [f"the output's tokenizer cannot be loaded ({_line(error)}): its files are copied unchecked"]
+            return [], [
+                f"{WARNING}the output's tokenizer cannot be loaded ({_line(error)}): its files are copied unchecked"
+            ]
         return [f"the output's tokenizer cannot be loaded, though that of {where} can: {_line(error)}"], []
     decode = _document_encoder_of(found) if not isinstance(expected, Path) else _encoder(found)
     for text in _texts(special, vocabulary):
@@ -194,4 +207,4 @@ def _short(ids: Sequence[int] | None) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return tokenizer_reason(error)

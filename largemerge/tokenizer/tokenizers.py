@@ -24,6 +24,7 @@ from typing import Any
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.side_files import auto_tokenizer, has_tokenizer, is_inside, tokenizer_names
+from largemerge.checkpoint.tokenizer_check import tokenizer_reason
 from largemerge.errors import CheckpointError
 from largemerge.machine import scratch_folder
 from largemerge.text_files import MAX_FILE_BYTES, parse_json, read_file
@@ -76,8 +77,8 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) 
     except CheckpointError as error:
         raise CheckpointError(*(f"{name}: {problem}" for problem in error.problems)) from None
     except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: the tokenizer in {folder} cannot be read: {first_line}") from None
+        reason = tokenizer_reason(error)
+        raise CheckpointError(f"{name}: the tokenizer in {folder} cannot be read: {reason}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
     special = {role: token for role, token in loaded.special_tokens_map.items() if isinstance(token, str)}
     document = json.loads(backend.to_str()) if backend is not None else None

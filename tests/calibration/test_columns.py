@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from largemerge.calibration import columns
 from largemerge.calibration.columns import Fields, choose_fields
 from largemerge.errors import CalibrationError
 
@@ -78,6 +79,27 @@ def test_model_that_takes_something_else(complaint, text_signature, vision_signa
     audio = replace(text_signature, forward_arguments=frozenset({"input_features"}))
     problem = complaint(("audio",), audio)
     assert "takes neither input_ids nor pixel_values but ['input_features']" in problem
+
+
+def test_an_empty_name_is_a_name(complaint, choose, text_signature):
+    assert "text_field: no column ''; the columns are ['text']" in complaint(("text",), text_signature, text_field="")
+    assert choose(("", "text"), text_signature, text_field="").text == ""
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([{"role": "user"}], "message 0 (user) has no 'content'"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "message 1 (assistant) has no"),
+        ([{"role": "user", "content": 5}], "the 'content' of message 0 is 5 (int), expected a text or a list of parts"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}], None),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], None),
+        ([{"role": "user", "content": ""}], None),
+    ],
+)
+def test_contents_of_messages(messages, told):
+    found = columns._message_problem(messages)
+    assert (found is None) if told is None else (told in found)
 
 
 def test_encoder_decoder(choose, complaint, text_signature, seq2seq_signature):

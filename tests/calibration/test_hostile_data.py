@@ -19,6 +19,7 @@ from largemerge import LargemergeError
 from largemerge.calibration import images, tokenizer
 from largemerge.calibration.json_rows import check_json_rows
 from largemerge.checkpoint.side_files import auto_tokenizer
+from largemerge.checkpoint.tokenizer_check import check_tokenizer_files, tokenizer_reason
 from largemerge.errors import CalibrationError, CheckpointError
 from largemerge.isolation import why_it_fails
 
@@ -30,7 +31,7 @@ ROWS: list[tuple[str, str, str | None]] = [
     ("a.jsonl", f'{{"text": {DEEP}}}\n', "line 1: nested too deeply"),
     ("a.jsonl", f'{{"text": {"[" * 150}{"]" * 150}}}', "nested more than 100 levels deep"),
     ("a.jsonl", '{"text": "a"}\n{"text": "b', "line 2: not valid JSON"),
-    ("a.jsonl", '{"n": ' + "9" * 5000 + "}", "line 1: Exceeds the limit"),
+    ("a.jsonl", '{"n": ' + "9" * 5000 + "}", "line 1: a number of thousands of digits; expected"),
     ("a.json", "null", "line 1: expected an object"),
     ("a.json", '[{"text": "a"}, null]', "entry 1 of the list: expected an object"),
     ("a.json", '[\n{"text": "a"}\n]', None),
@@ -174,3 +175,36 @@ def test_code_of_a_tokenizer_is_not_run_whatever_is_answered(copied: Path, monke
     with pytest.raises(LargemergeError, match="contains custom code"):
         largemerge.merge(config_of(copied, tokenizer_source="union"), copied / "out", quiet=True)
     assert not (copied / "ran").exists()
+
+
+LONG = "x" * 10_001
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"unk_token": LONG}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": LONG}}}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image": LONG}}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["a", {"content": LONG}]}),
+        ("tokenizer.json", {"model": {"vocab": {LONG: 0}}}),
+        ("tokenizer.json", {"model": {"vocab": [[LONG, 0.0]]}}),
+        ("tokenizer.json", {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": LONG}]}),
+    ],
+)
+def test_a_token_of_endless_length_is_told(tmp_path: Path, name: str, content: dict[str, Any]) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="expected tokens of 10,000 characters at most, found"):
+        check_tokenizer_files(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content).replace(LONG, LONG[1:]))
+    check_tokenizer_files(tmp_path)
+
+
+def test_what_the_library_does_not_know_is_told_with_its_file(copied: Path) -> None:
+    path = copied / "m0" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "pre_tokenizer": {"type": "NoSuchOne"}}))
+    with pytest.raises(Exception) as caught:
+        auto_tokenizer(copied / "m0")
+    reason = tokenizer_reason(caught.value)
+    assert "tokenizer.json: its part of the kind PreTokenizer is not one that this version" in reason

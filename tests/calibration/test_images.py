@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from largemerge.calibration import load_calibration, outline_calibration
-from largemerge.errors import CalibrationError
+from largemerge.calibration import images, load_calibration, outline_calibration
+from largemerge.calibration.image_settings import check_processor_files
+from largemerge.errors import CalibrationError, CheckpointError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 VIT = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "do_center_crop": None}
@@ -207,12 +208,90 @@ def test_no_image_processor(complaint, folder, tmp_path):
     assert f"no image processor in {tmp_path}; put the model's preprocessor_config.json there" in problem
 
 
-@pytest.mark.parametrize("text", ["{", '{"image_processor_type": "NoSuchProcessor"}'])
-def test_broken_image_processor(complaint, folder, vision_checkpoint, text):
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "preprocessor_config.json is not readable JSON"),
+        ("[]", "preprocessor_config.json holds a list, expected an object"),
+        ('{"image_processor_type": "NoSuchProcessor"}', "the image processor in "),
+    ],
+)
+def test_broken_image_processor(complaint, folder, vision_checkpoint, text, told):
     (vision_checkpoint / "preprocessor_config.json").write_text(text)
     problem = complaint(folder)
-    assert f"the image processor in {vision_checkpoint} cannot be loaded" in problem
+    assert told in problem and str(vision_checkpoint) in problem
     assert len(problem) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"size": {"height": 10**6, "width": 10**6}}, "size.height: expected a whole number from 1 to 16,384"),
+        ({"size": {"height": 16384, "width": 16384}}, "size: expected 67,108,864 pixels at most, found 16384 x 16384"),
+        ({"size": 20000}, "size: expected a whole number from 1 to 8,192, found 20000"),
+        ({"size": {"shortest_edge": 0}}, "size.shortest_edge: expected a whole number from 1 to 8,192, found 0"),
+        ({"size": "big"}, "size: expected a whole number from 1 to 8,192, found 'big'"),
+        ({"size": {}}, "size: expected a size such as {'height': 224, 'width': 224}, found {}"),
+        ({"crop_size": [8, True]}, "crop_size[1]: expected a whole number from 1 to 16,384, found True"),
+        ({"image_std": [0, 0, 0]}, "image_std: expected a number from 1e-06 to 1e+06 for each colour, found [0, 0, 0]"),
+        ({"image_std": 1e-320}, "image_std: expected a number from 1e-06 to 1e+06, or one a colour, found 1e-320"),
+        ({"image_mean": NAN}, "image_mean: expected finite numbers, found nan"),
+        ({"image_mean": [0, 0, 0, 0]}, "image_mean: expected 3 numbers, one a colour (or 1 for grey images), found 4"),
+        ({"image_mean": [0.5]}, "image_mean, image_std: expected as many numbers in both, found 1 and 3"),
+        ({"rescale_factor": INFINITY}, "rescale_factor: expected finite numbers, found inf"),
+        ({"rescale_factor": 0}, "rescale_factor: expected a number from 1e-06 to 1e+06, found 0"),
+        ({"resample": 99}, "resample: expected the number of one of Pillow's filters, 0 to 5, found 99"),
+        ({"do_resize": "no"}, "do_resize: expected true or false, found 'no'"),
+        ({"image_processor_type": 5}, "image_processor_type: expected the name of a class, found 5"),
+        ({"auto_map": None}, "auto_map: expected names of classes by their kinds, found None"),
+        ({"merge_size": 0}, "merge_size: expected 1 to 67,108,864, found 0"),
+        ({"patch_size": 0}, "patch_size: expected a whole number from 1 to 8,192, found 0"),
+    ],
+)
+def test_settings_of_the_processor_are_checked_before_it_loads(changes, told, tmp_path, save_image_processor):
+    save_image_processor(tmp_path, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        check_processor_files(tmp_path)
+    assert f"{tmp_path / 'preprocessor_config.json'}: {told}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": [224, 224], "image_mean": 0.5, "image_std": 0.5, "resample": None},
+        {"size": {"shortest_edge": 3136, "longest_edge": 47_040_000}, "merge_size": 2, "patch_size": 14},
+        {"size": {"min_pixels": 262_144, "max_pixels": 1_048_576}},
+        {"size": {"max_height": 800, "max_width": 1333}, "patch_size": {"height": 16, "width": 16}},
+        {"do_normalize": False, "image_mean": [0, 0, 0], "image_std": [0, 0, 0]},
+        {"do_rescale": False, "rescale_factor": 0, "image_mean": [103.5, 116.3, 123.7]},
+    ],
+)
+def test_settings_of_real_processors_are_right(changes, tmp_path, save_image_processor):
+    check_processor_files(save_image_processor(tmp_path, **changes))
+
+
+def test_edges_are_sides_but_where_the_processor_counts_pixels(complaint, folder, tmp_path, save_image_processor):
+    sides = save_image_processor(tmp_path / "sides", size={"shortest_edge": 65_536, "longest_edge": 16_777_216})
+    problem = complaint(folder, checkpoint=sides)
+    assert "size.shortest_edge: expected a whole number from 1 to 8,192, found 65536" in problem
+
+
+def test_settings_inside_the_processors_config_are_checked_too(tmp_path):
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"size": -1, "resample": 9}}))
+    with pytest.raises(CheckpointError) as caught:
+        check_processor_files(tmp_path)
+    first, second = caught.value.problems
+    assert "processor_config.json: image_processor.size: expected a whole number" in first
+    assert "image_processor.resample: expected the number" in second
+
+
+def test_a_processor_that_scales_to_absurd_numbers(complaint, folder, vision_checkpoint, monkeypatch):
+    monkeypatch.setattr(images, "MAX_ABSOLUTE", 0.5)
+    problem = complaint(folder)
+    assert "numbers beyond 0.5 in 'pixel_values'" in problem and "image_std in preprocessor_config.json" in problem
 
 
 def test_images_of_several_sizes(complaint, folder, tmp_path, save_image_processor):
@@ -224,9 +303,7 @@ def test_images_of_several_sizes(complaint, folder, tmp_path, save_image_process
 
 def test_processor_that_contradicts_itself(complaint, folder, tmp_path, save_image_processor):
     half = save_image_processor(tmp_path / "half", image_mean=[0.5, 0.5])
-    assert "CLIPImageProcessorPil cannot process an image of size (12, 10): ValueError: mean" in complaint(
-        folder, checkpoint=half
-    )
+    assert "preprocessor_config.json: image_mean: expected 3 numbers" in complaint(folder, checkpoint=half)
 
 
 def test_processor_that_makes_patches(complaint, folder, tmp_path, save_image_processor, vision_signature):

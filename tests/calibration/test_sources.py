@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
 
 import datasets
@@ -208,8 +209,8 @@ def test_bad_json_line(complaint, write):
         ("b.jsonl", '{"text": "x"}\n5\n', 'line 2: expected an object such as {"text": ...}, found 5'),
         ("c.jsonl", b"\xff\xfe\x00", "not readable as UTF-8 text"),
         ("d.txt", b"\xff\xfe\x00", "not readable as UTF-8 text"),
-        ("e.csv", "a,text\n1,x\n2,y,z,w\n", "ParserError: Error tokenizing data"),
-        ("f.parquet", "no parquet", "ArrowInvalid: Parquet"),
+        ("e.csv", "a,text\n1,x\n2,y,z,w\n", "line 3 has 4 cells, expected 2 as before"),
+        ("f.parquet", "no parquet", "no whole Parquet file"),
     ],
 )
 def test_unreadable_files(complaint, write, name, content, expected):
@@ -217,9 +218,81 @@ def test_unreadable_files(complaint, write, name, content, expected):
 
 
 def test_split_that_is_not_there(complaint, write):
-    assert "Unknown split \"test\". Should be one of ['train']" in complaint(
-        write("a.jsonl", '{"text": "x"}'), split="test"
-    )
+    path = write("a.jsonl", '{"text": "x"}')
+    assert "split: 'test' is not there; expected one of ['train'], or a part" in complaint(path, split="test")
+    assert "split: 'train[' is no split; expected a name, or a part such as" in complaint(path, split="train[")
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "told"),
+    [
+        (
+            "rows",
+            {"text": pyarrow.array([], pyarrow.string())},
+            "empty; expected at least one sample, found the columns ['text'], and no rows",
+        ),
+        ("columns", {}, "empty; expected at least one sample, found the columns [], and no rows"),
+        ("twice", None, "the columns ['text'] stand twice; expected a name once"),
+    ],
+)
+def test_parquet_files_without_a_use(complaint, tmp_path, name, table, told):
+    pair = [pyarrow.array(["a"])] * 2
+    made = pyarrow.table(table) if table is not None else pyarrow.Table.from_arrays(pair, names=["text", "text"])
+    pyarrow.parquet.write_table(made, tmp_path / f"{name}.parquet")
+    assert told in complaint(tmp_path / f"{name}.parquet")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / f"{name}.parquet").rename(tmp_path / "folder" / "part.parquet")
+    assert f"part.parquet: {told[:10]}" in complaint(tmp_path / "folder")
+
+
+def test_flipped_bits_of_a_parquet_file(complaint, write, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["hello"] * 100}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    contents = whole[:4] + bytes(byte ^ 255 for byte in whole[4:80]) + whole[80:]
+    assert "a.parquet: cannot be read: it is damaged" in complaint(write("a.parquet", contents))
+    footer = whole[:-100] + bytes(byte ^ 255 for byte in whole[-100:-8]) + whole[-8:]
+    assert "a.parquet: no whole Parquet file" in complaint(write("a.parquet", footer))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"),
+        ('{"text": "a", "n": 1e999}', "a number is too large; expected numbers up to"),
+        ('{"text": "\\ud800"}', "half of a character"),
+    ],
+)
+def test_json_that_the_reader_refuses(complaint, write, content, told):
+    assert told in complaint(write("a.jsonl", content))
+
+
+def test_cells_of_csv(complaint, write):
+    assert "the columns ['text'] stand twice" in complaint(write("a.csv", "text,text\na,b\n"))
+    assert "a double quote opens in row 1 and is never closed" in complaint(write("b.csv", 'text\n"a\n'))
+
+
+def test_links_say_where_they_lead(complaint, tmp_path):
+    (tmp_path / "q.jsonl").symlink_to("nowhere.jsonl")
+    assert "q.jsonl: is a link to nowhere.jsonl, which does not exist; mend the link" in complaint(tmp_path / "q.jsonl")
+    (tmp_path / "circle.jsonl").symlink_to("circle.jsonl")
+    assert "is a link that leads in a circle" in complaint(tmp_path / "circle.jsonl")
+
+
+def test_what_a_folder_holds_and_cannot_be_read_is_told(complaint, tmp_path, write):
+    Image.new("RGB", (2, 2)).save(write("images/a.png", ""))
+    (tmp_path / "images" / "b.png").symlink_to("gone.png")
+    os.mkfifo(tmp_path / "images" / "c.jpg")
+    problem = complaint(tmp_path / "images")
+    assert "b.png is a link to gone.png, which does not exist" in problem and "c.jpg is a named pipe" in problem
+    write("tables/a.jsonl", '{"text": "x"}')
+    (tmp_path / "tables" / "b.jsonl").symlink_to("gone.jsonl")
+    assert "b.jsonl is a link to gone.jsonl" in complaint(tmp_path / "tables")
+
+
+def test_files_of_a_folder_with_unlike_columns(complaint, tmp_path, write):
+    write("tables/a.jsonl", '{"text": "x"}')
+    write("tables/b.jsonl", '{"other": "x"}')
+    assert "its files have other columns, or values of other types, than each other" in complaint(tmp_path / "tables")
 
 
 def test_folder_with_nothing_to_read(complaint, write, tmp_path):

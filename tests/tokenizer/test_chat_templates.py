@@ -11,7 +11,7 @@ from tokenized import ENGLISH, linear, train, write_model
 from transformers import AutoTokenizer
 
 import largemerge
-from largemerge.tokenizer.chat_templates import BUILT_IN
+from largemerge.tokenizer.chat_templates import BUILT_IN, template_problem
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": " hm "}]
 SYSTEM = {"role": "system", "content": "be"}
@@ -91,3 +91,8 @@ def test_a_template_of_one_s_own_replaces_a_copied_one(tmp_path: Path) -> None:
     made, _ = merged(tmp_path, chat_template=own)
     assert made.apply_chat_template(CHAT, tokenize=False) == "hi"
     assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+
+
+def test_a_template_of_thousands_of_brackets_is_told() -> None:
+    assert "brackets stand too deep" in str(template_problem("{{" + "(" * 3000 + "1" + ")" * 3000 + "}}"))
+    assert "brackets stand too deep" in str(template_problem("{" * 3000))

@@ -31,6 +31,7 @@ from transformers import (
 import largemerge
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.side_files import TOKENIZER_FILES, find_side_files, tokenizer_names
+from largemerge.config_file import WARNING
 from largemerge.errors import LargemergeError
 from largemerge.tokenizer.compare import check_output_tokenizer
 
@@ -134,6 +135,7 @@ def test_a_broken_tokenizer_is_copied_and_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     problems, (note,) = checked(tmp_path)
     assert not problems and str(tmp_path) in note and "cannot be loaded" in note and "copied unchecked" in note
+    assert note.startswith(WARNING)  # told without --quiet's leave, and refused by --strict
 
 
 def test_a_folder_without_a_tokenizer_needs_none(tmp_path: Path) -> None:
