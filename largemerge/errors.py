@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,8 @@ EXIT_CODE, UNEXPECTED, INTERRUPTED = 2, 70, 130
 """Exit codes of the command: after a `LargemergeError`, after a mistake in largemerge itself, and after Ctrl-C."""
 
 _MAX_SHOWN = 200  # characters of a path
+_TENSOR = re.compile(r"(?<![\w./\\-])\w+(?:\.\w+)*\.(?!(?:json|safetensors|bin|pt|py)\b)[^\W\d]\w*(?![\w./\\-])")
+"""Matches the names of tensors and modules in a message, but not those of files."""
 _ADVICE = {
     errno.ENOSPC: "make room there, then go on with --resume where a merge had begun",
     errno.EDQUOT: "make room there, then go on with --resume where a merge had begun",
@@ -44,6 +47,35 @@ _ADVICE = {
     errno.ESTALE: "the network's file system has lost it; try again",
     errno.ENOMEM: "this machine has too little free memory",
 }
+
+
+def group_alike(problems: Iterable[str]) -> list[str]:
+    """Makes one message of those that differ in the names of tensors alone.
+
+    Args:
+        problems: One message for each tensor.
+
+    Returns:
+        The first message of each kind, in order, which names two more tensors of that kind and counts the others.
+    """
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_TENSOR.sub("*", problem), []).append(problem)
+    return [_with_others(alike) for alike in kinds.values()]
+
+
+def _with_others(alike: Sequence[str]) -> str:
+    first = _TENSOR.findall(alike[0])
+    others = []
+    for each in alike[1:]:
+        differing = next(
+            (name for name, known in zip(_TENSOR.findall(each), first, strict=True) if name != known), None
+        )
+        others += [differing] if differing is not None else []
+    if not others:
+        return alike[0]
+    more = f" and {len(others) - 2} more" if len(others) > 2 else ""
+    return f"{alike[0]}; the same with {', '.join(map(shorten, others[:2]))}{more}"
 
 
 class LargemergeError(Exception):

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from largemerge.checkpoint.adapter_places import INPUT_EMBEDDINGS, Place, Places
+from largemerge.checkpoint.adapter_targets import missing_problems, pattern_problems
 from largemerge.checkpoint.deltas import (
     Delta,
     Experts,
@@ -33,6 +34,7 @@ from largemerge.checkpoint.deltas import (
     TokenRows,
     as_delta_dtype,
     peft_config,
+    quiet_peft,
 )
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import CheckpointReader
@@ -92,6 +94,7 @@ _EXTRA = "pip install 'largemerge[peft]'"
 def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Yields what in an `adapter_config.json` is wrong or not supported."""
     yield from _type_problems(config)
+    yield from pattern_problems(config)
     kind = config.get("peft_type")
     if kind != "LORA":
         yield from _kind_problems(kind)
@@ -109,7 +112,7 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         )
     elif isinstance(start, str) and not start.lower().startswith((*_KNOWN_STARTS, *_REFUSED_STARTS)):
         yield f"init_lora_weights is {shorten(repr(start))}, which is not known; {_MERGE_FIRST}"
-    if config.get("bias") not in (None, "none", "all", "lora_only"):
+    if isinstance(config.get("bias"), str) and config["bias"] not in ("none", "all", "lora_only"):
         yield f"bias is {shorten(repr(config['bias']))}; expected 'none', 'all' or 'lora_only'"
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         found = config.get(patterns) or {}
@@ -154,7 +157,7 @@ _TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (lambda value: isinstance(value, dict), "numbers by pattern"),
     "alpha_pattern": (lambda value: isinstance(value, dict), "numbers by pattern"),
     "init_lora_weights": (lambda value: isinstance(value, bool | str), "true, false, or a name"),
-    "bias": (lambda value: isinstance(value, str), "'none', 'all', or the adapter's only"),
+    "bias": (lambda value: isinstance(value, str), "'none', 'all' or 'lora_only'"),
     **dict.fromkeys(
         ("auto_mapping", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
         (lambda value: isinstance(value, dict), "keys and values"),
@@ -205,8 +208,9 @@ def _kind_problems(kind: object) -> Iterator[str]:
     if importlib.util.find_spec("peft") is None:
         yield f"peft_type is {kind!r}, which is merged by peft's own arithmetic, and peft is not installed: {_EXTRA}"
         return
-    from peft import PeftType
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    with quiet_peft():
+        from peft import PeftType
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         yield f"peft_type is {kind!r}, which this peft does not know; expected one of {', '.join(PeftType.__members__)}"
@@ -266,10 +270,29 @@ class Fitting:
         except ValueError as error:  # a pattern without an end
             self.problems.append(f"adapter_config.json: {error}")
         self._fit_with_peft()
+        if not self.problems:
+            self._check_whole()
         if not self.problems and not self.deltas and not self.replaced:
             self.problems.append(
                 f"{self._own.folder} changes nothing of its model: {len(self._own.tensors)} tensors, such as "
                 f"{shorten(next(iter(self._own.tensors)))}; expected the weights of an adapter"
+            )
+
+    def _check_whole(self) -> None:
+        """Adds to the problems if the file lacks what the config says was trained."""
+        inner = [key.removeprefix(_PREFIX) for key in self._other if key.startswith(_PREFIX)]
+        adapted = {path.replace(".base_layer", "") for path in self._lora}
+        adapted |= {path for path in map(self._module_path, inner) if path is not None}
+        try:
+            self.problems += missing_problems(
+                self._own, self._model, self._places, adapted, [*self._saved, *self._plain]
+            )
+        except ValueError as error:  # a pattern without an end
+            self.problems.append(f"adapter_config.json: {error}")
+        if self._own.config.get("trainable_token_indices") and not self._tokens:
+            self.problems.append(
+                f"adapter_config.json: trainable_token_indices names tokens, but {self._own.folder.name} has no "
+                "trainable_tokens_delta: the file is not whole; fetch or save the adapter once more"
             )
 
     def _known_keys(self) -> Collection[str]:
@@ -277,7 +300,8 @@ class Fitting:
         kind = self._own.config["peft_type"]
         if kind == "LORA":
             return _KNOWN
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        with quiet_peft():
+            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__
 
@@ -435,6 +459,12 @@ class Fitting:
         if any(not self._is_real(key) for key in found.values()):
             return
         down, up = (self._own.tensors[key] for key in keys)
+        if min(len(down.shape), len(up.shape)) < 2:
+            self.problems.append(
+                f"{keys[0]} is {list(down.shape)} and {keys[1]} is {list(up.shape)}; expected matrices, A [r, in] and "
+                "B [out, r]"
+            )
+            return
         if self._own.config.get("init_lora_weights") in _DONE_AGAIN and len(place.shape) == 2:
             self._other.extend(found.values())
             return
@@ -604,7 +634,8 @@ class Fitting:
             return
         try:
             config = self._resolved(modules)
-            peft_config(config, modules)
+            with quiet_peft():
+                peft_config(config, modules)
         except Exception as error:  # peft's own, of any kind
             self.problems.append(f"adapter_config.json: {shorten(str(error) or type(error).__name__, 300)}")
             return
@@ -662,7 +693,7 @@ class Fitting:
         try:
             after = replace(layer, leaf=leaf).merge(before.clone(), own)
         except Exception as error:  # peft's own, of any kind
-            text = str(error).strip().replace("\n", " ") or type(error).__name__
+            text = " ".join(_OF_TORCH.sub("", str(error)).split()) or type(error).__name__
             self.problems.append(f"{layer.path}: peft does not merge this adapter: {text}; {_MERGE_FIRST}")
             return None
         return bias is not None and not torch.equal(before, after)
@@ -692,6 +723,7 @@ class Fitting:
             return nn.Linear(inputs, outputs, bias=has_bias)
 
 
+_OF_TORCH = re.compile(r"Error\(s\) in loading state_dict for \w+:\s*")
 _SHARING = ("VERA", "PVERA", "RANDLORA", "VBLORA")
 """Kinds that make tensors for all layers, as large as the largest needs them."""
 

@@ -18,8 +18,19 @@ MAX_LAYERS, MAX_LABELS = 10_000, 2_000_000
 """Largest numbers of layers and of labels that a config may ask for; no model has a tenth of either."""
 
 _LAYERS = re.compile(r"^(n|num)?_?(\w+_)?(layers?|blocks|depths?)$")
-_AT_LEAST_ONE = frozenset(("hidden_size", "d_model", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads"))
-_NOT_NEGATIVE = frozenset(("vocab_size", "intermediate_size", "d_ff", "num_key_value_heads", "num_labels", "head_dim"))
+_AT_LEAST_ONE = frozenset(
+    (
+        *("hidden_size", "d_model", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads"),
+        *("num_key_value_heads", "patch_size"),
+    )
+)
+_NOT_NEGATIVE = frozenset(("vocab_size", "intermediate_size", "d_ff", "num_labels", "head_dim"))
+_SMALL = re.compile(r"^(\w+_)?(eps|epsilon)$")
+"""Matches the names of small numbers that are added to a divisor."""
+_MAY_BE_INFINITE = re.compile(r"time_step|limit|mask")
+"""Matches in the names of limits, which classes have without an end."""
+_NAMES_A_CLASS = ("model_type", "architectures", "auto_map", "_class_name", "architecture", "pretrained_cfg")
+"""Keys of which one says what a model is: those of Transformers, of diffusers, and of timm."""
 _MAX_PROBLEMS, _MAX_DEPTH = 20, 100
 
 
@@ -34,6 +45,12 @@ def check_config(config: Mapping[str, Any], name: str) -> None:
         CheckpointError: If values have another type than everyone expects, or sizes that no model has; it names all.
     """
     problems = [*_type_problems(config), *_value_problems(config, ())]
+    if not any(config.get(key) for key in _NAMES_A_CLASS):
+        found = f"only {_shown(sorted(map(str, config))[:5])}" if config else "nothing in it"
+        problems.append(
+            f"neither model_type nor architectures nor auto_map, {found}; expected a model's config, as "
+            "save_pretrained writes it"
+        )
     if problems:
         raise CheckpointError(*(f"{name}: config.json: {problem}" for problem in problems[:_MAX_PROBLEMS]))
 
@@ -70,11 +87,24 @@ def _value_problems(part: Any, path: tuple[str, ...]) -> Iterator[str]:
             yield from _value_problems(value, here)
         elif isinstance(value, float) and math.isnan(value):
             yield f"{'.'.join(here)}: expected a number, found NaN"
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             of_list = next((each for each in reversed(here) if not each.isdecimal()), "")
-            problem = _size_problem(of_list, value)
+            in_rope = any("rope" in each for each in here[:-1])
+            problem = _size_problem(of_list, value) if isinstance(value, int) else None
+            problem = problem or _range_problem(of_list, value, in_rope)
             if problem is not None:
                 yield f"{'.'.join(here)}: {problem}"
+
+
+def _range_problem(key: str, value: float, in_rope: bool) -> str | None:
+    """Says what is wrong with a number that a model computes with."""
+    if _SMALL.match(key) and not 0 <= value <= 1:
+        return f"expected a number from 0 to 1, found {value}"
+    if (key == "rope_theta" or (in_rope and key == "factor")) and not 0 < value < math.inf:
+        return f"expected a finite number above 0, found {value}"
+    if math.isinf(value) and not _MAY_BE_INFINITE.search(key):
+        return f"expected a finite number, found {value}"
+    return None
 
 
 def _size_problem(key: str, value: int) -> str | None:

@@ -12,9 +12,11 @@ All is computed in float32 and rounded where peft rounds. LoRA: arXiv 2106.09685
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -322,16 +324,31 @@ class PeftLayer:
             ValueError: If peft does not take these tensors, or cannot merge this kind.
         """
         module = _filled(self.module, {self.leaf: weight}, weight.dtype)
-        with _building, warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _building, quiet_peft(), torch.no_grad():
             others = {path: _filled(each, {}, weight.dtype) for path, each in self.largest.items() if path != self.path}
             layer, problems = build_layer({self.path: module, **others}, self.path, own, self.config)
         if problems:
             raise ValueError("; ".join(problems))
-        with warnings.catch_warnings(), torch.no_grad():
+        with quiet_peft(), torch.no_grad():
             layer.merge(safe_merge=False)
             result: torch.Tensor = getattr(layer.get_base_layer(), self.leaf)
             return result.data
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keeps out of the output what peft, and bitsandbytes which it imports, say of matters that no user can change."""
+    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def build_layer(

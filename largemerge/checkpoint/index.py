@@ -32,7 +32,7 @@ from largemerge.checkpoint.weight_files import (
     variant_name,
     without_prefix,
 )
-from largemerge.errors import CheckpointError
+from largemerge.errors import CheckpointError, group_alike
 from largemerge.text_files import file_problem, inner_path_problem, shorten
 from largemerge.text_files import read_json as read_json_file
 
@@ -130,7 +130,7 @@ def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Chec
         tensors |= {key: info for key, info in found.items() if not wanted or key in wanted}
         fingerprint[file.name] = file_fingerprint(file, opened.header)
     if problems:
-        raise CheckpointError(*problems[:_MAX_PROBLEMS])
+        raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
     if not tensors:
         raise CheckpointError(
             f"{name}: no tensor in {', '.join(file.name for file in files)}; expected a model's weights"
@@ -179,7 +179,7 @@ def open_tensors(path: Path, name: str) -> Checkpoint:
         tensors |= found_here
         fingerprint[file.name] = file_fingerprint(file, opened.header)
     if problems:
-        raise CheckpointError(*problems[:_MAX_PROBLEMS])
+        raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
     return Checkpoint(name, path if path.is_dir() else path.parent, {}, tensors, fingerprint)
 
 
@@ -268,7 +268,7 @@ def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str)
             missing = found == "does not exist"
             problems.append(f"{name}: {file} is named in {index_path.name} but {'missing' if missing else found}")
     if problems:
-        raise CheckpointError(*problems[:_MAX_PROBLEMS])
+        raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
     return {file: frozenset(names) for file, names in sorted(by_file.items())}
 
 

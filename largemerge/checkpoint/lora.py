@@ -38,7 +38,8 @@ from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.side_files import set_vocabulary_size
 from largemerge.checkpoint.tensor_files import Rows, open_tensor_file
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.errors import CheckpointError
+from largemerge.checkpoint.writer import not_finite
+from largemerge.errors import CheckpointError, group_alike
 
 MAX_FACTORS = 32
 """Number of the adapter's tensors that are kept in memory: more than there are workers, mostly."""
@@ -123,13 +124,34 @@ def open_adapter(
     fitting = Fitting(own, model, find_places(model, own.config))
     fitting.fit()
     if fitting.problems:
-        shown = fitting.problems[:_MAX_PROBLEMS]
-        if len(fitting.problems) > len(shown):
+        problems = group_alike(fitting.problems)
+        shown = problems[:_MAX_PROBLEMS]
+        if len(problems) > len(shown):
             made_for = own.config.get("base_model_name_or_path")
             told = f"; the adapter was made for {made_for!r}" if isinstance(made_for, str) and made_for else ""
-            shown.append(f"and {len(fitting.problems) - len(shown)} more of the kind{told}")
+            shown.append(f"and {len(problems) - len(shown)} more{told}")
         raise CheckpointError(*(f"{name}: {problem}" for problem in shown))
+    _check_finite(own)
     return _put_together(own, model, fitting, below)
+
+
+def _check_finite(own: Checkpoint) -> None:
+    """Checks all numbers of an adapter, which are few, before the long work.
+
+    Raises:
+        CheckpointError: If some are NaN or infinite; it names the tensors.
+    """
+    problems = []
+    with CheckpointReader(own) as reader:
+        for key in own.tensors:
+            found = not_finite(reader.read(key))
+            if found is not None:
+                problems.append(
+                    f"{own.name}: {key} in the adapter holds numbers that are not finite ({found}); train or save the "
+                    "adapter once more"
+                )
+    if problems:
+        raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
 
 
 def _open_own(folder: Path, name: str) -> Checkpoint:

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from largemerge.checkpoint.float8 import FP8, dequantize_float8, fold_float8
 from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name
-from largemerge.errors import CheckpointError, MergeError
+from largemerge.errors import CheckpointError, MergeError, group_alike
 from largemerge.text_files import parse_json
 
 ReadBytes = Callable[[TensorInfo], bytes]
@@ -189,7 +189,7 @@ def fold_quantized(
             "weights are plain, remove the key"
         )
     if problems:
-        raise CheckpointError(*problems[:_MAX_PROBLEMS])
+        raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
     if of_bitsandbytes:
         bitsandbytes(f"{name}: a checkpoint with quantised weights")
     return {key: folded.get(key, info) for key, info in tensors.items() if key in folded or key not in used}

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from largemerge.checkpoint.direct_io import Buffers, DataFile
 from largemerge.checkpoint.tensor_info import MODULE_SEPARATOR, SAFETENSORS_DTYPES, TensorInfo, dtype_name
-from largemerge.errors import CheckpointError
+from largemerge.errors import CheckpointError, group_alike
 from largemerge.text_files import file_problem, os_reason, parse_json, shorten
 
 Rows = slice | torch.Tensor | None
@@ -210,7 +210,7 @@ class PickleFile:
         state = self._unwrapped(state)
         problems = [f"{file}: {each}" for name, tensor in state.items() for each in _pickled_problems(name, tensor)]
         if problems:
-            raise CheckpointError(*problems[:_MAX_PROBLEMS])
+            raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
         return {name: TensorInfo(name, tuple(each.shape), each.dtype, file, None) for name, each in state.items()}
 
     def _unwrapped(self, state: Any) -> Mapping[str, torch.Tensor]:
@@ -491,7 +491,7 @@ def _infos(file: Path, header: dict[str, Any], start: int) -> Iterator[TensorInf
         except (SafetensorError, OSError) as error:
             problems.append(f"{file}: the safetensors library does not read it: {_first_line(error)}")
     if problems:
-        raise CheckpointError(*problems[:_MAX_PROBLEMS])
+        raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
     yield from (info for _, _, info in found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path, llama: tuple[PreTrained
 
 def test_names_of_a_thousand_parts_are_matched_quickly(tmp_path: Path, llama: tuple[PreTrainedModel, Path]) -> None:
     write_adapter(tmp_path, {}, whole={"x." * 480 + "²": ones(4, 16)})
-    assert "but llama0 has no tensor x.x.x" in problems(llama[1], tmp_path)
+    assert f"but {llama[1].name} has no tensor x.x.x" in problems(llama[1], tmp_path)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.bfloat16, torch.float16)])
@@ -273,3 +274,111 @@ def test_files_that_are_none(
     with pytest.raises(CheckpointError) as caught:
         open_model(str(tmp_path) if alone else f"{llama[1]}+{tmp_path}")
     assert mentions in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+# Adapters that are not whole
+
+
+ALL = [f"model.layers.{layer}.self_attn.{name}" for layer in range(3) for name in ("q_proj", "v_proj")]
+
+
+def problems_without(folder: Path, adapter: Path, left_out: str, **more: Any) -> str:
+    """The problems of an adapter of all layers from whose file the names that match are removed."""
+    write_adapter(adapter, shapes_of(folder, *ALL), **{"target_modules": ["q_proj", "v_proj"], **more})
+    open_model(f"{folder}+{adapter}")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if re.search(left_out, key) is None}
+    assert 0 < len(kept) < len(tensors)
+    save_file(kept, adapter / "adapter_model.safetensors")
+    return problems(folder, adapter)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "v_proj"], ALL, r"model\.layers\.\d+\.self_attn\.(q|v)_proj"],
+)
+@pytest.mark.parametrize(
+    ("left_out", "named"),
+    [
+        (r"layers\.1\.", "model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj of the model"),
+        (
+            r"v_proj",
+            "model.layers.0.self_attn.v_proj, model.layers.1.self_attn.v_proj, model.layers.2.self_attn.v_proj",
+        ),
+        (
+            r"layers\.[12]|v_proj",
+            "model.layers.0.self_attn.v_proj, model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj "
+            "and 2 more of the model",
+        ),
+    ],
+)
+def test_factors_that_the_settings_name_and_the_file_lacks(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], targets: object, left_out: str, named: str
+) -> None:
+    told = problems_without(llama[1], tmp_path, left_out, target_modules=targets)
+    assert f"target_modules names {named}" in told
+    assert "the file is not whole" in told
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"exclude_modules": r".*\.1\..*"},
+        {"target_modules": r".*\.[02]\.self_attn\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj", "c_attn"], "exclude_modules": [ALL[2], "1.self_attn.v_proj"]},
+    ],
+)
+def test_layers_that_the_settings_leave_out_may_lack(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], more: dict[str, Any]
+) -> None:
+    shapes = shapes_of(llama[1], *(path for path in ALL if ".1." not in path))
+    write_adapter(tmp_path, shapes, **{"target_modules": ["q_proj", "v_proj"], **more})
+    _, adapter = open_model(f"{llama[1]}+{tmp_path}")
+    assert adapter is not None and len(adapter.deltas) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"target_modules": ["nope"]}, "target_modules is ['nope'], which matches none of the 1 modules"),
+        ({"target_modules": "nope"}, "target_modules is 'nope', which matches none of the 1 modules"),
+        ({"target_modules": "(("}, "target_modules: '((' is no regular expression"),
+        ({"modules_to_save": ["(("]}, "modules_to_save: '((' is no regular expression"),
+        ({"exclude_modules": "["}, "exclude_modules: '[' is no regular expression"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, but"),
+        ({"modules_to_save": ["classifier", "score"]}, "modules_to_save names classifier, score, but"),
+        ({"target_modules": [Q, "lm_head"]}, "target_modules names lm_head of the model"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices names tokens, but"),
+    ],
+)
+def test_settings_that_name_what_the_file_lacks(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], more: dict[str, Any], told: str
+) -> None:
+    write_adapter(tmp_path, shapes_of(llama[1], Q), **more)
+    assert told in problems(llama[1], tmp_path)
+
+
+def test_mistakes_of_all_layers_are_one_message(tmp_path: Path, llama: tuple[PreTrainedModel, Path]) -> None:
+    write_adapter(tmp_path, shapes_of(llama[1], *ALL), use_dora=True)
+    with pytest.raises(CheckpointError) as caught:
+        open_model(f"{llama[1]}+{tmp_path}")
+    (problem,) = caught.value.problems
+    assert f"{ALL[0]}.weight: use_dora is True" in problem
+    assert problem.endswith(f"; the same with {ALL[1]}.weight, {ALL[2]}.weight and 3 more")
+    assert len(list(config_problems({**RIGHT, "bias": 5}))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int8, torch.float8_e8m0fnu])
+def test_tensors_of_another_dtype_are_one_message(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], dtype: torch.dtype
+) -> None:
+    weights = weights_in(llama[1])
+    save_file(
+        {key: torch.ones(tensor.shape).to(dtype) for key, tensor in weights.items()}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text((llama[1] / "config.json").read_text())
+    with pytest.raises(CheckpointError) as caught:
+        open_model(str(tmp_path))
+    assert len(caught.value.problems) <= 2 and "the same with model." in str(caught.value)

@@ -31,7 +31,7 @@ W = torch.arange(12.0).reshape(3, 4)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder
 
 
@@ -163,7 +163,7 @@ def test_a_name_twice_is_refused(place: Path) -> None:
 
 
 def test_a_checkpoint_without_tensors_is_none(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="no tensor in model"):
         open_checkpoint(tmp_path, "maths")
@@ -192,7 +192,7 @@ KINDS = ["is a named pipe", "is a folder", "is a device", "leads in a circle", "
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "shard"])
 def test_weights_that_are_no_files_are_told_rather_than_others_taken(tmp_path: Path, name: str, kind: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     torch.save({"a": W}, tmp_path / "pytorch_model.bin")
     if name == "shard":
         name = "model-1.safetensors"
@@ -209,7 +209,7 @@ def test_weights_that_a_link_leads_to_are_read(tmp_path: Path) -> None:
     """People link large files: what is read as weights may lie anywhere."""
     (tmp_path / "model").mkdir()
     save_file({"a": W}, tmp_path / "elsewhere.safetensors")
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model" / "model.safetensors").symlink_to("../elsewhere.safetensors")
     with CheckpointReader(open_checkpoint(tmp_path / "model", "maths")) as reader:
         assert torch.equal(reader.read("a"), W)

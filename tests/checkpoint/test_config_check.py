@@ -86,6 +86,37 @@ def test_all_mistakes_are_told_at_once_and_those_of_deep_configs_end() -> None:
     ]
 
 
+NUMBERS: list[tuple[dict[str, Any], str]] = [
+    ({"rms_norm_eps": -1}, "rms_norm_eps: expected a number from 0 to 1, found -1"),
+    ({"layer_norm_eps": 1e300}, "layer_norm_eps: expected a number from 0 to 1, found 1e+300"),
+    ({"vision_config": {"layer_norm_epsilon": 2}}, "vision_config.layer_norm_epsilon: expected a number from 0 to 1"),
+    ({"eps": float("inf")}, "eps: expected a number from 0 to 1, found inf"),
+    ({"rope_theta": 0}, "rope_theta: expected a finite number above 0, found 0"),
+    ({"rope_parameters": {"rope_theta": -1.0}}, "rope_parameters.rope_theta: expected a finite number above 0"),
+    ({"rope_scaling": {"factor": 0}}, "rope_scaling.factor: expected a finite number above 0, found 0"),
+    ({"rope_parameters": {"full": {"factor": -2.0}}}, "rope_parameters.full.factor: expected a finite number above 0"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads: expected 1 or more, found 0"),
+    ({"vision_config": {"patch_size": [0, 14]}}, "vision_config.patch_size.0: expected 1 or more, found 0"),
+    ({"initializer_range": float("-inf")}, "initializer_range: expected a finite number, found -inf"),
+    ({"model_type": None}, "neither model_type nor architectures nor auto_map, only ['model_type']"),
+    ({"model_type": "", "architectures": []}, "neither model_type nor architectures nor auto_map"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), NUMBERS)
+def test_numbers_out_of_their_range_and_configs_of_no_model(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_config({"model_type": "llama", **changes}, "m")
+    assert len(caught.value.problems) == 1 and f"m: config.json: {told}" in str(caught.value)
+
+
+def test_numbers_of_right_configs_pass() -> None:
+    right = {"layer_norm_eps": 0, "inference_num_steps": 68, "num_steps": 10, "time_step_limit": [0.0, float("inf")]}
+    right |= {"head_dim": None, "num_key_value_heads": None, "factor": 0, "layer_rope_theta": [0, 10000.0]}
+    check_config({"model_type": "llama", **right}, "m")
+    check_config({"auto_map": {"AutoConfig": "mine.MyConfig"}}, "m")
+
+
 @pytest.mark.parametrize("kind", ["llama", "mamba2", "swin", "t5", "xlnet", "deberta-v2", "mixtral", "clip", "bamba"])
 def test_right_configs_pass(kind: str) -> None:
     check_config(json.loads(tf.AutoConfig.for_model(kind).to_json_string(use_diff=False)), kind)

@@ -24,6 +24,8 @@ from largemerge.checkpoint.side_files import find_side_files
 from largemerge.checkpoint.tensor_files import open_tensor_file
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES
 
+CONFIG = b'{"model_type": "llama"}'
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -146,7 +148,7 @@ def test_fingerprints_change_with_the_file(folder: Path) -> None:
     os.utime(folder / "model.safetensors", ns=(1, 1))
     renamed = opened(folder).fingerprint
     assert before["model.safetensors"] != touched["model.safetensors"] != renamed["model.safetensors"]
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     assert opened(folder).fingerprint["config.json"] != before["config.json"]
 
 
@@ -246,7 +248,7 @@ def test_tensors_missing_from_their_shard_are_named(folder: Path) -> None:
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, target: Any) -> None:
     folder = tmp_path / "checkpoint"
     (folder / "sub").mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     for path in (tmp_path / "outside.safetensors", folder / "sub" / "part.safetensors"):
         save_file({"a": torch.ones(2)}, path)
     write_index(folder, {"a": target})
@@ -441,7 +443,7 @@ def test_a_hub_id_is_found_in_the_cache(hub_cache: Path, tmp_path: Path) -> None
 
 def test_a_hub_id_whose_weights_are_pickles(hub_cache: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "w")
-    files = {"config.json": b"{}", "pytorch_model.bin": (tmp_path / "w").read_bytes()}
+    files = {"config.json": CONFIG, "pytorch_model.bin": (tmp_path / "w").read_bytes()}
     add_to_cache(hub_cache, "owner/tuned", "c" * 40, files, ["main"])
     assert list(opened(locate_checkpoint("owner/tuned", "maths")).tensors) == ["a"]
 
@@ -453,7 +455,7 @@ def test_a_sentence_encoder_of_the_hub(hub_cache: Path, tmp_path: Path) -> None:
     modules = [{"path": "0_Transformer", "type": "x.Transformer"}, {"path": "2_Dense", "type": "x.Dense"}]
     files = {
         "modules.json": json.dumps(modules).encode(),
-        "0_Transformer/config.json": b"{}",
+        "0_Transformer/config.json": CONFIG,
         "0_Transformer/pytorch_model.bin": (tmp_path / "w").read_bytes(),
         "0_Transformer/sentencepiece.bpe.model": b"x",
         "2_Dense/model.safetensors": (tmp_path / "dense").read_bytes(),
@@ -488,7 +490,7 @@ def test_all_that_a_tokenizer_reads_is_fetched() -> None:
 
 @pytest.mark.parametrize("reference", ["owner/absent", "owner/tuned@v9", "owner/not a name!"])
 def test_a_hub_id_that_cannot_be_had(hub_cache: Path, reference: str) -> None:
-    add_to_cache(hub_cache, "owner/tuned", "d" * 40, {"config.json": b"{}"}, ["main"])
+    add_to_cache(hub_cache, "owner/tuned", "d" * 40, {"config.json": CONFIG}, ["main"])
     with pytest.raises(CheckpointError) as caught:
         locate_checkpoint(reference, "maths")
     repository = reference.partition("@")[0]

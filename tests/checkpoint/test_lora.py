@@ -305,7 +305,7 @@ def test_many_small_tensors_are_indexed_once(tmp_path: Path, monkeypatch: pytest
     weights = {f"model.layers.{index}.mlp.up_proj.weight": torch.ones(2, 2) for index in range(count)}
     (tmp_path / "model").mkdir()
     save_file(weights, tmp_path / "model" / "model.safetensors")
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     write_adapter(tmp_path / "adapter", {f"layers.{index}.mlp.up_proj": (2, 2) for index in range(count)}, rank=1)
     index_suffixes = adapter_places.index_suffixes
 

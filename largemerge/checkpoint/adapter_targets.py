@@ -1,0 +1,259 @@
+"""Whether an adapter's file holds all that its config says was trained.
+
+    target_modules, layers_to_transform, exclude_modules ──► Targets.matches ─┐
+    modules in the file, and those beside them in the model ──────────────────┴─► missing_problems
+
+peft writes tensors for every module that it adapts. So a module that matches, and is of the same layers as those in
+the file, has its own there; else the file is not whole, and what was trained would be lost. Where that is not certain
+(parts of a model that the adapter's own class may not have, experts that lie fused) nothing is said.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import regex
+from torch import nn
+
+from largemerge.checkpoint.adapter_places import Place, Places
+from largemerge.checkpoint.index import Checkpoint, natural_key
+from largemerge.text_files import shorten
+
+_MAX_SECONDS_EACH, _MAX_SECONDS = 0.5, 5.0
+"""Time that a pattern may take for one module, which is an error, and all may take, after which nothing is said."""
+ALL_LINEAR = "all-linear"
+_NOT_PATTERNS = (ALL_LINEAR, "dummy-target-modules")
+_LAYER = re.compile(r"^(?P<stack>.*?\.)(?P<number>[0-9]+)\.(?P<rest>.+)$")
+_HEADS = ("lm_head", "embed_out")
+_FETCH = "fetch or save the adapter once more"
+
+
+def pattern_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the settings that peft uses as regular expressions and that are none."""
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        value = config.get(key)
+        is_list = isinstance(value, list)
+        if key in ("target_modules", "exclude_modules") and is_list:
+            continue  # ends of names
+        for each in value if isinstance(value, list) else [value]:
+            if not isinstance(each, str) or each.lower() in _NOT_PATTERNS:
+                continue
+            try:
+                regex.compile(each)
+            except regex.error as error:
+                yield f"{key}: {shorten(repr(each))} is no regular expression: {error}"
+
+
+class Targets:
+    """Matches modules against an adapter's settings, as peft does.
+
+    Args:
+        config: Contents of `adapter_config.json`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._seconds_left = _MAX_SECONDS
+        value = config.get("target_modules")
+        self.names: tuple[str, ...] = tuple(value) if isinstance(value, list) else ()
+        self.pattern: str | None = value if isinstance(value, str) and value else None
+        self.all_linear = self.pattern is not None and self.pattern.lower() == ALL_LINEAR
+        if self.pattern is not None and self.pattern.lower() in _NOT_PATTERNS:
+            self.pattern = None
+
+    def matches(self, path: str, *, is_linear: bool = False) -> bool:
+        """Whether peft would adapt a module at a path.
+
+        Raises:
+            ValueError: If a pattern takes too long.
+        """
+        if self._seconds_left < 0 or self._is_excluded(path):
+            return False
+        if self.all_linear:
+            return is_linear
+        if self.pattern is not None:
+            return self._match(self.pattern, path, "target_modules")
+        if path in self.names:
+            return True
+        return any(path.endswith(f".{name}") for name in self.names) and self._is_layer_wanted(path)
+
+    def _is_excluded(self, path: str) -> bool:
+        excluded = self._config.get("exclude_modules") or ()
+        if isinstance(excluded, str):
+            if self._match(excluded, path, "exclude_modules"):
+                return True
+        elif path in excluded or any(path.endswith(f".{name}") for name in excluded):
+            return True
+        saved = self._config.get("modules_to_save") or ()
+        return any(self._match(rf"(.*\.)?({name})(\..*)?", path, "modules_to_save") for name in saved)
+
+    def _is_layer_wanted(self, path: str) -> bool:
+        wanted = self._config.get("layers_to_transform")
+        if wanted is None or wanted == []:
+            return True
+        patterns = self._config.get("layers_pattern") or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>[0-9]+)\.", path)
+            if found is not None:
+                return int(found["idx"]) in (wanted if isinstance(wanted, list) else [wanted])
+        return False
+
+    def _match(self, pattern: str, path: str, key: str) -> bool:
+        start = time.perf_counter()
+        try:
+            return regex.fullmatch(pattern, path, timeout=_MAX_SECONDS_EACH) is not None
+        except TimeoutError:
+            raise ValueError(
+                f"{key}: {shorten(repr(pattern))} takes too long to match {shorten(path)}; write the modules' names, "
+                "or a pattern without loops in loops"
+            ) from None
+        finally:
+            self._seconds_left -= time.perf_counter() - start
+
+
+def missing_problems(
+    own: Checkpoint, model: Checkpoint, places: Places, adapted: Collection[str], saved: Collection[str]
+) -> Iterator[str]:
+    """Yields what an adapter's config names and its file lacks.
+
+    Args:
+        own: The adapter's checkpoint.
+        model: The model's checkpoint.
+        places: Where the model's weights are.
+        adapted: Paths of the modules that the file has factors of.
+        saved: Names of the tensors that the file has as a whole.
+
+    Raises:
+        ValueError: If a pattern takes too long.
+    """
+    targets = Targets(own.config)
+    yield from _unmatched_problems(targets, places, adapted)
+    if not adapted and own.config.get("peft_type") == "LORA" and (targets.names or targets.pattern):
+        yield (
+            f"adapter_config.json: target_modules is {shorten(repr(own.config['target_modules']))}, but "
+            f"{own.folder.name} has no lora_A and lora_B of any module: the file is not whole; {_FETCH}"
+        )
+    modules = sorted(_modules_beside(model, places, adapted, targets), key=natural_key)
+    if modules:
+        yield (
+            f"adapter_config.json: target_modules names {_some(modules)} of the model, but {own.folder.name} has no "
+            f"tensors for {'them' if len(modules) > 1 else 'it'}: the file is not whole; {_FETCH}"
+        )
+    yield from _saved_problems(own, model, places, saved)
+
+
+def _unmatched_problems(targets: Targets, places: Places, adapted: Collection[str]) -> Iterator[str]:
+    """Yields that no module in the file is one of the targets: the config is another adapter's."""
+    if not adapted or not (targets.names or targets.pattern):
+        return
+    for path in sorted(adapted):
+        place = places.find(f"{path}.weight")
+        names = [path, *((name.rpartition(".")[0] for name in place.tied) if place is not None else ())]
+        if place is None or place.fused or any(map(targets.matches, names)):
+            return
+        ends = [name for name in targets.names if any(path.endswith(name) for path in names)]
+        if ends:
+            return
+    found = shorten(repr(targets.pattern if targets.pattern is not None else list(targets.names)))
+    yield (
+        f"adapter_config.json: target_modules is {found}, which matches none of the {len(adapted)} modules in the "
+        f"adapter's file, such as {shorten(min(adapted))}; expected the adapter's own config"
+    )
+
+
+def _modules_beside(model: Checkpoint, places: Places, adapted: Collection[str], targets: Targets) -> Iterator[str]:
+    """Yields the modules that peft would have adapted in the stacks of layers that the file has some of; and a head."""
+    stacks = {found["stack"] for path in adapted if (found := _LAYER.match(path)) is not None}
+    numbers: dict[str, set[str]] = {}
+    rests: dict[str, None] = {}
+    for name in model.tensors:
+        found = _LAYER.match(name)
+        if found is not None and name.endswith(".weight") and "experts." not in found["rest"]:
+            numbers.setdefault(found["stack"], set()).add(found["number"])
+            rests[found["rest"].removesuffix(".weight")] = None
+    for path in adapted:
+        found = _LAYER.match(path)
+        if found is not None and "experts." not in found["rest"]:
+            rests[found["rest"]] = None
+    counted = sorted(set().union(*numbers.values()), key=int) if numbers else []
+    for stack in stacks:
+        own_numbers = sorted(numbers.get(stack, counted), key=int)
+        for path in (f"{stack}{number}.{rest}" for number in own_numbers for rest in rests):
+            if path not in adapted and _is_missed(path, places, targets):
+                yield path
+    for head in _HEADS:
+        is_named = head in targets.names and f"{head}.weight" in model.tensors and not stacks.isdisjoint(numbers)
+        if is_named and head not in adapted and _is_missed(head, places, targets):
+            yield head
+
+
+def _is_missed(path: str, places: Places, targets: Targets) -> bool:
+    """Whether a module is one that peft adapts, and whose tensors it writes."""
+    if not targets.matches(path, is_linear=True):
+        return False
+    place = places.find(f"{path}.weight")
+    return place is not None and _is_plain(place, path) and (not targets.all_linear or place.module is not None)
+
+
+def _is_plain(place: Place, path: str) -> bool:
+    """Whether a weight is a linear's of its own, under the very path."""
+    if not place.pieces or place.fused or len(place.tied) > 1 or len(place.shape) != 2:
+        return False
+    if place.module is None:
+        return True
+    is_linear = isinstance(place.module, nn.Linear) or type(place.module).__name__ == "Conv1D"
+    return is_linear and f".{place.tied[0]}".endswith(f".{path}.weight")
+
+
+def _saved_problems(own: Checkpoint, model: Checkpoint, places: Places, saved: Collection[str]) -> Iterator[str]:
+    """Yields the modules to save of which the file has no tensor, or not those of all layers."""
+    named = own.config.get("modules_to_save") or ()
+    paths = {name.rpartition(".")[0] for name in saved}
+    held = [name for name in named if any(_is_in(name, path) for path in paths)]
+    missing: list[str] = []
+    for name in named:
+        if name in held:
+            continue
+        stored = {key.rpartition(".")[0] for key in model.tensors if _is_in(name, key.rpartition(".")[0])}
+        is_there = any(
+            place is not None and place.pieces and len(place.tied) < 2
+            for place in (places.find(f"{path}.weight") for path in sorted(stored)[:50])
+        )
+        if is_there or not held:
+            missing.append(name)
+    if missing:
+        yield (
+            f"adapter_config.json: modules_to_save names {_some(missing)}, but {own.folder.name} has no tensor of "
+            f"{'them' if len(missing) > 1 else 'it'}: the file is not whole; {_FETCH}"
+        )
+    lacking = sorted(
+        path for path in _layers_beside(paths, model) if path not in paths and any(path.endswith(name) for name in held)
+    )
+    if lacking:
+        yield (
+            f"adapter_config.json: modules_to_save names {_some(lacking)} of the model, but {own.folder.name} has no "
+            f"tensors for {'them' if len(lacking) > 1 else 'it'}: the file is not whole; {_FETCH}"
+        )
+
+
+def _layers_beside(paths: Collection[str], model: Checkpoint) -> Iterator[str]:
+    """Yields the paths on disk that differ from some of the file's in a layer's number alone."""
+    kinds = {(found["stack"], found["rest"]) for path in paths if (found := _LAYER.match(path)) is not None}
+    for key in model.tensors:
+        path = key.rpartition(".")[0]
+        found = _LAYER.match(path)
+        if found is not None and (found["stack"], found["rest"]) in kinds:
+            yield path
+
+
+def _is_in(name: str, path: str) -> bool:
+    """Whether a path is that of a module to save, or leads through one."""
+    return f".{name}." in f".{path}." or path.endswith(name)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shorten, names[:3])) + more
