@@ -385,14 +385,16 @@ class Fitting:
             self.replaced[at or place.key] = info
 
     def _may_replace(self, shape: tuple[int, ...], place: Place) -> bool:
-        """Whether a tensor of a shape may take a place: one like it, or of a vocabulary of another size."""
+        """Whether a tensor of a shape may take a place: one like it, or for other numbers of tokens or of labels."""
         if shape == place.shape:
             return True
         parts = [self._model.config, *(part for part in self._model.config.values() if isinstance(part, Mapping))]
         vocabulary = {part.get("vocab_size") for part in parts}
         vocabulary |= {info.shape[0] for key, info in self._model.tensors.items() if key.endswith(INPUT_EMBEDDINGS)}
+        labels = self._model.config.get("id2label") or {}
+        num_labels = len(labels) or self._model.config.get("num_labels", 2)  # the default is not written
         same_width = len(shape) == len(place.shape) > 0 and shape[1:] == place.shape[1:]
-        return same_width and shape[0] > 0 and place.shape[0] in vocabulary
+        return same_width and shape[0] > 0 and place.shape[0] in {*vocabulary, num_labels}
 
     def _fit_saved(self) -> None:
         """Replaces the tensors of `modules_to_save`; one that was tied to another is so no more."""

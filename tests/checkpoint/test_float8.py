@@ -27,7 +27,10 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}},
     ),
     "compression": ("_scale", {"compression_config": {"format": "float-quantized", "ignore": ["lm_head"]}}),
-    "nested": ("_scale", {"text_config": {"quantization_config": {"quant_method": "fbgemm_fp8"}}}),
+    "nested": (  # of a class that this Transformers does not know
+        "_scale",
+        {"text_config": {"quantization_config": {"quant_method": "fbgemm_fp8"}}, "model_type": "vision_of_tomorrow"},
+    ),
     "silent": ("_scale", {}),
     "comfy": (".scale_weight", {}),
 }
