@@ -186,7 +186,7 @@ class OutputFolder:
         config: str,
         report: Mapping[str, Any],
         inner: str = "",
-    ) -> None:
+    ) -> dict[str, Any]:
         """Makes the folder a checkpoint; may be repeated after a crash at any point.
 
         Everything is written as a whole before the first file goes to its place. Until then, what an earlier
@@ -198,6 +198,9 @@ class OutputFolder:
             config: Text of `config.json`, which comes last.
             report: What `merge_report.json` will hold, beside the digests of all files.
             inner: Folder inside this one for the transformer and its config, in sentence-transformers' old layout.
+
+        Returns:
+            What `merge_report.json` holds beside `report`: digests, and why parts were done again.
 
         Raises:
             MergeError: If the files of the weights are not what was laid out.
@@ -213,8 +216,8 @@ class OutputFolder:
             (side / inner / "model.safetensors.index.json").write_text(index, encoding="utf-8")
         (side / inner / "config.json").write_text(config, encoding="utf-8")
         digests = {str(file.relative_to(side)): digest_of_file(file) for file in _files_below(side)}
-        described = {**report, "redone_parts": self.redone, "digests": self._digests(shards, digests)}
-        (side / REPORT_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        more = {"redone_parts": self.redone, "digests": self._digests(shards, digests)}
+        (side / REPORT_FILE).write_text(json.dumps({**report, **more}, indent=2) + "\n", encoding="utf-8")
         staged = [str(file.relative_to(side)) for file in _files_below(side)]
         self._check_places([*staged, *(shard.file_name for shard in shards)])
         for file in _files_below(side):
@@ -229,10 +232,11 @@ class OutputFolder:
         for name in staged:
             if name != last:
                 self._move(side, name)
-        self._syncs([*staged, *(shard.file_name for shard in shards)])
+        self._sync_folders([*staged, *(shard.file_name for shard in shards)])
         self._move(side, last)
-        self._syncs([last])
+        self._sync_folders([last])
         clean_up(self.working)
+        return more
 
     def _digests(self, shards: Iterable[Shard], side_files: Mapping[str, str]) -> dict[str, Any]:
         """What the report says of all files, for `integrity.py`."""
@@ -269,7 +273,7 @@ class OutputFolder:
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).replace(self.path / name)
 
-    def _syncs(self, names: Iterable[str]) -> None:
+    def _sync_folders(self, names: Iterable[str]) -> None:
         for folder in {(self.path / name).parent for name in names}:
             if folder.is_dir():
                 sync(folder)

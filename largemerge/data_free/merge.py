@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,13 @@ def merge_data_free(
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(memory.peak()))
                 report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks, out, verified)
+                written: dict[str, Any] = {}
                 if ranks.is_first:
                     watch.check()
-                    folder.finish(shards, write, config_text(plan), report.to_json(), side_files.inner)
-        ranks.gather(None)  # nobody says that the merge is done before it is
-    return report
+                    text = config_text(plan)
+                    written = folder.finish(shards, write, text, report.to_json(), side_files.inner)
+        written = ranks.from_first(written)  # nobody says that the merge is done before it is
+    return replace(report, written=written)
 
 
 def _check(plan: DataFreePlan, out: Path, ranks: Ranks, *, resume: bool, force: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class DataFreeReport:
         peaks: Measured peak memory of every rank.
         out: The output folder, as the user named it.
         verified: How much of every model is in the output; `None` where that was not measured.
+        written: Digests of the files, and why parts were done again, once the merge is finished.
     """
 
     plan: DataFreePlan
@@ -57,6 +58,7 @@ class DataFreeReport:
     peaks: tuple[MemoryUse, ...]
     out: Path
     verified: Verification | None = None
+    written: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def peak(self) -> MemoryUse:
@@ -84,6 +86,7 @@ class DataFreeReport:
             "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
             "before": dict(self.plan.prior.reports),
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
+            **self.written,
             "tensors": {task.name: self._described(task) for task in self.plan.tasks},
         }
 

@@ -151,7 +151,7 @@ def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 def _without_kernels(part: Any) -> Any:
     """Leaves out of a config, and of those inside it, by which code attention and experts are to be computed."""
     if isinstance(part, Mapping):
-        return {key: _without_kernels(value) for key, value in part.items() if not _KERNEL_KEY.fullmatch(key)}
+        return {key: _without_kernels(value) for key, value in part.items() if not _KERNEL_KEY.fullmatch(str(key))}
     return [_without_kernels(value) for value in part] if isinstance(part, list) else part
 
 

@@ -148,17 +148,18 @@ def merge_by_regression(
                 verified = _verify(prepared.planned, shards, folder) if verify and ranks.is_first else None
                 report = _report(prepared, job, folder, memory.peak(), start, out)
                 report = replace(report, verified=verified)
+                written: dict[str, Any] = {}
                 if ranks.is_first:
                     watch.check()
-                    folder.finish(
+                    written = folder.finish(
                         shards,
                         write,
                         config_text(prepared.planned),
                         report.to_json(),
                         side_files.inner,
                     )
-        ranks.gather(None)  # nobody says that the merge is done before it is
-    return report
+        written = ranks.from_first(written)  # nobody says that the merge is done before it is
+    return replace(report, written=written)
 
 
 @dataclass(frozen=True)

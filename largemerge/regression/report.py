@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class MergeReport:
         ranks: Memory held and bytes read and sent, by rank; empty where there was one rank.
         out: The output folder, as the user named it.
         verified: How much of every candidate is in the output; `None` where that was not measured.
+        written: Digests of the files, and why parts were done again, once the merge is finished.
     """
 
     plan: MergePlan
@@ -75,6 +76,7 @@ class MergeReport:
     ranks: tuple[Mapping[str, Any], ...]
     out: Path
     verified: Verification | None = None
+    written: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -159,6 +161,7 @@ class MergeReport:
             "quantization": self._quantization(),
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
+            **self.written,
             "outside": self.non_block,
             "blocks": self.blocks,
         }
