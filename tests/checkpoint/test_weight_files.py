@@ -57,7 +57,7 @@ def test_both_kinds_of_merge_know_variants(tmp_path: Path, method: str) -> None:
 
 
 def test_the_file_that_the_config_names(folder: Path) -> None:
-    (folder / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    (folder / "config.json").write_text('{"model_type": "llama", "transformers_weights": "other.safetensors"}')
     for name in ("model", "other"):
         save_file({name: torch.ones(1)}, folder / f"{name}.safetensors")
     assert list(open_checkpoint(folder, "m").tensors) == ["other"]
@@ -79,7 +79,7 @@ def test_a_config_that_names_no_file_of_its_folder_is_refused_rather_than_ignore
     folder: Path, named: object, mentions: str
 ) -> None:
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "transformers_weights": named}))
     with pytest.raises(CheckpointError, match="transformers_weights is") as caught:
         open_checkpoint(folder, "m")
     assert mentions in str(caught.value)
