@@ -122,7 +122,7 @@ def test_the_safetensors_library_reads_what_was_written(tmp_path: Path, dtype: t
 def test_our_own_index_reads_what_was_written(tmp_path: Path) -> None:
     tensors = {f"layers.{index}.weight": torch.randn(3, 4).bfloat16() for index in range(12)}
     shards = write_all(tmp_path, tensors, 50)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors.index.json").write_text(str(weight_index(shards)))
     checkpoint = open_checkpoint(tmp_path, "out")
     assert {name: info.offset for name, info in checkpoint.tensors.items()} == {
