@@ -62,7 +62,7 @@ def targets(folder: Path) -> dict[str, Callable[[bytes], None]]:
         import peft.mapping  # noqa: F401  (it takes seconds, which are no input's)
     for name in ("model", "adapter", "sharded", "pickle"):
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text("{}")
+        (folder / name / "config.json").write_text('{"model_type": "llama"}')
     save_file({MATRIX: torch.ones(4, 4)}, folder / "model" / "model.safetensors")
     save_file({"a": torch.ones(2)}, folder / "sharded" / "one.safetensors")
     prefix = f"base_model.model.{MATRIX.removesuffix('.weight')}"
