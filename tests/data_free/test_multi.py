@@ -113,7 +113,9 @@ def test_one_document_may_have_a_name(folder: Path) -> None:
     LlamaForCausalLM.from_pretrained(folder / "out")
 
 
-@pytest.mark.parametrize("kill_at", [20, 34, 36, 52, 64])
+@pytest.mark.parametrize(
+    "kill_at", [34, 64, *(pytest.param(number, marks=pytest.mark.slow) for number in (20, 36, 52))]
+)
 def test_a_killed_series_goes_on(folder: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = three(folder)
     command = ["merge", path, folder / "out", "--quiet"]
