@@ -44,7 +44,7 @@ def test_what_the_encoding_lacks_is_replaced(case: Case, monkeypatch: pytest.Mon
     assert run("plan", "no-sœch-\udcff.yaml") == 2
     shown, told = (stream.buffer.getvalue().decode(encoding) for stream in (out, err))
     assert "bung" in shown and "21 solved" in shown and "?" in shown
-    assert told.startswith("largemerge: no-s") and "no such configuration file" in told
+    assert told.startswith("largemerge: 'no-s") and "no such configuration file" in told
 
 
 def test_a_pipe_that_nobody_reads_is_no_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

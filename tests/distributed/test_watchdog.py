@@ -53,13 +53,14 @@ def test_calls_end_where_rank_0_is_gone(keeper: tuple[Any, int], number: signal.
     os.kill(process.pid, number)
     start = time.monotonic()
     with pytest.raises(RuntimeError):
-        for _ in range(2):  # the kernel still takes what is only written
+        for _ in range(100):  # it stops a moment later, and the kernel still takes what is only written
             store.set("beat-1", "2")
             store.get(["beat-0"])
-    assert time.monotonic() - start < 1.5
+            time.sleep(0.01)
+    assert time.monotonic() - start < 5
     with pytest.raises(RuntimeError, match="is lost"):
         store.get(["beat-0"])
-    assert time.monotonic() - start < 1.6
+    assert time.monotonic() - start < 5.1
 
 
 def test_a_heartbeat_stops_in_time_where_rank_0_is_stopped(keeper: tuple[Any, int]) -> None:
