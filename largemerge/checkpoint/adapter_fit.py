@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from largemerge.checkpoint.adapter_places import INPUT_EMBEDDINGS, Place, Places
-from largemerge.checkpoint.adapter_targets import missing_problems, pattern_problems
+from largemerge.checkpoint.adapter_targets import missing_problems, pattern_problems, timed_match
 from largemerge.checkpoint.deltas import (
     Delta,
     Experts,
@@ -750,7 +750,6 @@ class _Patterns:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self._seconds_left = _MAX_PATTERN_SECONDS
-        self._compiled: dict[str, Any] = {}
 
     def find(self, key: str, module: str) -> Any:
         """Returns the value of the first pattern that a module's path ends with; `None` if none does.
@@ -759,16 +758,8 @@ class _Patterns:
             ValueError: If a pattern takes too long, as one with loops in loops may.
         """
         for pattern, value in (self._config.get(key) or {}).items():
-            if pattern not in self._compiled:
-                self._compiled[pattern] = regex.compile(_whole(pattern))
             start = time.perf_counter()
-            try:
-                found = self._compiled[pattern].match(module, timeout=max(0.01, self._seconds_left))
-            except TimeoutError:
-                raise ValueError(
-                    f"{key}: {shorten(repr(pattern))} takes too long to match {shorten(module)}; write the modules' "
-                    "names, or a pattern without loops in loops"
-                ) from None
+            found = timed_match(_whole(pattern), module, key, max(0.01, self._seconds_left), written=pattern)
             self._seconds_left -= time.perf_counter() - start
             if found is not None:
                 return value

@@ -47,6 +47,35 @@ def pattern_problems(config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{key}: {shorten(repr(each))} is no regular expression: {error}"
 
 
+def timed_match(
+    pattern: str, module: str, key: str, seconds: float, *, whole: bool = False, written: str | None = None
+) -> Any:
+    """Matches a regular expression of an adapter's settings with the beginning of a module's path, or all of it.
+
+    Args:
+        pattern: The regular expression.
+        module: The module's path.
+        key: Setting that it stands in, for messages.
+        seconds: Time that it may take.
+        whole: Whether all of the path must match.
+        written: What stands in the settings, for messages, where `pattern` was made of it.
+
+    Returns:
+        The match; `None` if there is none.
+
+    Raises:
+        ValueError: If it takes too long, as loops in loops may.
+    """
+    match: Any = regex.fullmatch if whole else regex.match
+    try:
+        return match(pattern, module, timeout=seconds)
+    except TimeoutError:
+        raise ValueError(
+            f"{key}: {shorten(repr(written if written is not None else pattern))} takes too long to match "
+            f"{shorten(module)}; write the modules' names, or a pattern without loops in loops"
+        ) from None
+
+
 class Targets:
     """Matches modules against an adapter's settings, as peft does.
 
@@ -96,20 +125,18 @@ class Targets:
             return True
         patterns = self._config.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>[0-9]+)\.", path)
+            found = self._search(rf"(?:^|.*?\.){pattern}\.(?P<idx>[0-9]+)\.", path, "layers_pattern")
             if found is not None:
                 return int(found["idx"]) in (wanted if isinstance(wanted, list) else [wanted])
         return False
 
     def _match(self, pattern: str, path: str, key: str) -> bool:
+        return self._search(pattern, path, key, whole=True) is not None
+
+    def _search(self, pattern: str, path: str, key: str, *, whole: bool = False) -> Any:
         start = time.perf_counter()
         try:
-            return regex.fullmatch(pattern, path, timeout=_MAX_SECONDS_EACH) is not None
-        except TimeoutError:
-            raise ValueError(
-                f"{key}: {shorten(repr(pattern))} takes too long to match {shorten(path)}; write the modules' names, "
-                "or a pattern without loops in loops"
-            ) from None
+            return timed_match(pattern, path, key, _MAX_SECONDS_EACH, whole=whole)
         finally:
             self._seconds_left -= time.perf_counter() - start
 

@@ -17,7 +17,7 @@ from cases import weights_in
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from largemerge.checkpoint import adapter_fit
+from largemerge.checkpoint import adapter_fit, adapter_targets
 from largemerge.checkpoint.adapter_fit import config_problems
 from largemerge.checkpoint.lora import open_model
 from largemerge.errors import CheckpointError
@@ -225,6 +225,16 @@ def test_a_pattern_without_an_end_is_named(
     write_adapter(tmp_path, shapes_of(llama[1], Q, DOWN), rank_pattern={ENDLESS: 4})
     told = problems(llama[1], tmp_path)
     assert "adapter_config.json: rank_pattern: " in told and "takes too long to match" in told
+
+
+def test_a_pattern_of_layers_without_an_end_is_named(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_targets, "_MAX_SECONDS_EACH", 0.1)
+    settings = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": [ENDLESS]}
+    write_adapter(tmp_path, shapes_of(llama[1], Q), **settings)
+    told = problems(llama[1], tmp_path)
+    assert "layers_pattern: " in told and "takes too long to match" in told
 
 
 def test_patterns_are_those_of_peft_in_kinds_that_peft_merges(
