@@ -12,20 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from largemerge.checkpoint.digests import ALGORITHM, digest_of_bytes, digest_of_file, digest_of_text
+from largemerge.checkpoint.digests import ALGORITHM, digest_of, digest_of_bytes, digest_of_file
 from largemerge.checkpoint.index import open_checkpoint
 from largemerge.checkpoint.sentence_modules import transformer_folder, without_modules
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.errors import CheckpointError, LargemergeError, OutputError
 from largemerge.model.output_check import try_loading
 from largemerge.output import REPORT_FILE, WORKING_FOLDER
-from largemerge.text_files import read_json
+from largemerge.text_files import leads_out, read_json
 from largemerge.units import gib
 
 _NUM_READERS = 4
@@ -140,7 +140,7 @@ def _is_complete(digests: Mapping[str, Any]) -> bool:
         return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
     def inside(names: Mapping[str, Any]) -> bool:
-        return not any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names)
+        return not any(map(leads_out, names))
 
     if not isinstance(digests.get("algorithm"), str):
         return False
@@ -186,7 +186,7 @@ def _damage_of_weights(path: Path, name: str, expected: Mapping[str, Any]) -> It
         yield from (f"{name}: {problem}" for problem in error.problems)
         return
     whole = len(header).to_bytes(8, "little") + header
-    if digest_of_text([whole.decode("latin-1")]) != expected["header"]:
+    if digest_of(whole) != expected["header"]:
         yield f"{name}: its header is not as it was written: names, dtypes, shapes or places of tensors differ"
         return
     places = {key: (tensors[key].offset or 0, tensors[key].num_bytes) for key in expected["tensors"]}

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from largemerge.checkpoint.digests import ALGORITHM, digest_of_bytes, digest_of_file, digest_of_text
+from largemerge.checkpoint.digests import ALGORITHM, digest_of, digest_of_bytes, digest_of_file
 from largemerge.checkpoint.index import Checkpoint, read_bytes
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
@@ -246,7 +246,7 @@ class OutputFolder:
             "weights": {
                 shard.file_name: {
                     "bytes": shard.num_bytes,
-                    "header": digest_of_text([shard.header.decode("latin-1")]),
+                    "header": digest_of(shard.header),
                     "tensors": {split_name(name)[1]: tensors[name] for name in shard.offsets},
                 }
                 for shard in shards
@@ -412,7 +412,7 @@ def _open_plain(path: Path, flags: int) -> BinaryIO:
 
 def _checked_json(value: Mapping[str, Any]) -> str:
     """Makes one line of JSON that holds its own digest."""
-    return json.dumps({**value, "check": digest_of_text([json.dumps(value)])})
+    return json.dumps({**value, "check": digest_of(json.dumps(value).encode())})
 
 
 def _read_checked(line: str | bytes) -> dict[str, Any] | None:
@@ -420,7 +420,7 @@ def _read_checked(line: str | bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
         check = value.pop("check")
-        return value if check == digest_of_text([json.dumps(value)]) else None
+        return value if check == digest_of(json.dumps(value).encode()) else None
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
 

@@ -55,6 +55,17 @@ def shorten(text: object, length: int = _SHOWN) -> str:
     return plain if len(whole) <= length else f"{plain} ({len(whole):,} characters)"
 
 
+def brief(value: object) -> str:
+    """Shows a value of strangers as Python writes it, in sixty characters at most."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def first_line(error: BaseException, length: int) -> str:
+    """Returns the first line of an error's message, shortened; its type's name where it has none."""
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], length)
+
+
 def file_problem(path: Path, max_bytes: int | None = None) -> str | None:
     """Says why there is no file at a path that can be read, links followed; `None` if there is one. Opens nothing.
 
@@ -228,6 +239,12 @@ def _as_tuple(expected: type | tuple[type, ...]) -> tuple[type, ...]:
     return expected if isinstance(expected, tuple) else (expected,)
 
 
+def leads_out(path: str) -> bool:
+    """Whether a relative path of strangers may lead out of the folder that it is to lie in."""
+    parts = PurePosixPath(path)
+    return parts.is_absolute() or ".." in parts.parts
+
+
 def inner_path_problem(path: object, *, name_only: bool = False) -> str | None:
     """Says why a text of strangers is no path inside a folder; `None` if it is one.
 
@@ -240,7 +257,7 @@ def inner_path_problem(path: object, *, name_only: bool = False) -> str | None:
     if not path.isprintable():
         return "holds characters that no name has"
     parts = PurePosixPath(path).parts
-    if path.startswith("/") or ".." in parts or "\\" in path:
+    if leads_out(path) or "\\" in path:
         return "leads out of its folder"
     if any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in parts) or len(path) > _MAX_PATH:
         return "is too long for a name"

@@ -23,7 +23,7 @@ from largemerge.calibration.config import CalibrationConfig, template_columns
 from largemerge.calibration.sources import Source
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
-from largemerge.text_files import shorten
+from largemerge.text_files import brief, shorten
 
 MAX_PROBLEMS = 5
 """Number of bad rows in one error; whoever has more has one mistake, not many."""
@@ -281,5 +281,4 @@ def _message_problem(messages: Any) -> str | None:
 def _shown(value: Any) -> str:
     if value is None:
         return "nothing (null, or the column is missing in this row)"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    return f"{brief(value)} ({type(value).__name__})"

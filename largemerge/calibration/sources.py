@@ -29,7 +29,7 @@ from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.json_rows import check_json_rows
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError
-from largemerge.text_files import file_problem, os_reason, shorten
+from largemerge.text_files import file_problem, first_line, os_reason, shorten
 
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -238,7 +238,7 @@ def _parquet_problem(path: Path) -> str | None:
         with parquet.ParquetFile(path) as file:
             names, num_rows = file.schema_arrow.names, file.metadata.num_rows
     except Exception as error:  # Arrow raises several types for what is broken
-        return f"no whole Parquet file: it is damaged, cut off, or of another format ({_first_line(error)})"
+        return f"no whole Parquet file: it is damaged, cut off, or of another format ({first_line(error, 160)})"
     if not names or not num_rows:
         columns = shorten([str(name) for name in names])
         return f"empty; expected at least one sample, found the columns {columns}, and no rows"
@@ -298,7 +298,7 @@ def _why_unreadable(path: Path | None, error: Exception, arguments: Sequence[Any
     told = in_our_words(str(error), split)
     if told is not None:
         return told
-    reason = f"{type(error).__name__}: {_first_line(error)}"
+    reason = f"{type(error).__name__}: {first_line(error, 160)}"
     if path is None:
         subset = arguments[1] if len(arguments) > 1 else None
         return (
@@ -346,10 +346,6 @@ def in_our_words(message: str, split: str) -> str | None:
         if found is not None:
             return meaning.format(*map(shorten, found.groups("")), split=split)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from largemerge.errors import CheckpointError
+from largemerge.text_files import brief
 
 MAX_LAYERS, MAX_LABELS = 10_000, 2_000_000
 """Largest numbers of layers and of labels that a config may ask for; no model has a tenth of either."""
@@ -46,7 +47,7 @@ def check_config(config: Mapping[str, Any], name: str) -> None:
     """
     problems = [*_type_problems(config), *_value_problems(config, ())]
     if not any(config.get(key) for key in _NAMES_A_CLASS):
-        found = f"only {_shown(sorted(map(str, config))[:5])}" if config else "nothing in it"
+        found = f"only {brief(sorted(map(str, config))[:5])}" if config else "nothing in it"
         problems.append(
             f"neither model_type nor architectures nor auto_map, {found}; expected a model's config, as "
             "save_pretrained writes it"
@@ -68,12 +69,12 @@ def _type_problems(config: Mapping[str, Any]) -> Iterator[str]:
         for key in keys:
             value = config.get(key)
             if value is not None and not is_right(value):
-                yield f"{key}: expected {expected}, found {_shown(value)}"
+                yield f"{key}: expected {expected}, found {brief(value)}"
     labels = config.get("id2label")
     if isinstance(labels, Mapping):
         wrong = [key for key in labels if not re.fullmatch(r"-?[0-9]{1,12}", str(key))]
         if wrong:
-            yield f"id2label: expected numbers and their labels, found {_shown(wrong[0])} for a number"
+            yield f"id2label: expected numbers and their labels, found {brief(wrong[0])} for a number"
 
 
 def _value_problems(part: Any, path: tuple[str, ...]) -> Iterator[str]:
@@ -132,8 +133,3 @@ def _is_auto_map(value: Any) -> bool:
 def _is_dtype(value: Any) -> bool:
     named = list(value.values()) if isinstance(value, Mapping) else [value]
     return all(isinstance(each, str) for each in named)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,7 +3,7 @@
     TensorDigests       of tensors, made on the way while they are written
     digest_of_bytes     of a part of a file, read again later
     digest_of_file      of a whole small file
-    digest_of_text      of a line of the journal
+    digest_of           of bytes at hand, such as a line of the journal
 
 XXH3 with 128 bits (https://github.com/Cyan4973/xxHash): faster than memory, so that it costs a merge next to nothing.
 It finds accidents, not forgeries.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -84,9 +83,6 @@ def digest_of_file(file: Path) -> str:
     return digest_of_bytes(file, 0, file.stat().st_size) or ""
 
 
-def digest_of_text(texts: Iterable[str]) -> str:
-    """Computes the digest of some texts, one after the other."""
-    digest = xxhash.xxh3_128()
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
+def digest_of(data: bytes) -> str:
+    """Computes the digest of bytes at hand."""
+    return xxhash.xxh3_128(data).hexdigest()

@@ -35,6 +35,7 @@ from largemerge.text_files import (
     MAX_FILE_BYTES,
     MAX_TEXT_BYTES,
     file_problem,
+    leads_out,
     parse_json,
     read_file,
     read_json,
@@ -294,7 +295,7 @@ def _listed_files(folder: Path) -> list[str]:
         names = [name for kind in ("weights", "files") for name in digests[kind] if isinstance(name, str)]
     except (CheckpointError, KeyError, TypeError):
         return []
-    return [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    return [name for name in names if not leads_out(name)]
 
 
 def _loaded_weights(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from largemerge.checkpoint.direct_io import Buffers, DataFile
 from largemerge.checkpoint.tensor_info import MODULE_SEPARATOR, SAFETENSORS_DTYPES, TensorInfo, dtype_name
 from largemerge.errors import CheckpointError, group_alike
-from largemerge.text_files import file_problem, os_reason, parse_json, shorten
+from largemerge.text_files import file_problem, first_line, os_reason, parse_json, shorten
 
 Rows = slice | torch.Tensor | None
 """Rows of a tensor (its first dimension): a slice without a step, numbers in any order, or `None` for all."""
@@ -251,7 +251,7 @@ class PickleFile:
                     state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
                 except Exception as error:  # of a file that was exchanged it may be anything
                     raise CheckpointError(
-                        f"{self._path}: cannot be read: {_first_line(error)}; was it changed meanwhile?"
+                        f"{self._path}: cannot be read: {first_line(error, 200)}; was it changed meanwhile?"
                     ) from None
                 if not mapped:
                     self._whole = state
@@ -376,7 +376,7 @@ def _zip_problem(file: Path) -> str | None:
             storages = _Storages(archive.read(pickled))
             storages.load()
     except Exception as error:  # what a broken or malicious file may raise, nobody has listed
-        return f"cannot be read: {_first_line(error)}"
+        return f"cannot be read: {first_line(error, 200)}"
     if "_rebuild_meta_tensor_no_storage" in storages.names:
         return "holds tensors on the meta device, which have no numbers; save the model once its weights are loaded"
     root = pickled.removesuffix("data.pkl")
@@ -420,10 +420,6 @@ def _unpickling_problem(error: Exception) -> str:
     return shorten((text.strip().splitlines() or [type(error).__name__])[0], 200)
 
 
-def _first_line(error: Exception) -> str:
-    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
-
-
 # Safetensors
 
 
@@ -447,7 +443,7 @@ def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], bytes]:
         header = parse_json(raw.decode("utf-8"), strict=True)
     except ValueError as error:
         raise CheckpointError(
-            f"{file}: the safetensors header is not JSON ({_first_line(error)}); fetch the file again"
+            f"{file}: the safetensors header is not JSON ({first_line(error, 200)}); fetch the file again"
         ) from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the safetensors header is a {type(header).__name__}, expected an object")
@@ -489,7 +485,7 @@ def _infos(file: Path, header: dict[str, Any], start: int) -> Iterator[TensorInf
             with safe_open(str(file), framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            problems.append(f"{file}: the safetensors library does not read it: {_first_line(error)}")
+            problems.append(f"{file}: the safetensors library does not read it: {first_line(error, 200)}")
     if problems:
         raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
     yield from (info for _, _, info in found)

@@ -18,7 +18,7 @@ from typing import Any
 
 from largemerge.errors import CheckpointError
 from largemerge.isolation import why_it_fails
-from largemerge.text_files import shorten
+from largemerge.text_files import brief, shorten
 
 MAX_GAP, MAX_PADDING = 1_000_000, 10_000_000
 """Numbers that a vocabulary may leave out, and tokens that a tokenizer may pad a text to."""
@@ -104,7 +104,7 @@ def _problems_of(name: str, content: bytes) -> tuple[str, ...]:
     except ValueError as error:
         return (f"not readable as JSON: {error}",)
     if not isinstance(value, dict):
-        return (f"expected keys and values, found {_shown(value)}",)
+        return (f"expected keys and values, found {brief(value)}",)
     if any(len(text) > MAX_TOKEN for text in _tokens(value)):
         longest = max(_tokens(value), key=len)
         return (f"expected tokens of {MAX_TOKEN:,} characters at most, found {shorten(repr(longest))}",)
@@ -139,21 +139,21 @@ def _tokens(value: Mapping[str, Any]) -> Iterator[str]:
 def _document_problems(document: Mapping[str, Any]) -> Iterator[str]:
     model, added = document.get("model"), document.get("added_tokens", [])
     if not isinstance(model, Mapping):
-        yield f"model: expected keys and values, found {_shown(model)}"
+        yield f"model: expected keys and values, found {brief(model)}"
         return
     vocabulary = model.get("vocab")
     if not isinstance(vocabulary, Mapping | list):
-        yield f"model.vocab: expected tokens and their numbers, found {_shown(vocabulary)}"
+        yield f"model.vocab: expected tokens and their numbers, found {brief(vocabulary)}"
         return
     size = len(vocabulary) + (len(added) if isinstance(added, list) else 0)
     if isinstance(vocabulary, Mapping):
         yield from _number_problems("model.vocab.", vocabulary, size)
     if added is not None and not isinstance(added, list):
-        yield f"added_tokens: expected a list, found {_shown(added)}"
+        yield f"added_tokens: expected a list, found {brief(added)}"
         added = None
     for place, entry in enumerate(added or ()):
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            yield f"added_tokens[{place}]: expected a token with 'id' and 'content', found {_shown(entry)}"
+            yield f"added_tokens[{place}]: expected a token with 'id' and 'content', found {brief(entry)}"
         else:
             yield from _number_problems(f"added_tokens[{place}]: ", {entry["content"]: entry.get("id")}, size)
     yield from _padding_problems(document.get("padding"))
@@ -165,14 +165,14 @@ def _number_problems(where: str, ids: Mapping[str, Any], size: int) -> Iterator[
     told = set()
     for token, number in ids.items():
         if isinstance(number, bool) or not isinstance(number, int):
-            kind, found = "type", f"expected a whole number, found {_shown(number)}"
+            kind, found = "type", f"expected a whole number, found {brief(number)}"
         elif not 0 <= number <= most:
             kind, found = "size", f"expected a number from 0 to {most} among {size} tokens, found {number}"
         else:
             continue
         if kind not in told:
             told.add(kind)
-            yield f"{where}{_shown(token)}: {found}"
+            yield f"{where}{brief(token)}: {found}"
 
 
 def _padding_problems(padding: Any) -> Iterator[str]:
@@ -188,25 +188,25 @@ def _padding_problems(padding: Any) -> Iterator[str]:
 def _settings_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     limit = settings.get("model_max_length")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit):
-        yield f"model_max_length: expected a number, found {_shown(limit)}"
+        yield f"model_max_length: expected a number, found {brief(limit)}"
     template = settings.get("chat_template")
     if template is not None and not _is_template(template):
-        yield f"chat_template: expected a text, or a list of names and templates, found {_shown(template)}"
+        yield f"chat_template: expected a text, or a list of names and templates, found {brief(template)}"
     names = settings.get("model_input_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        yield f"model_input_names: expected a list of names, found {_shown(names)}"
+        yield f"model_input_names: expected a list of names, found {brief(names)}"
     decoder = settings.get("added_tokens_decoder")
     if decoder is None:
         return
     if not isinstance(decoder, Mapping):
-        yield f"added_tokens_decoder: expected numbers and tokens, found {_shown(decoder)}"
+        yield f"added_tokens_decoder: expected numbers and tokens, found {brief(decoder)}"
         return
     for number, token in decoder.items():
         if not number.isascii() or not number.isdigit() or len(number) > 9:
-            yield f"added_tokens_decoder: expected the number of a token, found {_shown(number)}"
+            yield f"added_tokens_decoder: expected the number of a token, found {brief(number)}"
             return
         if not isinstance(token, Mapping) or not isinstance(token.get("content"), str):
-            yield f"added_tokens_decoder.{number}: expected a token with 'content', found {_shown(token)}"
+            yield f"added_tokens_decoder.{number}: expected a token with 'content', found {brief(token)}"
             return
 
 
@@ -219,8 +219,3 @@ def _is_template(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(each, str) for each in value.values())
     return isinstance(value, str)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -12,7 +12,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -29,6 +28,7 @@ from largemerge.checkpoint.digests import TensorDigests, digest_of_bytes
 from largemerge.checkpoint.direct_io import PAGE, PROBE_BYTES, PROBE_SECONDS, DataFile
 from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import dequantize, quantize
+from largemerge.checkpoint.room import free_bytes
 from largemerge.checkpoint.sentence_modules import modules_of, split_name
 from largemerge.checkpoint.tensor_info import SAFETENSORS_DTYPES, OutputTensor
 from largemerge.errors import OutputError
@@ -145,7 +145,7 @@ class ShardWriter:
         folder: Working folder for the unfinished shards.
         tensors: All tensors that will be written, by name on disk.
         shards: Shards that `layout_shards` has laid out for them.
-        checked: Whether NaN and infinity are refused; not for what is only passed on.
+        checked: Whether NaN and infinity are refused, and digests kept; not for what is only passed on.
 
     Attributes:
         bytes_written: Bytes written so far.
@@ -244,7 +244,8 @@ class ShardWriter:
         shard = self._shard_of[name]
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         position = first_row * (data.numel() // max(1, tensor.shape[0]) if first_row else 0)
-        self._digests.add(name, position, data)
+        if self._checked:
+            self._digests.add(name, position, data)
         self._files[shard.file_name].write(shard.offsets[name] + position, data)
         with self._lock:
             self.bytes_written += data.numel()
@@ -340,9 +341,8 @@ def _check_room(folder: Path, shards: Sequence[Shard]) -> None:
     Raises:
         OutputError: If it has not; what earlier runs have taken counts as there.
     """
-    try:
-        free = shutil.disk_usage(folder).free  # first: another rank may be taking room just now
-    except OSError:
+    free = free_bytes(folder)  # first: another rank may be taking room just now
+    if free is None:
         return
     paths = [folder / shard.file_name for shard in shards]
     needed = sum(shard.num_bytes for shard in shards)

@@ -43,12 +43,13 @@ from largemerge.data_free.output_files import write_tokenizer
 from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
-from largemerge.errors import ConfigError, LargemergeError, OutputError
+from largemerge.errors import CheckpointError, ConfigError, LargemergeError, OutputError
 from largemerge.integrity import find_damage
 from largemerge.log import tell
 from largemerge.machine import scratch_folder
 from largemerge.model.adapter_names import AdapterNames
 from largemerge.output import INTERMEDIATE_FOLDER, REPORT_FILE, WORKING_FOLDER, check_no_input, check_output
+from largemerge.text_files import read_json
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def merge_series(
             if state is not _Result.MADE:
                 again = force or state is _Result.DAMAGED
                 merge_data_free(document.config, target, prior=prior, resume=resumes, force=again, **options)
-            report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+            report = read_json(target / REPORT_FILE, error=OutputError)
             prior = prior.with_result(document.config, open_checkpoint(target, document.label), report)
     raise AssertionError("there is a last document")
 
@@ -302,10 +303,10 @@ def _state(document: Document, target: Path, prior: PriorMerges, *, force: bool)
     if force or not config.exists() or (target / WORKING_FOLDER / "manifest.json").exists():
         return _Result.MISSING
     try:
-        report = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))
+        report = read_json(target / REPORT_FILE)
         inputs = {name: described["files"] for name, described in report["inputs"].items()}
         before = [report["config"], inputs, report["plan"]["vocabulary"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         raise OutputError(f"{target} is no result of a merge; remove it, or take another --intermediate-dir") from None
     plan = plan_data_free(document.config, prior, device="cpu")  # the device does not matter here
     vocabulary = plan.vocabulary.to_json() if plan.vocabulary is not None else None

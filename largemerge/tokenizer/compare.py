@@ -89,7 +89,7 @@ def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[s
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            yield f"{source} is not readable JSON: {_line(error)}; mend it, or take it away"
+            yield f"{source} is not readable JSON: {tokenizer_reason(error)}; mend it, or take it away"
             continue
         if not isinstance(value, dict):
             yield f"{source}: expected keys and values, found {str(value)[:60]}; mend it, or take it away"
@@ -97,7 +97,8 @@ def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[s
             try:
                 GenerationConfig.from_dict(value)
             except Exception as error:  # it checks its values in many ways
-                yield f"{source}: Transformers does not understand it: {_line(error)}; mend it, or take it away"
+                why = tokenizer_reason(error)
+                yield f"{source}: Transformers does not understand it: {why}; mend it, or take it away"
 
 
 def compare_tokenizers(
@@ -126,7 +127,7 @@ def compare_tokenizers(
             source = auto_tokenizer(expected, trust_remote_code=trust_remote_code)
         except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
             return [], [
-                f"{WARNING}the tokenizer in {expected} cannot be loaded ({_line(error)}): "
+                f"{WARNING}the tokenizer in {expected} cannot be loaded ({tokenizer_reason(error)}): "
                 "its files are copied unchecked"
             ]
         encode, vocabulary = _encoder(source), _vocabulary(source)
@@ -140,10 +141,9 @@ def compare_tokenizers(
         found = auto_tokenizer(made, trust_remote_code=trust_remote_code, own_links=True)
     except Exception as error:
         if not isinstance(expected, Path) and expected.document is None:
-            return [], [
-                f"{WARNING}the output's tokenizer cannot be loaded ({_line(error)}): its files are copied unchecked"
-            ]
-        return [f"the output's tokenizer cannot be loaded, though that of {where} can: {_line(error)}"], []
+            why = tokenizer_reason(error)
+            return [], [f"{WARNING}the output's tokenizer cannot be loaded ({why}): its files are copied unchecked"]
+        return [f"the output's tokenizer cannot be loaded, though that of {where} can: {tokenizer_reason(error)}"], []
     decode = _document_encoder_of(found) if not isinstance(expected, Path) else _encoder(found)
     for text in _texts(special, vocabulary):
         wanted = _try(encode, text)
@@ -204,7 +204,3 @@ def _vocabulary(tokenizer: Any) -> dict[str, int]:
 
 def _short(ids: Sequence[int] | None) -> str:
     return "nothing" if ids is None else f"{list(ids[:8])}{' …' if len(ids) > 8 else ''}"
-
-
-def _line(error: BaseException) -> str:
-    return tokenizer_reason(error)
