@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import tiny_models
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import largemerge
+from largemerge.cli import main
 
 
 @dataclass
@@ -124,6 +127,20 @@ def rewrite_weights(folder: Path, rewrite: Callable[[dict[str, torch.Tensor]], d
     """Replaces the tensors in `model.safetensors`, as another program might have saved them."""
     path = folder / "model.safetensors"
     save_file(rewrite(load_file(path)), path, metadata={"format": "pt"})
+
+
+def write_pair(folder: Path) -> Case:
+    """A case of two tiny Llamas with a few samples each."""
+    models = [tiny_models.perturbed("llama", seed) for seed in range(2)]
+    return write_case(folder, models, [tiny_models.inputs("text", 4, seed) for seed in range(2)])
+
+
+def exit_code(*arguments: object) -> int:
+    """Runs the command in this process, and returns the code that it exits with."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
 
 
 def touch(folder: Path, *names: str) -> None:

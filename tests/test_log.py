@@ -9,36 +9,24 @@ import time
 from pathlib import Path
 
 import pytest
-from cases import Case
+from cases import Case, exit_code, write_pair
 
 from largemerge import progress
-from largemerge.cli import main
 from largemerge.log import LOGGER, stage, tell, writing_log
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    from cases import write_case
-    from tiny_models import inputs, perturbed
-
-    folder = tmp_path_factory.mktemp("log")
-    made = write_case(folder, [perturbed("llama", seed) for seed in range(2)], [inputs("text", 4, s) for s in range(2)])
+    made = write_pair(tmp_path_factory.mktemp("log"))
     made.write_yaml()
     return made
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def test_a_log_has_stages_steps_and_the_report_with_times(
     case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log, config = tmp_path / "merge.log", case.folder / "config.yaml"
-    assert run("merge", config, tmp_path / "out", "--quiet", "--log-file", log) == 0
+    assert exit_code("merge", config, tmp_path / "out", "--quiet", "--log-file", log) == 0
     assert capfd.readouterr() == ("", "")
     first, *lines = log.read_text().splitlines()
     assert first == "# log of largemerge, times in UTC"
@@ -48,7 +36,7 @@ def test_a_log_has_stages_steps_and_the_report_with_times(
         assert part in text, part
     report = next(line.partition(" report: ")[2] for line in lines if " report: " in line)
     assert json.loads(report) == json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    assert run("merge", config, tmp_path / "out", "--log-file", log) == 2
+    assert exit_code("merge", config, tmp_path / "out", "--log-file", log) == 2
     again = log.read_text().splitlines()
     assert again[: len(lines) + 1] == [first, *lines], "a log is added to"
     told = capfd.readouterr().err.removeprefix("largemerge: ").strip()
@@ -103,33 +91,33 @@ def test_what_is_no_log_is_left_alone(
 ) -> None:
     path = in_the_way(kind, tmp_path)
     before = path.read_bytes() if os.path.isfile(path) else b""
-    assert run("merge", case.folder / "config.yaml", tmp_path / "out", "--log-file", path) == 2
+    assert exit_code("merge", case.folder / "config.yaml", tmp_path / "out", "--log-file", path) == 2
     told = capfd.readouterr().err
     assert told.startswith("largemerge: --log-file ") and mentions in told and len(told) < 500, told
     assert not (tmp_path / "out").exists() and (path.read_bytes() if os.path.isfile(path) else b"") == before
 
 
 def test_a_full_disk_ends_the_log_alone(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("merge", case.folder / "config.yaml", tmp_path / "out", "--quiet", "--log-file", "/dev/full") == 0
+    assert exit_code("merge", case.folder / "config.yaml", tmp_path / "out", "--quiet", "--log-file", "/dev/full") == 0
     assert capfd.readouterr().err.count("No space left on device") == 1
     assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_the_report_as_json(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("merge", case.folder / "config.yaml", tmp_path / "out", "--json") == 0
+    assert exit_code("merge", case.folder / "config.yaml", tmp_path / "out", "--json") == 0
     printed = capfd.readouterr()
     assert json.loads(printed.out) == json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert "21 solved" not in printed.err, "there is no table"
 
 
 def test_details(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("plan", case.folder / "config.yaml", "--no-probe", "-v") == 0
+    assert exit_code("plan", case.folder / "config.yaml", "--no-probe", "-v") == 0
     printed = capfd.readouterr()
     assert "INFO reading the headers of all models" in printed.err and "21 solved" in printed.out
-    assert run("plan", "nowhere.yaml", "-v") == 2
+    assert exit_code("plan", "nowhere.yaml", "-v") == 2
     told = capfd.readouterr().err
     assert "\nlargemerge: nowhere.yaml: no such configuration file\n" in told and "Traceback" not in told
-    assert run("merge", "a", "b", "--quiet", "-v") == 2
+    assert exit_code("merge", "a", "b", "--quiet", "-v") == 2
     assert "not allowed with" in capfd.readouterr().err
 
 
@@ -141,7 +129,7 @@ def test_a_mistake_of_ours_asks_for_a_report(
         raise AssertionError("one and one\nis three")
 
     monkeypatch.setattr("largemerge.api.plan", broken)
-    assert run("plan", case.folder / "config.yaml", *(["-v"] if verbose else [])) == 70
+    assert exit_code("plan", case.folder / "config.yaml", *(["-v"] if verbose else [])) == 70
     told = capfd.readouterr().err
     assert "unexpected AssertionError: one and one; this is a mistake in largemerge, not yours: please report" in told
     assert (told.count("Traceback") == 1) is verbose and ("--verbose or --log-file" in told) is not verbose

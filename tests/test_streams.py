@@ -9,30 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import Case, MakeCase
+from cases import Case, MakeCase, exit_code, write_pair
 from processes import ENVIRONMENT
 
-from largemerge.cli import main
 from largemerge.streams import SafeStream
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    from cases import write_case
-    from tiny_models import inputs, perturbed
-
-    folder = tmp_path_factory.mktemp("streams")
-    made = write_case(folder, [perturbed("llama", seed) for seed in range(2)], [inputs("text", 4, s) for s in range(2)])
+    made = write_pair(tmp_path_factory.mktemp("streams"))
     made.config["models"][0]["name"] = "Übung → ²"
     made.write_yaml()
     return made
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -40,8 +28,8 @@ def test_what_the_encoding_lacks_is_replaced(case: Case, monkeypatch: pytest.Mon
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    assert run("plan", case.folder / "config.yaml", "--no-probe") == 0
-    assert run("plan", "no-sœch-\udcff.yaml") == 2
+    assert exit_code("plan", case.folder / "config.yaml", "--no-probe") == 0
+    assert exit_code("plan", "no-sœch-\udcff.yaml") == 2
     shown, told = (stream.buffer.getvalue().decode(encoding) for stream in (out, err))
     assert "bung" in shown and "21 solved" in shown and "?" in shown
     assert told.startswith("largemerge: 'no-s") and "no such configuration file" in told
@@ -52,10 +40,10 @@ def test_a_pipe_that_nobody_reads_is_no_error(case: Case, monkeypatch: pytest.Mo
     os.close(reading)
     with open(writing, "w", encoding="utf-8") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert run("plan", case.folder / "config.yaml", "--no-probe") == 0
+        assert exit_code("plan", case.folder / "config.yaml", "--no-probe") == 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stderr", pipe)
-            assert run("merge", case.folder / "config.yaml", case.folder / "piped") == 0
+            assert exit_code("merge", case.folder / "config.yaml", case.folder / "piped") == 0
         assert (case.folder / "piped" / "config.json").exists()
         os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # else closing it would fail
 
@@ -66,7 +54,7 @@ def test_a_full_disk_under_standard_output_is_told(
 ) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert run("plan", case.folder / "config.yaml", "--no-probe", *options) == 2
+        assert exit_code("plan", case.folder / "config.yaml", "--no-probe", *options) == 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
     assert capfd.readouterr().err.startswith("largemerge: standard output: No space left on device")
 
@@ -76,7 +64,7 @@ def test_a_report_that_cannot_be_printed_is_in_the_output(
 ) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert run("merge", case.folder / "config.yaml", case.folder / "full", "--json", "--quiet") == 2
+        assert exit_code("merge", case.folder / "config.yaml", case.folder / "full", "--json", "--quiet") == 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
     assert "the merge is finished, and its report is in" in capfd.readouterr().err
     assert (case.folder / "full" / "merge_report.json").exists()
