@@ -535,7 +535,7 @@ def check_no_input(path: Path, inputs: list[Path], *, force: bool) -> None:
     """Refuses to write where inputs lie.
 
     Raises:
-        OutputError: If `path` is an input, or holds one that `force` would delete.
+        OutputError: If `path` is an input, lies in one, or holds one that `force` would delete.
     """
     resolved = path.resolve()
     for folder in inputs:
@@ -543,6 +543,8 @@ def check_no_input(path: Path, inputs: list[Path], *, force: bool) -> None:
             continue  # made for this very merge
         if _is_same(resolved, folder) or (resolved in folder.resolve().parents and force):
             raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
+        if folder.resolve() in resolved.parents:
+            raise OutputError(f"{path} lies in an input of this merge ({folder}); choose an output folder outside it")
 
 
 def _is_same(path: Path, folder: Path) -> bool:

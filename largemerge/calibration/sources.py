@@ -18,9 +18,10 @@ import contextlib
 import csv
 import glob
 import itertools
+import mimetypes
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,8 +33,15 @@ from largemerge.errors import CalibrationError
 from largemerge.text_files import file_problem, first_line, os_reason, shorten
 
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FILE_SUFFIXES = (".safetensors", *TABLE_BUILDERS, ".txt")
+_FOLDER_FORMATS = {
+    **TABLE_BUILDERS,
+    **{".txt": "text", ".tsv": "tsv", ".arrow": "arrow", ".xml": "xml", ".xlsx": "xlsx"},
+    **{".gz": "gz", ".zst": "zst", ".zip": "zip", ".tar": "tar", ".bz2": "bz2", ".xz": "xz"},
+}
+"""Suffixes of files that the reader of folders may take for data, and their kinds; it takes one kind of them."""
+_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _MAX_PROBLEMS = 5
 
 
@@ -102,6 +110,7 @@ def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]
     problems = list(_settings_without_effect(config, found))
     if found is not None and found.is_dir():
         problems += itertools.islice(_unreadable_in_folder(found), _MAX_PROBLEMS)
+        problems += _left_out_of_folder(found)
     if problems:
         raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
     return where, found
@@ -155,21 +164,65 @@ def list_images(path: Path) -> list[Path]:
 
 
 def _images_under(path: Path) -> Iterator[Path]:
-    for file in path.rglob("*"):
-        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden and file.is_file():
+    for file in _visible_under(path):
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
             yield file
 
 
 def _unreadable_in_folder(path: Path) -> Iterator[str]:
     """Yields what has the name of an image or table and cannot be read: readers of folders pass over it in silence."""
-    for file in sorted(path.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.suffix.lower() not in (*IMAGE_SUFFIXES, *TABLE_BUILDERS) or is_hidden or file.is_dir():
+    for file in sorted(_visible_under(path)):
+        if file.suffix.lower() not in (*IMAGE_SUFFIXES, *TABLE_BUILDERS) or file.is_dir():
             continue
         problem = file_problem(file)
         if problem is not None:
             yield f"{file} {problem}; mend it, or take it away"
+
+
+def _left_out_of_folder(path: Path) -> Iterator[str]:
+    """Yields what would be left out in silence: images that are not read, and all formats but one."""
+    if is_image_folder(path):
+        others = Counter(
+            file.suffix.lower()
+            for file in _visible_under(path)
+            if (mimetypes.guess_type(file.name)[0] or "").startswith("image/") and file.is_file()
+        )
+        unread = {suffix: count for suffix, count in others.items() if suffix not in IMAGE_SUFFIXES}
+        if unread:
+            yield (
+                f"{_counted(unread)} beside images of formats that are read ({', '.join(IMAGE_SUFFIXES)}); convert "
+                "them, or take them away"
+            )
+        return
+    names_its_files = _names_data_files(path / "README.md")
+    has_images = any(_images_under(path))  # with a file of metadata beside them, which makes one dataset
+    formats = Counter(
+        file.suffix.lower()
+        for file in _visible_under(path)
+        if file.suffix.lower() in _FOLDER_FORMATS and file.name not in _NOT_DATA and file.is_file()
+    )
+    if not names_its_files and not has_images and len({_FOLDER_FORMATS[suffix] for suffix in formats}) > 1:
+        yield (
+            f"a folder of several formats, {_counted(formats)}, of which the reader of folders would take one; name "
+            "one file, or leave files of one format in it"
+        )
+
+
+def _counted(suffixes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {suffix} {'file' if count == 1 else 'files'}" for suffix, count in suffixes.items())
+
+
+def _names_data_files(card: Path) -> bool:
+    """Whether a dataset's card says which files belong to it, under `configs`."""
+    if not card.is_file():
+        return False
+    return re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
+
+
+def _visible_under(path: Path) -> Iterator[Path]:
+    for file in path.rglob("*"):
+        if not any(part.startswith(".") for part in file.relative_to(path).parts):
+            yield file
 
 
 def _looks_like_path(data: str) -> bool:

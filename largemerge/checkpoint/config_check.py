@@ -15,8 +15,8 @@ from typing import Any
 from largemerge.errors import CheckpointError
 from largemerge.text_files import brief
 
-MAX_LAYERS, MAX_LABELS = 10_000, 2_000_000
-"""Largest numbers of layers and of labels that a config may ask for; no model has a tenth of either."""
+MAX_LAYERS, MAX_LABELS, MAX_SIZE = 10_000, 2_000_000, 100_000_000
+"""Largest numbers of layers, of labels, and of rows or columns that a config may ask for; no model has a tenth."""
 
 _LAYERS = re.compile(r"^(n|num)?_?(\w+_)?(layers?|blocks|depths?)$")
 _AT_LEAST_ONE = frozenset(
@@ -70,6 +70,10 @@ def _type_problems(config: Mapping[str, Any]) -> Iterator[str]:
             value = config.get(key)
             if value is not None and not is_right(value):
                 yield f"{key}: expected {expected}, found {brief(value)}"
+    for key, value in config.items():
+        is_number_or_list = isinstance(value, int | float | list) and not isinstance(value, bool)
+        if str(key).endswith("_config") and key != "quantization_config" and is_number_or_list:
+            yield f"{key}: expected keys and values, found {brief(value)}"
     labels = config.get("id2label")
     if isinstance(labels, Mapping):
         wrong = [key for key in labels if not re.fullmatch(r"-?[0-9]{1,12}", str(key))]
@@ -116,6 +120,8 @@ def _size_problem(key: str, value: int) -> str | None:
     if key in _NOT_NEGATIVE and value < 0:
         return f"expected 0 or more, found {value}"
     most = MAX_LABELS if key == "num_labels" else MAX_LAYERS if _LAYERS.match(key) else None
+    if most is None and (key in _AT_LEAST_ONE or key in _NOT_NEGATIVE):
+        most = MAX_SIZE
     return f"expected at most {most}, found {value}" if most is not None and value > most else None
 
 

@@ -252,6 +252,7 @@ def _check(
         return
     if room:
         raise LargemergeError(*room)
+    check_no_input(out, inputs, force=force)
     targets = [folder / document.label for document in documents[:-1]]
     for target in targets:
         check_no_input(target, inputs, force=force)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from largemerge.calibration import load_calibration
-from largemerge.calibration.sources import list_images, locate_data, open_source
+from largemerge.calibration.sources import IMAGE_SUFFIXES, list_images, locate_data, open_source
 from largemerge.errors import CalibrationError
 
 
@@ -289,6 +289,54 @@ def test_what_a_folder_holds_and_cannot_be_read_is_told(complaint, tmp_path, wri
     assert "b.jsonl is a link to gone.jsonl" in complaint(tmp_path / "tables")
 
 
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ({"b.csv": "text\ny"}, "several formats, 1 .jsonl file, 1 .csv file"),
+        ({"deep/b.txt": "y", "c.txt": "z"}, "several formats, 1 .jsonl file, 2 .txt files"),
+        ({"b.jsonl.gz": b"\x1f\x8b"}, "several formats, 1 .jsonl file, 1 .gz file"),
+    ],
+)
+def test_a_folder_of_several_formats_is_refused(complaint, write, others, told):
+    folder = write("folder/a.jsonl", '{"text": "x"}').parent
+    for name, content in others.items():
+        write(f"folder/{name}", content)
+    found = complaint(folder)
+    assert all(part in found for part in told.split(", ")) and "leave files of one format in it" in found
+
+
+def test_a_folder_of_json_and_what_is_no_data(open_data, write):
+    folder = write("folder/a.jsonl", '{"text": "x"}').parent
+    write("folder/b.json", '[{"text": "y"}]')
+    write("folder/.hidden/c.csv", "text\nz")
+    write("folder/README.md", "A dataset.")
+    write("folder/notes.md", "Notes.")
+    assert rows_of(open_data(folder)) == [{"text": "x"}, {"text": "y"}]
+
+
+def test_a_card_says_which_of_several_formats_is_read(open_data, write):
+    card = "---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n---\n"
+    folder = write("folder/README.md", card).parent
+    write("folder/a.jsonl", '{"text": "x"}')
+    write("folder/b.csv", "text\ny")
+    assert rows_of(open_data(folder)) == [{"text": "x"}]
+
+
+def test_images_of_formats_that_are_not_read_are_told(complaint, tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "b.heic").write_bytes(b"\0\0\0 ftypheic")
+    (tmp_path / "c.svg").write_text("<svg/>")
+    found = complaint(tmp_path)
+    assert "1 .heic file" in found and "1 .svg file" in found and "beside images of formats that are read (.png" in found
+
+
+def test_a_folder_of_gifs_and_tiffs_is_read(open_data, tmp_path):
+    for name in ("a.gif", "b.tif", "c.TIFF", "d.ppm", "e.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    assert [row["image"] for row in rows_of(open_data(tmp_path))] == [str(path) for path in list_images(tmp_path)]
+    assert len(list_images(tmp_path)) == 5
+
+
 def test_files_of_a_folder_with_unlike_columns(complaint, tmp_path, write):
     write("tables/a.jsonl", '{"text": "x"}')
     write("tables/b.jsonl", '{"other": "x"}')
@@ -298,7 +346,7 @@ def test_files_of_a_folder_with_unlike_columns(complaint, tmp_path, write):
 def test_folder_with_nothing_to_read(complaint, write, tmp_path):
     (tmp_path / "void").mkdir()
     problem = complaint(tmp_path / "void")
-    assert "neither images (.png, .jpg, .jpeg, .webp, .bmp) nor data files (.jsonl, .json, .csv, .parquet)" in problem
+    assert f"neither images ({', '.join(IMAGE_SUFFIXES)}) nor data files (.jsonl, .json, .csv, .parquet)" in problem
 
 
 def test_hub_dataset_that_does_not_exist(complaint, monkeypatch):

@@ -36,7 +36,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"num_labels": 10**9}, "num_labels: expected at most 2000000, found 1000000000"),
     ({"hidden_act": "nosuch"}, "nosuch"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number, found NaN"),
-    ({"intermediate_size": 10**15}, "LlamaForCausalLM cannot be built from config.json: RuntimeError"),
+    ({"intermediate_size": 10**15}, "intermediate_size: expected at most 100000000, found 1000000000000000"),
+    ({"vocab_size": 10**12}, "vocab_size: expected at most 100000000, found 1000000000000"),
+    ({"text_config": 3}, "text_config: expected keys and values, found 3"),
+    ({"vision_config": [1]}, "vision_config: expected keys and values, found [1]"),
     ({"text_config": {"depths": [2, 10**6]}}, "text_config.depths.1: expected at most 10000, found 1000000"),
     ({"rope_theta": 10**30}, "rope_theta: expected a number of 64 bits, found one of 100"),
 ]

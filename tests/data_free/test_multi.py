@@ -251,6 +251,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     [
         ("model0", None, "model0 holds an input of this merge"),
         ("link", None, "link holds an input of this merge"),
+        ("model0/merged", None, "merged lies in an input of this merge"),
+        ("out", "model0", "lies in an input of this merge"),
         ("out", ".", "first is no result of a merge; remove it"),
         ("kept/first", "kept", "expected folders apart"),
         ("kept", "kept/inside", "expected folders apart"),

@@ -213,6 +213,17 @@ def test_a_folder_above_an_input_is_never_replaced(make_case: MakeCase) -> None:
     assert files_in(case.folder) == before
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("which", ["model1", "pretrained"])
+def test_nothing_is_written_inside_an_input(base_case: Case, which: str, force: bool) -> None:
+    touch(base_case.folder / which / "1_Pooling", "config.json")
+    before = files_in(base_case.folder)
+    for out in ("1_Pooling", "new/merged"):
+        with pytest.raises(OutputError, match="lies in an input of this merge"):
+            largemerge.merge(base_case.config, base_case.folder / which / out, force=force)
+    assert files_in(base_case.folder) == before
+
+
 STALE = (
     "config.json",
     "generation_config.json",
