@@ -117,10 +117,11 @@ def _check(plan: DataFreePlan, out: Path, ranks: Ranks, *, resume: bool, force: 
 
 
 def input_folders(plan: DataFreePlan) -> list[Path]:
-    """Lists the folders that are read, which the output must not be."""
-    folders = [checkpoint.root for checkpoint in (*plan.checkpoints.values(), *plan.auxiliary.values())]
+    """Lists the folders that are read, and files that lie elsewhere, which the output must not be."""
+    folders = [checkpoint.root for checkpoint in plan.checkpoints.values()]
+    folders += [Path(path).expanduser() for path in plan.auxiliary]
     folders += [folder for adapter in plan.adapters.values() for folder in adapter.folders]
-    folders += [tokenizer_source(plan), *(file.parent for file in find_files(plan).files.values())]
+    folders += [tokenizer_source(plan), *find_files(plan).files.values()]
     if plan.config.vocabulary is not None and Path(plan.config.vocabulary.source).expanduser().is_dir():
         folders.append(Path(plan.config.vocabulary.source).expanduser())
     return list(dict.fromkeys(folders))

@@ -260,13 +260,18 @@ def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
     """Paths that a merge reads and must not write to."""
     paths = [checkpoint.root for checkpoint in inputs.checkpoints]
     paths += [folder for adapter in inputs.adapters.values() for folder in adapter.folders]
-    data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
-    return paths + [path for path in data if path.exists()]
+    return paths + _data_paths(config)
+
+
+def _data_paths(config: MergeConfig) -> list[Path]:
+    """Lists the files and folders of calibration data that are here, and not on the Hub."""
+    data = [Path(each.calibration.data).expanduser() for each in config.models if each.calibration is not None]
+    return [path for path in data if path.exists()]
 
 
 def _data_files(config: MergeConfig) -> list[Path]:
     """Lists the local files of calibration data; of a folder, as many as are looked at in a moment."""
-    data = [Path(candidate.calibration.data) for candidate in config.models if candidate.calibration is not None]
+    data = _data_paths(config)
     found = [path for path in data if path.is_file()]
     for folder in (path for path in data if path.is_dir()):
         found += itertools.islice((path for path in folder.rglob("*") if path.is_file()), _MAX_DATA_FILES)

@@ -27,6 +27,7 @@ from largemerge.checkpoint.side_files import (
 )
 from largemerge.checkpoint.tokenizer_check import tokenizer_reason
 from largemerge.config_file import WARNING
+from largemerge.errors import CheckpointError
 from largemerge.isolation import panics_as_errors
 from largemerge.machine import scratch_folder
 from largemerge.tokenizer.tokenizers import Tokenizer
@@ -112,7 +113,8 @@ def compare_tokenizers(
         trust_remote_code: Allow both to be code that lies beside them.
 
     Returns:
-        Problems and notes. Where the input's own tokenizer cannot be loaded there is nothing to compare with: a note.
+        Problems and notes. Where no class here can load the input's own tokenizer there is nothing to compare with: a
+        note.
     """
     if isinstance(expected, Path):
         if not has_tokenizer(expected):
@@ -125,6 +127,8 @@ def compare_tokenizers(
             ], []
         try:
             source = auto_tokenizer(expected, trust_remote_code=trust_remote_code)
+        except CheckpointError as error:  # a file that no tokenizer could be made of
+            return [f"{problem}; mend it, or choose another tokenizer_source" for problem in error.problems], []
         except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
             return [], [
                 f"{WARNING}the tokenizer in {expected} cannot be loaded ({tokenizer_reason(error)}): "

@@ -327,7 +327,9 @@ def test_images_of_formats_that_are_not_read_are_told(complaint, tmp_path):
     (tmp_path / "b.heic").write_bytes(b"\0\0\0 ftypheic")
     (tmp_path / "c.svg").write_text("<svg/>")
     found = complaint(tmp_path)
-    assert "1 .heic file" in found and "1 .svg file" in found and "beside images of formats that are read (.png" in found
+    assert (
+        "1 .heic file" in found and "1 .svg file" in found and "beside images of formats that are read (.png" in found
+    )
 
 
 def test_a_folder_of_gifs_and_tiffs_is_read(open_data, tmp_path):

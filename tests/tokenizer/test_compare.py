@@ -130,9 +130,19 @@ def test_another_class_is_found_out(folders: Path) -> None:
     assert "encodes" in problem or "cannot be loaded" in problem
 
 
-def test_a_broken_tokenizer_is_copied_and_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{}", "null", '{"model": 5}'])
+def test_a_broken_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
     LlamaConfig().save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text(content)
+    (problem,), notes = checked(tmp_path)
+    assert problem.startswith(str(tmp_path / "tokenizer.json")) and "another tokenizer_source" in problem and not notes
+
+
+def test_a_tokenizer_that_no_class_here_loads_is_copied_and_told(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(
+        '{"model": {"type": "OfTheFuture", "vocab": {"a": 0}}, "added_tokens": []}'
+    )
     problems, (note,) = checked(tmp_path)
     assert not problems and str(tmp_path) in note and "cannot be loaded" in note and "copied unchecked" in note
     assert note.startswith(WARNING)  # told without --quiet's leave, and refused by --strict
