@@ -26,6 +26,7 @@ STACKS = (
     "decoder.layers",
     "model.layers",
     "vit.layers",
+    "vit.encoder.layer",
     "transformer.h",
     "gpt_neox.layers",
     "bert.encoder.layer",
@@ -146,7 +147,8 @@ def _hybrid_grams(
 
 def _grams(model: PreTrainedModel, names: list[str], inputs: Tensors) -> Tensors:
     # Eager attention adds float64's most negative number to float32 scores: a query that sees only padding gets
-    # NaN, which a reference in float64 must not.
-    if model.config._attn_implementation == "eager" and "attention_mask" in inputs:
+    # NaN, which a reference in float64 must not. T5, eager in older Transformers, adds no such number.
+    is_eager_decoder = model.config._attn_implementation == "eager" and not model.config.is_encoder_decoder
+    if is_eager_decoder and "attention_mask" in inputs:
         return trimmed_grams(model, names, inputs)
     return grams(model, names, inputs)

@@ -377,6 +377,10 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
     ),
     (r"BuilderConfig (.*) not found. Available: (.*)", "subset: {0} is not there; expected one of {1}"),
     (r"Column\(/(.*)\) was specified twice", "the key {0!r} stands twice in one object; remove one of them"),
+    (
+        r"Column\(/(.*)\) changed from (\w+) to (\w+) in row (\d+)",
+        "row {3}: {0!r}: expected values of one type, found a {2} after a {1}",
+    ),
     (r"Number too big", "a number is too large; expected numbers up to 1.8e308"),
     (r"surrogate", "half of a character, such as \\ud800, stands in a text; write whole characters"),
     (

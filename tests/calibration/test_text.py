@@ -306,7 +306,11 @@ def test_broken_tokenizer(complaint, write_jsonl, checkpoint):
 
 def test_fields_that_are_no_text(complaint, write_jsonl):
     problem = complaint(write_jsonl([{"text": "the cat"}, {"text": 5}, {"text": None}, {"other": 1}]))
-    assert "candidate 'math'" in problem and "row 1: 'text': expected text, found 5 (int)" in problem
+    assert "candidate 'math'" in problem
+    if "expected values of one type" in problem:  # older versions of `datasets` read no such column
+        assert "row 1: 'text': expected values of one type, found a number after a string" in problem
+        return
+    assert "row 1: 'text': expected text, found 5 (int)" in problem
     assert "row 2: 'text': expected text, found nothing (null, or the column is missing in this row)" in problem
     assert "row 3: " in problem
 

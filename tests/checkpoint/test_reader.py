@@ -40,7 +40,10 @@ def test_every_dtype_and_shape_is_read_as_the_safetensors_library_does(tmp_path:
         "empty": torch.zeros(0, 5).to(dtype),
         "cube": source[:6].reshape(3, 2, 5).to(dtype, copy=True),
     }
-    save_file(tensors, tmp_path / "model.safetensors")
+    try:
+        save_file(tensors, tmp_path / "model.safetensors")
+    except KeyError:
+        pytest.skip("an older safetensors library does not know it")
     expected = load_file(tmp_path / "model.safetensors")
     file = open_tensor_file(tmp_path / "model.safetensors")
     for name, info in file.tensors().items():

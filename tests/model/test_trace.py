@@ -126,6 +126,7 @@ def test_sliding_windows_matter_in_this_test(tmp_path: Path) -> None:
     model.config.layer_types[:] = ["full_attention"] * 3
     for block in model.model.layers:
         block.self_attn.sliding_window = None
+        block.attention_type = "full_attention"  # where Transformers asks the block, as it did before
     with noted_blocks(model, skeleton) as full, torch.no_grad():
         model(**inputs)
     assert not equal_trees(sliding["model.layers.0"], full["model.layers.0"])
