@@ -488,6 +488,9 @@ class Fitting:
         magnitude = found.get("lora_magnitude_vector")
         if not self._magnitude_fits(parameter, place, found, transposed):
             return
+        if bool(config.get("lora_bias")) != ("lora_B.bias" in found) and not embedding:
+            self.problems.append(f"{parameter}: lora_bias is {config.get('lora_bias')}, but found {sorted(found)}")
+            return
         # Elsewhere than in a linear, peft adapts the bare parameter, and rounds what it adds.
         linear = place.module is None or isinstance(place.module, nn.Linear) or transposed
         rounded = embedding or place.fused or not linear or self._is_target(parameter)

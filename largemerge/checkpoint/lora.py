@@ -266,6 +266,7 @@ class AdaptedReader:
         self._model, self._own, self._adapter = model, own, adapter
         self._factors: dict[str, torch.Tensor] = {}
         self._whole: dict[str, torch.Tensor] = {}
+        self._turns: dict[tuple[str, str], threading.Lock] = {}
         self._lock = threading.Lock()
 
     @property
@@ -283,11 +284,12 @@ class AdaptedReader:
         deltas = self._adapter.deltas.get(name, ())
         if rows is None or not any(delta.whole for delta in deltas):
             return self._apply(name, deltas, self._model.read(name, rows, again=again), rows)
-        with self._lock:
-            whole = self._whole.get(name)
-        if whole is None:
-            whole = self._apply(name, deltas, self._model.read(name, again=again), None)
-            _keep(self._whole, name, whole, MAX_WHOLE, self._lock)
+        with self._turn("whole", name):
+            with self._lock:
+                whole = self._whole.get(name)
+            if whole is None:
+                whole = self._apply(name, deltas, self._model.read(name, again=again), None)
+                _keep(self._whole, name, whole, MAX_WHOLE, self._lock)
         if isinstance(rows, slice) and rows.stop == whole.shape[0]:
             with self._lock:
                 self._whole.pop(name, None)  # rows are read in order: these were the last
@@ -303,17 +305,23 @@ class AdaptedReader:
 
     def _read_own(self, name: str) -> torch.Tensor:
         """Reads a tensor of the adapter's in float32; it is kept for other rows of the same weight."""
-        with self._lock:
-            found = self._factors.get(name)
-        if found is None:
-            found = as_delta_dtype(self._own.read(name))
-            if found.dtype.is_floating_point and not torch.isfinite(found).all():
-                raise CheckpointError(
-                    f"{self.checkpoint.name}: {name} in the adapter holds numbers that are not finite (NaN or "
-                    "infinity); train or save the adapter once more"
-                )
-            _keep(self._factors, name, found, MAX_FACTORS, self._lock)
+        with self._turn("factor", name):
+            with self._lock:
+                found = self._factors.get(name)
+            if found is None:
+                found = as_delta_dtype(self._own.read(name))
+                if found.dtype.is_floating_point and not torch.isfinite(found).all():
+                    raise CheckpointError(
+                        f"{self.checkpoint.name}: {name} in the adapter holds numbers that are not finite (NaN or "
+                        "infinity); train or save the adapter once more"
+                    )
+                _keep(self._factors, name, found, MAX_FACTORS, self._lock)
         return found
+
+    def _turn(self, kind: str, name: str) -> threading.Lock:
+        """Returns the lock of what is kept of one tensor, so that two threads do not read it both."""
+        with self._lock:
+            return self._turns.setdefault((kind, name), threading.Lock())
 
 
 def _keep(kept: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, limit: int, lock: threading.Lock) -> None:

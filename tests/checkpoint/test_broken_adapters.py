@@ -173,6 +173,15 @@ def test_factors_of_two_dtypes(
     assert not torch.equal(found[f"{Q}.weight"], weights_in(folder)[f"{Q}.weight"])
 
 
+@pytest.mark.parametrize("says", [True, False])
+def test_a_bias_of_b_is_there_just_where_the_config_says_so(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], says: bool
+) -> None:
+    whole = {} if says else {f"{Q}.lora_B.bias": ones(16)}
+    write_adapter(tmp_path, shapes_of(llama[1], Q), whole=whole, lora_bias=says)
+    assert f"{Q}.weight: lora_bias is {says}, but found ['lora_A', 'lora_B'" in problems(llama[1], tmp_path)
+
+
 # DoRA
 
 
