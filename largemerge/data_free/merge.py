@@ -19,7 +19,6 @@ from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.engine import part_kinds, run, verify_merge
 from largemerge.data_free.inputs import PriorMerges
-from largemerge.data_free.output_files import find_files, tokenizer_source
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
 from largemerge.data_free.resources import MemoryBudget
@@ -76,7 +75,7 @@ def merge_data_free(
             memory.follow(plan.device)
             if planned is not None:
                 planned(plan)
-            side_files = find_files(plan)
+            side_files = plan.files.copied
             shards, folders = layout_shards(plan.output, max_shard_bytes, side_files.inner), input_folders(plan)
             adapters = [adapter.checkpoint for adapter in plan.adapters.values()]
             opened = [*plan.checkpoints.values(), *plan.auxiliary.values(), *adapters]
@@ -121,7 +120,7 @@ def input_folders(plan: DataFreePlan) -> list[Path]:
     folders = [checkpoint.root for checkpoint in plan.checkpoints.values()]
     folders += [Path(path).expanduser() for path in plan.auxiliary]
     folders += [folder for adapter in plan.adapters.values() for folder in adapter.folders]
-    folders += [tokenizer_source(plan), *find_files(plan).files.values()]
+    folders += [plan.files.tokenizer_source, *plan.files.copied.files.values()]
     if plan.config.vocabulary is not None and Path(plan.config.vocabulary.source).expanduser().is_dir():
         folders.append(Path(plan.config.vocabulary.source).expanduser())
     return list(dict.fromkeys(folders))
@@ -143,6 +142,6 @@ def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
         "versions": versions(),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},
         **({"device": plan.device.type} if plan.device.type != "cpu" else {}),
-        **({"chat_template": plan.template} if plan.template is not None else {}),
+        **({"chat_template": plan.files.template} if plan.files.template is not None else {}),
         **({"vocabulary": plan.vocabulary.fingerprint()} if plan.vocabulary is not None else {}),
     }

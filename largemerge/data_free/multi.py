@@ -39,7 +39,6 @@ from largemerge.config_file import nearest, shortened, shown
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.merge import input_folders, merge_data_free
-from largemerge.data_free.output_files import write_tokenizer
 from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
@@ -363,7 +362,7 @@ def _placeholder(plan: DataFreePlan, folder: Path, name: str) -> Checkpoint:
     folder.mkdir(parents=True)
     text = config_text(plan)
     (folder / "config.json").write_text(text, encoding="utf-8")
-    write_tokenizer(folder, plan)
+    plan.files.write_tokenizer(folder)
     file = folder / "model.safetensors"
     tensors = {key: TensorInfo(key, tensor.shape, tensor.dtype, file, 0) for key, tensor in plan.output.items()}
     return Checkpoint(name, folder, json.loads(text), tensors, {})

@@ -38,17 +38,18 @@ from largemerge.data_free.loader import cost, is_factored
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
 from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.output_config import make_output_config
-from largemerge.data_free.output_files import check_tokenizer, find_files, tokenizer_source
 from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_device, choose_resources
 from largemerge.data_free.tasks import OutputTasks, Task, TokenTensors, plan_tasks
 from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.ranks import Ranks
+from largemerge.errors import CheckpointError
 from largemerge.heads import NONE, Heads, initial_tensors
 from largemerge.model.alignment import Alignment, align
 from largemerge.model.skeleton import build_model
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.tokenizer.chat_templates import choose_template
+from largemerge.tokenizer.output_files import OutputFiles, find_output_files
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
 from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary, compare_by_number
 from largemerge.units import counted, duration, gib
@@ -73,7 +74,7 @@ class DataFreePlan:
         vocabulary: The output's vocabulary, where embeddings are arranged by token.
         prior: Results of earlier merges of the same file.
         adapters: Adapters of models that have one, by reference.
-        template: The output's chat template, where it is not its tokenizer's.
+        files: What the output has beside its weights.
         notes: What a user should know.
         problems: What makes the merge impossible.
         heads: Heads that are kept beside the output; `None` where there are none, or all are merged.
@@ -94,7 +95,7 @@ class DataFreePlan:
     vocabulary: Vocabulary | None
     prior: PriorMerges
     adapters: Mapping[str, Adapter]
-    template: str | None
+    files: OutputFiles
     notes: list[str]
     problems: list[str]
     heads: Heads | None = None
@@ -152,7 +153,7 @@ class DataFreePlan:
             out: The output folder.
             reuses: Folder whose files are part of it already; by default the working folder in `out`.
         """
-        beside = find_files(self).num_bytes + len(self.tasks) * BYTES_OF_REPORT
+        beside = self.files.copied.num_bytes + len(self.tasks) * BYTES_OF_REPORT
         reuses = out / WORKING_FOLDER if reuses is None else reuses
         needs = [Need(out, self.bytes_written + beside, "the output", reuses)]
         return needs + ([Need(out, self.scratch_bytes, "scratch files")] if self.scratch_bytes else [])
@@ -337,6 +338,7 @@ def plan_data_free(
     template = _template(config, inputs, output)
     trusted = config.trust_remote_code
     out_config = {} if output.problems else make_output_config(alignment, output, vocabulary, trust_remote_code=trusted)
+    files = _output_files(config, inputs, alignment, vocabulary, template, output.problems)
     plan = DataFreePlan(
         config=config,
         checkpoints=inputs.checkpoints,
@@ -349,7 +351,7 @@ def plan_data_free(
         vocabulary=vocabulary,
         prior=prior,
         adapters=inputs.adapters,
-        template=template,
+        files=files,
         notes=[*config.notes, *output.notes, *_idle_filters(config, output)],
         problems=output.problems,
         heads=inputs.heads,
@@ -367,16 +369,40 @@ def _check_folders(plan: DataFreePlan, ranks: Ranks) -> None:
     """Adds to a plan what there is to say of its inputs' folders: how they were read, what is copied, the tokenizer."""
     checkpoints = list(plan.checkpoints.values())
     plan.notes.extend(dict.fromkeys(note for checkpoint in checkpoints for note in checkpoint.notes))
-    plan.notes.extend([*module_notes(checkpoints), *find_files(plan).notes])
+    plan.notes.extend([*module_notes(checkpoints), *plan.files.copied.notes])
     plan.problems.extend(module_problems(checkpoints))
-    source = tokenizer_source(plan)
+    source = plan.files.tokenizer_source
     if plan.vocabulary is None and has_tokenizer(source) and source != plan.checkpoints[plan.reference].folder:
         plan.notes.append(f"the tokenizer comes from {source}")
     if ranks.is_first and not plan.problems:
         stage("checking the tokenizer")
-        problems, notes = check_tokenizer(plan)
+        problems, notes = plan.files.check()
         plan.problems.extend(problems)
         plan.notes.extend(notes)
+
+
+def _output_files(
+    config: DataFreeConfig,
+    inputs: DataFreeInputs,
+    alignment: Alignment,
+    vocabulary: Vocabulary | None,
+    template: str | None,
+    problems: Sequence[str],
+) -> OutputFiles:
+    """Finds what the output has beside its weights; what is wrong there is told with all other problems."""
+    reference = inputs.checkpoints[alignment.layout]
+    others = [checkpoint for name, checkpoint in inputs.checkpoints.items() if name != alignment.layout]
+    try:
+        return find_output_files(
+            reference,
+            [reference, *others],
+            inputs.adapters,
+            vocabulary=vocabulary,
+            template=template,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(*problems, *error.problems) from None
 
 
 def _idle_filters(config: DataFreeConfig, output: OutputTasks) -> Iterator[str]:

@@ -25,7 +25,6 @@ from largemerge.checkpoint.side_files import (
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.comparison import Verification
 from largemerge.data_free.methods.table import METHODS
-from largemerge.data_free.output_files import check_tokenizer, find_files, move_generation_ids, write_tokenizer
 from largemerge.data_free.plan import DataFreePlan, add_common_rows
 from largemerge.data_free.tasks import Task
 from largemerge.errors import MergeError
@@ -142,13 +141,10 @@ def write_side_files(path: Path, plan: DataFreePlan, *, rehearsal: bool = False)
     """
     config = plan.config
     folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
-    side_files = find_files(plan)
-    side_files.copy(path)
-    write_tokenizer(path / side_files.inner, plan)
-    problems = [] if rehearsal else check_tokenizer(plan, path)[0]  # the plan has tried it already
+    plan.files.write(path)
+    problems = [] if rehearsal else plan.files.check(path)[0]  # the plan has tried it already
     if problems:
         raise MergeError(*problems)
-    move_generation_ids(path / side_files.inner, plan)
     documents = [one.model_dump(mode="json", exclude_defaults=True) for one in (*plan.prior.configs, config)]
     text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
     (path / "largemerge_config.yaml").write_text(text, encoding="utf-8")

@@ -48,7 +48,6 @@ from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
 from largemerge.regression.inputs import Inputs, open_inputs
-from largemerge.regression.output_files import find_files
 from largemerge.regression.passes import block_passes
 from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
 from largemerge.regression.planning.rates import Cluster, Machines
@@ -133,7 +132,7 @@ def merge_by_regression(
             if planned is not None:
                 planned(prepared.planned.plan)
             inputs = prepared.planned.inputs
-            side_files = find_files(config, inputs)
+            side_files = prepared.planned.files.copied
             shards = layout_shards(prepared.planned.plan.output, max_shard_bytes, side_files.inner)
             opened = [*inputs.stored.values(), *(adapter.checkpoint for adapter in inputs.adapters.values())]
             write = partial(write_side_files, planned=prepared.planned)

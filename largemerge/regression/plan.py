@@ -44,7 +44,6 @@ from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
-from largemerge.regression.output_files import check_tokenizer, find_files
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
 from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes, stack_rows
 from largemerge.regression.planning.placement import (
@@ -71,6 +70,7 @@ from largemerge.regression.tensor_plan import (
     tensor_labels,
 )
 from largemerge.regression.tokens import Tokens
+from largemerge.tokenizer.output_files import OutputFiles, find_output_files
 from largemerge.units import counted, duration, gib, operations
 
 PROCESS_BYTES, TABLES_BYTES = 304 << 20, 64 << 20
@@ -306,12 +306,14 @@ class PlannedMerge:
         inputs: The opened inputs.
         trace: Trace of the model.
         process_bytes: Anonymous memory of the process before the work.
+        files: What the output has beside its weights.
     """
 
     plan: MergePlan
     inputs: Inputs
     trace: ModelTrace
     process_bytes: int
+    files: OutputFiles
 
 
 def make_plan(
@@ -354,14 +356,12 @@ def make_plan(
     process_bytes = measure_process_bytes(machines, largest, calibration)
     choice = _choose_placement(config, largest, limits, machines, process_bytes)
     problems += choice.problems
-    file_notes: list[str] = []
+    files, file_notes = _output_files(config, inputs, problems)
     if not problems:
         stage("checking the tokenizer")
-        found, checked = check_tokenizer(config, inputs)
-        problems += found
-        files = find_files(config, inputs)
-        file_notes = [*files.notes, *checked]
-        problems += [] if out is None else room_problems(_needs(output, choice, limits, out, files.num_bytes))
+        problems, checked = files.check()
+        file_notes += checked
+        problems += [] if out is None else room_problems(_needs(output, choice, limits, out, files.copied.num_bytes))
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
         problems.append(_nothing_to_solve(inputs, tensors))
     num_samples = _num_samples(inputs, shapes)
@@ -400,7 +400,24 @@ def make_plan(
     )
     if config.strict:
         plan = replace(plan, problems=(*plan.problems, *strict_problems(plan.notes)))
-    return PlannedMerge(plan, inputs, trace, process_bytes)
+    return PlannedMerge(plan, inputs, trace, process_bytes, files)
+
+
+def _output_files(config: MergeConfig, inputs: Inputs, problems: Sequence[str]) -> tuple[OutputFiles, list[str]]:
+    """Finds what the output has beside its weights, and notes; what is wrong there is told with all other problems."""
+    vocabulary = inputs.tokens.vocabulary if inputs.tokens is not None else None
+    try:
+        files = find_output_files(
+            inputs.reference,
+            [*([inputs.base] if inputs.base is not None else []), *inputs.candidates],
+            inputs.adapters,
+            tokenizer_of=config.vocabulary.source if config.vocabulary is not None else None,
+            vocabulary=vocabulary,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(*problems, *error.problems) from None
+    return files, list(files.copied.notes)
 
 
 def _check_loads(config: MergeConfig, inputs: Inputs, output: Mapping[str, OutputTensor]) -> Findings:

@@ -25,7 +25,6 @@ from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
-from largemerge.regression.output_files import check_tokenizer, find_files, write_tokenizer
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
 from largemerge.units import counted, duration, gib
@@ -266,12 +265,8 @@ def write_side_files(path: Path, planned: PlannedMerge, *, rehearsal: bool = Fal
     """
     inputs, config = planned.inputs, planned.plan.config
     tokens = inputs.tokens
-    side_files = find_files(config, inputs)
-    side_files.copy(path)
-    write_tokenizer(path / side_files.inner, inputs)
-    if tokens is not None:
-        tokens.move_generation_ids(path / side_files.inner, inputs.reference.name)
-    problems = [] if rehearsal else check_tokenizer(config, inputs, path)[0]  # the plan has tried it already
+    planned.files.write(path)
+    problems = [] if rehearsal else planned.files.check(path)[0]  # the plan has tried it already
     if problems:
         raise MergeError(*problems)
     yaml_text = config_yaml(config)

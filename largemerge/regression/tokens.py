@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from largemerge.calibration import CalibrationSet, ForwardSignature
-from largemerge.checkpoint.index import Checkpoint, read_json
+from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import TensorReader
-from largemerge.checkpoint.side_files import GENERATION_FILES, TOKENIZER_FILES, has_tokenizer, set_vocabulary_size
+from largemerge.checkpoint.side_files import TOKENIZER_FILES, has_tokenizer, set_vocabulary_size
 from largemerge.checkpoint.tensor_files import Rows as StoredRows
 from largemerge.errors import CalibrationError, CheckpointError, ConfigError, LargemergeError
 from largemerge.model.classes import token_parameters
@@ -108,14 +108,6 @@ class Tokens:
             set_vocabulary_size(config, before, self.num_rows)
         if self.vocabulary is not None:
             move_ids(config, self.ids[model], self.vocabulary.tokenizer.ids, self.vocabulary.tokenizer.special)
-
-    def move_generation_ids(self, folder: Path, model: str) -> None:
-        """Sets the numbers of tokens that have moved in a `generation_config.json`, if there is one."""
-        path = folder / GENERATION_FILES[0]
-        if self.vocabulary is not None and path.is_file():
-            config = read_json(path, path.name)
-            self.adapt(model, config)
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def rows_of(self, models: Sequence[str], keys: Mapping[str, str]) -> TokenRows:
         """The rows that a tensor is made of.
