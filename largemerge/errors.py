@@ -132,6 +132,10 @@ class RankAborted(LargemergeError):
     """This rank ends because of problems that rank 0 tells; nothing more has to be said."""
 
 
+_FILE_FAILURE = re.compile(r"\bfile <([^>]+)>[^<>]*: [^<>]* \((\d+)\)")
+"""Matches what torch says of a file that it cannot open or map: its path, and the number of the error."""
+
+
 @contextmanager
 def explain_failures() -> Iterator[None]:
     """Makes errors of the operating system, and a lack of memory, errors that a user can read.
@@ -153,6 +157,11 @@ def explain_failures() -> Iterator[None]:
     except RuntimeError as error:
         if "Symlink loop" in str(error):  # pathlib's, before Python 3.13
             raise SystemFailure(f"{shorten(str(error))}; {_ADVICE[errno.ELOOP]}") from error
+        of_file = _FILE_FAILURE.search(str(error))
+        if of_file is not None:
+            raise SystemFailure(describe(OSError(int(of_file[2]), os.strerror(int(of_file[2])), of_file[1]))) from error
+        if "is smaller than the required mapping size" in str(error):
+            raise SystemFailure(f"{shorten(str(error))}: it was cut short meanwhile; put it back") from error
         if "can't allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
             raise
         raise SystemFailure(_no_memory(str(error).splitlines()[0])) from error

@@ -72,6 +72,19 @@ def no_memory_for_a_tensor(folder: Path) -> None:
     torch.empty(2**60)
 
 
+def mapped_and_not_there(folder: Path) -> None:
+    import torch
+
+    torch.from_file(str(folder / "x"), shared=False, size=4)
+
+
+def mapped_and_cut_short(folder: Path) -> None:
+    import torch
+
+    (folder / "x").write_bytes(b"abc")
+    torch.from_file(str(folder / "x"), shared=False, size=4000)
+
+
 def nested(folder: Path) -> None:
     nested(folder)
 
@@ -90,6 +103,8 @@ def nested(folder: Path) -> None:
         (a_librarys_own, ["Can't load the model. It is not there."]),
         (no_memory, ["there is too little memory; close other programs, or set limits: --memory-host"]),
         (no_memory_for_a_tensor, ["there is too little memory: ", "--memory-host"]),
+        (mapped_and_not_there, ["/x: No such file or directory"]),
+        (mapped_and_cut_short, ["/x> size <3> is smaller", "it was cut short meanwhile"]),
         (nested, ["nested too deeply (maximum recursion depth exceeded"]),
     ],
 )

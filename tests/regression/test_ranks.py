@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -193,7 +194,8 @@ def test_a_rank_that_is_gone_at_any_moment_ends_the_others(
         ranks = start_ranks([merging(case, out)] * 2, tmp_path, limit)
         time.sleep(moment)
         assert ranks[gone].pid is not None
-        os.kill(ranks[gone].pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.kill(ranks[gone].pid, number)
         start = time.monotonic()
         code = finish(ranks[1 - gone])
         seconds = time.monotonic() - start
@@ -204,7 +206,8 @@ def test_a_rank_that_is_gone_at_any_moment_ends_the_others(
         if code == 0:
             assert (out / "config.json").exists(), told
             continue
-        assert (code, "Traceback" in told) == (2, False) and f"rank {gone} " in told, (moment, told)
+        names_it = f"rank {gone} " in told or "another rank was stopped" in told  # before they have met
+        assert (code, "Traceback" in told) == (2, False) and names_it, (moment, told)
         assert seconds < 22, (moment, told)  # 15 s to meet, the limit, and some to end
         log.unlink()
         if out.exists() and not (out / "config.json").exists():
