@@ -29,7 +29,7 @@ import regex
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from largemerge.errors import ConfigError
+from largemerge.errors import ConfigError, shorten
 from largemerge.units import gib
 
 _MAX_FILE_BYTES = 1 << 20  # takes some ten seconds at most; configurations of hundreds of layers have a tenth of it
@@ -207,7 +207,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
 
 def _read_text(path: Path) -> str:
     """Reads a file that may be anything."""
-    name = shortened(str(path)) if str(path).isprintable() else shown(str(path))
+    name = shorten(str(path), 200) if str(path).isprintable() else shown(str(path))
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -247,8 +247,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        return where + shortened("; ".join(filter(None, (error.problem, error.context))))
-    return shortened(" ".join(str(error).split()))
+        return where + shorten("; ".join(filter(None, (error.problem, error.context))), 200)
+    return shorten(" ".join(str(error).split()), 200)
 
 
 def _load_all(text: str) -> Iterator[Any]:
@@ -386,7 +386,7 @@ def _plain(value: Any, place: str, depth: int, count: list[int], problems: list[
     where = place or "configuration"
     if depth > _MAX_DEPTH or count[0] > _MAX_VALUES:
         what = f"nested deeper than {_MAX_DEPTH} levels" if depth > _MAX_DEPTH else f"more than {_MAX_VALUES} values"
-        raise ConfigError(f"{shortened(where)}: {what}; does something hold itself?")
+        raise ConfigError(f"{shorten(where, 200)}: {what}; does something hold itself?")
     if isinstance(value, Mapping):
         plain = {}
         for key, inner in value.items():
@@ -459,12 +459,8 @@ _SHORT = _Short()
 
 def shown(value: object) -> str:
     """Shows a value in a message, as Python writes it; a long one is shortened."""
-    return shortened(_SHORT.repr(value))
-
-
-def shortened(text: str, length: int = 200) -> str:
-    """Returns a text, or its beginning and end where it is long."""
-    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 4 :]}"
+    text = _SHORT.repr(value)  # with its own marks of what it leaves out
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-50:]}"
 
 
 def grouped(problems: Iterable[str]) -> list[str]:
@@ -474,7 +470,7 @@ def grouped(problems: Iterable[str]) -> list[str]:
         place, colon, text = problem.partition(": ")
         places.setdefault(text if colon else problem, []).append(place if colon else "")
     lines = [f"{listed_places(where)}: {text}" if where[0] else text for text, where in places.items()]
-    lines = [shortened(line, _LONGEST_LINE) for line in lines]
+    lines = [shorten(line, _LONGEST_LINE) for line in lines]
     return lines if len(lines) <= _MAX_LINES else [*lines[:_MAX_LINES], f"and {len(lines) - _MAX_LINES} more mistakes"]
 
 
@@ -556,7 +552,7 @@ def _expected(detail: Any) -> tuple[str, bool]:
         return f"expected {_EXPECTED[detail['type']].format(**context)}", False
     if detail["type"] != "value_error":  # of types that no field has now
         return "expected another value", False
-    text = shortened(str(context["error"]), 500)
+    text = shorten(context["error"], 500)
     return text[:1].lower() + text[1:], "found" in text or isinstance(detail["input"], dict | list)
 
 
@@ -570,7 +566,7 @@ def _found(value: Any) -> str:
 def _dotted(location: tuple[int | str, ...]) -> str:
     text = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{shortened(part, 80)}" if text else shortened(part, 80)
+        text += f"[{part}]" if isinstance(part, int) else f".{shorten(part)}" if text else shorten(part)
     return text or "configuration"
 
 
@@ -608,7 +604,7 @@ def _check_regex(pattern: str) -> str:
         re.compile(pattern)
         regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
-        reason = shortened(str(error) or type(error).__name__)
+        reason = shorten(str(error) or type(error).__name__, 200)
         raise ValueError(f"{shown(pattern)} is not a regular expression: {reason}") from None
     return pattern
 

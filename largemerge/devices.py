@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.tensor_info import Tensors
-from largemerge.config_file import shortened
-from largemerge.errors import LargemergeError
+from largemerge.errors import LargemergeError, shorten
 
 CPU = torch.device("cpu")
 _SIZE = 1024  # of the matrices that load a GPU's kernels
@@ -36,7 +35,7 @@ def choose_device(device: str) -> torch.device:
     except Exception as error:  # backends that are not installed raise what they like
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise LargemergeError(
-            f"--device {shortened(device)}: {shortened(first_line)}; expected auto, cpu or cuda:0"
+            f"--device {shorten(device, 200)}: {shorten(first_line, 200)}; expected auto, cpu or cuda:0"
         ) from None
     return chosen
 

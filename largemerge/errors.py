@@ -28,7 +28,8 @@ from types import TracebackType
 EXIT_CODE, UNEXPECTED, INTERRUPTED = 2, 70, 130
 """Exit codes of the command: after a `LargemergeError`, after a mistake in largemerge itself, and after Ctrl-C."""
 
-_MAX_SHOWN = 200  # characters of a path
+_MAX_SHOWN, _MAX_PATH = 80, 200
+"""Characters of a text of strangers, and of a path, that a message shows."""
 _TENSOR = re.compile(r"(?<![\w./\\-])\w+(?:\.\w+)*\.(?!(?:json|safetensors|bin|pt|py)\b)[^\W\d]\w*(?![\w./\\-])")
 """Matches the names of tensors and modules in a message, but not those of files."""
 _ADVICE = {
@@ -156,12 +157,12 @@ def explain_failures() -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if "Symlink loop" in str(error):  # pathlib's, before Python 3.13
-            raise SystemFailure(f"{shorten(str(error))}; {_ADVICE[errno.ELOOP]}") from error
+            raise SystemFailure(f"{shorten(error, _MAX_PATH)}; {_ADVICE[errno.ELOOP]}") from error
         of_file = _FILE_FAILURE.search(str(error))
         if of_file is not None:
             raise SystemFailure(describe(OSError(int(of_file[2]), os.strerror(int(of_file[2])), of_file[1]))) from error
         if "is smaller than the required mapping size" in str(error):
-            raise SystemFailure(f"{shorten(str(error))}: it was cut short meanwhile; put it back") from error
+            raise SystemFailure(f"{shorten(error, _MAX_PATH)}: it was cut short meanwhile; put it back") from error
         if "can't allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
             raise
         raise SystemFailure(_no_memory(str(error).splitlines()[0])) from error
@@ -175,19 +176,26 @@ def describe(error: OSError) -> str:
     """Describes an error of the operating system in one line: path, cause, what to do."""
     if error.errno is None:  # made by a library, which says all in its message
         return " ".join(str(error).split()) or type(error).__name__
-    paths = [shorten(os.fsdecode(path)) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
+    paths = [
+        shorten(os.fsdecode(path), _MAX_PATH)
+        for path in (error.filename, error.filename2)
+        if isinstance(path, str | bytes)
+    ]
     cause = error.strerror or os.strerror(error.errno)
     text = f"{' → '.join(paths)}: {cause}" if paths else f"{cause}{_near(error.__traceback__)}"
     return f"{text}; {_ADVICE[error.errno]}" if error.errno in _ADVICE else text
 
 
-def shorten(text: str) -> str:
-    """Leaves out the middle of a text that is longer than a line or two."""
-    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]} … {text[-_MAX_SHOWN // 2 :]}"
+def shorten(text: object, length: int = _MAX_SHOWN) -> str:
+    """Returns a text of strangers as a message can hold it: on one line, printable, its middle left out if long."""
+    whole = str(text)
+    cut = whole if len(whole) <= length else f"{whole[: length * 2 // 3]}…{whole[-length // 4 :]}"
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in cut)
+    return plain if len(whole) <= length else f"{plain} ({len(whole):,} characters)"
 
 
 def _no_memory(cause: str) -> str:
-    told = f": {shorten(cause)}" if cause else ""
+    told = f": {shorten(cause, _MAX_PATH)}" if cause else ""
     return (
         f"there is too little memory{told}; close other programs, or set limits: --memory-host, --memory-device and "
         "memory: in the configuration (largemerge plan says what a merge needs)"
@@ -203,4 +211,4 @@ def _near(trace: TracebackType | None) -> str:
         near = [value for value in (*owner.values(), *values.values()) if isinstance(value, Path)]
         found = str(near[-1]) if near else found
         trace = trace.tb_next
-    return f" (at {shorten(found)})" if found else ""
+    return f" (at {shorten(found, _MAX_PATH)})" if found else ""

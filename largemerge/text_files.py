@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from largemerge.errors import CheckpointError, LargemergeError
+from largemerge.errors import CheckpointError, LargemergeError, shorten
 
 MAX_TEXT_BYTES = 256 << 20
 """Size of the largest text that is read; the largest tokenizers known have 40 MB."""
@@ -28,7 +28,6 @@ MAX_FILE_BYTES = 4 << 30
 MAX_DEPTH = 64
 """Brackets inside brackets that JSON may have: what reads it later is recursive, and no config has ten."""
 _LARGEST_NUMBER = 10**308  # a float holds no more
-_SHOWN = 80
 _MAX_NAME_BYTES, _MAX_PATH = 255, 1024
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = (
@@ -45,14 +44,6 @@ _TYPES: Mapping[type, str] = {
     bool: "true or false",
     float: "a number",
 }
-
-
-def shorten(text: object, length: int = _SHOWN) -> str:
-    """Returns a text of strangers as a message can hold it: on one line, printable, not too long."""
-    whole = str(text)
-    cut = whole if len(whole) <= length else f"{whole[: length * 2 // 3]}…{whole[-length // 4 :]}"
-    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in cut)
-    return plain if len(whole) <= length else f"{plain} ({len(whole):,} characters)"
 
 
 def brief(value: object) -> str:

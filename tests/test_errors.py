@@ -93,7 +93,7 @@ def nested(folder: Path) -> None:
     ("fail", "mentions"),
     [
         (below_a_file, ["/file/inner: Not a directory; a part of the path is a file"]),
-        (long_name, ["xx … xx", ": File name too long; choose a shorter name"]),
+        (long_name, ["xx…xx", ": File name too long; choose a shorter name"]),
         (circle_of_links, ["/link: Too many levels of symbolic links"]),
         (circle_resolved, ["link"]),
         (nul, ["a path holds a NUL character"]),

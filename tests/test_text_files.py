@@ -13,16 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from largemerge.errors import CheckpointError
-from largemerge.text_files import (
-    MAX_DEPTH,
-    MAX_TEXT_BYTES,
-    file_problem,
-    inner_path_problem,
-    parse_json,
-    read_json,
-    shorten,
-)
+from largemerge.errors import CheckpointError, shorten
+from largemerge.text_files import MAX_DEPTH, MAX_TEXT_BYTES, file_problem, inner_path_problem, parse_json, read_json
 
 NESTED = "[" * MAX_DEPTH + "]" * MAX_DEPTH
 

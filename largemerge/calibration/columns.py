@@ -22,8 +22,8 @@ from largemerge.calibration.batches import ForwardSignature
 from largemerge.calibration.config import CalibrationConfig, template_columns
 from largemerge.calibration.sources import Source
 from largemerge.config_file import nearest
-from largemerge.errors import CalibrationError
-from largemerge.text_files import brief, shorten
+from largemerge.errors import CalibrationError, shorten
+from largemerge.text_files import brief
 
 MAX_PROBLEMS = 5
 """Number of bad rows in one error; whoever has more has one mistake, not many."""

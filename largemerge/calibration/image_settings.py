@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from largemerge.errors import CheckpointError
-from largemerge.text_files import read_json, shorten
+from largemerge.errors import CheckpointError, shorten
+from largemerge.text_files import read_json
 
 SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
 MAX_SIDE, MAX_PIXELS = 16_384, 1 << 26

@@ -20,8 +20,8 @@ from largemerge.calibration.batches import ForwardSignature, Sample
 from largemerge.calibration.columns import MAX_PROBLEMS
 from largemerge.calibration.image_settings import MAX_ABSOLUTE, SETTINGS_FILES, check_processor_files
 from largemerge.checkpoint.side_files import PROCESSOR_FILES, check_side_files
-from largemerge.errors import CalibrationError, CheckpointError
-from largemerge.text_files import os_reason, shorten
+from largemerge.errors import CalibrationError, CheckpointError, shorten
+from largemerge.text_files import os_reason
 
 PIXELS = "pixel_values"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -29,8 +29,8 @@ from typing import Any, Protocol
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.json_rows import check_json_rows
 from largemerge.config_file import nearest
-from largemerge.errors import CalibrationError
-from largemerge.text_files import file_problem, first_line, os_reason, shorten
+from largemerge.errors import CalibrationError, shorten
+from largemerge.text_files import file_problem, first_line, os_reason
 
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")

@@ -39,7 +39,7 @@ from largemerge.checkpoint.deltas import (
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import CheckpointReader
 from largemerge.checkpoint.tensor_info import TensorInfo, dtype_name
-from largemerge.text_files import shorten
+from largemerge.errors import shorten
 
 _REFUSED = (
     "layer_replication",

@@ -20,7 +20,7 @@ from torch import nn
 
 from largemerge.checkpoint.adapter_places import Place, Places
 from largemerge.checkpoint.index import Checkpoint, natural_key
-from largemerge.text_files import shorten
+from largemerge.errors import shorten
 
 _MAX_SECONDS_EACH, _MAX_SECONDS = 0.5, 5.0
 """Time that a pattern may take for one module, which is an error, and all may take, after which nothing is said."""

@@ -32,8 +32,8 @@ from largemerge.checkpoint.weight_files import (
     variant_name,
     without_prefix,
 )
-from largemerge.errors import CheckpointError, group_alike
-from largemerge.text_files import file_problem, inner_path_problem, shorten
+from largemerge.errors import CheckpointError, group_alike, shorten
+from largemerge.text_files import file_problem, inner_path_problem
 from largemerge.text_files import read_json as read_json_file
 
 _MAX_PROBLEMS = 20

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from largemerge.checkpoint.tensor_files import open_tensor_file
 from largemerge.checkpoint.tensor_info import MODULE_SEPARATOR, TensorInfo
 from largemerge.checkpoint.weight_files import WEIGHT_FILES
-from largemerge.errors import CheckpointError
-from largemerge.text_files import inner_path_problem, read_json, shorten
+from largemerge.errors import CheckpointError, shorten
+from largemerge.text_files import inner_path_problem, read_json
 
 if TYPE_CHECKING:
     from largemerge.checkpoint.index import Checkpoint

@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 
 from largemerge.checkpoint.direct_io import Buffers, DataFile
 from largemerge.checkpoint.tensor_info import MODULE_SEPARATOR, SAFETENSORS_DTYPES, TensorInfo, dtype_name
-from largemerge.errors import CheckpointError, group_alike
-from largemerge.text_files import file_problem, first_line, os_reason, parse_json, shorten
+from largemerge.errors import CheckpointError, group_alike, shorten
+from largemerge.text_files import file_problem, first_line, os_reason, parse_json
 
 Rows = slice | torch.Tensor | None
 """Rows of a tensor (its first dimension): a slice without a step, numbers in any order, or `None` for all."""

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from largemerge.errors import CheckpointError
+from largemerge.errors import CheckpointError, shorten
 from largemerge.isolation import why_it_fails
-from largemerge.text_files import brief, shorten
+from largemerge.text_files import brief
 
 MAX_GAP, MAX_PADDING = 1_000_000, 10_000_000
 """Numbers that a vocabulary may leave out, and tokens that a tokenizer may pad a text to."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.errors import CheckpointError
-from largemerge.text_files import file_problem, inner_path_problem, shorten
+from largemerge.errors import CheckpointError, shorten
+from largemerge.text_files import file_problem, inner_path_problem
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SETTING = "transformers_weights"

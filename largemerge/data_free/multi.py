@@ -35,14 +35,14 @@ from largemerge.checkpoint.lora import open_model
 from largemerge.checkpoint.room import Need, room_problems
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.config_file import nearest, shortened, shown
+from largemerge.config_file import nearest, shown
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.merge import input_folders, merge_data_free
 from largemerge.data_free.plan import DataFreePlan, SeriesPlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text
 from largemerge.distributed.ranks import Ranks, start_ranks, stay_together
-from largemerge.errors import CheckpointError, ConfigError, LargemergeError, OutputError
+from largemerge.errors import CheckpointError, ConfigError, LargemergeError, OutputError, shorten
 from largemerge.integrity import find_damage
 from largemerge.log import tell
 from largemerge.machine import scratch_folder
@@ -87,16 +87,16 @@ def load_documents(file: Documents, *, keeps_all: bool, other_methods: Sequence[
     for number, mapping in enumerate(raw, start=1):
         label = str(mapping.get("name") or f"document {number}")
         if mapping.get("merge_method") in other_methods:
-            problems.append(f"{shortened(label)}: merge_method: {mapping['merge_method']} goes into a file of its own")
+            problems.append(f"{shorten(label)}: merge_method: {mapping['merge_method']} goes into a file of its own")
             continue
         try:
             config = load_data_free(mapping, file.path.resolve().parent, names, other_methods, strict=file.strict)
         except ConfigError as error:
-            problems += [f"{shortened(label)}: {problem}" for problem in error.problems]
+            problems += [f"{shorten(label)}: {problem}" for problem in error.problems]
             continue
         used = [model_of(reference) for reference in references_of(config)]
         documents.append(Document(label, config, tuple(dict.fromkeys(model for model in used if model in names))))
-        problems += [f"{shortened(label)}: {problem}" for problem in _unknown(used, names)]
+        problems += [f"{shorten(label)}: {problem}" for problem in _unknown(used, names)]
     if not problems:
         problems += _order_problems(documents, keeps_all)
     if problems:

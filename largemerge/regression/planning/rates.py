@@ -23,8 +23,8 @@ from largemerge.checkpoint.direct_io import PROBE_SECONDS
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.reader import read_rate
 from largemerge.checkpoint.writer import write_rate
-from largemerge.config_file import shortened, shown
-from largemerge.errors import ConfigError
+from largemerge.config_file import shown
+from largemerge.errors import ConfigError, shorten
 from largemerge.matmul import product
 from largemerge.regression.gram import Gram, float32_means_float32
 from largemerge.regression.planning.cost import Links, Rates
@@ -138,7 +138,7 @@ def find_gpu(name: str) -> Gpu:
         ConfigError: If the name is not known.
     """
     if not isinstance(name, str) or name.lower() not in GPUS:
-        raise ConfigError(f"--gpu {shortened(str(name))}: not known; expected one of {', '.join(GPUS)}")
+        raise ConfigError(f"--gpu {shorten(str(name), 200)}: not known; expected one of {', '.join(GPUS)}")
     return GPUS[name.lower()]
 
 
