@@ -10,7 +10,8 @@ a pooler, or hold buffers of years ago: what the reference input has in this way
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import CRITICAL
@@ -21,8 +22,10 @@ import torch
 from transformers.utils import logging
 
 from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.tensor_info import LAYER_NUMBER
 from largemerge.errors import LargemergeError
+from largemerge.model.classes import ClassifiedModel
 from largemerge.model.skeleton import bare_checkpoint, find_model_class, load_config
 
 _NAMES_SHOWN = 4
@@ -184,6 +187,95 @@ def check_loads(
     for name, (shape, wanted) in list(verdict.mismatched.items())[:_NAMES_SHOWN]:
         problems.append(f"{name}: the output would hold {list(shape)}; by its config {list(wanted)} is expected")
     return Findings(tuple(problems), tuple(notes))
+
+
+def incomplete_models(models: Mapping[str, ClassifiedModel], adapters: Mapping[str, Adapter]) -> list[str]:
+    """Finds what is wrong with models by their own configs: what is missing, too much, or of another shape.
+
+    Args:
+        models: The models, by the names that the user has for them.
+        adapters: Their adapters: what these replace may have shapes of its own.
+
+    Returns:
+        The problems. A head that no model has is none: a note tells it.
+    """
+    nobodys = set.intersection(*(set(model.mapping.missing) for model in models.values())) if models else set()
+    problems: list[str] = []
+    for name, model in models.items():
+        replaced = adapters[name].replaced if name in adapters else ()
+        problems += _own_problems(name, model, replaced, nobodys)
+    return problems
+
+
+def _own_problems(
+    name: str, classified: ClassifiedModel, replaced: Collection[str], nobodys: Collection[str]
+) -> Iterator[str]:
+    model, mapping = classified.model, classified.mapping
+    ignored = _patterns(model._keys_to_ignore_on_load_missing)
+    missing = [key for key in mapping.missing if not any(pattern.search(key) for pattern in ignored)]
+    cut = _missing_of_layers(missing, classified.checkpoint.tensors)
+    if cut:
+        yield (
+            f"{name}: its files lack {_count(cut)} of layers that its config.json counts: {_some(cut)}; fetch the "
+            "checkpoint again, or mend the number of layers in its config.json"
+        )
+    prefix = f"{model.base_model_prefix}."
+    body = prefix if any(key.startswith(prefix) for key, _ in model.named_parameters()) else ""
+    head = _output_embeddings(model)
+    needed = [key for key in missing if _is_needed(key, body) or (key == head and key not in nobodys)]
+    needed = [key for key in needed if key not in cut]
+    if needed:
+        strange = list(mapping.unmapped)
+        there = f" (there are {_count(strange)} of other names: {_some(strange)})" if strange else ""
+        yield (
+            f"{name}: its files lack {_count(needed)} that {type(model).__name__} needs, the class in its config.json: "
+            f"{_some(needed)}{there}; fetch the checkpoint again"
+        )
+    beyond = _beyond_the_layers(mapping.unmapped, model)
+    if beyond:
+        yield (
+            f"{name}: its files hold {_count(beyond)} of more layers than its config.json counts: {_some(beyond)}; "
+            "they would be dropped: mend the number of layers in its config.json, or fetch the checkpoint again"
+        )
+    state = model.state_dict()
+    unlike = {key: shape for key, shape in mapping.mismatched.items() if mapping.renamed.get(key) not in replaced}
+    for key, shape in list(unlike.items())[:_NAMES_SHOWN]:
+        yield (
+            f"{name}: {key} is {list(shape)} in its files, and {list(state[key].shape)} by its config.json; fetch both "
+            "again, or mend config.json"
+        )
+
+
+def _output_embeddings(model: Any) -> str:
+    """Finds the name of the weight of the output embeddings; empty where a class has none."""
+    try:
+        weight = getattr(model.get_output_embeddings(), "weight", None)
+    except NotImplementedError:
+        return ""
+    return next((key for key, each in model.named_parameters(remove_duplicate=False) if each is weight), "")
+
+
+def _beyond_the_layers(unmapped: Iterable[str], model: Any) -> list[str]:
+    """Lists names of layers that the class does not have, though it has others of the stack, and does not ignore."""
+    ignored = _patterns(model._keys_to_ignore_on_load_unexpected)
+    layers = {number[0] for key in model.state_dict() if (number := _FIRST_LAYER.match(key)) is not None}
+    stacks = {layer.rpartition(".")[0] for layer in layers}
+    found = []
+    for key in unmapped:
+        layer = _FIRST_LAYER.match(key)
+        if layer is None or layer[0] in layers or any(pattern.search(key) for pattern in ignored):
+            continue
+        if layer[0].rpartition(".")[0] in stacks:
+            found.append(key)
+    return found
+
+
+def _patterns(keys: Iterable[str] | None) -> list[re.Pattern[str]]:
+    return [re.compile(key) for key in keys or ()]
+
+
+_FIRST_LAYER = re.compile(r".*?\.\d+(?=\.)")
+"""Matches a name as far as the number of its first layer."""
 
 
 def _missing_of_layers(missing: Collection[str], tensors: Collection[str]) -> list[str]:

@@ -49,7 +49,7 @@ def test_a_model_with_a_gap_in_its_layers_is_refused_rather_than_left_out(tmp_pa
     for number, folder in enumerate(folders):
         tiny_models.perturbed("llama", number).save_pretrained(folder)
     rewrite_weights(folders[lacking], lambda tensors: {k: v for k, v in tensors.items() if ".layers.1." not in k})
-    with pytest.raises(LargemergeError, match=f"{folders[lacking]}: model.layers lacks layer 1, and has 2 others"):
+    with pytest.raises(LargemergeError, match=f"{folders[lacking]}: its files lack 9 tensors of layers that its"):
         largemerge.merge(linear(*folders), tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
@@ -513,8 +513,44 @@ def test_a_body_that_holds_another_model_is_a_body(tmp_path: Path) -> None:
 def test_a_model_of_which_nothing_would_be_in_the_output_is_refused(tmp_path: Path) -> None:
     a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2)
     rewrite_weights(b, lambda tensors: {f"strange.{name}": tensor for name, tensor in tensors.items()})
-    with pytest.raises(LargemergeError, match=r"b: nothing of it would be in the output.*strange\."):
+    with pytest.raises(LargemergeError, match=r"b: its files lack .* of other names: strange\."):
         largemerge.merge(linear(a, b), tmp_path / "out")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+@pytest.mark.parametrize(
+    "lost", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_every_model_has_what_its_own_class_needs(tmp_path: Path, which: str, lost: str) -> None:
+    a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2)
+    rewrite_weights(tmp_path / which, lambda tensors: {k: v for k, v in tensors.items() if k != lost})
+    with pytest.raises(LargemergeError) as caught:
+        largemerge.plan(linear(a, b))
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path / which}: its files lack 1 tensor") and lost in told, told
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 4}, "lack 9 tensors of layers that its config.json counts: model.layers.3."),
+        ({"num_hidden_layers": 1}, "hold 18 tensors of more layers than its config.json counts: model.layers.1."),
+        ({"vocab_size": 60}, "model.embed_tokens.weight is [64, 16] in its files, and [60, 16] by its config.json"),
+        ({"intermediate_size": 28}, "in its files, and [28, 16] by its config.json"),
+    ],
+)
+def test_every_model_is_as_its_own_config_says(tmp_path: Path, which: str, changes: dict[str, Any], told: str) -> None:
+    a, b = llama(tmp_path / "a", 1), llama(tmp_path / "b", 2)
+    edit_config(tmp_path / which, **changes)
+    with pytest.raises(LargemergeError) as caught:
+        largemerge.plan(linear(a, b))
+    assert f"{tmp_path / which}: " in str(caught.value) and told in str(caught.value)
 
 
 def test_models_of_other_depths_are_told_so(tmp_path: Path) -> None:

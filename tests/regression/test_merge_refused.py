@@ -84,6 +84,24 @@ def test_candidates_of_other_depths_are_refused(tmp_path: Path, more_first: bool
     refused(case, LargemergeError, "model.layers.3", "model1")
 
 
+@pytest.mark.parametrize("which", ["model0", "model1"])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 4}, "of layers that its config.json counts: model.layers.3."),
+        ({"num_hidden_layers": 1}, "of more layers than its config.json counts: model.layers.1."),
+        ({"vocab_size": 60}, "model.embed_tokens.weight is [64, 16] in its files, and [60, 16] by its config.json"),
+    ],
+)
+def test_every_candidate_is_as_its_own_config_says(
+    tmp_path: Path, which: str, changes: dict[str, Any], told: str
+) -> None:
+    case = two_llamas(tmp_path, {}, {})
+    config = json.loads((tmp_path / which / "config.json").read_text())
+    (tmp_path / which / "config.json").write_text(json.dumps(config | changes))
+    refused(case, CheckpointError, f"{which}: ", told)
+
+
 def test_differing_configs_are_noted(tmp_path: Path) -> None:
     case = two_llamas(tmp_path, {"rope_theta": 10000.0}, {"rms_norm_eps": 1e-4})
     notes = largemerge.plan(case.config).notes
@@ -113,9 +131,9 @@ def test_what_no_candidate_has_and_the_model_needs_is_named(make_case: MakeCase,
             case.folder / f"model{number}",
             lambda tensors: {key: tensor for key, tensor in tensors.items() if part not in key},
         )
-    with pytest.raises(LargemergeError, match=r"no model has model\.") as caught:
+    with pytest.raises(LargemergeError, match=r"model0: its files lack \d+ tensor") as caught:
         largemerge.merge(case.config, case.folder / "merged")
-    assert ("layers.*." if "layers" in part else part) in str(caught.value) and "fetch them again" in str(caught.value)
+    assert part in str(caught.value) and "fetch the checkpoint again" in str(caught.value)
 
 
 def test_a_missing_tensor_is_named(make_case: MakeCase) -> None:
@@ -124,7 +142,7 @@ def test_a_missing_tensor_is_named(make_case: MakeCase) -> None:
     rewrite_weights(
         case.folder / "model1", lambda tensors: {name: value for name, value in tensors.items() if name != lost}
     )
-    refused(case, LargemergeError, f"model1: has no tensor for {lost}")
+    refused(case, LargemergeError, "model1: its files lack 1 tensor that LlamaForCausalLM needs", lost)
 
 
 def test_quantized_candidates_are_refused(make_case: MakeCase) -> None:
