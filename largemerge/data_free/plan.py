@@ -467,7 +467,7 @@ def _token_rows(config: DataFreeConfig, inputs: DataFreeInputs, alignment: Align
     rows = max(
         (info.shape[0] for name, info in alignment.views[alignment.layout].tensors.items() if name in names), default=0
     )
-    if len(sizes) == 1 or not 0 < needed <= rows:
+    if len(sizes) == 1 or not 0 < needed <= min(rows, *sizes):  # of a token without a row nothing is known
         return TokenTensors(names), []
     found = ", ".join(map(str, sorted(sizes)))
     note = f"one tokenizer, but {found} rows: those beyond its tokens are padding; the output has {rows}"

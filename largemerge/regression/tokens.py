@@ -378,7 +378,9 @@ def open_tokens(
     ids = {name: tokenizer.ids for name, tokenizer in by_model.items()}
     same = all(each == next(iter(ids.values())) for each in ids.values())
     if same and not asks_for_more and (settings is None or not unlike):
-        return (_by_number(parameters, first_name, on_disk, ids, having) if unlike else None), []
+        wanted = max((number + 1 for number in next(iter(ids.values())).values()), default=0)
+        cut = any(rows < wanted for keys in on_disk.values() for rows in keys.values())  # told with unlike shapes
+        return (_by_number(parameters, first_name, on_disk, ids, having) if unlike and not cut else None), []
     if settings is None:
         return None, _without_setting(ids, unlike=unlike)
     sideways = [key for _, (checkpoint, _) in models.items() for key in sideways_tensors(checkpoint, skeleton.model)]

@@ -583,6 +583,14 @@ def test_rows_of_padding_are_matched_by_number(tmp_path: Path) -> None:
         assert any("padding" in note for note in report.plan.notes)
 
 
+def test_a_token_without_a_row_is_no_padding(tmp_path: Path) -> None:
+    a = with_tokenizer(tmp_path / "a", 1, 16, "a b c d e")
+    b = with_tokenizer(tmp_path / "b", 2, 5, "a b c d e")
+    for order in ([a, b], [b, a]):
+        (problem, *_) = largemerge.plan(linear(*order), probe=False).problems
+        assert "model.embed_tokens.weight: shapes differ" in problem and "[5, 16]" in problem
+
+
 def test_other_tokens_at_the_same_numbers_are_told(tmp_path: Path) -> None:
     a = with_tokenizer(tmp_path / "a", 1, 16, "a b c d e")
     b = with_tokenizer(tmp_path / "b", 2, 16, "a c b d e")
