@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import shlex
 import sys
@@ -34,6 +33,7 @@ from largemerge.errors import (
 from largemerge.installed import check_installed
 from largemerge.log import LOGGER, stage, tell, verbose_lines, writing_log
 from largemerge.streams import leave, output_kept, safe_streams
+from largemerge.text_files import json_text
 
 if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
@@ -137,10 +137,10 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _show_report(report: Report, options: argparse.Namespace) -> None:
     """Shows the report of a finished merge: as JSON, or as a table unless all is to be quiet."""
-    LOGGER.debug("report: %s", json.dumps(report.to_json()))
+    LOGGER.debug("report: %s", json_text(report.to_json()))
     if options.json:
         try:
-            print(json.dumps(report.to_json(), indent=2), flush=True)
+            print(json_text(report.to_json(), indent=2), flush=True)
         except OSError as error:
             raise LargemergeError(
                 f"{error.filename}: {error.strerror}; the merge is finished, and its report is in {options.out}"
@@ -218,7 +218,7 @@ def _show(found: Plan | FolderCheck, options: argparse.Namespace) -> int:
     """Prints what was found, as JSON or as a table; returns the exit code."""
     stage("")
     if options.json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json_text(found.to_json(), indent=2))
     else:
         from rich.console import Console
 

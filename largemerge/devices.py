@@ -31,11 +31,15 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+    except Exception:  # torch lists twenty kinds of devices
+        raise LargemergeError(f"--device {shorten(device, 200)}: not known; expected auto, cpu or cuda:0") from None
+    try:
         torch.empty(1, device=chosen).item()  # the meta device has no numbers
     except Exception as error:  # backends that are not installed raise what they like
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise LargemergeError(
-            f"--device {shorten(device, 200)}: {shorten(first_line, 200)}; expected auto, cpu or cuda:0"
+            f"--device {shorten(device, 200)}: torch cannot use it here ({shorten(first_line, 200)}); "
+            "expected auto, cpu or cuda:0"
         ) from None
     return chosen
 

@@ -87,8 +87,8 @@ class LargemergeError(Exception):
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems: tuple[str, ...] = problems
-        super().__init__(self._text(problems))
+        self.problems: tuple[str, ...] = tuple(map(printable, problems))
+        super().__init__(self._text(self.problems))
 
     @staticmethod
     def _text(problems: Sequence[str]) -> str:
@@ -186,11 +186,23 @@ def describe(error: OSError) -> str:
     return f"{text}; {_ADVICE[error.errno]}" if error.errno in _ADVICE else text
 
 
+def printable(text: str, *, lines: bool = True) -> str:
+    """Escapes what a terminal would obey rather than show, such as colours and marks that turn the direction.
+
+    Args:
+        text: The text.
+        lines: Whether ends of lines stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or (lines and c == "\n") else ascii(c)[1:-1] for c in text)
+
+
 def shorten(text: object, length: int = _MAX_SHOWN) -> str:
     """Returns a text of strangers as a message can hold it: on one line, printable, its middle left out if long."""
     whole = str(text)
     cut = whole if len(whole) <= length else f"{whole[: length * 2 // 3]}…{whole[-length // 4 :]}"
-    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in cut)
+    plain = printable(cut, lines=False)
     return plain if len(whole) <= length else f"{plain} ({len(whole):,} characters)"
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from largemerge.checkpoint.digests import ALGORITHM, digest_of, digest_of_bytes, digest_of_file
 from largemerge.checkpoint.index import open_checkpoint
 from largemerge.checkpoint.sentence_modules import transformer_folder, without_modules
+from largemerge.checkpoint.side_files import strangers
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.errors import CheckpointError, LargemergeError, OutputError
 from largemerge.model.output_check import try_loading
@@ -166,6 +167,8 @@ def _damage(folder: Path, digests: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is not there"
         elif name not in _FOR_PEOPLE and digest_of_file(path) != digest:
             yield f"{name} is not as it was written"
+    for name in strangers(folder, (*digests["files"], *digests["weights"])):
+        yield f"{name} was not written by the merge, and would be loaded; take it away"
     for name, expected in digests["weights"].items():
         yield from _damage_of_weights(folder / name, name, expected)
 

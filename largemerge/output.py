@@ -38,19 +38,21 @@ from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.quantized import fold_quantized
 from largemerge.checkpoint.room import INTERMEDIATE_FOLDER as INTERMEDIATE_FOLDER
 from largemerge.checkpoint.sentence_modules import split_name
-from largemerge.checkpoint.side_files import SideFiles, remove_checkpoint
+from largemerge.checkpoint.side_files import SideFiles, remove_checkpoint, strangers
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync, weight_index, write_atomically
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import LargemergeError, MergeError, OutputError
 from largemerge.machine import scratch_folder
+from largemerge.text_files import json_text
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
 REPORT_FILE = "merge_report.json"
 """The report of a finished merge, with the digests of its files."""
 _SIDE_FOLDER, _FINISHING = "side", "finishing"
+_ALWAYS_WRITTEN = ("config.json", "README.md", "largemerge_config.yaml", "model.safetensors.index.json", REPORT_FILE)
 _WORKING_FILES = ("manifest.json", "journal.jsonl", "lock", _FINISHING)
 _NUM_READERS = 4  # threads that compare digests
 
@@ -217,9 +219,9 @@ class OutputFolder:
         (side / inner / "config.json").write_text(config, encoding="utf-8")
         digests = {str(file.relative_to(side)): digest_of_file(file) for file in _files_below(side)}
         more = {"redone_parts": self.redone, "digests": self._digests(shards, digests)}
-        (side / REPORT_FILE).write_text(json.dumps({**report, **more}, indent=2) + "\n", encoding="utf-8")
+        (side / REPORT_FILE).write_text(json_text({**report, **more}, indent=2) + "\n", encoding="utf-8")
         staged = [str(file.relative_to(side)) for file in _files_below(side)]
-        self._check_places([*staged, *(shard.file_name for shard in shards)])
+        self.check_places([*staged, *(shard.file_name for shard in shards)])
         for file in _files_below(side):
             sync(file)
         write_atomically(self.working / _FINISHING, "")
@@ -233,6 +235,7 @@ class OutputFolder:
             if name != last:
                 self._move(side, name)
         self._sync_folders([*staged, *(shard.file_name for shard in shards)])
+        _check_strangers(self.path, [*staged, *(shard.file_name for shard in shards)])
         self._move(side, last)
         self._sync_folders([last])
         clean_up(self.working)
@@ -254,8 +257,12 @@ class OutputFolder:
             "files": dict(side_files),
         }
 
-    def _check_places(self, names: Iterable[str]) -> None:
-        """Checks that nothing but a file lies where a file is to go, and that no link leads elsewhere."""
+    def check_places(self, names: Iterable[str]) -> None:
+        """Checks that nothing but a file lies where a file is to go, and that no link leads elsewhere.
+
+        Raises:
+            OutputError: If something is in the way; it names all.
+        """
         problems, real = [], self.path.resolve()
         for name in names:
             place = self.path / name
@@ -265,8 +272,8 @@ class OutputFolder:
             if parent != real and real not in parent.parents:
                 problems.append(f"{place.parent} is a link that leads out of {self.path}; nothing is written there")
         if problems:
-            advice = "take them out of the way, then go on with --resume; what was merged is safe"
-            raise OutputError(*dict.fromkeys(problems), advice)
+            advice = "take it out of the way, then go on with --resume; what was merged is safe"
+            raise OutputError(*(f"{problem}; {advice}" for problem in dict.fromkeys(problems)))
 
     def _move(self, folder: Path, name: str) -> None:
         """Moves a file to its place in OUT."""
@@ -303,7 +310,8 @@ class OutputFolder:
                 problems.append(f"{file}: its header is not the one that was laid out for it")
         if problems:
             advice = f"what was merged is in {self.working}; --resume finds out what of it is whole, and does the rest"
-            raise MergeError(*problems[:_MAX_PROBLEMS], advice)
+            told = problems[:_MAX_PROBLEMS]
+            raise MergeError(*told[:-1], f"{told[-1]}; {advice}")
 
 
 class InputWatch:
@@ -337,9 +345,12 @@ class InputWatch:
             if not file.is_file() or digest_of_file(file) != self.digests[name]:
                 changed.append(str(file))
         if changed:
+            told = [
+                f"{file} has changed, or was deleted, while it was being merged" for file in changed[:_MAX_PROBLEMS]
+            ]
             raise MergeError(
-                *(f"{file} has changed, or was deleted, while it was being merged" for file in changed[:_MAX_PROBLEMS]),
-                "what was merged may be of both; start afresh with --force",
+                *told[:-1],
+                f"{told[-1]}; what was merged may be of both; start afresh with --force",
             )
 
 
@@ -465,7 +476,9 @@ def open_output(
             write_atomically(
                 working / "manifest.json", _checked_json({"manifest": manifest, "replaces": replaces}) + "\n"
             )
-        yield OutputFolder(path, replaces, _read_journal(working / "journal.jsonl"))
+        folder = OutputFolder(path, replaces, _read_journal(working / "journal.jsonl"))
+        folder.check_places([*manifest.get("shards", ()), *manifest.get("side files", ()), *_ALWAYS_WRITTEN])
+        yield folder
 
 
 def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
@@ -484,6 +497,9 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
         begun = (working / "manifest.json").exists()
     except (OSError, ValueError) as error:
         raise OutputError(f"{str(path)[:200]!r} cannot be the output folder: {error}") from None
+    if resume and begun and not (working / _FINISHING).exists():
+        replaces = _read_manifest(working / "manifest.json")["replaces"]
+        _check_strangers(path, [] if not replaces else others)
     if resume and not begun and others:
         state = "holds no merge to resume"
         if (path / REPORT_FILE).exists():
@@ -496,6 +512,20 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
         raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
     if not resume and not force and others:
         raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
+
+
+def _check_strangers(path: Path, ours: Collection[str]) -> None:
+    """Refuses to go on beside files that would be loaded as part of the output, and are not this merge's.
+
+    Raises:
+        OutputError: If there are any.
+    """
+    found = strangers(path, ours)
+    if found:
+        raise OutputError(
+            f"{path} holds {', '.join(found[:5])}, which this merge has not written and which would be loaded with its "
+            "output; take it away, then go on with --resume"
+        )
 
 
 def _check_kind(path: Path) -> None:
@@ -522,6 +552,12 @@ def _check_links(working: Path) -> None:
     if working.exists() and not working.is_dir():
         raise OutputError(f"{working} is a file; a merge keeps a folder of this name: remove it")
     folders = (INTERMEDIATE_FOLDER, _SIDE_FOLDER)
+    for place in (*entries, *below):
+        if place.is_file() and place.stat().st_nlink > 1:
+            raise OutputError(
+                f"{place} is one file with another name elsewhere (a hard link), which a merge would write over; "
+                "remove it, or choose another folder"
+            )
     for entry in entries:
         if entry.name in folders or (entry.is_dir() and entry.name not in _WORKING_FILES):
             is_right, expected = entry.is_dir(), "a folder"
@@ -602,9 +638,10 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
 def _check_same(before: Any, now: Any, path: Path) -> None:
     found = list(changes(before, now))
     if found:
+        told = [f"{path}: cannot be resumed: {change}" for change in found[:_MAX_PROBLEMS]]
         raise OutputError(
-            *(f"{path}: cannot be resumed: {change}" for change in found[:_MAX_PROBLEMS]),
-            "put back what changed, or start afresh with --force",
+            *told[:-1],
+            f"{told[-1]}; put back what changed, or start afresh with --force",
         )
 
 

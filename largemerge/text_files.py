@@ -57,6 +57,19 @@ def first_line(error: BaseException, length: int) -> str:
     return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], length)
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Writes JSON as every reader takes it: numbers that are not finite, which it has not, become `null`."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        if isinstance(part, Mapping):
+            return {key: finite(each) for key, each in part.items()}
+        return list(map(finite, part)) if isinstance(part, list | tuple) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
 def file_problem(path: Path, max_bytes: int | None = None) -> str | None:
     """Says why there is no file at a path that can be read, links followed; `None` if there is one. Opens nothing.
 

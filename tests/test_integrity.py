@@ -97,6 +97,36 @@ def test_what_has_changed_is_named(
         assert text in shown, shown
 
 
+def weights_of_another(out: Path) -> None:
+    shutil.copy(shard_of(out), out / "model.safetensors")  # which Transformers takes before the index
+
+
+def an_adapter(out: Path) -> None:
+    (out / "adapter_config.json").write_text("{}")
+    shutil.copy(shard_of(out), out / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("add", "names"),
+    [
+        (weights_of_another, ["model.safetensors"]),
+        (an_adapter, ["adapter_config.json", "adapter_model.safetensors"]),
+        (lambda out: (out / "added_tokens.json").write_text('{"hello": 300}'), ["added_tokens.json"]),
+        (lambda out: (out / "special_tokens_map.json").write_text("{}"), ["special_tokens_map.json"]),
+    ],
+)
+def test_what_the_merge_has_not_written_and_would_be_loaded_is_named(
+    out: Path, add: Callable[[Path], Any], names: list[str]
+) -> None:
+    (out / "notes.txt").write_text("mine")
+    (out / "optimizer.bin").write_bytes(b"mine")
+    assert largemerge.verify(out).problems == ()
+    add(out)
+    problems = largemerge.verify(out).problems
+    for name in names:
+        assert f"{name} was not written by the merge, and would be loaded; take it away" in problems
+
+
 def test_a_model_card_may_be_edited(out: Path) -> None:
     (out / "README.md").write_text("# My merge\n")
     assert largemerge.verify(out).problems == ()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cases import touch
+from data_free_cases import weighted, write_models
 
+import largemerge
 from largemerge.checkpoint import writer as writer_module
 from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.writer import NotFiniteError, ShardWriter, layout_shards
@@ -33,7 +36,7 @@ def test_files_that_are_not_as_laid_out_are_not_called_finished(tmp_path: Path) 
             file.write_bytes(spoiled)
             with pytest.raises(MergeError) as caught:
                 folder.finish(shards, lambda path: None, "{}", {})
-            assert str(file) in caught.value.problems[0] and "--resume finds out" in caught.value.problems[1]
+            assert str(file) in caught.value.problems[0] and "--resume finds out" in caught.value.problems[-1]
             assert not (out / "config.json").exists() and working.is_dir()
         file.write_bytes(whole)
         folder.finish(shards, lambda path: None, "{}", {})
@@ -47,15 +50,24 @@ def unlike(folder: Path) -> dict[str, str]:
     return {name: (folder / name).read_text() for name in names}
 
 
-def finished(out: Path, *, force: bool = False, resume: bool = False) -> None:
-    """Writes a checkpoint of one tensor by hand."""
-    tensors = {"a": OutputTensor(torch.float32, (4, 4))}
-    shards = layout_shards(tensors, 1 << 20)
+def finished(
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
+    names: str = "a",
+) -> None:
+    """Writes a checkpoint of some tensors by hand, each in a shard."""
+    tensors = {name: OutputTensor(torch.float32, (4, 4)) for name in names}
+    shards = layout_shards(tensors, 64)
     with open_output(out, {}, [], resume=resume, force=force) as folder:
         with ShardWriter(folder.working, tensors, shards) as writer:
-            writer.write("a", torch.ones(4, 4))
+            for name in names:
+                writer.write(name, torch.ones(4, 4))
             writer.flush()
             folder.record("all", {"digests": writer.take_digests()})
+        meanwhile()
         folder.finish(shards, lambda path: touch(path, "vocab.txt"), "{}", {})
 
 
@@ -118,6 +130,46 @@ def test_a_folder_in_the_place_of_a_file_is_told_and_nothing_is_lost(tmp_path: P
     with pytest.raises(OutputError, match=r"vocab\.txt is a folder"):
         finished(out, force=True)
     assert (out / "model.safetensors").read_bytes() == before and (out / "vocab.txt" / "mine").is_file()
+
+
+def test_a_folder_in_the_place_of_a_config_is_told_before_the_work(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    touch(tmp_path / "out" / "config.json", "mine")
+    with pytest.raises(OutputError, match=r"out/config.json is a folder"):
+        largemerge.merge(weighted(tmp_path), tmp_path / "out", force=True)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_hard_link_in_the_working_folder_is_not_written_through(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    model = tmp_path / "model0" / "model.safetensors"
+    before = model.read_bytes()
+    (tmp_path / "out" / ".largemerge").mkdir(parents=True)
+    os.link(model, tmp_path / "out" / ".largemerge" / "model.safetensors")
+    for options in ({"force": True}, {"resume": True}):
+        with pytest.raises(OutputError, match="a hard link"):
+            largemerge.merge(weighted(tmp_path), tmp_path / "out", **options)
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "added_tokens.json"])
+def test_no_merge_goes_on_beside_what_would_be_loaded_with_its_output(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    with contextlib.suppress(KeyboardInterrupt), open_output(out, {}, [], resume=False, force=False):
+        raise KeyboardInterrupt
+    shards = layout_shards({f"{letter}": OutputTensor(torch.float32, (4, 4)) for letter in "ab"}, 64)
+    assert name not in {shard.file_name for shard in shards}
+    touch(out, name, "notes.txt")
+    for _ in range(2):
+        with pytest.raises(OutputError, match=rf"holds {name}, which this merge has not written"):
+            finished(out, resume=True)
+    (out / name).unlink()
+    with pytest.raises(OutputError, match=rf"holds {name}.*go on with --resume"):
+        finished(out, resume=True, meanwhile=lambda: touch(out, name), names="ab")
+    assert not (out / "config.json").exists()
+    (out / name).unlink()
+    finished(out, resume=True, names="ab")
+    assert (out / "config.json").exists() and (out / "notes.txt").exists()
 
 
 def test_what_a_kill_in_the_clean_up_left_goes_at_the_next_resume(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ SENTENCE_FILES = (MODULES_FILE, "config_sentence_transformers.json", "router_con
 _TOKENIZER_FOLDERS = (TEMPLATE_FOLDER, "*tokenizer")  # InstructBLIP, RAG: a tokenizer more
 _PROCESSOR_FOLDERS = ("*processor", "speaker_embeddings", "language_model")  # Bark, Wav2Vec2 with a language model
 _CODE_FOLDER = "custom_generate"
+_ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*.ckpt", "*.index.json", ".*")
 _MAX_PARSED_BYTES = 4 << 20
 _CODE_KEYS = ("auto_map", "custom_pipelines")
@@ -254,20 +255,10 @@ def remove_checkpoint(folder: Path, kept: Collection[Path]) -> None:
         folder: The folder.
         kept: Files that stay.
     """
-    try:
-        modules = [folder / module["path"] for module in read_modules(folder, folder.name) if module["path"]]
-    except CheckpointError:
-        modules = []
-    modules = [module for module in modules if is_inside(module, folder)]
-    found = [config for place in (folder, *modules) if (config := place / "config.json").is_file()]
-    listed = _listed_files(folder)
-    found += [folder / name for name in listed]
-    found += [path for place in (folder, *modules) for path in _loaded_weights(place)]
-    found += [path for module in modules for path in _files_below(module)]
-    names = _matching(folder, (*GENERATION_FILES, *PROCESSOR_FILES, *SENTENCE_FILES))
-    names += [name for name in tokenizer_names(folder) if _is_loaded_by_name(name)]
+    configs, others = loaded_files(folder)
+    listed = [folder / name for name in _listed_files(folder)]
     real = folder.resolve()
-    removed = dict.fromkeys([*found, *(folder / name for name in names)])
+    removed = dict.fromkeys([*configs, *listed, *others])
     for path in removed:
         place = path.parent.resolve()
         if path not in kept and real in (place, *place.parents) and not path.is_dir():
@@ -276,6 +267,37 @@ def remove_checkpoint(folder: Path, kept: Collection[Path]) -> None:
     for place in sorted(places, reverse=True):
         if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
             place.rmdir()
+
+
+def loaded_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Lists what Transformers, peft or sentence-transformers would load from a folder by its name.
+
+    Returns:
+        What makes it a checkpoint, its configs; and all else.
+    """
+    try:
+        modules = [folder / module["path"] for module in read_modules(folder, folder.name) if module["path"]]
+    except CheckpointError:
+        modules = []
+    modules = [module for module in modules if is_inside(module, folder)]
+    configs = [config for place in (folder, *modules) if (config := place / "config.json").is_file()]
+    found = [path for place in (folder, *modules) for path in _loaded_weights(place)]
+    found += [path for module in modules for path in _files_below(module)]
+    names = _matching(folder, (*GENERATION_FILES, *PROCESSOR_FILES, *SENTENCE_FILES, _ADAPTER_CONFIG))
+    names += [name for name in tokenizer_names(folder) if _is_loaded_by_name(name)]
+    return configs, [*found, *(folder / name for name in names)]
+
+
+def strangers(folder: Path, ours: Collection[str]) -> list[str]:
+    """Lists what would be loaded from a merge's folder though the merge has not written it.
+
+    Args:
+        folder: The output folder.
+        ours: Paths in the folder of what the merge has written, or will write.
+    """
+    configs, others = loaded_files(folder)
+    names = dict.fromkeys(path.relative_to(folder).as_posix() for path in (*configs, *others) if path.is_file())
+    return [name for name in names if name not in ours]
 
 
 _UNCLEAR = ("*.model", "*.spm", "*.tiktoken", "*.tokenizer")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 from pydantic import Field
 
+from largemerge.checkpoint.config_check import MAX_LAYERS
 from largemerge.checkpoint.locate import Reference, absolute_reference, split_reference
 from largemerge.config_file import (
     LARGEST_SEED,
@@ -476,14 +477,28 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
     scopes = list(_scopes(config))
     if method.base is Base.REQUIRED and config.base_model is None and not all(scope.base_model for scope in scopes):
         yield f"base_model: {config.merge_method} needs one"
+    for stack, depth in _depths(config).items():
+        if depth > MAX_LAYERS:
+            yield f"{stack}slices: {depth:,} layers in all; expected {MAX_LAYERS:,} at most"
     for scope in scopes:
         models = [model for _, model, _ in scope.entries]
+        if method.base is not Base.NONE and not scope.is_slice and set(models) == {scope.base_model}:
+            yield f"{scope.where}models: {scope.base_model}, the base, is alone; expected another model beside it"
         if method.base is Base.REQUIRED and scope.base_model is not None and scope.base_model not in models:
             yield (
                 f"{scope.where}sources: {config.merge_method} needs the base among them, {scope.base_model}, "
                 f"with as many layers as the others; found {models}"
             )
     yield from _missing_parameters(config.merge_method, method, scopes)
+
+
+def _depths(config: DataFreeConfig) -> dict[str, int]:
+    """Counts the layers of every stack that slices make, by the place of the stack's key."""
+    stacks = {"": config.slices, **{f"modules.{name}.": module.slices for name, module in config.modules.items()}}
+    return {
+        place: sum(max((len(source.layers) for source in each.sources), default=0) for each in slices)
+        for place, slices in stacks.items()
+    }
 
 
 def _idle_bases(config: DataFreeConfig) -> Iterator[str]:

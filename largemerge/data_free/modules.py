@@ -46,7 +46,7 @@ def stacks_of_modules(names: Collection[str], stacks: Collection[str]) -> dict[s
     Returns:
         The stacks of every module; of one that has no layers, none. A module that means nothing here is left out.
     """
-    if len(names) == 1 and len(stacks) == 1:
+    if len(names) == 1 and len(stacks) == 1 and _may_mean(next(iter(names)), next(iter(stacks))):
         return {next(iter(names)): tuple(stacks)}
     found: dict[str, tuple[str, ...]] = {name: (name,) for name in names if name in stacks}
     taken = set(found)
@@ -57,6 +57,12 @@ def stacks_of_modules(names: Collection[str], stacks: Collection[str]) -> dict[s
                 found[name] = means
                 taken.update(means)
     return found
+
+
+def _may_mean(name: str, stack: str) -> bool:
+    """Whether a name may be that of the only module of a model: one of mergekit's, the stack's, or a part of that."""
+    known = name in _MODULE_ROLES or name in (*_WITHOUT_LAYERS, "encoder", "decoder")
+    return known or f".{name}." in f".{stack}."
 
 
 def _meant(name: str, stacks: Collection[str]) -> list[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from largemerge.errors import ConfigError
+from largemerge.errors import ConfigError, shorten
 
 _MPI = {
     "RANK": ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
@@ -60,7 +61,11 @@ def read_launch() -> Launch:
     local_size = _number("LOCAL_WORLD_SIZE", 1, size, size, problems)
     local_rank = _number("LOCAL_RANK", 0, local_size - 1, 0, problems)
     if not started_by_mpi():
-        if not os.environ.get("MASTER_ADDR"):
+        host = os.environ.get("MASTER_ADDR")
+        if host and not _is_known(host):
+            expected = _expected("the name or address of rank 0's host")
+            problems.append(f"MASTER_ADDR: this machine cannot find {shorten(host)!r}; {expected}")
+        if not host:
             problems.append(f"MASTER_ADDR is not set, and WORLD_SIZE is {size}; {_expected('the host of rank 0')}")
         _number("MASTER_PORT", 1, 65_535, None, problems)
     try:
@@ -70,6 +75,15 @@ def read_launch() -> Launch:
     if problems:
         raise ConfigError(*problems)
     return Launch(rank, size, local_rank, local_size)
+
+
+def _is_known(host: str) -> bool:
+    """Whether a host's name has an address."""
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def own_rank() -> int:

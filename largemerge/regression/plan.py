@@ -26,6 +26,7 @@ from largemerge.calibration import CalibrationOutline, CalibrationSet
 from largemerge.calibration.config import CalibrationDefaults
 from largemerge.calibration.survey import held_bytes, is_made_up
 from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.room import BYTES_OF_REPORT, Need, room_problems
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import LAYER_NUMBER, OutputTensor, dtype_name, list_kinds
@@ -356,6 +357,9 @@ def make_plan(
     process_bytes = measure_process_bytes(machines, largest, calibration)
     choice = _choose_placement(config, largest, limits, machines, process_bytes)
     problems += choice.problems
+    disk = Path(config.memory.disk) if config.memory.disk is not None and machines.cluster is None else None
+    if disk is not None and not existing_folder(disk).is_dir():
+        problems.append(f"memory.disk: {existing_folder(disk)} is no folder; expected a folder, or nothing there yet")
     files, file_notes = _output_files(config, inputs, problems)
     if not problems:
         stage("checking the tokenizer")

@@ -228,7 +228,7 @@ LITERATURE: dict[str, Method] = {
         masks.localize_and_stitch,
         Base.REQUIRED,
         per_model={"sparsity": 0.05},
-        kinds={"sparsity": _SHARE},
+        kinds={"sparsity": Range(0, 1, above=True)},
     ),
     "fisher": Method(
         "Fisher-weighted averaging",

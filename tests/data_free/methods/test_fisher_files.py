@@ -126,7 +126,7 @@ def test_missing_files_and_parameters(tmp_path: Path) -> None:
         ("tsv_m", {"alpha": True}, "alpha: expected a number from -1e+06 to 1e+06, found True"),
         ("consensus_ta", {"prun_thre_k": 1.5}, "prun_thre_k: expected a whole number from 0, found 1.5"),
         ("ace", {"eps": 0}, "eps: expected a number above 0 and up to 1e+06, found 0"),
-        ("localize_and_stitch", {"sparsity": 5}, "sparsity: expected a number from 0 to 1, found 5"),
+        ("localize_and_stitch", {"sparsity": 5}, "sparsity: expected a number above 0 and up to 1, found 5"),
     ],
 )
 def test_ranges(tmp_path: Path, method: str, parameters: dict[str, Any], problem: str) -> None:
