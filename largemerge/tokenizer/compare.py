@@ -25,9 +25,9 @@ from largemerge.checkpoint.side_files import (
     is_inside,
     tokenizer_names,
 )
-from largemerge.checkpoint.tokenizer_check import tokenizer_reason
+from largemerge.checkpoint.tokenizer_check import tokenizer_reason, why_unreadable_here
 from largemerge.config_file import WARNING
-from largemerge.errors import CheckpointError
+from largemerge.errors import CheckpointError, shorten
 from largemerge.isolation import panics_as_errors
 from largemerge.machine import scratch_folder
 from largemerge.tokenizer.tokenizers import Tokenizer
@@ -130,9 +130,14 @@ def compare_tokenizers(
         except CheckpointError as error:  # a file that no tokenizer could be made of
             return [f"{problem}; mend it, or choose another tokenizer_source" for problem in error.problems], []
         except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
+            why = why_unreadable_here(expected, error, trust_remote_code=trust_remote_code)
+            if why is None:
+                return [
+                    f"the tokenizer in {expected} cannot be loaded: {_reason(expected, error)}; mend it, or choose "
+                    "another tokenizer_source"
+                ], []
             return [], [
-                f"{WARNING}the tokenizer in {expected} cannot be loaded ({tokenizer_reason(error)}): "
-                "its files are copied unchecked"
+                f"{WARNING}the tokenizer in {expected} cannot be loaded ({why}): its files are copied unchecked"
             ]
         encode, vocabulary = _encoder(source), _vocabulary(source)
         special = [str(token) for token in source.all_special_tokens]
@@ -145,8 +150,9 @@ def compare_tokenizers(
         found = auto_tokenizer(made, trust_remote_code=trust_remote_code, own_links=True)
     except Exception as error:
         if not isinstance(expected, Path) and expected.document is None:
-            why = tokenizer_reason(error)
-            return [], [f"{WARNING}the output's tokenizer cannot be loaded ({why}): its files are copied unchecked"]
+            why = why_unreadable_here(made, error, trust_remote_code=trust_remote_code)
+            if why is not None:
+                return [], [f"{WARNING}the output's tokenizer cannot be loaded ({why}): its files are copied unchecked"]
         return [f"the output's tokenizer cannot be loaded, though that of {where} can: {tokenizer_reason(error)}"], []
     decode = _document_encoder_of(found) if not isinstance(expected, Path) else _encoder(found)
     for text in _texts(special, vocabulary):
@@ -162,6 +168,17 @@ def compare_tokenizers(
     if _vocabulary(found) != vocabulary:
         return [f"the output's tokenizer has other tokens than {where}: a file of it is missing"], []
     return [], []
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    """Says why a tokenizer cannot be loaded; of files without a vocabulary Transformers says what to install."""
+    has_document = (folder / "tokenizer.json").is_file()
+    if not has_document and (
+        "Couldn't instantiate the backend" in str(error) or "`tiktoken` is required" in str(error)
+    ):
+        names = shorten(", ".join(tokenizer_names(folder)), 200)
+        return f"expected a vocabulary, such as tokenizer.json or a SentencePiece model, found none in {names}"
+    return tokenizer_reason(error)
 
 
 def _texts(special: Sequence[str], vocabulary: Mapping[str, int]) -> Iterator[str]:
