@@ -108,6 +108,8 @@ def tokenizer_reason(error: BaseException) -> str:
         part = re.sub("^Py|(?:Untagged|Wrapper)+$", "", unknown[1])
         return f"tokenizer.json: its part of the kind {part} is not one that this version of `tokenizers` knows"
     line = line.replace("Oniguruma error:", "a regular expression is wrong:")
+    if isinstance(error, KeyError) and error.args:
+        return f"tokenizer.json, or another of its files, lacks the key {brief(error.args[0])}"
     if re.search(r" at line \d+ column \d+$", line):
         return f"tokenizer.json: {line}"
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

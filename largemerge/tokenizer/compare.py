@@ -9,13 +9,16 @@ for which every word is unknown. So what counts is what comes out.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
+from largemerge.checkpoint.generation_check import generation_problems
 from largemerge.checkpoint.side_files import (
     GENERATION_FILES,
     PROCESSOR_FILES,
@@ -40,6 +43,7 @@ TEXTS = (
     "",
 )
 _MAX_SPECIAL = 24
+_GENERATION_LOG = "transformers.generation.configuration_utils"
 
 
 def check_output_tokenizer(
@@ -95,11 +99,26 @@ def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[s
         if not isinstance(value, dict):
             yield f"{source}: expected keys and values, found {str(value)[:60]}; mend it, or take it away"
         elif name in GENERATION_FILES:
+            found = generation_problems(value)
+            yield from (f"{source}: {problem}" for problem in found)
             try:
-                GenerationConfig.from_dict(value)
+                if not found:
+                    with _silent(_GENERATION_LOG):
+                        GenerationConfig.from_dict(value)
             except Exception as error:  # it checks its values in many ways
                 why = tokenizer_reason(error)
                 yield f"{source}: Transformers does not understand it: {why}; mend it, or take it away"
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keeps a logger silent, whose warnings are about settings that others can have."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def compare_tokenizers(

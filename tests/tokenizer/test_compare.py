@@ -167,6 +167,7 @@ BROKEN: list[tuple[str, Change, str]] = [
     ("tokenizer.json", lambda file: file["model"].update(merges=[1, 2]), "model.merges[0]: expected a pair of tokens"),
     ("tokenizer.json", lambda file: file["model"].update(merges=[["a"]]), "expected a pair of tokens, found ['a']"),
     ("tokenizer.json", lambda file: file["model"].update(dropout=5.0), "expected a number from 0 to 1, found 5.0"),
+    ("tokenizer.json", lambda file: file.pop("added_tokens"), "another of its files, lacks the key 'added_tokens'"),
     ("tokenizer.json", lambda file: file["model"].update(type=5), "model.type: expected a name, found 5"),
     ("tokenizer.json", lambda file: file["model"]["vocab"].update(zzzz=5), "found 5 for '#' and 'zzzz'"),
     ("tokenizer.json", lambda file: file.update(pre_tokenizer=SPLIT), "tokenizer.json: a regular expression is wrong"),
@@ -250,7 +251,10 @@ UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["tok.New", None]}, "tokenizer_class": "New"}},
         "trust_remote_code: true",
     ),
-    "tekken": ({"tokenizer.json": None, "tokenizer_config.json": None, "tekken.json": {"a": 1}}, "KeyError: 'config'"),
+    "tekken": (
+        {"tokenizer.json": None, "tokenizer_config.json": None, "tekken.json": {"a": 1}},
+        "lacks the key 'config'",
+    ),
 }
 
 
