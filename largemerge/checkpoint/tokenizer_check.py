@@ -338,6 +338,7 @@ def _document_problems(document: Mapping[str, Any]) -> Iterator[str]:
             yield f"added_tokens[{place}]: expected a token with 'id' and 'content', found {brief(entry)}"
         else:
             yield from _number_problems(f"added_tokens[{place}]: ", {entry["content"]: entry.get("id")}, size)
+    yield from _post_processor_problems(document.get("post_processor"), vocabulary, added or ())
     yield from _padding_problems(document.get("padding"))
     yield from _truncation_problems(document.get("truncation"))
 
@@ -375,6 +376,26 @@ def _model_problems(model: Mapping[str, Any], vocabulary: Collection[Any]) -> It
             lacking = pair[1] if pair[0] in vocabulary else pair[0]
             yield f"model.merges[{place}]: expected tokens of model.vocab, found {brief(lacking)}"
             return
+
+
+def _post_processor_problems(
+    processor: Any, vocabulary: Mapping[str, Any] | Sequence[Any], added: Sequence[Any]
+) -> Iterator[str]:
+    """Yields the special tokens of a post-processor whose numbers are beyond the vocabulary."""
+    numbers = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else [len(vocabulary) - 1]
+    numbers += [entry.get("id") for entry in added if isinstance(entry, Mapping)]
+    most = max((number for number in numbers if isinstance(number, int)), default=0)
+    for where, part in _parts("post_processor", processor, _PARTS["post_processor"]):
+        if not isinstance(part, Mapping):
+            continue
+        ids = [(key, each) for key in ("sep", "cls") if isinstance(part.get(key), list) for each in part[key][1:2]]
+        listed = part.get("special_tokens")
+        for token, entry in listed.items() if isinstance(listed, Mapping) else ():
+            found = entry.get("ids") if isinstance(entry, Mapping) else None
+            ids += [(f"special_tokens.{token}", each) for each in (found if isinstance(found, list) else ())]
+        for key, each in ids:
+            if isinstance(each, int) and each > most:
+                yield f"{where}.{key}: expected a number of the vocabulary, {most} at most, found {each}"
 
 
 def _twice_problems(ids: Mapping[str, Any]) -> Iterator[str]:

@@ -33,6 +33,8 @@ from largemerge.config_file import WARNING
 from largemerge.errors import CheckpointError, shorten
 from largemerge.isolation import panics_as_errors
 from largemerge.machine import scratch_folder
+from largemerge.text_files import read_file
+from largemerge.tokenizer.chat_templates import broken_templates
 from largemerge.tokenizer.tokenizers import Tokenizer
 
 TEXTS = (
@@ -42,7 +44,7 @@ TEXTS = (
     "🙂👩‍👩‍👧 ™ ½ x² \u00a0end",
     "",
 )
-_MAX_SPECIAL = 24
+_MAX_SPECIAL, _TRIALS = 24, 8
 _GENERATION_LOG = "transformers.generation.configuration_utils"
 
 
@@ -81,7 +83,8 @@ def check_output_tokenizer(
         (folder / "config.json").unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
         problems, notes = compare_tokenizers(folder, expected, trust_remote_code=trust_remote_code)
-        return [*_broken_files(folder, made, side_files), *problems], notes
+        source = expected if isinstance(expected, Path) else None
+        return [*_broken_files(folder, made, side_files), *_broken_templates(folder, source), *problems], notes
 
 
 def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[str]:
@@ -108,6 +111,16 @@ def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[s
             except Exception as error:  # it checks its values in many ways
                 why = tokenizer_reason(error)
                 yield f"{source}: Transformers does not understand it: {why}; mend it, or take it away"
+
+
+def _broken_templates(folder: Path, source: Path | None) -> Iterator[str]:
+    """Yields what is wrong with the chat templates of the output, with the path where one lies as it is."""
+    for name, problem in broken_templates(folder):
+        where = f"the output's {name}"
+        if source is not None and (source / name).is_file():
+            same = read_file(source / name) == read_file(folder / name)
+            where = str(source / name) if same else where
+        yield f"{where}: {problem}; mend it, or set chat_template"
 
 
 @contextlib.contextmanager
@@ -158,7 +171,7 @@ def compare_tokenizers(
             return [], [
                 f"{WARNING}the tokenizer in {expected} cannot be loaded ({why}): its files are copied unchecked"
             ]
-        encode, vocabulary = _encoder(source), _vocabulary(source)
+        encode, vocabulary = _encoder(_without_dropout(source)), _vocabulary(source)
         special = [str(token) for token in source.all_special_tokens]
         where = str(expected)
     else:
@@ -173,6 +186,7 @@ def compare_tokenizers(
             if why is not None:
                 return [], [f"{WARNING}the output's tokenizer cannot be loaded ({why}): its files are copied unchecked"]
         return [f"the output's tokenizer cannot be loaded, though that of {where} can: {tokenizer_reason(error)}"], []
+    _without_dropout(found)
     decode = _document_encoder_of(found) if not isinstance(expected, Path) else _encoder(found)
     for text in _texts(special, vocabulary):
         wanted = _try(encode, text)
@@ -180,6 +194,11 @@ def compare_tokenizers(
             continue  # a class that wants more than text
         got = _try(decode, text)
         if got != wanted:
+            if _is_random(encode, text, wanted):
+                return [], [
+                    f"the tokenizer in {where} encodes a text in many ways, by chance: whether the output's does as "
+                    "it is not compared"
+                ]
             return [
                 f"the output's tokenizer encodes {text[:40]!r} as {_short(got)}, that of {where} as {_short(wanted)}; "
                 "a file of it is missing, or its config names another class"
@@ -208,6 +227,19 @@ def _texts(special: Sequence[str], vocabulary: Mapping[str, int]) -> Iterator[st
     yield " ".join(ordered[-_MAX_SPECIAL:])
 
 
+def _is_random(encode: Callable[[str], list[int]], text: str, first: list[int]) -> bool:
+    """Whether a tokenizer samples: with BPE's dropout, or SentencePiece's sampling."""
+    return any(_try(encode, text) != first for _ in range(_TRIALS))
+
+
+def _without_dropout(tokenizer: Any) -> Any:
+    """Switches the dropout of a tokenizer's BPE off, in place: what is left depends on the text alone."""
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", tokenizer), "model", None)
+    if getattr(model, "dropout", None):
+        model.dropout = None
+    return tokenizer
+
+
 def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: list(tokenizer(text)["input_ids"])
 
@@ -218,7 +250,7 @@ def _document_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
         return _encoder(None)
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_str(json.dumps(tokenizer.document))
+    backend = _without_dropout(Backend.from_str(json.dumps(tokenizer.document)))
     return lambda text: list(backend.encode(text).ids)
 
 

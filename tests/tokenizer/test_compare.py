@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -35,6 +36,7 @@ from largemerge.checkpoint.side_files import TOKENIZER_FILES, find_side_files, t
 from largemerge.checkpoint.tokenizer_check import check_tokenizer_files
 from largemerge.config_file import WARNING
 from largemerge.errors import LargemergeError
+from largemerge.tokenizer import compare
 from largemerge.tokenizer.compare import check_output_tokenizer
 
 HALF = {"weight": 0.5}
@@ -185,6 +187,16 @@ BROKEN: list[tuple[str, Change, str]] = [
         lambda file: file.update(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "aa"}),
         "tokenizer.json cannot encode a text: the library `tokenizers` panics",
     ),
+    (
+        "tokenizer.json",
+        lambda file: file["post_processor"]["special_tokens"]["<s>"].update(ids=[9999]),
+        "post_processor.special_tokens.<s>: expected a number of the vocabulary, 279 at most, found 9999",
+    ),
+    (
+        "tokenizer.json",
+        lambda file: file.update(post_processor={"type": "BertProcessing", "sep": ["a", 9999], "cls": ["a", 1]}),
+        "post_processor.sep: expected a number of the vocabulary, 279 at most, found 9999",
+    ),
     ("tokenizer.json", lambda file: file.update(post_processor=TEMPLATE), "panics (no entry found for key); expected"),
     (
         "tokenizer.json",
@@ -226,6 +238,69 @@ def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
         (problem,), _ = checked(tmp_path)
         assert f"{tmp_path / name} is not UTF-8 text: byte 0 is 0xff; mend it" in problem
         (tmp_path / name).unlink()
+
+
+BAD = "{% for"
+TEMPLATES: list[tuple[str, Any, str]] = [
+    ("chat_template.jinja", BAD, ""),
+    ("chat_template.jinja", "{% generation %}{{ 1 }}", ""),
+    ("additional_chat_templates/tools.jinja", BAD, ""),
+    ("chat_template.json", {"chat_template": BAD}, "chat_template: "),
+    ("tokenizer_config.json", {"chat_template": BAD}, "chat_template: "),
+    ("tokenizer_config.json", {"chat_template": [{"name": "rag", "template": BAD}]}, "chat_template.rag: "),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "key"), TEMPLATES)
+def test_a_chat_template_that_is_none_is_refused(tmp_path: Path, name: str, content: Any, key: str) -> None:
+    write_model(tmp_path, 1, train("BPE", ENGLISH, 280))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(loaded(tmp_path / name) | content)
+    (tmp_path / name).write_text(text)
+    (problem,), notes = checked(tmp_path)
+    assert problem.startswith(f"{tmp_path / name}: {key}not a Jinja template: line 1: ") and not notes
+    assert problem.endswith("; mend it, or set chat_template")
+    good = "{% generation %}{% for m in messages %}{% break %}{% endfor %}{% endgeneration %}"
+    (tmp_path / name).write_text(text.replace(BAD, good).replace("{% generation %}{{ 1 }}", good))
+    assert checked(tmp_path) == ([], [])
+
+
+def test_a_template_of_one_s_own_takes_a_broken_one_s_place(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_model(tmp_path / f"m{seed}", seed, train("BPE", ENGLISH, 280))
+        (tmp_path / f"m{seed}" / "chat_template.jinja").write_text(BAD)
+    models = [{"model": str(tmp_path / f"m{seed}"), "parameters": HALF} for seed in range(2)]
+    config = {"merge_method": "linear", "models": models}
+    (problem,) = largemerge.plan(config).problems
+    assert str(tmp_path / "m0" / "chat_template.jinja") in problem
+    (problem,) = largemerge.plan({**config, "tokenizer_source": "union"}).problems
+    assert "chat_template.jinja: not a Jinja template" in problem
+    assert largemerge.plan({**config, "chat_template": "chatml"}).problems == []
+
+
+@pytest.mark.parametrize("union", [False, True])
+def test_dropout_is_no_difference(tmp_path: Path, union: bool) -> None:
+    for seed, texts in ((0, ENGLISH), (1, CODE)):
+        write_model(tmp_path / f"m{seed}", seed, train("BPE", texts, 300), num_rows=400)
+        document = loaded(tmp_path / f"m{seed}" / "tokenizer.json")
+        document["model"]["dropout"] = 0.5
+        (tmp_path / f"m{seed}" / "tokenizer.json").write_text(json.dumps(document))
+    if not union:
+        assert checked(tmp_path / "m0") == ([], [])
+        return
+    models = [{"model": str(tmp_path / f"m{seed}"), "parameters": HALF} for seed in range(2)]
+    config = {"merge_method": "linear", "models": models, "tokenizer_source": "union"}
+    largemerge.merge(config, tmp_path / "out", quiet=True)
+    assert loaded(tmp_path / "out" / "tokenizer.json")["model"]["dropout"] == 0.5
+
+
+def test_a_tokenizer_that_samples_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of SentencePiece with sampling: two texts in a row are encoded in two ways."""
+    write_model(tmp_path, 1, train("BPE", ENGLISH, 280))
+    counter = itertools.count()
+    monkeypatch.setattr(compare, "_encoder", lambda tokenizer: lambda text: [next(counter)])
+    problems, (note,) = checked(tmp_path)
+    assert problems == [] and "by chance" in note and str(tmp_path) in note
 
 
 UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
