@@ -118,9 +118,9 @@ def _broken_templates(folder: Path, source: Path | None) -> Iterator[str]:
     for name, problem in broken_templates(folder):
         where = f"the output's {name}"
         if source is not None and (source / name).is_file():
-            same = read_file(source / name) == read_file(folder / name)
+            same = read_file(source / name).strip() == read_file(folder / name).strip()
             where = str(source / name) if same else where
-        yield f"{where}: {problem}; mend it, or set chat_template"
+        yield f"{where}: {problem}; mend it, or set another chat_template"
 
 
 @contextlib.contextmanager

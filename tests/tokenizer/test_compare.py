@@ -259,7 +259,7 @@ def test_a_chat_template_that_is_none_is_refused(tmp_path: Path, name: str, cont
     (tmp_path / name).write_text(text)
     (problem,), notes = checked(tmp_path)
     assert problem.startswith(f"{tmp_path / name}: {key}not a Jinja template: line 1: ") and not notes
-    assert problem.endswith("; mend it, or set chat_template")
+    assert problem.endswith("; mend it, or set another chat_template")
     good = "{% generation %}{% for m in messages %}{% break %}{% endfor %}{% endgeneration %}"
     (tmp_path / name).write_text(text.replace(BAD, good).replace("{% generation %}{{ 1 }}", good))
     assert checked(tmp_path) == ([], [])
@@ -272,6 +272,9 @@ def test_a_template_of_one_s_own_takes_a_broken_one_s_place(tmp_path: Path) -> N
     models = [{"model": str(tmp_path / f"m{seed}"), "parameters": HALF} for seed in range(2)]
     config = {"merge_method": "linear", "models": models}
     (problem,) = largemerge.plan(config).problems
+    assert str(tmp_path / "m0" / "chat_template.jinja") in problem
+    (tmp_path / "m0" / "chat_template.jinja").write_text(f"{BAD}\n")  # whose end is left out
+    (problem,) = largemerge.plan({**config, "chat_template": "auto"}).problems
     assert str(tmp_path / "m0" / "chat_template.jinja") in problem
     (problem,) = largemerge.plan({**config, "tokenizer_source": "union"}).problems
     assert "chat_template.jinja: not a Jinja template" in problem
