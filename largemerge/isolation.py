@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 SECONDS, GIGABYTES = 60.0, 4
 """Limits of a trial: time, and memory beyond what this process has."""
 
+PANIC = "PanicException"
+"""Type of what a library in Rust raises instead of an error; what it raises is no `Exception`."""
+
 
 def why_it_fails(function: Callable[[], object], seconds: float = SECONDS) -> str | None:
     """Tries a function in a fork of this process, where its output is thrown away.
@@ -53,9 +56,9 @@ def panics_as_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error).__name__ != PANIC:
             raise
-        raise RuntimeError(f"the tokenizer's library fails: {error}") from None
+        raise RuntimeError(f"the library `tokenizers` panics: {error}") from None
 
 
 def _run_in_child(function: Callable[[], object], reading: int, writing: int, seconds: float) -> None:

@@ -150,7 +150,8 @@ def touch(folder: Path, *names: str) -> None:
         origin = f"{folder.name} {name}"
         document: dict[str, Any] = {"origin": origin}
         if name == "tokenizer.json":  # of a kind that no library here knows: it is copied as it is
-            document["model"] = {"type": "OfTheFuture", "vocab": {"a": 0}}
+            model = {"type": "OfTheFuture", "vocab": {"a": 0}, "origin": origin}
+            document = {"added_tokens": [], "model": model}
         (folder / name).write_text(json.dumps(document) if name.endswith(".json") else origin)
 
 
@@ -160,7 +161,10 @@ def origins(out: Path, *names: str) -> list[str]:
 
 def origin(file: Path) -> str:
     """What `touch` has written."""
-    return str(json.loads(file.read_text())["origin"]) if file.suffix == ".json" else file.read_text()
+    if file.suffix != ".json":
+        return file.read_text()
+    document = json.loads(file.read_text())
+    return str(document.get("model", document)["origin"])
 
 
 def names_in(folder: Path) -> set[str]:

@@ -27,7 +27,7 @@ from largemerge.checkpoint.index import Checkpoint, is_linked_config, own_folder
 from largemerge.checkpoint.quantized import SETTINGS_KEYS
 from largemerge.checkpoint.sentence_modules import MODULES_FILE, read_modules
 from largemerge.checkpoint.tensor_info import dtype_name
-from largemerge.checkpoint.tokenizer_check import check_tokenizer_files, try_tokenizer
+from largemerge.checkpoint.tokenizer_check import TEMPLATE_FOLDER, check_tokenizer_files, try_tokenizer
 from largemerge.checkpoint.weight_files import SETTING, is_loaded_weights
 from largemerge.errors import CheckpointError
 from largemerge.isolation import panics_as_errors
@@ -73,7 +73,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """Names of a tokenizer's files: those that classes of Transformers ask for, and patterns for those of custom code."""
-TEMPLATE_FOLDER = "additional_chat_templates"
 HEADS_FOLDER = "heads"
 """Folder of the heads that are kept beside a merged body."""
 PROCESSOR_FILES = (
@@ -509,7 +508,9 @@ def auto_tokenizer(folder: Path, *, trust_remote_code: bool = False, own_links: 
         loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     why = try_tokenizer(loaded, [folder / name for name in tokenizer_names(folder)])
     if why is not None:
-        raise CheckpointError(f"the tokenizer in {folder} cannot encode a text: {why}")
+        document = folder / "tokenizer.json"
+        where = document if document.is_file() else f"the tokenizer in {folder}"
+        raise CheckpointError(f"{where} cannot encode a text: {why}")
     return loaded
 
 

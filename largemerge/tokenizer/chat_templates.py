@@ -5,23 +5,27 @@ The built-in ones are written from the public descriptions of these formats.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jinja2
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from largemerge.checkpoint.side_files import check_inside
+from largemerge.checkpoint.tokenizer_check import TEMPLATE_FOLDER
 from largemerge.errors import CheckpointError
 from largemerge.text_files import parse_json, read_json, read_text
 
 AUTO = "auto"
 _FILE = "chat_template.jinja"
-_TRANSFORMERS_TAGS = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+_HOLDERS = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
+"""JSON files that may hold templates, under the key `chat_template`."""
 
 _CHATML = """\
 {%- for message in messages %}
@@ -95,14 +99,61 @@ def template_problem(setting: str) -> str | None:
         return None
     if "{" not in setting:
         return f"{setting!r} is not known; expected {AUTO!r}, one of {sorted(BUILT_IN)} or a Jinja template's text"
+    return syntax_problem(setting)
+
+
+class _Generation(Extension):
+    """The tag of Transformers around what an assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        """Reads to the end tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def syntax_problem(template: str) -> str | None:
+    """Says why a text is no chat template for Transformers, whose environment is Jinja's sandbox with one tag more."""
     try:
-        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-        environment.parse(_TRANSFORMERS_TAGS.sub("", setting))
+        extensions = [_Generation, "jinja2.ext.loopcontrols"]
+        ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions).parse(template)
     except jinja2.TemplateSyntaxError as error:
         return f"not a Jinja template: line {error.lineno}: {error.message}"
     except (RecursionError, MemoryError):
         return "not a Jinja template: brackets stand too deep in each other"
     return None
+
+
+def broken_templates(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields the file's name, and what is wrong, for the templates of a folder that are none.
+
+    Files that are no text or no JSON, which other checks tell, are passed over.
+    """
+    named: list[tuple[str, str, str]] = []
+    for path in (folder / _FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))):
+        if path.is_file():
+            with contextlib.suppress(CheckpointError):
+                named.append((str(path.relative_to(folder)), "", read_text(path)))
+    for name in _HOLDERS:
+        if (folder / name).is_file():
+            with contextlib.suppress(CheckpointError):
+                value = read_json(folder / name).get("chat_template")
+                named += [(name, f"chat_template{which}: ", text) for which, text in _templates_of(value)]
+    for name, where, text in named:
+        problem = syntax_problem(text)
+        if problem is not None:
+            yield name, f"{where}{problem}"
+
+
+def _templates_of(value: object) -> Iterator[tuple[str, str]]:
+    """Yields the templates that a key `chat_template` holds, one or several with their names."""
+    if isinstance(value, str):
+        yield "", value
+    elif isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, dict):
+        yield from ((f".{name}", text) for name, text in value.items() if isinstance(text, str))
 
 
 def choose_template(setting: str, folders: Iterable[Path]) -> tuple[str | None, str]:

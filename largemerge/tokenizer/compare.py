@@ -9,13 +9,16 @@ for which every word is unknown. So what counts is what comes out.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
+from largemerge.checkpoint.generation_check import generation_problems
 from largemerge.checkpoint.side_files import (
     GENERATION_FILES,
     PROCESSOR_FILES,
@@ -25,11 +28,13 @@ from largemerge.checkpoint.side_files import (
     is_inside,
     tokenizer_names,
 )
-from largemerge.checkpoint.tokenizer_check import tokenizer_reason
+from largemerge.checkpoint.tokenizer_check import tokenizer_reason, why_unreadable_here
 from largemerge.config_file import WARNING
-from largemerge.errors import CheckpointError
+from largemerge.errors import CheckpointError, shorten
 from largemerge.isolation import panics_as_errors
 from largemerge.machine import scratch_folder
+from largemerge.text_files import read_file
+from largemerge.tokenizer.chat_templates import broken_templates
 from largemerge.tokenizer.tokenizers import Tokenizer
 
 TEXTS = (
@@ -39,7 +44,8 @@ TEXTS = (
     "🙂👩‍👩‍👧 ™ ½ x² \u00a0end",
     "",
 )
-_MAX_SPECIAL = 24
+_MAX_SPECIAL, _TRIALS = 24, 8
+_GENERATION_LOG = "transformers.generation.configuration_utils"
 
 
 def check_output_tokenizer(
@@ -77,7 +83,8 @@ def check_output_tokenizer(
         (folder / "config.json").unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
         problems, notes = compare_tokenizers(folder, expected, trust_remote_code=trust_remote_code)
-        return [*_broken_files(folder, made, side_files), *problems], notes
+        source = expected if isinstance(expected, Path) else None
+        return [*_broken_files(folder, made, side_files), *_broken_templates(folder, source), *problems], notes
 
 
 def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[str]:
@@ -95,11 +102,36 @@ def _broken_files(folder: Path, made: Path, side_files: SideFiles) -> Iterator[s
         if not isinstance(value, dict):
             yield f"{source}: expected keys and values, found {str(value)[:60]}; mend it, or take it away"
         elif name in GENERATION_FILES:
+            found = generation_problems(value)
+            yield from (f"{source}: {problem}" for problem in found)
             try:
-                GenerationConfig.from_dict(value)
+                if not found:
+                    with _silent(_GENERATION_LOG):
+                        GenerationConfig.from_dict(value)
             except Exception as error:  # it checks its values in many ways
                 why = tokenizer_reason(error)
                 yield f"{source}: Transformers does not understand it: {why}; mend it, or take it away"
+
+
+def _broken_templates(folder: Path, source: Path | None) -> Iterator[str]:
+    """Yields what is wrong with the chat templates of the output, with the path where one lies as it is."""
+    for name, problem in broken_templates(folder):
+        where = f"the output's {name}"
+        if source is not None and (source / name).is_file():
+            same = read_file(source / name).strip() == read_file(folder / name).strip()
+            where = str(source / name) if same else where
+        yield f"{where}: {problem}; mend it, or set another chat_template"
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keeps a logger silent, whose warnings are about settings that others can have."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def compare_tokenizers(
@@ -130,11 +162,16 @@ def compare_tokenizers(
         except CheckpointError as error:  # a file that no tokenizer could be made of
             return [f"{problem}; mend it, or choose another tokenizer_source" for problem in error.problems], []
         except Exception as error:  # what the many tokenizer classes may raise, nobody has listed
+            why = why_unreadable_here(expected, error, trust_remote_code=trust_remote_code)
+            if why is None:
+                return [
+                    f"the tokenizer in {expected} cannot be loaded: {_reason(expected, error)}; mend it, or choose "
+                    "another tokenizer_source"
+                ], []
             return [], [
-                f"{WARNING}the tokenizer in {expected} cannot be loaded ({tokenizer_reason(error)}): "
-                "its files are copied unchecked"
+                f"{WARNING}the tokenizer in {expected} cannot be loaded ({why}): its files are copied unchecked"
             ]
-        encode, vocabulary = _encoder(source), _vocabulary(source)
+        encode, vocabulary = _encoder(_without_dropout(source)), _vocabulary(source)
         special = [str(token) for token in source.all_special_tokens]
         where = str(expected)
     else:
@@ -145,9 +182,11 @@ def compare_tokenizers(
         found = auto_tokenizer(made, trust_remote_code=trust_remote_code, own_links=True)
     except Exception as error:
         if not isinstance(expected, Path) and expected.document is None:
-            why = tokenizer_reason(error)
-            return [], [f"{WARNING}the output's tokenizer cannot be loaded ({why}): its files are copied unchecked"]
+            why = why_unreadable_here(made, error, trust_remote_code=trust_remote_code)
+            if why is not None:
+                return [], [f"{WARNING}the output's tokenizer cannot be loaded ({why}): its files are copied unchecked"]
         return [f"the output's tokenizer cannot be loaded, though that of {where} can: {tokenizer_reason(error)}"], []
+    _without_dropout(found)
     decode = _document_encoder_of(found) if not isinstance(expected, Path) else _encoder(found)
     for text in _texts(special, vocabulary):
         wanted = _try(encode, text)
@@ -155,6 +194,11 @@ def compare_tokenizers(
             continue  # a class that wants more than text
         got = _try(decode, text)
         if got != wanted:
+            if _is_random(encode, text, wanted):
+                return [], [
+                    f"the tokenizer in {where} encodes a text in many ways, by chance: whether the output's does as "
+                    "it is not compared"
+                ]
             return [
                 f"the output's tokenizer encodes {text[:40]!r} as {_short(got)}, that of {where} as {_short(wanted)}; "
                 "a file of it is missing, or its config names another class"
@@ -164,12 +208,36 @@ def compare_tokenizers(
     return [], []
 
 
+def _reason(folder: Path, error: Exception) -> str:
+    """Says why a tokenizer cannot be loaded; of files without a vocabulary Transformers says what to install."""
+    has_document = (folder / "tokenizer.json").is_file()
+    if not has_document and (
+        "Couldn't instantiate the backend" in str(error) or "`tiktoken` is required" in str(error)
+    ):
+        names = shorten(", ".join(tokenizer_names(folder)), 200)
+        return f"expected a vocabulary, such as tokenizer.json or a SentencePiece model, found none in {names}"
+    return tokenizer_reason(error)
+
+
 def _texts(special: Sequence[str], vocabulary: Mapping[str, int]) -> Iterator[str]:
     """Yields texts that exercise words, digits, accents, code, emoji, special tokens and the vocabulary's ends."""
     yield from TEXTS
     yield f"a {' b '.join(special[:_MAX_SPECIAL])} c{''.join(special[:_MAX_SPECIAL])}"
     ordered = sorted(vocabulary, key=lambda token: vocabulary[token])
     yield " ".join(ordered[-_MAX_SPECIAL:])
+
+
+def _is_random(encode: Callable[[str], list[int]], text: str, first: list[int]) -> bool:
+    """Whether a tokenizer samples: with BPE's dropout, or SentencePiece's sampling."""
+    return any(_try(encode, text) != first for _ in range(_TRIALS))
+
+
+def _without_dropout(tokenizer: Any) -> Any:
+    """Switches the dropout of a tokenizer's BPE off, in place: what is left depends on the text alone."""
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", tokenizer), "model", None)
+    if getattr(model, "dropout", None):
+        model.dropout = None
+    return tokenizer
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
@@ -182,7 +250,7 @@ def _document_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
         return _encoder(None)
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_str(json.dumps(tokenizer.document))
+    backend = _without_dropout(Backend.from_str(json.dumps(tokenizer.document)))
     return lambda text: list(backend.encode(text).ids)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -31,8 +33,10 @@ from transformers import (
 import largemerge
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.side_files import TOKENIZER_FILES, find_side_files, tokenizer_names
+from largemerge.checkpoint.tokenizer_check import check_tokenizer_files
 from largemerge.config_file import WARNING
 from largemerge.errors import LargemergeError
+from largemerge.tokenizer import compare
 from largemerge.tokenizer.compare import check_output_tokenizer
 
 HALF = {"weight": 0.5}
@@ -146,6 +150,246 @@ def test_a_tokenizer_that_no_class_here_loads_is_copied_and_told(tmp_path: Path)
     problems, (note,) = checked(tmp_path)
     assert not problems and str(tmp_path) in note and "cannot be loaded" in note and "copied unchecked" in note
     assert note.startswith(WARNING)  # told without --quiet's leave, and refused by --strict
+
+
+Change = Callable[[dict[str, Any]], object]
+SPLIT = {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}
+SPECIAL = {"SpecialToken": {"id": "[NONE]", "type_id": 0}}
+FIRST, SECOND = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+TEMPLATE = {"type": "TemplateProcessing", "single": [SPECIAL, FIRST], "pair": [FIRST, SECOND], "special_tokens": {}}
+BROKEN: list[tuple[str, Change, str]] = [
+    ("tokenizer.json", lambda file: file["model"].update(vocab=[]), "model.vocab: expected tokens and their numbers"),
+    ("tokenizer.json", lambda file: file["model"].update(vocab={}, merges=[]), "their numbers, found none"),
+    ("tokenizer.json", lambda file: file["model"].update(merges=[["qq", "e"]]), "tokens of model.vocab, found 'qq'"),
+    (
+        "tokenizer.json",
+        lambda file: file["model"].update(merges=["t h", "e qq"]),
+        "merges[1]: expected tokens of model",
+    ),
+    ("tokenizer.json", lambda file: file["model"].update(merges=[1, 2]), "model.merges[0]: expected a pair of tokens"),
+    ("tokenizer.json", lambda file: file["model"].update(merges=[["a"]]), "expected a pair of tokens, found ['a']"),
+    ("tokenizer.json", lambda file: file["model"].update(dropout=5.0), "expected a number from 0 to 1, found 5.0"),
+    ("tokenizer.json", lambda file: file.pop("added_tokens"), "another of its files, lacks the key 'added_tokens'"),
+    ("tokenizer.json", lambda file: file["model"].update(type=5), "model.type: expected a name, found 5"),
+    ("tokenizer.json", lambda file: file["model"]["vocab"].update(zzzz=5), "found 5 for '#' and 'zzzz'"),
+    ("tokenizer.json", lambda file: file.update(pre_tokenizer=SPLIT), "tokenizer.json: a regular expression is wrong"),
+    ("tokenizer.json", lambda file: file.update(normalizer=[1]), "normalizer: expected keys and values with a 'type'"),
+    ("tokenizer.json", lambda file: file.update(normalizer={"type": 5}), "normalizer.type: expected a name, found 5"),
+    ("tokenizer.json", lambda file: file.update(normalizer={}), "its part of the kind Normalizer"),
+    (
+        "tokenizer.json",
+        lambda file: file.update(decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}, 1]}),
+        "decoder.decoders[1]: expected keys and values with a 'type', found 1",
+    ),
+    ("tokenizer.json", lambda file: file.update(decoder={"type": "Replace"}), "its part of the kind Decoder"),
+    (
+        "tokenizer.json",
+        lambda file: file.update(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "aa"}),
+        "tokenizer.json cannot encode a text: the library `tokenizers` panics",
+    ),
+    (
+        "tokenizer.json",
+        lambda file: file["post_processor"]["special_tokens"]["<s>"].update(ids=[9999]),
+        "post_processor.special_tokens.<s>: expected a number of the vocabulary, 279 at most, found 9999",
+    ),
+    (
+        "tokenizer.json",
+        lambda file: file.update(post_processor={"type": "BertProcessing", "sep": ["a", 9999], "cls": ["a", 1]}),
+        "post_processor.sep: expected a number of the vocabulary, 279 at most, found 9999",
+    ),
+    ("tokenizer.json", lambda file: file.update(post_processor=TEMPLATE), "panics (no entry found for key); expected"),
+    (
+        "tokenizer.json",
+        lambda file: file.update(
+            truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 9}
+        ),
+        "truncation.stride: expected less than max_length (2), found 9",
+    ),
+    ("tokenizer_config.json", lambda file: file.update(bos_token=5), "bos_token: expected a text, or a token"),
+    ("tokenizer_config.json", lambda file: file.update(padding_side="middle"), "'left' or 'right', found 'middle'"),
+    ("tokenizer_config.json", lambda file: file.update(extra_special_tokens=5), "expected a list of tokens, or names"),
+    ("tokenizer_config.json", lambda file: file.update(tokenizer_class=5), "expected the name of a class, found 5"),
+    ("tokenizer_config.json", lambda file: file.update(bos_token={"content": "<x>"}), "Special token bos_token has"),
+    ("special_tokens_map.json", lambda file: file.update(eos_token=5), "eos_token: expected a text, or a token"),
+]
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+@pytest.mark.parametrize(("name", "change", "told"), BROKEN, ids=[f"{each[0]}-{each[2]}" for each in BROKEN])
+def test_a_tokenizer_that_does_not_load_is_refused(tmp_path: Path, name: str, change: Change, told: str) -> None:
+    write_model(tmp_path, 1, train("BPE", ENGLISH, 280))
+    assert checked(tmp_path) == ([], [])
+    content = loaded(tmp_path / name)
+    change(content)
+    (tmp_path / name).write_text(json.dumps(content))
+    (problem,), notes = checked(tmp_path)
+    assert told in problem and str(tmp_path) in problem and name.split("_")[0] in problem and not notes
+    assert problem.endswith("; mend it, or choose another tokenizer_source")
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, 1, train("BPE", ENGLISH, 280))
+    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00\x01")
+        (problem,), _ = checked(tmp_path)
+        assert f"{tmp_path / name} is not UTF-8 text: byte 0 is 0xff; mend it" in problem
+        (tmp_path / name).unlink()
+
+
+BAD = "{% for"
+TEMPLATES: list[tuple[str, Any, str]] = [
+    ("chat_template.jinja", BAD, ""),
+    ("chat_template.jinja", "{% generation %}{{ 1 }}", ""),
+    ("additional_chat_templates/tools.jinja", BAD, ""),
+    ("chat_template.json", {"chat_template": BAD}, "chat_template: "),
+    ("tokenizer_config.json", {"chat_template": BAD}, "chat_template: "),
+    ("tokenizer_config.json", {"chat_template": [{"name": "rag", "template": BAD}]}, "chat_template.rag: "),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "key"), TEMPLATES)
+def test_a_chat_template_that_is_none_is_refused(tmp_path: Path, name: str, content: Any, key: str) -> None:
+    write_model(tmp_path, 1, train("BPE", ENGLISH, 280))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(loaded(tmp_path / name) | content)
+    (tmp_path / name).write_text(text)
+    (problem,), notes = checked(tmp_path)
+    assert problem.startswith(f"{tmp_path / name}: {key}not a Jinja template: line 1: ") and not notes
+    assert problem.endswith("; mend it, or set another chat_template")
+    good = "{% generation %}{% for m in messages %}{% break %}{% endfor %}{% endgeneration %}"
+    (tmp_path / name).write_text(text.replace(BAD, good).replace("{% generation %}{{ 1 }}", good))
+    assert checked(tmp_path) == ([], [])
+
+
+def test_a_template_of_one_s_own_takes_a_broken_one_s_place(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_model(tmp_path / f"m{seed}", seed, train("BPE", ENGLISH, 280))
+        (tmp_path / f"m{seed}" / "chat_template.jinja").write_text(BAD)
+    models = [{"model": str(tmp_path / f"m{seed}"), "parameters": HALF} for seed in range(2)]
+    config = {"merge_method": "linear", "models": models}
+    (problem,) = largemerge.plan(config).problems
+    assert str(tmp_path / "m0" / "chat_template.jinja") in problem
+    (tmp_path / "m0" / "chat_template.jinja").write_text(f"{BAD}\n")  # whose end is left out
+    (problem,) = largemerge.plan({**config, "chat_template": "auto"}).problems
+    assert str(tmp_path / "m0" / "chat_template.jinja") in problem
+    (problem,) = largemerge.plan({**config, "tokenizer_source": "union"}).problems
+    assert "chat_template.jinja: not a Jinja template" in problem
+    assert largemerge.plan({**config, "chat_template": "chatml"}).problems == []
+
+
+@pytest.mark.parametrize("union", [False, True])
+def test_dropout_is_no_difference(tmp_path: Path, union: bool) -> None:
+    for seed, texts in ((0, ENGLISH), (1, CODE)):
+        write_model(tmp_path / f"m{seed}", seed, train("BPE", texts, 300), num_rows=400)
+        document = loaded(tmp_path / f"m{seed}" / "tokenizer.json")
+        document["model"]["dropout"] = 0.5
+        (tmp_path / f"m{seed}" / "tokenizer.json").write_text(json.dumps(document))
+    if not union:
+        assert checked(tmp_path / "m0") == ([], [])
+        return
+    models = [{"model": str(tmp_path / f"m{seed}"), "parameters": HALF} for seed in range(2)]
+    config = {"merge_method": "linear", "models": models, "tokenizer_source": "union"}
+    largemerge.merge(config, tmp_path / "out", quiet=True)
+    assert loaded(tmp_path / "out" / "tokenizer.json")["model"]["dropout"] == 0.5
+
+
+def test_a_tokenizer_that_samples_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of SentencePiece with sampling: two texts in a row are encoded in two ways."""
+    write_model(tmp_path, 1, train("BPE", ENGLISH, 280))
+    counter = itertools.count()
+    monkeypatch.setattr(compare, "_encoder", lambda tokenizer: lambda text: [next(counter)])
+    problems, (note,) = checked(tmp_path)
+    assert problems == [] and "by chance" in note and str(tmp_path) in note
+
+
+UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown part": ({"tokenizer.json": {"normalizer": {"type": "New"}}}, "does not know the normalizer 'New'"),
+    "an unknown part in a sequence": (
+        {"tokenizer.json": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "New"}]}}},
+        "the normalizer 'New' (normalizer.normalizers[1])",
+    ),
+    "an unknown decoder": ({"tokenizer.json": {"decoder": {"type": "New"}}}, "does not know the decoder 'New'"),
+    "an unknown class": (
+        {"tokenizer.json": None, "vocab.txt": "a", "tokenizer_config.json": {"tokenizer_class": "NewTokenizer"}},
+        "does not have the class NewTokenizer",
+    ),
+    "an unknown model": (
+        {"tokenizer.json": None, "vocab.txt": "a", "tokenizer_config.json": None, "config.json": {"model_type": "new"}},
+        "does not know the model_type 'new'",
+    ),
+    "a package": (
+        {"tokenizer.json": None, "tokenizer.model": "IQ== 0\nIg== 1\n", "tokenizer_config.json": None},
+        "it needs tiktoken, which is not installed",
+    ),
+    "code": (
+        {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["tok.New", None]}, "tokenizer_class": "New"}},
+        "trust_remote_code: true",
+    ),
+    "tekken": (
+        {"tokenizer.json": None, "tokenizer_config.json": None, "tekken.json": {"a": 1}},
+        "lacks the key 'config'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_only_what_lacks_a_reader_here_is_copied_unchecked(tmp_path: Path, what: str) -> None:
+    write_model(tmp_path, 1, train("BPE", ENGLISH, 280))
+    files, told = UNREADABLE[what]
+    if what == "a package" and importlib.util.find_spec("tiktoken"):
+        pytest.skip("tiktoken is installed")
+    if what == "code":
+        (tmp_path / "tok.py").write_text("New = None\n")
+        (tmp_path / "tokenizer.json").unlink()
+    for name, content in files.items():
+        if content is None:
+            (tmp_path / name).unlink()
+        else:
+            text = content if isinstance(content, str) else json.dumps(loaded(tmp_path / name) | content)
+            (tmp_path / name).write_text(text)
+    problems, (note,) = checked(tmp_path)
+    assert problems == [] and note.startswith(WARNING) and told in note and "copied unchecked" in note
+
+
+@pytest.mark.parametrize("content", ["\x00garbage", "\ngarbage", ""])
+def test_a_sentencepiece_model_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    """Transformers asks for tiktoken then, which would not help."""
+    LlamaConfig().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_text(content)
+    (problem,), notes = checked(tmp_path)
+    assert "expected a vocabulary" in problem and "found none in tokenizer.model; mend it" in problem and not notes
+
+
+@pytest.mark.parametrize(("name", "config"), [("vocab.txt", BertConfig), ("vocab.json", GPT2Config)])
+def test_an_empty_vocabulary_is_refused(tmp_path: Path, name: str, config: type[PreTrainedConfig]) -> None:
+    config().save_pretrained(tmp_path)
+    (tmp_path / "merges.txt").touch()
+    (tmp_path / name).write_text("{}" if name.endswith("json") else "")
+    (problem,), _ = checked(tmp_path)
+    assert str(tmp_path / name) in problem and "found none" in problem
+
+
+def test_added_tokens_that_repeat_the_vocabulary_are_right(tmp_path: Path) -> None:
+    write_model(tmp_path, 1, train("BPE", ENGLISH, 280), ["<new>"])
+    document = loaded(tmp_path / "tokenizer.json")
+    assert {entry["content"] for entry in document["added_tokens"]} & set(document["model"]["vocab"])
+    document["model"]["vocab"]["<new>"] = next(
+        entry["id"] for entry in document["added_tokens"] if entry["content"] == "<new>"
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    assert checked(tmp_path) == ([], [])
+
+
+def test_a_vocabulary_for_each_language_is_one(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"eng": {"a": 0, "b": 1}, "deu": {"a": 0, "ö": 1}}')
+    check_tokenizer_files(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"eng": {"a": 0, "b": "x"}}')
+    with pytest.raises(LargemergeError, match=r"vocab.json: eng.'b': expected a whole number, found 'x'"):
+        check_tokenizer_files(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_needs_none(tmp_path: Path) -> None:
