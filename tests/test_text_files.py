@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -14,7 +15,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from largemerge.errors import CheckpointError, shorten
-from largemerge.text_files import MAX_DEPTH, MAX_TEXT_BYTES, file_problem, inner_path_problem, parse_json, read_json
+from largemerge.text_files import (
+    MAX_DEPTH,
+    MAX_TEXT_BYTES,
+    file_problem,
+    inner_path_problem,
+    json_text,
+    parse_json,
+    read_json,
+)
 
 NESTED = "[" * MAX_DEPTH + "]" * MAX_DEPTH
 
@@ -157,3 +166,14 @@ def test_texts_of_strangers_in_messages() -> None:
     assert shorten("model.layers.²") == "model.layers.²"
     assert shorten("a\nb\x1b[31m\0") == "a\\nb\\x1b[31m\\x00"
     assert shorten("x" * 1_000_000, 20) == "xxxxxxxxxxxxx…xxxxx (1,000,000 characters)"
+
+
+def test_what_a_terminal_would_obey_is_shown() -> None:
+    error = CheckpointError("red: \x1b[31m, turned: \u202e", "two\nlines")
+    assert error.problems == ("red: \\x1b[31m, turned: \\u202e", "two\nlines")
+
+
+def test_numbers_that_json_has_not_are_null() -> None:
+    assert json_text({"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf}}) == (
+        '{"a": [null, [1.5, null]], "b": {"c": null}}'
+    )

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from largemerge.errors import CheckpointError
 from largemerge.text_files import brief
 
@@ -26,6 +28,7 @@ _AT_LEAST_ONE = frozenset(
     )
 )
 _NOT_NEGATIVE = frozenset(("vocab_size", "intermediate_size", "d_ff", "num_labels", "head_dim"))
+_FLAGS = frozenset(("output_hidden_states", "output_attentions", "return_dict", "use_cache", "is_encoder_decoder"))
 _SMALL = re.compile(r"^(\w+_)?(eps|epsilon)$")
 """Matches the names of small numbers that are added to a divisor."""
 _MAY_BE_INFINITE = re.compile(r"time_step|limit|mask")
@@ -90,6 +93,10 @@ def _value_problems(part: Any, path: tuple[str, ...]) -> Iterator[str]:
         here = (*path, str(key))
         if isinstance(value, Mapping | list):
             yield from _value_problems(value, here)
+        elif isinstance(value, str) and (key == "rope_theta" or (key == "factor" and "rope" in "".join(path))):
+            yield f"{'.'.join(here)}: expected a number, found {brief(value)}"
+        elif key in _FLAGS and not isinstance(value, bool | None):
+            yield f"{'.'.join(here)}: expected true or false, found {brief(value)}"
         elif isinstance(value, float) and math.isnan(value):
             yield f"{'.'.join(here)}: expected a number, found NaN"
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -138,4 +145,8 @@ def _is_auto_map(value: Any) -> bool:
 
 def _is_dtype(value: Any) -> bool:
     named = list(value.values()) if isinstance(value, Mapping) else [value]
-    return all(isinstance(each, str) for each in named)
+    return all(isinstance(each, str) and _names_dtype(each) for each in named)
+
+
+def _names_dtype(name: str) -> bool:
+    return name == "auto" or isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)

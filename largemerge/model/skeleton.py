@@ -37,7 +37,7 @@ from largemerge.checkpoint.index import Checkpoint, read_json
 from largemerge.checkpoint.quantized import model_dtype
 from largemerge.checkpoint.sentence_modules import transformer_folder
 from largemerge.checkpoint.tensor_info import TensorInfo
-from largemerge.errors import ArchitectureError, CheckpointError
+from largemerge.errors import ArchitectureError, CheckpointError, shorten
 from largemerge.machine import scratch_folder
 
 _KERNEL_KEY = re.compile("_?(attn|attention|experts)_implementation(_internal|_autoset)?|_?kernel_config|use_kernels")
@@ -115,6 +115,11 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
         ArchitectureError: If Transformers does not know the kind of model.
         CheckpointError: If Transformers knows it, and does not understand the config.
     """
+    methods = [key for key in checkpoint.config if callable(getattr(PreTrainedConfig, key, None))]
+    if methods:
+        raise CheckpointError(
+            *(f"{checkpoint.name}: config.json: {shorten(key)}: no setting of a model; remove it" for key in methods)
+        )
     try:
         with _config_folder(checkpoint) as folder:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -445,18 +450,33 @@ def _cause(error: BaseException, config: Any = None) -> str:
         listed = ", ".join(list(_keys_of(config, 0))[:5])
         return f"a size that something is divided by is 0{f' (one of {listed})' if listed else ''}; expected 1 or more"
     if len(lines) > 1 and lines[0].endswith(":"):
-        return " ".join(lines[:2])
+        return _VALIDATION.sub("", " ".join(lines[:2]))
     told = lines[0] if lines else ""
+    if "Padding_idx must be within" in told:
+        found = next((value for key, value in _items_of(config) if key.endswith("pad_token_id") and value), None)
+        return f"pad_token_id: expected a token's number below vocab_size, found {found}"
+    if isinstance(error, TypeError | AttributeError | AssertionError | IndexError):  # of the class's own code
+        reason = f"{type(error).__name__}: {shorten(told, 120)}".removesuffix(": ")
+        return f"a value has a type or size that the class cannot work with ({reason})"
     return told if isinstance(error, ValueError | OSError) and told else f"{type(error).__name__}: {told}".strip(": ")
 
 
-def _keys_of(config: Any, value: Any, path: str = "") -> Iterator[str]:
+_VALIDATION = re.compile(r"^Class validation error for validator '\w+': \w+: ")
+"""Matches what a class of Transformers puts before its own word on a config."""
+
+
+def _keys_of(config: Any, value: Any) -> Iterator[str]:
     """Yields the keys of a config, and of those inside it, that have a value."""
+    return (key for key, inner in _items_of(config) if type(inner) is type(value) and inner == value)
+
+
+def _items_of(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the keys of a config and their values, those inside it with their whole path."""
     for key, inner in config.items() if isinstance(config, Mapping) else ():
         if isinstance(inner, Mapping):
-            yield from _keys_of(inner, value, f"{path}{key}.")
-        elif type(inner) is type(value) and inner == value:
-            yield f"{path}{key}"
+            yield from _items_of(inner, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", inner
 
 
 def assign_tensors(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> None:

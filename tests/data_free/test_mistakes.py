@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import transformers as tf
 import yaml
+from cases import rewrite_weights
 from data_free_cases import NUM_LAYERS, Config, config_of, weighted, write_models
 from transformers import LlamaForCausalLM
 
@@ -37,6 +38,44 @@ MISTAKES: list[tuple[str, Config, str]] = [
     ("nearswap", {"base_model": "BASE"}, "parameters.t: nearswap needs it"),
     ("slerp", {"base_model": "BASE", "parameters": {"t": 0.5}}, "slerp merges 1 models beside the base, found 3"),
 ]
+
+
+def test_the_base_alone_is_no_merge(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    base = str(tmp_path / "model0")
+    config = {"merge_method": "slerp", "base_model": base, "models": [{"model": base}], "parameters": {"t": 0.5}}
+    with pytest.raises(ConfigError, match=r"models: .*model0, the base, is alone; expected another model beside it"):
+        largemerge.plan(config)
+
+
+def test_a_module_of_an_unknown_name_is_told(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    entry = {"models": [{"model": str(tmp_path / "model0")}]}
+    for name, is_known in (("foo", False), ("default", True), ("text_decoder", True), ("model.layers", True)):
+        problems = largemerge.plan({"merge_method": "passthrough", "modules": {name: entry}}, probe=False).problems
+        assert bool(problems) != is_known, name
+        assert is_known or "modules: found ['foo'], expected one for each of ['model.layers']" in problems[0]
+
+
+def test_more_layers_than_any_model_has_are_told_at_once(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    part = {"sources": [{"model": str(tmp_path / "model0"), "layer_range": [0, 2]}]}
+    with pytest.raises(ConfigError, match="slices: 12,000 layers in all; expected 10,000 at most"):
+        largemerge.plan({"merge_method": "passthrough", "slices": [part] * 6000})
+
+
+def test_reports_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    config = weighted(tmp_path)
+    for entry, weight in zip(config["models"], (1e-30, 1e30, 1.0), strict=False):
+        entry["parameters"]["weight"] = weight
+    rewrite_weights(tmp_path / "model0", lambda tensors: {key: tensor * 1e18 for key, tensor in tensors.items()})
+    largemerge.merge(config, tmp_path / "out")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    json.loads((tmp_path / "out" / "merge_report.json").read_text(), parse_constant=refuse)
 
 
 # What stands in the file, with BASE for the base, and all that is wrong with it.
