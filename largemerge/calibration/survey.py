@@ -75,7 +75,7 @@ def survey_calibration(
         is_tensors = path is not None and path.suffix.lower() == ".safetensors"
         if path is None or is_tensors or is_image_folder(path):
             bounds = "" if path is not None else f"{where}: taken to have {config.num_samples} samples of full length"
-            return _made_up(name, [outline.inputs], outline.num_samples, config.batch_size, bounds)
+            return _made_up(name, [outline.inputs], outline.num_samples, config.batch_size, bounds, where)
         return _from_first_rows(config, outline, where, path, arguments, options)
     most = MAX_IMAGES if "pixel_values" in signature.forward_arguments else MAX_SAMPLES
     if path.suffix.lower() == ".safetensors" or config.num_samples <= most:
@@ -86,7 +86,8 @@ def survey_calibration(
     some = load_calibration(config.model_copy(update={"num_samples": most}), *arguments, **options)
     wanted = min(count, config.num_samples)
     text = f"{where}: {wanted} samples, taken to be as long as {some.num_samples} that were read"
-    return _made_up(name, _sample_shapes(some), wanted, config.batch_size, text)
+    made_up = _made_up(name, _sample_shapes(some), wanted, config.batch_size, text, where)
+    return replace(made_up, notes=some.notes)
 
 
 def _num_bytes(path: Path) -> int:
@@ -122,10 +123,10 @@ def _from_first_rows(
         batches = read_table(source, fields, few, folders, signature, options["trust_remote_code"])
     except CalibrationError as error:
         text = f"{where}: taken to have {wanted} samples of full length, for its first rows are no good: {error}"
-        return _made_up(name, [outline.inputs], wanted, config.batch_size, text)
+        return _made_up(name, [outline.inputs], wanted, config.batch_size, text, where)
     shapes = _sample_shapes(CalibrationSet(name, batches, ""))
     text = f"{where}: {wanted} samples, taken to be as long as the first {source.num_rows} rows"
-    return _made_up(name, shapes, wanted, config.batch_size, text)
+    return _made_up(name, shapes, wanted, config.batch_size, text, where)
 
 
 def _first_rows(config: CalibrationConfig, where: str, path: Path) -> tuple[Source, bool]:
@@ -180,11 +181,14 @@ def _shapes_of(batch: Batch, index: int) -> _Shapes:
     return found
 
 
-def _made_up(name: str, samples: list[_Shapes], count: int, batch_size: int, estimated: str) -> CalibrationSet:
+def _made_up(
+    name: str, samples: list[_Shapes], count: int, batch_size: int, estimated: str, where: str
+) -> CalibrationSet:
     """Makes batches of as many samples as wanted whose shapes are spread like those of some."""
     chosen = [samples[index * len(samples) // count] for index in range(count)]
     groups = (chosen[start : start + batch_size] for start in range(0, count, batch_size))
-    return CalibrationSet(name, tuple(Batch(dict(_tensors(group)), None) for group in groups), "", estimated)
+    batches = tuple(Batch(dict(_tensors(group)), None) for group in groups)
+    return CalibrationSet(name, batches, "", estimated, where)
 
 
 def _tensors(group: list[_Shapes]) -> Iterator[tuple[str, torch.Tensor]]:
