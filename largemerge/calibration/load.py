@@ -32,10 +32,11 @@ from largemerge.calibration.columns import Fields, Row, choose_fields, read_rows
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.images import load_image_processor, outline_images, read_images
 from largemerge.calibration.pretokenized import outline_tensors, read_tensors
-from largemerge.calibration.sources import Source, is_image_folder, list_images, locate_data, open_source
+from largemerge.calibration.sources import Source, folder_notes, is_image_folder, list_images, locate_data, open_source
 from largemerge.calibration.text import pack, tokenise
 from largemerge.calibration.tokenizer import TextReader, check_templates, open_text_reader
 from largemerge.checkpoint.side_files import find_processor, find_tokenizer
+from largemerge.config_file import WARNING
 from largemerge.errors import CalibrationError
 
 
@@ -74,6 +75,7 @@ def load_calibration(
         folders = (checkpoint, *([base] if base is not None else []))
         batches = read_table(source, fields, config, folders, signature, trust_remote_code)
     notes = _check_masks(batches, signature, where, is_tensors=path is not None and _is_tensors(path))
+    notes = (*folder_notes(path, where), *notes)
     return CalibrationSet(name, batches, fingerprint_batches(batches), where=where, notes=notes)
 
 
@@ -236,8 +238,8 @@ def _check_masks(
         hint = "expected some to count. Raise 'max_length' if what counts stands late in the samples"
     if without < total:
         return (
-            f"{where}: {without} of {total} samples have no token that counts, and add nothing: the loss mask keeps "
-            f"every token of theirs out (as padded or truncated); {hint}",
+            f"{WARNING}{where}: {without} of {total} samples have no token that counts, and add nothing: the loss mask "
+            f"keeps every token of theirs out (as padded or truncated); {hint}",
         )
     raise CalibrationError(
         f"{where}: the loss mask keeps every token of every sample out (as padded or truncated); {hint}"

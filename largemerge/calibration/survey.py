@@ -27,7 +27,9 @@ from largemerge.calibration.load import load_calibration, outline_calibration, r
 from largemerge.calibration.sources import (
     TABLE_BUILDERS,
     Source,
+    cache_problem,
     check_headers,
+    folder_notes,
     in_our_words,
     is_image_folder,
     list_images,
@@ -75,7 +77,8 @@ def survey_calibration(
         is_tensors = path is not None and path.suffix.lower() == ".safetensors"
         if path is None or is_tensors or is_image_folder(path):
             bounds = "" if path is not None else f"{where}: taken to have {config.num_samples} samples of full length"
-            return _made_up(name, [outline.inputs], outline.num_samples, config.batch_size, bounds, where)
+            notes = folder_notes(path, where)
+            return _made_up(name, [outline.inputs], outline.num_samples, config.batch_size, bounds, where, notes)
         return _from_first_rows(config, outline, where, path, arguments, options)
     most = MAX_IMAGES if "pixel_values" in signature.forward_arguments else MAX_SAMPLES
     if path.suffix.lower() == ".safetensors" or config.num_samples <= most:
@@ -86,8 +89,7 @@ def survey_calibration(
     some = load_calibration(config.model_copy(update={"num_samples": most}), *arguments, **options)
     wanted = min(count, config.num_samples)
     text = f"{where}: {wanted} samples, taken to be as long as {some.num_samples} that were read"
-    made_up = _made_up(name, _sample_shapes(some), wanted, config.batch_size, text, where)
-    return replace(made_up, notes=some.notes)
+    return _made_up(name, _sample_shapes(some), wanted, config.batch_size, text, where, some.notes)
 
 
 def _num_bytes(path: Path) -> int:
@@ -119,14 +121,15 @@ def _from_first_rows(
     few = config.model_copy(update={"num_samples": min(config.num_samples, source.num_rows)})
     wanted = few.num_samples if is_whole and not config.pack else config.num_samples
     assert wanted is not None
+    notes = folder_notes(path, where)
     try:
         batches = read_table(source, fields, few, folders, signature, options["trust_remote_code"])
     except CalibrationError as error:
         text = f"{where}: taken to have {wanted} samples of full length, for its first rows are no good: {error}"
-        return _made_up(name, [outline.inputs], wanted, config.batch_size, text, where)
+        return _made_up(name, [outline.inputs], wanted, config.batch_size, text, where, notes)
     shapes = _sample_shapes(CalibrationSet(name, batches, ""))
     text = f"{where}: {wanted} samples, taken to be as long as the first {source.num_rows} rows"
-    return _made_up(name, shapes, wanted, config.batch_size, text, where)
+    return _made_up(name, shapes, wanted, config.batch_size, text, where, notes)
 
 
 def _first_rows(config: CalibrationConfig, where: str, path: Path) -> tuple[Source, bool]:
@@ -161,7 +164,7 @@ def _streamed(config: CalibrationConfig, where: str, path: Path) -> list[dict[st
                 stream = stream.cast_column(column, datasets.Image(decode=False))
         return [dict(row) for row in itertools.islice(stream, _FIRST_ROWS)]
     except Exception as error:  # whatever `datasets` and its readers raise, it is about the user's data
-        told = in_our_words(str(error), config.split)
+        told = cache_problem(error, path) or in_our_words(str(error), config.split)
         reason = f"cannot be read: {type(error).__name__}: {error}".strip().split("\n")[0]
         raise CalibrationError(f"{where}: {told or reason}") from None
 
@@ -182,13 +185,19 @@ def _shapes_of(batch: Batch, index: int) -> _Shapes:
 
 
 def _made_up(
-    name: str, samples: list[_Shapes], count: int, batch_size: int, estimated: str, where: str
+    name: str,
+    samples: list[_Shapes],
+    count: int,
+    batch_size: int,
+    estimated: str,
+    where: str,
+    notes: tuple[str, ...],
 ) -> CalibrationSet:
     """Makes batches of as many samples as wanted whose shapes are spread like those of some."""
     chosen = [samples[index * len(samples) // count] for index in range(count)]
     groups = (chosen[start : start + batch_size] for start in range(0, count, batch_size))
     batches = tuple(Batch(dict(_tensors(group)), None) for group in groups)
-    return CalibrationSet(name, batches, "", estimated, where)
+    return CalibrationSet(name, batches, "", estimated, where, notes)
 
 
 def _tensors(group: list[_Shapes]) -> Iterator[tuple[str, torch.Tensor]]:
