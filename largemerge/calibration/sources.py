@@ -509,15 +509,17 @@ def cache_problem(error: BaseException, path: Path | None) -> str | None:
     """
     import datasets
 
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
     seen: BaseException | None = error
     while seen is not None:
-        of_data = False
-        if isinstance(seen, OSError) and isinstance(seen.filename, str) and path is not None:
-            of_data = Path(seen.filename).is_relative_to(path)
+        of_data = of_cache = False
+        if isinstance(seen, OSError) and isinstance(seen.filename, str):
+            of_data = path is not None and Path(seen.filename).is_relative_to(path)
+            of_cache = Path(seen.filename).is_relative_to(cache) or cache.is_relative_to(seen.filename)
         refused = isinstance(seen, OSError) and seen.errno in _REFUSED_WRITING
-        if not of_data and (refused or _NO_ROOM.search(str(seen))):
+        if not of_data and (of_cache or refused or _NO_ROOM.search(str(seen))):
             return (
-                f"{datasets.config.HF_DATASETS_CACHE}, the cache that tables are converted into, cannot be used: "
+                f"{cache}, the cache that tables are converted into, cannot be used: "
                 f"{shorten(os_reason(seen), 160)}; make room there, or set HF_DATASETS_CACHE to a folder that has room "
                 "and can be written"
             )
