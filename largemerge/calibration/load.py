@@ -228,7 +228,7 @@ def _check_masks(
         Notes: how many samples have no such token.
     """
     masks = [counting_tokens(batch, signature) for batch in batches if batch.loss_mask is not None]
-    without = sum(int((~mask.any(dim=1)).sum()) for mask in masks)
+    without = sum(int((~mask.flatten(1).any(dim=1)).sum()) for mask in masks)
     total = sum(batch.num_samples for batch in batches)
     if not without:
         return ()
@@ -238,7 +238,7 @@ def _check_masks(
         hint = "expected some to count. Raise 'max_length' if what counts stands late in the samples"
     if without < total:
         return (
-            f"{WARNING}{where}: {without} of {total} samples have no token that counts, and add nothing: the loss mask "
+            f"{WARNING}{where}: {without} of {total} samples add nothing: the loss mask "
             f"keeps every token of theirs out (as padded or truncated); {hint}",
         )
     raise CalibrationError(

@@ -251,7 +251,7 @@ def test_some_samples_of_which_only_padding_counts_are_noted(save, make_config, 
     loss_mask[3] = 1 - mask[3]
     path = save({"input_ids": TOKENS, "attention_mask": mask, "loss_mask": loss_mask})
     (note,) = load_calibration(make_config(path), "math", tmp_path, text_signature).notes
-    assert f"'math': {path}: 1 of 4 samples have no token that counts, and add nothing" in note
+    assert f"'math': {path}: 1 of 4 samples add nothing: the loss mask keeps every token of theirs out" in note
     assert not load_calibration(make_config(path, num_samples=3), "math", tmp_path, text_signature).notes
 
 

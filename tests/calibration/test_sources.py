@@ -308,10 +308,9 @@ def test_a_cache_that_cannot_be_used_is_not_the_datas_fault(complaint, write, mo
     cache = tmp_path / "datasets_cache"
     assert f"a.jsonl: {cache}, the cache that tables are converted into, cannot be used: Not enough disk space" in found
     assert "set HF_DATASETS_CACHE to a folder that has room and can be written" in found and "damaged" not in found
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/dev/null/cache"))
-    assert "/dev/null/cache, the cache that tables are converted into, cannot be used: Not a directory" in complaint(
-        path
-    )
+    for place, cause in (("/dev/null/cache", "Not a directory"), ("/proc/gone/cache", "No such file or directory")):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(place))
+        assert f"{place}, the cache that tables are converted into, cannot be used: {cause}" in complaint(path)
 
 
 def test_links_say_where_they_lead(complaint, tmp_path):
