@@ -157,7 +157,9 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         builder = TABLE_BUILDERS[path.suffix.lower()]
         return _from_datasets(where, path, builder, data_files=glob.escape(str(path)), split=config.split, **options)
     if not is_image_folder(path):
-        _check_rows([file for suffix in _ROW_CHECKS for file in sorted(path.rglob(f"*{suffix}"))], where)
+        # A card may name another separator of cells, and which files are read.
+        suffixes = set(_ROW_CHECKS) - ({".csv"} if _names_data_files(path / "README.md") else set())
+        _check_rows(sorted(file for file in _visible_under(path) if file.suffix.lower() in suffixes), where)
         check_headers([*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
         return _from_datasets(where, path, str(path), config.subset, split=config.split)
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)

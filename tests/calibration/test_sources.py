@@ -294,6 +294,13 @@ def test_lines_of_csv_with_too_few_or_too_many_cells(complaint, write, content, 
     assert told in complaint(write("folder/a.csv", content).parent)
 
 
+def test_a_card_says_how_cells_are_separated(open_data, write):
+    card = "---\nconfigs:\n- config_name: a\n  data_files: a.csv\n  sep: ;\n---\n"
+    folder = write("folder/README.md", card).parent
+    write("folder/a.csv", "x;text\n1;one, two\n2;three\n")
+    assert [row["text"] for row in rows_of(open_data(folder))] == ["one, two", "three"]
+
+
 def test_blank_lines_and_empty_cells_of_csv(open_data, write):
     content = f'x,text\n\n1,a\n  \n2,\n"",{"long " * 40_000}\n3,"b ""q"" , c"\n\n'
     texts = [row["text"] for row in rows_of(open_data(write("a.csv", content))) if row["text"]]
