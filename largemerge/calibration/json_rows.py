@@ -32,26 +32,28 @@ class _RowError(ValueError):
     """What is wrong with a row that is JSON, in our words."""
 
 
-def check_json_rows(path: Path) -> str | None:
+def check_json_rows(path: Path, most: int | None = None) -> str | None:
     """Says where a JSON file is at fault: with one object a line, objects one after another, or one list of them.
 
     Args:
         path: The file, `.jsonl` or `.json`.
+        most: Characters after which no more lines are looked at; a file whose values span lines is looked at whole.
 
     Returns:
         Which line is at fault, what was found and expected; `None` if nothing is.
     """
     status = path.stat()
-    return _check(path, status.st_size, status.st_mtime_ns)
+    return _check(path, status.st_size, status.st_mtime_ns, most)
 
 
 @functools.lru_cache(maxsize=64)
-def _check(path: Path, num_bytes: int, modified_ns: int) -> str | None:
+def _check(path: Path, num_bytes: int, modified_ns: int, most: int | None) -> str | None:
     """Checks a file; what came out is kept as long as its size and time stay the same."""
-    number = 0
+    number = length = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
+                length += len(line)
                 if line.strip():
                     row = _DECODER.decode(line)
                     if isinstance(row, list) and number == 1:
@@ -59,6 +61,8 @@ def _check(path: Path, num_bytes: int, modified_ns: int) -> str | None:
                     problem = _problem_of(row, line)
                     if problem is not None:
                         return f"line {number}: {problem}"
+                if most is not None and length > most:
+                    return None
     except json.JSONDecodeError as error:
         return _check_whole(path, f"line {number}: not valid JSON: {error.msg} at column {error.colno}")
     except RecursionError:

@@ -150,16 +150,14 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         return _from_list(where, "text", _read_texts(path, config.one_per, where), None)
     if path.is_file():
         _reject_blank_file(path, where)
-        _check_rows([path], where)
+        check_rows([path], where)
         check_headers([path], where)
         # An empty cell is an empty text, and the word "null" is a word.
         options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
         builder = TABLE_BUILDERS[path.suffix.lower()]
         return _from_datasets(where, path, builder, data_files=glob.escape(str(path)), split=config.split, **options)
     if not is_image_folder(path):
-        # A card may name another separator of cells, and which files are read.
-        suffixes = set(_ROW_CHECKS) - ({".csv"} if _names_data_files(path / "README.md") else set())
-        _check_rows(sorted(file for file in _visible_under(path) if file.suffix.lower() in suffixes), where)
+        check_rows(tables_to_check(path), where)
         check_headers([*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
         return _from_datasets(where, path, str(path), config.subset, split=config.split)
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)
@@ -358,11 +356,29 @@ def _read_texts(path: Path, one_per: str, where: str) -> list[str]:
     return texts
 
 
-def _check_rows(paths: Sequence[Path], where: str) -> None:
-    """Checks the rows of JSON and CSV files one by one, where their reader would not say which is at fault."""
+def tables_to_check(path: Path) -> list[Path]:
+    """Lists the files of a table whose rows are checked: the file itself, or those of a folder."""
+    if path.is_file():
+        return [path]
+    # A card may name another separator of cells, and which files are read.
+    suffixes = set(_ROW_CHECKS) - ({".csv"} if _names_data_files(path / "README.md") else set())
+    return sorted(file for file in _visible_under(path) if file.suffix.lower() in suffixes)
+
+
+def check_rows(paths: Sequence[Path], where: str, most: int | None = None) -> None:
+    """Checks the rows of JSON and CSV files, whose reader would not say which is at fault, or would crash.
+
+    Args:
+        paths: The files; others are passed over.
+        where: Candidate and data, for messages.
+        most: Characters of a file after which no more of its rows are looked at.
+
+    Raises:
+        CalibrationError: If a row is at fault; it names the first.
+    """
     for path in paths:
         check = _ROW_CHECKS.get(path.suffix.lower())
-        problem = check(path) if check is not None and path.is_file() else None
+        problem = check(path, most) if check is not None and path.is_file() else None
         if problem is not None:
             inside = f": {path}" if len(paths) > 1 or str(path) not in where else ""
             raise CalibrationError(f"{where}{inside}: {problem}")
@@ -411,21 +427,21 @@ def _csv_problem(path: Path) -> str | None:
     return _twice([name for name in names if name])
 
 
-def _cells_problem(path: Path) -> str | None:
+def _cells_problem(path: Path, most: int | None = None) -> str | None:
     """Says which line of a CSV file has too few or too many cells; entirely blank lines are none."""
     status = path.stat()
-    return _count_cells(path, status.st_size, status.st_mtime_ns)
+    return _count_cells(path, status.st_size, status.st_mtime_ns, most)
 
 
 @functools.lru_cache(maxsize=64)
-def _count_cells(path: Path, num_bytes: int, modified_ns: int) -> str | None:
+def _count_cells(path: Path, num_bytes: int, modified_ns: int, most: int | None) -> str | None:
     """Counts the cells of all lines; what came out is kept as long as the file's size and time stay the same."""
-    quotes = 0
+    quotes = length = 0
 
     def counted_quotes(lines: Iterable[str]) -> Iterator[str]:
-        nonlocal quotes
+        nonlocal quotes, length
         for line in lines:
-            quotes += line.count('"')
+            quotes, length = quotes + line.count('"'), length + len(line)
             yield line
 
     try:
@@ -441,6 +457,8 @@ def _count_cells(path: Path, num_bytes: int, modified_ns: int) -> str | None:
                         f"line {line} has {counted(len(row), 'cell')}, expected {len(columns)} as in the header; put "
                         "cells that have commas in double quotes, and a comma also before and behind empty cells"
                     )
+                if most is not None and length > most:
+                    return None
                 line, before = rows.line_num + 1, quotes
     except (OSError, UnicodeDecodeError, csv.Error):
         return None  # their reader tells
@@ -451,7 +469,7 @@ def _has_cells(row: Sequence[str]) -> bool:
     return len(row) > 1 or any(cell.strip() for cell in row)
 
 
-_ROW_CHECKS: Mapping[str, Callable[[Path], str | None]] = {
+_ROW_CHECKS: Mapping[str, Callable[[Path, int | None], str | None]] = {
     ".jsonl": check_json_rows,
     ".json": check_json_rows,
     ".csv": _cells_problem,

@@ -29,12 +29,14 @@ from largemerge.calibration.sources import (
     Source,
     cache_problem,
     check_headers,
+    check_rows,
     folder_notes,
     in_our_words,
     is_image_folder,
     list_images,
     locate_data,
     open_source,
+    tables_to_check,
 )
 from largemerge.errors import CalibrationError
 
@@ -43,6 +45,7 @@ MAX_BYTES = 64 << 20
 MAX_SAMPLES, MAX_IMAGES = 1024, 32
 """Samples that are read, at most, of texts or tensors, and of images."""
 _FIRST_ROWS, _FIRST_CHARACTERS = 256, 4 << 20  # of large files
+_READ_AHEAD = 16 << 20  # characters; the stream takes JSON in pieces of 10 MiB
 _MAX_FILES = 10_000  # of a folder that are counted
 
 _Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -156,6 +159,7 @@ def _streamed(config: CalibrationConfig, where: str, path: Path) -> list[dict[st
     options: dict[str, Any] = {"data_files": glob.escape(str(path))} if path.is_file() else {"name": config.subset}
     if path.is_file() and path.suffix.lower() == ".csv":
         options["keep_default_na"] = False
+    _check_first_rows(path, where)
     check_headers([path] if path.is_file() else [*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
     try:
         stream = datasets.load_dataset(builder, split=config.split, streaming=True, **options)
@@ -167,6 +171,16 @@ def _streamed(config: CalibrationConfig, where: str, path: Path) -> list[dict[st
         told = cache_problem(error, path) or in_our_words(str(error), config.split)
         reason = f"cannot be read: {type(error).__name__}: {error}".strip().split("\n")[0]
         raise CalibrationError(f"{where}: {told or reason}") from None
+
+
+def _check_first_rows(path: Path, where: str) -> None:
+    """Checks the rows that a stream may read ahead; of a folder's files, those that come first."""
+    room = MAX_BYTES
+    for file in tables_to_check(path):
+        check_rows([file], where, _READ_AHEAD)
+        room -= min(file.stat().st_size, _READ_AHEAD)
+        if room <= 0:
+            return
 
 
 def _sample_shapes(data: CalibrationSet) -> list[_Shapes]:
