@@ -35,12 +35,17 @@ class ForwardSignature:
         is_encoder_decoder: Whether a decoder reads tokens of its own.
         decoder_start_token_id: Token that the decoder begins with, if the config names one.
         pad_token_id: Token for padding, if the config names one.
+        token_shape: What the dimensions of `input_ids` are.
+        id_limits: Number of rows of the embedding that an argument's numbers stand for, by argument: `position_ids`
+            and `token_type_ids`, where the model has such embeddings.
     """
 
     forward_arguments: frozenset[str]
     is_encoder_decoder: bool
     decoder_start_token_id: int | None
     pad_token_id: int | None
+    token_shape: tuple[str, ...] = ("samples", "tokens")
+    id_limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,16 @@ class CalibrationSet:
         fingerprint: A hash that changes whenever data, tokenizer or settings change what the model sees; empty where
             the batches have shapes alone.
         estimated: What a plan takes to be so, in words, where not all samples have been read; else empty.
+        where: Candidate and data, for messages.
+        notes: What the user should know of the data though it stops nothing.
     """
 
     name: str
     batches: tuple[Batch, ...]
     fingerprint: str
     estimated: str = ""
+    where: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -95,12 +104,14 @@ class CalibrationOutline:
         inputs: Shape of one sample and dtype, by forward argument; lengths of texts are upper bounds.
         examples: Integers of the first samples, by forward argument, where pixels or sounds stand beside them: the
             places of image tokens cannot be made up.
+        where: Candidate and data, for messages.
     """
 
     num_samples: int
     batch_size: int
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]
     examples: dict[str, torch.Tensor] = field(default_factory=dict)
+    where: str = ""
 
     @property
     def floating_bytes(self) -> int:
@@ -124,6 +135,21 @@ class Sample:
     sequences: dict[str, list[int]]
     loss_mask: list[int] | None = None
     image: Any = None
+
+
+def counting_tokens(batch: Batch, signature: ForwardSignature) -> torch.Tensor:
+    """Finds the tokens that a loss mask lets count and that are no padding.
+
+    Args:
+        batch: A batch with a loss mask.
+        signature: Inputs of the model's forward: the loss mask belongs to the decoder's tokens where there is one.
+
+    Returns:
+        Mask `[B, T]`, true for tokens that count.
+    """
+    assert batch.loss_mask is not None
+    attention = batch.inputs.get("decoder_attention_mask" if signature.is_encoder_decoder else "attention_mask")
+    return batch.loss_mask if attention is None else batch.loss_mask & (attention != 0)
 
 
 def group_samples(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:

@@ -20,7 +20,10 @@ SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
 MAX_SIDE, MAX_PIXELS = 16_384, 1 << 26
 """Pixels of an image's side, and of a whole image, that a processor may be told to make."""
 MAX_ABSOLUTE = 1e30
-"""Largest pixel or other floating-point input; the square of anything larger is infinite in float32."""
+"""Largest floating-point input; the square of anything larger is infinite in float32."""
+MAX_ABSOLUTE_PIXEL = 1e6
+"""Largest pixel. Processors make numbers near 1, or up to 65,535 where they leave them as they are; and what is far
+beyond that is not infinite by itself, but becomes so in the midst of a model."""
 
 _LEAST_SCALE, _LARGEST_SCALE = 1e-6, 1e6
 _SIZES = ("size", "crop_size", "pad_size", "mask_size", "mask_pad_size", "max_image_size", "patch_size")
@@ -28,6 +31,11 @@ _COUNTS = ("merge_size", "temporal_patch_size", "min_pixels", "max_pixels", "siz
 _OF_PIXELS = ("merge_size", "temporal_patch_size", "min_pixels", "max_pixels")
 """Settings of processors whose `shortest_edge` and `longest_edge` are numbers of pixels of the whole image."""
 _RESAMPLERS = range(6)
+
+
+def largest_of(name: str) -> float:
+    """Largest number that a forward argument may have."""
+    return MAX_ABSOLUTE_PIXEL if name.startswith("pixel_values") else MAX_ABSOLUTE
 
 
 def check_processor_files(folder: Path, processor: Any = None) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from largemerge.calibration.batches import ForwardSignature, Sample
 from largemerge.calibration.columns import MAX_PROBLEMS
-from largemerge.calibration.image_settings import MAX_ABSOLUTE, SETTINGS_FILES, check_processor_files
+from largemerge.calibration.image_settings import SETTINGS_FILES, check_processor_files, largest_of
 from largemerge.checkpoint.side_files import PROCESSOR_FILES, check_side_files
 from largemerge.errors import CalibrationError, CheckpointError, shorten
 from largemerge.text_files import os_reason
@@ -186,9 +186,9 @@ def _process(images: Sequence[Any], processor: Any, signature: ForwardSignature,
             "image. Give such a model ready-made tensors in a .safetensors file"
         )
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool((tensor.abs() <= MAX_ABSOLUTE).all()):
+        if tensor.is_floating_point() and not bool((tensor.abs() <= largest_of(name)).all()):
             raise CalibrationError(
-                f"{where}: {kind} makes NaN, infinity or numbers beyond {MAX_ABSOLUTE:g} in {name!r}; expected numbers "
-                f"near 1: look at rescale_factor, image_mean and image_std in {' or '.join(SETTINGS_FILES)}"
+                f"{where}: {kind} makes NaN, infinity or numbers beyond {largest_of(name):g} in {name!r}; expected "
+                f"numbers near 1: look at rescale_factor, image_mean and image_std in {' or '.join(SETTINGS_FILES)}"
             )
     return tensors

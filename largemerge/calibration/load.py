@@ -23,6 +23,7 @@ from largemerge.calibration.batches import (
     CalibrationSet,
     ForwardSignature,
     Sample,
+    counting_tokens,
     fingerprint_batches,
     group_samples,
     pad_samples,
@@ -31,10 +32,11 @@ from largemerge.calibration.columns import Fields, Row, choose_fields, read_rows
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.images import load_image_processor, outline_images, read_images
 from largemerge.calibration.pretokenized import outline_tensors, read_tensors
-from largemerge.calibration.sources import Source, is_image_folder, list_images, locate_data, open_source
+from largemerge.calibration.sources import Source, folder_notes, is_image_folder, list_images, locate_data, open_source
 from largemerge.calibration.text import pack, tokenise
 from largemerge.calibration.tokenizer import TextReader, check_templates, open_text_reader
 from largemerge.checkpoint.side_files import find_processor, find_tokenizer
+from largemerge.config_file import WARNING
 from largemerge.errors import CalibrationError
 
 
@@ -72,8 +74,9 @@ def load_calibration(
         fields = choose_fields(config, source.columns, signature, where)
         folders = (checkpoint, *([base] if base is not None else []))
         batches = read_table(source, fields, config, folders, signature, trust_remote_code)
-    _check_loss_mask(batches, where)
-    return CalibrationSet(name, batches, fingerprint_batches(batches))
+    notes = _check_masks(batches, signature, where, is_tensors=path is not None and _is_tensors(path))
+    notes = (*folder_notes(path, where), *notes)
+    return CalibrationSet(name, batches, fingerprint_batches(batches), where=where, notes=notes)
 
 
 def outline_calibration(
@@ -97,7 +100,7 @@ def outline_calibration(
     assert config.num_samples is not None and config.batch_size is not None
     where, path = locate_data(config, name)
     if path is not None and _is_tensors(path):
-        return outline_tensors(path, config, signature, where)
+        return replace(outline_tensors(path, config, signature, where), where=where)
     images = list_images(path) if path is not None and is_image_folder(path) else []
     is_text = path is not None and path.is_file() and path.suffix.lower() == ".txt"
     columns = ("text",) if is_text else ("image",) if images else None
@@ -112,7 +115,7 @@ def outline_calibration(
         processor = load_image_processor(find_processor(*folders), where, trust_remote_code=trust_remote_code)
         inputs |= outline_images(images[0] if images else None, processor, signature, where)
     num_samples = min(len(images), config.num_samples) if images else config.num_samples
-    return CalibrationOutline(num_samples, config.batch_size, inputs)
+    return CalibrationOutline(num_samples, config.batch_size, inputs, where=where)
 
 
 def outline_from_config(
@@ -137,7 +140,7 @@ def outline_from_config(
         arguments += ["decoder_attention_mask", "decoder_input_ids"]
     shape: tuple[int, ...] = (config.max_length,)
     inputs = {name: (shape, torch.int64) for name in arguments if name in signature.forward_arguments}
-    return CalibrationOutline(config.num_samples, config.batch_size, inputs)
+    return CalibrationOutline(config.num_samples, config.batch_size, inputs, where=f"candidate {name!r}")
 
 
 def _assert_resolved(config: CalibrationConfig) -> None:
@@ -216,10 +219,28 @@ def _check_templates(rows: list[Row], reader: TextReader) -> None:
         raise CalibrationError(*(f"{reader.where}: {problem}" for problem in error.problems)) from None
 
 
-def _check_loss_mask(batches: tuple[Batch, ...], where: str) -> None:
-    if any(batch.loss_mask is None or batch.loss_mask.any() for batch in batches):
-        return
+def _check_masks(
+    batches: tuple[Batch, ...], signature: ForwardSignature, where: str, *, is_tensors: bool
+) -> tuple[str, ...]:
+    """Makes sure that some token counts: one that is no padding, and that the loss mask does not keep out.
+
+    Returns:
+        Notes: how many samples have no such token.
+    """
+    masks = [counting_tokens(batch, signature) for batch in batches if batch.loss_mask is not None]
+    without = sum(int((~mask.flatten(1).any(dim=1)).sum()) for mask in masks)
+    total = sum(batch.num_samples for batch in batches)
+    if not without:
+        return ()
+    if is_tensors:
+        hint = "expected 1 for tokens that count, where the attention mask has 1 as well"
+    else:
+        hint = "expected some to count. Raise 'max_length' if what counts stands late in the samples"
+    if without < total:
+        return (
+            f"{WARNING}{where}: {without} of {total} samples add nothing: the loss mask "
+            f"keeps every token of theirs out (as padded or truncated); {hint}",
+        )
     raise CalibrationError(
-        f"{where}: the loss mask keeps every token of every sample out (as truncated); expected some to count. "
-        "Raise 'max_length' if what counts stands late in the samples"
+        f"{where}: the loss mask keeps every token of every sample out (as padded or truncated); {hint}"
     )

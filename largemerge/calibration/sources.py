@@ -16,24 +16,32 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import functools
 import glob
 import itertools
+import json
 import mimetypes
+import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.json_rows import check_json_rows
-from largemerge.config_file import nearest
+from largemerge.config_file import WARNING, nearest
 from largemerge.errors import CalibrationError, shorten
 from largemerge.text_files import file_problem, first_line, os_reason
+from largemerge.units import counted
 
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables that say which images of a folder are samples, and what belongs to each of them."""
 FILE_SUFFIXES = (".safetensors", *TABLE_BUILDERS, ".txt")
 _FOLDER_FORMATS = {
     **TABLE_BUILDERS,
@@ -42,6 +50,15 @@ _FOLDER_FORMATS = {
 }
 """Suffixes of files that the reader of folders may take for data, and their kinds; it takes one kind of them."""
 _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_NO_IMAGES = frozenset((".pdf", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".iim"))
+"""Suffixes that Pillow has for what is no single image: documents, films, and tables of numbers."""
+_ARRAYS = frozenset((".npy", ".npz"))
+_COMMON_BESIDE = re.compile(r"(readme|licen[cs]e|notice|citation|copying|thumbs\.db|desktop\.ini)\b", re.IGNORECASE)
+_FILE_NAMES = re.compile(r"(^|_)file_names?$")
+_REFUSED_WRITING = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.EEXIST)
+)
+_NO_ROOM = re.compile(r"[Nn]ot enough disk space|No space left on device|[Dd]isk quota exceeded|Read-only file system")
 _MAX_PROBLEMS = 5
 
 
@@ -133,15 +150,14 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         return _from_list(where, "text", _read_texts(path, config.one_per, where), None)
     if path.is_file():
         _reject_blank_file(path, where)
-        if path.suffix.lower() in (".jsonl", ".json"):
-            _check_json([path], where)
+        check_rows([path], where)
         check_headers([path], where)
         # An empty cell is an empty text, and the word "null" is a word.
         options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
         builder = TABLE_BUILDERS[path.suffix.lower()]
         return _from_datasets(where, path, builder, data_files=glob.escape(str(path)), split=config.split, **options)
     if not is_image_folder(path):
-        _check_json([*path.rglob("*.jsonl"), *path.rglob("*.json")], where)
+        check_rows(tables_to_check(path), where)
         check_headers([*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
         return _from_datasets(where, path, str(path), config.subset, split=config.split)
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)
@@ -154,8 +170,90 @@ def is_image_folder(path: Path) -> bool:
     """
     if not path.is_dir():
         return False
-    has_metadata = any((path / f"metadata{suffix}").is_file() for suffix in TABLE_BUILDERS)
+    has_metadata = any((path / name).is_file() for name in METADATA_FILES)
     return not has_metadata and any(_images_under(path))
+
+
+def folder_notes(path: Path | None, where: str) -> tuple[str, ...]:
+    """Notes on what lies in a folder with images and is not read.
+
+    Args:
+        path: The path that `locate_data` has found.
+        where: Candidate and data, for messages.
+    """
+    if path is None or not path.is_dir() or not any(_images_under(path)):
+        return ()
+    notes = []
+    is_dataset = not is_image_folder(path)
+    if is_dataset:
+        named = _images_of_metadata(path)
+        images = [file for file in _visible_under(path) if _is_image(file) and file.is_file()]
+        unnamed = sorted(str(file.relative_to(path)) for file in images if file not in named) if named else []
+        if unnamed:
+            notes.append(
+                f"{WARNING}{where}: {counted(len(unnamed), 'image')} of {len(images)} not used, for no metadata file "
+                f"names {'it' if len(unnamed) == 1 else 'them'}: {_some(unnamed)}"
+            )
+    others = sorted(
+        str(file.relative_to(path))
+        for file in _visible_under(path)
+        if not _is_image(file)
+        and not _COMMON_BESIDE.match(file.name)
+        and not (is_dataset and file.name in METADATA_FILES)
+        and file.is_file()
+    )
+    if others:
+        notes.append(
+            f"{where}: {counted(len(others), 'file')} beside the images not read: {_some(others)}. Of tables, a "
+            f"{' or '.join(METADATA_FILES)} in the folder itself, with a column file_name, belongs to its images"
+        )
+    return tuple(notes)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(shorten, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _is_image(file: Path) -> bool:
+    """Whether a file has the name of an image, of a format that is read or not."""
+    from PIL import Image
+
+    Image.init()
+    suffix = file.suffix.lower()
+    if suffix in IMAGE_SUFFIXES or (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
+        return True
+    return suffix in Image.registered_extensions() and suffix not in _NO_IMAGES
+
+
+def _images_of_metadata(folder: Path) -> set[Path]:
+    """Lists the files that the metadata of a folder names; none where that cannot be read, which its reader tells."""
+    named: set[Path] = set()
+    try:
+        for path in _visible_under(folder):
+            if path.name in METADATA_FILES and path.is_file():
+                named.update(path.parent / name for name in _file_names(path))
+    except Exception:  # whatever is wrong with it, whoever reads all of it says so
+        return set()
+    return {Path(os.path.normpath(path)) for path in named}
+
+
+def _file_names(path: Path) -> Iterator[str]:
+    """Yields the values of columns such as `file_name` and `mask_file_names` of a metadata file."""
+    rows: Iterable[Mapping[str, Any]]
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+
+        names = [name for name in parquet.read_schema(path).names if _FILE_NAMES.search(name)]
+        rows = parquet.read_table(path, columns=names).to_pylist()
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file, _long_cells():
+            rows = list(csv.DictReader(file))
+    else:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    for row in rows:
+        for column, value in row.items():
+            if _FILE_NAMES.search(column):
+                yield from (value if isinstance(value, list) else [value] if isinstance(value, str) else [])
 
 
 def list_images(path: Path) -> list[Path]:
@@ -185,7 +283,7 @@ def _left_out_of_folder(path: Path) -> Iterator[str]:
         others = Counter(
             file.suffix.lower()
             for file in _visible_under(path)
-            if (mimetypes.guess_type(file.name)[0] or "").startswith("image/") and file.is_file()
+            if (_is_image(file) or file.suffix.lower() in _ARRAYS) and file.is_file()
         )
         unread = {suffix: count for suffix, count in others.items() if suffix not in IMAGE_SUFFIXES}
         if unread:
@@ -258,9 +356,29 @@ def _read_texts(path: Path, one_per: str, where: str) -> list[str]:
     return texts
 
 
-def _check_json(paths: Sequence[Path], where: str) -> None:
+def tables_to_check(path: Path) -> list[Path]:
+    """Lists the files of a table whose rows are checked: the file itself, or those of a folder."""
+    if path.is_file():
+        return [path]
+    # A card may name another separator of cells, and which files are read.
+    suffixes = set(_ROW_CHECKS) - ({".csv"} if _names_data_files(path / "README.md") else set())
+    return sorted(file for file in _visible_under(path) if file.suffix.lower() in suffixes)
+
+
+def check_rows(paths: Sequence[Path], where: str, most: int | None = None) -> None:
+    """Checks the rows of JSON and CSV files, whose reader would not say which is at fault, or would crash.
+
+    Args:
+        paths: The files; others are passed over.
+        where: Candidate and data, for messages.
+        most: Characters of a file after which no more of its rows are looked at.
+
+    Raises:
+        CalibrationError: If a row is at fault; it names the first.
+    """
     for path in paths:
-        problem = check_json_rows(path) if path.is_file() else None
+        check = _ROW_CHECKS.get(path.suffix.lower())
+        problem = check(path, most) if check is not None and path.is_file() else None
         if problem is not None:
             inside = f": {path}" if len(paths) > 1 or str(path) not in where else ""
             raise CalibrationError(f"{where}{inside}: {problem}")
@@ -285,7 +403,7 @@ def check_headers(paths: Sequence[Path], where: str) -> None:
 
 
 def _parquet_problem(path: Path) -> str | None:
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(path) as file:
@@ -307,6 +425,65 @@ def _csv_problem(path: Path) -> str | None:
     except (OSError, csv.Error) as error:
         return f"no header of columns can be read: {os_reason(error)}"
     return _twice([name for name in names if name])
+
+
+def _cells_problem(path: Path, most: int | None = None) -> str | None:
+    """Says which line of a CSV file has too few or too many cells; entirely blank lines are none."""
+    status = path.stat()
+    return _count_cells(path, status.st_size, status.st_mtime_ns, most)
+
+
+@functools.lru_cache(maxsize=64)
+def _count_cells(path: Path, num_bytes: int, modified_ns: int, most: int | None) -> str | None:
+    """Counts the cells of all lines; what came out is kept as long as the file's size and time stay the same."""
+    quotes = length = 0
+
+    def counted_quotes(lines: Iterable[str]) -> Iterator[str]:
+        nonlocal quotes, length
+        for line in lines:
+            quotes, length = quotes + line.count('"'), length + len(line)
+            yield line
+
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file, _long_cells():
+            rows = csv.reader(counted_quotes(file))
+            columns = next((row for row in rows if _has_cells(row)), [])
+            line, before = rows.line_num + 1, quotes
+            for row in rows:
+                if len(row) != len(columns) and _has_cells(row):
+                    if (quotes - before) % 2 and next(rows, None) is None:
+                        return None  # a quote that is never closed has taken all the rest; their reader tells where
+                    return (
+                        f"line {line} has {counted(len(row), 'cell')}, expected {len(columns)} as in the header; put "
+                        "cells that have commas in double quotes, and a comma also before and behind empty cells"
+                    )
+                if most is not None and length > most:
+                    return None
+                line, before = rows.line_num + 1, quotes
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return None  # their reader tells
+    return None
+
+
+def _has_cells(row: Sequence[str]) -> bool:
+    return len(row) > 1 or any(cell.strip() for cell in row)
+
+
+_ROW_CHECKS: Mapping[str, Callable[[Path, int | None], str | None]] = {
+    ".jsonl": check_json_rows,
+    ".json": check_json_rows,
+    ".csv": _cells_problem,
+}
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Lets Python's reader of CSV take cells of any length; its limit is one of the whole process."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _twice(names: Sequence[str]) -> str | None:
@@ -340,9 +517,42 @@ def _from_datasets(where: str, path: Path | None, *arguments: Any, **options: An
     return Source(where, tuple(table.column_names), len(table), lambda columns: table.select_columns(columns), folder)
 
 
+def cache_problem(error: BaseException, path: Path | None) -> str | None:
+    """Says what is wrong with the cache of `datasets` if that, and not the data, is why a table cannot be opened.
+
+    Args:
+        error: What `datasets` has raised.
+        path: The data.
+
+    Returns:
+        The cache's folder, the cause, and what to do; `None` if the data is at fault.
+    """
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    seen: BaseException | None = error
+    while seen is not None:
+        of_data = of_cache = False
+        if isinstance(seen, OSError) and isinstance(seen.filename, str):
+            of_data = path is not None and Path(seen.filename).is_relative_to(path)
+            of_cache = Path(seen.filename).is_relative_to(cache) or cache.is_relative_to(seen.filename)
+        refused = isinstance(seen, OSError) and seen.errno in _REFUSED_WRITING
+        if not of_data and (of_cache or refused or _NO_ROOM.search(str(seen))):
+            return (
+                f"{cache}, the cache that tables are converted into, cannot be used: "
+                f"{shorten(os_reason(seen), 160)}; make room there, or set HF_DATASETS_CACHE to a folder that has room "
+                "and can be written"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
 def _why_unreadable(path: Path | None, error: Exception, arguments: Sequence[Any], options: dict[str, Any]) -> str:
     from datasets.exceptions import DatasetGenerationError
 
+    of_cache = cache_problem(error, path)
+    if of_cache is not None:
+        return of_cache
     if isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     split = str(options["split"])

@@ -27,12 +27,16 @@ from largemerge.calibration.load import load_calibration, outline_calibration, r
 from largemerge.calibration.sources import (
     TABLE_BUILDERS,
     Source,
+    cache_problem,
     check_headers,
+    check_rows,
+    folder_notes,
     in_our_words,
     is_image_folder,
     list_images,
     locate_data,
     open_source,
+    tables_to_check,
 )
 from largemerge.errors import CalibrationError
 
@@ -41,6 +45,7 @@ MAX_BYTES = 64 << 20
 MAX_SAMPLES, MAX_IMAGES = 1024, 32
 """Samples that are read, at most, of texts or tensors, and of images."""
 _FIRST_ROWS, _FIRST_CHARACTERS = 256, 4 << 20  # of large files
+_READ_AHEAD = 16 << 20  # characters; the stream takes JSON in pieces of 10 MiB
 _MAX_FILES = 10_000  # of a folder that are counted
 
 _Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -75,7 +80,8 @@ def survey_calibration(
         is_tensors = path is not None and path.suffix.lower() == ".safetensors"
         if path is None or is_tensors or is_image_folder(path):
             bounds = "" if path is not None else f"{where}: taken to have {config.num_samples} samples of full length"
-            return _made_up(name, [outline.inputs], outline.num_samples, config.batch_size, bounds)
+            notes = folder_notes(path, where)
+            return _made_up(name, [outline.inputs], outline.num_samples, config.batch_size, bounds, where, notes)
         return _from_first_rows(config, outline, where, path, arguments, options)
     most = MAX_IMAGES if "pixel_values" in signature.forward_arguments else MAX_SAMPLES
     if path.suffix.lower() == ".safetensors" or config.num_samples <= most:
@@ -86,7 +92,7 @@ def survey_calibration(
     some = load_calibration(config.model_copy(update={"num_samples": most}), *arguments, **options)
     wanted = min(count, config.num_samples)
     text = f"{where}: {wanted} samples, taken to be as long as {some.num_samples} that were read"
-    return _made_up(name, _sample_shapes(some), wanted, config.batch_size, text)
+    return _made_up(name, _sample_shapes(some), wanted, config.batch_size, text, where, some.notes)
 
 
 def _num_bytes(path: Path) -> int:
@@ -118,14 +124,15 @@ def _from_first_rows(
     few = config.model_copy(update={"num_samples": min(config.num_samples, source.num_rows)})
     wanted = few.num_samples if is_whole and not config.pack else config.num_samples
     assert wanted is not None
+    notes = folder_notes(path, where)
     try:
         batches = read_table(source, fields, few, folders, signature, options["trust_remote_code"])
     except CalibrationError as error:
         text = f"{where}: taken to have {wanted} samples of full length, for its first rows are no good: {error}"
-        return _made_up(name, [outline.inputs], wanted, config.batch_size, text)
+        return _made_up(name, [outline.inputs], wanted, config.batch_size, text, where, notes)
     shapes = _sample_shapes(CalibrationSet(name, batches, ""))
     text = f"{where}: {wanted} samples, taken to be as long as the first {source.num_rows} rows"
-    return _made_up(name, shapes, wanted, config.batch_size, text)
+    return _made_up(name, shapes, wanted, config.batch_size, text, where, notes)
 
 
 def _first_rows(config: CalibrationConfig, where: str, path: Path) -> tuple[Source, bool]:
@@ -152,6 +159,7 @@ def _streamed(config: CalibrationConfig, where: str, path: Path) -> list[dict[st
     options: dict[str, Any] = {"data_files": glob.escape(str(path))} if path.is_file() else {"name": config.subset}
     if path.is_file() and path.suffix.lower() == ".csv":
         options["keep_default_na"] = False
+    _check_first_rows(path, where)
     check_headers([path] if path.is_file() else [*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
     try:
         stream = datasets.load_dataset(builder, split=config.split, streaming=True, **options)
@@ -160,9 +168,19 @@ def _streamed(config: CalibrationConfig, where: str, path: Path) -> list[dict[st
                 stream = stream.cast_column(column, datasets.Image(decode=False))
         return [dict(row) for row in itertools.islice(stream, _FIRST_ROWS)]
     except Exception as error:  # whatever `datasets` and its readers raise, it is about the user's data
-        told = in_our_words(str(error), config.split)
+        told = cache_problem(error, path) or in_our_words(str(error), config.split)
         reason = f"cannot be read: {type(error).__name__}: {error}".strip().split("\n")[0]
         raise CalibrationError(f"{where}: {told or reason}") from None
+
+
+def _check_first_rows(path: Path, where: str) -> None:
+    """Checks the rows that a stream may read ahead; of a folder's files, those that come first."""
+    room = MAX_BYTES
+    for file in tables_to_check(path):
+        check_rows([file], where, _READ_AHEAD)
+        room -= min(file.stat().st_size, _READ_AHEAD)
+        if room <= 0:
+            return
 
 
 def _sample_shapes(data: CalibrationSet) -> list[_Shapes]:
@@ -180,11 +198,20 @@ def _shapes_of(batch: Batch, index: int) -> _Shapes:
     return found
 
 
-def _made_up(name: str, samples: list[_Shapes], count: int, batch_size: int, estimated: str) -> CalibrationSet:
+def _made_up(
+    name: str,
+    samples: list[_Shapes],
+    count: int,
+    batch_size: int,
+    estimated: str,
+    where: str,
+    notes: tuple[str, ...],
+) -> CalibrationSet:
     """Makes batches of as many samples as wanted whose shapes are spread like those of some."""
     chosen = [samples[index * len(samples) // count] for index in range(count)]
     groups = (chosen[start : start + batch_size] for start in range(0, count, batch_size))
-    return CalibrationSet(name, tuple(Batch(dict(_tensors(group)), None) for group in groups), "", estimated)
+    batches = tuple(Batch(dict(_tensors(group)), None) for group in groups)
+    return CalibrationSet(name, batches, "", estimated, where, notes)
 
 
 def _tensors(group: list[_Shapes]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from largemerge.errors import ArchitectureError
 from largemerge.model.forward import KeptOutputs, Output, call_model, hand_on, replaced_forwards, resumed_at, run_block
 from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
+from largemerge.text_files import first_line
 
 NUM_SAMPLES = 2
 NUM_TOKENS = 7
@@ -141,8 +142,14 @@ class FakeModel:
 
 
 @contextmanager
-def fake_model(skeleton: Skeleton, outline: InputOutline, examples: Examples) -> Iterator[FakeModel]:
+def fake_model(skeleton: Skeleton, outline: InputOutline, examples: Examples, where: str = "") -> Iterator[FakeModel]:
     """Gives a model made-up weights while the context is open, and runs the plain pass.
+
+    Args:
+        skeleton: The model.
+        outline: Shapes and dtypes of the forward arguments.
+        examples: Integers of the first samples.
+        where: Candidate and data that the outline is of, for messages.
 
     Raises:
         ArchitectureError: If the model cannot be run on such inputs, or its blocks do not run one after the other.
@@ -153,7 +160,7 @@ def fake_model(skeleton: Skeleton, outline: InputOutline, examples: Examples) ->
     try:
         with torch.no_grad(), _experts_one_by_one(skeleton.model):
             chosen = [_representatives(stack.blocks) for stack in skeleton.stacks]
-            records, order, runs = _plain_pass(skeleton, inputs, chosen)
+            records, order, runs = _plain_pass(skeleton, inputs, chosen, where)
             yield FakeModel(skeleton, inputs, weights, records, order, runs)
     finally:
         assign_tensors(skeleton, {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()})
@@ -268,7 +275,7 @@ def block_kind(block: nn.Module, index: int) -> str:
 
 
 def _plain_pass(
-    skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], chosen: list[set[int]]
+    skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], chosen: list[set[int]], where: str = ""
 ) -> tuple[list[dict[int, BlockRecord]], list[int], dict[tuple[int, int], int]]:
     """Runs the model once; returns records of the chosen blocks, the order of the stacks, and the runs of blocks."""
     records: list[dict[int, BlockRecord]] = [{} for _ in skeleton.stacks]
@@ -304,16 +311,19 @@ def _plain_pass(
         with replaced_forwards(forwards):
             call_model(skeleton, inputs)
     except Exception as error:
-        raise _run_error(skeleton, inputs, error) from error
+        raise _run_error(skeleton, inputs, error, where) from error
     order, runs = _check_runs(skeleton, visited)
     return records, order, runs
 
 
-def _run_error(skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], error: Exception) -> ArchitectureError:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _run_error(
+    skeleton: Skeleton, inputs: Mapping[str, torch.Tensor], error: Exception, where: str
+) -> ArchitectureError:
+    shapes = {name: list(x.shape) for name, x in sorted(inputs.items())}
     return ArchitectureError(
-        f"{skeleton.class_name}: cannot be run on calibration inputs {sorted(inputs)}: {text}; "
-        f"its forward takes {sorted(skeleton.forward_arguments())}"
+        f"{f'{where}: ' if where else ''}{skeleton.class_name}: cannot be run on calibration inputs {sorted(inputs)}, "
+        f"tried with {NUM_SAMPLES} samples as {shapes}; expected what its forward takes, in the shapes that it takes: "
+        f"{sorted(skeleton.forward_arguments())} ({first_line(error, 160) or type(error).__name__})"
     )
 
 

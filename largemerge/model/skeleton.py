@@ -46,6 +46,25 @@ _MORE_PARAMETERS, _MOST_PARAMETERS, _MOST_ELEMENTS = 2_000, 200_000, 1 << 31
 tensors are known, and elements of a table that is computed."""
 _CODE_HINT = " It ships its own code: set trust_remote_code: true if you trust it."
 
+_NO_SAMPLES = frozenset(
+    (
+        *(
+            "self",
+            "kwargs",
+            "cache",
+            "use_cache",
+            "past_key_value",
+            "past_key_values",
+            "cache_params",
+            "cache_position",
+        ),
+        *("mems", "use_mems", "encoder_outputs", "head_mask", "decoder_head_mask", "cross_attn_head_mask"),
+        *("output_attentions", "output_hidden_states", "return_dict", "return_loss", "interpolate_pos_encoding"),
+        *("logits_to_keep", "num_logits_to_keep", "num_items_in_batch", "rope_deltas"),
+    )
+)
+"""Arguments of forwards that hold no samples though their annotation, if there is one, may name tensors."""
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -86,8 +105,9 @@ class Skeleton:
         return type(self.model).__name__
 
     def forward_arguments(self) -> frozenset[str]:
-        """Names of the arguments that the model's forward takes."""
-        return frozenset(inspect.signature(self.model.forward).parameters) - {"kwargs", "self"}
+        """Names of the arguments of the model's forward that hold samples: no caches, no switches."""
+        parameters = inspect.signature(self.model.forward).parameters.items()
+        return frozenset(name for name, argument in parameters if _holds_samples(name, argument))
 
     def block_tensors(self, stack: Stack, index: int) -> list[str]:
         """Names of the parameters and persistent buffers of one block, in the module's order."""
@@ -104,6 +124,13 @@ class Skeleton:
                 seen.add(id(tensor))
                 names.append(name)
         return names
+
+
+def _holds_samples(name: str, argument: inspect.Parameter) -> bool:
+    """Whether an argument of a forward is a tensor with a row for every sample, by its name and its annotation."""
+    if argument.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) or name in _NO_SAMPLES:
+        return False
+    return argument.annotation is inspect.Parameter.empty or "Tensor" in str(argument.annotation)
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedConfig:

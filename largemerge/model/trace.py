@@ -111,18 +111,21 @@ class ModelTrace:
     stacks: tuple[StackTrace, ...]
 
 
-def trace_model(skeleton: Skeleton, outline: InputOutline, examples: Examples | None = None) -> ModelTrace:
+def trace_model(
+    skeleton: Skeleton, outline: InputOutline, examples: Examples | None = None, where: str = ""
+) -> ModelTrace:
     """Proves that the model can be run block by block, and learns what the run needs to know.
 
     Args:
         skeleton: The model, parameters on the meta device; they are back there afterwards.
         outline: Shapes and dtypes of the forward arguments that the calibration data will give.
         examples: Integers of the first samples, where images or sounds stand beside tokens.
+        where: Candidate and data that the outline is of, for messages.
 
     Raises:
         ArchitectureError: If the model cannot be run on such input, or not block by block.
     """
-    with fake_model(skeleton, outline, examples or {}) as fake:
+    with fake_model(skeleton, outline, examples or {}, where) as fake:
         try:
             _find_kept(fake)
             _compare_resumed(fake)

@@ -340,7 +340,7 @@ def make_plan(
     """
     stage("planning: following the hidden states through the model")
     outline = _joint_outline(outlines)
-    trace = trace_model(inputs.skeleton, outline, outlines[0].examples)
+    trace = trace_model(inputs.skeleton, outline, outlines[0].examples, outlines[0].where)
     blocks = plan_blocks(config, inputs, trace)
     non_block = plan_non_block(config, inputs, trace)
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
@@ -397,6 +397,7 @@ def make_plan(
             *_notes(config, inputs, tensors),
             *shortfalls(config, num_samples),
             *(data.estimated for data in calibration or () if data.estimated),
+            *(note for data in calibration or () for note in data.notes),
             *file_notes,
             *findings.notes,
         ),
@@ -572,10 +573,11 @@ def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tu
         {name: list(shape) for name, (shape, dtype) in outline.inputs.items() if dtype.is_floating_point}
         for outline in outlines
     ]
-    other = next((own for own in floating if own != floating[0]), None)
+    other = next((number for number, own in enumerate(floating) if own != floating[0]), None)
     if other is not None:
+        first, second = (f"{outlines[number].where} has {floating[number] or 'tokens alone'}" for number in (0, other))
         raise CalibrationError(
-            f"the candidates' calibration data differs in shape or kind beside the tokens: {floating[0]} and {other}; "
+            f"the candidates' calibration data differs beside the tokens (shapes of one sample): {first}; {second}; "
             "expected the same for all candidates"
         )
     return {name: value for name, value in outlines[0].inputs.items() if name in common}

@@ -8,12 +8,14 @@ read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from largemerge.calibration import ForwardSignature
 from largemerge.calibration.batches import Batch, CalibrationSet
@@ -32,7 +34,15 @@ from largemerge.regression.inputs import Inputs
 from largemerge.regression.planning.ranks import batch_costs
 from largemerge.regression.tensor_plan import BlockPlan
 from largemerge.regression.tokens import own_signature
+from largemerge.text_files import first_line
 from largemerge.tokenizer.tokenizers import tokenizer_folder
+
+_EMBEDDINGS = {
+    "position_ids": re.compile(r"(^|\.)(wpe|embed_positions|positions?_embeddings?|position_embed)$"),
+    "token_type_ids": re.compile(r"(^|\.)(token_type|segment)_embeddings?$"),
+}
+"""Names that embeddings of positions and types of tokens have, by the argument that picks their rows."""
+_NOT_OF_TEXT = re.compile(r"vision|visual|image|patch|pixel|audio|speech")
 
 Result = TypeVar("Result")
 Read = TypeVar("Read", covariant=True)
@@ -62,7 +72,26 @@ def forward_signature(skeleton: Skeleton) -> ForwardSignature:
         is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
         pad_token_id=getattr(config, "pad_token_id", None),
+        token_shape=("samples", *(("choices",) if "MultipleChoice" in skeleton.class_name else ()), "tokens"),
+        id_limits=_id_limits(skeleton),
     )
+
+
+def _id_limits(skeleton: Skeleton) -> dict[str, int]:
+    """Numbers that positions and types of tokens have to stay below, where the model has embeddings of them."""
+    limits: dict[str, int] = {}
+    for path, module in skeleton.model.named_modules():
+        if not isinstance(module, nn.Embedding) or _NOT_OF_TEXT.search(path):
+            continue
+        name = next((name for name, pattern in _EMBEDDINGS.items() if pattern.search(path)), None)
+        if name is not None:
+            # OPT and its kin keep rows for themselves: position 0 is row 2.
+            rows = module.num_embeddings - max(0, getattr(module, "offset", 0))
+            limits[name] = max(rows, limits.get(name, 0))
+    vocabulary = getattr(skeleton.model.config.get_text_config(), "vocab_size", None)
+    if isinstance(vocabulary, int):
+        limits.setdefault("token_type_ids", vocabulary)  # as GPT-2 has it: they are tokens, too
+    return limits
 
 
 def loss_input(signature: ForwardSignature) -> str:
@@ -208,7 +237,7 @@ def check_samples(
                 except Exception as error:  # whatever a model's code raises
                     found.append(_explained(skeleton, batch, error))
                     break
-            problems += [f"candidate {data.name!r}: {problem}" for problem in found]
+            problems += [f"{data.where or f'candidate {data.name!r}'}: {problem}" for problem in found]
     return problems
 
 
@@ -235,9 +264,12 @@ def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def _explained(skeleton: Skeleton, batch: Batch, error: Exception) -> str:
     """Message for a batch that the model cannot be run on."""
     shapes = {name: list(tensor.shape) for name, tensor in batch.inputs.items()}
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error, 160) or type(error).__name__
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
     longest = max((shape[1] for shape in shapes.values() if len(shape) > 1), default=0)
     is_long = isinstance(limit, int) and longest > limit
-    hint = f"; the config allows {limit} positions: lower max_length" if is_long else ""
-    return f"the model cannot be run on a batch of shapes {shapes}: {reason}{hint}"
+    if is_long:
+        hint = f"the config allows {limit} positions: lower max_length, or give shorter samples"
+    else:
+        hint = f"expected inputs that {skeleton.class_name} takes, in the shapes that it takes"
+    return f"the model cannot be run on a batch of shapes {shapes}; {hint} ({reason})"

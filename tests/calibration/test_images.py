@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from largemerge.calibration import images, load_calibration, outline_calibration
+from largemerge.calibration import image_settings, load_calibration, outline_calibration
 from largemerge.calibration.image_settings import check_processor_files
 from largemerge.errors import CalibrationError, CheckpointError
 
@@ -289,7 +289,7 @@ def test_settings_inside_the_processors_config_are_checked_too(tmp_path):
 
 
 def test_a_processor_that_scales_to_absurd_numbers(complaint, folder, vision_checkpoint, monkeypatch):
-    monkeypatch.setattr(images, "MAX_ABSOLUTE", 0.5)
+    monkeypatch.setattr(image_settings, "MAX_ABSOLUTE_PIXEL", 0.5)
     problem = complaint(folder)
     assert "numbers beyond 0.5 in 'pixel_values'" in problem and "image_std in preprocessor_config.json" in problem
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
-from largemerge.calibration import load_calibration, outline_calibration
+from largemerge.calibration import load_calibration, outline_calibration, survey
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.errors import CalibrationError
 
@@ -121,3 +122,32 @@ def test_the_base_lends_its_tokenizer(files, make_config, tmp_path, checkpoint, 
         load_calibration(make_config(files[0]), "math", bare, text_signature)
     lent = load_calibration(make_config(files[0]), "math", bare, text_signature, base=checkpoint)
     assert lent.fingerprint == load_calibration(make_config(files[0]), "math", checkpoint, text_signature).fingerprint
+
+
+def test_samples_whose_only_tokens_that_count_are_cut_off_are_noted(
+    make_config, checkpoint, text_signature, write_jsonl
+):
+    rows = [{"text": "the cat sat", "mask": mask} for mask in ([1, 0, 0], [0, 0, 1], [0, 0, 0])]
+    path = write_jsonl(rows)
+    for max_length, count in ((2, 2), (3, 1)):
+        config = make_config(path, loss_mask_field="mask", max_length=max_length)
+        (note,) = load_calibration(config, "math", checkpoint, text_signature).notes
+        assert (
+            f"'math': {path}: {count} of 3 samples add nothing: the loss mask keeps every token of theirs out" in note
+        )
+        assert note.startswith("warning: ") and "Raise 'max_length'" in note
+
+
+def test_notes_on_a_folder_come_with_the_data(
+    make_config, tmp_path, save_image_processor, vision_signature, monkeypatch
+):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "a.png")
+    (folder / "labels.csv").write_text("a.png,cat")
+    arguments = (make_config(folder), "cars", save_image_processor(tmp_path / "vision"), vision_signature)
+    for most in (survey.MAX_BYTES, 0):  # as it is, and as a folder that is too large for a plan to read
+        monkeypatch.setattr(survey, "MAX_BYTES", most)
+        for read in (load_calibration, survey.survey_calibration):
+            (note,) = read(*arguments).notes
+            assert f"{folder}: 1 file beside the images not read: labels.csv. Of tables, a metadata.csv or" in note

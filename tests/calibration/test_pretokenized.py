@@ -88,7 +88,7 @@ def test_outline_reads_the_header(save, make_config, tmp_path, clip_signature):
 def test_unknown_name(complaint):
     problem = complaint({"inputs_ids": TOKENS})
     assert "candidate 'math'" in problem and "data.safetensors" in problem
-    assert "'inputs_ids' is no argument of the model's forward; did you mean 'input_ids'?" in problem
+    assert "'inputs_ids' is no argument of the model's forward that holds samples; did you mean 'input_ids'?" in problem
     assert "it takes ['attention_mask', 'input_ids', 'position_ids']" in problem
 
 
@@ -141,7 +141,8 @@ def test_subset_is_for_datasets(complaint):
     [
         ("pixel_values", torch.tensor([[1.0], [float("nan")], [2.0]]), "has NaN or infinity in samples [1]"),
         ("pixel_values", torch.tensor([1.0, float("inf"), 2.0]), "has NaN or infinity in it"),
-        ("pixel_values", torch.tensor([[1.0], [2.0], [-1e38]]), "has numbers beyond 1e+30 in samples [2]"),
+        ("pixel_values", torch.tensor([[1.0], [2.0], [-1e38]]), "has numbers beyond 1e+06 in samples [2]"),
+        ("pixel_values", torch.tensor([[1.0], [2.0], [1e25]]), "has numbers beyond 1e+06 in samples [2]"),
         ("input_ids", torch.tensor([[1], [-100], [2]]), "has negative numbers (the least is -100)"),
     ],
 )
@@ -194,3 +195,100 @@ def test_decoder_tokens_may_come_as_embeddings(save, make_config, tmp_path, seq2
     path = save({"input_ids": TOKENS, "decoder_inputs_embeds": embeddings, "loss_mask": torch.ones(5, 2)})
     calibration = load_calibration(make_config(path), "math", tmp_path, signature)
     assert torch.equal(calibration.batches[0].inputs["decoder_inputs_embeds"], embeddings[:2])
+
+
+ONES = torch.ones(5, 3, dtype=torch.long)
+
+
+def loading(save, make_config, tmp_path, signature, tensors):
+    """The problems that loading these tensors gives; of values an outline knows nothing."""
+    with pytest.raises(CalibrationError) as caught:
+        load_calibration(make_config(save(tensors), num_samples=5), "math", tmp_path, signature)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("number", [2, -1, 0.5])
+@pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask", "pixel_attention_mask"])
+def test_masks_of_other_numbers_than_0_and_1(save, make_config, tmp_path, seq2seq_signature, name, number):
+    more = {"pixel_attention_mask"}
+    signature = replace(seq2seq_signature, forward_arguments=seq2seq_signature.forward_arguments | more)
+    mask = torch.ones(5, 3, dtype=torch.float32 if number == 0.5 else torch.long)
+    mask[2, 1] = number
+    tensors = {"input_ids": TOKENS, "decoder_input_ids": TOKENS, name: mask}
+    found = loading(save, make_config, tmp_path, signature, tensors)
+    assert f"tensor {name!r} has other numbers than 0 and 1, such as {number}; expected 1 for what counts" in found
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_masks_of_any_dtype(save, make_config, tmp_path, text_signature, dtype):
+    mask = (TOKENS % 3 < 2).to(dtype)
+    path = save({"input_ids": TOKENS, "attention_mask": mask})
+    data = load_calibration(make_config(path), "math", tmp_path, text_signature)
+    assert torch.equal(data.batches[0].inputs["attention_mask"], mask[:2])
+
+
+def test_a_sample_that_is_padding_alone(save, make_config, tmp_path, text_signature):
+    mask = ONES.clone()
+    mask[1] = mask[3] = 0
+    found = loading(save, make_config, tmp_path, text_signature, {"input_ids": TOKENS, "attention_mask": mask})
+    assert "'attention_mask' is 0 everywhere in samples [1, 3], which have no token then" in found
+
+
+def test_a_loss_mask_where_only_padding_counts(save, make_config, tmp_path, text_signature, seq2seq_signature):
+    mask = ONES.clone()
+    mask[:, 2] = 0
+    tensors = {"input_ids": TOKENS, "attention_mask": mask, "loss_mask": 1 - mask}
+    told = "keeps every token of every sample out (as padded or truncated); expected 1 for tokens that count"
+    assert told in loading(save, make_config, tmp_path, text_signature, tensors)
+    decoder = {"decoder_input_ids": TOKENS, "decoder_attention_mask": mask}
+    assert told in loading(save, make_config, tmp_path, seq2seq_signature, tensors | decoder)
+
+
+def test_some_samples_of_which_only_padding_counts_are_noted(save, make_config, tmp_path, text_signature):
+    mask = ONES.clone()
+    mask[:, 2] = 0
+    loss_mask = mask.clone()
+    loss_mask[3] = 1 - mask[3]
+    path = save({"input_ids": TOKENS, "attention_mask": mask, "loss_mask": loss_mask})
+    (note,) = load_calibration(make_config(path), "math", tmp_path, text_signature).notes
+    assert f"'math': {path}: 1 of 4 samples add nothing: the loss mask keeps every token of theirs out" in note
+    assert not load_calibration(make_config(path, num_samples=3), "math", tmp_path, text_signature).notes
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"input_ids": TOKENS[None].reshape(5, 1, 3)}, "'input_ids' is [5, 1, 3]; expected [samples, tokens]"),
+        ({"input_ids": TOKENS, "attention_mask": ONES[:, :2]}, "'attention_mask' is [5, 2]; expected like 'input_ids'"),
+        ({"input_ids": TOKENS, "attention_mask": ONES.view(5, 1, 1, 3)}, "is [5, 1, 1, 3]; expected like 'input_ids'"),
+        ({"input_ids": TOKENS, "position_ids": ONES[:, 0]}, "'position_ids' is [5]; expected like 'input_ids', [5, 3]"),
+        ({"input_ids": TOKENS, "position_ids": ONES.float()}, "'position_ids' has torch.float32; expected integers"),
+        ({"attention_mask": ONES}, "nothing but ['attention_mask'], which belong to other tensors; expected what"),
+        ({"input_ids": TOKENS, "inputs_embeds": torch.ones(5, 3, 4)}, "which stand for each other; expected one"),
+        (
+            {"inputs_embeds": torch.ones(5, 3, 4), "attention_mask": ONES[:, :2]},
+            "expected like 'inputs_embeds', [5, 3]",
+        ),
+        ({"pixel_values": TOKENS}, "'pixel_values' has torch.int64; expected a floating-point dtype"),
+        ({"pixel_values": torch.ones(5, 3, 0)}, "tensors with no numbers: ['pixel_values']"),
+    ],
+)
+def test_shapes_and_dtypes_are_told_before_a_model_sees_them(complaint, text_signature, tensors, told):
+    more = {"inputs_embeds", "pixel_values"}
+    signature = replace(text_signature, forward_arguments=text_signature.forward_arguments | more)
+    assert told in complaint(tensors, signature)
+
+
+def test_choices_are_a_dimension_where_a_model_takes_them(save, make_config, tmp_path, text_signature):
+    signature = replace(text_signature, token_shape=("samples", "choices", "tokens"))
+    ids = torch.arange(30).view(5, 2, 3)
+    path = save({"input_ids": ids, "attention_mask": torch.ones(5, 2, 3)})
+    assert load_calibration(make_config(path), "math", tmp_path, signature).num_samples == 4
+
+
+@pytest.mark.parametrize("number", [3, -1])
+def test_positions_beyond_the_embedding(save, make_config, tmp_path, text_signature, number):
+    tensors = {"input_ids": TOKENS, "position_ids": ONES * number}
+    found = loading(save, make_config, tmp_path, replace(text_signature, id_limits={"position_ids": 3}), tensors)
+    told = {3: "has numbers from 3 to 3; expected 0 to 2", -1: "has negative numbers (the least is -1)"}
+    assert f"tensor 'position_ids' {told[number]}" in found

@@ -6,16 +6,18 @@ import io
 import json
 import os
 import socket
+from pathlib import Path
 
 import datasets
 import huggingface_hub.constants
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from largemerge.calibration import load_calibration
-from largemerge.calibration.sources import IMAGE_SUFFIXES, list_images, locate_data, open_source
+from largemerge.calibration.sources import IMAGE_SUFFIXES, folder_notes, list_images, locate_data, open_source
 from largemerge.errors import CalibrationError
 
 
@@ -209,7 +211,7 @@ def test_bad_json_line(complaint, write):
         ("b.jsonl", '{"text": "x"}\n5\n', 'line 2: expected an object such as {"text": ...}, found 5'),
         ("c.jsonl", b"\xff\xfe\x00", "not readable as UTF-8 text"),
         ("d.txt", b"\xff\xfe\x00", "not readable as UTF-8 text"),
-        ("e.csv", "a,text\n1,x\n2,y,z,w\n", "line 3 has 4 cells, expected 2 as before"),
+        ("e.csv", "a,text\n1,x\n2,y,z,w\n", "line 3 has 4 cells, expected 2 as in the header"),
         ("f.parquet", "no parquet", "no whole Parquet file"),
     ],
 )
@@ -258,17 +260,64 @@ def test_flipped_bits_of_a_parquet_file(complaint, write, tmp_path):
     ("content", "told"),
     [
         ('{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"),
-        ('{"text": "a", "n": 1e999}', "a number is too large; expected numbers up to"),
-        ('{"text": "\\ud800"}', "half of a character"),
+        ('{"text": "a", "n": {"m": 1, "m": 1}}', "the key 'm' stands twice in one object"),
+        ('{"text": "a", "n": 1e999}', "the number 1e999 is too large; expected numbers up to 1.8e308"),
+        ('{"text": "\\ud800"}', "'text': half of a character, \\ud800, stands in a text"),
+        ('{"text": "a", "n": ["\\uDC00"]}', "'n': half of a character, \\udc00, stands in a text"),
     ],
 )
-def test_json_that_the_reader_refuses(complaint, write, content, told):
-    assert told in complaint(write("a.jsonl", content))
+def test_json_that_the_reader_refuses_names_its_line(complaint, write, content, told):
+    good = '{"text": "\\ud83d\\ude00"}\n\n'
+    assert f"a.jsonl: line 3: {told}" in complaint(write("a.jsonl", good + content))
+    assert told in complaint(write("b.json", f"[{good},\n{content}]"))
+    over_lines = f"{good.strip()} {content}".replace(': "', ':\n"', 1)
+    assert f"line 2: {told}" in complaint(write("c.jsonl", over_lines))
 
 
 def test_cells_of_csv(complaint, write):
     assert "the columns ['text'] stand twice" in complaint(write("a.csv", "text,text\na,b\n"))
     assert "a double quote opens in row 1 and is never closed" in complaint(write("b.csv", 'text\n"a\n'))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("x,text\n1,hello there\n2\n3,abc\n", "line 3 has 1 cell, expected 2 as in the header"),
+        ('x,text\n1,"two\nlines"\n\n2,a\n3\n', "line 6 has 1 cell, expected 2"),
+        ("x,text\n1,hello, there\n2,b, c\n", "line 2 has 3 cells, expected 2"),  # pandas would shift all columns
+        ("x,text,y\n1,a,b\n2,c\n", "line 3 has 2 cells, expected 3"),
+    ],
+)
+def test_lines_of_csv_with_too_few_or_too_many_cells(complaint, write, content, told):
+    assert f"a.csv: {told}" in complaint(write("a.csv", content))
+    write("folder/b.csv", "text\na\n")
+    assert told in complaint(write("folder/a.csv", content).parent)
+
+
+def test_a_card_says_how_cells_are_separated(open_data, write):
+    card = "---\nconfigs:\n- config_name: a\n  data_files: a.csv\n  sep: ;\n---\n"
+    folder = write("folder/README.md", card).parent
+    write("folder/a.csv", "x;text\n1;one, two\n2;three\n")
+    assert [row["text"] for row in rows_of(open_data(folder))] == ["one, two", "three"]
+
+
+def test_blank_lines_and_empty_cells_of_csv(open_data, write):
+    content = f'x,text\n\n1,a\n  \n2,\n"",{"long " * 40_000}\n3,"b ""q"" , c"\n\n'
+    texts = [row["text"] for row in rows_of(open_data(write("a.csv", content))) if row["text"]]
+    assert texts == ["a", "long " * 40_000, 'b "q" , c']
+
+
+def test_a_cache_that_cannot_be_used_is_not_the_datas_fault(complaint, write, monkeypatch, tmp_path):
+    path = write("a.jsonl", '{"text": "a"}')
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.builder.has_sufficient_disk_space", lambda *arguments, **options: False)
+        found = complaint(path)
+    cache = tmp_path / "datasets_cache"
+    assert f"a.jsonl: {cache}, the cache that tables are converted into, cannot be used: Not enough disk space" in found
+    assert "set HF_DATASETS_CACHE to a folder that has room and can be written" in found and "damaged" not in found
+    for place, cause in (("/dev/null/cache", "Not a directory"), ("/proc/gone/cache", "No such file or directory")):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(place))
+        assert f"{place}, the cache that tables are converted into, cannot be used: {cause}" in complaint(path)
 
 
 def test_links_say_where_they_lead(complaint, tmp_path):
@@ -330,6 +379,49 @@ def test_images_of_formats_that_are_not_read_are_told(complaint, tmp_path):
     assert (
         "1 .heic file" in found and "1 .svg file" in found and "beside images of formats that are read (.png" in found
     )
+
+
+@pytest.mark.parametrize("suffix", [".eps", ".tga", ".DDS", ".npy", ".jp2", ".pcx"])
+def test_images_that_only_pillow_knows_are_told(complaint, tmp_path, suffix):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / f"b{suffix}").write_bytes(b"x")
+    assert f"1 {suffix.lower()} file beside images of formats that are read" in complaint(tmp_path)
+
+
+def test_tables_and_documents_among_images_are_noted(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    for name in ("README.md", "LICENSE", ".hidden"):
+        (tmp_path / name).write_text("x")
+    assert folder_notes(tmp_path, "here") == ()
+    (tmp_path / "deep").mkdir()
+    for name in ("labels.csv", "metadata.json", "paper.pdf", "deep/metadata.csv"):
+        (tmp_path / name).write_text("x")
+    (note,) = folder_notes(tmp_path, "here")
+    told = (
+        "here: 4 files beside the images not read: deep/metadata.csv, labels.csv, metadata.json and 1 more. Of tables"
+    )
+    assert note.startswith(told)
+    assert folder_notes(tmp_path / "labels.csv", "here") == () == folder_notes(None, "here")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_images_that_no_metadata_names_are_noted(open_data, tmp_path, kind):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "b", "c", "d"):
+        Image.new("RGB", (2, 2)).save(folder / f"{name}.png")
+    table = pandas.DataFrame({"file_name": ["./b.png", "a.png"], "text": ["x", "y" * 200_000]})
+    path = folder / f"metadata.{kind}"
+    if kind == "parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text(table.to_csv(index=False) if kind == "csv" else table.to_json(orient="records", lines=True))
+    assert open_data(folder).num_rows == 2
+    (note,) = folder_notes(folder, "here")
+    assert note == "warning: here: 2 images of 4 not used, for no metadata file names them: c.png, d.png"
+    for name in ("c", "d"):
+        (folder / f"{name}.png").unlink()
+    assert folder_notes(folder, "here") == ()
 
 
 def test_a_folder_of_gifs_and_tiffs_is_read(open_data, tmp_path):

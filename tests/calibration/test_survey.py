@@ -86,6 +86,28 @@ def test_bad_first_rows_of_a_large_file_are_told_and_no_error(
     assert shapes_of(found)[0]["input_ids"][1] == 16, "an upper bound"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", "null\n", "line 1: expected an object"),  # the library's reader ends the process there
+        ("a.jsonl", '{"text": ' + "[" * 5000 + "]" * 5000 + "}\n", "line 1: nested too deeply"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', "line 1: the key 'text' stands twice"),
+        ("a.csv", "x,text\n1,a,b\n2,c,d\n", "line 2 has 3 cells, expected 2"),
+        ("folder/a.csv", "x,text\n1,a\n2\n", "a.csv: line 3 has 1 cell, expected 2"),
+    ],
+)
+def test_first_rows_of_large_files_are_checked(
+    make_config, checkpoint, text_signature, tmp_path, monkeypatch, name, content, told
+):
+    monkeypatch.setattr(survey, "MAX_BYTES", 1)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    config = make_config(path if path.parent == tmp_path else path.parent)
+    with pytest.raises(CalibrationError, match=told):
+        survey.survey_calibration(config, "math", checkpoint, text_signature)
+
+
 def test_datasets_of_the_hub_are_not_looked_at(make_config, checkpoint, text_signature):
     found = survey_calibration(make_config("owner/texts"), "math", checkpoint, text_signature)
     assert found.num_samples == 4 and shapes_of(found)[0] == {"input_ids": (2, 16), "attention_mask": (2, 16)}

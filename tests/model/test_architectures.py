@@ -125,5 +125,5 @@ def test_images_for_one_candidate_alone_are_refused(smolvlm: tuple[Path, list[di
 def test_image_tokens_that_are_missing_are_refused(smolvlm: tuple[Path, list[dict[str, torch.Tensor]]]) -> None:
     folder, inputs = smolvlm
     without = [{name: x[:, 8:] if name != "pixel_values" else x for name, x in own.items()} for own in inputs]
-    with pytest.raises(ArchitectureError, match=r"cannot be run on calibration inputs .*pixel_values.*: .*tokens"):
+    with pytest.raises(ArchitectureError, match=r"cannot be run on calibration inputs .*pixel_values.* \(.*tokens"):
         largemerge.plan(config_with(folder, *without))

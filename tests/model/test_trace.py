@@ -297,6 +297,51 @@ def test_half_of_what_a_model_of_two_towers_needs_is_refused(tmp_path: Path, giv
     refused(case, ArchitectureError, rf"CLIPModel: cannot be run on calibration inputs \['{given}'\]")
 
 
+@pytest.mark.parametrize("name", ["use_cache", "cache", "past_key_values", "logits_to_keep"])
+def test_arguments_that_hold_no_samples_are_refused(tmp_path: Path, name: str) -> None:
+    case = text_case(tmp_path, tiny_models.build("llama"), input_ids=torch.ones(2, 5).long(), **{name: torch.ones(2)})
+    refused(
+        case, CalibrationError, rf"data0\.safetensors: tensor '{name}' is no argument .*that holds samples.*; it takes"
+    )
+
+
+def test_pixels_of_a_wrong_shape_name_candidate_and_file(tmp_path: Path) -> None:
+    case = text_case(tmp_path, tiny_models.build("vit"), pixel_values=torch.randn(2, 3, 12))
+    words = r"'model0': .*data0\.safetensors: ViT.*: cannot be run .*\[2, 3, 12\].*; expected .* \(not enough values"
+    refused(case, ArchitectureError, words)
+
+
+def test_pixels_of_unlike_shapes_name_both_candidates(tmp_path: Path) -> None:
+    model = tiny_models.build("vit")
+    pixels = [{"pixel_values": torch.randn(2, 3, *sides)} for sides in ((12, 12), (12,))]
+    case = write_case(tmp_path, [model, model], pixels)
+    words = r"'model0': .*data0\.safetensors has .*\[3, 12, 12\].*'model1': .*data1\.safetensors has .*\[3, 12\]"
+    refused(case, CalibrationError, words)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "rows"),
+    [
+        ("gpt2", "position_ids", 64),
+        ("gpt2", "token_type_ids", 64),
+        ("bert", "position_ids", 64),
+        ("bert", "token_type_ids", 2),
+    ],
+)
+def test_numbers_beyond_an_embeddings_rows_are_refused(tmp_path: Path, model: str, name: str, rows: int) -> None:
+    ids = torch.ones(2, 5, dtype=torch.long)
+    case = text_case(tmp_path, tiny_models.build(model), input_ids=ids, **{name: ids * rows})
+    refused(
+        case, CalibrationError, rf"data0\.safetensors: tensor '{name}' .*expected 0 to {rows - 1}, .* has {rows} rows"
+    )
+
+
+def test_positions_of_a_model_that_computes_them_may_be_any(tmp_path: Path) -> None:
+    ids = torch.ones(2, 5, dtype=torch.long)
+    case = text_case(tmp_path, tiny_models.build("llama"), input_ids=ids, position_ids=ids * 10_000)
+    assert not largemerge.plan(case.config).problems
+
+
 def test_a_sample_longer_than_the_model_allows_is_refused(tmp_path: Path) -> None:
     model = tiny_models.build("gpt2")
     ids = torch.ones(2, model.config.n_positions + 1, dtype=torch.long)
