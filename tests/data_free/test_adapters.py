@@ -213,7 +213,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern['q_proj'] is 1.5; expected a whole number above 0"),
     ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite number"),
     ({"r": 8}, "A and B are of rank 4 and 4, adapter_config.json says 8"),
-    ({"fan_in_fan_out": True}, "do not fit it with fan_in_fan_out"),
     ({"use_dora": True}, "use_dora is True, but found ['lora_A', 'lora_B']"),
 ]
 
