@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from largemerge.checkpoint.adapter_places import INPUT_EMBEDDINGS, Place, Places
-from largemerge.checkpoint.adapter_targets import missing_problems, pattern_problems, timed_match
+from largemerge.checkpoint.adapter_targets import missing_problems, pattern_problems, timed_match, unnamed_problems
 from largemerge.checkpoint.deltas import (
     Delta,
     Experts,
@@ -284,10 +284,12 @@ class Fitting:
             )
 
     def _check_whole(self) -> None:
-        """Adds to the problems if the file lacks what the config says was trained."""
+        """Adds to the problems if the file lacks what the config says was trained, or holds more than that."""
+        adapted = self._adapted()
         try:
+            self.problems += unnamed_problems(self._own, self._places, adapted)
             self.problems += missing_problems(
-                self._own, self._model, self._places, self._adapted(), [*self._saved, *self._plain]
+                self._own, self._model, self._places, adapted, [*self._saved, *self._plain]
             )
         except ValueError as error:  # a pattern without an end
             self.problems.append(f"adapter_config.json: {error}")
