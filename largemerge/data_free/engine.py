@@ -40,6 +40,7 @@ from largemerge.checkpoint.writer import (
     NotFiniteError,
     Shard,
     ShardWriter,
+    beyond_float32,
     largest_magnitude,
     layout_shards,
     not_finite,
@@ -202,15 +203,12 @@ def _why_not_finite(task: Task, readers: Mapping[str, TensorReader]) -> str:
         found = not_finite(tensor)
         if found is not None:
             return f"{model} holds {found} in {key}; fetch or save that checkpoint again, or leave it out"
+        found = beyond_float32(f"{model}'s {key}", tensor)
+        if found is not None:
+            return found
         if (own := largest_magnitude(tensor)) > largest:
             largest, where = own, f"{model}'s {key}"
-    limit = torch.finfo(torch.float32).max
     wider = "float32" if largest > torch.finfo(torch.bfloat16).max else "bfloat16 or float32"
-    if largest > limit:
-        return (
-            f"{where} goes up to {largest:.3g}, more than float32 holds, in which models are merged (up to "
-            f"{limit:.3g}); save that checkpoint with smaller weights, or leave it out"
-        )
     for key, dtype in (("dtype", task.dtype), ("out_dtype", task.out_dtype)):
         if largest > torch.finfo(dtype).max:
             return f"{where} goes up to {largest:.3g}, more than {dtype_name(dtype)} holds; set {key}: {wider}"
