@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from largemerge.checkpoint.adapter_places import INPUT_EMBEDDINGS, Place, Places
-from largemerge.checkpoint.adapter_targets import missing_problems, pattern_problems, timed_match
+from largemerge.checkpoint.adapter_targets import missing_problems, pattern_problems, timed_match, unnamed_problems
 from largemerge.checkpoint.deltas import (
     Delta,
     Experts,
@@ -258,6 +258,11 @@ class Fitting:
             )
         if not self._places.by_class:
             self.notes.append(f"{self._own.folder.name} is matched {self._places.way}: the model's class is not known")
+        elif self._own.config.get("fan_in_fan_out") and self._adapts_linears():
+            self.notes.append(
+                f"{self._own.folder.name}: adapter_config.json says fan_in_fan_out, but the model's linears are "
+                "[out, in]: it is ignored, as peft ignores it"
+            )
         for name, key in self._plain.items():
             self._replace(name, key)
         self._fit_saved()
@@ -279,11 +284,10 @@ class Fitting:
             )
 
     def _check_whole(self) -> None:
-        """Adds to the problems if the file lacks what the config says was trained."""
-        inner = [key.removeprefix(_PREFIX) for key in self._other if key.startswith(_PREFIX)]
-        adapted = {path.replace(".base_layer", "") for path in self._lora}
-        adapted |= {path for path in map(self._module_path, inner) if path is not None}
+        """Adds to the problems if the file lacks what the config says was trained, or holds more than that."""
+        adapted = self._adapted()
         try:
+            self.problems += unnamed_problems(self._own, self._places, adapted)
             self.problems += missing_problems(
                 self._own, self._model, self._places, adapted, [*self._saved, *self._plain]
             )
@@ -294,6 +298,17 @@ class Fitting:
                 f"adapter_config.json: trainable_token_indices names tokens, but {self._own.folder.name} has no "
                 "trainable_tokens_delta: the file is not whole; fetch or save the adapter once more"
             )
+
+    def _adapts_linears(self) -> bool:
+        """Whether a module that the file has tensors of is a plain linear."""
+        places = (self._places.find(f"{path}.weight") for path in self._adapted())
+        return any(place is not None and isinstance(place.module, nn.Linear) for place in places)
+
+    def _adapted(self) -> set[str]:
+        """Paths of the modules that the file has factors of, or tensors of another kind's layers."""
+        inner = [key.removeprefix(_PREFIX) for key in self._other if key.startswith(_PREFIX)]
+        adapted = {path.replace(".base_layer", "") for path in self._lora}
+        return adapted | {path for path in map(self._module_path, inner) if path is not None}
 
     def _known_keys(self) -> Collection[str]:
         """Keys of `adapter_config.json` that this kind of adapter may have."""
@@ -547,7 +562,7 @@ class Fitting:
         if len(up.shape) != 2 or (up.shape[0], down.shape[1]) != wanted:
             self.problems.append(
                 f"{name} is {list(shape)}; A {list(down.shape)} and B {list(up.shape)} do not fit it"
-                f"{' with fan_in_fan_out' if transposed and not embedding else ''}"
+                f"{' as [in, out]' if transposed and not embedding else ''}"
             )
         elif not down.shape[0] == up.shape[1] == rank:
             self.problems.append(
@@ -580,8 +595,8 @@ class Fitting:
             self.deltas[place.key].append(LowRankBias(key, scale))
 
     def _is_transposed(self, place: Place) -> bool:
-        """Whether a weight is `[in, out]`: the module says it, else the adapter's config."""
-        if place.module is None or isinstance(place.module, nn.Linear):
+        """Whether a weight is `[in, out]`: its module says so, as for peft; the config, where no class is known."""
+        if place.module is None:
             return bool(self._own.config.get("fan_in_fan_out"))
         return type(place.module).__name__ == "Conv1D"
 
@@ -723,8 +738,15 @@ class Fitting:
             self.problems.append(f"{key}: {path} is {list(place.shape)}, of a class that is not known; {_MERGE_FIRST}")
             return None
         has_bias = self._places.find(f"{path}.bias") is not None
-        outputs, inputs = place.shape
         with torch.device("meta"):
+            if self._own.config.get("fan_in_fan_out"):
+                from transformers.pytorch_utils import Conv1D
+
+                inputs, outputs = place.shape
+                make: Any = Conv1D
+                conv1d: nn.Module = make(outputs, inputs)
+                return conv1d
+            outputs, inputs = place.shape
             return nn.Linear(inputs, outputs, bias=has_bias)
 
 

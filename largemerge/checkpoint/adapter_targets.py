@@ -1,11 +1,12 @@
-"""Whether an adapter's file holds all that its config says was trained.
+"""Whether an adapter's file holds what its config says was trained: all of it, and nothing else.
 
-    target_modules, layers_to_transform, exclude_modules ──► Targets.matches ─┐
-    modules in the file, and those beside them in the model ──────────────────┴─► missing_problems
+    target_modules, layers_to_transform, exclude_modules ──► Targets ─┬─► missing_problems
+    modules in the file, and those beside them in the model ──────────┴─► unnamed_problems
 
 peft writes tensors for every module that it adapts. So a module that matches, and is of the same layers as those in
-the file, has its own there; else the file is not whole, and what was trained would be lost. Where that is not certain
-(parts of a model that the adapter's own class may not have, experts that lie fused) nothing is said.
+the file, has its own there; else the file is not whole, and what was trained would be lost. A module in the file that
+the config does not name is one that peft leaves alone. Where either is not certain (parts of a model that the adapter's
+own class may not have, experts that lie fused) nothing is said.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ ALL_LINEAR = "all-linear"
 _NOT_PATTERNS = (ALL_LINEAR, "dummy-target-modules")
 _LAYER = re.compile(r"^(?P<stack>.*?\.)(?P<number>[0-9]+)\.(?P<rest>.+)$")
 _HEADS = ("lm_head", "embed_out")
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _FETCH = "fetch or save the adapter once more"
 
 
 def pattern_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the settings that peft uses as regular expressions and that are none."""
+    """Yields the settings that peft uses as regular expressions and that are none, or go with no others."""
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and config.get("layers_to_transform") not in (None, []):
+        yield (
+            f"target_modules is the pattern {shorten(repr(targets))}, and layers_to_transform is "
+            f"{shorten(repr(config['layers_to_transform']))}, which peft takes with a list of names only; write a "
+            "list, or the layers into the pattern"
+        )
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = config.get(key)
         is_list = isinstance(value, list)
@@ -93,29 +102,46 @@ class Targets:
         if self.pattern is not None and self.pattern.lower() in _NOT_PATTERNS:
             self.pattern = None
 
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether all patterns together have taken too long to say more."""
+        return self._seconds_left < 0
+
     def matches(self, path: str, *, is_linear: bool = False) -> bool:
         """Whether peft would adapt a module at a path.
 
         Raises:
             ValueError: If a pattern takes too long.
         """
-        if self._seconds_left < 0 or self._is_excluded(path):
-            return False
+        return not self.is_out_of_time and self.left_out_by(path, is_linear=is_linear) is None
+
+    def left_out_by(self, path: str, *, is_linear: bool = False) -> str | None:
+        """Returns the setting by which peft would not adapt a module at a path; `None` if it would adapt it.
+
+        Raises:
+            ValueError: If a pattern takes too long.
+        """
+        if self._is_excluded(path):
+            return "exclude_modules"
+        if self._is_saved(path):
+            return "modules_to_save"
         if self.all_linear:
-            return is_linear
+            return None if is_linear else "target_modules"
         if self.pattern is not None:
-            return self._match(self.pattern, path, "target_modules")
+            return None if self._match(self.pattern, path, "target_modules") else "target_modules"
         if path in self.names:
-            return True
-        return any(path.endswith(f".{name}") for name in self.names) and self._is_layer_wanted(path)
+            return None
+        if not any(path.endswith(f".{name}") for name in self.names):
+            return "target_modules"
+        return None if self._is_layer_wanted(path) else "layers_to_transform"
 
     def _is_excluded(self, path: str) -> bool:
         excluded = self._config.get("exclude_modules") or ()
         if isinstance(excluded, str):
-            if self._match(excluded, path, "exclude_modules"):
-                return True
-        elif path in excluded or any(path.endswith(f".{name}") for name in excluded):
-            return True
+            return self._match(excluded, path, "exclude_modules")
+        return path in excluded or any(path.endswith(f".{name}") for name in excluded)
+
+    def _is_saved(self, path: str) -> bool:
         saved = self._config.get("modules_to_save") or ()
         return any(self._match(rf"(.*\.)?({name})(\..*)?", path, "modules_to_save") for name in saved)
 
@@ -157,7 +183,6 @@ def missing_problems(
         ValueError: If a pattern takes too long.
     """
     targets = Targets(own.config)
-    yield from _unmatched_problems(targets, places, adapted)
     if not adapted and own.config.get("peft_type") == "LORA" and (targets.names or targets.pattern):
         yield (
             f"adapter_config.json: target_modules is {shorten(repr(own.config['target_modules']))}, but "
@@ -172,23 +197,84 @@ def missing_problems(
     yield from _saved_problems(own, model, places, saved)
 
 
-def _unmatched_problems(targets: Targets, places: Places, adapted: Collection[str]) -> Iterator[str]:
-    """Yields that no module in the file is one of the targets: the config is another adapter's."""
-    if not adapted or not (targets.names or targets.pattern):
-        return
-    for path in sorted(adapted):
-        place = places.find(f"{path}.weight")
-        names = [path, *((name.rpartition(".")[0] for name in place.tied) if place is not None else ())]
-        if place is None or place.fused or any(map(targets.matches, names)):
+def unnamed_problems(own: Checkpoint, places: Places, adapted: Collection[str]) -> Iterator[str]:
+    """Yields what an adapter's file has, and its config does not name: peft would not adapt it.
+
+    Args:
+        own: The adapter's checkpoint.
+        places: Where the model's weights are.
+        adapted: Paths of the modules that the file has tensors of.
+
+    Raises:
+        ValueError: If a pattern takes too long.
+    """
+    config = own.config
+    yield from _unnamed_saved_problems(own)
+    if config.get("target_modules") is None and not config.get("target_parameters"):
+        return  # peft has names of its own for many models
+    targets = Targets(config)
+    unnamed: dict[str, list[str]] = {}
+    for path in sorted(adapted, key=natural_key):
+        setting = _left_out_by(targets, config, places, path)
+        if targets.is_out_of_time:
             return
-        ends = [name for name in targets.names if any(path.endswith(name) for path in names)]
-        if ends:
-            return
-    found = shorten(repr(targets.pattern if targets.pattern is not None else list(targets.names)))
-    yield (
-        f"adapter_config.json: target_modules is {found}, which matches none of the {len(adapted)} modules in the "
-        f"adapter's file, such as {shorten(min(adapted))}; expected the adapter's own config"
-    )
+        if setting is not None:
+            unnamed.setdefault(setting, []).append(path)
+    for setting, paths in unnamed.items():
+        found = f"adapter_config.json: {setting} is {shorten(repr(config.get(setting)))}, which"
+        if setting == "target_modules" and len(paths) == len(adapted):
+            yield (
+                f"{found} matches none of the {len(adapted)} modules in the adapter's file, such as "
+                f"{shorten(paths[0])}; expected the adapter's own config"
+            )
+            continue
+        yield (
+            f"{found} {'does not name' if setting == 'target_modules' else 'leaves out'} {_some(paths)}, but "
+            f"{own.folder.name} has tensors for {'them' if len(paths) > 1 else 'it'}: the file and its config are not "
+            f"of one adapter; {_FETCH}, or correct {setting}"
+        )
+
+
+def _unnamed_saved_problems(own: Checkpoint) -> Iterator[str]:
+    """Yields the modules that the file has as a whole, under the name that says so, and the config does not name."""
+    config = own.config
+    named = config.get("modules_to_save") or ()
+    if config.get("ensure_weight_tying") or config.get("task_type") in _TASKS_WITH_HEADS:
+        return  # peft adds names of its own
+    wrapped = (key.partition(".modules_to_save.") for key in own.tensors)
+    paths = dict.fromkeys(path.removeprefix("base_model.model.") for path, sign, _ in wrapped if sign)
+    unnamed = [path for path in paths if not any(path.endswith(name) for name in named)]
+    if unnamed:
+        yield (
+            f"adapter_config.json: modules_to_save is {shorten(repr(config.get('modules_to_save')))}, which does not "
+            f"name {_some(unnamed)}, but {own.folder.name} has {'them' if len(unnamed) > 1 else 'it'} as a whole: the "
+            f"file and its config are not of one adapter; {_FETCH}, or correct modules_to_save"
+        )
+
+
+def _left_out_by(targets: Targets, config: Mapping[str, Any], places: Places, path: str) -> str | None:
+    """Returns the setting by which peft would leave a module in the file alone; `None` if it would not, or may not."""
+    place = places.find(f"{path}.weight")
+    parameters = {f"{path}.weight", *(f"{path}.{leaf}" for leaf in places.parameters_of(path))}
+    for target in config.get("target_parameters") or ():
+        of_class_unknown = len(parameters) < 2 and f".{path}".endswith(f".{target.rpartition('.')[0]}")
+        if of_class_unknown or any(f".{name}".endswith(f".{target}") for name in parameters):
+            return None
+    names = [path]
+    parent = path.rpartition(".")[0]
+    if parent and places.find(f"{parent}.in_proj_weight") is not None:
+        names.append(parent)  # an attention of torch's, whose projections are adapted with it
+    if place is not None:
+        is_one = len(place.tied) < 2 or config.get("ensure_weight_tying")
+        tied = [name.rpartition(".")[0] for name in place.tied]
+        names += [name for name in tied if is_one or f".{name}".endswith(f".{path}")]
+    is_linear = place is None or place.module is None or _is_linear(place.module)
+    is_linear = is_linear and path.rpartition(".")[2] not in _HEADS
+    settings = [targets.left_out_by(name, is_linear=is_linear) for name in names]
+    if None in settings:
+        return None
+    is_uncertain = place is None or place.fused or any(name.endswith(f".{path}") for name in targets.names)
+    return None if is_uncertain and settings[0] == "target_modules" else settings[0]
 
 
 def _modules_beside(model: Checkpoint, places: Places, adapted: Collection[str], targets: Targets) -> Iterator[str]:
@@ -231,8 +317,11 @@ def _is_plain(place: Place, path: str) -> bool:
         return False
     if place.module is None:
         return True
-    is_linear = isinstance(place.module, nn.Linear) or type(place.module).__name__ == "Conv1D"
-    return is_linear and f".{place.tied[0]}".endswith(f".{path}.weight")
+    return _is_linear(place.module) and f".{place.tied[0]}".endswith(f".{path}.weight")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _saved_problems(own: Checkpoint, model: Checkpoint, places: Places, saved: Collection[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import copy
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -357,11 +357,13 @@ def open_model(
     """
     model, lora = split_reference(reference)
     called = name or model
-    if not model or lora == "":
-        raise CheckpointError(
-            f"{name or reference}: {reference}: expected a model and an adapter, one on each side of '+'"
-        )
     folders = [] if lora is None else split_adapters(lora)
+    if not all(part.strip() for part in (model, *folders)):
+        label = reference if called == model else f"{called}: {reference}"
+        raise CheckpointError(
+            f"{label}: nothing stands {_empty_part([model, *folders])}; expected a model and adapters, with one '+' "
+            "between each and the next: model+adapter"
+        )
     checkpoint = (made or {}).get(model)
     if checkpoint is None:
         folder = locate_checkpoint(model, called)
@@ -375,6 +377,14 @@ def open_model(
         where = locate_checkpoint(each, name or reference)
         checkpoint, adapter = open_adapter(where, name or reference, checkpoint, find_places, adapter)
     return checkpoint, adapter
+
+
+def _empty_part(parts: Sequence[str]) -> str:
+    """Says where a part of a reference is empty."""
+    place = next(index for index, part in enumerate(parts) if not part.strip())
+    return (
+        "before the first '+'" if place == 0 else "after the last '+'" if place == len(parts) - 1 else "between two '+'"
+    )
 
 
 def _locate_base(base: str, adapter: Path, name: str) -> Path:

@@ -15,12 +15,14 @@ adapter. Both kinds of merge read through these two.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import pickle
 import re
 import sys
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -200,12 +202,11 @@ class PickleFile:
             raise CheckpointError(f"{file}: {problem}")
         try:
             # Mapped, nothing is read, and views that lead out of their storage are refused, which meta tensors hide.
-            where: dict[str, Any] = {"map_location": "cpu", "mmap": True} if zipped else {"map_location": "meta"}
-            state = torch.load(file, weights_only=True, **where)
+            state = _load(file, "cpu" if zipped else "meta", mapped=zipped)
         except Exception as error:  # what a broken or malicious pickle may raise, nobody has listed
             raise CheckpointError(
-                f"{file}: cannot be read with weights_only=True: {_unpickling_problem(error)}; expected tensors by "
-                "name, saved by torch.save: fetch it again, or take the checkpoint in safetensors"
+                f"{file} {_unpickling_problem(file, error)}; expected tensors by name, saved by torch.save: fetch it "
+                "again, or take the checkpoint in safetensors"
             ) from None
         state = self._unwrapped(state)
         problems = [f"{file}: {each}" for name, tensor in state.items() for each in _pickled_problems(name, tensor)]
@@ -229,12 +230,19 @@ class PickleFile:
         inner = [key for key, value in state.items() if isinstance(key, str) and _is_state(value) and len(value)]
         loose = [key for key, value in state.items() if isinstance(value, torch.Tensor)]
         if len(inner) != 1 or len(loose) > 1:
-            keys = [str(key) for key in state if key not in loose] or [f"{key!r}" for key in state]
-            holds = f"weights under several keys, {', '.join(inner)}" if len(inner) > 1 else f"keys such as {keys[0]}"
+            if not inner:
+                raise CheckpointError(
+                    f"{self._path}: holds something else than a model's weights: {_odd_entry(state)}; {expected}: "
+                    f"torch.save(model.state_dict(), '{self._path.name}')"
+                )
+            if len(inner) > 1:
+                holds = f"weights under several keys, {', '.join(map(shorten, inner))}"
+            else:
+                holds = f"weights under {_key(inner[0])}, and tensors beside them, such as {_key(loose[0])}"
             raise CheckpointError(
                 f"{self._path}: holds something else than a model's weights: {holds}; {expected}. Write the weights "
                 f"into a file of their own: saved = torch.load('{self._path.name}'); "
-                f"torch.save(saved[{(inner or ['KEY'])[0]!r}], '{self._path.name}')"
+                f"torch.save(saved[{_key(inner[0])}], '{self._path.name}')"
             )
         self.wrapper = inner[0]
         self.left_out = tuple(str(key) for key in state if key != self.wrapper)
@@ -248,7 +256,7 @@ class PickleFile:
             if state is None:
                 mapped = zipfile.is_zipfile(self._path)
                 try:
-                    state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
+                    state = _load(self._path, "cpu", mapped=mapped)
                 except Exception as error:  # of a file that was exchanged it may be anything
                     raise CheckpointError(
                         f"{self._path}: cannot be read: {first_line(error, 200)}; was it changed meanwhile?"
@@ -273,6 +281,21 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
     )
+
+
+def _odd_entry(state: Mapping[Any, Any]) -> str:
+    """Says which entry of a dictionary is no tensor with a name."""
+    for key, value in state.items():
+        if not isinstance(key, str):
+            return f"the key {_key(key)}, which is no text"
+        if not isinstance(value, torch.Tensor):
+            kind = "a text" if isinstance(value, str) else f"a {type(value).__name__}"
+            return f"{_key(key)} is {kind}, no tensor"
+    return "no tensor at all"
+
+
+def _key(key: object) -> str:
+    return shorten(repr(key))
 
 
 def name_problem(name: str) -> str | None:
@@ -375,16 +398,24 @@ def _zip_problem(file: Path) -> str | None:
                 return f"{shorten(pickled)} in it has {entries[pickled].file_size:,} bytes; expected a model's weights"
             storages = _Storages(archive.read(pickled))
             storages.load()
-    except Exception as error:  # what a broken or malicious file may raise, nobody has listed
-        return f"cannot be read: {first_line(error, 200)}"
+    except OSError as error:
+        return f"cannot be read: {os_reason(error)}"
+    except Exception:  # what a broken or malicious file may raise, nobody has listed
+        return "what it should hold (data.pkl) is cut short or broken; fetch it again"
     if "_rebuild_meta_tensor_no_storage" in storages.names:
         return "holds tensors on the meta device, which have no numbers; save the model once its weights are loaded"
     root = pickled.removesuffix("data.pkl")
     for key, wanted in storages.num_bytes.items():
         entry = entries.get(f"{root}data/{key}")
-        found = None if entry is None else entry.file_size
-        if found != wanted:
-            return f"storage {shorten(key)} has {found} bytes, expected {wanted}; it is broken: fetch it again"
+        if entry is None:
+            return (
+                f"lacks the numbers of a tensor (storage {shorten(key)}, {wanted} bytes); it is broken: fetch it again"
+            )
+        if entry.file_size != wanted:
+            return (
+                f"the numbers of a tensor (storage {shorten(key)}) are {entry.file_size} bytes, expected {wanted}; it "
+                "is broken: fetch it again"
+            )
     return None
 
 
@@ -413,11 +444,65 @@ def _pickled_problems(name: str, tensor: torch.Tensor) -> Iterator[str]:
         )
 
 
-def _unpickling_problem(error: Exception) -> str:
-    """Says what the unpickler has found, without its advice to run what is in the file."""
-    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
-    text = found[1] if found is not None else str(error).partition("Weights only load failed")[0]
-    return shorten((text.strip().splitlines() or [type(error).__name__])[0], 200)
+_loading = threading.Lock()
+_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The number with which files of `torch.save` begin that are no zip files."""
+_GLOBAL = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class|Trying to call reduce for unrecognized) (\S+)")
+
+
+def _load(file: Path, device: str, *, mapped: bool) -> Any:
+    """Unpickles a file, without torch's advice to programmers: of protocols, of dtypes that are going out of use."""
+    with _loading, warnings.catch_warnings():  # which is one for all threads
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location=device, weights_only=True, mmap=mapped)
+
+
+def _unpickling_problem(file: Path, error: Exception) -> str:
+    """Says why `torch.load` has not read a file: by what stands in it, rather than in torch's own words."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return f"cannot be read: {os_reason(error)}"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(64)
+        is_whole_zip = zipfile.is_zipfile(file)
+        if is_whole_zip:
+            with zipfile.ZipFile(file) as archive:
+                name = next(each for each in archive.namelist() if each.endswith("data.pkl"))
+                with archive.open(name) as stream:
+                    pickled = stream.read(2)
+        else:
+            pickled = start[:2]
+    except OSError as failure:
+        return f"cannot be read: {os_reason(failure)}"
+    except (StopIteration, zipfile.BadZipFile):
+        return "has changed while it was read"
+    if not size:
+        return "is empty"
+    is_zip = start.startswith(b"PK\x03\x04")
+    is_torch = is_zip or is_whole_zip or _MAGIC in start
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file that it stands for (git lfs pull)"
+    if not is_torch and pickled[:1] != b"\x80":
+        return f"is no file of torch.save: it begins with {shorten(repr(start[:16]), 60)}"
+    found = _GLOBAL.search(str(error))
+    if found is not None:
+        kind = "numpy's arrays or numbers" if found[1].startswith("numpy") else f"an object, {shorten(found[1])}"
+        return f"holds {kind}, which cannot be loaded without running code of the file's; only tensors are read"
+    if pickled[:1] == b"\x80" and pickled[1:] > b"\x02":
+        return f"is pickled by protocol {pickled[1]}, expected 2, which torch.save takes when it is told of no other"
+    if not is_torch:
+        return "is a pickle, but none of torch.save"
+    if is_zip and not is_whole_zip:
+        return f"is cut short ({size:,} bytes): its table of contents, which stands at the end, is not there"
+    text = (str(error).strip().splitlines() or [""])[0]
+    if "resize storage" in text or "out of bounds" in text:
+        return "has a tensor that is larger than the numbers which the file holds for it: it is broken"
+    if isinstance(error, EOFError | IndexError) or "EOF" in text or "end of file" in text.lower():
+        return f"is cut short or broken ({size:,} bytes)"
+    inner = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    text = (inner[1] if inner is not None else text).partition("Weights only load failed")[0].partition(" Please ")[0]
+    return f"is broken, or holds more than tensors{f' ({shorten(text, 200)})' if text.strip() else ''}"
 
 
 # Safetensors

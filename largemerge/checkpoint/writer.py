@@ -327,6 +327,25 @@ def not_finite(tensor: torch.Tensor) -> str | None:
     return "infinity"
 
 
+def largest_magnitude(tensor: torch.Tensor) -> float:
+    """Returns the largest absolute value of a tensor's numbers, in float64; 0 if it has none."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    lowest, highest = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32))
+    return max(abs(lowest.item()), abs(highest.item()))
+
+
+def beyond_float32(name: str, tensor: torch.Tensor) -> str | None:
+    """Says that a tensor goes up to more than float32 holds, and what to do; `None` if it does not."""
+    largest, limit = largest_magnitude(tensor), torch.finfo(torch.float32).max
+    if not largest > limit:
+        return None
+    return (
+        f"{name} goes up to {largest:.3g}, more than float32 holds, in which models are merged (up to {limit:.3g}); "
+        "save that checkpoint with smaller weights, or leave it out"
+    )
+
+
 def _is_mask(name: str, shape: Sequence[int], tensor: torch.Tensor, found: str) -> bool:
     """Whether a tensor is a stored attention mask, of zeros and negative infinities; nothing that is trained is one."""
     if found != "infinity" or len(shape) < 2 or name.endswith(("weight", "bias")):

@@ -40,6 +40,8 @@ from largemerge.checkpoint.writer import (
     NotFiniteError,
     Shard,
     ShardWriter,
+    beyond_float32,
+    largest_magnitude,
     layout_shards,
     not_finite,
     stored_sizes,
@@ -195,19 +197,30 @@ def as_merge_error(task: Task, method: str, readers: Mapping[str, TensorReader])
 
 def _why_not_finite(task: Task, readers: Mapping[str, TensorReader]) -> str:
     """Finds out where NaN or infinity in a merged tensor comes from: a model, the dtype, or the parameters."""
-    highest = 0.0
+    largest, where = 0.0, ""
     for model, key in dict.fromkeys((*task.inputs, *task.auxiliary)):
         tensor = readers[model].read(key)
         found = not_finite(tensor)
         if found is not None:
             return f"{model} holds {found} in {key}; fetch or save that checkpoint again, or leave it out"
-        highest = max(highest, tensor.to(torch.float32).abs().max().item() if tensor.numel() else 0.0)
-    if highest > torch.finfo(task.out_dtype).max:
-        return f"the models' values go up to {highest:.3g}, more than {dtype_name(task.out_dtype)} holds; set out_dtype"
+        found = beyond_float32(f"{model}'s {key}", tensor)
+        if found is not None:
+            return found
+        if (own := largest_magnitude(tensor)) > largest:
+            largest, where = own, f"{model}'s {key}"
+    wider = "float32" if largest > torch.finfo(torch.bfloat16).max else "bfloat16 or float32"
+    for key, dtype in (("dtype", task.dtype), ("out_dtype", task.out_dtype)):
+        if largest > torch.finfo(dtype).max:
+            return f"{where} goes up to {largest:.3g}, more than {dtype_name(dtype)} holds; set {key}: {wider}"
     given = {name: list(values) for name, values in task.per_model.items()} | dict(task.shared)
     listed = ", ".join(f"{name} {value}" for name, value in given.items()) or "none"
-    holds = f"or set an out_dtype that holds more than {dtype_name(task.out_dtype)} does"
-    return f"all models hold finite numbers there, so look at the parameters ({listed}), {holds}"
+    narrow = min((task.dtype, task.out_dtype), key=lambda dtype: torch.finfo(dtype).max)
+    is_widest = torch.finfo(narrow).max >= torch.finfo(torch.bfloat16).max
+    or_wider = "" if is_widest else f", or set a dtype that holds more than {dtype_name(narrow)} does"
+    return (
+        f"all models hold finite numbers there, up to {largest:.3g}; what is computed of them overflows: look at the "
+        f"parameters ({listed}){or_wider}"
+    )
 
 
 def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tensor, dtype: torch.dtype) -> None:

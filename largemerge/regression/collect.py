@@ -191,7 +191,7 @@ class Collector:
         advice = "" if dtype == "float32" else "try compute_dtype: float32, and "
         return (
             f"{block.name}.{group.leader}: {error} for candidate {self.names[index]}, computed in {dtype}; "
-            f"{advice}check that the candidate's weights, and its calibration data, are finite"
+            f"{advice}check that the candidate's weights, and its calibration data, are finite, and fit into {dtype}"
         )
 
 

@@ -200,7 +200,12 @@ class Engine:
         """Adds the weights of a group to `merged`, in the place of their anchors; returns the report of its linears."""
         try:
             solution = sums.solve(self.settings.ridge)
-        except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        except FloatingPointError as error:
+            raise MergeError(
+                f"{block.name}.{group.leader}: cannot be solved: {error}; check that the candidates' weights, and "
+                "their calibration data, are finite, and fit into float32"
+            ) from None
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise MergeError(f"{block.name}.{group.leader}: cannot be solved: {error}") from None
         report: JsonObject = {}
         for linear in group.linears:

@@ -30,7 +30,15 @@ from largemerge.checkpoint.locate import existing_folder
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.room import Need, room_problems
-from largemerge.checkpoint.writer import NotFiniteError, Shard, ShardWriter, layout_shards, not_finite, stored_sizes
+from largemerge.checkpoint.writer import (
+    NotFiniteError,
+    Shard,
+    ShardWriter,
+    beyond_float32,
+    layout_shards,
+    not_finite,
+    stored_sizes,
+)
 from largemerge.comparison import ComparedTensor, Comparison, Verification
 from largemerge.devices import choose_device
 from largemerge.distributed.collectives import SHARED_BYTES, AsyncCollectives, open_collectives
@@ -558,9 +566,15 @@ class Job:
         own = next((keys for name in names for out, keys in inputs.keys_by_model(name).items() if out == key), {})
         readers = {reader.checkpoint.name: reader for reader in weights.all_readers}
         for model, own_key in own.items():
-            found = not_finite(readers[model].read(own_key)) if model in readers else None
+            if model not in readers:
+                continue
+            tensor = readers[model].read(own_key)
+            found = not_finite(tensor)
             if found is not None:
                 return f"{model} holds {found} in {own_key}; fetch or save that checkpoint again, or leave it out"
+            found = beyond_float32(f"{model}'s {own_key}", tensor)
+            if found is not None:
+                return found
         return (
             "all models hold finite numbers there; set a dtype that holds more (bfloat16, float32), compute_dtype: "
             f"float32, or a ridge above {plan.config.parameters.ridge:g}"

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from largemerge.checkpoint import adapter_fit, adapter_targets
 from largemerge.checkpoint.adapter_fit import config_problems
+from largemerge.checkpoint.adapter_places import places_by_name
 from largemerge.checkpoint.lora import open_model
 from largemerge.errors import CheckpointError
+from largemerge.model.adapter_names import AdapterNames
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 KEY = f"base_model.model.{Q}"
@@ -78,6 +80,13 @@ def test_settings_that_are_none(key: str, value: object, mentions: str) -> None:
     assert found and all(key in problem for problem in found) and any(mentions in problem for problem in found)
 
 
+@pytest.mark.parametrize("pattern", ["all-linear", ".*q_proj"])
+def test_a_pattern_and_layers_do_not_go_together(pattern: str) -> None:
+    (found,) = config_problems({**RIGHT, "target_modules": pattern, "layers_to_transform": [0]})
+    assert f"target_modules is the pattern {pattern!r}, and layers_to_transform is [0], which peft takes with" in found
+    assert list(config_problems({**RIGHT, "target_modules": pattern, "layers_to_transform": []})) == []
+
+
 def test_settings_are_told_all_at_once() -> None:
     found = list(config_problems({**RIGHT, "r": 0, "lora_alpha": NAN, "use_dora": 5, "modules_to_save": 3}))
     assert len(found) == 4
@@ -90,7 +99,8 @@ def test_settings_are_told_all_at_once() -> None:
         {"lora_alpha": -3.5},
         {"r": 4.0},
         {"rank_pattern": None, "alpha_pattern": {}, "modules_to_save": None, "use_dora": None, "loftq_config": {}},
-        {"target_modules": "all-linear", "init_lora_weights": True, "layers_to_transform": 3},
+        {"target_modules": "all-linear", "init_lora_weights": True},
+        {"target_modules": ["q_proj"], "layers_to_transform": 3},
         {"rank_pattern": {r"^model\.layers\.\d+\..*q_proj": 4, "a|b": 2}},
         {"trainable_token_indices": {"embed_tokens": [0, 5]}},
         {"init_lora_weights": "gaussian", "bias": "lora_only", "task_type": "CAUSAL_LM"},
@@ -377,6 +387,121 @@ def test_settings_that_name_what_the_file_lacks(
 ) -> None:
     write_adapter(tmp_path, shapes_of(llama[1], Q), **more)
     assert told in problems(llama[1], tmp_path)
+
+
+# Adapters that hold more than their settings name
+
+
+V = [path for path in ALL if path.endswith("v_proj")]
+LEFT_OUT: list[tuple[dict[str, Any], str]] = [
+    ({"target_modules": ["q_proj"]}, f"target_modules is ['q_proj'], which does not name {', '.join(V)}, but"),
+    ({"target_modules": r".*\.q_proj"}, f"which does not name {', '.join(V)}, but"),
+    ({"target_modules": ["q_proj", "proj"]}, f"which does not name {', '.join(V)}, but"),
+    ({"target_modules": ["q_proj", *V[1:]]}, f"which does not name {V[0]}, but"),
+    ({"target_modules": []}, "target_modules is [], which matches none of the 6 modules"),
+    ({"target_modules": ""}, "target_modules is '', which matches none of the 6 modules"),
+    ({"target_modules": None, "target_parameters": ["x.y"]}, "target_modules is None, which matches none of the 6"),
+    ({"layers_to_transform": [0, 2]}, f"layers_to_transform is [0, 2], which leaves out {ALL[2]}, {ALL[3]}, but"),
+    ({"layers_to_transform": 1}, f"layers_to_transform is 1, which leaves out {ALL[0]}, {ALL[1]}, {ALL[4]} and 1 more"),
+    ({"layers_to_transform": [9]}, f"which leaves out {ALL[0]}, {ALL[1]}, {ALL[2]} and 3 more, but"),
+    ({"layers_to_transform": [0, 1, 2], "layers_pattern": "h"}, "layers_to_transform is [0, 1, 2], which leaves out"),
+    ({"exclude_modules": ["v_proj"]}, f"exclude_modules is ['v_proj'], which leaves out {', '.join(V)}, but"),
+    ({"exclude_modules": r".*\.1\..*"}, f"which leaves out {ALL[2]}, {ALL[3]}, but"),
+    ({"modules_to_save": ["v_proj"]}, f"modules_to_save is ['v_proj'], which leaves out {', '.join(V)}, but"),
+]
+
+
+@pytest.mark.parametrize(("more", "told"), LEFT_OUT)
+def test_factors_that_the_settings_do_not_name(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], more: dict[str, Any], told: str
+) -> None:
+    """peft leaves those modules alone, without a word; or refuses, where nothing is left."""
+    write_adapter(tmp_path, shapes_of(llama[1], *ALL), **{"target_modules": ["q_proj", "v_proj"], **more})
+    found = problems(llama[1], tmp_path)
+    assert told in found and ("expected the adapter's own config" in found or "are not of one adapter" in found)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": r"model\.layers\.[0-2]\.self_attn\.(q|v)_proj"},
+        {"target_modules": ALL},
+        {"target_modules": [*ALL[2:], "0.self_attn.q_proj", "0.self_attn.v_proj"]},
+        {"layers_to_transform": [0, 1, 2, 9]},
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": ["h", "layers"]},
+        {"layers_to_transform": []},
+        {"target_modules": ALL, "layers_to_transform": [0]},
+        {"exclude_modules": ["k_proj", "proj", "1"]},
+        {"modules_to_save": []},
+        {"target_parameters": []},
+        {"target_modules": None},
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_factors_that_the_settings_name_in_other_words(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], more: dict[str, Any], known: bool
+) -> None:
+    write_adapter(tmp_path, shapes_of(llama[1], *ALL), **{"target_modules": ["q_proj", "v_proj"], **more})
+    places = AdapterNames() if known else places_by_name
+    _, adapter = open_model(f"{llama[1]}+{tmp_path}", find_places=places)
+    assert adapter is not None and len(adapter.deltas) == 6
+
+
+@pytest.mark.parametrize("kind", ["IA3", "LOHA"])
+def test_other_kinds_hold_no_more_than_their_settings_name(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], kind: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = {
+        "IA3": lambda: peft.IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
+        "LOHA": lambda: peft.LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    }[kind]()
+    train_with_peft(llama[0], config, tmp_path)
+    open_model(f"{llama[1]}+{tmp_path}", find_places=AdapterNames())
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"target_modules": ["q_proj"]}))
+    assert f"target_modules is ['q_proj'], which does not name {', '.join(V)}" in problems(llama[1], tmp_path)
+
+
+def test_a_head_is_none_of_all_linear(tmp_path: Path, llama: tuple[PreTrainedModel, Path]) -> None:
+    model, folder = llama
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    write_adapter(tmp_path, shapes_of(folder, *linears), target_modules="all-linear")
+    assert "target_modules is 'all-linear', which does not name lm_head, but" in problems(folder, tmp_path)
+    linears.remove("lm_head")
+    write_adapter(tmp_path, shapes_of(folder, *linears), target_modules="all-linear")
+    for places in (AdapterNames(), places_by_name):
+        _, adapter = open_model(f"{folder}+{tmp_path}", find_places=places)
+        assert adapter is not None and len(adapter.deltas) == len(linears)
+
+
+def test_a_head_that_is_tied_is_another_module_than_the_embeddings(tmp_path: Path) -> None:
+    """With `ensure_weight_tying`, peft adapts both where the settings name one."""
+    peft = pytest.importorskip("peft")
+    model = tiny_models.perturbed("llama_tied", 0)
+    model.save_pretrained(tmp_path / "m")
+    settings = {"r": 4, "init_lora_weights": False, "target_modules": ["embed_tokens", "lm_head"]}
+    train_with_peft(model, peft.LoraConfig(**settings), tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"target_modules": ["lm_head"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(saved))
+    told = problems(tmp_path / "m", tmp_path / "adapter")
+    assert "target_modules is ['lm_head'], which does not name model.embed_tokens, but" in told
+    settings |= {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    train_with_peft(model, peft.LoraConfig(**settings), tmp_path / "both")
+    open_model(f"{tmp_path / 'm'}+{tmp_path / 'both'}", find_places=AdapterNames())
+
+
+@pytest.mark.parametrize("named", [None, ["embed_tokens"]])
+def test_modules_saved_that_the_settings_do_not_name(
+    tmp_path: Path, llama: tuple[PreTrainedModel, Path], named: list[str] | None
+) -> None:
+    whole = {f"{name}.modules_to_save.weight": ones(64, 16) for name in ("lm_head", "model.embed_tokens")}
+    write_adapter(tmp_path, shapes_of(llama[1], Q), whole=whole, modules_to_save=named)
+    told = problems(llama[1], tmp_path)
+    names = "lm_head, model.embed_tokens" if named is None else "lm_head"
+    assert f"modules_to_save is {named}, which does not name {names}, but" in told
+    write_adapter(tmp_path, shapes_of(llama[1], Q), whole=whole, modules_to_save=["lm_head", "embed_tokens"])
+    open_model(f"{llama[1]}+{tmp_path}")
 
 
 def test_mistakes_of_all_layers_are_one_message(tmp_path: Path, llama: tuple[PreTrainedModel, Path]) -> None:

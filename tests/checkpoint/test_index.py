@@ -340,12 +340,17 @@ class Malicious:
         return open, (str(self.trace), "w")
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_a_malicious_pickle_is_refused_and_not_run(folder: Path, write: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (torch.save, "holds an object, io.open, which cannot be loaded without running code of the file's"),
+        (lambda value, path: path.write_bytes(pickle.dumps(value)), "is pickled by protocol 4, expected 2"),
+    ],
+)
+def test_a_malicious_pickle_is_refused_and_not_run(folder: Path, write: Callable[..., Any], told: str) -> None:
     write({"a": torch.ones(2), "b": Malicious(folder / "trace")}, folder / "pytorch_model.bin")
     (problem,) = problems_of(folder)
-    assert "pytorch_model.bin" in problem and "weights_only=True" in problem
+    assert "pytorch_model.bin" in problem and told in problem
     assert not (folder / "trace").exists()
 
 

@@ -123,6 +123,58 @@ def test_every_kind_is_what_peft_merges(tmp_path: Path, models: Any, kind: str, 
     assert same(found, weights_in(folder)) and adapter.num_bytes + len(adapter.replaced) > 0, "it must show"
 
 
+FAN_IN: dict[str, tuple[str, Callable[[], Any]]] = {
+    **{
+        kind: KINDS[kind] for kind in ("lora", "dora", "embeddings and head", "pissa", "oft", "boft", "vera", "fourier")
+    },
+    **{kind: KINDS[kind] for kind in ("vblora", "ia3", "dora on conv1d", "conv1d, and no word of it", "adalora")},
+    "ia3 on conv1d": ("gpt2", lambda: peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[])),
+    "vera on conv1d": ("gpt2", lambda: peft.VeraConfig(r=8, target_modules=["c_attn", "mlp.c_proj"])),
+    "fourier on conv1d": ("gpt2", lambda: peft.FourierFTConfig(n_frequency=50, target_modules=["c_attn"])),
+    "pissa on conv1d": ("gpt2", lambda: lora(target_modules=["c_attn"], init_lora_weights="pissa")),
+}
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("kind", FAN_IN)
+def test_modules_say_whether_weights_are_transposed_whatever_the_config_says(
+    tmp_path: Path, models: Any, kind: str, value: bool
+) -> None:
+    architecture, config = FAN_IN[kind]
+    model, folder = models(architecture)
+    train_with_peft(model, config(), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", fan_in_fan_out=value)
+    found, _, adapter = read_all(f"{folder}+{tmp_path / 'adapter'}")
+    merged_by_peft(model, tmp_path / "adapter").save_pretrained(tmp_path / "merged")
+    assert same(found, weights_in(tmp_path / "merged")) == []
+    told = any("says fan_in_fan_out, but the model's linears are [out, in]" in note for note in adapter.notes)
+    assert told == (value and architecture != "gpt2")
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_the_config_says_whether_weights_are_transposed_where_no_class_is_known(
+    tmp_path: Path, models: Any, kind: str
+) -> None:
+    """Square weights show no difference in their shapes."""
+    model, folder = models("gpt2")
+    settings = {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}
+    config = lora(**settings) if kind == "lora" else peft.IA3Config(feedforward_modules=[], **settings)
+    train_with_peft(model, config, tmp_path / "adapter")
+    found, _, _ = read_all(f"{folder}+{tmp_path / 'adapter'}", places_by_name)
+    merged_by_peft(model, tmp_path / "adapter").save_pretrained(tmp_path / "merged")
+    assert same(found, weights_in(tmp_path / "merged")) == []
+    train_with_peft(model, lora(target_modules=["c_attn"]), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", fan_in_fan_out=False)
+    with pytest.raises(LargemergeError, match=r"c_attn\.weight is \[16, 48\]; A \[4, 16\] and B \[48, 4\] do not fit"):
+        read_all(f"{folder}+{tmp_path / 'adapter'}", places_by_name)
+
+
+def rewrite(adapter: Path, **more: Any) -> None:
+    """Changes an adapter's config as a person would by hand."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+
 TIED: dict[str, tuple[dict[str, Any], bool]] = {
     "lora on the head": ({"target_modules": ["q_proj", "lm_head"]}, True),
     "dora on the head": ({"target_modules": ["lm_head"], "use_dora": True}, True),

@@ -110,7 +110,7 @@ def test_embeddings_and_modules_to_save(tmp_path: Path) -> None:
         (tmp_path / "lora" / leftover).unlink()
     whole = {name: grown[name] for name in ("model.embed_tokens.weight", "lm_head.weight", f"{NORM}.weight")}
     whole = {name.replace(NORM, f"{NORM}.modules_to_save"): tensor for name, tensor in whole.items()}
-    write_adapter(tmp_path / "lora", shapes_of(tmp_path / "m", Q), whole=whole)
+    write_adapter(tmp_path / "lora", shapes_of(tmp_path / "m", Q), whole=whole, modules_to_save=[NORM])
     largemerge.merge(passthrough(tmp_path), tmp_path / "out")
     out = weights_in(tmp_path / "out")
     for name in ("model.embed_tokens.weight", "lm_head.weight", f"{NORM}.weight"):
@@ -126,7 +126,7 @@ def test_embeddings_and_modules_to_save(tmp_path: Path) -> None:
         "model.embed_tokens.lora_embedding_A": torch.randn(4, 300),
         "model.embed_tokens.lora_embedding_B": torch.randn(tiny_models.LLM["hidden_size"], 4),
     }
-    write_adapter(tmp_path / "embedding", {}, whole=embedding)
+    write_adapter(tmp_path / "embedding", {}, whole=embedding, target_modules=["embed_tokens"])
     union = {"merge_method": "linear", "parameters": {"weight": 1.0}, "tokenizer_source": "union"}
     union["models"] = [{"model": f"{tmp_path / 'm'}+{tmp_path / name}"} for name in ("embedding", "lora")]
     largemerge.merge(union, tmp_path / "union")
@@ -213,7 +213,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern['q_proj'] is 1.5; expected a whole number above 0"),
     ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite number"),
     ({"r": 8}, "A and B are of rank 4 and 4, adapter_config.json says 8"),
-    ({"fan_in_fan_out": True}, "do not fit it with fan_in_fan_out"),
     ({"use_dora": True}, "use_dora is True, but found ['lora_A', 'lora_B']"),
 ]
 

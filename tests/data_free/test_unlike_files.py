@@ -449,6 +449,41 @@ def test_what_is_not_finite_is_refused_with_model_and_tensor(tmp_path: Path, val
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("stored", "value", "more", "told"),
+    [
+        (torch.float64, 1e300, {}, "a's model.norm.weight goes up to 5e+299, more than float32 holds, in which models"),
+        (torch.float64, -1e300, {}, "a's model.norm.weight goes up to 5e+299, more than float32 holds, in which"),
+        (torch.float64, 1e300, {"out_dtype": "float16"}, "goes up to 5e+299, more than float32 holds, in which models"),
+        (torch.float32, 1e6, {"out_dtype": "float16"}, "more than float16 holds; set out_dtype: bfloat16 or float32"),
+        (torch.float32, 1e6, {"dtype": "float16"}, "more than float16 holds; set dtype: bfloat16 or float32"),
+        (torch.float32, 3e38, {}, "finite numbers there, up to 3e+38; what is computed of them overflows: look at the"),
+        (
+            torch.float16,
+            6e4,
+            {},
+            "overflows: look at the parameters (weight [2.0, 2.0], normalize False), or set a dtype",
+        ),
+    ],
+)
+def test_what_overflows_is_told_by_where_it_does(
+    tmp_path: Path, stored: torch.dtype, value: float, more: dict[str, Any], told: str
+) -> None:
+    folders = [llama(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for number, folder in enumerate(folders):
+
+        def large(tensors: dict[str, torch.Tensor], is_last: bool = number == 1) -> dict[str, torch.Tensor]:
+            made = {name: tensor.to(stored) for name, tensor in tensors.items()}
+            made["model.norm.weight"][3] = value if is_last else value / 2
+            return made
+
+        rewrite_weights(folder, large)
+    config = linear(*folders, weights=(2.0, 2.0)) | {"parameters": {"normalize": False}} | more
+    with pytest.raises(MergeError) as caught:
+        largemerge.merge(config, tmp_path / "out")
+    assert told in str(caught.value) and "inf," not in str(caught.value)
+
+
 # Heads that cannot be merged
 
 

@@ -116,9 +116,15 @@ def test_adapters_of_other_kinds(make_case: MakeCase, kind: str) -> None:
 def test_an_adapter_stands_on_both_sides_of_the_plus(make_case: MakeCase) -> None:
     case, _ = adapted_case(make_case, "llama")
     model, _, lora = case.config["models"][0]["model"].partition("+")
-    for reference in (f"{model}+", f"+{lora}"):
+    for reference, where in {
+        f"{model}+": "after the last",
+        f"+{lora}": "before the first",
+        f"{model}++{lora}": "between two",
+        f"{model}+{lora}+": "after the last",
+        f"{model}+ +{lora}": "between two",
+    }.items():
         case.config["models"][0]["model"] = reference
-        with pytest.raises(LargemergeError, match=r"expected a model and an adapter, one on each side of '\+'"):
+        with pytest.raises(LargemergeError, match=rf"nothing stands {where} '\+'; expected a model and adapters, with"):
             largemerge.merge(case.config, case.folder / "merged")
 
 

@@ -173,6 +173,27 @@ def test_weights_that_are_not_finite_are_told_with_where(make_case: MakeCase) ->
     assert not (case.folder / "merged" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.norm.weight", r"model1's model\.norm\.weight goes up to 1e\+300, more than float32 holds"),
+        ("model.layers.0.self_attn.q_proj.weight", "calibration data, are finite, and fit into float32"),
+    ],
+)
+def test_weights_that_float32_does_not_hold(make_case: MakeCase, name: str, told: str) -> None:
+    case = make_case(num_samples=4)
+
+    def large(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made = {key: tensor.double() for key, tensor in tensors.items()}
+        made[name].view(-1)[3] = 1e300
+        return made
+
+    rewrite_weights(case.folder / "model1", large)
+    with pytest.raises(MergeError, match=told):
+        largemerge.merge(case.config, case.folder / "merged")
+    assert not (case.folder / "merged" / "config.json").exists()
+
+
 # The output folder
 
 
