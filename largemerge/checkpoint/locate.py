@@ -84,6 +84,8 @@ def _from_hub(repository: str, revision: str | None, name: str, weights: bool) -
             folder = Path(fetch(allow_patterns=[*_PATTERNS, *_PICKLES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if offline and isinstance(error, LocalEntryNotFoundError):
+            cause = "it is not in the Hub's cache on this machine, and HF_HUB_OFFLINE forbids to ask; fetch it first"
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
             f"{name}: {repository}{at} is neither a folder here nor to be had from the Hub: {cause}"
