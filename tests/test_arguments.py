@@ -119,7 +119,9 @@ def test_machines_that_nobody_has(argument: str, value: Any, problem: str) -> No
     )
 
 
-@pytest.mark.parametrize("device", ["hpu", "meta", "vulkan", "cuda:-1", "cpu:" + "9" * 500, "", "x" * 500])
+@pytest.mark.parametrize(
+    "device", ["hpu", "meta", "vulkan", "gpu", "CPU", "mps", "cuda:-1", "cpu:" + "9" * 500, "", "x" * 500]
+)
 def test_devices_that_torch_does_not_have(device: str) -> None:
     with pytest.raises(LargemergeError, match=r"^--device .*: .*; expected auto, cpu or cuda:0$") as caught:
         choose_device(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ _LIMIT = "LARGEMERGE_RANK_TIMEOUT"
 _DEFAULT_LIMIT, _MIN_LIMIT, _MAX_LIMIT = 30.0, 1.0, 86_400.0  # seconds
 _START_FACTOR = 10  # ranks import torch and the like at unlike speeds before they meet
 _MIN_START_LIMIT = 15.0
+_NAME_SECONDS = 15.0  # for a host's name to have an address
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,19 @@ def read_launch() -> Launch:
 
 
 def _is_known(host: str) -> bool:
-    """Whether a host's name has an address."""
-    try:
-        socket.getaddrinfo(host, None)
-    except (OSError, UnicodeError):
-        return False
-    return True
+    """Whether a host's name has an address, which in a cluster that is starting may take some seconds to appear."""
+    end = time.monotonic() + _NAME_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+        except UnicodeError:
+            return False
+        except OSError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.5)
+        else:
+            return True
 
 
 def own_rank() -> int:

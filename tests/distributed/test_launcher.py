@@ -6,6 +6,7 @@ import pytest
 
 from largemerge import ConfigError
 from largemerge.cli import main
+from largemerge.distributed import launcher
 from largemerge.distributed.launcher import (
     Launch,
     beat_limit,
@@ -39,6 +40,29 @@ def test_ranks_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_SIZE", "1")  # DeepSpeed's name
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert read_launch() == Launch(1, 2, 0, 1)
+
+
+def test_a_host_that_nobody_knows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_NAME_SECONDS", 0.1)
+    for name, value in (TWO | {"MASTER_ADDR": "nowhere.invalid"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR: this machine cannot find 'nowhere\.invalid'; expected"):
+        read_launch()
+
+
+def test_a_host_whose_name_is_given_an_address_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([OSError("not yet"), OSError("not yet"), []])
+
+    def look_up(host: str, port: None) -> object:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(launcher.socket, "getaddrinfo", look_up)
+    for name, value in (TWO | {"MASTER_ADDR": "rank0.cluster"}).items():
+        monkeypatch.setenv(name, value)
+    assert read_launch() == Launch(1, 2, 1, 2)
 
 
 def test_ranks_of_mpi_under_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
