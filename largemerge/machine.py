@@ -158,6 +158,19 @@ def reuse_freed_memory(*, sparingly: bool) -> None:
     mallopt(_M_TRIM_THRESHOLD, max(32 << 20, 4 * largest_reused))
 
 
+def return_freed_memory(*, above: int) -> None:
+    """Returns freed memory to the system where this process holds more than it should (glibc; elsewhere nothing).
+
+    Workspaces of changing sizes, of several threads, leave holes in memory that the C library keeps.
+
+    Args:
+        above: Anonymous memory in bytes up to which it may be kept.
+    """
+    if _anonymous_bytes(0) > above:
+        with suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
     """Makes a folder for the moment where temporary files go; what killed processes have left there goes, too.

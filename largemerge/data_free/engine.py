@@ -58,6 +58,7 @@ from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.partition import choose_owners
 from largemerge.distributed.ranks import Ranks, too_many_threads
 from largemerge.errors import MergeError
+from largemerge.machine import return_freed_memory
 from largemerge.model.alignment import AlignedReader
 from largemerge.output import OutputFolder, PartKind
 from largemerge.progress import RunProgress
@@ -468,6 +469,7 @@ class _PartRunner:
 
         def step(task: Task) -> None:
             work(task)
+            return_freed_memory(above=self._plan.resources.peak_bytes)
             progress.step(task.name, self._plan.config.merge_method)
 
         def done(index: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,3 +128,28 @@ def test_the_plan_says_how_long(config: dict[str, Any], method: str, capsys: pyt
     assert plan.seconds["total"] == max(plan.seconds["disk"], plan.seconds["computing"])
     assert plan.to_json()["seconds"] == plan.seconds
     assert largemerge.plan(config, probe=False).seconds == {}
+
+
+HOLES = """
+import torch
+from largemerge.machine import _anonymous_bytes, return_freed_memory, reuse_freed_memory
+
+reuse_freed_memory(sparingly=False)
+kept, freed = [], []
+for _ in range(100):
+    freed.append(torch.ones(500_000))
+    kept.append(torch.ones(2_000))
+freed.clear()
+before = _anonymous_bytes(0)
+return_freed_memory(above=before + (1 << 20))
+untouched = _anonymous_bytes(0)
+return_freed_memory(above=before - (1 << 20))
+print(before - untouched, untouched - _anonymous_bytes(0))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep freed memory in their own ways")
+def test_freed_memory_goes_back_where_a_merge_holds_more_than_its_plan() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    within, above = map(int, done.stdout.split()[-2:])
+    assert within < 1 << 20 and above > 150 << 20, (within, above)
