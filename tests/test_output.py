@@ -15,7 +15,7 @@ from data_free_cases import weighted, write_models
 import largemerge
 from largemerge.checkpoint import writer as writer_module
 from largemerge.checkpoint.tensor_info import OutputTensor
-from largemerge.checkpoint.writer import NotFiniteError, ShardWriter, layout_shards
+from largemerge.checkpoint.writer import NotFiniteError, ShardWriter, layout_shards, not_finite
 from largemerge.errors import MergeError, OutputError
 from largemerge.output import open_output
 
@@ -208,6 +208,21 @@ def test_what_is_no_number_is_not_written(tmp_path: Path, values: list[float], f
     refused = pytest.raises(NotFiniteError, match=f"with {found}")
     with ShardWriter(tmp_path, tensors, layout_shards(tensors, 1 << 20)) as writer, refused:
         writer.write("a", torch.tensor(values, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn])
+def test_numbers_are_told_from_what_is_none_in_every_dtype(dtype: torch.dtype) -> None:
+    good = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert not_finite(good) is None
+    largest = torch.full((3, 1000), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
+    assert not_finite(largest) is None, "their sum overflows, and they do not"
+    infinite = [] if dtype is torch.float8_e4m3fn else [([float("inf")], "infinity"), ([-float("inf")], "infinity")]
+    infinite += [] if dtype is torch.float8_e4m3fn else [([float("inf"), -float("inf")], "infinity")]
+    for values, found in [([float("nan")], "NaN"), *infinite]:
+        for place in (0, 1234, 3000 - len(values)):
+            bad = good.clone().to(torch.float64)
+            bad.view(-1)[place : place + len(values)] = torch.tensor(values, dtype=torch.float64)
+            assert not_finite(bad.to(dtype)) == found
 
 
 def test_a_disk_without_room_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

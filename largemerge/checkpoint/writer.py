@@ -315,11 +315,15 @@ class ShardWriter:
 def not_finite(tensor: torch.Tensor) -> str | None:
     """Says what a tensor holds that is no number, `NaN` or `infinity`; `None` if nothing.
 
-    One pass, as fast as a copy (`isfinite` is ten times slower).
+    One pass, twice as fast as a copy (`isfinite` is fifty times slower): a sum is finite only if all numbers are. One
+    that is not may have overflowed, as those of float16 often would; then the least and the greatest number tell.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return None
-    lowest, highest = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32))
+    numbers = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32)
+    if numbers.dtype is not torch.float16 and math.isfinite(numbers.sum().item()):
+        return None
+    lowest, highest = torch.aminmax(numbers)
     if math.isfinite(lowest.item()) and math.isfinite(highest.item()):  # NaN is both
         return None
     if math.isnan(lowest.item()) or math.isnan(highest.item()):
