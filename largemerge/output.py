@@ -498,8 +498,8 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
     except (OSError, ValueError) as error:
         raise OutputError(f"{str(path)[:200]!r} cannot be the output folder: {error}") from None
     if resume and begun and not (working / _FINISHING).exists():
-        replaces = _read_manifest(working / "manifest.json")["replaces"]
-        _check_strangers(path, [] if not replaces else others)
+        if not _read_manifest(working / "manifest.json")["replaces"]:  # else an earlier checkpoint lies there still
+            _check_strangers(path, [])
     if resume and not begun and others:
         state = "holds no merge to resume"
         if (path / REPORT_FILE).exists():

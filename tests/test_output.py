@@ -172,6 +172,23 @@ def test_no_merge_goes_on_beside_what_would_be_loaded_with_its_output(tmp_path: 
     assert (out / "config.json").exists() and (out / "notes.txt").exists()
 
 
+def test_a_merge_that_replaces_a_checkpoint_in_folders_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, content in (("config.json", "{}"), ("1_Pooling/config.json", "{}")):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(content)
+    (out / "modules.json").write_text('[{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]')
+    with contextlib.suppress(KeyboardInterrupt), open_output(out, {}, [], resume=False, force=True):
+        raise KeyboardInterrupt
+    finished(out, resume=True)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "merge_report.json",
+        "model.safetensors",
+        "vocab.txt",
+    ]
+
+
 def test_what_a_kill_in_the_clean_up_left_goes_at_the_next_resume(tmp_path: Path) -> None:
     out = tmp_path / "out"
     finished(out)
