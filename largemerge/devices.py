@@ -15,6 +15,7 @@ import torch
 
 from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.errors import LargemergeError, shorten
+from largemerge.text_files import first_line
 
 CPU = torch.device("cpu")
 _SIZE = 1024  # of the matrices that load a GPU's kernels
@@ -36,9 +37,8 @@ def choose_device(device: str) -> torch.device:
     try:
         torch.empty(1, device=chosen).item()  # the meta device has no numbers
     except Exception as error:  # backends that are not installed raise what they like
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise LargemergeError(
-            f"--device {shorten(device, 200)}: torch cannot use it here ({shorten(first_line, 200)}); "
+            f"--device {shorten(device, 200)}: torch cannot use it here ({first_line(error, 200)}); "
             "expected auto, cpu or cuda:0"
         ) from None
     return chosen

@@ -79,6 +79,11 @@ def _with_others(alike: Sequence[str]) -> str:
     return f"{alike[0]}; the same with {', '.join(map(shorten, others[:2]))}{more}"
 
 
+def advised(problems: Sequence[str], advice: str) -> list[str]:
+    """Adds what to do to the last of some problems that have one remedy."""
+    return [*problems[:-1], f"{problems[-1]}; {advice}"]
+
+
 class LargemergeError(Exception):
     """Base of all errors meant for a user to read.
 

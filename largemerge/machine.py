@@ -107,8 +107,7 @@ def baseline_bytes(device: torch.device, at_least: int, held: int = 0) -> int:
         held: Bytes of it that a plan counts on their own, such as data that has been read already.
     """
     gc.collect()
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc's
+    _trim()
     measured = memory_in_use(device).host_anonymous - held
     step = _BASELINE_STEP if measured < 1 << 30 else 4 * _BASELINE_STEP
     return max(at_least, -(-measured // step) * step)
@@ -167,8 +166,12 @@ def return_freed_memory(*, above: int) -> None:
         above: Anonymous memory in bytes up to which it may be kept.
     """
     if _anonymous_bytes(0) > above:
-        with suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        _trim()
+
+
+def _trim() -> None:
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
 
 
 @contextmanager

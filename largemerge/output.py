@@ -43,7 +43,7 @@ from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import TensorInfo
 from largemerge.checkpoint.writer import Shard, sync, weight_index, write_atomically
 from largemerge.distributed.ranks import Ranks
-from largemerge.errors import LargemergeError, MergeError, OutputError
+from largemerge.errors import LargemergeError, MergeError, OutputError, advised
 from largemerge.machine import scratch_folder
 from largemerge.text_files import json_text
 
@@ -310,8 +310,7 @@ class OutputFolder:
                 problems.append(f"{file}: its header is not the one that was laid out for it")
         if problems:
             advice = f"what was merged is in {self.working}; --resume finds out what of it is whole, and does the rest"
-            told = problems[:_MAX_PROBLEMS]
-            raise MergeError(*told[:-1], f"{told[-1]}; {advice}")
+            raise MergeError(*advised(problems[:_MAX_PROBLEMS], advice))
 
 
 class InputWatch:
@@ -348,10 +347,7 @@ class InputWatch:
             told = [
                 f"{file} has changed, or was deleted, while it was being merged" for file in changed[:_MAX_PROBLEMS]
             ]
-            raise MergeError(
-                *told[:-1],
-                f"{told[-1]}; what was merged may be of both; start afresh with --force",
-            )
+            raise MergeError(*advised(told, "what was merged may be of both; start afresh with --force"))
 
 
 def rehearse(
@@ -497,9 +493,9 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
         begun = (working / "manifest.json").exists()
     except (OSError, ValueError) as error:
         raise OutputError(f"{str(path)[:200]!r} cannot be the output folder: {error}") from None
-    if resume and begun and not (working / _FINISHING).exists():
-        if not _read_manifest(working / "manifest.json")["replaces"]:  # else an earlier checkpoint lies there still
-            _check_strangers(path, [])
+    goes_on = resume and begun and not (working / _FINISHING).exists()
+    if goes_on and not _read_manifest(working / "manifest.json")["replaces"]:  # an earlier checkpoint is no stranger
+        _check_strangers(path, [])
     if resume and not begun and others:
         state = "holds no merge to resume"
         if (path / REPORT_FILE).exists():
@@ -639,10 +635,7 @@ def _check_same(before: Any, now: Any, path: Path) -> None:
     found = list(changes(before, now))
     if found:
         told = [f"{path}: cannot be resumed: {change}" for change in found[:_MAX_PROBLEMS]]
-        raise OutputError(
-            *told[:-1],
-            f"{told[-1]}; put back what changed, or start afresh with --force",
-        )
+        raise OutputError(*advised(told, "put back what changed, or start afresh with --force"))
 
 
 def changes(before: Any, now: Any, where: str = "") -> Iterator[str]:

@@ -47,22 +47,16 @@ def _whole(minimum: int) -> _Check:
     return check
 
 
-def _number(low: float, high: float) -> _Check:
-    limits = "a finite number" if low == -math.inf else f"{low:g} or more"
+def _number(low: float, high: float, *, above: bool = False) -> _Check:
+    limits = "a finite number" if low == -math.inf else f"a number above {low:g}" if above else f"{low:g} or more"
     expected = f"a number from {low:g} to {high:g}" if high < math.inf else limits
 
     def check(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return "a finite number"
-        return None if low <= value <= high else expected
+        return expected if not low <= value <= high or (above and value == low) else None
 
     return check
-
-
-def _penalty(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return "a finite number"
-    return None if value > 0 else "a number above 0"
 
 
 def _is_token(value: Any) -> bool:
@@ -127,7 +121,7 @@ _NUMBERS: Mapping[str, tuple[float, float]] = {
 """Numbers and their ranges."""
 
 _OTHERS: tuple[tuple[tuple[str, ...], _Check], ...] = (
-    (("repetition_penalty", "encoder_repetition_penalty"), _penalty),
+    (("repetition_penalty", "encoder_repetition_penalty"), _number(0, math.inf, above=True)),
     (("pad_token_id",), _is(_is_token, "the number of a token")),
     (
         (

@@ -64,11 +64,11 @@ def read_launch() -> Launch:
     local_rank = _number("LOCAL_RANK", 0, local_size - 1, 0, problems)
     if not started_by_mpi():
         host = os.environ.get("MASTER_ADDR")
-        if host and not _is_known(host):
-            expected = _expected("the name or address of rank 0's host")
-            problems.append(f"MASTER_ADDR: this machine cannot find {shorten(host)!r}; {expected}")
         if not host:
             problems.append(f"MASTER_ADDR is not set, and WORLD_SIZE is {size}; {_expected('the host of rank 0')}")
+        elif not _is_known(host):
+            expected = _expected("the name or address of rank 0's host")
+            problems.append(f"MASTER_ADDR: this machine cannot find {shorten(host)!r}; {expected}")
         _number("MASTER_PORT", 1, 65_535, None, problems)
     try:
         beat_limit()

@@ -30,7 +30,7 @@ from largemerge.errors import ArchitectureError, CheckpointError, LargemergeErro
 from largemerge.model.classes import ClassifiedModel, choose_layout, classify, token_parameters, translate
 from largemerge.model.config_differences import check_configs
 from largemerge.model.key_mapping import Conversion, map_keys, prefix_on_disk
-from largemerge.model.output_check import incomplete_models
+from largemerge.model.output_check import check_own_configs
 from largemerge.model.skeleton import build_model
 from largemerge.model.ties import declared_ties, is_tied, untie_config, untied_heads
 
@@ -338,9 +338,8 @@ def align(
     except ArchitectureError as error:
         return _by_name(checkpoints, reference, error, allow_crimes=allow_crimes)
     notes: list[str] = []
-    problems = incomplete_models(models, adapters)
-    if problems:
-        raise CheckpointError(*problems)  # what follows would only say the same in other words
+    problems: list[str] = []
+    check_own_configs(models, adapters)  # what follows would only say the same in other words
     chosen, homeless = choose_layout(models, reference, [base] if base is not None else [])
     for name, parameters in homeless.items():
         text = f"{name} has {list_kinds(parameters, 3)}, for which {models[chosen].class_name} has no place"

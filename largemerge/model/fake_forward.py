@@ -323,7 +323,7 @@ def _run_error(
     return ArchitectureError(
         f"{f'{where}: ' if where else ''}{skeleton.class_name}: cannot be run on calibration inputs {sorted(inputs)}, "
         f"tried with {NUM_SAMPLES} samples as {shapes}; expected what its forward takes, in the shapes that it takes: "
-        f"{sorted(skeleton.forward_arguments())} ({first_line(error, 160) or type(error).__name__})"
+        f"{sorted(skeleton.forward_arguments())} ({first_line(error, 160)})"
     )
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
 from largemerge.checkpoint.tensor_info import LAYER_NUMBER
-from largemerge.errors import LargemergeError
+from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.model.classes import ClassifiedModel
 from largemerge.model.skeleton import bare_checkpoint, find_model_class, load_config
 
@@ -189,22 +189,25 @@ def check_loads(
     return Findings(tuple(problems), tuple(notes))
 
 
-def incomplete_models(models: Mapping[str, ClassifiedModel], adapters: Mapping[str, Adapter]) -> list[str]:
-    """Finds what is wrong with models by their own configs: what is missing, too much, or of another shape.
+def check_own_configs(models: Mapping[str, ClassifiedModel], adapters: Mapping[str, Adapter]) -> None:
+    """Checks that every model is as its own config says, whatever the others are.
+
+    A head that no model has is no mistake: a note tells it.
 
     Args:
         models: The models, by the names that the user has for them.
         adapters: Their adapters: what these replace may have shapes of its own.
 
-    Returns:
-        The problems. A head that no model has is none: a note tells it.
+    Raises:
+        CheckpointError: If tensors are missing, too many, or of another shape; it names all.
     """
     nobodys = set.intersection(*(set(model.mapping.missing) for model in models.values())) if models else set()
     problems: list[str] = []
     for name, model in models.items():
         replaced = adapters[name].replaced if name in adapters else ()
         problems += _own_problems(name, model, replaced, nobodys)
-    return problems
+    if problems:
+        raise CheckpointError(*problems)
 
 
 def _own_problems(

@@ -48,17 +48,9 @@ _CODE_HINT = " It ships its own code: set trust_remote_code: true if you trust i
 
 _NO_SAMPLES = frozenset(
     (
-        *(
-            "self",
-            "kwargs",
-            "cache",
-            "use_cache",
-            "past_key_value",
-            "past_key_values",
-            "cache_params",
-            "cache_position",
-        ),
-        *("mems", "use_mems", "encoder_outputs", "head_mask", "decoder_head_mask", "cross_attn_head_mask"),
+        *("self", "kwargs", "cache", "use_cache", "past_key_value", "past_key_values", "cache_params"),
+        *("cache_position", "mems", "use_mems", "encoder_outputs"),
+        *("head_mask", "decoder_head_mask", "cross_attn_head_mask"),
         *("output_attentions", "output_hidden_states", "return_dict", "return_loss", "interpolate_pos_encoding"),
         *("logits_to_keep", "num_logits_to_keep", "num_items_in_batch", "rope_deltas"),
     )

@@ -29,7 +29,7 @@ from largemerge.model.adapter_names import AdapterNames
 from largemerge.model.classes import classify, oriented
 from largemerge.model.config_differences import check_configs
 from largemerge.model.key_mapping import KeyMapping, map_keys, prefix_on_disk
-from largemerge.model.output_check import incomplete_models
+from largemerge.model.output_check import check_own_configs
 from largemerge.model.skeleton import (
     Skeleton,
     build_skeleton,
@@ -158,7 +158,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     candidates, base, adapters = _open_all(config, from_config)
     stored = {each.name: each for each in (*candidates, *([base] if base is not None else []))}
     if not from_config:
-        _check_own(config, stored, adapters)
+        check_own_configs(classify(stored, adapters, trust_remote_code=config.trust_remote_code), adapters)
     heads = _find_heads(config, candidates, base)
     if heads is not None:
         candidates = tuple(heads.view(candidate) for candidate in candidates)
@@ -237,18 +237,6 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         stored=stored,
         tokens=tokens,
     )
-
-
-def _check_own(config: MergeConfig, stored: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]) -> None:
-    """Checks that every checkpoint is as its own config says, whatever the others are.
-
-    Raises:
-        CheckpointError: If tensors are missing, too many, or of another shape; it names all.
-    """
-    models = classify(stored, adapters, trust_remote_code=config.trust_remote_code)
-    problems = incomplete_models(models, adapters)
-    if problems:
-        raise CheckpointError(*problems)
 
 
 _Mapped = tuple[Skeleton, tuple[Checkpoint, ...], Checkpoint | None, tuple[KeyMapping, ...], KeyMapping | None]

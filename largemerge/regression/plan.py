@@ -360,7 +360,8 @@ def make_plan(
     disk = Path(config.memory.disk) if config.memory.disk is not None and machines.cluster is None else None
     if disk is not None and not existing_folder(disk).is_dir():
         problems.append(f"memory.disk: {existing_folder(disk)} is no folder; expected a folder, or nothing there yet")
-    files, file_notes = _output_files(config, inputs, problems)
+    files = _output_files(config, inputs, problems)
+    file_notes = list(files.copied.notes)
     if not problems:
         stage("checking the tokenizer")
         problems, checked = files.check()
@@ -408,11 +409,11 @@ def make_plan(
     return PlannedMerge(plan, inputs, trace, process_bytes, files)
 
 
-def _output_files(config: MergeConfig, inputs: Inputs, problems: Sequence[str]) -> tuple[OutputFiles, list[str]]:
-    """Finds what the output has beside its weights, and notes; what is wrong there is told with all other problems."""
+def _output_files(config: MergeConfig, inputs: Inputs, problems: Sequence[str]) -> OutputFiles:
+    """Finds what the output has beside its weights; what is wrong there is told with all other problems."""
     vocabulary = inputs.tokens.vocabulary if inputs.tokens is not None else None
     try:
-        files = find_output_files(
+        return find_output_files(
             inputs.reference,
             [*([inputs.base] if inputs.base is not None else []), *inputs.candidates],
             inputs.adapters,
@@ -422,7 +423,6 @@ def _output_files(config: MergeConfig, inputs: Inputs, problems: Sequence[str]) 
         )
     except CheckpointError as error:
         raise CheckpointError(*problems, *error.problems) from None
-    return files, list(files.copied.notes)
 
 
 def _check_loads(config: MergeConfig, inputs: Inputs, output: Mapping[str, OutputTensor]) -> Findings:

@@ -264,7 +264,7 @@ def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def _explained(skeleton: Skeleton, batch: Batch, error: Exception) -> str:
     """Message for a batch that the model cannot be run on."""
     shapes = {name: list(tensor.shape) for name, tensor in batch.inputs.items()}
-    reason = first_line(error, 160) or type(error).__name__
+    reason = first_line(error, 160)
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
     longest = max((shape[1] for shape in shapes.values() if len(shape) > 1), default=0)
     is_long = isinstance(limit, int) and longest > limit

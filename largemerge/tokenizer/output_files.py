@@ -1,7 +1,9 @@
 """The files beside an output's weights, alike for both kinds of merges.
 
-models, adapters, vocabulary ──► find_output_files ──► OutputFiles ─┬─► write: copies, tokenizer, moved numbers
-└─► check: the tokenizer loads and encodes
+    models, adapters, vocabulary ──► find_output_files ──► OutputFiles ─┬─► write: copies, tokenizer, moved numbers
+                                                                        └─► check: the tokenizer loads and encodes
+
+They are found once, for a plan, and written twice: for a rehearsal before the work, and at its end.
 """
 
 from __future__ import annotations
