@@ -30,9 +30,10 @@ from largemerge.calibration.batches import (
 )
 from largemerge.calibration.columns import Fields, Row, choose_fields, read_rows, sample_order, takes_target
 from largemerge.calibration.config import CalibrationConfig
+from largemerge.calibration.folders import folder_notes, is_image_folder, list_images
 from largemerge.calibration.images import load_image_processor, outline_images, read_images
 from largemerge.calibration.pretokenized import outline_tensors, read_tensors
-from largemerge.calibration.sources import Source, folder_notes, is_image_folder, list_images, locate_data, open_source
+from largemerge.calibration.sources import Source, locate_data, open_source
 from largemerge.calibration.text import pack, tokenise
 from largemerge.calibration.tokenizer import TextReader, check_templates, open_text_reader
 from largemerge.checkpoint.side_files import find_processor, find_tokenizer

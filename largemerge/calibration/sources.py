@@ -15,46 +15,33 @@ takes a blank line with spaces in it for text, keeps a byte order mark, and make
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
-import functools
 import glob
 import itertools
-import json
-import mimetypes
-import os
 import re
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from largemerge.calibration.config import CalibrationConfig
+from largemerge.calibration.csv_rows import check_csv_rows, csv_header_problem, names_twice
+from largemerge.calibration.folders import (
+    IMAGE_SUFFIXES,
+    TABLE_BUILDERS,
+    is_image_folder,
+    left_out_files,
+    list_images,
+    names_data_files,
+    unreadable_files,
+    visible_under,
+)
 from largemerge.calibration.json_rows import check_json_rows
-from largemerge.config_file import WARNING, nearest
+from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError, shorten
 from largemerge.text_files import file_problem, first_line, os_reason
-from largemerge.units import counted
 
-TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Tables that say which images of a folder are samples, and what belongs to each of them."""
 FILE_SUFFIXES = (".safetensors", *TABLE_BUILDERS, ".txt")
-_FOLDER_FORMATS = {
-    **TABLE_BUILDERS,
-    **{".txt": "text", ".tsv": "tsv", ".arrow": "arrow", ".xml": "xml", ".xlsx": "xlsx"},
-    **{".gz": "gz", ".zst": "zst", ".zip": "zip", ".tar": "tar", ".bz2": "bz2", ".xz": "xz"},
-}
-"""Suffixes of files that the reader of folders may take for data, and their kinds; it takes one kind of them."""
-_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_NO_IMAGES = frozenset((".pdf", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".iim"))
-"""Suffixes that Pillow has for what is no single image: documents, films, and tables of numbers."""
-_ARRAYS = frozenset((".npy", ".npz"))
-_COMMON_BESIDE = re.compile(r"(readme|licen[cs]e|notice|citation|copying|thumbs\.db|desktop\.ini)\b", re.IGNORECASE)
-_FILE_NAMES = re.compile(r"(^|_)file_names?$")
 _REFUSED_WRITING = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.EEXIST)
 )
@@ -126,8 +113,8 @@ def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]
             )
     problems = list(_settings_without_effect(config, found))
     if found is not None and found.is_dir():
-        problems += itertools.islice(_unreadable_in_folder(found), _MAX_PROBLEMS)
-        problems += _left_out_of_folder(found)
+        problems += itertools.islice(unreadable_files(found), _MAX_PROBLEMS)
+        problems += left_out_files(found)
     if problems:
         raise CalibrationError(*(f"{where}: {problem}" for problem in problems))
     return where, found
@@ -161,166 +148,6 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         check_headers([*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
         return _from_datasets(where, path, str(path), config.subset, split=config.split)
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)
-
-
-def is_image_folder(path: Path) -> bool:
-    """Whether a folder is a table of images alone.
-
-    A folder with images and a `metadata` file beside them (captions, in the `imagefolder` layout) is a dataset.
-    """
-    if not path.is_dir():
-        return False
-    has_metadata = any((path / name).is_file() for name in METADATA_FILES)
-    return not has_metadata and any(_images_under(path))
-
-
-def folder_notes(path: Path | None, where: str) -> tuple[str, ...]:
-    """Notes on what lies in a folder with images and is not read.
-
-    Args:
-        path: The path that `locate_data` has found.
-        where: Candidate and data, for messages.
-    """
-    if path is None or not path.is_dir() or not any(_images_under(path)):
-        return ()
-    notes = []
-    is_dataset = not is_image_folder(path)
-    if is_dataset:
-        named = _images_of_metadata(path)
-        images = [file for file in _visible_under(path) if _is_image(file) and file.is_file()]
-        unnamed = sorted(str(file.relative_to(path)) for file in images if file not in named) if named else []
-        if unnamed:
-            notes.append(
-                f"{WARNING}{where}: {counted(len(unnamed), 'image')} of {len(images)} not used, for no metadata file "
-                f"names {'it' if len(unnamed) == 1 else 'them'}: {_some(unnamed)}"
-            )
-    others = sorted(
-        str(file.relative_to(path))
-        for file in _visible_under(path)
-        if not _is_image(file)
-        and not _COMMON_BESIDE.match(file.name)
-        and not (is_dataset and file.name in METADATA_FILES)
-        and file.is_file()
-    )
-    if others:
-        notes.append(
-            f"{where}: {counted(len(others), 'file')} beside the images not read: {_some(others)}. Of tables, a "
-            f"{' or '.join(METADATA_FILES)} in the folder itself, with a column file_name, belongs to its images"
-        )
-    return tuple(notes)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(shorten, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _is_image(file: Path) -> bool:
-    """Whether a file has the name of an image, of a format that is read or not."""
-    from PIL import Image
-
-    Image.init()
-    suffix = file.suffix.lower()
-    if suffix in IMAGE_SUFFIXES or (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
-        return True
-    return suffix in Image.registered_extensions() and suffix not in _NO_IMAGES
-
-
-def _images_of_metadata(folder: Path) -> set[Path]:
-    """Lists the files that the metadata of a folder names; none where that cannot be read, which its reader tells."""
-    named: set[Path] = set()
-    try:
-        for path in _visible_under(folder):
-            if path.name in METADATA_FILES and path.is_file():
-                named.update(path.parent / name for name in _file_names(path))
-    except Exception:  # whatever is wrong with it, whoever reads all of it says so
-        return set()
-    return {Path(os.path.normpath(path)) for path in named}
-
-
-def _file_names(path: Path) -> Iterator[str]:
-    """Yields the values of columns such as `file_name` and `mask_file_names` of a metadata file."""
-    rows: Iterable[Mapping[str, Any]]
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
-
-        names = [name for name in parquet.read_schema(path).names if _FILE_NAMES.search(name)]
-        rows = parquet.read_table(path, columns=names).to_pylist()
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file, _long_cells():
-            rows = list(csv.DictReader(file))
-    else:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    for row in rows:
-        for column, value in row.items():
-            if _FILE_NAMES.search(column):
-                yield from (value if isinstance(value, list) else [value] if isinstance(value, str) else [])
-
-
-def list_images(path: Path) -> list[Path]:
-    """Lists all images under a folder, sorted; hidden files and folders are passed over."""
-    return sorted(_images_under(path))
-
-
-def _images_under(path: Path) -> Iterator[Path]:
-    for file in _visible_under(path):
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
-            yield file
-
-
-def _unreadable_in_folder(path: Path) -> Iterator[str]:
-    """Yields what has the name of an image or table and cannot be read: readers of folders pass over it in silence."""
-    for file in sorted(_visible_under(path)):
-        if file.suffix.lower() not in (*IMAGE_SUFFIXES, *TABLE_BUILDERS) or file.is_dir():
-            continue
-        problem = file_problem(file)
-        if problem is not None:
-            yield f"{file} {problem}; mend it, or take it away"
-
-
-def _left_out_of_folder(path: Path) -> Iterator[str]:
-    """Yields what would be left out in silence: images that are not read, and all formats but one."""
-    if is_image_folder(path):
-        others = Counter(
-            file.suffix.lower()
-            for file in _visible_under(path)
-            if (_is_image(file) or file.suffix.lower() in _ARRAYS) and file.is_file()
-        )
-        unread = {suffix: count for suffix, count in others.items() if suffix not in IMAGE_SUFFIXES}
-        if unread:
-            yield (
-                f"{_counted(unread)} beside images of formats that are read ({', '.join(IMAGE_SUFFIXES)}); convert "
-                "them, or take them away"
-            )
-        return
-    names_its_files = _names_data_files(path / "README.md")
-    has_images = any(_images_under(path))  # with a file of metadata beside them, which makes one dataset
-    formats = Counter(
-        file.suffix.lower()
-        for file in _visible_under(path)
-        if file.suffix.lower() in _FOLDER_FORMATS and file.name not in _NOT_DATA and file.is_file()
-    )
-    if not names_its_files and not has_images and len({_FOLDER_FORMATS[suffix] for suffix in formats}) > 1:
-        yield (
-            f"a folder of several formats, {_counted(formats)}, of which the reader of folders would take one; name "
-            "one file, or leave files of one format in it"
-        )
-
-
-def _counted(suffixes: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {suffix} {'file' if count == 1 else 'files'}" for suffix, count in suffixes.items())
-
-
-def _names_data_files(card: Path) -> bool:
-    """Whether a dataset's card says which files belong to it, under `configs`."""
-    if not card.is_file():
-        return False
-    return re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
-
-
-def _visible_under(path: Path) -> Iterator[Path]:
-    for file in path.rglob("*"):
-        if not any(part.startswith(".") for part in file.relative_to(path).parts):
-            yield file
 
 
 def _looks_like_path(data: str) -> bool:
@@ -361,8 +188,8 @@ def tables_to_check(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     # A card may name another separator of cells, and which files are read.
-    suffixes = set(_ROW_CHECKS) - ({".csv"} if _names_data_files(path / "README.md") else set())
-    return sorted(file for file in _visible_under(path) if file.suffix.lower() in suffixes)
+    suffixes = set(_ROW_CHECKS) - ({".csv"} if names_data_files(path / "README.md") else set())
+    return sorted(file for file in visible_under(path) if file.suffix.lower() in suffixes)
 
 
 def check_rows(paths: Sequence[Path], where: str, most: int | None = None) -> None:
@@ -390,7 +217,7 @@ def check_headers(paths: Sequence[Path], where: str) -> None:
     Raises:
         CalibrationError: If a Parquet file is broken or empty, or a column stands twice; it names several files.
     """
-    checks = {".parquet": _parquet_problem, ".csv": _csv_problem}
+    checks = {".parquet": _parquet_problem, ".csv": csv_header_problem}
     problems = []
     for path in paths:
         check = checks.get(path.suffix.lower())
@@ -403,7 +230,7 @@ def check_headers(paths: Sequence[Path], where: str) -> None:
 
 
 def _parquet_problem(path: Path) -> str | None:
-    import pyarrow.parquet as parquet
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
     try:
         with parquet.ParquetFile(path) as file:
@@ -413,82 +240,14 @@ def _parquet_problem(path: Path) -> str | None:
     if not names or not num_rows:
         columns = shorten([str(name) for name in names])
         return f"empty; expected at least one sample, found the columns {columns}, and no rows"
-    return _twice(names)
-
-
-def _csv_problem(path: Path) -> str | None:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file), [])
-    except UnicodeDecodeError as error:
-        return f"not readable as UTF-8 text: {error}"
-    except (OSError, csv.Error) as error:
-        return f"no header of columns can be read: {os_reason(error)}"
-    return _twice([name for name in names if name])
-
-
-def _cells_problem(path: Path, most: int | None = None) -> str | None:
-    """Says which line of a CSV file has too few or too many cells; entirely blank lines are none."""
-    status = path.stat()
-    return _count_cells(path, status.st_size, status.st_mtime_ns, most)
-
-
-@functools.lru_cache(maxsize=64)
-def _count_cells(path: Path, num_bytes: int, modified_ns: int, most: int | None) -> str | None:
-    """Counts the cells of all lines; what came out is kept as long as the file's size and time stay the same."""
-    quotes = length = 0
-
-    def counted_quotes(lines: Iterable[str]) -> Iterator[str]:
-        nonlocal quotes, length
-        for line in lines:
-            quotes, length = quotes + line.count('"'), length + len(line)
-            yield line
-
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file, _long_cells():
-            rows = csv.reader(counted_quotes(file))
-            columns = next((row for row in rows if _has_cells(row)), [])
-            line, before = rows.line_num + 1, quotes
-            for row in rows:
-                if len(row) != len(columns) and _has_cells(row):
-                    if (quotes - before) % 2 and next(rows, None) is None:
-                        return None  # a quote that is never closed has taken all the rest; their reader tells where
-                    return (
-                        f"line {line} has {counted(len(row), 'cell')}, expected {len(columns)} as in the header; put "
-                        "cells that have commas in double quotes, and a comma also before and behind empty cells"
-                    )
-                if most is not None and length > most:
-                    return None
-                line, before = rows.line_num + 1, quotes
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return None  # their reader tells
-    return None
-
-
-def _has_cells(row: Sequence[str]) -> bool:
-    return len(row) > 1 or any(cell.strip() for cell in row)
+    return names_twice(names)
 
 
 _ROW_CHECKS: Mapping[str, Callable[[Path, int | None], str | None]] = {
     ".jsonl": check_json_rows,
     ".json": check_json_rows,
-    ".csv": _cells_problem,
+    ".csv": check_csv_rows,
 }
-
-
-@contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
-    """Lets Python's reader of CSV take cells of any length; its limit is one of the whole process."""
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _twice(names: Sequence[str]) -> str | None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    return f"the columns {[shorten(name) for name in twice[:3]]} stand twice; expected a name once" if twice else None
 
 
 def _reject_blank_file(path: Path, where: str) -> None:

@@ -23,17 +23,14 @@ import torch
 from largemerge.calibration.batches import Batch, CalibrationOutline, CalibrationSet, ForwardSignature
 from largemerge.calibration.columns import choose_fields
 from largemerge.calibration.config import CalibrationConfig
+from largemerge.calibration.folders import TABLE_BUILDERS, folder_notes, is_image_folder, list_images
 from largemerge.calibration.load import load_calibration, outline_calibration, read_table
 from largemerge.calibration.sources import (
-    TABLE_BUILDERS,
     Source,
     cache_problem,
     check_headers,
     check_rows,
-    folder_notes,
     in_our_words,
-    is_image_folder,
-    list_images,
     locate_data,
     open_source,
     tables_to_check,

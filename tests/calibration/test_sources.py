@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from largemerge.calibration import load_calibration
-from largemerge.calibration.sources import IMAGE_SUFFIXES, folder_notes, list_images, locate_data, open_source
+from largemerge.calibration.folders import IMAGE_SUFFIXES, folder_notes, list_images
+from largemerge.calibration.sources import locate_data, open_source
 from largemerge.errors import CalibrationError
 
 
