@@ -30,7 +30,10 @@ from largemerge.errors import MergeError
 from largemerge.model.forward import Output
 
 Key = tuple[str, int, int, int]
-"""Stream, data set, batch, stack: two models may each have hidden states of their own on the same data."""
+"""Stream, data set, batch, stack: two models may each have hidden states of their own on the same data.
+
+What is kept inside a block, from linear to linear, is a stream of its own, under stack 0.
+"""
 
 _MAX_WRITES = 2  # under way to the disk at once
 _BLOCK_SIZE = 64  # elements that share a scale in 8 bits; never of two tokens, or a padded one's NaN would spread
@@ -117,11 +120,13 @@ class _FileRange:
         offset: First byte of the first tensor; the others follow.
         shapes: Shape of each tensor.
         dtypes: Dtype of each tensor.
+        capacity: Number of bytes that may be written there.
     """
 
     offset: int
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    capacity: int
 
     @property
     def sizes(self) -> list[int]:
@@ -152,10 +157,12 @@ class DiskStore:
         tensors = [tensor.cpu().contiguous() for tensor in tensors]
         shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
         before = self._ranges.get(key)
-        place = _FileRange(self.num_bytes if before is None else before.offset, shapes, dtypes)
-        if before is None or sum(place.sizes) > sum(before.sizes):
-            place = _FileRange(self.num_bytes, shapes, dtypes)
-            self.num_bytes += sum(place.sizes)
+        size = sum(tensor.nbytes for tensor in tensors)
+        if before is None or size > before.capacity:
+            place = _FileRange(self.num_bytes, shapes, dtypes, size)
+            self.num_bytes += size
+        else:
+            place = _FileRange(before.offset, shapes, dtypes, before.capacity)
         self._reading.pop(key, None)
         while len(self._writing) >= _MAX_WRITES or key in self._writing:
             self._writing.pop(next(iter(self._writing)))[0].result()
@@ -212,6 +219,7 @@ class HiddenStates:
         self._store = store
         self._eight_bit = eight_bit
         self._trees: dict[Key, tuple[list[Any], TreeSpec]] = {}
+        self._stacks: list[int] = []
 
     def __enter__(self) -> HiddenStates:
         return self
@@ -242,6 +250,8 @@ class HiddenStates:
             tensors += parts
         key = (stream, dataset, batch, stack)
         self._trees[key] = (kept, spec)
+        if stack not in self._stacks:
+            self._stacks = sorted([*self._stacks, stack])
         self._store.put(key, tensors)
 
     def get(self, stream: str, dataset: int, batch: int, device: torch.device) -> dict[int, Output]:
@@ -254,8 +264,7 @@ class HiddenStates:
             self._store.prefetch(key)
 
     def _keys(self, stream: str, dataset: int, batch: int) -> list[Key]:
-        stacks = sorted({stack for *_, stack in self._trees})
-        return [key for stack in stacks if (key := (stream, dataset, batch, stack)) in self._trees]
+        return [key for stack in self._stacks if (key := (stream, dataset, batch, stack)) in self._trees]
 
     def _output(self, key: Key, device: torch.device) -> Output:
         kept, spec = self._trees[key]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -42,7 +42,10 @@ from largemerge.model.fake_forward import (
     placeholder_tokens,
 )
 from largemerge.model.forward import Output, original_forward, replaced_forwards, run_to_end
+from largemerge.model.inside_block import Residual, ResumePoint, find_residuals, find_resume_points
 from largemerge.model.skeleton import Skeleton, assign_tensors
+
+_Found = TypeVar("_Found", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class StackTrace:
         output_shapes: Shapes of a block's output tensors, for the trace's samples of `num_tokens` tokens.
         num_tokens: Rows that one sample has in this stack, in the trace.
         kept: Blocks whose output later stacks read, beside the last one's.
+        residuals: Of each block, linear → the tensor to which its output is added; empty where nobody asked.
+        resume_points: Of each block, first linear of those that read one tensor → how a run is taken up there.
         runs: How often each block runs in one forward pass: 0 where the calibration data does not reach it.
     """
 
@@ -96,6 +101,8 @@ class StackTrace:
     num_tokens: int
     runs: tuple[int, ...]
     kept: frozenset[int] = frozenset()
+    residuals: tuple[Mapping[str, Residual], ...] = ()
+    resume_points: tuple[Mapping[str, ResumePoint], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,12 @@ class ModelTrace:
 
 
 def trace_model(
-    skeleton: Skeleton, outline: InputOutline, examples: Examples | None = None, where: str = ""
+    skeleton: Skeleton,
+    outline: InputOutline,
+    examples: Examples | None = None,
+    where: str = "",
+    *,
+    inside: bool = False,
 ) -> ModelTrace:
     """Proves that the model can be run block by block, and learns what the run needs to know.
 
@@ -121,6 +133,7 @@ def trace_model(
         outline: Shapes and dtypes of the forward arguments that the calibration data will give.
         examples: Integers of the first samples, where images or sounds stand beside tokens.
         where: Candidate and data that the outline is of, for messages.
+        inside: Whether to look into the blocks, too, for runs from linear to linear.
 
     Raises:
         ArchitectureError: If the model cannot be run on such input, or not block by block.
@@ -131,7 +144,9 @@ def trace_model(
             _compare_resumed(fake)
             depending = _depending_on_tokens(fake)
             stacks = tuple(
-                _trace_stack(fake, index, depending) if index in fake.order else _unused_stack(len(stack.blocks))
+                _trace_stack(fake, index, depending, inside=inside)
+                if index in fake.order
+                else _unused_stack(len(stack.blocks))
                 for index, stack in enumerate(skeleton.stacks)
             )
         except LargemergeError:
@@ -190,7 +205,7 @@ def _unused_stack(num_blocks: int) -> StackTrace:
     return StackTrace(None, False, nothing, nothing, nothing, nothing, ((),) * num_blocks, (), 0, (0,) * num_blocks)
 
 
-def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> StackTrace:
+def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int], *, inside: bool) -> StackTrace:
     blocks = fake.skeleton.stacks[stack].blocks
     records = fake.records[stack]
     assert 0 in records, "the first block of a stack runs first"
@@ -201,6 +216,9 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> Stac
     roles = {index: _roles(entry, rows, stack) for index, entry in records.items()}
     later = [index for index in records if index > 0]
     needed = [_needed_tensors(fake, stack, index) for index in later]
+    looked_into = [index for index in records if inside and runs[index] == 1]
+    residuals = {index: find_residuals(fake, stack, index) for index in looked_into}
+    resume_points = {index: _resume_points(fake, stack, index, roles[index]) for index in looked_into}
     leaves = [tree_flatten(entry.output)[0] for entry in records.values()]
     outputs = [[leaf for leaf in own if isinstance(leaf, torch.Tensor)] for own in leaves]
     output = max(outputs, key=lambda own: sum(leaf.numel() for leaf in own))
@@ -217,7 +235,36 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> Stac
         num_tokens=rows[stack][1],
         runs=runs,
         kept=fake.kept.get(stack, frozenset()),
+        residuals=_of_like_blocks(blocks, residuals) if inside else (),
+        resume_points=_of_like_blocks(blocks, resume_points) if inside else (),
     )
+
+
+def _resume_points(fake: FakeModel, stack: int, index: int, roles: Sequence[LinearRole]) -> dict[str, ResumePoint]:
+    """How runs of a block are taken up, by the first of the linears that read one tensor; only where it works."""
+    if any(role.calls > 1 for role in roles):
+        return {}
+    groups: dict[str, list[str]] = {}
+    for role in roles:
+        groups.setdefault(role.group, []).append(role.name)
+    points = find_resume_points(fake, stack, index, list(groups.values()))
+    return {leader: point for leader, point in zip(groups, points, strict=True) if point is not None}
+
+
+def _of_like_blocks(blocks: Sequence[nn.Module], known: Mapping[int, _Found]) -> tuple[_Found, ...]:
+    """What is known of some blocks, for all of them: others are like the second and the last of their kind, or empty.
+
+    What is empty costs time or exactness of a method, and is told; so two that differ are no error here.
+    """
+    members: dict[str, list[int]] = {}
+    for index, block in enumerate(blocks):
+        members.setdefault(block_kind(block, index), []).append(index)
+    found: dict[int, Any] = {}
+    for own in members.values():
+        recorded = [known[index] for index in own if index in known]
+        same = recorded[-1] if recorded and recorded[-1] == recorded[max(0, len(recorded) - 2)] else {}
+        found |= {index: known.get(index, same) for index in own}
+    return tuple(found[index] for index in range(len(blocks)))
 
 
 def _roles_of_all(

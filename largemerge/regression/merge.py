@@ -56,7 +56,7 @@ from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
 from largemerge.regression.inputs import Inputs, open_inputs
-from largemerge.regression.passes import block_passes
+from largemerge.regression.passes import goes_by_linear, plan_passes
 from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
 from largemerge.regression.planning.rates import Cluster, Machines
 from largemerge.regression.planning.workload import OffloadTo
@@ -493,25 +493,23 @@ class Job:
     ) -> Engine:
         """Makes the engine from plan and configuration."""
         plan, inputs, trace = self.planned.plan, self.planned.inputs, self.planned.trace
-        parameters, placement = plan.config.parameters, plan.placement
-        method = plan.config.method
+        placement, method = plan.placement, plan.config.method
         return Engine(
             settings=EngineSettings(
                 method=method,
                 shares=plan.config.shares,
-                off_diagonal_scale=parameters.off_diagonal_scale,
-                ridge=parameters.ridge,
                 prefetch=placement.prefetch,
                 write_in_background=placement.writes_in_background(plan.device),
             ),
             names=plan.config.names,
             blocks=plan.blocks,
             passes={
-                block.name: block_passes(
+                block.name: plan_passes(
+                    method,
                     block,
-                    trace.stacks[block.stack].roles[block.index],
+                    trace,
                     placement.passes,
-                    advances=method.advances_while_collecting and block is not plan.blocks[-1],
+                    advances=method.follows_candidates and (method.reads_end or block is not plan.blocks[-1]),
                 )
                 for block in plan.blocks
             },
@@ -528,7 +526,6 @@ class Job:
                 ),
                 self.samples,
                 hidden_states,
-                method.inputs,
             ),
             watcher=progress,
             clock=self.clock,
@@ -577,7 +574,7 @@ class Job:
                 return found
         return (
             "all models hold finite numbers there; set a dtype that holds more (bfloat16, float32), compute_dtype: "
-            f"float32, or a ridge above {plan.config.parameters.ridge:g}"
+            f"float32, or a ridge above {plan.config.method.ridge:g}"
         )
 
     def _num_steps(self, finished: frozenset[str]) -> int:
@@ -585,12 +582,14 @@ class Job:
         plan = self.planned.plan
         batches = sum(len(data.batches) for data in self.samples.calibration)
         forwards = int(plan.config.method.forwards_merged)
+        streams = forwards + int(plan.config.method.follows_candidates)
         steps = 0 if NON_BLOCK in finished else len(plan.non_block)
         for block in plan.blocks:
-            last = block is plan.blocks[-1]
+            read = plan.config.method.reads_end or block is not plan.blocks[-1]
             if block.name in finished:
-                steps += 0 if last else batches
+                steps += batches * streams if read else 0
             else:
-                passes = max(1, min(plan.placement.passes, len(block.groups)))
-                steps += batches * (passes + (0 if last else forwards)) + len(block.groups)
+                by_linear = goes_by_linear(plan.config.method, block, self.planned.trace)
+                passes = len(block.groups) if by_linear else max(1, min(plan.placement.passes, len(block.groups)))
+                steps += batches * (passes + (forwards if read else 0)) + len(block.groups)
         return steps

@@ -340,7 +340,8 @@ def make_plan(
     """
     stage("planning: following the hidden states through the model")
     outline = _joint_outline(outlines)
-    trace = trace_model(inputs.skeleton, outline, outlines[0].examples, outlines[0].where)
+    inside = config.method.granularity == "linear"
+    trace = trace_model(inputs.skeleton, outline, outlines[0].examples, outlines[0].where, inside=inside)
     blocks = plan_blocks(config, inputs, trace)
     non_block = plan_non_block(config, inputs, trace)
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)

@@ -39,6 +39,7 @@ from largemerge.config_file import matches
 from largemerge.errors import LargemergeError
 from largemerge.heads import BASE
 from largemerge.model.classes import token_parameters
+from largemerge.model.inside_block import Residual
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton, linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace
@@ -89,12 +90,14 @@ class LinearPlan:
         name: Parameter name of the weight in the module.
         num_outputs: Number of outputs of the linear.
         dtype: Dtype in which the weight is written.
+        residual: The tensor to which its output is added; `None` if it is to none, or nobody asked.
     """
 
     path: str
     name: str
     num_outputs: int
     dtype: torch.dtype
+    residual: Residual | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,8 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple
                 for name in names
             }
             tensors = [_plan_tensor(config, inputs, name, reasons[name]) for name in names]
-            groups = _plan_groups(stack.blocks[index], tensors, prefix, roles)
+            residuals = trace.stacks[stack_index].residuals[index] if trace.stacks[stack_index].residuals else {}
+            groups = _plan_groups(stack.blocks[index], tensors, prefix, roles, residuals)
             blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups))
     return tuple(blocks)
 
@@ -375,7 +379,11 @@ def _why_not_solvable(
 
 
 def _plan_groups(
-    block: torch.nn.Module, tensors: list[TensorPlan], prefix: str, roles: Mapping[str, LinearRole]
+    block: torch.nn.Module,
+    tensors: list[TensorPlan],
+    prefix: str,
+    roles: Mapping[str, LinearRole],
+    residuals: Mapping[str, Residual],
 ) -> tuple[LinearGroup, ...]:
     """Groups the solved linears of a block by the tensor that they read."""
     linears = linears_in(block)
@@ -398,7 +406,7 @@ def _plan_groups(
             token_stack=roles[leader].token_stack,
             num_inputs=next(iter(members.values()))[1],
             linears=tuple(
-                LinearPlan(path, solved[path].name, outputs, solved[path].dtype)
+                LinearPlan(path, solved[path].name, outputs, solved[path].dtype, residuals.get(path))
                 for path, (outputs, _) in members.items()
             ),
             transposed=transposed,

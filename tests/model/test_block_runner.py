@@ -70,7 +70,7 @@ def test_a_model_is_run_to_its_logits_one_block_at_a_time(tmp_path: Path, archit
     it = Runner(architecture, tmp_path)
     outputs: dict[int, Any] = {}
     for block in it.blocks():
-        with it.runner.block(block, it.weights(0, block), 0) as running:
+        with it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as running:
             outputs[block.stack] = running.run(it.batch, outputs)
     ended = tensors_in(it.runner.end(it.batch, outputs, 0))
     expected = tensors_in(plain(it.models[0], it.inputs))
@@ -90,7 +90,7 @@ def test_the_end_loads_norm_and_head_and_no_untied_embedding(tmp_path: Path) -> 
     it = Runner("llama", tmp_path)
     outputs: dict[int, Any] = {}
     for block in it.blocks():
-        with it.runner.block(block, it.weights(0, block), 0) as running:
+        with it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as running:
             outputs[block.stack] = running.run(it.batch, outputs)
     it.loaded.clear()
     it.runner.end(it.batch, outputs, 0)
@@ -108,8 +108,8 @@ def test_two_streams_take_turns_over_one_block(tmp_path: Path, architecture: str
     states: dict[tuple[int, int], dict[int, Any]] = {(owner, half): {} for owner in (0, 1) for half in (0, 1)}
     for block in it.blocks():
         with (
-            it.runner.block(block, it.weights(0, block), 0) as first,
-            it.runner.block(block, it.weights(1, block), 1) as second,
+            it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as first,
+            it.runner.block(block, it.weights(1, block), it.runner.non_block_of(block, 1)) as second,
         ):
             for half, batch in enumerate(halves):
                 for owner, running in enumerate((first, second)):
@@ -137,7 +137,7 @@ def test_only_valid_rows_are_shown_once_each_and_nothing_after_the_last_is_run(t
     shown: dict[str, list[torch.Tensor]] = {}
     block = it.blocks()[0]
     watch = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"]
-    with it.runner.block(block, it.weights(0, block), 0) as running:
+    with it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as running:
         stopped = running.run(
             batch, {}, watch=watch, on_input=lambda path, x: shown.setdefault(path, []).append(x), whole=False
         )

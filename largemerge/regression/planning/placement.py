@@ -121,12 +121,12 @@ def _moments(work: Workload, kind: BlockNumbers, numbers: PassNumbers, placement
     """What is held at the peaks of a pass: while collecting, solving, and running the merged block."""
     ahead = _largest_read(work, placement.passes) if placement.prefetch else 0
     collect = {
-        "weights": numbers.read_bytes + numbers.solved_bytes + ahead + numbers.cast_bytes,
+        "weights": numbers.read_bytes + numbers.merged_bytes + numbers.solved_bytes + ahead + numbers.cast_bytes,
         "sums": numbers.sums_bytes,
         "activations": placement.samples * numbers.forward.sample_bytes + numbers.chunk_bytes,
     }
     solve = {
-        "weights": numbers.solved_bytes + numbers.largest_solved_bytes + ahead,
+        "weights": numbers.merged_bytes + numbers.solved_bytes + numbers.largest_solved_bytes + ahead,
         "sums": numbers.sums_bytes,
         "solve": numbers.fallback_bytes + numbers.chunk_bytes,
     }

@@ -92,6 +92,14 @@ class ForwardNumbers:
     moved_bytes: float
     sample_bytes: int
 
+    def __add__(self, other: ForwardNumbers) -> ForwardNumbers:
+        """Numbers of two runs that take turns, batch by batch."""
+        return ForwardNumbers(
+            self.operations + other.operations,
+            self.moved_bytes + other.moved_bytes,
+            self.sample_bytes + other.sample_bytes,
+        )
+
 
 @dataclass(frozen=True)
 class PassNumbers:
@@ -100,6 +108,7 @@ class PassNumbers:
     Attributes:
         read_bytes: Bytes of the tensors that are read of every candidate.
         cast_bytes: Bytes of copies of these tensors in the forward's dtype, where that is not the stored one.
+        merged_bytes: Bytes of the block's tensors that are merged already, and run.
         solved_bytes: Bytes of the weights that are solved.
         largest_solved_bytes: Bytes of the largest weight that is solved.
         sums_bytes: Bytes of the sums of the groups, and of running averages.
@@ -114,6 +123,7 @@ class PassNumbers:
 
     read_bytes: int
     cast_bytes: int
+    merged_bytes: int
     solved_bytes: int
     largest_solved_bytes: int
     sums_bytes: int
