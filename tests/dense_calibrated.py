@@ -236,7 +236,12 @@ def residual_places(model: PreTrainedModel, linear: str) -> list[Place]:
     block = block_of(model, linear)
     if block is None:
         return []
-    places = RESIDUALS[model.config.model_type].get(linear.removeprefix(f"{block}."), [])
+    table = dict(RESIDUALS[model.config.model_type])
+    if not getattr(model.config, "do_layer_norm_before", True):  # OPT
+        table["fc2"] = _before("fc1")
+    if not getattr(model.config, "use_parallel_residual", True):  # GPT-NeoX
+        table["mlp.dense_4h_to_h"] = _before("post_attention_layernorm")
+    places = table.get(linear.removeprefix(f"{block}."), [])
     return [(f"{block}.{module}".rstrip("."), side) for module, side in places]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import dense_calibrated as dense
@@ -9,7 +10,7 @@ import pytest
 import reference
 import tiny_models
 import torch
-from cases import Case, MakeCase, assert_close, merge_and_load
+from cases import Case, MakeCase, assert_close, merge_and_load, write_case
 from reference import Tensors
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +21,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mixed": {"target": 0.5, "drift": 0.3, "scale": 0.7},
 }
 BOTH = ["blocks", "head"]
+REARRANGED = {
+    "opt_normalised_after": ("opt", {"do_layer_norm_before": False}),
+    "gpt_neox_one_after_another": ("gpt_neox", {"use_parallel_residual": False}),
+}
+"""Architectures whose blocks can add up in another way: which, and the key of their configuration that says so."""
+
+
+def rearranged(name: str, seed: int) -> PreTrainedModel:
+    """A candidate with weights of `tiny_models`, computed the other way."""
+    architecture, key = REARRANGED[name]
+    model = tiny_models.perturbed(architecture, seed)
+    other = type(model)(type(model.config)(**model.config.to_dict() | key)).eval()
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if k in other.state_dict()})
+    return other
 
 
 def some(architecture: str, num_samples: int = 24) -> tuple[list[PreTrainedModel], list[Tensors]]:
@@ -113,11 +128,13 @@ def minimise(
     return torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T
 
 
-@pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*tiny_models.ARCHITECTURES, *REARRANGED])
 def test_the_table_of_residuals_is_what_the_models_compute(architecture: str) -> None:
     """A linear's output and its summands give a tensor of the block, and outputs that the table leaves out do not."""
-    model = tiny_models.perturbed(architecture, 0).double()
-    kind = tiny_models.ARCHITECTURES[architecture].kind
+    if architecture in REARRANGED:
+        model, kind = rearranged(architecture, 0).double(), "text"
+    else:
+        model, kind = tiny_models.perturbed(architecture, 0).double(), tiny_models.ARCHITECTURES[architecture].kind
     inputs = tiny_models.inputs(kind, 3, 0, padding="none")
     for block_name, block in dense.blocks_of(model):
         running = [  # a list of modules is none, and some dropouts are only numbers to attention
@@ -130,7 +147,7 @@ def test_the_table_of_residuals_is_what_the_models_compute(architecture: str) ->
         width = seen[block_name, "input"].shape[-1]
         wide = [rows for rows in seen.values() if rows.shape[-1] == width]
         for linear in dense.linears_of(block_name, block):
-            if linear.endswith(".attention.dense") and architecture == "gpt_neox":
+            if architecture == "gpt_neox" and linear.endswith(".attention.dense"):
                 continue  # x + attention(x) is never computed without the MLP
             output = seen[linear, "output"]
             summands = dense.residual_places(model, linear)
@@ -167,6 +184,15 @@ def expected_of(case: Case, setting: str, **more: Any) -> PreTrainedModel:
 @pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
 def test_every_architecture_agrees_with_the_formulas(make_case: MakeCase, architecture: str, setting: str) -> None:
     case = make_case(architecture, **parameters_of(setting))
+    assert_close(merge_and_load(case), expected_of(case, setting))
+
+
+@pytest.mark.parametrize("setting", ["calibrated", "mixed"])
+@pytest.mark.parametrize("name", REARRANGED)
+def test_blocks_that_add_up_in_another_way(tmp_path: Path, name: str, setting: str) -> None:
+    models = [rearranged(name, index) for index in range(2)]
+    inputs = [tiny_models.inputs("text", 24, index) for index in range(2)]
+    case = write_case(tmp_path, models, inputs, **parameters_of(setting))
     assert_close(merge_and_load(case), expected_of(case, setting))
 
 
