@@ -99,7 +99,8 @@ def merge(
     """The merged model, in float64.
 
     The blocks before come from `inputs_from`. With granularity `block` the block itself is the candidate's own, and the
-    drift is what that model sees; with `linear` it is the merged one. A head reads the merged model.
+    drift is what that model sees; with `linear` it is the merged one. A head reads
+    what `inputs_from` says.
     """
     models = [copy.deepcopy(model).double() for model in models]
     merged = average(models, c)
@@ -121,7 +122,8 @@ def merge(
             merge_linears(merged, models, own, seen, group, c, **numbers)
     if "head" in solve:
         for group in groups(calls, head_linears(merged, calls)):
-            seen = [rows_seen(merged, places_of(merged, group), x) for x in inputs]
+            used = models if inputs_from == "candidate" else [merged] * len(models)
+            seen = [rows_seen(u, places_of(merged, group), x) for u, x in zip(used, inputs, strict=True)]
             merge_linears(merged, models, own, seen, group, c, **numbers)
     return merged
 

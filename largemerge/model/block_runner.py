@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,7 +49,7 @@ from largemerge.model.forward import (
 )
 from largemerge.model.inside_block import ResumePoint, resumed_forwards
 from largemerge.model.skeleton import Skeleton, assign_tensors, fill_with_nan, linears_in
-from largemerge.model.trace import ModelTrace, StackTrace, needed_at_end
+from largemerge.model.trace import ModelTrace, StackTrace
 
 OnInput = Callable[[str, torch.Tensor], None]
 """Called with a linear's path in the block, or the name of what is seen beside, and the valid rows `[N, in]`."""
@@ -186,23 +186,53 @@ class BlockRunner:
             assign_tensors(self.skeleton, non_block[1])
             self._non_block = non_block
 
-    def end(self, batch: Batch, outputs: Mapping[int, Output], owner: Hashable) -> Any:
-        """Runs what comes after the last block: final norm and head.
+    def end_non_block(self, owner: Hashable, without: Collection[str] = ()) -> NonBlock:
+        """Loads what is needed after the blocks, unless it was the last to be loaded; see `non_block_of`.
+
+        Args:
+            owner: Owner of the norm and head, for `load_non_block`.
+            without: Names of parameters that are not read after all.
+        """
+        key = ("end", owner, *sorted(without))
+        if self._non_block[0] != key:
+            self._load_non_block(key, self.trace.end.needed - frozenset(without), owner)
+        return self._non_block
+
+    def end(
+        self,
+        batch: Batch,
+        outputs: Mapping[int, Output],
+        non_block: NonBlock,
+        *,
+        watch: Sequence[str] = (),
+        on_input: OnInput | None = None,
+    ) -> Any:
+        """Runs what comes after the last block: final norm and head; only up to the last of `watch`, if it is given.
 
         Args:
             batch: The forward arguments.
             outputs: Stack index → what its last block returned.
-            owner: Owner of the norm and head, for `load_non_block`.
+            non_block: Norm and head, from `end_non_block`.
+            watch: Paths of linears whose inputs are wanted, in the order in which they run.
+            on_input: Called with the valid rows of each input.
 
         Returns:
-            What the model's forward returns, such as an object with `logits`.
+            What the model's forward returns, such as an object with `logits`; `None` if it is stopped.
         """
+        self.use_non_block(non_block)
         inputs = {name: self.cast(tensor) for name, tensor in batch.inputs.items()}
-        key = ("end", owner)
-        if self._non_block[0] != key:
-            fill_with_nan(self.skeleton, self.device)
-            self._load_non_block(key, needed_at_end(self.skeleton, self.trace.order, inputs, outputs), owner)
-        return run_to_end(self.skeleton, inputs, outputs)
+        roles = {role.name: role for role in self.trace.end.roles}
+
+        def see(path: str, x: torch.Tensor) -> None:
+            stack, mask = roles[path].token_stack, None
+            if stack is not None:
+                mask = valid_mask(batch, self.trace.stacks[stack], self.loss_input)
+            assert on_input is not None
+            on_input(path, valid_rows(x, None if mask is None else mask.to(self.device)))
+
+        seen = {path: partial(see, path) for path in watch} if on_input is not None else {}
+        with watched_modules(self.skeleton.model, seen):
+            return run_to_end(self.skeleton, inputs, outputs, until=watch[-1] if watch else None)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Moves a tensor to the device that computes, and casts a floating-point one to the forward's dtype."""

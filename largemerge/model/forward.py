@@ -177,6 +177,7 @@ def run_to_end(
     inputs: Mapping[str, torch.Tensor],
     outputs: Mapping[int, Output],
     replaced: Mapping[nn.Module, Callable[..., Any]] | None = None,
+    until: str | None = None,
 ) -> Any:
     """Runs what comes after the last block of every stack: final norm, head, logits.
 
@@ -185,12 +186,25 @@ def run_to_end(
         inputs: The forward arguments.
         outputs: Stack index → what its last block returned.
         replaced: Modules → forwards to call instead of their own.
+        until: Path of a module before which the run stops, if any.
 
     Returns:
-        What the model's own forward returns.
+        What the model's own forward returns; `None` if it was stopped.
     """
-    with replaced_forwards(_stubs(skeleton, outputs) | dict(replaced or {})), torch.no_grad():
-        return call_model(skeleton, inputs)
+
+    def enough(*_: Any) -> None:
+        raise _LastLinearReached
+
+    # Hooks run in the order of registration: a watching one has seen the input by now.
+    handle = None if until is None else skeleton.model.get_submodule(until).register_forward_pre_hook(enough)
+    try:
+        with replaced_forwards(_stubs(skeleton, outputs) | dict(replaced or {})), torch.no_grad():
+            return call_model(skeleton, inputs)
+    except _LastLinearReached:
+        return None
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module, Callable[..., Output]]:

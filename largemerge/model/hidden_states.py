@@ -57,6 +57,9 @@ class Store(Protocol):
     def prefetch(self, key: Key) -> None:
         """Starts to read `key`, which will be asked for soon."""
 
+    def forget(self, key: Key) -> None:
+        """Frees the tensors of `key`, or gives their room to what is put there next."""
+
     def close(self) -> None:
         """Frees everything."""
 
@@ -92,6 +95,10 @@ class MemoryStore:
 
     def prefetch(self, key: Key) -> None:
         """See `Store`; there is nothing to read."""
+
+    def forget(self, key: Key) -> None:
+        """See `Store`."""
+        self.num_bytes -= sum(tensor.nbytes for tensor in self._kept.pop(key))
 
     def close(self) -> None:
         """See `Store`."""
@@ -181,6 +188,9 @@ class DiskStore:
         if key in self._ranges and key not in self._writing and key not in self._reading:
             self._reading[key] = self._reads.submit(self._read, self._ranges[key])
 
+    def forget(self, key: Key) -> None:
+        """See `Store`; the range stays where it is."""
+
     def close(self) -> None:
         """See `Store`."""
         self._reads.shutdown(cancel_futures=True)
@@ -262,6 +272,12 @@ class HiddenStates:
         """Starts to read a batch that comes next."""
         for key in self._keys(stream, dataset, batch):
             self._store.prefetch(key)
+
+    def forget(self, stream: str, dataset: int) -> None:
+        """Forgets all that a stream has of a data set; the memory is freed, room on a disk is used again."""
+        for key in [key for key in self._trees if key[:2] == (stream, dataset)]:
+            del self._trees[key]
+            self._store.forget(key)
 
     def _keys(self, stream: str, dataset: int, batch: int) -> list[Key]:
         return [key for stack in self._stacks if (key := (stream, dataset, batch, stack)) in self._trees]

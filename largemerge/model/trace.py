@@ -43,7 +43,7 @@ from largemerge.model.fake_forward import (
 )
 from largemerge.model.forward import Output, original_forward, replaced_forwards, run_to_end
 from largemerge.model.inside_block import Residual, ResumePoint, find_residuals, find_resume_points
-from largemerge.model.skeleton import Skeleton, assign_tensors
+from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
 
 _Found = TypeVar("_Found", bound=Mapping[str, Any])
 
@@ -106,16 +106,32 @@ class StackTrace:
 
 
 @dataclass(frozen=True)
+class EndTrace:
+    """What comes after the blocks: final norms, pooling, projections, the head.
+
+    Attributes:
+        roles: Linears that run there once, and whose output reaches no later block, in the order in which they run, and
+            a head that is tied to the embedding; a `token_stack` of `None` stands for one row by sample, or of images.
+        needed: Names of the parameters outside the stacks that are read there.
+    """
+
+    roles: tuple[LinearRole, ...]
+    needed: frozenset[str]
+
+
+@dataclass(frozen=True)
 class ModelTrace:
     """What a forward pass of a model reads, and in which order its stacks run.
 
     Attributes:
         order: Indices of the stacks that run, in the order in which they do.
         stacks: Traces of the stacks in the order of the skeleton.
+        end: Trace of what comes after the blocks.
     """
 
     order: tuple[int, ...]
     stacks: tuple[StackTrace, ...]
+    end: EndTrace
 
 
 def trace_model(
@@ -149,6 +165,7 @@ def trace_model(
                 else _unused_stack(len(stack.blocks))
                 for index, stack in enumerate(skeleton.stacks)
             )
+            end = _trace_end(fake, stacks)
         except LargemergeError:
             raise
         except Exception as error:  # whatever a model's code raises when it is resumed in the middle
@@ -157,7 +174,7 @@ def trace_model(
                 f"{skeleton.class_name}: the forward pass cannot be resumed at a block ({type(error).__name__}: "
                 f"{reason}); this model cannot be merged block by block: use a method that needs no data"
             ) from error
-    return ModelTrace(tuple(fake.order), stacks)
+    return ModelTrace(tuple(fake.order), stacks, end)
 
 
 def _find_kept(fake: FakeModel) -> None:
@@ -249,6 +266,46 @@ def _resume_points(fake: FakeModel, stack: int, index: int, roles: Sequence[Line
         groups.setdefault(role.group, []).append(role.name)
     points = find_resume_points(fake, stack, index, list(groups.values()))
     return {leader: point for leader, point in zip(groups, points, strict=True) if point is not None}
+
+
+def _trace_end(fake: FakeModel, stacks: Sequence[StackTrace]) -> EndTrace:
+    """Runs what comes after the blocks, and sees which linears run there, on which rows."""
+    skeleton, outputs = fake.skeleton, {stack: fake.outputs(stack) for stack in fake.order}
+    reads: list[tuple[str, torch.Tensor]] = []
+    in_blocks: list[int] = []
+    prefixes = tuple(f"{stack.name}." for stack in skeleton.stacks)
+    linears = {name: linear for name, linear in linears_in(skeleton.model).items() if not name.startswith(prefixes)}
+    model: Any = skeleton.model
+    head = model.get_output_embeddings()
+    replaced: dict[nn.Module, Callable[..., Any]] = {}
+    if isinstance(head, nn.Linear):  # a made-up matrix of the vocabulary's size would have to be written out
+        replaced[head] = lambda x: x.new_zeros((*x.shape[:-1], head.out_features))
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: reads.append((name, args[0])) if in_blocks and args else None
+
+    first = skeleton.stacks[fake.order[0]].blocks[0]
+    handles = [first.register_forward_pre_hook(lambda *_: in_blocks.append(0))]
+    handles += [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        run_to_end(skeleton, fake.inputs, outputs, replaced)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = {number: _samples_and_tokens(fake, fake.records[number][0].arguments[0]) for number in fake.order}
+    reaching = frozenset[str]().union(*(stack.needed_by_first | stack.needed_by_later for stack in stacks))
+    parameters = {id(parameter): name for name, parameter in skeleton.model.named_parameters()}
+    tensors, images = dict(reads), stacks[fake.order[-1]].token_input is None
+
+    def is_known(role: LinearRole) -> bool:
+        """Whether the rows of a linear's input are known, and what it computes reaches no later block."""
+        linear = linears[role.name]
+        reaches = parameters[id(linear.weight)] in reaching and linear is not head  # a tied head is the embedding
+        pooled = [size for size in tensors[role.name].shape[:-1] if size != 1] == [NUM_SAMPLES]
+        return role.calls == 1 and not reaches and (role.token_stack is not None or images or pooled)
+
+    roles = filter(is_known, _roles(BlockRecord([], None, reads), rows, fake.order[-1]))
+    return EndTrace(tuple(roles), needed_at_end(skeleton, fake.order, fake.inputs, outputs))
 
 
 def _of_like_blocks(blocks: Sequence[nn.Module], known: Mapping[int, _Found]) -> tuple[_Found, ...]:

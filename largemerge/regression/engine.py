@@ -43,9 +43,10 @@ from largemerge.regression.collect import BlocksOfCandidates, Collector, EngineS
 from largemerge.regression.drift import Drift, relative
 from largemerge.regression.gram import float32_means_float32
 from largemerge.regression.group_sums import GroupSums, differences, weight_from_sums
+from largemerge.regression.head import HEAD, HeadSolver
 from largemerge.regression.passes import BlockPass
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
-from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule
+from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, MergeRule
 from largemerge.regression.weights import Weights
 
 JsonObject = dict[str, Any]
@@ -60,6 +61,7 @@ class Engine:
         names: Names of the candidates.
         blocks: The blocks in the order in which they run.
         passes: Name of a block → its passes.
+        head: What is solved outside the blocks.
         weights: Reads candidates, writes the output.
         samples: Runs blocks on this rank's calibration data.
         watcher: Notified of every step.
@@ -71,6 +73,7 @@ class Engine:
     names: tuple[str, ...]
     blocks: tuple[BlockPlan, ...]
     passes: Mapping[str, tuple[BlockPass, ...]]
+    head: HeadPlan
     weights: Weights
     samples: SampleRunner
     watcher: Watcher
@@ -88,8 +91,8 @@ class Engine:
         """Merges every block that is not in `finished`; those are only run forward, to rebuild hidden states.
 
         Args:
-            finished: Names of the blocks that are on disk already.
-            done: Called on rank 0 with each merged block's name and report, once it is written.
+            finished: Names of the blocks, and of the head, that are on disk already.
+            done: Called on rank 0 with the name and report of each merged block, and of the head, once it is written.
         """
         transfer = Transfer(self.samples.runner.device)
         ranks = self.rank_exchange.ranks
@@ -99,6 +102,15 @@ class Engine:
             return transfer.begin(read() if ranks.size == 1 else self.rank_exchange.load(item, read))
 
         items = list(self._read_items(finished))
+        solves_head = bool(self.head) and HEAD not in finished
+        report: JsonObject = {}
+        if solves_head and self.head.tied is not None:
+            self.clock.begin(HEAD)
+            with float32_means_float32():
+                report = self._head_solver().solve_tied(self.blocks, load)
+            self._flush()  # the first block reads the embedding
+            if not self.head.groups:
+                self._finish_head(report, done)
         with (
             float32_means_float32(),
             BackgroundWriter(self.weights, self.clock, ranks, done) as output,
@@ -111,6 +123,44 @@ class Engine:
                     self._replay(block, blocks_of_candidates)
                     continue
                 output.finish_block(block.name, self._merge_block(block, blocks_of_candidates, output))
+        if solves_head and self.head.groups:
+            self.clock.begin(HEAD)
+            with float32_means_float32():
+                report |= self._head_solver().solve_untied()
+            self._finish_head(report, done)
+
+    def _head_solver(self) -> HeadSolver:
+        return HeadSolver(
+            self.head,
+            self.settings,
+            self.names,
+            self.weights,
+            self.samples,
+            self.watcher,
+            self.clock,
+            self.rank_exchange,
+        )
+
+    def _flush(self) -> None:
+        """Brings what was written to the disk, on rank 0."""
+        if self.weights.writer is not None:
+            with self.clock.stage("write"), self.rank_exchange.ranks.blocked():
+                self.weights.writer.flush()
+
+    def _finish_head(self, report: JsonObject, done: Callable[[str, JsonObject], None]) -> None:
+        """Says that the head is on the disk, on rank 0."""
+        self._flush()
+        if self.weights.writer is not None:
+            errors = self.weights.quantization_errors(self.head.names)
+            entry: JsonObject = {"linears": report, "bytes_read": 0, "bytes_written": self._head_bytes()}
+            entry |= {"quantization_errors": errors} if errors else {}
+            done(HEAD, entry | {"seconds": self.clock.seconds()})
+
+    def _head_bytes(self) -> int:
+        """Bytes of the head in the output."""
+        mapping = self.weights.inputs.reference_mapping
+        keys = mapping.disk_keys([mapping.canonical(name) for name in self.head.names])
+        return sum(self.weights.output[key].num_bytes for key in keys)
 
     def _read_items(self, finished: frozenset[str]) -> Iterator[ReadItem]:
         """What this rank reads of candidates, in the order in which it is used."""

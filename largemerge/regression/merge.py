@@ -55,6 +55,7 @@ from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
+from largemerge.regression.head import HEAD
 from largemerge.regression.inputs import Inputs, open_inputs
 from largemerge.regression.passes import goes_by_linear, plan_passes
 from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
@@ -257,10 +258,14 @@ def _without_digests(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "digests"}
 
 
+def _part_names(plan: MergePlan) -> list[str]:
+    """Names of the parts that the output is written in."""
+    return [NON_BLOCK, *([HEAD] if plan.head else []), *(block.name for block in plan.blocks)]
+
+
 def _part_kind(plan: MergePlan, shards: tuple[Shard, ...], working: Path) -> PartKind:
     """The parts that the journal may have, with their files."""
-    names = [NON_BLOCK, *(block.name for block in plan.blocks)]
-    return PartKind(names, working, shards, stored_sizes(plan.output))
+    return PartKind(_part_names(plan), working, shards, stored_sizes(plan.output))
 
 
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
@@ -416,7 +421,7 @@ class Job:
         plan = self.planned.plan
         finished = frozenset(self.folder.entries)
         self.resumed_parts = len(finished)
-        if finished == {NON_BLOCK, *(block.name for block in plan.blocks)}:
+        if finished == set(_part_names(plan)):
             return
         with ExitStack() as stack:
             stack.enter_context(self.ranks.busy())
@@ -513,6 +518,7 @@ class Job:
                 )
                 for block in plan.blocks
             },
+            head=plan.head,
             weights=weights,
             samples=SampleRunner(
                 BlockRunner(
@@ -536,11 +542,12 @@ class Job:
         """Writes all tensors outside the blocks, and notes it in the journal."""
         plan = self.planned.plan
         self.clock.begin("")
+        averaged = [tensor for tensor in plan.non_block if tensor.rule is not MergeRule.SOLVED]
         with self.clock.stage(NON_BLOCK):
-            merge_non_block(plan.non_block, weights, plan.config.shares, lambda name: progress.step(name, NON_BLOCK))
+            merge_non_block(averaged, weights, plan.config.shares, lambda name: progress.step(name, NON_BLOCK))
             with self.ranks.blocked():
                 weights.own_writer.flush()
-        errors = weights.quantization_errors(tensor.name for tensor in plan.non_block)
+        errors = weights.quantization_errors(tensor.name for tensor in averaged)
         entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}
         self._record(NON_BLOCK, entry | {"seconds": self.clock.seconds()}, weights)
@@ -583,7 +590,10 @@ class Job:
         batches = sum(len(data.batches) for data in self.samples.calibration)
         forwards = int(plan.config.method.forwards_merged)
         streams = forwards + int(plan.config.method.follows_candidates)
-        steps = 0 if NON_BLOCK in finished else len(plan.non_block)
+        steps = 0 if NON_BLOCK in finished else sum(tensor.rule is not MergeRule.SOLVED for tensor in plan.non_block)
+        if plan.head and HEAD not in finished:
+            tied = batches * len(plan.blocks) + 1 if plan.head.tied is not None else 0
+            steps += tied + len(plan.head.groups) * (batches + 1)
         for block in plan.blocks:
             read = plan.config.method.reads_end or block is not plan.blocks[-1]
             if block.name in finished:

@@ -61,11 +61,13 @@ from largemerge.regression.planning.workload import BatchShapes, Placement, Work
 from largemerge.regression.samples import forward_signature, loss_input
 from largemerge.regression.tensor_plan import (
     BlockPlan,
+    HeadPlan,
     MergeRule,
     TensorPlan,
     check_tensors,
     output_tensors,
     plan_blocks,
+    plan_head,
     plan_non_block,
     quantize_output,
     tensor_labels,
@@ -92,6 +94,7 @@ class MergePlan:
         stacks: Name and number of blocks of each stack, in the order in which they run.
         blocks: Plans of the blocks in the order in which they run.
         non_block: Plans of the tensors of no block.
+        head: What of these is solved.
         output: Tensors of the output, by name on disk.
         num_samples: Number of calibration samples by candidate.
         num_tokens: Number of tokens, or patches, of these samples that count, by candidate.
@@ -118,6 +121,7 @@ class MergePlan:
     stacks: tuple[tuple[str, int], ...]
     blocks: tuple[BlockPlan, ...]
     non_block: tuple[TensorPlan, ...]
+    head: HeadPlan
     output: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
     num_tokens: Mapping[str, int]
@@ -186,6 +190,7 @@ class MergePlan:
                 for block in self.blocks
                 for group in block.groups
             ],
+            **({"head": self.head.to_json()} if self.head else {}),
             "not_solved": {
                 plan.name: {"treatment": plan.rule.value, "reason": plan.reason}
                 for plan in self.tensors
@@ -343,7 +348,7 @@ def make_plan(
     inside = config.method.granularity == "linear"
     trace = trace_model(inputs.skeleton, outline, outlines[0].examples, outlines[0].where, inside=inside)
     blocks = plan_blocks(config, inputs, trace)
-    non_block = plan_non_block(config, inputs, trace)
+    head, non_block = plan_head(config, inputs, trace, plan_non_block(config, inputs, trace))
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
     shapes = batch_shapes(outlines, calibration)
     problems = check_tensors(inputs, tensors)
@@ -379,6 +384,7 @@ def make_plan(
         stacks=tuple((stack.name, len(stack.blocks)) for stack in (inputs.skeleton.stacks[i] for i in trace.order)),
         blocks=blocks,
         non_block=non_block,
+        head=head,
         output=output,
         num_samples=num_samples,
         num_tokens=_num_tokens(inputs, trace, shapes, calibration),

@@ -72,7 +72,7 @@ def test_a_model_is_run_to_its_logits_one_block_at_a_time(tmp_path: Path, archit
     for block in it.blocks():
         with it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as running:
             outputs[block.stack] = running.run(it.batch, outputs)
-    ended = tensors_in(it.runner.end(it.batch, outputs, 0))
+    ended = tensors_in(it.runner.end(it.batch, outputs, it.runner.end_non_block(0)))
     expected = tensors_in(plain(it.models[0], it.inputs))
     assert len(ended) == len(expected) > 0
     valid = it.inputs.get("attention_mask")
@@ -93,8 +93,8 @@ def test_the_end_loads_norm_and_head_and_no_untied_embedding(tmp_path: Path) -> 
         with it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as running:
             outputs[block.stack] = running.run(it.batch, outputs)
     it.loaded.clear()
-    it.runner.end(it.batch, outputs, 0)
-    it.runner.end(it.batch, outputs, 0)
+    it.runner.end(it.batch, outputs, it.runner.end_non_block(0))
+    it.runner.end(it.batch, outputs, it.runner.end_non_block(0))
     assert sorted(it.loaded) == ["lm_head.weight", "model.norm.weight"], "once, and nothing else"
 
 
@@ -117,7 +117,7 @@ def test_two_streams_take_turns_over_one_block(tmp_path: Path, architecture: str
                     state[block.stack] = running.run(batch, state)
     for owner, model in it.models.items():
         for half, batch in enumerate(halves):
-            ended = tensors_in(it.runner.end(batch, states[owner, half], owner))
+            ended = tensors_in(it.runner.end(batch, states[owner, half], it.runner.end_non_block(owner)))
             expected = tensors_in(plain(model, batch.inputs))
             mask = batch.inputs.get("attention_mask")
             for found, wanted in zip(ended, expected, strict=True):
