@@ -156,6 +156,7 @@ class DiskStore:
         self._reads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-read")
         self._writes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-write")
         self._ranges: dict[Key, _FileRange] = {}
+        self._free: list[tuple[int, int]] = []  # first byte, and the one after the last, in order
         self._reading: dict[Key, Future[list[torch.Tensor]]] = {}
         self._writing: dict[Key, tuple[Future[None], list[torch.Tensor]]] = {}
 
@@ -166,8 +167,9 @@ class DiskStore:
         before = self._ranges.get(key)
         size = sum(tensor.nbytes for tensor in tensors)
         if before is None or size > before.capacity:
-            place = _FileRange(self.num_bytes, shapes, dtypes, size)
-            self.num_bytes += size
+            if before is not None:
+                self._release(before)
+            place = _FileRange(self._room(size), shapes, dtypes, size)
         else:
             place = _FileRange(before.offset, shapes, dtypes, before.capacity)
         self._reading.pop(key, None)
@@ -189,7 +191,33 @@ class DiskStore:
             self._reading[key] = self._reads.submit(self._read, self._ranges[key])
 
     def forget(self, key: Key) -> None:
-        """See `Store`; the range stays where it is."""
+        """See `Store`."""
+        self._reading.pop(key, None)
+        if key in self._writing:
+            self._writing.pop(key)[0].result()
+        self._release(self._ranges.pop(key))
+
+    def _room(self, size: int) -> int:
+        """Finds the first free range that is large enough, else the end of the file; returns its first byte."""
+        for start, end in self._free:
+            if end - start >= size:
+                self._free.remove((start, end))
+                if end - start > size:
+                    self._free = sorted([*self._free, (start + size, end)])
+                return start
+        start = self.num_bytes
+        self.num_bytes += size
+        return start
+
+    def _release(self, place: _FileRange) -> None:
+        """Gives a range back, joined to free ones beside it: what takes its place may be larger."""
+        joined: list[tuple[int, int]] = []
+        for start, end in sorted([*self._free, (place.offset, place.offset + place.capacity)]):
+            if joined and joined[-1][1] == start:
+                joined[-1] = (joined[-1][0], end)
+            else:
+                joined.append((start, end))
+        self._free = joined
 
     def close(self) -> None:
         """See `Store`."""

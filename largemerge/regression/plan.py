@@ -45,6 +45,7 @@ from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.passes import goes_by_linear
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
 from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes, stack_rows
 from largemerge.regression.planning.placement import (
@@ -356,7 +357,7 @@ def make_plan(
     problems += misfits
     findings = _check_loads(config, inputs, output) if not problems else Findings()
     problems += findings.problems
-    workload = partial(measure_workload, config, inputs, trace, blocks, non_block)
+    workload = partial(measure_workload, config, inputs, trace, blocks, non_block, head)
     works = partition_work(shapes, blocks, trace, workload, machines.num_ranks)
     limits = _limits(config, machines, out)
     largest = max(works, key=lambda rank_work: rank_work.num_rows).work
@@ -402,6 +403,7 @@ def make_plan(
             *(inputs.tokens.all_notes if inputs.tokens else ()),
             *_unreached(inputs, trace),
             *_unused_masks(inputs, trace, outline),
+            *_method_notes(config, inputs, trace, blocks, head),
             *_notes(config, inputs, tensors),
             *shortfalls(config, num_samples),
             *(data.estimated for data in calibration or () if data.estimated),
@@ -568,6 +570,41 @@ def _unused_masks(inputs: Inputs, trace: ModelTrace, outline: Collection[str]) -
         )
 
 
+def _method_notes(
+    config: MergeConfig, inputs: Inputs, trace: ModelTrace, blocks: Sequence[BlockPlan], head: HeadPlan
+) -> Iterator[str]:
+    """Notes on what the method asks for, and this model has not."""
+    method = config.method
+    solved = [block for block in blocks if block.groups]
+    at_once = [block.name for block in solved if not goes_by_linear(method, block, trace)]
+    if method.granularity == "linear" and at_once:
+        yield (
+            f"granularity: the linears of {_some(at_once)} run more than once in a forward pass, so that they are "
+            "solved at once, on inputs from the candidates' weights"
+        )
+    if method.drift > 0:
+        without = [
+            block.name
+            for block in solved
+            if not any(linear.residual is not None for group in block.groups for linear in group.linears)
+        ]
+        if without:
+            yield (
+                f"drift: in {_some(without)} no linear's output is added to the hidden states as it is (it is "
+                "normalised, scaled or reordered first), so that their drift is not paid back"
+            )
+    if method.solves_head and not head:
+        yield (
+            f"solve: head: {inputs.skeleton.class_name} has no linear after the blocks that all candidates have and "
+            "whose inputs are known by token, so that nothing is solved there"
+        )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """Lists some names, and how many there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the forward arguments that every candidate's data has.
 
@@ -686,7 +723,9 @@ def forecast(
         probe: Whether this machine is measured for some seconds; otherwise only a cluster's times are estimated.
     """
     plan = planned.plan
-    workload = partial(measure_workload, plan.config, planned.inputs, planned.trace, plan.blocks, plan.non_block)
+    workload = partial(
+        measure_workload, plan.config, planned.inputs, planned.trace, plan.blocks, plan.non_block, plan.head
+    )
     shapes = batch_shapes(outlines, calibration)
     whole = workload(shapes)
     in_background = plan.placement.writes_in_background(plan.device)

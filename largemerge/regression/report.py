@@ -138,6 +138,16 @@ class MergeReport:
         return (self.non_block, *self._head_parts, *self.blocks.values())
 
     @property
+    def drift(self) -> dict[str, dict[str, float | None]]:
+        """‖h_m − h_e‖ / ‖h_e‖ of the merged hidden states after every block, by candidate and block.
+
+        What it was before a block is what it is after the block before it. Empty for methods that do not hold the
+        merged model against the candidates.
+        """
+        blocks = {name: part["drift"] for name, part in self.blocks.items() if part.get("drift")}
+        return {each: {name: of[each] for name, of in blocks.items()} for each in self.config.names} if blocks else {}
+
+    @property
     def quantization_errors(self) -> dict[str, float]:
         """‖written - merged‖ / ‖merged‖ of every weight that was written quantised, by parameter name."""
         return {name: error for part in self._parts for name, error in part.get("quantization_errors", {}).items()}
@@ -174,6 +184,7 @@ class MergeReport:
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             **self.written,
+            **({"drift": self.drift} if self.drift else {}),
             "outside": self.non_block,
             **({HEAD: self.head} if self.head else {}),
             "blocks": self.blocks,
@@ -201,6 +212,12 @@ class MergeReport:
             worst = max(linears, key=lambda name: linears[name]["condition"])
             table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
             table.add_row("distance", _mean_distances(self))
+        drift = self.drift
+        for name, by_block in drift.items():
+            known = [value for value in by_block.values() if value is not None]
+            if known:
+                text = f"{name} {curve(known)} {known[-1]:.2%} after the last block, at most {max(known):.2%}"
+                table.add_row("drift" if name == next(iter(drift)) else "", text)
         for label, text in input_rows(self.plan):
             table.add_row(label, text)
         seen = (f"{name} {entry['tokens']:,}" for name, entry in self.calibration.items())
@@ -247,6 +264,15 @@ class MergeReport:
             "worst": worst,
             "worst_relative_error": errors[worst] if worst is not None else None,
         }
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def curve(values: Sequence[float]) -> str:
+    """Draws values as bars of a character each, from zero to the largest."""
+    largest = max(values) or 1.0
+    return "".join(_BARS[min(len(_BARS) - 1, int(value / largest * len(_BARS)))] for value in values)
 
 
 def _mean_distances(report: MergeReport) -> str:

@@ -48,12 +48,13 @@ from largemerge.regression.planning.workload import (
     ForwardNumbers,
     GramGroups,
     GroupNumbers,
+    HeadNumbers,
     PassNumbers,
     ProbeShapes,
     Workload,
 )
-from largemerge.regression.solve import may_need_float64
-from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule, TensorPlan
+from largemerge.regression.solve import may_need_float64, solve_operations
+from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, MergeRule, TensorPlan
 
 _MEMORY_TRIPS = 6  # a value that a linear computes is read or written this often, by activations, norms, additions
 
@@ -81,6 +82,7 @@ def measure_workload(
     trace: ModelTrace,
     blocks: Sequence[BlockPlan],
     non_block: Sequence[TensorPlan],
+    head: HeadPlan,
     shapes: Sequence[Sequence[BatchShapes]],
     gram_groups: GramGroups | None = None,
 ) -> Workload:
@@ -92,6 +94,7 @@ def measure_workload(
         trace: Trace of the model.
         blocks: Plans of all blocks.
         non_block: Plans of the tensors outside the blocks.
+        head: What of these is solved.
         shapes: Shapes of the batches, by candidate.
         gram_groups: Groups of ranks that add up Gram matrices; `None` where the batches are all there are.
     """
@@ -118,6 +121,7 @@ def measure_workload(
         forwards_merged=method.forwards_merged,
         hidden_itemsize=dtype.itemsize,
         blocks=tuple(counter.block(kind) for kind in kinds),
+        head=_head_numbers(head, method, trace, rows),
         has_rows=tuple(any(of_candidate.values()) for of_candidate in rows),
         batch_samples=max((_num_samples(batch) for batch in batches), default=1),
         num_batches=len(batches),
@@ -244,6 +248,7 @@ class _BlockCounter:
             bytes=kind.bytes_of(kind.names),
             cast_bytes=kind.cast_bytes(kind.names, self.dtype),
             forward=self._forward(kind, None, collects=False, start=last_pass.keep if by_linear else None),
+            whole=self._forward(kind, None, collects=False),
             groups=groups,
             exchanged_bytes=self._exchanged_bytes(kind),
             shared_gram_bytes=self._shared_gram_bytes(kind.block),
@@ -395,6 +400,28 @@ class _BlockCounter:
             whole = sum(not multiplies_by_rows(count, group.num_inputs) for count in rows)
             total += 2 * whole * GRAM_DTYPE.itemsize * _exchanged_elements(group.num_inputs)
         return total
+
+
+def _head_numbers(
+    head: HeadPlan, method: RegressionMethod, trace: ModelTrace, rows: Sequence[Mapping[int, int]]
+) -> HeadNumbers:
+    """Counts what solving the head takes."""
+    last, num_candidates = trace.order[-1], len(rows)
+    tied = [head.tied] if head.tied is not None else []
+    grams = products = 0.0
+    sums = panel = 0
+    for group in (*tied, *head.groups):
+        size, compares = group.num_inputs, method.compares and group is not head.tied
+        stack = last if group.token_stack is None else group.token_stack
+        total = sum(of_candidate[stack] for of_candidate in rows)
+        grams += total * size**2 * (3 if compares else 1)
+        products += solve_operations(size, group.num_outputs)
+        products += 2 * size**2 * group.num_outputs * (num_candidates * (2 if compares else 1) - 1)
+        sums = max(sums, GRAM_DTYPE.itemsize * size**2 * (num_candidates * (2 if compares else 1) + 1))
+        widest = max(linear.num_outputs for linear in group.linears)
+        chunk = min(DIFFERENCE_CHUNK_BYTES, GRAM_DTYPE.itemsize * widest * size)
+        panel = max(panel, (2 * num_candidates + 4) * chunk)
+    return HeadNumbers(head.tied is not None, grams, products, sums, panel)
 
 
 def _group_numbers(group: LinearGroup) -> GroupNumbers:

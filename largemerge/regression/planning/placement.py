@@ -72,6 +72,12 @@ def footprint(
         for numbers in kind.in_passes(placement.passes)
         for moment in _moments(work, kind, numbers, placement)
     ]
+    if work.head.sums_bytes:
+        largest = max((kind.bytes + kind.cast_bytes for kind in work.blocks), default=0)
+        activations = max((kind.whole.sample_bytes for kind in work.blocks), default=0) * placement.samples
+        running = {"weights": 2 * largest if work.head.tied else 0, "sums": work.head.sums_bytes}
+        moments.append(running | {"activations": activations})
+        moments.append({"sums": work.head.sums_bytes, "solve": work.head.panel_bytes})
     computing = max(moments, key=_total)
     before_blocks = [
         {"loading of calibration inputs": work.loading_bytes},
