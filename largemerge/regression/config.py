@@ -83,7 +83,7 @@ class MethodParameters(Strict):
     ridge: float | None = Field(None, ge=0, le=1)
     """Pull towards the anchor, as a fraction of the mean diagonal of the summed Gram (see `solve.py`)."""
     solve: tuple[Part, ...] | None = Field(None, min_length=1)
-    """What is solved: `blocks`, `head`, `embeddings`; everything else is averaged."""
+    """What is solved: `blocks`, `head`; everything else is averaged."""
     include: tuple[Regex, ...] = ()
     """Regexes on names of parameters that are solved; all linears of the blocks if empty."""
     exclude: tuple[Regex, ...] = ()

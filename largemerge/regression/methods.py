@@ -28,7 +28,7 @@ Stream = Literal["candidate", "merged"]
 
 Granularity = Literal["block", "linear"]
 Anchor = Literal["average", "base", "task_arithmetic"]
-Part = Literal["blocks", "head", "embeddings"]
+Part = Literal["blocks", "head"]
 """What is solved; everything else is averaged."""
 
 _SUMS = frozenset({"anchor", "anchor_scale", "off_diagonal_scale", "ridge", "solve"})
@@ -51,8 +51,7 @@ class RegressionMethod:
         anchor_scale: The scale of task arithmetic.
         off_diagonal_scale: The factor s on a Gram's off-diagonal.
         ridge: λ as a fraction of the mean diagonal.
-        solve: What is solved: linears of the blocks; the head, with the embedding where they are tied; rows of the
-            embedding by how often the data has their tokens.
+        solve: What is solved: linears of the blocks; the head, with the embedding where they are tied.
         parameters: Names of the settings under `parameters` that the method takes, beside `include` and `exclude`.
     """
 

@@ -34,7 +34,7 @@ def both(case: Case, other: dict[str, Any]) -> None:
     same(case.folder / "one", case.folder / "other")
 
 
-@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "bert", "t5", "vit", "clip", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama_tied", "t5", "clip", "mixtral"])
 @pytest.mark.parametrize(("inputs", "method"), [("merged", "regmean_plusplus"), ("candidate", "regmean")])
 def test_with_everything_turned_off_it_is_the_named_method(
     make_case: MakeCase, architecture: str, inputs: str, method: str
@@ -44,13 +44,13 @@ def test_with_everything_turned_off_it_is_the_named_method(
     both(case, {"merge_method": method, "parameters": sums})
 
 
-@pytest.mark.parametrize("architecture", ["llama", "t5", "bert"])
+@pytest.mark.parametrize("architecture", ["llama"])
 def test_a_chain_is_calibrated_without_targets(make_case: MakeCase, architecture: str) -> None:
     case = make_case(architecture, method="chain", num_samples=8)
     both(case, {"merge_method": "calibrated", "parameters": {"target": 0.0, "drift": 0.0, "solve": ["blocks"]}})
 
 
-@pytest.mark.parametrize("architecture", ["llama_tied", "gpt_neox", "bert", "vit"])
+@pytest.mark.parametrize("architecture", ["llama_tied", "bert"])
 def test_identical_candidates_give_themselves_back(make_case: MakeCase, architecture: str) -> None:
     case = make_case(architecture, method="calibrated", num_samples=8)
     for entry in case.config["models"][1:]:
@@ -85,7 +85,7 @@ def test_drift_is_told_by_candidate_and_block_and_is_less_than_without_targets(m
     assert all(list(paid.drift[name].values())[-1] < list(left.drift[name].values())[-1] for name in paid.drift)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("architecture", ["llama_tied", "t5", "clip"])
+@pytest.mark.parametrize("architecture", ["llama_tied", "t5"])
 def test_hidden_states_on_disk_and_limits_change_no_bit(make_case: MakeCase, tmp_path: Path, architecture: str) -> None:
     case = make_case(architecture, method="calibrated")
     largemerge.merge(case.config, case.folder / "one")
@@ -125,8 +125,9 @@ def test_samples_that_do_not_fit_are_run_in_parts(make_case: MakeCase, monkeypat
         assert torch.allclose(found.state_dict()[name], tensor, rtol=1e-3, atol=1e-4), name
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "bert", "clip"])
-@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("architecture", "after"), [("llama", 2), ("llama", 4), ("llama_tied", 1), ("bert", 2), ("clip", 5)]
+)
 def test_an_interrupted_merge_resumes_bit_by_bit(
     make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, architecture: str, after: int
 ) -> None:
@@ -154,7 +155,7 @@ def test_an_interrupted_merge_resumes_bit_by_bit(
 
 @pytest.mark.parametrize(
     ("architecture", "method", "size"),
-    [("llama_tied", "calibrated", 2), ("t5", "calibrated", 3), ("vit", "calibrated", 2), ("llama", "chain", 2)],
+    [("llama_tied", "calibrated", 2), ("t5", "calibrated", 3), ("llama", "chain", 2)],
 )
 def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, size: int) -> None:
     case = make_uneven_case(tmp_path, architecture, method)

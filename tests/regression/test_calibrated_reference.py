@@ -28,6 +28,18 @@ REARRANGED = {
 """Architectures whose blocks can add up in another way: which, and the key of their configuration that says so."""
 
 
+FEW = ("llama_tied", "bert", "t5", "clip")
+"""Architectures that stand for the others where those take minutes: tied, after the sum, two stacks, two towers."""
+
+
+def others_slow(quick: tuple[str, ...] = FEW) -> list[Any]:
+    """All architectures; those that are not among the quick ones are marked as slow."""
+    return [
+        pytest.param(name, marks=() if name in quick else pytest.mark.slow, id=name)
+        for name in tiny_models.ARCHITECTURES
+    ]
+
+
 def rearranged(name: str, seed: int) -> PreTrainedModel:
     """A candidate with weights of `tiny_models`, computed the other way."""
     architecture, key = REARRANGED[name]
@@ -48,7 +60,7 @@ def some(architecture: str, num_samples: int = 24) -> tuple[list[PreTrainedModel
 
 
 @pytest.mark.parametrize(("method", "inputs_from"), [("regmean", "candidate"), ("regmean_plusplus", "merged")])
-@pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", others_slow(("llama", "t5")))
 def test_whole_blocks_without_targets_are_the_known_methods(architecture: str, method: str, inputs_from: Any) -> None:
     models, inputs = some(architecture)
     numbers = {"scale": 0.95, "ridge": 1e-2}
@@ -58,7 +70,7 @@ def test_whole_blocks_without_targets_are_the_known_methods(architecture: str, m
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", others_slow(("llama_tied",)))
 def test_identical_candidates_give_themselves_back(architecture: str, setting: str) -> None:
     models, inputs = some(architecture, num_samples=6)
     found = dense.merge([models[0]] * 2, inputs, [1.0, 3.0], solve=BOTH, ridge=1e-2, **SETTINGS[setting])
@@ -180,9 +192,15 @@ def expected_of(case: Case, setting: str, **more: Any) -> PreTrainedModel:
     return dense.merge(case.models, case.inputs, case.weights, **options)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
-def test_every_architecture_agrees_with_the_formulas(make_case: MakeCase, architecture: str, setting: str) -> None:
+def test_every_architecture_agrees_with_the_formulas(make_case: MakeCase, architecture: str) -> None:
+    case = make_case(architecture, **parameters_of("calibrated"))
+    assert_close(merge_and_load(case), expected_of(case, "calibrated"))
+
+
+@pytest.mark.parametrize("setting", ["chain", "mixed"])
+@pytest.mark.parametrize("architecture", others_slow())
+def test_every_setting_agrees_with_the_formulas(make_case: MakeCase, architecture: str, setting: str) -> None:
     case = make_case(architecture, **parameters_of(setting))
     assert_close(merge_and_load(case), expected_of(case, setting))
 
@@ -197,7 +215,7 @@ def test_blocks_that_add_up_in_another_way(tmp_path: Path, name: str, setting: s
 
 
 @pytest.mark.parametrize("solve", [["blocks"], ["head"]])
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "bert", "t5", "clip", "vit", "siglip_vision"])
+@pytest.mark.parametrize("architecture", ["llama", "bert", "siglip_vision"])
 def test_blocks_or_head_alone(make_case: MakeCase, architecture: str, solve: list[str]) -> None:
     case = make_case(architecture, **parameters_of("mixed", solve=solve))
     assert_close(merge_and_load(case), expected_of(case, "mixed", solve=solve))
@@ -206,16 +224,18 @@ def test_blocks_or_head_alone(make_case: MakeCase, architecture: str, solve: lis
 @pytest.mark.parametrize("target", [0.0, 1.0])
 @pytest.mark.parametrize("inputs", ["merged", "candidate"])
 @pytest.mark.parametrize("granularity", ["linear", "block"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
 def test_inputs_and_granularities(
     make_case: MakeCase, architecture: str, granularity: Any, inputs: Any, target: float
 ) -> None:
+    if (granularity, inputs, target) == ("block", "candidate", 1.0):
+        pytest.skip("refused: the target changes nothing there")
     settings = {"granularity": granularity, "target": target, "drift": 0.0, "solve": ["blocks"]}
     case = make_case(architecture, **parameters_of("calibrated", inputs=inputs, **settings))
     assert_close(merge_and_load(case), expected_of(case, "calibrated", inputs_from=inputs, **settings))
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", ["calibrated", "mixed"])
 @pytest.mark.parametrize("num_candidates", [3, 5])
 def test_candidates_and_weights(make_case: MakeCase, setting: str, num_candidates: int) -> None:
     weights = [1.0, 0.25, 3.0, 1.5, 0.5][:num_candidates]
@@ -224,7 +244,7 @@ def test_candidates_and_weights(make_case: MakeCase, setting: str, num_candidate
 
 
 @pytest.mark.parametrize("padding", ["left", "none"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bert", "t5"])
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "t5"])
 def test_padding_sides(make_case: MakeCase, architecture: str, padding: str) -> None:
     case = make_case(architecture, padding=padding, **parameters_of("mixed"))
     config = case.models[0].config
