@@ -47,35 +47,50 @@ class Corpus:
     train: tuple[str, ...]
     """All documents of three files in five."""
     calibration: tuple[str, ...]
-    """One document from the middle of each of one file in five."""
+    """One document from the middle of each of one file in five, or a few."""
     heldout: tuple[str, ...]
     """The same of the last fifth."""
 
 
-def load_corpus(kind: str, packages: Path) -> Corpus:
+def load_corpus(kind: str, packages: Path, calibration_per_file: int = 1) -> Corpus:
     """Reads one kind of text.
 
     Args:
         kind: One of `KINDS`.
         packages: Folder for downloaded Debian packages; those already there are not asked for again.
+        calibration_per_file: Documents of each file for calibration at most. First comes one of every file, then the
+            second ones, and so on.
 
     Returns:
         The documents, in an order that depends on file names alone.
     """
-    splits: dict[str, list[str]] = {"train": [], "calibration": [], "heldout": []}
+    train: list[str] = []
+    inner: dict[str, list[list[str]]] = {"calibration": [], "heldout": []}
     for digest, text in sorted((_digest(name), text) for name, text in _files(kind, packages)):
         documents = list(_documents(text))
         if not documents:
             continue
         split = SPLIT_OF_FIFTH.get(int(digest, 16) % 5, "train")
-        # Not the head of a file, which is often a licence, nor its end.
-        splits[split] += documents if split == "train" else [documents[len(documents) // 2]]
-    train, calibration = set(splits["train"]), set(splits["calibration"])
-    return Corpus(
-        train=tuple(splits["train"]),
-        calibration=tuple(document for document in splits["calibration"] if document not in train),
-        heldout=tuple(document for document in splits["heldout"] if document not in train | calibration),
-    )
+        if split == "train":
+            train += documents
+        else:
+            inner[split].append(_from_the_middle(documents))
+    trained = set(train)
+    calibration = [
+        file[number]
+        for number in range(calibration_per_file)
+        for file in inner["calibration"]
+        if number < len(file) and file[number] not in trained
+    ]
+    seen = trained.union(calibration)
+    heldout = [file[0] for file in inner["heldout"] if file[0] not in seen]
+    return Corpus(tuple(train), tuple(calibration), tuple(heldout))
+
+
+def _from_the_middle(documents: list[str]) -> list[str]:
+    """The middle one first: the head of a file is often a licence, and so is its end."""
+    middle = len(documents) // 2
+    return [documents[place] for place in sorted(range(len(documents)), key=lambda place: abs(place - middle))]
 
 
 def _digest(name: str) -> str:

@@ -50,6 +50,16 @@ def test_llamas_of_any_size(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors")), "what it made must be gone"
 
 
+def test_quality(tmp_path: Path) -> None:
+    small = ("--quick", "--family", "images", "--seeds", "0", "--samples", "2", "8", "--methods", "regmean_plusplus")
+    plot = ("--work", tmp_path, "--plot", tmp_path / "quality.svg")
+    rows = result(run("quality.py", *small, *plot, cwd=tmp_path), "quality")["rows"]
+    shares = {(row["model"], row["samples"]): row["share"] for row in rows}
+    assert shares["linear", None] == 0 and shares["experts", None] == 1
+    assert {("regmean_plusplus", 2), ("regmean_plusplus", 8)} <= set(shares)
+    assert "</svg>" in (tmp_path / "quality.svg").read_text()
+
+
 def test_growth(tmp_path: Path) -> None:
     lines = run("growth.py", "--quick", "--work", tmp_path, "--plot", tmp_path / "growth.svg", cwd=tmp_path)
     result(lines, "growth")
