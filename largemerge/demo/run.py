@@ -30,7 +30,7 @@ from largemerge.devices import one_thread_each
 from largemerge.errors import OutputError
 from largemerge.units import duration
 
-METHODS = {"RegMean": "regmean", "RegMean++": "regmean_plusplus"}
+METHODS = {"RegMean": "regmean", "RegMean++": "regmean_plusplus", "Calibrated": "calibrated"}
 """`merge_method` by label."""
 
 _MARKER = "largemerge_demo.json"
@@ -49,12 +49,24 @@ calibration:                  # for each expert:
   batch_size: 32
 
 parameters:
+{parameters}"""
+_REGMEAN_PARAMETERS = """\
   off_diagonal_scale: 0.95    # near 1: that many tokens tell how inputs go together; with few, 0.1 is safer
   ridge: 1.0e-6               # only for numerical safety
 """
+_PARAMETERS = {
+    "regmean": _REGMEAN_PARAMETERS,
+    "regmean_plusplus": _REGMEAN_PARAMETERS,
+    "calibrated": """\
+  target: 1                   # aim at what each expert itself computes; 0: at its weights, on what the merge computes
+  drift: 1                    # pay back by how much the hidden states have drifted from the expert's
+  solve: [blocks, head]       # the head, too
+""",
+}
 _SUMMARIES = {
     "regmean": "every expert shows the inputs of its linears on its own data, all by itself",
     "regmean_plusplus": "block by block, every expert's block sees what the merged blocks before it give",
+    "calibrated": "linear by linear, what each expert computes is aimed at, and drift is paid back",
 }
 
 
@@ -151,6 +163,7 @@ def _write_inputs(out: Path, corpora: Mapping[str, Corpus], settings: DemoSettin
             num_tokens=settings.calibration_samples * settings.sequence_length,
             num_inputs=settings.hidden_size * 8 // 3,
             max_length=settings.sequence_length,
+            parameters=_PARAMETERS[method],
         )
         _config(out, method).write_text(text, encoding="utf-8")
 
@@ -164,11 +177,11 @@ def _merged(out: Path, method: str) -> Path:
 
 
 def _what_next(out: Path) -> str:
-    config = shlex.quote(str(_config(out, "regmean_plusplus")))
+    config = shlex.quote(str(_config(out, "calibrated")))
     mine = shlex.quote(str(out / "merged-mine"))
     return f"""
 The picture:   {out / "losses.svg"}
-The configs:   {_config(out, "regmean")}, {_config(out, "regmean_plusplus")}
+The configs:   {", ".join(str(_config(out, method)) for method in METHODS.values())}
 
 Change one and merge again, or see what it would do:
 

@@ -453,8 +453,8 @@ class Job:
     def _open_weights(self, stack: ExitStack) -> Weights:
         """Opens readers of all inputs, and on rank 0 the writer."""
         plan, inputs = self.planned.plan, self.planned.inputs
-        # Each tensor is read once, unless a block or the head takes several passes, ranks share a candidate, or adapters a
-        # base.
+        # Each tensor is read once, unless a block or the head takes several passes, ranks share a candidate, or two
+        # adapters a base.
         several = plan.config.method.granularity == "linear" or bool(plan.head)
         read_once = plan.placement.passes == 1 and self.ranks.size == 1 and not several
         shared = shared_folders(inputs.checkpoints)

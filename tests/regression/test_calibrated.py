@@ -150,6 +150,7 @@ def test_an_interrupted_merge_resumes_bit_by_bit(
     report = largemerge.merge(case.config, out, resume=True)
     assert report.resumed_parts == after
     same(case.folder / "one", out)
+    assert not largemerge.verify(out).problems
     assert report.drift == json.loads((case.folder / "one" / "merge_report.json").read_text())["drift"]
 
 

@@ -145,6 +145,19 @@ def test_bodies_of_models_with_other_numbers_of_labels_are_merged(tmp_path: Path
     assert [entry["labels"] for entry in report["beside_it"].values()] == [["LABEL_0", "LABEL_1"], ["a", "b", "c"]]
 
 
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "ViTForImageClassification"])
+def test_bodies_are_calibrated_and_poolers_with_them(tmp_path: Path, class_name: str) -> None:
+    """Heads with other labels stay beside the merge; what all bodies have after their blocks is solved."""
+    two, three = classifier(class_name, 2, 1), classifier(class_name, ["a", "b", "c"], 2)
+    case = heads_case(tmp_path, two, three, method="calibrated")
+    report = largemerge.merge(case.config, tmp_path / "out")
+    load_clean(tmp_path / "out")
+    assert ("pooler.dense.weight" in report.linears) == class_name.startswith("Bert")
+    assert report.plan.heads is not None and not any("classifier" in name for name in report.linears)
+    for name in ("model0", "model1"):
+        card_code(tmp_path / "out", name)
+
+
 @pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "CLIPForImageClassification"])
 def test_one_head_goes_into_the_model(tmp_path: Path, class_name: str) -> None:
     case = heads_case(tmp_path, classifier(class_name, 2, 1), classifier(class_name, ["a", "b", "c"], 2), head="model1")

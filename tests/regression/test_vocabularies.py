@@ -69,7 +69,7 @@ def permute(source: Path, out: Path) -> None:
     model.save_pretrained(out)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "calibrated"])
 def test_other_numbers_of_the_same_tokens_change_nothing(
     tmp_path: Path, method: str, english: tokenizers.Tokenizer
 ) -> None:
