@@ -47,7 +47,7 @@ from largemerge.model.forward import (
     run_until,
     watched_modules,
 )
-from largemerge.model.inside_block import ResumePoint, resumed_forwards
+from largemerge.model.inside_block import ResumePoint, copy_of, resumed_forwards
 from largemerge.model.skeleton import Skeleton, assign_tensors, fill_with_nan, linears_in
 from largemerge.model.trace import ModelTrace, StackTrace
 
@@ -58,7 +58,7 @@ NonBlock = tuple[Hashable, Tensors]
 """Tensors outside the blocks, by name, after a key that names them."""
 
 Kept = dict[str, Any]
-"""What was kept of a run inside a block: `given`, the input of a linear, and `known`, outputs of earlier ones."""
+"""What was kept of a run inside a block: `given`, the input of a linear, and `known`, outputs of earlier modules."""
 
 
 @dataclass(frozen=True)
@@ -224,11 +224,13 @@ class BlockRunner:
         roles = {role.name: role for role in self.trace.end.roles}
 
         def see(path: str, x: torch.Tensor) -> None:
-            stack, mask = roles[path].token_stack, None
-            if stack is not None:
-                mask = valid_mask(batch, self.trace.stacks[stack], self.loss_input)
+            role, mask = roles[path], None
+            if role.token_stack is not None:
+                mask = valid_mask(batch, self.trace.stacks[role.token_stack], self.loss_input)
+            if mask is not None:
+                mask = (mask.T if role.tokens_first else mask).to(self.device)
             assert on_input is not None
-            on_input(path, valid_rows(x, None if mask is None else mask.to(self.device)))
+            on_input(path, valid_rows(x, mask))
 
         seen = {path: partial(see, path) for path in watch} if on_input is not None else {}
         with watched_modules(self.skeleton.model, seen):
@@ -427,7 +429,7 @@ class RunningBlock:
         if start is None:
             return {}
         point, inside = start
-        answers: dict[str, torch.Tensor | None] = dict.fromkeys(point.skipped) | inside["known"]
+        answers: dict[str, Any] = dict.fromkeys(point.skipped) | inside["known"]
         given: dict[str, torch.Tensor] = {path: inside["given"] for path in point.given}
         return resumed_forwards(self._module, given, answers, self._forwards)
 
@@ -522,7 +524,9 @@ def _split_start(
     if start is None:
         return None
 
-    def part(leaf: torch.Tensor) -> torch.Tensor:
+    def part(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
         if leaf.shape[0] % num_samples:
             raise MergeError(
                 f"out of memory with {num_samples} samples at once, and inputs of linears of shape {list(leaf.shape)} "
@@ -534,12 +538,12 @@ def _split_start(
     return start[0], tree_map(part, start[1])
 
 
-def _keep_copy(kept: dict[str, torch.Tensor], path: str, output: torch.Tensor) -> None:
-    kept[path] = output.clone()  # the model may add to it in its place
+def _keep_copy(kept: dict[str, Any], path: str, output: Any) -> None:
+    kept[path] = copy_of(output)  # the model may add to it in its place
 
 
-def _known(start: tuple[ResumePoint, Kept] | None) -> dict[str, torch.Tensor]:
-    """Outputs of earlier linears that were kept where a run is taken up."""
+def _known(start: tuple[ResumePoint, Kept] | None) -> dict[str, Any]:
+    """Outputs of earlier modules that were kept where a run is taken up."""
     return start[1]["known"] if start is not None else {}
 
 

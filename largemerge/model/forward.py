@@ -312,7 +312,7 @@ def block_weights(block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iter
 
 @contextmanager
 def watched_modules(
-    block: nn.Module, watch: Mapping[str, Callable[[torch.Tensor], None]], *, of: Literal["input", "output"] = "input"
+    block: nn.Module, watch: Mapping[str, Callable[[Any], None]], *, of: Literal["input", "output"] = "input"
 ) -> Iterator[None]:
     """Shows the first input of modules before they run, or their output afterwards.
 

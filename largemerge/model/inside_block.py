@@ -11,18 +11,20 @@ No table of architectures says so. In a Llama block:
                                                                   those of q, k and v
 
 so that a block can be run linear by linear, each of them once, though all samples wait at every linear for its weight.
+Where all of a module lies before that place (here all of the attention), its output is kept in the place of the
+linear's, and none of it is run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from largemerge.model.fake_forward import FakeModel, equal_trees
 from largemerge.model.forward import original_forward, replaced_forwards
@@ -48,8 +50,8 @@ class ResumePoint:
 
     Attributes:
         given: Linears that read one tensor, which was kept from an earlier run.
-        known: Earlier linears whose outputs are still read, and were kept, too.
-        skipped: Earlier linears whose outputs nobody reads any more.
+        known: Earlier linears, or modules with all their linears, whose outputs are still read, and were kept, too.
+        skipped: Earlier linears whose outputs nobody reads any more, or that lie in a module that is not run.
     """
 
     given: tuple[str, ...]
@@ -64,11 +66,13 @@ class _Run:
     Attributes:
         seen: Number of modules and linears before, path, and first input of each submodule that was called.
         outputs: Linear → number of modules before its end, and its output.
+        returned: Module → what it returned.
         output: What the block returned.
     """
 
     seen: list[tuple[int, str, torch.Tensor]] = field(default_factory=list)
     outputs: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)
+    returned: dict[str, Any] = field(default_factory=dict)
     output: Any = None
 
 
@@ -123,7 +127,7 @@ def _added_to(
 
 
 def find_resume_points(
-    fake: FakeModel, stack: int, index: int, groups: Sequence[Sequence[str]]
+    fake: FakeModel, stack: int, index: int, groups: Sequence[Sequence[str]], watched: Collection[str] = ()
 ) -> tuple[ResumePoint | None, ...]:
     """Finds out how runs of a block can be taken up at groups of linears.
 
@@ -132,6 +136,7 @@ def find_resume_points(
         stack: Index of the block's stack.
         index: Index of the block in its stack; it runs once in a forward pass.
         groups: Linears that read one tensor, by group, in the order in which they run; each is called once.
+        watched: Modules that must be run, for they are watched; their input may be, where they are not.
 
     Returns:
         For each group a point; `None` where a run that starts there comes to another result.
@@ -146,7 +151,7 @@ def find_resume_points(
 
         def resumed(known: Sequence[str], group: Sequence[str] = group, earlier: Sequence[str] = earlier) -> bool:
             given = dict.fromkeys(group, inputs[leader])  # noqa: B023 (called at once)
-            answers = {path: whole.outputs[path][1] if path in known else None for path in earlier}
+            answers: dict[str, Any] = dict.fromkeys(earlier) | {path: whole.returned[path] for path in known}
             try:
                 again = _watched_run(fake, stack, index, given, answers)
             except (
@@ -159,11 +164,33 @@ def find_resume_points(
             same = all(equal_trees(again.outputs[path][1], whole.outputs[path][1]) for path in later)
             return same and equal_trees(again.output, whole.output)
 
-        known = () if resumed(()) else tuple(p for p in earlier if not resumed([q for q in earlier if q != p]))
+        known = [] if resumed(()) else [p for p in earlier if not resumed([q for q in earlier if q != p])]
+        for path in list(known):
+            for module in _enclosing(path, order, earlier, watched):
+                without = [each for each in known if not each.startswith(f"{module}.")]
+                if path in known and _as_large(whole, module, path) and resumed([*without, module]):
+                    known = [*without, module]
         skipped = tuple(path for path in earlier if path not in known)
-        works = resumed(known)
-        points.append(ResumePoint(tuple(group), known, skipped) if works else None)
+        points.append(ResumePoint(tuple(group), tuple(known), skipped) if resumed(known) else None)
     return tuple(points)
+
+
+def _enclosing(path: str, order: Sequence[str], earlier: Sequence[str], watched: Collection[str]) -> Iterator[str]:
+    """Modules around a linear, outermost first, all of whose linears run before, and in which nothing is watched."""
+    parts = path.split(".")
+    for length in range(1, len(parts)):
+        module = ".".join(parts[:length])
+        inside = [each for each in order if each.startswith(f"{module}.")]
+        if set(inside) <= set(earlier) and not any(each.startswith(f"{module}.") for each in watched):
+            yield module
+
+
+def _as_large(run: _Run, module: str, linear: str) -> bool:
+    """Whether a module returns no more numbers than a linear in it."""
+    if module not in run.returned:
+        return False
+    leaves = [leaf for leaf in tree_flatten(run.returned[module])[0] if isinstance(leaf, torch.Tensor)]
+    return sum(leaf.numel() for leaf in leaves) <= run.outputs[linear][1].numel()
 
 
 def _watched_run(
@@ -171,7 +198,7 @@ def _watched_run(
     stack: int,
     index: int,
     given: Mapping[str, torch.Tensor] | None = None,
-    answers: Mapping[str, torch.Tensor | None] | None = None,
+    answers: Mapping[str, Any] | None = None,
 ) -> _Run:
     """Runs a block; with inputs given to some linears, and others answering with kept outputs or NaN."""
     block = fake.skeleton.stacks[stack].blocks[index]
@@ -199,10 +226,14 @@ def _recorded(block: nn.Module, run: _Run) -> Iterator[None]:
 
         return record
 
+    def returned(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, __, output: run.returned.__setitem__(path, copy_of(output))
+
     handles = [
         module.register_forward_pre_hook(before(path)) for path, module in block.named_modules() if module is not block
     ]
     handles += [linear.register_forward_hook(after(path)) for path, linear in linears.items()]
+    handles += [module.register_forward_hook(returned(path)) for path, module in block.named_modules() if path]
     try:
         yield
     finally:
@@ -213,15 +244,16 @@ def _recorded(block: nn.Module, run: _Run) -> Iterator[None]:
 def resumed_forwards(
     block: nn.Module,
     given: Mapping[str, torch.Tensor],
-    answers: Mapping[str, torch.Tensor | None],
+    answers: Mapping[str, Any],
     compute: Mapping[nn.Module, Callable[..., torch.Tensor]] | None = None,
-) -> dict[nn.Module, Callable[..., torch.Tensor]]:
+) -> dict[nn.Module, Callable[..., Any]]:
     """Makes forwards of linears with which a run of their block starts in its middle.
 
     Args:
         block: The block.
         given: Path of a linear → what it reads in place of its argument.
-        answers: Path of a linear → what it returns; `None` for NaN, one element of memory for the whole.
+        answers: Path of a module → what it returns; `None` for a linear that returns NaN, one element of memory for the
+            whole.
         compute: Linear → how it is computed, where not by its own forward.
     """
 
@@ -229,9 +261,9 @@ def resumed_forwards(
         own = (compute or {}).get(linear) or original_forward(linear)
         return lambda *_: own(x)
 
-    def answering(linear: Any, output: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    def answering(linear: Any, output: Any) -> Callable[..., Any]:
         if output is not None:
-            return lambda *_: output.clone()  # the model may add to it in its place
+            return lambda *_, **__: copy_of(output)  # the model may add to it in its place
         width = linear.nf if weight_is_transposed(linear) else linear.out_features
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -243,3 +275,8 @@ def resumed_forwards(
     return forwards | {
         block.get_submodule(path): answering(block.get_submodule(path), y) for path, y in answers.items()
     }
+
+
+def copy_of(output: Any) -> Any:
+    """Copies what a module has returned, tensor by tensor."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)

@@ -235,7 +235,7 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int], *, insi
     needed = [_needed_tensors(fake, stack, index) for index in later]
     looked_into = [index for index in records if inside and runs[index] == 1]
     residuals = {index: find_residuals(fake, stack, index) for index in looked_into}
-    resume_points = {index: _resume_points(fake, stack, index, roles[index]) for index in looked_into}
+    resume_points = {index: _resume_points(fake, stack, index, roles[index], residuals[index]) for index in looked_into}
     leaves = [tree_flatten(entry.output)[0] for entry in records.values()]
     outputs = [[leaf for leaf in own if isinstance(leaf, torch.Tensor)] for own in leaves]
     output = max(outputs, key=lambda own: sum(leaf.numel() for leaf in own))
@@ -257,14 +257,17 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int], *, insi
     )
 
 
-def _resume_points(fake: FakeModel, stack: int, index: int, roles: Sequence[LinearRole]) -> dict[str, ResumePoint]:
+def _resume_points(
+    fake: FakeModel, stack: int, index: int, roles: Sequence[LinearRole], residuals: Mapping[str, Residual]
+) -> dict[str, ResumePoint]:
     """How runs of a block are taken up, by the first of the linears that read one tensor; only where it works."""
     if any(role.calls > 1 for role in roles):
         return {}
     groups: dict[str, list[str]] = {}
     for role in roles:
         groups.setdefault(role.group, []).append(role.name)
-    points = find_resume_points(fake, stack, index, list(groups.values()))
+    watched = {path for residual in residuals.values() for path in (residual.module, *residual.linears)}
+    points = find_resume_points(fake, stack, index, list(groups.values()), watched)
     return {leader: point for leader, point in zip(groups, points, strict=True) if point is not None}
 
 

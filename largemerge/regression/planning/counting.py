@@ -520,8 +520,14 @@ def _inside_features(kind: _BlockKind, trace: ModelTrace, method: RegressionMeth
         return 0
     known = points[kind.block.index]
     groups = [(group, known[group.leader]) for group in kind.block.groups if group.leader in known]
-    kept = [group.num_inputs + sum(kind.linears[path][1] for path in point.known) for group, point in groups]
+    kept = [group.num_inputs + sum(_width(kind, path) for path in point.known) for group, point in groups]
     return max(kept, default=0)
+
+
+def _width(kind: _BlockKind, path: str) -> int:
+    """Number of outputs of a linear; of a module, those of the last linear in it."""
+    inside = [role.name for role in kind.roles if f"{role.name}.".startswith(f"{path}.")]
+    return kind.linears[inside[-1]][1]
 
 
 def _output_bytes(trace: ModelTrace, batch: BatchShapes, dtype: torch.dtype) -> int:
