@@ -49,6 +49,9 @@ from largemerge.regression.tensor_plan import LinearGroup, LinearPlan
 DIFFERENCE_CHUNK_BYTES = 48 << 20
 """Bytes of differences of weights that are in memory in float32 at once."""
 
+PANEL_BYTES = 8 << 20
+"""Bytes in float32 of the rows of a head that are solved at once, of each model, at the least."""
+
 STRONG_RIDGE = 1e-3
 """Ridge from which on a system of fewer tokens than inputs is well enough conditioned to be factorised."""
 
@@ -411,6 +414,11 @@ def row_chunks(rows: slice, num_columns: int) -> Iterator[slice]:
 def multiplies_by_rows(tokens: int, num_inputs: int) -> bool:
     """Whether `(E Xᵀ) X` is cheaper than `E G`."""
     return 2 * tokens < num_inputs
+
+
+def panel_bytes(num_inputs: int) -> int:
+    """Bytes of a panel of a head: small, but large enough that factorising anew for each is little of the work."""
+    return min(DIFFERENCE_CHUNK_BYTES, max(PANEL_BYTES, GRAM_DTYPE.itemsize * num_inputs**2))
 
 
 def features_by_rows(tokens: int, num_inputs: int, num_outputs: int) -> bool:

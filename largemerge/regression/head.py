@@ -30,7 +30,7 @@ from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RowsOfModels, rows_of_models
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
-from largemerge.regression.group_sums import STRONG_RIDGE, row_chunks
+from largemerge.regression.group_sums import STRONG_RIDGE, panel_bytes
 from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
 from largemerge.regression.solve import Solution, may_need_float64, solve_anchored_
@@ -284,8 +284,9 @@ class HeadSolver:
 
 def _panels(rows: RowsOfModels, num_inputs: int) -> Iterator[slice]:
     """Panels of rows; one of all of them where they are read and written as a whole only."""
-    whole = slice(0, rows.num_rows)
-    return row_chunks(whole, num_inputs) if rows.by_rows else iter([whole])
+    step = max(1, panel_bytes(num_inputs) // (GRAM_DTYPE.itemsize * num_inputs)) if rows.by_rows else rows.num_rows
+    for start in range(0, rows.num_rows, step):
+        yield slice(start, min(start + step, rows.num_rows))
 
 
 @dataclass

@@ -235,7 +235,7 @@ def test_all_of_a_wide_head_is_never_held(make_case: MakeCase, monkeypatch: pyte
     """Panels of a few rows give what all rows at once give."""
     case = make_case("llama_tied", method="calibrated", num_samples=8)
     largemerge.merge(case.config, case.folder / "one")
-    monkeypatch.setattr("largemerge.regression.group_sums.DIFFERENCE_CHUNK_BYTES", 16 * 4 * 10)
+    monkeypatch.setattr("largemerge.regression.group_sums.PANEL_BYTES", 16 * 4 * 10)
     largemerge.merge(case.config, case.folder / "other")
     for name, tensor in weights_in(case.folder / "one").items():
         assert torch.allclose(weights_in(case.folder / "other")[name], tensor, rtol=1e-3, atol=1e-5), name

@@ -36,6 +36,7 @@ from largemerge.regression.group_sums import (
     STRONG_RIDGE,
     features_by_rows,
     multiplies_by_rows,
+    panel_bytes,
     sketch_bytes,
     sums_bytes,
 )
@@ -419,7 +420,7 @@ def _head_numbers(
         products += 2 * size**2 * group.num_outputs * (num_candidates * (2 if compares else 1) - 1)
         sums = max(sums, GRAM_DTYPE.itemsize * size**2 * (num_candidates * (2 if compares else 1) + 1))
         widest = max(linear.num_outputs for linear in group.linears)
-        chunk = min(DIFFERENCE_CHUNK_BYTES, GRAM_DTYPE.itemsize * widest * size)
+        chunk = min(panel_bytes(size), GRAM_DTYPE.itemsize * widest * size)
         panel = max(panel, (2 * num_candidates + 4) * chunk)
     return HeadNumbers(head.tied is not None, grams, products, sums, panel)
 
