@@ -8,7 +8,7 @@
 
     text      SmolLM2-135M-Instruct, tuned on Python, German, French, and C headers     (`quality_text.py`)
     images    a small vision transformer, tuned on digits seen in four ways             (`quality_images.py`)
-    encoder   MiniLM, tuned to find the passage that follows, in the four kinds of text (`quality_encoder.py`)
+    encoder   MiniLM, tuned to find the passage that follows, in German, French, C headers (`quality_encoder.py`)
 
 Every merge runs through the command line, in a process of its own whose time is taken, and is measured on data that
 neither training nor calibration has seen. What counts is how much of what plain averaging loses a method gains back:
