@@ -55,13 +55,14 @@ def write_case(
     folder: Path,
     models: list[PreTrainedModel],
     inputs: list[dict[str, torch.Tensor]],
+    /,
     *,
     method: str = "regmean_plusplus",
     batch_size: int = 7,
     weights: list[float] | None = None,
     **parameters: Any,
 ) -> Case:
-    """Writes candidates and their calibration data into a folder."""
+    """Writes candidates and their calibration data into a folder; more keywords go under `parameters`."""
     entries = []
     for index, (model, tensors) in enumerate(zip(models, inputs, strict=True)):
         model.save_pretrained(folder / f"model{index}")

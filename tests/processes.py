@@ -282,12 +282,12 @@ def check_unbroken(case: Case, out: Path) -> None:
     load_merged(case, out)
 
 
-def assert_agree(found: Path, expected: Path) -> None:
+def assert_agree(found: Path, expected: Path, tolerance: float = CLOSE) -> None:
     """The weights of two outputs are the same up to rounding."""
     left, right = weights_in(found), weights_in(expected)
     assert set(left) == set(right)
     for name, tensor in right.items():
-        assert torch.linalg.vector_norm(left[name] - tensor) <= CLOSE * torch.linalg.vector_norm(tensor), name
+        assert torch.linalg.vector_norm(left[name] - tensor) <= tolerance * torch.linalg.vector_norm(tensor), name
 
 
 def check_two_ranks(case: Case, out: Path, device: str) -> None:

@@ -1,13 +1,17 @@
 """Runs one block of a model on hidden states: weights in, hidden states in, hidden states out.
 
     runner = BlockRunner(skeleton, trace, load_non_block, compute_dtype, device, loss_input)
-    with runner.block(BlockId(stack, index), weights, owner) as block:
+    where = BlockId(stack, index)
+    with runner.block(where, weights, runner.non_block_of(where, owner)) as block:
         for batch, outputs in …:
             output = block.run(batch, outputs, watch=["self_attn.q_proj"], on_input=add_rows)
 
 It knows nothing of merging. `on_input` sees the valid rows of every watched linear's input: padding, and tokens that a
 loss mask keeps out, are gone (`valid_mask`, the only place where masks are applied). Weights are put in for the time of
 one run, so that two blocks with other weights, or two streams of hidden states, can take turns batch by batch.
+
+A run may stop at a linear, keep what is needed to go on from there (`keep`), and be taken up later (`start`), so that
+every linear of a block is run once though each has to wait until the one before it is solved.
 
 What lies outside the blocks (embeddings, an encoder's final norm) is loaded only where the trace says that it is
 needed. Everywhere else stands a NaN, one element of memory for a whole tensor, so that reading it by mistake shows.
@@ -17,10 +21,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -40,13 +45,52 @@ from largemerge.model.forward import (
     resumed_at,
     run_to_end,
     run_until,
-    watched_linears,
+    watched_modules,
 )
+from largemerge.model.inside_block import ResumePoint, resumed_forwards
 from largemerge.model.skeleton import Skeleton, assign_tensors, fill_with_nan, linears_in
-from largemerge.model.trace import ModelTrace, StackTrace, needed_at_end
+from largemerge.model.trace import ModelTrace, StackTrace
 
 OnInput = Callable[[str, torch.Tensor], None]
-"""Called with a linear's path in the block and the valid rows `[N, in]` of its input."""
+"""Called with a linear's path in the block, or the name of what is seen beside, and the valid rows `[N, in]`."""
+
+NonBlock = tuple[Hashable, Tensors]
+"""Tensors outside the blocks, by name, after a key that names them."""
+
+Kept = dict[str, Any]
+"""What was kept of a run inside a block: `given`, the input of a linear, and `known`, outputs of earlier ones."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A tensor in a block that is shown, too, beside the inputs of watched linears.
+
+    Attributes:
+        module: Path of a module in the block.
+        of: Its first `input`, or its `output`.
+        rows_of: Path of a linear whose rows the tensor has.
+    """
+
+    module: str
+    of: Literal["input", "output"]
+    rows_of: str
+
+    @property
+    def name(self) -> str:
+        """Name under which it is shown."""
+        return f"{self.of} of {self.module}"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a run of a block is to do; see `RunningBlock.run`."""
+
+    watch: Sequence[str]
+    on_input: OnInput | None
+    until: str | None
+    beside: Sequence[Beside]
+    start: tuple[ResumePoint, Kept] | None
+    keep: ResumePoint | None
 
 
 class LoadNonBlock(Protocol):
@@ -87,7 +131,7 @@ class BlockRunner:
     loss_input: str
     max_samples: int = sys.maxsize
     retries: list[str] = field(default_factory=list)
-    _non_block: tuple[Hashable, Tensors] = field(init=False, default_factory=lambda: (None, {}))
+    _non_block: NonBlock = field(init=False, default_factory=lambda: (None, {}))
     _unused_shapes: dict[tuple[str, str], torch.Size] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,22 +141,22 @@ class BlockRunner:
                     module._buffers[key] = buffer.to(self.device)
 
     @contextmanager
-    def block(self, block: BlockId, tensors: Tensors, owner: Hashable) -> Iterator[RunningBlock]:
+    def block(self, block: BlockId, tensors: Tensors, non_block: NonBlock) -> Iterator[RunningBlock]:
         """Prepares a block with weights; several may be open at a time.
 
         Args:
             block: The block.
             tensors: The block's weights by path in the block; they are cast and moved here.
-            owner: Owner of the embeddings and the like that are read on the way, for `load_non_block`.
+            non_block: Embeddings and the like that are read on the way, from `non_block_of`.
         """
         cast = {path: self.cast(tensor) for path, tensor in tensors.items()}
-        running = RunningBlock(self, block, cast, self.non_block_of(block, owner))
+        running = RunningBlock(self, block, cast, non_block)
         try:
             yield running
         finally:
             running.close()
 
-    def non_block_of(self, block: BlockId, owner: Hashable) -> tuple[Hashable, Tensors]:
+    def non_block_of(self, block: BlockId, owner: Hashable) -> NonBlock:
         """Loads what is needed outside the blocks on the way to a block, unless it was the last to be loaded.
 
         Returns:
@@ -135,30 +179,60 @@ class BlockRunner:
         assign_tensors(self.skeleton, tensors)
         self._non_block = (key, tensors)
 
-    def use_non_block(self, non_block: tuple[Hashable, Tensors]) -> None:
+    def use_non_block(self, non_block: NonBlock) -> None:
         """Puts tensors from `non_block_of` in their places, if others are there."""
         if self._non_block[0] != non_block[0]:
             fill_with_nan(self.skeleton, self.device, but=set(non_block[1]))
             assign_tensors(self.skeleton, non_block[1])
             self._non_block = non_block
 
-    def end(self, batch: Batch, outputs: Mapping[int, Output], owner: Hashable) -> Any:
-        """Runs what comes after the last block: final norm and head.
+    def end_non_block(self, owner: Hashable, without: Collection[str] = ()) -> NonBlock:
+        """Loads what is needed after the blocks, unless it was the last to be loaded; see `non_block_of`.
+
+        Args:
+            owner: Owner of the norm and head, for `load_non_block`.
+            without: Names of parameters that are not read after all.
+        """
+        key = ("end", owner, *sorted(without))
+        if self._non_block[0] != key:
+            self._load_non_block(key, self.trace.end.needed - frozenset(without), owner)
+        return self._non_block
+
+    def end(
+        self,
+        batch: Batch,
+        outputs: Mapping[int, Output],
+        non_block: NonBlock,
+        *,
+        watch: Sequence[str] = (),
+        on_input: OnInput | None = None,
+    ) -> Any:
+        """Runs what comes after the last block: final norm and head; only up to the last of `watch`, if it is given.
 
         Args:
             batch: The forward arguments.
             outputs: Stack index → what its last block returned.
-            owner: Owner of the norm and head, for `load_non_block`.
+            non_block: Norm and head, from `end_non_block`.
+            watch: Paths of linears whose inputs are wanted, in the order in which they run.
+            on_input: Called with the valid rows of each input.
 
         Returns:
-            What the model's forward returns, such as an object with `logits`.
+            What the model's forward returns, such as an object with `logits`; `None` if it is stopped.
         """
+        self.use_non_block(non_block)
         inputs = {name: self.cast(tensor) for name, tensor in batch.inputs.items()}
-        key = ("end", owner)
-        if self._non_block[0] != key:
-            fill_with_nan(self.skeleton, self.device)
-            self._load_non_block(key, needed_at_end(self.skeleton, self.trace.order, inputs, outputs), owner)
-        return run_to_end(self.skeleton, inputs, outputs)
+        roles = {role.name: role for role in self.trace.end.roles}
+
+        def see(path: str, x: torch.Tensor) -> None:
+            stack, mask = roles[path].token_stack, None
+            if stack is not None:
+                mask = valid_mask(batch, self.trace.stacks[stack], self.loss_input)
+            assert on_input is not None
+            on_input(path, valid_rows(x, None if mask is None else mask.to(self.device)))
+
+        seen = {path: partial(see, path) for path in watch} if on_input is not None else {}
+        with watched_modules(self.skeleton.model, seen):
+            return run_to_end(self.skeleton, inputs, outputs, until=watch[-1] if watch else None)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Moves a tensor to the device that computes, and casts a floating-point one to the forward's dtype."""
@@ -208,9 +282,7 @@ class RunningBlock:
         non_block: Key and tensors from `BlockRunner.non_block_of`.
     """
 
-    def __init__(
-        self, runner: BlockRunner, block: BlockId, tensors: Tensors, non_block: tuple[Hashable, Tensors]
-    ) -> None:
+    def __init__(self, runner: BlockRunner, block: BlockId, tensors: Tensors, non_block: NonBlock) -> None:
         skeleton, stack = runner.skeleton, runner.trace.stacks[block.stack]
         self._runner, self._block, self._non_block = runner, block, non_block
         self._name = skeleton.stacks[block.stack].block_name(block.index)
@@ -237,7 +309,10 @@ class RunningBlock:
         watch: Sequence[str] = (),
         on_input: OnInput | None = None,
         whole: bool = True,
-    ) -> Output | None:
+        beside: Sequence[Beside] = (),
+        start: tuple[ResumePoint, Kept] | None = None,
+        keep: ResumePoint | None = None,
+    ) -> Any:
         """Runs the block on one batch, in halves where memory does not suffice for all of it at once.
 
         Args:
@@ -246,33 +321,31 @@ class RunningBlock:
             watch: Paths in the block of the linears whose inputs are wanted, in the order in which they run.
             on_input: Called with each input's valid rows, once for each part of the batch.
             whole: Whether the block is run to its end; otherwise only up to the last linear of `watch`.
+            beside: Other tensors that `on_input` is shown.
+            start: Where the run is taken up, and what was kept there; default: at the block's beginning.
+            keep: Where the run stops, at the last linear of `watch`, and what is kept there.
 
         Returns:
-            The block's output, or `None` if it was not run to its end.
+            The block's output; what was kept, if `keep` says so; else `None` if it was not run to its end.
 
         Raises:
             MergeError: If memory does not suffice for a single sample.
         """
         self._runner.use_non_block(self._non_block)
         until = None if whole or any(self._roles[path].calls > 1 for path in watch) else watch[-1]
-        with block_weights(self._module, self._tensors), replaced_forwards(self._forwards):
-            return self._run_samples(batch, outputs, watch, on_input, until, Counter())
+        request = _Request(watch, on_input, until, beside, start, keep)
+        with block_weights(self._module, self._tensors):
+            return self._run_samples(batch, outputs, request, Counter())
 
     def _run_samples(
-        self,
-        batch: Batch,
-        outputs: Mapping[int, Output],
-        watch: Sequence[str],
-        on_input: OnInput | None,
-        until: str | None,
-        seen: Mapping[str, int],
-    ) -> Output | None:
+        self, batch: Batch, outputs: Mapping[int, Output], request: _Request, seen: Mapping[str, int]
+    ) -> Any:
         """Runs some samples; `seen` counts inputs of linears that were shown before a try ran out of memory."""
         runner = self._runner
         if batch.num_samples <= runner.max_samples:
             shown = Counter(seen)
             try:
-                return self._run_batch(batch, outputs, watch, on_input, until, shown)
+                return self._run_batch(batch, outputs, request, shown)
             except LargemergeError:
                 raise
             except Exception as error:  # whatever a model's code raises
@@ -284,39 +357,44 @@ class RunningBlock:
                 torch.cuda.empty_cache()
         half = -(-batch.num_samples // 2)
         parts = [
-            self._run_samples(part, _split(outputs, batch.num_samples, rows), watch, on_input, until, seen)
+            self._run_samples(
+                part,
+                _split(outputs, batch.num_samples, rows),
+                replace(request, start=_split_start(request.start, batch.num_samples, rows)),
+                seen,
+            )
             for part, rows in zip(split_batches([batch], half), (slice(0, half), slice(half, None)), strict=True)
         ]
-        return _joined(parts, half)
+        return _joined(parts, None if request.keep is not None else half)
 
-    def _run_batch(
-        self,
-        batch: Batch,
-        outputs: Mapping[int, Output],
-        watch: Sequence[str],
-        on_input: OnInput | None,
-        until: str | None,
-        shown: Counter[str],
-    ) -> Output | None:
-        """Runs one batch at once; counts in `shown` the inputs of each linear that `on_input` has seen."""
+    def _run_batch(self, batch: Batch, outputs: Mapping[int, Output], request: _Request, shown: Counter[str]) -> Any:
+        """Runs one batch at once; counts in `shown` the tensors of each name that `on_input` has seen."""
         runner, before = self._runner, outputs.get(self._block.stack)
         caught: list[Output] = []
         masks: dict[int, torch.Tensor | None] = {}
         called = Counter[str]()
+        kept: Kept = {"given": None, "known": {}}
+
+        def show(name: str, x: torch.Tensor, rows_of: str) -> None:
+            called[name] += 1
+            if request.on_input is not None and called[name] > shown[name]:
+                role = self._roles[rows_of]
+                mask = self._mask(batch, role.token_stack, masks) if role.token_stack is not None else None
+                request.on_input(name, valid_rows(x, mask.T if mask is not None and role.tokens_first else mask))
+                shown[name] += 1
 
         def see(path: str, x: torch.Tensor) -> None:
-            called[path] += 1
-            if on_input is not None and called[path] > shown[path]:
-                role = self._roles[path]
-                mask = self._mask(batch, role.token_stack, masks) if role.token_stack is not None else None
-                on_input(path, valid_rows(x, mask.T if mask is not None and role.tokens_first else mask))
-                shown[path] += 1
+            if request.keep is not None and path == request.until:
+                kept["given"] = x
+            show(path, x, path)
 
         def visit(*args: Any, **kwargs: Any) -> Output:
             last = caught[-1] if caught else before
             last = last.last if isinstance(last, KeptOutputs) else last
             caught.append(
-                run_until(self._module, until, args, kwargs, *([last] if isinstance(last, SharedOutput) else []))
+                run_until(
+                    self._module, request.until, args, kwargs, *([last] if isinstance(last, SharedOutput) else [])
+                )
             )
             return caught[-1]
 
@@ -324,12 +402,34 @@ class RunningBlock:
             name: runner.nan_tensor(tensor.shape) if name in self._unused_inputs else runner.cast(tensor)
             for name, tensor in batch.inputs.items()
         }
-        watching = watched_linears(self._module, watch, see) if on_input is not None else nullcontext()
-        with watching, resumed_at(runner.skeleton, self._block.stack, self._block.index, self._runs) as run:
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forwards(self._forwards | self._resumed(request.start)))
+            if request.on_input is not None or request.keep is not None:
+                for each in request.beside:
+                    where = {each.module: partial(show, each.name, rows_of=each.rows_of)}
+                    stack.enter_context(watched_modules(self._module, where, of=each.of))
+                linears = {path: partial(see, path) for path in request.watch}
+                stack.enter_context(watched_modules(self._module, linears))
+                own = [path for path in request.keep.known if path not in _known(request.start)] if request.keep else []
+                outs = {path: partial(_keep_copy, kept["known"], path) for path in own}
+                stack.enter_context(watched_modules(self._module, outs, of="output"))
+            run = stack.enter_context(resumed_at(runner.skeleton, self._block.stack, self._block.index, self._runs))
             run(inputs, outputs, visit)
+        if request.keep is not None:
+            kept["known"] |= {path: _known(request.start)[path] for path in request.keep.known if path not in own}
+            return kept
         if caught[-1] is None:
             return None
         return keep_output(caught[-1], before, self._block.index, self._kept)
+
+    def _resumed(self, start: tuple[ResumePoint, Kept] | None) -> dict[torch.nn.Module, Callable[..., Any]]:
+        """Forwards of linears with which a run is taken up where an earlier one has stopped."""
+        if start is None:
+            return {}
+        point, inside = start
+        answers: dict[str, torch.Tensor | None] = dict.fromkeys(point.skipped) | inside["known"]
+        given: dict[str, torch.Tensor] = {path: inside["given"] for path in point.given}
+        return resumed_forwards(self._module, given, answers, self._forwards)
 
     def _mask(self, batch: Batch, stack: int, known: dict[int, torch.Tensor | None]) -> torch.Tensor | None:
         """The valid tokens of a stack, on the device; made once for a batch."""
@@ -411,11 +511,46 @@ def _split(outputs: Mapping[int, Output], num_samples: int, rows: slice) -> dict
     return {stack: tree_map(part, output) for stack, output in outputs.items()}
 
 
-def _joined(parts: Sequence[Output], half: int) -> Output:
-    """Joins the outputs for the first `half` samples of a batch and for the others."""
+def _split_start(
+    start: tuple[ResumePoint, Kept] | None, num_samples: int, rows: slice
+) -> tuple[ResumePoint, Kept] | None:
+    """Takes some samples of what was kept inside a block: tensors by sample, or by sample and token in one.
+
+    Raises:
+        MergeError: If a tensor cannot be cut into samples.
+    """
+    if start is None:
+        return None
+
+    def part(leaf: torch.Tensor) -> torch.Tensor:
+        if leaf.shape[0] % num_samples:
+            raise MergeError(
+                f"out of memory with {num_samples} samples at once, and inputs of linears of shape {list(leaf.shape)} "
+                "cannot be cut into samples; lower calibration.batch_size"
+            )
+        of_sample = leaf.shape[0] // num_samples
+        return leaf[rows.start * of_sample : None if rows.stop is None else rows.stop * of_sample]
+
+    return start[0], tree_map(part, start[1])
+
+
+def _keep_copy(kept: dict[str, torch.Tensor], path: str, output: torch.Tensor) -> None:
+    kept[path] = output.clone()  # the model may add to it in its place
+
+
+def _known(start: tuple[ResumePoint, Kept] | None) -> dict[str, torch.Tensor]:
+    """Outputs of earlier linears that were kept where a run is taken up."""
+    return start[1]["known"] if start is not None else {}
+
+
+def _joined(parts: Sequence[Output], half: int | None) -> Output:
+    """Joins what was made of the first `half` samples and of the others; with `None` every tensor is by sample."""
     flat = [tree_flatten(part) for part in parts]
+
+    def by_sample(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and half in (None, leaf.shape[0])
+
     leaves = [
-        torch.cat(pair) if isinstance(pair[0], torch.Tensor) and pair[0].dim() and pair[0].shape[0] == half else pair[0]
-        for pair in zip(*(leaves for leaves, _ in flat), strict=True)
+        torch.cat(pair) if by_sample(pair[0]) else pair[0] for pair in zip(*(leaves for leaves, _ in flat), strict=True)
     ]
     return tree_unflatten(leaves, flat[0][1])

@@ -12,7 +12,7 @@ between blocks. Nothing is captured once and replayed wrongly, and no mask is st
 earlier (an encoder, for a decoder) answer with their last block's output.
 
     resumed_at    the model up to one block            run_to_end        what comes after the last block, to the logits
-    run_until     a block up to one of its linears     watched_linears   shows inputs of a block's linears
+    run_until     a block up to one of its linears     watched_modules   shows inputs and outputs inside a block
 
 Some blocks hand more to later ones than what they return: Gemma 3n's write their keys and values into a mapping that
 all blocks are given. What a block has changed there travels with its output (`SharedOutput`), and a stub puts it into
@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -43,9 +43,6 @@ What it returns matters only to the model between two runs of one block."""
 
 RunToBlock = Callable[[Mapping[str, torch.Tensor], Mapping[int, Output], Visit], None]
 """Calls the model on inputs, given the last output of each stack, up to the block, and visits it."""
-
-OnInputTensor = Callable[[str, torch.Tensor], None]
-"""Called with a watched linear's path and its input `[..., in]`."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +177,7 @@ def run_to_end(
     inputs: Mapping[str, torch.Tensor],
     outputs: Mapping[int, Output],
     replaced: Mapping[nn.Module, Callable[..., Any]] | None = None,
+    until: str | None = None,
 ) -> Any:
     """Runs what comes after the last block of every stack: final norm, head, logits.
 
@@ -188,12 +186,25 @@ def run_to_end(
         inputs: The forward arguments.
         outputs: Stack index → what its last block returned.
         replaced: Modules → forwards to call instead of their own.
+        until: Path of a module before which the run stops, if any.
 
     Returns:
-        What the model's own forward returns.
+        What the model's own forward returns; `None` if it was stopped.
     """
-    with replaced_forwards(_stubs(skeleton, outputs) | dict(replaced or {})), torch.no_grad():
-        return call_model(skeleton, inputs)
+
+    def enough(*_: Any) -> None:
+        raise _LastLinearReached
+
+    # Hooks run in the order of registration: a watching one has seen the input by now.
+    handle = None if until is None else skeleton.model.get_submodule(until).register_forward_pre_hook(enough)
+    try:
+        with replaced_forwards(_stubs(skeleton, outputs) | dict(replaced or {})), torch.no_grad():
+            return call_model(skeleton, inputs)
+    except _LastLinearReached:
+        return None
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module, Callable[..., Output]]:
@@ -300,13 +311,23 @@ def block_weights(block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iter
 
 
 @contextmanager
-def watched_linears(block: nn.Module, paths: Sequence[str], visit: OnInputTensor) -> Iterator[None]:
-    """Calls `visit` with the input of each linear in `paths`, before it runs."""
+def watched_modules(
+    block: nn.Module, watch: Mapping[str, Callable[[torch.Tensor], None]], *, of: Literal["input", "output"] = "input"
+) -> Iterator[None]:
+    """Shows the first input of modules before they run, or their output afterwards.
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: visit(path, args[0])
-
-    handles = [block.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
+    Args:
+        block: The block.
+        watch: Path in the block → what is called with the tensor.
+        of: What is shown.
+    """
+    handles = []
+    for path, visit in watch.items():
+        module = block.get_submodule(path)
+        if of == "input":
+            handles.append(module.register_forward_pre_hook(lambda _, args, visit=visit: visit(args[0])))
+        else:
+            handles.append(module.register_forward_hook(lambda _, __, output, visit=visit: visit(output)))
     try:
         yield
     finally:

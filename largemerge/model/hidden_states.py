@@ -30,7 +30,10 @@ from largemerge.errors import MergeError
 from largemerge.model.forward import Output
 
 Key = tuple[str, int, int, int]
-"""Stream, data set, batch, stack: two models may each have hidden states of their own on the same data."""
+"""Stream, data set, batch, stack: two models may each have hidden states of their own on the same data.
+
+What is kept inside a block, from linear to linear, is a stream of its own, under stack 0.
+"""
 
 _MAX_WRITES = 2  # under way to the disk at once
 _BLOCK_SIZE = 64  # elements that share a scale in 8 bits; never of two tokens, or a padded one's NaN would spread
@@ -53,6 +56,9 @@ class Store(Protocol):
 
     def prefetch(self, key: Key) -> None:
         """Starts to read `key`, which will be asked for soon."""
+
+    def forget(self, key: Key) -> None:
+        """Frees the tensors of `key`, or gives their room to what is put there next."""
 
     def close(self) -> None:
         """Frees everything."""
@@ -90,6 +96,10 @@ class MemoryStore:
     def prefetch(self, key: Key) -> None:
         """See `Store`; there is nothing to read."""
 
+    def forget(self, key: Key) -> None:
+        """See `Store`."""
+        self.num_bytes -= sum(tensor.nbytes for tensor in self._kept.pop(key))
+
     def close(self) -> None:
         """See `Store`."""
         self._kept.clear()
@@ -117,11 +127,13 @@ class _FileRange:
         offset: First byte of the first tensor; the others follow.
         shapes: Shape of each tensor.
         dtypes: Dtype of each tensor.
+        capacity: Number of bytes that may be written there.
     """
 
     offset: int
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    capacity: int
 
     @property
     def sizes(self) -> list[int]:
@@ -144,6 +156,7 @@ class DiskStore:
         self._reads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-read")
         self._writes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="largemerge-hidden-write")
         self._ranges: dict[Key, _FileRange] = {}
+        self._free: list[tuple[int, int]] = []  # first byte, and the one after the last, in order
         self._reading: dict[Key, Future[list[torch.Tensor]]] = {}
         self._writing: dict[Key, tuple[Future[None], list[torch.Tensor]]] = {}
 
@@ -152,10 +165,13 @@ class DiskStore:
         tensors = [tensor.cpu().contiguous() for tensor in tensors]
         shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
         before = self._ranges.get(key)
-        place = _FileRange(self.num_bytes if before is None else before.offset, shapes, dtypes)
-        if before is None or sum(place.sizes) > sum(before.sizes):
-            place = _FileRange(self.num_bytes, shapes, dtypes)
-            self.num_bytes += sum(place.sizes)
+        size = sum(tensor.nbytes for tensor in tensors)
+        if before is None or size > before.capacity:
+            if before is not None:
+                self._release(before)
+            place = _FileRange(self._room(size), shapes, dtypes, size)
+        else:
+            place = _FileRange(before.offset, shapes, dtypes, before.capacity)
         self._reading.pop(key, None)
         while len(self._writing) >= _MAX_WRITES or key in self._writing:
             self._writing.pop(next(iter(self._writing)))[0].result()
@@ -173,6 +189,35 @@ class DiskStore:
         """See `Store`."""
         if key in self._ranges and key not in self._writing and key not in self._reading:
             self._reading[key] = self._reads.submit(self._read, self._ranges[key])
+
+    def forget(self, key: Key) -> None:
+        """See `Store`."""
+        self._reading.pop(key, None)
+        if key in self._writing:
+            self._writing.pop(key)[0].result()
+        self._release(self._ranges.pop(key))
+
+    def _room(self, size: int) -> int:
+        """Finds the first free range that is large enough, else the end of the file; returns its first byte."""
+        for start, end in self._free:
+            if end - start >= size:
+                self._free.remove((start, end))
+                if end - start > size:
+                    self._free = sorted([*self._free, (start + size, end)])
+                return start
+        start = self.num_bytes
+        self.num_bytes += size
+        return start
+
+    def _release(self, place: _FileRange) -> None:
+        """Gives a range back, joined to free ones beside it: what takes its place may be larger."""
+        joined: list[tuple[int, int]] = []
+        for start, end in sorted([*self._free, (place.offset, place.offset + place.capacity)]):
+            if joined and joined[-1][1] == start:
+                joined[-1] = (joined[-1][0], end)
+            else:
+                joined.append((start, end))
+        self._free = joined
 
     def close(self) -> None:
         """See `Store`."""
@@ -212,6 +257,7 @@ class HiddenStates:
         self._store = store
         self._eight_bit = eight_bit
         self._trees: dict[Key, tuple[list[Any], TreeSpec]] = {}
+        self._stacks: list[int] = []
 
     def __enter__(self) -> HiddenStates:
         return self
@@ -242,6 +288,8 @@ class HiddenStates:
             tensors += parts
         key = (stream, dataset, batch, stack)
         self._trees[key] = (kept, spec)
+        if stack not in self._stacks:
+            self._stacks = sorted([*self._stacks, stack])
         self._store.put(key, tensors)
 
     def get(self, stream: str, dataset: int, batch: int, device: torch.device) -> dict[int, Output]:
@@ -253,9 +301,14 @@ class HiddenStates:
         for key in self._keys(stream, dataset, batch):
             self._store.prefetch(key)
 
+    def forget(self, stream: str, dataset: int) -> None:
+        """Forgets all that a stream has of a data set; the memory is freed, room on a disk is used again."""
+        for key in [key for key in self._trees if key[:2] == (stream, dataset)]:
+            del self._trees[key]
+            self._store.forget(key)
+
     def _keys(self, stream: str, dataset: int, batch: int) -> list[Key]:
-        stacks = sorted({stack for *_, stack in self._trees})
-        return [key for stack in stacks if (key := (stream, dataset, batch, stack)) in self._trees]
+        return [key for stack in self._stacks if (key := (stream, dataset, batch, stack)) in self._trees]
 
     def _output(self, key: Key, device: torch.device) -> Output:
         kept, spec = self._trees[key]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -42,7 +42,10 @@ from largemerge.model.fake_forward import (
     placeholder_tokens,
 )
 from largemerge.model.forward import Output, original_forward, replaced_forwards, run_to_end
-from largemerge.model.skeleton import Skeleton, assign_tensors
+from largemerge.model.inside_block import Residual, ResumePoint, find_residuals, find_resume_points
+from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
+
+_Found = TypeVar("_Found", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class StackTrace:
         output_shapes: Shapes of a block's output tensors, for the trace's samples of `num_tokens` tokens.
         num_tokens: Rows that one sample has in this stack, in the trace.
         kept: Blocks whose output later stacks read, beside the last one's.
+        residuals: Of each block, linear → the tensor to which its output is added; empty where nobody asked.
+        resume_points: Of each block, first linear of those that read one tensor → how a run is taken up there.
         runs: How often each block runs in one forward pass: 0 where the calibration data does not reach it.
     """
 
@@ -96,6 +101,22 @@ class StackTrace:
     num_tokens: int
     runs: tuple[int, ...]
     kept: frozenset[int] = frozenset()
+    residuals: tuple[Mapping[str, Residual], ...] = ()
+    resume_points: tuple[Mapping[str, ResumePoint], ...] = ()
+
+
+@dataclass(frozen=True)
+class EndTrace:
+    """What comes after the blocks: final norms, pooling, projections, the head.
+
+    Attributes:
+        roles: Linears that run there once, and whose output reaches no later block, in the order in which they run, and
+            a head that is tied to the embedding; a `token_stack` of `None` stands for one row by sample, or of images.
+        needed: Names of the parameters outside the stacks that are read there.
+    """
+
+    roles: tuple[LinearRole, ...]
+    needed: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -105,14 +126,21 @@ class ModelTrace:
     Attributes:
         order: Indices of the stacks that run, in the order in which they do.
         stacks: Traces of the stacks in the order of the skeleton.
+        end: Trace of what comes after the blocks.
     """
 
     order: tuple[int, ...]
     stacks: tuple[StackTrace, ...]
+    end: EndTrace
 
 
 def trace_model(
-    skeleton: Skeleton, outline: InputOutline, examples: Examples | None = None, where: str = ""
+    skeleton: Skeleton,
+    outline: InputOutline,
+    examples: Examples | None = None,
+    where: str = "",
+    *,
+    inside: bool = False,
 ) -> ModelTrace:
     """Proves that the model can be run block by block, and learns what the run needs to know.
 
@@ -121,6 +149,7 @@ def trace_model(
         outline: Shapes and dtypes of the forward arguments that the calibration data will give.
         examples: Integers of the first samples, where images or sounds stand beside tokens.
         where: Candidate and data that the outline is of, for messages.
+        inside: Whether to look into the blocks, too, for runs from linear to linear.
 
     Raises:
         ArchitectureError: If the model cannot be run on such input, or not block by block.
@@ -131,9 +160,12 @@ def trace_model(
             _compare_resumed(fake)
             depending = _depending_on_tokens(fake)
             stacks = tuple(
-                _trace_stack(fake, index, depending) if index in fake.order else _unused_stack(len(stack.blocks))
+                _trace_stack(fake, index, depending, inside=inside)
+                if index in fake.order
+                else _unused_stack(len(stack.blocks))
                 for index, stack in enumerate(skeleton.stacks)
             )
+            end = _trace_end(fake, stacks)
         except LargemergeError:
             raise
         except Exception as error:  # whatever a model's code raises when it is resumed in the middle
@@ -142,7 +174,7 @@ def trace_model(
                 f"{skeleton.class_name}: the forward pass cannot be resumed at a block ({type(error).__name__}: "
                 f"{reason}); this model cannot be merged block by block: use a method that needs no data"
             ) from error
-    return ModelTrace(tuple(fake.order), stacks)
+    return ModelTrace(tuple(fake.order), stacks, end)
 
 
 def _find_kept(fake: FakeModel) -> None:
@@ -190,7 +222,7 @@ def _unused_stack(num_blocks: int) -> StackTrace:
     return StackTrace(None, False, nothing, nothing, nothing, nothing, ((),) * num_blocks, (), 0, (0,) * num_blocks)
 
 
-def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> StackTrace:
+def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int], *, inside: bool) -> StackTrace:
     blocks = fake.skeleton.stacks[stack].blocks
     records = fake.records[stack]
     assert 0 in records, "the first block of a stack runs first"
@@ -201,6 +233,9 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> Stac
     roles = {index: _roles(entry, rows, stack) for index, entry in records.items()}
     later = [index for index in records if index > 0]
     needed = [_needed_tensors(fake, stack, index) for index in later]
+    looked_into = [index for index in records if inside and runs[index] == 1]
+    residuals = {index: find_residuals(fake, stack, index) for index in looked_into}
+    resume_points = {index: _resume_points(fake, stack, index, roles[index]) for index in looked_into}
     leaves = [tree_flatten(entry.output)[0] for entry in records.values()]
     outputs = [[leaf for leaf in own if isinstance(leaf, torch.Tensor)] for own in leaves]
     output = max(outputs, key=lambda own: sum(leaf.numel() for leaf in own))
@@ -217,7 +252,76 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int]) -> Stac
         num_tokens=rows[stack][1],
         runs=runs,
         kept=fake.kept.get(stack, frozenset()),
+        residuals=_of_like_blocks(blocks, residuals) if inside else (),
+        resume_points=_of_like_blocks(blocks, resume_points) if inside else (),
     )
+
+
+def _resume_points(fake: FakeModel, stack: int, index: int, roles: Sequence[LinearRole]) -> dict[str, ResumePoint]:
+    """How runs of a block are taken up, by the first of the linears that read one tensor; only where it works."""
+    if any(role.calls > 1 for role in roles):
+        return {}
+    groups: dict[str, list[str]] = {}
+    for role in roles:
+        groups.setdefault(role.group, []).append(role.name)
+    points = find_resume_points(fake, stack, index, list(groups.values()))
+    return {leader: point for leader, point in zip(groups, points, strict=True) if point is not None}
+
+
+def _trace_end(fake: FakeModel, stacks: Sequence[StackTrace]) -> EndTrace:
+    """Runs what comes after the blocks, and sees which linears run there, on which rows."""
+    skeleton, outputs = fake.skeleton, {stack: fake.outputs(stack) for stack in fake.order}
+    reads: list[tuple[str, torch.Tensor]] = []
+    in_blocks: list[int] = []
+    prefixes = tuple(f"{stack.name}." for stack in skeleton.stacks)
+    linears = {name: linear for name, linear in linears_in(skeleton.model).items() if not name.startswith(prefixes)}
+    model: Any = skeleton.model
+    head = model.get_output_embeddings()
+    replaced: dict[nn.Module, Callable[..., Any]] = {}
+    if isinstance(head, nn.Linear):  # a made-up matrix of the vocabulary's size would have to be written out
+        replaced[head] = lambda x: x.new_zeros((*x.shape[:-1], head.out_features))
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: reads.append((name, args[0])) if in_blocks and args else None
+
+    first = skeleton.stacks[fake.order[0]].blocks[0]
+    handles = [first.register_forward_pre_hook(lambda *_: in_blocks.append(0))]
+    handles += [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        run_to_end(skeleton, fake.inputs, outputs, replaced)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = {number: _samples_and_tokens(fake, fake.records[number][0].arguments[0]) for number in fake.order}
+    reaching = frozenset[str]().union(*(stack.needed_by_first | stack.needed_by_later for stack in stacks))
+    parameters = {id(parameter): name for name, parameter in skeleton.model.named_parameters()}
+    tensors, images = dict(reads), stacks[fake.order[-1]].token_input is None
+
+    def is_known(role: LinearRole) -> bool:
+        """Whether the rows of a linear's input are known, and what it computes reaches no later block."""
+        linear = linears[role.name]
+        reaches = parameters[id(linear.weight)] in reaching and linear is not head  # a tied head is the embedding
+        pooled = [size for size in tensors[role.name].shape[:-1] if size != 1] == [NUM_SAMPLES]
+        return role.calls == 1 and not reaches and (role.token_stack is not None or images or pooled)
+
+    roles = filter(is_known, _roles(BlockRecord([], None, reads), rows, fake.order[-1]))
+    return EndTrace(tuple(roles), needed_at_end(skeleton, fake.order, fake.inputs, outputs))
+
+
+def _of_like_blocks(blocks: Sequence[nn.Module], known: Mapping[int, _Found]) -> tuple[_Found, ...]:
+    """What is known of some blocks, for all of them: others are like the second and the last of their kind, or empty.
+
+    What is empty costs time or exactness of a method, and is told; so two that differ are no error here.
+    """
+    members: dict[str, list[int]] = {}
+    for index, block in enumerate(blocks):
+        members.setdefault(block_kind(block, index), []).append(index)
+    found: dict[int, Any] = {}
+    for own in members.values():
+        recorded = [known[index] for index in own if index in known]
+        same = recorded[-1] if recorded and recorded[-1] == recorded[max(0, len(recorded) - 2)] else {}
+        found |= {index: known.get(index, same) for index in own}
+    return tuple(found[index] for index in range(len(blocks)))
 
 
 def _roles_of_all(

@@ -14,6 +14,7 @@ tensors are read for their forward passes anyway, so the averages are made along
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -90,6 +91,74 @@ def _merge_mapped(plan: TensorPlan, weights: Weights, shares: Sequence[float]) -
     else:
         loaded = [weights.read_candidate(index, [plan.name])[plan.name] for index in list(numbers)[: len(sources)]]
         weights.store({plan.name: weighted_average(loaded, shares, plan.dtype)})
+
+
+@dataclass(frozen=True)
+class RowsOfModels:
+    """Rows of one tensor of all candidates, and of the base if it is wanted, on the way from disk to disk.
+
+    Attributes:
+        num_rows: Number of rows of the output.
+        by_rows: Whether some rows can be read and written for themselves.
+        read: Reads the rows of a slice, of one model after the other.
+        write: Writes merged rows.
+    """
+
+    num_rows: int
+    by_rows: bool
+    read: Callable[[slice], list[torch.Tensor]]
+    write: Callable[[torch.Tensor, slice], None]
+
+
+def rows_of_models(name: str, dtype: torch.dtype, weights: Weights, *, with_base: bool) -> RowsOfModels:
+    """Prepares to merge a matrix outside the blocks row by row; called on rank 0 alone.
+
+    Args:
+        name: Parameter name of the matrix; all candidates have it.
+        dtype: Dtype in which it is written.
+        weights: Reads candidates and base, writes the output.
+        with_base: Whether the base's rows come after those of the candidates.
+    """
+    inputs, writer = weights.inputs, weights.own_writer
+    out = inputs.reference_mapping
+    key = out.renamed.get(out.canonical(name))
+    mappings = [*inputs.candidate_mappings, *([inputs.base_mapping] if with_base and inputs.base_mapping else [])]
+    readers = [*weights.readers, *([weights.base_reader] if with_base and weights.base_reader is not None else [])]
+    num_rows = inputs.skeleton.model.get_parameter(name).shape[0]
+    keys = [mapping.renamed.get(mapping.canonical(name)) for mapping in mappings]
+    if inputs.tokens is not None and name in inputs.tokens.parameters and key is not None:
+        by_model = inputs.token_keys(name)
+        tokens = token_reader(
+            inputs.tokens, list(by_model), by_model, {r.checkpoint.name: r for r in weights.all_readers}
+        )
+        places = [list(by_model).index(reader.checkpoint.name) for reader in readers]
+
+        def read_tokens(rows: slice) -> list[torch.Tensor]:
+            found = list(tokens.read(rows))
+            return [found[place] for place in places]
+
+        return RowsOfModels(
+            num_rows, True, read_tokens, lambda tensor, rows: writer.write(key, tensor, first_row=rows.start)
+        )
+    plain = key is not None and all(keys)
+    infos = [reader.checkpoint.tensors[own] for reader, own in zip(readers, keys, strict=True) if own] if plain else []
+    if (
+        plain
+        and key is not None
+        and not any([weights.output[key].quantization, *(info.quantization for info in infos)])
+    ):
+        return RowsOfModels(
+            num_rows,
+            True,
+            lambda rows: [reader.read(own, rows) for reader, own in zip(readers, keys, strict=True) if own],
+            lambda tensor, rows: writer.write(key, tensor, first_row=rows.start),
+        )
+
+    def read_whole(_: slice) -> list[torch.Tensor]:
+        whole = [weights.read_candidate(index, [name])[name] for index in range(len(weights.readers))]
+        return whole + ([weights.read_base([name])[name]] if with_base else [])
+
+    return RowsOfModels(num_rows, False, read_whole, lambda tensor, _: weights.store({name: tensor.to(dtype)}))
 
 
 def _average_tokens(

@@ -5,6 +5,12 @@
         └── output, if the ──┘
             pass makes the next hidden states
 
+Linear by linear, what is merged so far is run in its place; and where linears are held against the candidate's own
+features, the candidate's block beside it, batch by batch:
+
+    candidate's hidden states ─► candidate's block ─► inputs X', hidden states ─┐
+    merged hidden states ──────► merged so far ─────► inputs X, hidden states ──┴─► _Pairs ─► GroupSums
+
 Where several ranks share the work, those that have parts of the same last candidate add up its Grams, and each
 computes some rows of the right-hand sides. A group's sums are reduced to the rank that solves it as soon as this
 rank's last candidate has been added, while the next group's are finished.
@@ -12,21 +18,25 @@ rank's last candidate has been added, while the next group's are finished.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from largemerge.checkpoint.tensor_info import Tensors, dtype_name
 from largemerge.errors import MergeError
-from largemerge.model.block_runner import BlockId, BlockRunner, OnInput
+from largemerge.model.block_runner import Beside, BlockId, BlockRunner, NonBlock, OnInput
+from largemerge.model.forward import Output
 from largemerge.model.hidden_states import HiddenStates
+from largemerge.model.inside_block import ResumePoint
 from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RunningAverages
-from largemerge.regression.gram import Scratch
-from largemerge.regression.group_sums import GroupSums, differences, new_sums
+from largemerge.regression.gram import GRAM_DTYPE, Scratch
+from largemerge.regression.group_sums import Features, GroupSums, differences, features_by_rows, new_sums
 from largemerge.regression.methods import RegressionMethod, Stream
-from largemerge.regression.passes import BlockPass
+from largemerge.regression.passes import BlockPass, beside_of
 from largemerge.regression.rank_exchange import PassExchange, RankExchange
 from largemerge.regression.samples import RankSamples
 from largemerge.regression.tensor_plan import BlockPlan, LinearGroup
@@ -41,18 +51,14 @@ class EngineSettings:
     """Settings of the method, and how reading and writing overlap with computing.
 
     Attributes:
-        method: The method's row in the table.
+        method: The method's row in the table, as the user has set it.
         shares: c_i / Σ c, by candidate.
-        off_diagonal_scale: The factor s on a Gram's off-diagonal.
-        ridge: λ as a fraction of the mean diagonal.
         prefetch: Whether the next block is read while the present one computes.
         write_in_background: Whether a merged block is written while the next one is merged.
     """
 
     method: RegressionMethod
     shares: tuple[float, ...]
-    off_diagonal_scale: float
-    ridge: float
     prefetch: bool = True
     write_in_background: bool = False
 
@@ -93,6 +99,7 @@ class Collector:
         block_pass: BlockPass,
         blocks_of_candidates: BlocksOfCandidates,
         pass_exchange: PassExchange,
+        merged: Tensors,
         *,
         advance: bool,
     ) -> Collected:
@@ -103,10 +110,11 @@ class Collector:
             block_pass: The groups to collect for, and what is read for them.
             blocks_of_candidates: Gives the tensors of the next candidate that this rank wants.
             pass_exchange: Exchanges sums with other ranks.
+            merged: The block's tensors that are merged already, for passes that go linear by linear.
             advance: Whether the candidates' hidden states move on.
         """
         averages = RunningAverages(block.tensors if block_pass.averages else (), self.settings.shares)
-        scale, device = self.settings.off_diagonal_scale, self.samples.runner.device
+        scale, device = self.settings.method.off_diagonal_scale, self.samples.runner.device
         sums = {group.leader: new_sums(group, scale, device, self._scratch) for group in block_pass.groups}
         bytes_read = 0
         solved = {linear.name for group in block_pass.groups for linear in group.linears}
@@ -123,7 +131,8 @@ class Collector:
             if index == 0 or self.rank_exchange.is_primary(index):
                 averages.add(index, tensors)
             if self.rank_exchange.has_data(index) and (block_pass.groups or advance):
-                self._run(block, block_pass, index, tensors, anchor, sums, advance=advance)
+                self._start_candidate(block, block_pass, index, tensors, anchor, sums)
+                self._run(block, block_pass, index, tensors, merged, sums, advance=advance)
                 for group in pass_exchange.groups:
                     if sums[group.leader].needs_all_reduce:
                         pass_exchange.all_reduce_gram(group.leader, sums[group.leader])
@@ -139,7 +148,7 @@ class Collector:
         pass_exchange.reduce_averages(averages)
         return Collected(sums, averages, anchor, bytes_read)
 
-    def _run(
+    def _start_candidate(
         self,
         block: BlockPlan,
         block_pass: BlockPass,
@@ -147,27 +156,71 @@ class Collector:
         tensors: Tensors,
         anchor: Tensors,
         sums: Mapping[str, GroupSums],
-        *,
-        advance: bool,
     ) -> None:
-        """Runs one candidate's block on its own data and builds its Gram matrices."""
-        stacks = {group.leader: block.stack_of(group) for group in block_pass.groups}
+        """Begins the sums of one candidate."""
+        method = self.settings.method
         for group in block_pass.groups:
-            tokens = self.samples.num_rows(index, stacks[group.leader])
-            difference = None if index == 0 else differences(group, tensors, anchor)
+            stack = block.stack_of(group)
+            tokens, own_tokens = self.samples.num_rows(index, stack), self.samples.num_own_rows(index, stack)
+            features = None
+            if method.compares:
+                by_rows = features_by_rows(own_tokens, group.num_inputs, group.num_outputs)
+                features = Features(method.target, method.drift, differences(group, tensors, None), by_rows)
             sums[group.leader].start_candidate(
                 self.settings.shares[index],
                 tokens,
-                difference,
-                self.rank_exchange.part(index, self.samples.num_own_rows(index, stacks[group.leader])),
+                None if index == 0 else differences(group, tensors, anchor),
+                self.rank_exchange.part(index, own_tokens),
+                features,
             )
 
-        def add(path: str, x_NI: torch.Tensor) -> None:
-            with self.clock.stage("gram"):
-                sums[path].add_rows(x_NI)
+    def _run(
+        self,
+        block: BlockPlan,
+        block_pass: BlockPass,
+        index: int,
+        tensors: Tensors,
+        merged: Tensors,
+        sums: Mapping[str, GroupSums],
+        *,
+        advance: bool,
+    ) -> None:
+        """Runs one candidate's data through a block and builds its Gram matrices, batch by batch.
 
+        Where linears are held against the candidate's own features, or what is merged so far is run while the
+        candidate's hidden states move on, every batch is run twice: through the candidate, then as the method says.
+        """
+        method, leaders = self.settings.method, [group.leader for group in block_pass.groups]
+        beside = block_pass.beside if method.drift > 0 else ()
+        paired = _Pairs(block_pass, method, sums, self.clock)
+        weights = merged if block_pass.by_linear else tensors
+        inside = {"start": block_pass.start, "keep": block_pass.keep}
+        alone = not method.compares and not (block_pass.by_linear and method.inputs == "candidate" and advance)
+        watched = Watched(leaders, paired.add, beside)
+        runs = []
+        if not alone:
+            own = Watched(leaders, paired.note, beside) if method.compares else Watched()
+            runs.append(
+                self.samples.run(
+                    block,
+                    index,
+                    tensors,
+                    "candidate",
+                    advance=advance,
+                    watched=own,
+                    inside=Inside("candidate", **inside) if method.compares else Inside("candidate"),
+                )
+            )
+        if leaders or alone:
+            where = Inside("merged", **inside) if block_pass.by_linear else Inside("merged")
+            runs.append(
+                self.samples.run(
+                    block, index, weights, method.inputs, advance=advance and alone, watched=watched, inside=where
+                )
+            )
         with self.clock.stage("candidate_forward"):
-            for _ in self.samples.run(block, index, tensors, advance=advance, watch=list(stacks), on_input=add):
+            for _ in zip(*runs, strict=True):
+                paired.end_batch()
                 self.watcher.step(block.name, "collect", self.names[index])
 
     def _finish_candidate(self, block: BlockPlan, group: LinearGroup, index: int, sums: GroupSums) -> None:
@@ -195,6 +248,94 @@ class Collector:
         )
 
 
+class _Pairs:
+    """Adds the inputs of linears to their sums, beside the same rows in the candidate itself.
+
+    Args:
+        block_pass: The pass.
+        method: The method.
+        sums: Leader of a group → its sums.
+        clock: Counts the seconds.
+    """
+
+    def __init__(
+        self, block_pass: BlockPass, method: RegressionMethod, sums: Mapping[str, GroupSums], clock: Clock
+    ) -> None:
+        self._groups = {group.leader: group for group in block_pass.groups}
+        self._method, self._sums, self._clock = method, sums, clock
+        self._own: dict[str, list[torch.Tensor]] = {}
+        self._seen: dict[str, list[torch.Tensor]] = {}
+
+    def note(self, name: str, rows: torch.Tensor) -> None:
+        """Keeps rows of the candidate itself until those of the other run come."""
+        self._own.setdefault(name, []).append(rows)
+
+    def add(self, name: str, x_NI: torch.Tensor) -> None:
+        """Adds the inputs of a group's linears; keeps what is seen beside them until they come."""
+        if name not in self._groups:
+            self._seen.setdefault(name, []).append(x_NI)
+            return
+        with self._clock.stage("gram"):
+            self._sums[name].add_rows(x_NI)
+        if self._method.compares:
+            with self._clock.stage("features"):
+                target_NI = self._take(self._own, name, len(x_NI)) if self._method.target > 0 else None
+                self._sums[name].add_features(x_NI, target_NI, self._drift(self._groups[name], len(x_NI)))
+
+    def _drift(self, group: LinearGroup, num_rows: int) -> dict[str, torch.Tensor]:
+        """Drift of the hidden states to which the group's linears add their outputs, float32, by linear."""
+        linears = [linear for linear in group.linears if linear.residual is not None] if self._method.drift > 0 else []
+        parts: dict[str, torch.Tensor] = {}
+        for name in dict.fromkeys(each.name for linear in linears for each in beside_of(linear)):
+            own, seen = (self._take(rows, name, num_rows) for rows in (self._own, self._seen))
+            parts[name] = own.to(GRAM_DTYPE) - seen.to(GRAM_DTYPE)
+        return {
+            linear.path: functools.reduce(torch.add, (parts[each.name] for each in beside_of(linear)))
+            for linear in linears
+        }
+
+    def _take(self, rows: dict[str, list[torch.Tensor]], name: str, count: int) -> torch.Tensor:
+        """The next `count` rows of a name: a run that was cut in parts gives them in parts."""
+        known = torch.cat(rows[name]) if len(rows[name]) > 1 else rows[name][0]
+        assert len(known) >= count, name
+        rows[name] = [known[count:]]
+        return known[:count]
+
+    def end_batch(self) -> None:
+        """Forgets the rows of a batch."""
+        self._own.clear()
+        self._seen.clear()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is watched in a run of a block: leaders of groups, tensors beside, and what is called with their rows."""
+
+    leaders: Sequence[str] = ()
+    on_input: OnInput | None = None
+    beside: Sequence[Beside] = ()
+
+
+@dataclass(frozen=True)
+class Inside:
+    """How runs of a block are taken up, and stop, inside it.
+
+    Attributes:
+        stream: Whose weights run: of a candidate, or merged ones.
+        start: Where the runs are taken up; `None` for the beginning.
+        keep: Where they stop and keep what the next needs; `None` where it starts at the beginning.
+    """
+
+    stream: Stream
+    start: ResumePoint | None = None
+    keep: ResumePoint | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the stream of hidden states that holds what was kept."""
+        return f"inside {self.stream}"
+
+
 @dataclass(frozen=True)
 class SampleRunner:
     """Runs blocks on this rank's part of the candidates' calibration data.
@@ -202,18 +343,21 @@ class SampleRunner:
     Attributes:
         runner: Runs a block on one batch.
         samples: This rank's batches of every candidate.
-        hidden_states: The hidden states between blocks.
-        stream: Whose blocks make the hidden states: the candidates' own, or the merged ones.
+        hidden_states: The hidden states between blocks, and inside of one.
     """
 
     runner: BlockRunner
     samples: RankSamples
     hidden_states: HiddenStates
-    stream: Stream
+    _merged_non_block: dict[tuple[int, bool], NonBlock] = field(init=False, default_factory=dict)
 
-    def owner(self, candidate: int) -> Hashable:
-        """Owner of the embeddings and the like that a candidate's data goes through."""
-        return candidate if self.stream == "candidate" else MERGED
+    def merged_non_block(self, block: BlockPlan) -> NonBlock:
+        """Collective, the first time: reads merged embeddings and the like, whether this rank has data or not."""
+        key = (block.stack, block.index == 0)
+        if key not in self._merged_non_block:
+            self._merged_non_block.clear()
+            self._merged_non_block[key] = self.runner.non_block_of(BlockId(block.stack, block.index), MERGED)
+        return self._merged_non_block[key]
 
     def num_rows(self, candidate: int, stack: int) -> int:
         """Number of valid rows of a candidate's data in a stack, on all ranks together."""
@@ -228,31 +372,60 @@ class SampleRunner:
         block: BlockPlan,
         candidate: int,
         tensors: Tensors,
+        stream: Stream,
         *,
         advance: bool,
-        watch: Sequence[str] = (),
-        on_input: OnInput | None = None,
+        watched: Watched | None = None,
+        inside: Inside | None = None,
+        on_output: Callable[[int, Output], None] | None = None,
     ) -> Iterator[None]:
-        """Runs a block on all batches of one candidate, and pauses after each.
+        """Runs a block on all batches of one candidate, and pauses after each; what it makes is stored afterwards.
 
         Args:
             block: The block.
             candidate: Number of the candidate whose data is run.
             tensors: The block's weights, by parameter name.
+            stream: Whose hidden states enter the block, and whose embeddings and the like are used on the way.
             advance: Store the block's output as the next hidden states; otherwise it is run only as far as the last
-                linear of `watch`.
-            watch: Paths in the block of the linears whose inputs are wanted, in the order in which they run.
-            on_input: Called with the valid rows of each input.
+                of the watched linears.
+            watched: What is watched.
+            inside: Where in the block the runs start and stop.
+            on_output: Called with the number of the batch and the output that is stored.
         """
         prefix, device = block.name + ".", self.runner.device
+        watched, where = watched or Watched(), BlockId(block.stack, block.index)
+        start = inside.start if inside is not None else None
+        keep = inside.keep if inside is not None and not advance else None
         weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        with self.runner.block(BlockId(block.stack, block.index), weights, self.owner(candidate)) as running:
+        merged = stream == "merged"
+        non_block = self.merged_non_block(block) if merged else self.runner.non_block_of(where, candidate)
+        states = [stream, *([inside.name] if inside is not None and start is not None else [])]
+        with self.runner.block(where, weights, non_block) as running:
             del weights
             for number, batch in enumerate(self.samples.calibration[candidate].batches):
-                self.hidden_states.prefetch(self.stream, candidate, number + 1)
-                outputs = self.hidden_states.get(self.stream, candidate, number, device)
-                output = running.run(batch, outputs, watch=watch, on_input=on_input, whole=advance)
+                for name in states:
+                    self.hidden_states.prefetch(name, candidate, number + 1)
+                outputs = self.hidden_states.get(stream, candidate, number, device)
+                resume = None
+                if start is not None:
+                    kept: Any = self.hidden_states.get(states[-1], candidate, number, device)[0]
+                    resume = (start, kept)
+                output = running.run(
+                    batch,
+                    outputs,
+                    watch=watched.leaders,
+                    on_input=watched.on_input,
+                    whole=advance,
+                    beside=watched.beside,
+                    start=resume,
+                    keep=keep,
+                )
+                del outputs, resume
+                yield  # another run, which takes turns with this one, may need the same hidden states
                 if advance:
-                    self.hidden_states.put(self.stream, candidate, number, block.stack, output)
-                del output, outputs
-                yield
+                    self.hidden_states.put(stream, candidate, number, block.stack, output)
+                    if on_output is not None:
+                        on_output(number, output)
+                elif keep is not None and inside is not None:
+                    self.hidden_states.put(inside.name, candidate, number, 0, output)
+                del output

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ from largemerge.config_file import (
     without_helpers,
 )
 from largemerge.errors import ConfigError
-from largemerge.regression.methods import METHODS, RegressionMethod
+from largemerge.regression.methods import METHODS, Anchor, Granularity, Part, RegressionMethod, Stream
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 
 
@@ -62,12 +63,27 @@ class CandidateConfig(Strict):
 
 
 class MethodParameters(Strict):
-    """Settings of the regression methods."""
+    """Settings of the regression methods; what is not set is as the method's row in the table says."""
 
-    off_diagonal_scale: float = Field(0.95, ge=0, le=1)
+    inputs: Stream | None = None
+    """Whose hidden states enter a block: `candidate` or `merged`."""
+    granularity: Granularity | None = None
+    """Inside a block a linear's inputs come from the candidate's weights (`block`), or from the merged ones so far
+    (`linear`)."""
+    target: float | None = Field(None, ge=0, le=1)
+    """β: from the candidate's weight on the merged inputs (0) to the candidate's own features (1)."""
+    drift: float | None = Field(None, ge=0, le=1)
+    """γ: the share of the drift that is paid back where a linear's output is added to the hidden states."""
+    anchor: Anchor | None = None
+    """What is kept where the data says nothing: `average`, `base` or `task_arithmetic`."""
+    anchor_scale: float | None = Field(None, ge=-10, le=10)
+    """The scale of the sum of task vectors, for `anchor: task_arithmetic`."""
+    off_diagonal_scale: float | None = Field(None, ge=0, le=1)
     """The factor s on a Gram's off-diagonal (FusionBench: `reduce_non_diagonal_ratio`; MergeBench: `reduction`)."""
-    ridge: float = Field(1.0e-6, ge=0, le=1)
-    """Pull towards the average, as a fraction of the mean diagonal of the summed Gram (see `solve.py`)."""
+    ridge: float | None = Field(None, ge=0, le=1)
+    """Pull towards the anchor, as a fraction of the mean diagonal of the summed Gram (see `solve.py`)."""
+    solve: tuple[Part, ...] | None = Field(None, min_length=1)
+    """What is solved: `blocks`, `head`; everything else is averaged."""
     include: tuple[Regex, ...] = ()
     """Regexes on names of parameters that are solved; all linears of the blocks if empty."""
     exclude: tuple[Regex, ...] = ()
@@ -103,6 +119,9 @@ class OutputConfig(Strict):
     """bitsandbytes format of every linear that Transformers would quantise; default: not quantised."""
     double_quant: bool | None = None
     """Whether 4-bit formats quantise the scales of the blocks, too; default: yes."""
+
+
+_METHOD_SETTINGS = frozenset(MethodParameters.model_fields) - {"include", "exclude"}
 
 
 def _check_method(value: object) -> object:
@@ -157,8 +176,10 @@ class MergeConfig(Strict):
 
     @property
     def method(self) -> RegressionMethod:
-        """The method's row in the table."""
-        return METHODS[self.merge_method]
+        """The method's row in the table, with what the user has set instead."""
+        row = METHODS[self.merge_method]
+        settings = {name: getattr(self.parameters, name) for name in _METHOD_SETTINGS}
+        return replace(row, **{name: value for name, value in settings.items() if value is not None})
 
     @property
     def vocabulary(self) -> TokenizerSettings | None:
@@ -216,14 +237,21 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
     problems = list(_cross_checks(config))
     if problems:
         raise ConfigError(*grouped(problems))
-    return _with_absolute_paths(config, folders)
+    return _with_settings(_with_absolute_paths(config, folders))
 
 
 def _cross_checks(config: MergeConfig) -> Iterator[str]:
     """Mistakes that show only when several keys are seen together."""
-    yield from (f"merge_method: {problem}" for problem in config.method.not_built())
-    for name in sorted(config.parameters.model_fields_set - config.method.parameters - {"include", "exclude"}):
-        yield f"parameters.{name}: {config.merge_method} has no such parameter"
+    taken = METHODS[config.merge_method].parameters
+    foreign = {name for name in _METHOD_SETTINGS - taken if getattr(config.parameters, name) is not None}
+    for name in sorted(foreign):
+        yield f"parameters.{name}: {config.merge_method} has no such parameter; it takes {', '.join(sorted(taken))}"
+    if not foreign:
+        yield from (f"parameters.{mistake}" for mistake in config.method.mistakes())
+    if config.method.anchor != "average" and config.base_model is None:
+        yield f"parameters.anchor: {config.method.anchor!r} needs a 'base_model'"
+    if config.parameters.anchor_scale is not None and config.method.anchor != "task_arithmetic":
+        yield "parameters.anchor_scale: is for 'anchor: task_arithmetic'"
     for name, count in sorted(Counter(config.names).items()):
         if count > 1:
             yield f"models: {count} candidates are called {shown(name)}; give each a 'name' of its own"
@@ -261,6 +289,14 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
             yield f"{where}.calibration: {' and '.join(map(repr, texts))} exclude each other"
         if calibration.pack and calibration.loss_mask_field is not None:
             yield f"{where}.calibration: 'pack' and 'loss_mask_field' exclude each other"
+
+
+def _with_settings(config: MergeConfig) -> MergeConfig:
+    """A copy in which every setting that the method takes is set, so that reports and resumed runs know it."""
+    without = set() if config.method.anchor == "task_arithmetic" else {"anchor_scale"}
+    taken = METHODS[config.merge_method].parameters - without
+    settings = {name: getattr(config.method, name) for name in sorted(taken)}
+    return config.model_copy(update={"parameters": config.parameters.model_copy(update=settings)})
 
 
 _SOURCES = ("tokenizer_source", "tokenizer.source")

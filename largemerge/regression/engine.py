@@ -6,11 +6,13 @@ For every block:
     every group's sums → solved → the merged block → written in the background                   group_sums.py, here
     the merged block → run on all hidden states → the next ones (RegMean++)                      collect.py
 
-Where memory is short, the first two steps are done in several passes, each for some of the block's linears.
+The first two steps are done in several passes, each for some of the block's linears, where memory is short, and where
+a method goes linear by linear: then the runs of a pass go on where those of the pass before have stopped (passes.py).
 
-RegMean (arXiv 2212.09849) and RegMean++ (arXiv 2508.03121) differ in whose hidden states enter a block. In RegMean
-they come from the candidate's own blocks, so they move on in the first step, and embeddings are the candidate's own.
-In RegMean++ they come from the merged blocks before, so the third step makes them.
+Methods differ in whose hidden states enter a block. In RegMean (arXiv 2212.09849) they come from the candidate's own
+blocks, so they move on in the first step, and embeddings are the candidate's own. In RegMean++ (arXiv 2508.03121) they
+come from the merged blocks before, so the third step makes them. Methods that hold the merged model against the
+candidates keep both, and know by how much they differ (drift.py).
 
 One block is written while the next one is merged:
 
@@ -36,15 +38,16 @@ from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.devices import SideStream, Transfer
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import MergeError
-from largemerge.model.block_runner import BlockId
 from largemerge.progress import Clock, Watcher
-from largemerge.regression.collect import BlocksOfCandidates, Collector, EngineSettings, SampleRunner
+from largemerge.regression.collect import BlocksOfCandidates, Collector, EngineSettings, Inside, SampleRunner
+from largemerge.regression.drift import Drift, relative
 from largemerge.regression.gram import float32_means_float32
-from largemerge.regression.group_sums import GroupSums, weight_from_sums
+from largemerge.regression.group_sums import GroupSums, differences, weight_from_sums
+from largemerge.regression.head import HEAD, HeadSolver
 from largemerge.regression.passes import BlockPass
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
-from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule
-from largemerge.regression.weights import MERGED, Weights
+from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, MergeRule
+from largemerge.regression.weights import Weights
 
 JsonObject = dict[str, Any]
 
@@ -58,6 +61,7 @@ class Engine:
         names: Names of the candidates.
         blocks: The blocks in the order in which they run.
         passes: Name of a block → its passes.
+        head: What is solved outside the blocks.
         weights: Reads candidates, writes the output.
         samples: Runs blocks on this rank's calibration data.
         watcher: Notified of every step.
@@ -69,6 +73,7 @@ class Engine:
     names: tuple[str, ...]
     blocks: tuple[BlockPlan, ...]
     passes: Mapping[str, tuple[BlockPass, ...]]
+    head: HeadPlan
     weights: Weights
     samples: SampleRunner
     watcher: Watcher
@@ -86,8 +91,8 @@ class Engine:
         """Merges every block that is not in `finished`; those are only run forward, to rebuild hidden states.
 
         Args:
-            finished: Names of the blocks that are on disk already.
-            done: Called on rank 0 with each merged block's name and report, once it is written.
+            finished: Names of the blocks, and of the head, that are on disk already.
+            done: Called on rank 0 with the name and report of each merged block, and of the head, once it is written.
         """
         transfer = Transfer(self.samples.runner.device)
         ranks = self.rank_exchange.ranks
@@ -97,6 +102,15 @@ class Engine:
             return transfer.begin(read() if ranks.size == 1 else self.rank_exchange.load(item, read))
 
         items = list(self._read_items(finished))
+        solves_head = bool(self.head) and HEAD not in finished
+        report: JsonObject = {}
+        if solves_head and self.head.tied is not None:
+            self.clock.begin(HEAD)
+            with float32_means_float32():
+                report = self._head_solver().solve_tied(self.blocks, load)
+            self._flush()  # the first block reads the embedding
+            if not self.head.groups:
+                self._finish_head(report, done)
         with (
             float32_means_float32(),
             BackgroundWriter(self.weights, self.clock, ranks, done) as output,
@@ -109,13 +123,51 @@ class Engine:
                     self._replay(block, blocks_of_candidates)
                     continue
                 output.finish_block(block.name, self._merge_block(block, blocks_of_candidates, output))
+        if solves_head and self.head.groups:
+            self.clock.begin(HEAD)
+            with float32_means_float32():
+                report |= self._head_solver().solve_untied()
+            self._finish_head(report, done)
+
+    def _head_solver(self) -> HeadSolver:
+        return HeadSolver(
+            self.head,
+            self.settings,
+            self.names,
+            self.weights,
+            self.samples,
+            self.watcher,
+            self.clock,
+            self.rank_exchange,
+        )
+
+    def _flush(self) -> None:
+        """Brings what was written to the disk, on rank 0."""
+        if self.weights.writer is not None:
+            with self.clock.stage("write"), self.rank_exchange.ranks.blocked():
+                self.weights.writer.flush()
+
+    def _finish_head(self, report: JsonObject, done: Callable[[str, JsonObject], None]) -> None:
+        """Says that the head is on the disk, on rank 0."""
+        self._flush()
+        if self.weights.writer is not None:
+            errors = self.weights.quantization_errors(self.head.names)
+            entry: JsonObject = {"linears": report, "bytes_read": 0, "bytes_written": self._head_bytes()}
+            entry |= {"quantization_errors": errors} if errors else {}
+            done(HEAD, entry | {"seconds": self.clock.seconds()})
+
+    def _head_bytes(self) -> int:
+        """Bytes of the head in the output."""
+        mapping = self.weights.inputs.reference_mapping
+        keys = mapping.disk_keys([mapping.canonical(name) for name in self.head.names])
+        return sum(self.weights.output[key].num_bytes for key in keys)
 
     def _read_items(self, finished: frozenset[str]) -> Iterator[ReadItem]:
         """What this rank reads of candidates, in the order in which it is used."""
         for block in self.blocks:
             if block.name not in finished:
                 reads = [block_pass.tensor_names for block_pass in self.passes[block.name]]
-            elif self.settings.method.advances_while_collecting and not self._is_last(block):
+            elif self.settings.method.follows_candidates and self._is_read(block):
                 reads = [tuple(plan.name for plan in block.tensors)]
             else:
                 reads = []
@@ -125,13 +177,13 @@ class Engine:
                 for index in filter(wants, range(len(self.names))):
                     yield ReadItem(block.name, pass_number, index, names, replayed)
 
-    def _is_last(self, block: BlockPlan) -> bool:
-        """Whether the block is the last to run, so that nobody reads its output."""
-        return block is self.blocks[-1]
+    def _is_read(self, block: BlockPlan) -> bool:
+        """Whether anything reads the block's output: a later block, the head, or the report of the drift."""
+        return self.settings.method.reads_end or block is not self.blocks[-1]
 
     def _advances(self, block: BlockPlan, block_pass: BlockPass) -> bool:
         """Whether a pass also makes the candidates' next hidden states."""
-        return self.settings.method.advances_while_collecting and block_pass.last and not self._is_last(block)
+        return self.settings.method.follows_candidates and block_pass.last and self._is_read(block)
 
     def _merge_block(
         self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates, output: BackgroundWriter
@@ -139,39 +191,57 @@ class Engine:
         """Merges one block and runs it forward; returns its report."""
         self._bytes_read = 0
         passes = self.passes[block.name]
+        by_linear = passes[-1].by_linear
+        quantizes = self.weights.quantizes(plan.name for plan in block.tensors)
         # What Transformers puts together from several tensors must be taken apart from all of them at once.
         mapping = self.weights.inputs.reference_mapping
         at_once = any(mapping.conversion_of(mapping.canonical(plan.name)) for plan in block.tensors)
+        at_once = at_once or (by_linear and not quantizes)  # all of it is held until the block has run
         if self.settings.method.forwards_merged:
-            self._load_non_block(block)
+            self.samples.merged_non_block(block)
         merged: Tensors = {}
         linears: JsonObject = {}
         whole = len(passes) == 1 or at_once
-        quantizes = self.weights.quantizes(plan.name for plan in block.tensors)
         for block_pass in passes:
-            linears |= self._merge_pass(block, block_pass, blocks_of_candidates, merged)
+            made: Tensors = {}
+            linears |= self._merge_pass(block, block_pass, blocks_of_candidates, merged, made)
+            merged |= made
             if block_pass.last or not at_once:
-                output.write(merged, in_background=self.settings.write_in_background and whole and not quantizes)
-            if not block_pass.last and not at_once:
+                written = merged if at_once else made
+                output.write(written, in_background=self.settings.write_in_background and whole and not quantizes)
+            if by_linear and not at_once:
+                merged |= self.weights.as_written(made)
+            elif not block_pass.last and not at_once:
                 merged.clear()
-        if self.settings.method.forwards_merged and not self._is_last(block):
-            self._forward(block, self.weights.as_written(merged) if whole else self._read_merged(block))
+        drift: JsonObject = {}
+        if self.settings.method.forwards_merged and self._is_read(block):
+            if whole:
+                merged = self.weights.as_written(merged)
+            elif not by_linear:
+                merged = self._read_merged(block)
+            drift = self._forward(block, merged, passes[-1])
         errors = self.weights.quantization_errors(plan.name for plan in block.tensors)
         linears, bytes_read = self.rank_exchange.gather_reports(linears, self._bytes_read)
         report: JsonObject = {"linears": linears, "bytes_read": bytes_read}
+        report |= {"drift": drift} if drift else {}
         return report | ({"quantization_errors": errors} if errors else {})
 
     def _merge_pass(
-        self, block: BlockPlan, block_pass: BlockPass, blocks_of_candidates: BlocksOfCandidates, merged: Tensors
+        self,
+        block: BlockPlan,
+        block_pass: BlockPass,
+        blocks_of_candidates: BlocksOfCandidates,
+        merged: Tensors,
+        made: Tensors,
     ) -> JsonObject:
-        """Adds the tensors that one pass makes to `merged`; returns the report of its linears."""
+        """Adds the tensors that one pass makes to `made`, given those `merged` before; returns its linears' report."""
         pass_exchange = self.rank_exchange.begin_pass(block_pass.groups)
         collected = self._collector.collect(
-            block, block_pass, blocks_of_candidates, pass_exchange, advance=self._advances(block, block_pass)
+            block, block_pass, blocks_of_candidates, pass_exchange, merged, advance=self._advances(block, block_pass)
         )
         self._bytes_read += collected.bytes_read
         if block_pass.averages:
-            merged |= self._from_base(block)
+            made |= self._from_base(block)
         linears: JsonObject = {}
         for group in pass_exchange.groups:
             with self.clock.stage("communicate"):
@@ -179,13 +249,13 @@ class Engine:
             with self.clock.stage("solve"):
                 sums = collected.sums.pop(group.leader)
                 if pass_exchange.owns(group.leader):
-                    linears |= self._solve(block, group, sums, collected.anchor, merged)
+                    linears |= self._solve(block, group, sums, collected.anchor, made)
                 del sums
-            pass_exchange.broadcast(group, collected.anchor, merged)
+            pass_exchange.broadcast(group, collected.anchor, made)
             self.watcher.step(block.name, "solve")
         with self.clock.stage("communicate"):
             pass_exchange.wait_for_broadcasts()
-        merged |= collected.averages.finish()
+        made |= collected.averages.finish()
         return linears
 
     def _from_base(self, block: BlockPlan) -> Tensors:
@@ -195,11 +265,12 @@ class Engine:
         return {name: tensor.to(self.samples.runner.device, excluded[name]) for name, tensor in tensors.items()}
 
     def _solve(
-        self, block: BlockPlan, group: LinearGroup, sums: GroupSums, anchor: Tensors, merged: Tensors
+        self, block: BlockPlan, group: LinearGroup, sums: GroupSums, anchor: Tensors, made: Tensors
     ) -> JsonObject:
-        """Adds the weights of a group to `merged`, in the place of their anchors; returns the report of its linears."""
+        """Adds the weights of a group to `made`, in the place of their anchors; returns the report of its linears."""
+        self._pull_to_anchor(group, sums, anchor)
         try:
-            solution = sums.solve(self.settings.ridge)
+            solution = sums.solve(self.settings.method.ridge)
         except FloatingPointError as error:
             raise MergeError(
                 f"{block.name}.{group.leader}: cannot be solved: {error}; check that the candidates' weights, and "
@@ -209,40 +280,67 @@ class Engine:
             raise MergeError(f"{block.name}.{group.leader}: cannot be solved: {error}") from None
         report: JsonObject = {}
         for linear in group.linears:
-            merged[linear.name], report[linear.name] = weight_from_sums(
+            made[linear.name], report[linear.name] = weight_from_sums(
                 group, linear, anchor.pop(linear.name), sums, solution, self.names
             )
         return report
 
+    def _pull_to_anchor(self, group: LinearGroup, sums: GroupSums, first: Tensors) -> None:
+        """Puts the method's anchor in the place of the average, which the ridge pulls to."""
+        method = self.settings.method
+        if method.anchor == "average":
+            return
+        base = self.weights.read_base([linear.name for linear in group.linears])
+        base = {name: tensor.to(self.samples.runner.device) for name, tensor in base.items()}
+        scale = method.anchor_scale * len(self.names) if method.anchor == "task_arithmetic" else 0.0
+        sums.move_mean(differences(group, base, first), scale)
+
     def _read_merged(self, block: BlockPlan) -> Tensors:
         return self.weights.read_merged([plan.name for plan in block.tensors])
 
-    def _load_non_block(self, block: BlockPlan) -> None:
-        """Collective: reads merged embeddings and the like, on every rank, whether it has data or not."""
-        self.samples.runner.non_block_of(BlockId(block.stack, block.index), MERGED)
+    def _forward(self, block: BlockPlan, merged: Tensors, last_pass: BlockPass | None = None) -> JsonObject:
+        """Runs the merged block, as it would be read from disk, on this rank's hidden states.
 
-    def _forward(self, block: BlockPlan, merged: Tensors) -> None:
-        """Runs the merged block, as it would be read from disk, on this rank's hidden states."""
-        self._load_non_block(block)
+        Args:
+            block: The block.
+            merged: Its tensors.
+            last_pass: The pass after which the runs are taken up; `None` to run all of the block.
+
+        Returns:
+            By candidate, by how much the merged hidden states have drifted from the candidate's own; empty where those
+            are not known. Collective in that case.
+        """
+        self.samples.merged_non_block(block)
+        start = last_pass.keep if last_pass is not None and last_pass.by_linear else None
+        compares = self.settings.method.compares and last_pass is not None
+        drifts = [Drift(self.samples, block, index) for index in range(len(self.names))] if compares else []
         with self.clock.stage("merged_forward"):
             for index, name in enumerate(self.names):
-                for _ in self.samples.run(block, index, merged, advance=True):
+                inside, on_output = Inside("merged", start), drifts[index].add if drifts else None
+                runs = self.samples.run(
+                    block, index, merged, "merged", advance=True, inside=inside, on_output=on_output
+                )
+                for _ in runs:
                     self.watcher.step(block.name, "forward", name)
+        if not compares:
+            return {}
+        parts = self.rank_exchange.ranks.gather([drift.squares for drift in drifts])
+        return {name: relative(of_ranks) for name, *of_ranks in zip(self.names, *parts, strict=True)}
 
     def _replay(self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates) -> None:
         """Runs a block that an earlier run has finished, to rebuild hidden states."""
-        if self._is_last(block):
+        if not self._is_read(block):
             return
+        if self.settings.method.follows_candidates:
+            with self.clock.stage("candidate_forward"):
+                for index, name in enumerate(self.names):
+                    if not self.rank_exchange.has_data(index):
+                        continue
+                    tensors = next(blocks_of_candidates)
+                    for _ in self.samples.run(block, index, tensors, "candidate", advance=True):
+                        self.watcher.step(block.name, "forward", name)
         if self.settings.method.forwards_merged:
             self._forward(block, self._read_merged(block))
-            return
-        with self.clock.stage("candidate_forward"):
-            for index, name in enumerate(self.names):
-                if not self.rank_exchange.has_data(index):
-                    continue
-                tensors = next(blocks_of_candidates)
-                for _ in self.samples.run(block, index, tensors, advance=True):
-                    self.watcher.step(block.name, "forward", name)
 
 
 class BackgroundWriter:

@@ -155,14 +155,19 @@ class Gram:
 
     def finish_candidate(self, alpha: float, off_diagonal_scale: float) -> None:
         """Adds G̃ of the present candidate to the sum; the next one starts from zero."""
-        if not self._empty:
-            scale = alpha * off_diagonal_scale
-            for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
-                block_PP.add_(self.halves_II[rows, rows], alpha=scale)
-                own_P = self.halves_II[rows, rows].diagonal()
-                block_PP.diagonal().add_(own_P, alpha=alpha * (1 - off_diagonal_scale))
-                self.halves_II[rows.stop :, rows].add_(self.halves_II[rows, rows.stop :].T, alpha=scale)
+        self.add_candidate_of(self, alpha, off_diagonal_scale)
         self._empty = True
+
+    def add_candidate_of(self, other: Gram, alpha: float, off_diagonal_scale: float) -> None:
+        """Adds G̃ of the candidate that another matrix holds to the sum of this one."""
+        if other._empty:
+            return
+        scale = alpha * off_diagonal_scale
+        for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
+            block_PP.add_(other.halves_II[rows, rows], alpha=scale)
+            own_P = other.halves_II[rows, rows].diagonal()
+            block_PP.diagonal().add_(own_P, alpha=alpha * (1 - off_diagonal_scale))
+            self.halves_II[rows.stop :, rows].add_(other.halves_II[rows, rows.stop :].T, alpha=scale)
 
     def candidate_views(self) -> list[torch.Tensor]:
         """XᵀX of the present candidate as views, which together are its upper half."""

@@ -11,6 +11,13 @@ Two sums are held per group of linears, whatever the number of candidates (RegMe
 The first candidate is the anchor A, so its term of R is zero and costs nothing. Linears that read the same
 tensor share G; their R lie below one another. Everything is linear in the tokens.
 
+Where a linear is held against the candidate's own features (`Features`), with the inputs X'_i that it has in the
+candidate itself and the drift D_i of the hidden states, R has one more term, again a small difference in the main:
+
+    R += Σ_i α_i · s · ( β·W_i (X'_i - X_i)ᵀ + γ·D_iᵀ ) X_i
+
+as one product by rows, or by way of (X'_i - X_i)ᵀX_i, whichever is cheaper.
+
 E_i G̃_i is computed the cheaper way: `E G` once for a candidate (2·I²·O operations), or, where it has fewer tokens
 than half the inputs, `(E Xᵀ) X` with every batch (4·N·I·O). Ranks that have parts of one candidate may add up its Gram
 first, and compute some rows of `E G` each. Weights are taken a few rows at a time: a linear of gigabytes in float32 is
@@ -42,6 +49,9 @@ from largemerge.regression.tensor_plan import LinearGroup, LinearPlan
 DIFFERENCE_CHUNK_BYTES = 48 << 20
 """Bytes of differences of weights that are in memory in float32 at once."""
 
+STRONG_RIDGE = 1e-3
+"""Ridge from which on a system of fewer tokens than inputs is well enough conditioned to be factorised."""
+
 _COLUMNS = 32  # S
 _BUCKETS = 64  # for each linear
 
@@ -64,6 +74,23 @@ class RankPart:
     is_primary: bool = True
     index: int = 0
     group_size: int = 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """How a group's linears are held against a candidate's own features.
+
+    Attributes:
+        target: β, the weight of the difference of the inputs.
+        drift: γ, the weight of the drift of the hidden states.
+        weights: Makes rows of W_i.
+        by_rows: Whether what is added is computed row by row, and not by way of a matrix of the inputs' size.
+    """
+
+    target: float
+    drift: float
+    weights: Differences
+    by_rows: bool
 
 
 @dataclass
@@ -92,6 +119,8 @@ class GroupSums:
     _share: float = 0.0
     _differences: Differences | None = None
     _by_rows: bool = False
+    _features: Features | None = None
+    _cross_II: torch.Tensor | None = None
     _part: RankPart = field(default_factory=lambda: RankPart(0))
 
     def start_candidate(
@@ -100,6 +129,7 @@ class GroupSums:
         tokens: int,
         differences: Differences | None,
         part: RankPart | None = None,
+        features: Features | None = None,
     ) -> None:
         """Begins the sums of the next candidate.
 
@@ -108,7 +138,9 @@ class GroupSums:
             tokens: Number of the candidate's rows, on all ranks together.
             differences: Makes rows of E_i; `None` for the anchor.
             part: What this rank counts of the candidate; default: everything.
+            features: How the linears are held against the candidate's own features; default: not at all.
         """
+        self._features = features
         self.tokens.append(tokens)
         self._part = part if part is not None else RankPart(tokens)
         self._share = share
@@ -142,6 +174,48 @@ class GroupSums:
         for rows in self._chunks():
             add_product_(self.rhs_OI[rows], product(self._differences(rows), x_NI), x_NI.T, alpha=scale)
 
+    def add_features(
+        self, x_NI: torch.Tensor, target_NI: torch.Tensor | None, drift_NO: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Adds what the candidate's own features ask for beyond the merged inputs.
+
+        Args:
+            x_NI: Inputs of the group's linears, as `add_rows` was given them.
+            target_NI: The same rows in the candidate itself; `None` where β is 0.
+            drift_NO: Path of a linear → drift of the hidden states to which its output is added.
+        """
+        features = self._features
+        assert features is not None
+        x_NI = x_NI.to(GRAM_DTYPE)
+        scale = self._share / self.tokens[-1] * self.off_diagonal_scale
+        moved_NI = None
+        if target_NI is not None:
+            moved_NI = target_NI.to(GRAM_DTYPE, copy=True).sub_(x_NI).mul_(features.target)
+        if moved_NI is not None and not features.by_rows:
+            if self._cross_II is None:
+                self._cross_II = torch.zeros_like(self.gram.halves_II)
+            add_product_(self._cross_II, moved_NI.T, x_NI.T)
+            moved_NI = None
+        for path in self.outputs:
+            own, drift_NO_ = self.rows_of(path), drift_NO.get(path)
+            for rows in self._chunks(own) if moved_NI is not None or drift_NO_ is not None else ():
+                wanted_ON = None if moved_NI is None else product(features.weights(rows), moved_NI)
+                if drift_NO_ is not None:
+                    columns = slice(rows.start - own.start, rows.stop - own.start)
+                    back_ON = drift_NO_[:, columns].T.to(GRAM_DTYPE) * features.drift
+                    wanted_ON = back_ON if wanted_ON is None else wanted_ON.add_(back_ON)
+                assert wanted_ON is not None
+                add_product_(self.rhs_OI[rows], wanted_ON, x_NI.T, alpha=scale)
+
+    def _finish_features(self) -> None:
+        """Adds W_i (X'_i - X_i)ᵀX_i of the present candidate, where that was summed over its rows."""
+        if self._features is None or self._cross_II is None or self._features.by_rows:
+            return
+        scale = self._share / self.tokens[-1] * self.off_diagonal_scale
+        for rows in self._chunks():
+            add_product_(self.rhs_OI[rows], self._features.weights(rows), self._cross_II.T, alpha=scale)
+        self._cross_II.zero_()
+
     def finish_candidate(self) -> None:
         """Adds the present candidate to the sums.
 
@@ -151,6 +225,7 @@ class GroupSums:
         diagonal_I = self.gram.candidate_diagonal()
         if not torch.isfinite(diagonal_I).all():
             raise FloatingPointError("activations are not finite")
+        self._finish_features()
         alpha = self._share / self.tokens[-1]
         sketch_BS = self.sketcher.empty()
         for rows in self._chunks(self._own_rows()) if self._differences is not None else ():
@@ -180,7 +255,8 @@ class GroupSums:
 
     def solve(self, ridge: float) -> Solution:
         """Solves for X, for all linears of the group at once, in the place of R."""
-        max_rank = sum(self.tokens) if self.off_diagonal_scale == 1 else None
+        # With a ridge that is no mere guard, every direction is solved for, whether the data has it or not.
+        max_rank = sum(self.tokens) if self.off_diagonal_scale == 1 and ridge < STRONG_RIDGE else None
         return solve_anchored_(
             self.gram,
             self.rhs_OI,
@@ -189,6 +265,16 @@ class GroupSums:
             max_rank,
             surely_well_conditioned=not may_need_float64(self.gram.num_inputs, self.off_diagonal_scale),
         )
+
+    def move_mean(self, differences: Differences, scale: float) -> None:
+        """Puts another anchor in the place of the weighted average W̄, before `solve`: B + scale · (W̄ - B).
+
+        Args:
+            differences: Makes rows of B - A, A being the anchor of the sums.
+            scale: How far from B towards the average, and beyond.
+        """
+        for rows in self._chunks():
+            self.mean_OI[rows] = differences(rows).mul_(1 - scale).add_(self.mean_OI[rows], alpha=scale)
 
     def distances(self, linear: str) -> tuple[list[float], float]:
         """Estimates ‖W* - W_i‖ for every candidate, and computes ‖W* - W̄‖, for one linear, after `solve`."""
@@ -235,13 +321,20 @@ def sums_bytes(group: LinearGroup) -> int:
 
 
 def differences(
-    group: LinearGroup, tensors: Mapping[str, torch.Tensor], anchor: Mapping[str, torch.Tensor]
+    group: LinearGroup, tensors: Mapping[str, torch.Tensor], anchor: Mapping[str, torch.Tensor] | None
 ) -> Differences:
-    """Makes rows of E = W - A, of all linears of a group below one another, when they are asked for."""
+    """Makes rows of E = W - A, of all linears of a group below one another, when they are asked for.
+
+    Args:
+        group: The group.
+        tensors: The weights W, by parameter name.
+        anchor: The weights A; `None` for the rows of W as they are.
+    """
     weights = []
     start = 0
     for linear in group.linears:
-        weight_OI, anchor_OI = _oriented(tensors[linear.name], group), _oriented(anchor[linear.name], group)
+        weight_OI = _oriented(tensors[linear.name], group)
+        anchor_OI = None if anchor is None else _oriented(anchor[linear.name], group)
         weights.append((start, start + linear.num_outputs, weight_OI, anchor_OI))
         start += linear.num_outputs
 
@@ -250,7 +343,8 @@ def differences(
         for first, last, weight_OI, anchor_OI in weights:
             own = slice(max(wanted.start, first) - first, min(wanted.stop, last) - first)
             if own.start < own.stop:
-                parts.append(weight_OI[own].to(GRAM_DTYPE, copy=True).sub_(anchor_OI[own]))
+                part_OI = weight_OI[own].to(GRAM_DTYPE, copy=True)
+                parts.append(part_OI if anchor_OI is None else part_OI.sub_(anchor_OI[own]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return rows
@@ -317,6 +411,11 @@ def row_chunks(rows: slice, num_columns: int) -> Iterator[slice]:
 def multiplies_by_rows(tokens: int, num_inputs: int) -> bool:
     """Whether `(E Xᵀ) X` is cheaper than `E G`."""
     return 2 * tokens < num_inputs
+
+
+def features_by_rows(tokens: int, num_inputs: int, num_outputs: int) -> bool:
+    """Whether `(W (X' - X)ᵀ) X` is cheaper than `W ((X' - X)ᵀX)`: 4·N·I·O operations, or 2·N·I² + 2·I²·O."""
+    return 2 * tokens * num_outputs < tokens * num_inputs + num_inputs * num_outputs
 
 
 class Sketcher:

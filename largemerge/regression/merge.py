@@ -55,8 +55,9 @@ from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
+from largemerge.regression.head import HEAD
 from largemerge.regression.inputs import Inputs, open_inputs
-from largemerge.regression.passes import block_passes
+from largemerge.regression.passes import goes_by_linear, plan_passes
 from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
 from largemerge.regression.planning.rates import Cluster, Machines
 from largemerge.regression.planning.workload import OffloadTo
@@ -257,10 +258,14 @@ def _without_digests(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "digests"}
 
 
+def _part_names(plan: MergePlan) -> list[str]:
+    """Names of the parts that the output is written in."""
+    return [NON_BLOCK, *([HEAD] if plan.head else []), *(block.name for block in plan.blocks)]
+
+
 def _part_kind(plan: MergePlan, shards: tuple[Shard, ...], working: Path) -> PartKind:
     """The parts that the journal may have, with their files."""
-    names = [NON_BLOCK, *(block.name for block in plan.blocks)]
-    return PartKind(names, working, shards, stored_sizes(plan.output))
+    return PartKind(_part_names(plan), working, shards, stored_sizes(plan.output))
 
 
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
@@ -416,7 +421,7 @@ class Job:
         plan = self.planned.plan
         finished = frozenset(self.folder.entries)
         self.resumed_parts = len(finished)
-        if finished == {NON_BLOCK, *(block.name for block in plan.blocks)}:
+        if finished == set(_part_names(plan)):
             return
         with ExitStack() as stack:
             stack.enter_context(self.ranks.busy())
@@ -448,8 +453,10 @@ class Job:
     def _open_weights(self, stack: ExitStack) -> Weights:
         """Opens readers of all inputs, and on rank 0 the writer."""
         plan, inputs = self.planned.plan, self.planned.inputs
-        # Each tensor is read once, unless a block takes several passes, ranks share a candidate, or adapters a base.
-        read_once = plan.placement.passes == 1 and self.ranks.size == 1
+        # Each tensor is read once, unless a block or the head takes several passes, ranks share a candidate, or adapters a
+        # base.
+        several = plan.config.method.granularity == "linear" or bool(plan.head)
+        read_once = plan.placement.passes == 1 and self.ranks.size == 1 and not several
         shared = shared_folders(inputs.checkpoints)
 
         def reader(checkpoint: Checkpoint) -> TensorReader:
@@ -493,28 +500,27 @@ class Job:
     ) -> Engine:
         """Makes the engine from plan and configuration."""
         plan, inputs, trace = self.planned.plan, self.planned.inputs, self.planned.trace
-        parameters, placement = plan.config.parameters, plan.placement
-        method = plan.config.method
+        placement, method = plan.placement, plan.config.method
         return Engine(
             settings=EngineSettings(
                 method=method,
                 shares=plan.config.shares,
-                off_diagonal_scale=parameters.off_diagonal_scale,
-                ridge=parameters.ridge,
                 prefetch=placement.prefetch,
                 write_in_background=placement.writes_in_background(plan.device),
             ),
             names=plan.config.names,
             blocks=plan.blocks,
             passes={
-                block.name: block_passes(
+                block.name: plan_passes(
+                    method,
                     block,
-                    trace.stacks[block.stack].roles[block.index],
+                    trace,
                     placement.passes,
-                    advances=method.advances_while_collecting and block is not plan.blocks[-1],
+                    advances=method.follows_candidates and (method.reads_end or block is not plan.blocks[-1]),
                 )
                 for block in plan.blocks
             },
+            head=plan.head,
             weights=weights,
             samples=SampleRunner(
                 BlockRunner(
@@ -528,7 +534,6 @@ class Job:
                 ),
                 self.samples,
                 hidden_states,
-                method.inputs,
             ),
             watcher=progress,
             clock=self.clock,
@@ -539,11 +544,12 @@ class Job:
         """Writes all tensors outside the blocks, and notes it in the journal."""
         plan = self.planned.plan
         self.clock.begin("")
+        averaged = [tensor for tensor in plan.non_block if tensor.rule is not MergeRule.SOLVED]
         with self.clock.stage(NON_BLOCK):
-            merge_non_block(plan.non_block, weights, plan.config.shares, lambda name: progress.step(name, NON_BLOCK))
+            merge_non_block(averaged, weights, plan.config.shares, lambda name: progress.step(name, NON_BLOCK))
             with self.ranks.blocked():
                 weights.own_writer.flush()
-        errors = weights.quantization_errors(tensor.name for tensor in plan.non_block)
+        errors = weights.quantization_errors(tensor.name for tensor in averaged)
         entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}
         self._record(NON_BLOCK, entry | {"seconds": self.clock.seconds()}, weights)
@@ -577,7 +583,7 @@ class Job:
                 return found
         return (
             "all models hold finite numbers there; set a dtype that holds more (bfloat16, float32), compute_dtype: "
-            f"float32, or a ridge above {plan.config.parameters.ridge:g}"
+            f"float32, or a ridge above {plan.config.method.ridge:g}"
         )
 
     def _num_steps(self, finished: frozenset[str]) -> int:
@@ -585,12 +591,17 @@ class Job:
         plan = self.planned.plan
         batches = sum(len(data.batches) for data in self.samples.calibration)
         forwards = int(plan.config.method.forwards_merged)
-        steps = 0 if NON_BLOCK in finished else len(plan.non_block)
+        streams = forwards + int(plan.config.method.follows_candidates)
+        steps = 0 if NON_BLOCK in finished else sum(tensor.rule is not MergeRule.SOLVED for tensor in plan.non_block)
+        if plan.head and HEAD not in finished:
+            tied = batches * len(plan.blocks) + 1 if plan.head.tied is not None else 0
+            steps += tied + len(plan.head.groups) * (batches + 1)
         for block in plan.blocks:
-            last = block is plan.blocks[-1]
+            read = plan.config.method.reads_end or block is not plan.blocks[-1]
             if block.name in finished:
-                steps += 0 if last else batches
+                steps += batches * streams if read else 0
             else:
-                passes = max(1, min(plan.placement.passes, len(block.groups)))
-                steps += batches * (passes + (0 if last else forwards)) + len(block.groups)
+                by_linear = goes_by_linear(plan.config.method, block, self.planned.trace)
+                passes = len(block.groups) if by_linear else max(1, min(plan.placement.passes, len(block.groups)))
+                steps += batches * (passes + (forwards if read else 0)) + len(block.groups)
         return steps

@@ -1,15 +1,20 @@
-"""The table of regression methods: one row each.
+"""The table of regression methods: one row each, all over the same few choices.
 
-A regression method looks for the weight W of a linear that imitates the candidates' linears on their own data:
+A regression method looks for the weight W of a linear that does, on what it will see, what the candidates' linears do:
 
     minimise over W    Σ_i c_i ‖ X_i Wᵀ − T_i ‖² / tokens_i  +  λ ‖ W − W_a ‖²
 
-Methods differ in where the inputs X_i come from (`inputs`, `granularity`), what they are to be mapped to (`target`),
-and which weight is kept where the data says nothing (`anchor`). Everything else, from the Gram matrices to the solve,
-is common to all of them.
+    X_i   inputs of the linear on candidate i's data      `inputs`, `granularity`
+    T_i = (1-β)·X_i W_iᵀ + β·E_i W_iᵀ + γ·D_i             `target` β, `drift` γ
+    W_a   what is kept where the data says nothing         `anchor`
 
-A new method is a row in `METHODS`; its settings are fields of `MethodParameters` in `config.py`. What a row asks for
-beyond what the engine can do is refused by `RegressionMethod.not_built`.
+E_i are the inputs of the same linear in the candidate itself, run on its own data. D_i is by how much the hidden states
+of the merged model have drifted from the candidate's, at the place where the linear's output is added to them; it is
+zero for all other linears. With β = γ = 0 a linear of the merged model imitates the candidates' linears on inputs that
+have drifted already; with β = 1 it does what they do in the candidates, and with γ = 1 it pays back the drift as well.
+
+A new method is a row in `METHODS`. What a row says, the user may say otherwise, under `parameters` in the YAML, as far
+as `RegressionMethod.parameters` names it.
 """
 
 from __future__ import annotations
@@ -21,10 +26,18 @@ from typing import Literal
 Stream = Literal["candidate", "merged"]
 """Whose blocks make the hidden states: a candidate's own, or the merged ones."""
 
+Granularity = Literal["block", "linear"]
+Anchor = Literal["average", "base", "task_arithmetic"]
+Part = Literal["blocks", "head"]
+"""What is solved; everything else is averaged."""
+
+_SUMS = frozenset({"anchor", "anchor_scale", "off_diagonal_scale", "ridge", "solve"})
+_ALL = _SUMS | {"drift", "granularity", "inputs", "target"}
+
 
 @dataclass(frozen=True)
 class RegressionMethod:
-    """One row of the table.
+    """One row of the table, or what the user has made of it.
 
     Attributes:
         title: Name of the method in the literature.
@@ -32,37 +45,68 @@ class RegressionMethod:
         inputs: Whose hidden states enter a block.
         granularity: Inside a block, a linear's inputs come from the candidate's weights (`block`), or from what has
             been merged so far (`linear`), so that a block takes a pass for every group of linears.
-        target: T_i, between the candidate's weight on the inputs X_i (0) and the candidate's own features (1).
-        anchor: W_a: the weighted average, the base, task arithmetic at a scale, or a checkpoint that the user names.
-        parameters: Names of the method's settings under `parameters`, beside `include` and `exclude`.
+        target: β, between the candidate's weight on the inputs X_i (0) and the candidate's own features (1).
+        drift: γ, the share of the drift that is paid back by linears whose output is added to the hidden states.
+        anchor: W_a: the weighted average, the base, or the base plus the sum of the task vectors, scaled.
+        anchor_scale: The scale of task arithmetic.
+        off_diagonal_scale: The factor s on a Gram's off-diagonal.
+        ridge: λ as a fraction of the mean diagonal.
+        solve: What is solved: linears of the blocks; the head, with the embedding where they are tied.
+        parameters: Names of the settings under `parameters` that the method takes, beside `include` and `exclude`.
     """
 
     title: str
     source: str
     inputs: Stream
-    granularity: Literal["block", "linear"] = "block"
+    granularity: Granularity = "block"
     target: float = 0.0
-    anchor: Literal["average", "base", "task_arithmetic", "checkpoint"] = "average"
-    parameters: frozenset[str] = frozenset({"off_diagonal_scale", "ridge"})
+    drift: float = 0.0
+    anchor: Anchor = "average"
+    anchor_scale: float = 0.3
+    off_diagonal_scale: float = 0.95
+    ridge: float = 1.0e-6
+    solve: tuple[Part, ...] = ("blocks",)
+    parameters: frozenset[str] = _ALL
 
     @property
-    def advances_while_collecting(self) -> bool:
-        """Whether the pass that collects statistics also makes the next hidden states: the candidate's own."""
-        return self.inputs == "candidate"
+    def follows_candidates(self) -> bool:
+        """Whether the candidates' own hidden states are kept: their blocks are run on their own data."""
+        return self.inputs == "candidate" or self.compares
+
+    @property
+    def compares(self) -> bool:
+        """Whether a linear is held against the candidate's own features, so that two streams run side by side."""
+        return self.target > 0 or self.drift > 0
 
     @property
     def forwards_merged(self) -> bool:
         """Whether every merged block is run on all hidden states to make the next ones."""
         return self.inputs == "merged"
 
-    def not_built(self) -> Iterator[str]:
-        """Says what the row asks for that the engine cannot do."""
-        if self.granularity != "block":
-            yield f"{self.title}: granularity {self.granularity!r} is not built; expected 'block'"
-        if self.target != 0:
-            yield f"{self.title}: target {self.target} is not built; expected 0"
-        if self.anchor != "average":
-            yield f"{self.title}: anchor {self.anchor!r} is not built; expected 'average'"
+    @property
+    def reads_end(self) -> bool:
+        """Whether the last block's output is wanted: by the head, and by the report of the drift."""
+        return self.compares or self.solves_head
+
+    @property
+    def solves_head(self) -> bool:
+        """Whether the head is solved."""
+        return "head" in self.solve
+
+    def mistakes(self) -> Iterator[str]:
+        """Yields settings that contradict each other, each after its name."""
+        if self.drift > 0 and self.granularity == "block":
+            yield (
+                "drift: is paid back one linear after the other; expected 'granularity: linear' with it, or 'drift: 0'"
+            )
+        if self.target > 0 and self.granularity == "block" and self.inputs == "candidate":
+            yield (
+                "target: changes nothing where the inputs are the candidate's own; expected 'inputs: merged' or "
+                "'granularity: linear' with it, or 'target: 0'"
+            )
+        for part in sorted(set(self.solve)):
+            if self.solve.count(part) > 1:
+                yield f"solve: names {part!r} twice"
 
 
 METHODS: dict[str, RegressionMethod] = {
@@ -70,10 +114,31 @@ METHODS: dict[str, RegressionMethod] = {
         title="RegMean",
         source="Jin et al., arXiv 2212.09849",
         inputs="candidate",
+        parameters=_SUMS,
     ),
     "regmean_plusplus": RegressionMethod(
         title="RegMean++",
         source="arXiv 2508.03121",
         inputs="merged",
+        parameters=_SUMS,
+    ),
+    "chain": RegressionMethod(
+        title="Chain of Merges",
+        source="arXiv 2508.21421: every linear on the inputs that it will really see",
+        inputs="merged",
+        granularity="linear",
+        off_diagonal_scale=1.0,
+        ridge=1.0e-2,
+    ),
+    "calibrated": RegressionMethod(
+        title="Calibrated regression",
+        source="kin of FeatCal (arXiv 2605.13030), Chain of Merges (arXiv 2508.21421) and LOT (arXiv 2505.23859)",
+        inputs="merged",
+        granularity="linear",
+        target=1.0,
+        drift=1.0,
+        off_diagonal_scale=1.0,
+        ridge=1.0e-2,
+        solve=("blocks", "head"),
     ),
 }

@@ -45,6 +45,7 @@ from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.passes import goes_by_linear
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
 from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes, stack_rows
 from largemerge.regression.planning.placement import (
@@ -61,11 +62,13 @@ from largemerge.regression.planning.workload import BatchShapes, Placement, Work
 from largemerge.regression.samples import forward_signature, loss_input
 from largemerge.regression.tensor_plan import (
     BlockPlan,
+    HeadPlan,
     MergeRule,
     TensorPlan,
     check_tensors,
     output_tensors,
     plan_blocks,
+    plan_head,
     plan_non_block,
     quantize_output,
     tensor_labels,
@@ -92,6 +95,7 @@ class MergePlan:
         stacks: Name and number of blocks of each stack, in the order in which they run.
         blocks: Plans of the blocks in the order in which they run.
         non_block: Plans of the tensors of no block.
+        head: What of these is solved.
         output: Tensors of the output, by name on disk.
         num_samples: Number of calibration samples by candidate.
         num_tokens: Number of tokens, or patches, of these samples that count, by candidate.
@@ -118,6 +122,7 @@ class MergePlan:
     stacks: tuple[tuple[str, int], ...]
     blocks: tuple[BlockPlan, ...]
     non_block: tuple[TensorPlan, ...]
+    head: HeadPlan
     output: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
     num_tokens: Mapping[str, int]
@@ -186,6 +191,7 @@ class MergePlan:
                 for block in self.blocks
                 for group in block.groups
             ],
+            **({"head": self.head.to_json()} if self.head else {}),
             "not_solved": {
                 plan.name: {"treatment": plan.rule.value, "reason": plan.reason}
                 for plan in self.tensors
@@ -340,9 +346,10 @@ def make_plan(
     """
     stage("planning: following the hidden states through the model")
     outline = _joint_outline(outlines)
-    trace = trace_model(inputs.skeleton, outline, outlines[0].examples, outlines[0].where)
+    inside = config.method.granularity == "linear"
+    trace = trace_model(inputs.skeleton, outline, outlines[0].examples, outlines[0].where, inside=inside)
     blocks = plan_blocks(config, inputs, trace)
-    non_block = plan_non_block(config, inputs, trace)
+    head, non_block = plan_head(config, inputs, trace, plan_non_block(config, inputs, trace))
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
     shapes = batch_shapes(outlines, calibration)
     problems = check_tensors(inputs, tensors)
@@ -350,7 +357,7 @@ def make_plan(
     problems += misfits
     findings = _check_loads(config, inputs, output) if not problems else Findings()
     problems += findings.problems
-    workload = partial(measure_workload, config, inputs, trace, blocks, non_block)
+    workload = partial(measure_workload, config, inputs, trace, blocks, non_block, head)
     works = partition_work(shapes, blocks, trace, workload, machines.num_ranks)
     limits = _limits(config, machines, out)
     largest = max(works, key=lambda rank_work: rank_work.num_rows).work
@@ -378,6 +385,7 @@ def make_plan(
         stacks=tuple((stack.name, len(stack.blocks)) for stack in (inputs.skeleton.stacks[i] for i in trace.order)),
         blocks=blocks,
         non_block=non_block,
+        head=head,
         output=output,
         num_samples=num_samples,
         num_tokens=_num_tokens(inputs, trace, shapes, calibration),
@@ -395,6 +403,7 @@ def make_plan(
             *(inputs.tokens.all_notes if inputs.tokens else ()),
             *_unreached(inputs, trace),
             *_unused_masks(inputs, trace, outline),
+            *_method_notes(config, inputs, trace, blocks, head),
             *_notes(config, inputs, tensors),
             *shortfalls(config, num_samples),
             *(data.estimated for data in calibration or () if data.estimated),
@@ -561,6 +570,41 @@ def _unused_masks(inputs: Inputs, trace: ModelTrace, outline: Collection[str]) -
         )
 
 
+def _method_notes(
+    config: MergeConfig, inputs: Inputs, trace: ModelTrace, blocks: Sequence[BlockPlan], head: HeadPlan
+) -> Iterator[str]:
+    """Notes on what the method asks for, and this model has not."""
+    method = config.method
+    solved = [block for block in blocks if block.groups]
+    at_once = [block.name for block in solved if not goes_by_linear(method, block, trace)]
+    if method.granularity == "linear" and at_once:
+        yield (
+            f"granularity: the linears of {_some(at_once)} run more than once in a forward pass, so that they are "
+            "solved at once, on inputs from the candidates' weights"
+        )
+    if method.drift > 0:
+        without = [
+            block.name
+            for block in solved
+            if not any(linear.residual is not None for group in block.groups for linear in group.linears)
+        ]
+        if without:
+            yield (
+                f"drift: in {_some(without)} no linear's output is added to the hidden states as it is (it is "
+                "normalised, scaled or reordered first), so that their drift is not paid back"
+            )
+    if method.solves_head and not head:
+        yield (
+            f"solve: head: {inputs.skeleton.class_name} has no linear after the blocks that all candidates have and "
+            "whose inputs are known by token, so that nothing is solved there"
+        )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """Lists some names, and how many there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the forward arguments that every candidate's data has.
 
@@ -679,7 +723,9 @@ def forecast(
         probe: Whether this machine is measured for some seconds; otherwise only a cluster's times are estimated.
     """
     plan = planned.plan
-    workload = partial(measure_workload, plan.config, planned.inputs, planned.trace, plan.blocks, plan.non_block)
+    workload = partial(
+        measure_workload, plan.config, planned.inputs, planned.trace, plan.blocks, plan.non_block, plan.head
+    )
     shapes = batch_shapes(outlines, calibration)
     whole = workload(shapes)
     in_background = plan.placement.writes_in_background(plan.device)

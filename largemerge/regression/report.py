@@ -24,6 +24,7 @@ from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
+from largemerge.regression.head import HEAD
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.tensor_plan import quantization_settings
@@ -46,6 +47,7 @@ class MergeReport:
         calibration: Number of samples and tokens, and fingerprint of the data that the model saw, by candidate.
         blocks: Seconds by stage, bytes written, and a report for every linear, by block.
         non_block: Seconds and bytes of the tensors outside the blocks.
+        head: Seconds, bytes, and a report for every linear of the head that was solved; empty where none was.
         seconds: Seconds in total, and of the preparation, on rank 0.
         bytes_read: Bytes read from checkpoints in this run, by all ranks.
         resumed_parts: Number of parts that an earlier run had finished.
@@ -65,6 +67,7 @@ class MergeReport:
     calibration: Mapping[str, Any]
     blocks: Mapping[str, Any]
     non_block: Mapping[str, Any]
+    head: Mapping[str, Any]
     seconds: Mapping[str, float]
     bytes_read: int
     resumed_parts: int
@@ -107,6 +110,7 @@ class MergeReport:
             calibration=calibration,
             blocks={block.name: parts[block.name] for block in plan.blocks},
             non_block=parts["outside"],
+            head=parts.get(HEAD, {}),
             seconds={"total": round(total_seconds, 3), "preparation": round(prepared_seconds, 3)},
             bytes_read=bytes_read,
             resumed_parts=resumed_parts,
@@ -121,18 +125,37 @@ class MergeReport:
     @property
     def linears(self) -> dict[str, Any]:
         """Reports of all solved linears, by parameter name."""
-        return {name: entry for block in self.blocks.values() for name, entry in block["linears"].items()}
+        parts = (*self._head_parts, *self.blocks.values())
+        return {name: entry for part in parts for name, entry in part["linears"].items()}
+
+    @property
+    def _head_parts(self) -> tuple[Mapping[str, Any], ...]:
+        return (self.head,) if self.head else ()
+
+    @property
+    def _parts(self) -> tuple[Mapping[str, Any], ...]:
+        """What the output was written in."""
+        return (self.non_block, *self._head_parts, *self.blocks.values())
+
+    @property
+    def drift(self) -> dict[str, dict[str, float | None]]:
+        """‖h_m − h_e‖ / ‖h_e‖ of the merged hidden states after every block, by candidate and block.
+
+        What it was before a block is what it is after the block before it. Empty for methods that do not hold the
+        merged model against the candidates.
+        """
+        blocks = {name: part["drift"] for name, part in self.blocks.items() if part.get("drift")}
+        return {each: {name: of[each] for name, of in blocks.items()} for each in self.config.names} if blocks else {}
 
     @property
     def quantization_errors(self) -> dict[str, float]:
         """‖written - merged‖ / ‖merged‖ of every weight that was written quantised, by parameter name."""
-        parts = (self.non_block, *self.blocks.values())
-        return {name: error for part in parts for name, error in part.get("quantization_errors", {}).items()}
+        return {name: error for part in self._parts for name, error in part.get("quantization_errors", {}).items()}
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values, as `merge_report.json` holds it."""
         phases: Counter[str] = Counter()
-        for part in (*self.blocks.values(), self.non_block):
+        for part in self._parts:
             phases.update(part["seconds"])
         return {
             "versions": versions(),
@@ -143,7 +166,7 @@ class MergeReport:
             "plan": self.plan.to_json(),
             "seconds": {**self.seconds, "by_phase": {key: round(value, 3) for key, value in phases.items()}},
             "bytes_read": self.bytes_read,
-            "bytes_written": sum(part["bytes_written"] for part in (*self.blocks.values(), self.non_block)),
+            "bytes_written": sum(part["bytes_written"] for part in self._parts),
             "resumed_parts": self.resumed_parts,
             "peak_bytes": {
                 "planned_host": self.plan.footprint.host,
@@ -161,7 +184,9 @@ class MergeReport:
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             **self.written,
+            **({"drift": self.drift} if self.drift else {}),
             "outside": self.non_block,
+            **({HEAD: self.head} if self.head else {}),
             "blocks": self.blocks,
         }
 
@@ -187,6 +212,12 @@ class MergeReport:
             worst = max(linears, key=lambda name: linears[name]["condition"])
             table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
             table.add_row("distance", _mean_distances(self))
+        drift = self.drift
+        for name, by_block in drift.items():
+            known = [value for value in by_block.values() if value is not None]
+            if known:
+                text = f"{name} {curve(known)} {known[-1]:.2%} after the last block, at most {max(known):.2%}"
+                table.add_row("drift" if name == next(iter(drift)) else "", text)
         for label, text in input_rows(self.plan):
             table.add_row(label, text)
         seen = (f"{name} {entry['tokens']:,}" for name, entry in self.calibration.items())
@@ -200,7 +231,7 @@ class MergeReport:
             table.add_row("quantisation error", f"{mean:.4f}, relative, mean over {counted(len(errors), 'linear')}")
         total = self.seconds["total"]
         table.add_row("time", f"{duration(total)}, of which preparation {duration(self.seconds['preparation'])}")
-        written = sum(part["bytes_written"] for part in (*self.blocks.values(), self.non_block))
+        written = sum(part["bytes_written"] for part in self._parts)
         table.add_row("disk", f"{gib(self.bytes_read)} read, {gib(written)} written")
         planned = self.plan.footprint
         peak = f"{gib(self.peak.host_anonymous)} anonymous (planned {gib(planned.host)}), "
@@ -233,6 +264,15 @@ class MergeReport:
             "worst": worst,
             "worst_relative_error": errors[worst] if worst is not None else None,
         }
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def curve(values: Sequence[float]) -> str:
+    """Draws values as bars of a character each, from zero to the largest."""
+    largest = max(values) or 1.0
+    return "".join(_BARS[min(len(_BARS) - 1, int(value / largest * len(_BARS)))] for value in values)
 
 
 def _mean_distances(report: MergeReport) -> str:

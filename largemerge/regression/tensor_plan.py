@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -39,6 +40,7 @@ from largemerge.config_file import matches
 from largemerge.errors import LargemergeError
 from largemerge.heads import BASE
 from largemerge.model.classes import token_parameters
+from largemerge.model.inside_block import Residual
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.skeleton import Skeleton, linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace
@@ -89,12 +91,14 @@ class LinearPlan:
         name: Parameter name of the weight in the module.
         num_outputs: Number of outputs of the linear.
         dtype: Dtype in which the weight is written.
+        residual: The tensor to which its output is added; `None` if it is to none, or nobody asked.
     """
 
     path: str
     name: str
     num_outputs: int
     dtype: torch.dtype
+    residual: Residual | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,82 @@ class BlockPlan:
         return self.stack if group.token_stack is None else group.token_stack
 
 
+@dataclass(frozen=True)
+class HeadPlan:
+    """The linears outside the blocks that are solved.
+
+    Attributes:
+        tied: The head that is tied to the input embedding, a group of one linear; `None` where it is not solved.
+        groups: Other linears that run after the blocks, those that read one tensor together, in the order of running.
+    """
+
+    tied: LinearGroup | None = None
+    groups: tuple[LinearGroup, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether anything is solved."""
+        return self.tied is not None or bool(self.groups)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The head as plain JSON values: weights that are solved together, and when."""
+        entries = [("first, with the embedding", self.tied)] if self.tied is not None else []
+        entries += [("last", group) for group in self.groups]
+        return [{"solved": when, "weights": [linear.name for linear in group.linears]} for when, group in entries]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Parameter names of the weights that are solved."""
+        groups = [*([self.tied] if self.tied is not None else []), *self.groups]
+        return frozenset(linear.name for group in groups for linear in group.linears)
+
+
+def plan_head(
+    config: MergeConfig, inputs: Inputs, trace: ModelTrace, non_block: Sequence[TensorPlan]
+) -> tuple[HeadPlan, tuple[TensorPlan, ...]]:
+    """Plans the head, where the method solves it.
+
+    Returns:
+        The plan; and the plans of all tensors outside the blocks, those of the head solved.
+    """
+    if not config.method.solves_head:
+        return HeadPlan(), tuple(non_block)
+    model: Any = inputs.skeleton.model
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    names |= {id(tensor): name for name, tensor in reversed(list(model.named_parameters()))}
+    plans, embedding = {plan.name: plan for plan in non_block}, None
+    with suppress(NotImplementedError):
+        embedding = model.get_input_embeddings()
+    tied, groups = None, dict[str, list[tuple[LinearPlan, int, int | None]]]()
+    for role in trace.end.roles:
+        linear = model.get_submodule(role.name)
+        plan = plans.get(names[id(linear.weight)])
+        if plan is None or weight_is_transposed(linear) or not _is_averaged_everywhere(config, inputs, plan):
+            continue
+        rows, columns = linear.weight.shape
+        own = LinearPlan(role.name, plan.name, rows, plan.dtype)
+        if embedding is not None and getattr(embedding, "weight", None) is linear.weight:
+            tied = LinearGroup(role.name, role.token_stack, columns, (own,), transposed=False)
+        else:
+            groups.setdefault(role.group, []).append((own, columns, role.token_stack))
+    head = HeadPlan(
+        tied,
+        tuple(
+            LinearGroup(leader, own[0][2], own[0][1], tuple(linear for linear, *_ in own), transposed=False)
+            for leader, own in groups.items()
+        ),
+    )
+    solved = {name: replace(plans[name], rule=MergeRule.SOLVED, reason="") for name in head.names}
+    return head, tuple(solved.get(plan.name, plan) for plan in non_block)
+
+
+def _is_averaged_everywhere(config: MergeConfig, inputs: Inputs, plan: TensorPlan) -> bool:
+    """Whether all candidates have a tensor, and the user leaves it to the method."""
+    labels, parameters = tensor_labels(inputs.reference_mapping, plan.name), config.parameters
+    included = not parameters.include or _matches(parameters.include, labels, "parameters.include")
+    excluded = _matches(parameters.exclude, labels, "parameters.exclude")
+    return plan.rule is MergeRule.AVERAGED and plan.sources is None and included and not excluded
+
+
 def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple[BlockPlan, ...]:
     """Plans the blocks, in the order in which they run."""
     blocks = []
@@ -171,13 +251,16 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple
             prefix = stack.block_name(index) + "."
             linears = linears_in(stack.blocks[index])
             reasons = {
-                name: "several blocks have it in common"
+                name: "parameters.solve does not name the blocks"
+                if "blocks" not in config.method.solve
+                else "several blocks have it in common"
                 if name in shared
                 else _why_not_solvable(name.removeprefix(prefix), linears, roles, trace, stack_index)
                 for name in names
             }
             tensors = [_plan_tensor(config, inputs, name, reasons[name]) for name in names]
-            groups = _plan_groups(stack.blocks[index], tensors, prefix, roles)
+            residuals = trace.stacks[stack_index].residuals[index] if trace.stacks[stack_index].residuals else {}
+            groups = _plan_groups(stack.blocks[index], tensors, prefix, roles, residuals)
             blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups))
     return tuple(blocks)
 
@@ -375,7 +458,11 @@ def _why_not_solvable(
 
 
 def _plan_groups(
-    block: torch.nn.Module, tensors: list[TensorPlan], prefix: str, roles: Mapping[str, LinearRole]
+    block: torch.nn.Module,
+    tensors: list[TensorPlan],
+    prefix: str,
+    roles: Mapping[str, LinearRole],
+    residuals: Mapping[str, Residual],
 ) -> tuple[LinearGroup, ...]:
     """Groups the solved linears of a block by the tensor that they read."""
     linears = linears_in(block)
@@ -398,7 +485,7 @@ def _plan_groups(
             token_stack=roles[leader].token_stack,
             num_inputs=next(iter(members.values()))[1],
             linears=tuple(
-                LinearPlan(path, solved[path].name, outputs, solved[path].dtype)
+                LinearPlan(path, solved[path].name, outputs, solved[path].dtype, residuals.get(path))
                 for path, (outputs, _) in members.items()
             ),
             transposed=transposed,

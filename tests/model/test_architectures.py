@@ -61,11 +61,11 @@ def test_passes_of_few_groups_give_the_same(tmp_path: Path, monkeypatch: pytest.
     """A linear that runs several times is watched to its last run, however the block is cut into passes."""
     models, inputs = make_models("masked", "AlbertForMaskedLM", tmp_path)
     assert merge_models("regmean", models, inputs, tmp_path).right
-    import largemerge.regression.merge as merge_module
+    import largemerge.regression.passes as passes_module
 
-    whole = merge_module.block_passes
+    whole = passes_module.block_passes
     monkeypatch.setattr(
-        merge_module, "block_passes", lambda block, roles, _, advances: whole(block, roles, 9, advances=advances)
+        passes_module, "block_passes", lambda block, roles, _, advances: whole(block, roles, 9, advances=advances)
     )
     largemerge.merge(merge_config("regmean", tmp_path, 2), tmp_path / "cut", quiet=True, device="cpu")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("regmean", "cut"))

@@ -70,9 +70,9 @@ def test_a_model_is_run_to_its_logits_one_block_at_a_time(tmp_path: Path, archit
     it = Runner(architecture, tmp_path)
     outputs: dict[int, Any] = {}
     for block in it.blocks():
-        with it.runner.block(block, it.weights(0, block), 0) as running:
+        with it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as running:
             outputs[block.stack] = running.run(it.batch, outputs)
-    ended = tensors_in(it.runner.end(it.batch, outputs, 0))
+    ended = tensors_in(it.runner.end(it.batch, outputs, it.runner.end_non_block(0)))
     expected = tensors_in(plain(it.models[0], it.inputs))
     assert len(ended) == len(expected) > 0
     valid = it.inputs.get("attention_mask")
@@ -90,11 +90,11 @@ def test_the_end_loads_norm_and_head_and_no_untied_embedding(tmp_path: Path) -> 
     it = Runner("llama", tmp_path)
     outputs: dict[int, Any] = {}
     for block in it.blocks():
-        with it.runner.block(block, it.weights(0, block), 0) as running:
+        with it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as running:
             outputs[block.stack] = running.run(it.batch, outputs)
     it.loaded.clear()
-    it.runner.end(it.batch, outputs, 0)
-    it.runner.end(it.batch, outputs, 0)
+    it.runner.end(it.batch, outputs, it.runner.end_non_block(0))
+    it.runner.end(it.batch, outputs, it.runner.end_non_block(0))
     assert sorted(it.loaded) == ["lm_head.weight", "model.norm.weight"], "once, and nothing else"
 
 
@@ -108,8 +108,8 @@ def test_two_streams_take_turns_over_one_block(tmp_path: Path, architecture: str
     states: dict[tuple[int, int], dict[int, Any]] = {(owner, half): {} for owner in (0, 1) for half in (0, 1)}
     for block in it.blocks():
         with (
-            it.runner.block(block, it.weights(0, block), 0) as first,
-            it.runner.block(block, it.weights(1, block), 1) as second,
+            it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as first,
+            it.runner.block(block, it.weights(1, block), it.runner.non_block_of(block, 1)) as second,
         ):
             for half, batch in enumerate(halves):
                 for owner, running in enumerate((first, second)):
@@ -117,14 +117,16 @@ def test_two_streams_take_turns_over_one_block(tmp_path: Path, architecture: str
                     state[block.stack] = running.run(batch, state)
     for owner, model in it.models.items():
         for half, batch in enumerate(halves):
-            ended = tensors_in(it.runner.end(batch, states[owner, half], owner))
+            ended = tensors_in(it.runner.end(batch, states[owner, half], it.runner.end_non_block(owner)))
             expected = tensors_in(plain(model, batch.inputs))
             mask = batch.inputs.get("attention_mask")
             for found, wanted in zip(ended, expected, strict=True):
                 if mask is not None and found.shape[:2] == mask.shape:
                     found, wanted = found[mask.bool()], wanted[mask.bool()]
                 assert torch.allclose(found, wanted, atol=1e-5, rtol=1e-5)
-    ends = [tensors_in(it.runner.end(halves[0], states[owner, 0], owner))[0] for owner in (0, 1)]
+    ends = [
+        tensors_in(it.runner.end(halves[0], states[owner, 0], it.runner.end_non_block(owner)))[0] for owner in (0, 1)
+    ]
     assert not torch.allclose(*ends, atol=1e-3), "the models differ, or the test shows nothing"
 
 
@@ -137,7 +139,7 @@ def test_only_valid_rows_are_shown_once_each_and_nothing_after_the_last_is_run(t
     shown: dict[str, list[torch.Tensor]] = {}
     block = it.blocks()[0]
     watch = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"]
-    with it.runner.block(block, it.weights(0, block), 0) as running:
+    with it.runner.block(block, it.weights(0, block), it.runner.non_block_of(block, 0)) as running:
         stopped = running.run(
             batch, {}, watch=watch, on_input=lambda path, x: shown.setdefault(path, []).append(x), whole=False
         )

@@ -45,7 +45,7 @@ def adapted_case(make_case: MakeCase, architecture: str, **more: Any) -> tuple[A
     return case, copies
 
 
-@pytest.mark.parametrize("method", ["regmean", "regmean_plusplus"])
+@pytest.mark.parametrize("method", ["regmean", "regmean_plusplus", "calibrated"])
 @pytest.mark.parametrize("architecture", sorted(LINEARS))
 def test_adapters_merge_as_their_merged_copies(make_case: MakeCase, architecture: str, method: str) -> None:
     case, copies = adapted_case(make_case, architecture, method=method)

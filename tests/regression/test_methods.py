@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from cases import MakeCase
@@ -14,31 +13,14 @@ from largemerge.regression import methods
 from largemerge.regression.methods import METHODS
 
 
-def test_rows_say_what_the_two_methods_are() -> None:
-    assert set(METHODS) == {"regmean", "regmean_plusplus"}
-    assert METHODS["regmean"].advances_while_collecting and not METHODS["regmean"].forwards_merged
-    assert METHODS["regmean_plusplus"].forwards_merged and not METHODS["regmean_plusplus"].advances_while_collecting
+def test_rows_say_what_the_methods_are() -> None:
+    assert set(METHODS) == {"regmean", "regmean_plusplus", "chain", "calibrated"}
+    assert METHODS["regmean"].follows_candidates and not METHODS["regmean"].forwards_merged
+    assert METHODS["regmean_plusplus"].forwards_merged and not METHODS["regmean_plusplus"].follows_candidates
+    assert METHODS["chain"].forwards_merged and not METHODS["chain"].compares
+    assert METHODS["calibrated"].compares and METHODS["calibrated"].solves_head
     for row in METHODS.values():
-        assert "arXiv" in row.source and not list(row.not_built())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"granularity": "linear"}, "granularity 'linear' is not built; expected 'block'"),
-        ({"target": 1.0}, "target 1.0 is not built; expected 0"),
-        ({"anchor": "base"}, "anchor 'base' is not built; expected 'average'"),
-    ],
-)
-def test_a_row_that_asks_for_what_is_not_built_is_refused(
-    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
-) -> None:
-    row = replace(METHODS["regmean_plusplus"], title="Chain", **changes)
-    monkeypatch.setitem(methods.METHODS, "chain", row)
-    case = make_case(num_samples=4, method="chain")
-    with pytest.raises(ConfigError, match=message):
-        largemerge.merge(case.config, case.folder / "out")
-    assert not (case.folder / "out").exists()
+        assert "arXiv" in row.source and not list(row.mistakes())
 
 
 def test_a_new_row_is_a_method(make_case: MakeCase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +32,9 @@ def test_a_new_row_is_a_method(make_case: MakeCase, monkeypatch: pytest.MonkeyPa
     report = largemerge.merge(case.config, case.folder / "out")
     assert report.config.merge_method == "again"
     case.config["parameters"] = {"off_diagonal_scale": 0.5}
-    with pytest.raises(ConfigError, match=r"parameters\.off_diagonal_scale: again has no such parameter"):
+    with pytest.raises(
+        ConfigError, match=r"parameters\.off_diagonal_scale: again has no such parameter; it takes ridge"
+    ):
         largemerge.plan(case.config)
 
 

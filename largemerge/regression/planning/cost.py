@@ -107,6 +107,10 @@ def estimate_seconds(
             read_bytes += kind.count * work.num_candidates * numbers.read_bytes
         if work.forwards_merged:
             stages["merged_forward"] += kind.num_outputs_read * forward(kind.forward)
+    stages["head"] = work.head.gram_operations / rates.gram + work.head.product_operations / rates.product
+    if work.head.tied:
+        stages["head"] += sum(kind.count * forward(kind.whole) for kind in work.blocks)
+        read_bytes += sum(kind.count * work.num_candidates * kind.bytes for kind in work.blocks)
     num_bytes = sum(kind.count * kind.bytes for kind in work.blocks)
     reading, writing, computing = read_bytes / rates.read, num_bytes / rates.write, sum(stages.values())
     stages |= disk_seconds(reading, writing, computing, ahead=placement.prefetch, in_background=writes_in_background)
@@ -178,6 +182,7 @@ def estimate_rank_seconds(
         reading, alone["write"], computing, ahead=placement.prefetch, in_background=writes_in_background
     )
     stages["hidden_states"] = max(of_rank["hidden_states"] for of_rank in by_rank)
+    stages["head"] = max(of_rank["head"] for of_rank in by_rank)
     return stages | {"outside": alone["outside"]}
 
 

@@ -7,8 +7,11 @@ This is the only place where planning looks at blocks, linears and sums. Multipl
     candidate forward   2·N·I·O for every linear that is reached, and attention 4·N·T·I
     Gram                N·I²             half of it, for it is symmetric
     right-hand side     2·I²·O, or 4·N·I·O where that is less, for all candidates but the first
+    own features        2·N·I² + 2·I²·O, or 4·N·I·O where that is less, and 2·N·I·O where drift is paid back
     solve               I³/3 + 2·I²·O
     merged forward      like a candidate's, all linears
+
+Where two streams of hidden states run, candidate forward is the sum of both.
 
 Shapes: N rows of one candidate, T rows of one sample, I inputs, O outputs.
 """
@@ -22,27 +25,36 @@ from dataclasses import dataclass
 import torch
 
 from largemerge.calibration import CalibrationOutline, CalibrationSet
+from largemerge.model.inside_block import ResumePoint
 from largemerge.model.skeleton import linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace, StackTrace
 from largemerge.regression.averages import AVERAGE_CHUNK_BYTES
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.gram import GRAM_DTYPE, panels
-from largemerge.regression.group_sums import DIFFERENCE_CHUNK_BYTES, multiplies_by_rows, sketch_bytes, sums_bytes
+from largemerge.regression.group_sums import (
+    DIFFERENCE_CHUNK_BYTES,
+    STRONG_RIDGE,
+    features_by_rows,
+    multiplies_by_rows,
+    sketch_bytes,
+    sums_bytes,
+)
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.methods import RegressionMethod
-from largemerge.regression.passes import BlockPass, block_passes
+from largemerge.regression.passes import BlockPass, goes_by_linear, plan_passes
 from largemerge.regression.planning.workload import (
     BatchShapes,
     BlockNumbers,
     ForwardNumbers,
     GramGroups,
     GroupNumbers,
+    HeadNumbers,
     PassNumbers,
     ProbeShapes,
     Workload,
 )
-from largemerge.regression.solve import may_need_float64
-from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule, TensorPlan
+from largemerge.regression.solve import may_need_float64, solve_operations
+from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, MergeRule, TensorPlan
 
 _MEMORY_TRIPS = 6  # a value that a linear computes is read or written this often, by activations, norms, additions
 
@@ -70,6 +82,7 @@ def measure_workload(
     trace: ModelTrace,
     blocks: Sequence[BlockPlan],
     non_block: Sequence[TensorPlan],
+    head: HeadPlan,
     shapes: Sequence[Sequence[BatchShapes]],
     gram_groups: GramGroups | None = None,
 ) -> Workload:
@@ -81,6 +94,7 @@ def measure_workload(
         trace: Trace of the model.
         blocks: Plans of all blocks.
         non_block: Plans of the tensors outside the blocks.
+        head: What of these is solved.
         shapes: Shapes of the batches, by candidate.
         gram_groups: Groups of ranks that add up Gram matrices; `None` where the batches are all there are.
     """
@@ -88,14 +102,14 @@ def measure_workload(
     dtype, state = inputs.skeleton.dtype, inputs.skeleton.model.state_dict()
     non_block_bytes = sum(state[plan.name].numel() * plan.dtype.itemsize for plan in non_block if plan.name in state)
     batches = [batch for of_candidate in shapes for batch in of_candidate]
-    hidden = [_hidden_bytes(trace, batch, dtype) for batch in batches]
     floating = [sum(_input_bytes(batch, floating=True) for batch in of_candidate) for of_candidate in shapes]
     rows = stack_rows(trace, shapes)
     sample_rows = _sample_rows(trace, batches)
-    kinds = _kinds(inputs, trace, blocks)
+    kinds = _kinds(inputs, trace, blocks, reads_end=method.reads_end)
+    hidden = [_hidden_bytes(trace, batch, dtype, method, kinds) for batch in batches]
     counter = _BlockCounter(
         method=method,
-        off_diagonal_scale=config.parameters.off_diagonal_scale,
+        trace=trace,
         dtype=dtype,
         num_candidates=len(inputs.candidates),
         rows=rows,
@@ -107,6 +121,7 @@ def measure_workload(
         forwards_merged=method.forwards_merged,
         hidden_itemsize=dtype.itemsize,
         blocks=tuple(counter.block(kind) for kind in kinds),
+        head=_head_numbers(head, method, trace, rows),
         has_rows=tuple(any(of_candidate.values()) for of_candidate in rows),
         batch_samples=max((_num_samples(batch) for batch in batches), default=1),
         num_batches=len(batches),
@@ -118,6 +133,7 @@ def measure_workload(
         + (0 if maps_inputs else sum(floating)),
         loading_bytes=max(floating) if maps_inputs else 0,
         first_bytes=dtype.itemsize
+        * (2 if method.forwards_merged and method.follows_candidates else 1)
         * max(sum(state[name].numel() for name in stack.needed_by_first) for stack in trace.stacks),
         non_block_bytes=non_block_bytes,
         non_block_buffer_bytes=min(non_block_bytes, 8 * AVERAGE_CHUNK_BYTES),
@@ -203,7 +219,7 @@ class _BlockCounter:
 
     Attributes:
         method: The method's row in the table.
-        off_diagonal_scale: The factor s on a Gram's off-diagonal.
+        trace: Trace of the model.
         dtype: Dtype of the forward passes.
         num_candidates: Number of candidates.
         rows: Number of rows by candidate and stack.
@@ -212,7 +228,7 @@ class _BlockCounter:
     """
 
     method: RegressionMethod
-    off_diagonal_scale: float
+    trace: ModelTrace
     dtype: torch.dtype
     num_candidates: int
     rows: Sequence[Mapping[int, int]]
@@ -222,23 +238,31 @@ class _BlockCounter:
     def block(self, kind: _BlockKind) -> BlockNumbers:
         """Counts what one kind of block takes."""
         groups = tuple(map(_group_numbers, kind.block.groups))
+        by_linear = goes_by_linear(self.method, kind.block, self.trace)
+        max_passes = 1 if by_linear else max(1, len(groups))
+        last_pass = self._plan_passes(kind, 1)[-1]
         return BlockNumbers(
             count=kind.count,
             num_outputs_read=kind.num_outputs_read,
             is_first=kind.block.index == 0,
             bytes=kind.bytes_of(kind.names),
             cast_bytes=kind.cast_bytes(kind.names, self.dtype),
-            forward=self._forward(kind, None, collects=False),
+            forward=self._forward(kind, None, collects=False, start=last_pass.keep if by_linear else None),
+            whole=self._forward(kind, None, collects=False),
             groups=groups,
             exchanged_bytes=self._exchanged_bytes(kind),
             shared_gram_bytes=self._shared_gram_bytes(kind.block),
-            passes=tuple(self._passes(kind, num_passes) for num_passes in range(1, max(1, len(groups)) + 1)),
+            passes=tuple(self._passes(kind, num_passes) for num_passes in range(1, max_passes + 1)),
         )
+
+    def _plan_passes(self, kind: _BlockKind, num_passes: int) -> tuple[BlockPass, ...]:
+        advances = self.method.follows_candidates
+        return plan_passes(self.method, kind.block, self.trace, num_passes, advances=advances)
 
     def _passes(self, kind: _BlockKind, num_passes: int) -> tuple[PassNumbers, ...]:
         """Counts what each of `num_passes` passes over a block takes."""
-        advances = self.method.advances_while_collecting
-        passes = block_passes(kind.block, kind.roles, num_passes, advances=advances)
+        advances = self.method.follows_candidates
+        passes = self._plan_passes(kind, num_passes)
         return tuple(self._pass(kind, block_pass, advances=advances and block_pass.last) for block_pass in passes)
 
     def _pass(self, kind: _BlockKind, block_pass: BlockPass, *, advances: bool) -> PassNumbers:
@@ -249,31 +273,74 @@ class _BlockCounter:
             sum(kind.sizes[name] for name in kind.names if name not in all_solved) * 4 if block_pass.averages else 0
         )
         until = None if advances else (block_pass.groups[-1].leader if block_pass.groups else "")
+        merged = kind.names if block_pass.by_linear else []
         largest_group = max((4 * group.num_inputs * group.num_outputs for group in block_pass.groups), default=0)
         stacks = [(group, kind.block.stack_of(group)) for group in block_pass.groups]
         return PassNumbers(
             read_bytes=kind.bytes_of(block_pass.tensor_names),
             cast_bytes=kind.cast_bytes(block_pass.tensor_names, self.dtype),
+            merged_bytes=kind.bytes_of(merged) + kind.cast_bytes(merged, self.dtype),
             solved_bytes=kind.bytes_of(solved),
             largest_solved_bytes=max((kind.bytes_of([name]) for name in solved), default=0),
-            sums_bytes=averaged + sum(map(sums_bytes, block_pass.groups)),
+            sums_bytes=averaged + sum(map(sums_bytes, block_pass.groups)) + self._cross_bytes(kind, block_pass),
             chunk_bytes=3 * min(DIFFERENCE_CHUNK_BYTES, largest_group),
             fallback_bytes=self._fallback_bytes(max((group.num_inputs for group in block_pass.groups), default=0)),
             runs=bool(block_pass.groups) or advances,
-            forward=self._forward(kind, until, collects=True),
+            forward=self._forwards(kind, block_pass, until),
             gram_operations=sum(rows[stack] * group.num_inputs**2 for group, stack in stacks for rows in self.rows),
             right_hand_side_operations=sum(
                 self._right_hand_side_factor(candidate, stack, group.num_inputs) * group.num_inputs * group.num_outputs
                 for group, stack in stacks
                 for candidate in range(1, len(self.rows))
-            ),
+            )
+            + sum(self._features_operations(kind.block, group) for group in block_pass.groups),
             groups=tuple(map(_group_numbers, block_pass.groups)),
         )
 
-    def _forward(self, kind: _BlockKind, until: str | None, *, collects: bool) -> ForwardNumbers:
+    def _forwards(self, kind: _BlockKind, block_pass: BlockPass, until: str | None) -> ForwardNumbers:
+        """Counts the runs of one pass: of the candidates, of what is merged so far, or of both in turns."""
+        if not block_pass.by_linear:
+            once = self._forward(kind, until, collects=True)
+            return once + once if self.method.compares else once
+        if not block_pass.groups:
+            return ForwardNumbers(0, 0, 0)
+        merged = self._forward(kind, block_pass.groups[0].leader, collects=True, start=block_pass.start)
+        if self.method.compares:
+            return merged + self._forward(kind, until, collects=True, start=block_pass.start)
+        return merged + self._forward(kind, None, collects=False) if until is None else merged
+
+    def _cross_bytes(self, kind: _BlockKind, block_pass: BlockPass) -> int:
+        """Bytes of the sums of products with the candidates' own features."""
+        if not self.method.compares:
+            return 0
+        rows = max((of_candidate[kind.block.stack] for of_candidate in self.rows), default=0)
+        return sum(
+            GRAM_DTYPE.itemsize * group.num_inputs**2
+            for group in block_pass.groups
+            if not features_by_rows(rows, group.num_inputs, group.num_outputs)
+        )
+
+    def _features_operations(self, block: BlockPlan, group: LinearGroup) -> float:
+        """Operations of what the candidates' own features add to a right-hand side."""
+        if not self.method.compares:
+            return 0
+        size, outputs, total = group.num_inputs, group.num_outputs, 0
+        paid_back = sum(linear.num_outputs for linear in group.linears if linear.residual is not None)
+        for of_candidate in self.rows:
+            rows = of_candidate[block.stack_of(group)]
+            if features_by_rows(rows, size, outputs):
+                total += 4 * rows * size * outputs
+            else:
+                total += 2 * rows * size * (size + paid_back) + 2 * size**2 * outputs
+        return total
+
+    def _forward(
+        self, kind: _BlockKind, until: str | None, *, collects: bool, start: ResumePoint | None = None
+    ) -> ForwardNumbers:
         """Counts running all candidates' data through a block, up to the linear `until`, and a Gram's float32 rows."""
         order = [role.name for role in kind.roles]
-        reached = kind.reached(until, order_only=False)
+        passed = {*start.known, *start.skipped} if start is not None else set()
+        reached = [path for path in kind.reached(until, order_only=False) if path not in passed]
         stack = kind.block.stack
         rows = sum(of_candidate[stack] for of_candidate in self.rows)
         weights = sum(kind.linears[path][0] * kind.linears[path][1] for path in reached)
@@ -303,9 +370,10 @@ class _BlockCounter:
     def _fallback_bytes(self, num_inputs: int) -> int:
         """Bytes of a second attempt in float64; of eigenvectors, where there are fewer tokens than inputs."""
         max_rank = sum(max(rows.values()) for rows in self.rows)
-        if self.off_diagonal_scale == 1 and max_rank < num_inputs:
+        scale = self.method.off_diagonal_scale
+        if scale == 1 and max_rank < num_inputs and self.method.ridge < STRONG_RIDGE:
             return 32 * num_inputs**2
-        return 8 * num_inputs**2 if may_need_float64(num_inputs, self.off_diagonal_scale) else 0
+        return 8 * num_inputs**2 if may_need_float64(num_inputs, scale) else 0
 
     def _exchanged_bytes(self, kind: _BlockKind) -> int:
         """Bytes of sums, solved weights and averages of one block that ranks exchange."""
@@ -334,6 +402,28 @@ class _BlockCounter:
         return total
 
 
+def _head_numbers(
+    head: HeadPlan, method: RegressionMethod, trace: ModelTrace, rows: Sequence[Mapping[int, int]]
+) -> HeadNumbers:
+    """Counts what solving the head takes."""
+    last, num_candidates = trace.order[-1], len(rows)
+    tied = [head.tied] if head.tied is not None else []
+    grams = products = 0.0
+    sums = panel = 0
+    for group in (*tied, *head.groups):
+        size, compares = group.num_inputs, method.compares and group is not head.tied
+        stack = last if group.token_stack is None else group.token_stack
+        total = sum(of_candidate[stack] for of_candidate in rows)
+        grams += total * size**2 * (3 if compares else 1)
+        products += solve_operations(size, group.num_outputs)
+        products += 2 * size**2 * group.num_outputs * (num_candidates * (2 if compares else 1) - 1)
+        sums = max(sums, GRAM_DTYPE.itemsize * size**2 * (num_candidates * (2 if compares else 1) + 1))
+        widest = max(linear.num_outputs for linear in group.linears)
+        chunk = min(DIFFERENCE_CHUNK_BYTES, GRAM_DTYPE.itemsize * widest * size)
+        panel = max(panel, (2 * num_candidates + 4) * chunk)
+    return HeadNumbers(head.tied is not None, grams, products, sums, panel)
+
+
 def _group_numbers(group: LinearGroup) -> GroupNumbers:
     return GroupNumbers(group.leader, group.num_inputs, group.num_outputs)
 
@@ -351,7 +441,9 @@ def _probe_shapes(kinds: Sequence[_BlockKind], sample_rows: Mapping[int, int], d
     return ProbeShapes(sample_rows[kind.block.stack], inputs, outputs, gram_size, dtype)
 
 
-def _kinds(inputs: Inputs, trace: ModelTrace, blocks: Sequence[BlockPlan]) -> tuple[_BlockKind, ...]:
+def _kinds(
+    inputs: Inputs, trace: ModelTrace, blocks: Sequence[BlockPlan], *, reads_end: bool
+) -> tuple[_BlockKind, ...]:
     """Groups blocks whose tensors, linears and roles are alike."""
     state = inputs.skeleton.model.state_dict()
     found: dict[object, list[BlockPlan]] = {}
@@ -376,7 +468,7 @@ def _kinds(inputs: Inputs, trace: ModelTrace, blocks: Sequence[BlockPlan]) -> tu
                     for path, shape in shapes.items()
                 },
                 count=len(members),
-                num_outputs_read=sum(member is not blocks[-1] for member in members),
+                num_outputs_read=sum(reads_end or member is not blocks[-1] for member in members),
             )
         )
     return tuple(kinds)
@@ -410,7 +502,29 @@ def _sample_rows(trace: ModelTrace, batches: Sequence[BatchShapes]) -> dict[int,
     }
 
 
-def _hidden_bytes(trace: ModelTrace, batch: BatchShapes, dtype: torch.dtype) -> int:
+def _hidden_bytes(
+    trace: ModelTrace, batch: BatchShapes, dtype: torch.dtype, method: RegressionMethod, kinds: Sequence[_BlockKind]
+) -> int:
+    """Bytes of all streams of hidden states for a batch, between blocks, and inside of one from linear to linear."""
+    streams = int(method.forwards_merged) + int(method.follows_candidates)
+    inside = 1 + int(method.compares)
+    widest = max((_inside_features(kind, trace, method) for kind in kinds), default=0)
+    rows = max(_num_rows(stack, batch) for stack in trace.stacks)
+    return streams * _output_bytes(trace, batch, dtype) + inside * rows * widest * dtype.itemsize
+
+
+def _inside_features(kind: _BlockKind, trace: ModelTrace, method: RegressionMethod) -> int:
+    """Number of features of a token that are kept inside a block, at most."""
+    points = trace.stacks[kind.block.stack].resume_points
+    if not points or not goes_by_linear(method, kind.block, trace):
+        return 0
+    known = points[kind.block.index]
+    groups = [(group, known[group.leader]) for group in kind.block.groups if group.leader in known]
+    kept = [group.num_inputs + sum(kind.linears[path][1] for path in point.known) for group, point in groups]
+    return max(kept, default=0)
+
+
+def _output_bytes(trace: ModelTrace, batch: BatchShapes, dtype: torch.dtype) -> int:
     """Bytes of the outputs of all stacks for a batch, scaled from those for the trace's two samples."""
     total = 0
     for stack in trace.stacks:

@@ -72,6 +72,12 @@ def footprint(
         for numbers in kind.in_passes(placement.passes)
         for moment in _moments(work, kind, numbers, placement)
     ]
+    if work.head.sums_bytes:
+        largest = max((kind.bytes + kind.cast_bytes for kind in work.blocks), default=0)
+        activations = max((kind.whole.sample_bytes for kind in work.blocks), default=0) * placement.samples
+        running = {"weights": 2 * largest if work.head.tied else 0, "sums": work.head.sums_bytes}
+        moments.append(running | {"activations": activations})
+        moments.append({"sums": work.head.sums_bytes, "solve": work.head.panel_bytes})
     computing = max(moments, key=_total)
     before_blocks = [
         {"loading of calibration inputs": work.loading_bytes},
@@ -121,12 +127,12 @@ def _moments(work: Workload, kind: BlockNumbers, numbers: PassNumbers, placement
     """What is held at the peaks of a pass: while collecting, solving, and running the merged block."""
     ahead = _largest_read(work, placement.passes) if placement.prefetch else 0
     collect = {
-        "weights": numbers.read_bytes + numbers.solved_bytes + ahead + numbers.cast_bytes,
+        "weights": numbers.read_bytes + numbers.merged_bytes + numbers.solved_bytes + ahead + numbers.cast_bytes,
         "sums": numbers.sums_bytes,
         "activations": placement.samples * numbers.forward.sample_bytes + numbers.chunk_bytes,
     }
     solve = {
-        "weights": numbers.solved_bytes + numbers.largest_solved_bytes + ahead,
+        "weights": numbers.merged_bytes + numbers.solved_bytes + numbers.largest_solved_bytes + ahead,
         "sums": numbers.sums_bytes,
         "solve": numbers.fallback_bytes + numbers.chunk_bytes,
     }

@@ -92,6 +92,14 @@ class ForwardNumbers:
     moved_bytes: float
     sample_bytes: int
 
+    def __add__(self, other: ForwardNumbers) -> ForwardNumbers:
+        """Numbers of two runs that take turns, batch by batch."""
+        return ForwardNumbers(
+            self.operations + other.operations,
+            self.moved_bytes + other.moved_bytes,
+            self.sample_bytes + other.sample_bytes,
+        )
+
 
 @dataclass(frozen=True)
 class PassNumbers:
@@ -100,6 +108,7 @@ class PassNumbers:
     Attributes:
         read_bytes: Bytes of the tensors that are read of every candidate.
         cast_bytes: Bytes of copies of these tensors in the forward's dtype, where that is not the stored one.
+        merged_bytes: Bytes of the block's tensors that are merged already, and run.
         solved_bytes: Bytes of the weights that are solved.
         largest_solved_bytes: Bytes of the largest weight that is solved.
         sums_bytes: Bytes of the sums of the groups, and of running averages.
@@ -114,6 +123,7 @@ class PassNumbers:
 
     read_bytes: int
     cast_bytes: int
+    merged_bytes: int
     solved_bytes: int
     largest_solved_bytes: int
     sums_bytes: int
@@ -136,7 +146,8 @@ class BlockNumbers:
         is_first: Whether one of the blocks is the first of its stack, so that embeddings are held beside it.
         bytes: Bytes of all tensors of one block, as they are written.
         cast_bytes: Bytes of copies of these tensors in the forward's dtype, where that is not the stored one.
-        forward: Forward pass of the merged block.
+        forward: Forward pass of the merged block, from where the last pass has stopped.
+        whole: Forward pass of the whole block.
         groups: All groups that are solved.
         exchanged_bytes: Bytes of sums, solved weights and averages of one block that ranks exchange.
         shared_gram_bytes: Bytes of Gram matrices of one block that a rank all-reduces with others, there and back.
@@ -149,6 +160,7 @@ class BlockNumbers:
     bytes: int
     cast_bytes: int
     forward: ForwardNumbers
+    whole: ForwardNumbers
     groups: tuple[GroupNumbers, ...]
     exchanged_bytes: int
     shared_gram_bytes: int
@@ -157,6 +169,25 @@ class BlockNumbers:
     def in_passes(self, number: int) -> tuple[PassNumbers, ...]:
         """Numbers of each of `number` passes; of one pass for every group where there are fewer groups."""
         return self.passes[min(number, len(self.passes)) - 1]
+
+
+@dataclass(frozen=True)
+class HeadNumbers:
+    """The head, where it is solved.
+
+    Attributes:
+        tied: Whether all candidates' blocks are run once more before the first is merged.
+        gram_operations: Operations of all candidates' Gram matrices and products with their own features.
+        product_operations: Operations of right-hand sides and solves, panel by panel.
+        sums_bytes: Bytes of the Gram matrices of all candidates.
+        panel_bytes: Bytes of the rows that are solved at once, of all candidates and of what is made of them.
+    """
+
+    tied: bool = False
+    gram_operations: float = 0.0
+    product_operations: float = 0.0
+    sums_bytes: int = 0
+    panel_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,6 +218,7 @@ class Workload:
         forwards_merged: Whether merged blocks are run to make the next hidden states.
         hidden_itemsize: Bytes of an element of hidden states.
         blocks: Numbers of all blocks, by kind.
+        head: Numbers of the head.
         has_rows: Whether there is any data, by candidate.
         batch_samples: Number of samples in the largest batch.
         num_batches: Number of batches of all candidates.
@@ -206,6 +238,7 @@ class Workload:
     forwards_merged: bool
     hidden_itemsize: int
     blocks: tuple[BlockNumbers, ...]
+    head: HeadNumbers
     has_rows: tuple[bool, ...]
     batch_samples: int
     num_batches: int

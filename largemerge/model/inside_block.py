@@ -1,0 +1,245 @@
+"""What a trial run tells of the inside of a block: where its linears write to, and where a run can be taken up.
+
+    Residual       the tensor to which a linear's output is added: in the trial run after = before + output, bit by bit
+    ResumePoint    a run that starts at the inputs of some linear: which outputs of earlier linears it still reads,
+                   found by filling each of them with NaN
+
+No table of architectures says so. In a Llama block:
+
+    h ─► norm ─► q, k, v ─► attention ─► o ─► (+ h) ─► norm ─► gate, up ─► · ─► down ─► (+) ─►
+                                                                └ resumed here, a run reads the output of o, and not
+                                                                  those of q, k and v
+
+so that a block can be run linear by linear, each of them once, though all samples wait at every linear for its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from largemerge.model.fake_forward import FakeModel, equal_trees
+from largemerge.model.forward import original_forward, replaced_forwards
+from largemerge.model.skeleton import linears_in, weight_is_transposed
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The tensor to which the output of a linear is added.
+
+    Attributes:
+        module: Path in the block of a module whose input it is; it runs before the linear.
+        linears: Linears that run before, and whose outputs are added to it, too: those of parallel blocks.
+    """
+
+    module: str
+    linears: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A run of a block that starts at the inputs of some linears.
+
+    Attributes:
+        given: Linears that read one tensor, which was kept from an earlier run.
+        known: Earlier linears whose outputs are still read, and were kept, too.
+        skipped: Earlier linears whose outputs nobody reads any more.
+    """
+
+    given: tuple[str, ...]
+    known: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+@dataclass
+class _Run:
+    """What was seen of one run of a block.
+
+    Attributes:
+        seen: Number of modules and linears before, path, and first input of each submodule that was called.
+        outputs: Linear → number of modules before its end, and its output.
+        output: What the block returned.
+    """
+
+    seen: list[tuple[int, str, torch.Tensor]] = field(default_factory=list)
+    outputs: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)
+    output: Any = None
+
+
+def find_residuals(fake: FakeModel, stack: int, index: int) -> dict[str, Residual]:
+    """Finds the linears of a block whose outputs are added to a tensor as they are, and that tensor.
+
+    Args:
+        fake: The model with made-up weights.
+        stack: Index of the block's stack.
+        index: Index of the block in its stack; it runs once in a forward pass.
+    """
+    run = _watched_run(fake, stack, index)
+    returned = [leaf for leaf in tree_flatten(run.output)[0] if isinstance(leaf, torch.Tensor)]
+    ends = [(len(run.seen) + len(run.outputs), leaf) for leaf in returned if leaf.is_floating_point()]
+    afters = [*((number, tensor) for number, _, tensor in run.seen), *ends]
+    found: dict[str, Residual] = {}
+    for path, (number, output) in run.outputs.items():
+        before = [(name, tensor) for at, name, tensor in run.seen if at < number]
+        later = [tensor for at, tensor in afters if at >= number]
+        residual = _added_to(before, [output], later)
+        if residual is not None:
+            found[path] = Residual(residual)
+    left = [path for path in run.outputs if path not in found]
+    for first, second in ((a, b) for place, a in enumerate(left) for b in left[place + 1 :]):
+        number, output = run.outputs[first]
+        before = [(name, tensor) for at, name, tensor in run.seen if at < number]
+        residual = _added_to(before, [output, run.outputs[second][1]], [tensor for _, tensor in ends])
+        if residual is not None:
+            found |= {first: Residual(residual), second: Residual(residual, (first,))}
+    return found
+
+
+def _added_to(
+    before: Sequence[tuple[str, torch.Tensor]], outputs: Sequence[torch.Tensor], later: Sequence[torch.Tensor]
+) -> str | None:
+    """The first module whose input, with the outputs added in any order, is one of the later tensors."""
+    flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
+    if any(output.shape != flat[0].shape or not output.nan_to_num().any() for output in flat):
+        return None
+    targets = [tensor.reshape(-1, tensor.shape[-1]) for tensor in later if tensor.numel() == flat[0].numel()]
+    targets = [target for target in targets if target.shape == flat[0].shape]
+    for name, tensor in before if targets else ():
+        if tensor.numel() != flat[0].numel() or tensor.shape[-1] != flat[0].shape[-1]:
+            continue
+        start = tensor.reshape(flat[0].shape)
+        sums = [start + flat[0]]
+        if len(flat) == 2:
+            sums = [sums[0] + flat[1], start + flat[1] + flat[0], start + (flat[0] + flat[1])]
+        if any(equal_trees(total, target) for total in sums for target in targets):
+            return name
+    return None
+
+
+def find_resume_points(
+    fake: FakeModel, stack: int, index: int, groups: Sequence[Sequence[str]]
+) -> tuple[ResumePoint | None, ...]:
+    """Finds out how runs of a block can be taken up at groups of linears.
+
+    Args:
+        fake: The model with made-up weights.
+        stack: Index of the block's stack.
+        index: Index of the block in its stack; it runs once in a forward pass.
+        groups: Linears that read one tensor, by group, in the order in which they run; each is called once.
+
+    Returns:
+        For each group a point; `None` where a run that starts there comes to another result.
+    """
+    whole = _watched_run(fake, stack, index)
+    inputs = {path: tensor for _, path, tensor in whole.seen}
+    order = list(whole.outputs)
+    points: list[ResumePoint | None] = []
+    for group in groups:
+        leader = min(group, key=order.index)
+        earlier = [path for path in order[: order.index(leader)] if path not in group]
+
+        def resumed(known: Sequence[str], group: Sequence[str] = group, earlier: Sequence[str] = earlier) -> bool:
+            given = dict.fromkeys(group, inputs[leader])  # noqa: B023 (called at once)
+            answers = {path: whole.outputs[path][1] if path in known else None for path in earlier}
+            try:
+                again = _watched_run(fake, stack, index, given, answers)
+            except (
+                RuntimeError,
+                ValueError,
+                IndexError,
+            ):  # a model's code may refuse NaN, or write into what is stored
+                return False
+            later = [path for path in order if path not in earlier]
+            same = all(equal_trees(again.outputs[path][1], whole.outputs[path][1]) for path in later)
+            return same and equal_trees(again.output, whole.output)
+
+        known = () if resumed(()) else tuple(p for p in earlier if not resumed([q for q in earlier if q != p]))
+        skipped = tuple(path for path in earlier if path not in known)
+        works = resumed(known)
+        points.append(ResumePoint(tuple(group), known, skipped) if works else None)
+    return tuple(points)
+
+
+def _watched_run(
+    fake: FakeModel,
+    stack: int,
+    index: int,
+    given: Mapping[str, torch.Tensor] | None = None,
+    answers: Mapping[str, torch.Tensor | None] | None = None,
+) -> _Run:
+    """Runs a block; with inputs given to some linears, and others answering with kept outputs or NaN."""
+    block = fake.skeleton.stacks[stack].blocks[index]
+    run = _Run()
+    with _recorded(block, run), replaced_forwards(resumed_forwards(block, given or {}, answers or {})):
+        run.output = fake.resume(stack, index)[1]
+    return run
+
+
+@contextmanager
+def _recorded(block: nn.Module, run: _Run) -> Iterator[None]:
+    """Records the first input of every submodule, and outputs of linears: copies, for later code may change them."""
+    linears = linears_in(block)
+
+    def before(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point() and args[0].dim() > 1:
+                run.seen.append((len(run.seen) + len(run.outputs), path, args[0].clone()))
+
+        return record
+
+    def after(path: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def record(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            run.outputs[path] = (len(run.seen) + len(run.outputs), output.clone())
+
+        return record
+
+    handles = [
+        module.register_forward_pre_hook(before(path)) for path, module in block.named_modules() if module is not block
+    ]
+    handles += [linear.register_forward_hook(after(path)) for path, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def resumed_forwards(
+    block: nn.Module,
+    given: Mapping[str, torch.Tensor],
+    answers: Mapping[str, torch.Tensor | None],
+    compute: Mapping[nn.Module, Callable[..., torch.Tensor]] | None = None,
+) -> dict[nn.Module, Callable[..., torch.Tensor]]:
+    """Makes forwards of linears with which a run of their block starts in its middle.
+
+    Args:
+        block: The block.
+        given: Path of a linear → what it reads in place of its argument.
+        answers: Path of a linear → what it returns; `None` for NaN, one element of memory for the whole.
+        compute: Linear → how it is computed, where not by its own forward.
+    """
+
+    def reading(linear: nn.Module, x: torch.Tensor) -> Callable[..., torch.Tensor]:
+        own = (compute or {}).get(linear) or original_forward(linear)
+        return lambda *_: own(x)
+
+    def answering(linear: Any, output: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+        if output is not None:
+            return lambda *_: output.clone()  # the model may add to it in its place
+        width = linear.nf if weight_is_transposed(linear) else linear.out_features
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return torch.full((), float("nan"), dtype=x.dtype, device=x.device).expand(*x.shape[:-1], width)
+
+        return forward
+
+    forwards = {block.get_submodule(path): reading(block.get_submodule(path), x) for path, x in given.items()}
+    return forwards | {
+        block.get_submodule(path): answering(block.get_submodule(path), y) for path, y in answers.items()
+    }

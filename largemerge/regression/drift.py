@@ -1,0 +1,65 @@
+"""By how much the hidden states of the merged model have drifted from a candidate's own, after a block.
+
+‖h_m − h_e‖ / ‖h_e‖     over the valid tokens of the candidate's calibration data
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+from largemerge.model.block_runner import valid_mask, valid_rows
+from largemerge.model.forward import KeptOutputs, Output
+from largemerge.regression.collect import SampleRunner
+from largemerge.regression.gram import GRAM_DTYPE
+from largemerge.regression.tensor_plan import BlockPlan
+
+
+@dataclass
+class Drift:
+    """Sums the drift of one candidate's data after one block, batch by batch.
+
+    Attributes:
+        samples: Knows the candidate's own hidden states, which have gone through the block already.
+        block: The block.
+        candidate: Number of the candidate.
+        squares: ‖h_m − h_e‖² and ‖h_e‖² so far, on this rank.
+    """
+
+    samples: SampleRunner
+    block: BlockPlan
+    candidate: int
+    squares: tuple[float, float] = field(init=False, default=(0.0, 0.0))
+
+    def add(self, number: int, output: Output) -> None:
+        """Adds the merged output of one batch."""
+        samples, stack = self.samples, self.block.stack
+        runner, batch = samples.runner, samples.samples.calibration[self.candidate].batches[number]
+        own = samples.hidden_states.get("candidate", self.candidate, number, runner.device)[stack]
+        mask = valid_mask(batch, runner.trace.stacks[stack], runner.loss_input)
+        rows = [_rows(each, mask) for each in (output, own)]
+        if rows[0] is None or rows[1] is None:
+            return
+        merged, expected = rows[0].to(GRAM_DTYPE), rows[1].to(GRAM_DTYPE)
+        apart, whole = (merged - expected).square().sum().item(), expected.square().sum().item()
+        self.squares = (self.squares[0] + apart, self.squares[1] + whole)
+
+
+def _rows(output: Output, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Valid rows of the first floating-point tensor that a block returns, its hidden states."""
+    output = output.last if isinstance(output, KeptOutputs) else output
+    leaves = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    if not leaves or (mask is not None and leaves[0].numel() % (mask.numel() * leaves[0].shape[-1])):
+        return None
+    return valid_rows(leaves[0], None if mask is None else mask.to(leaves[0].device))
+
+
+def relative(squares: Iterable[tuple[float, float]]) -> float | None:
+    """‖h_m − h_e‖ / ‖h_e‖ over the parts of all ranks; `None` where there are no hidden states to compare."""
+    parts = list(squares)
+    apart, whole = (sum(part[which] for part in parts) for which in (0, 1))
+    return math.sqrt(apart / whole) if whole > 0 else None

@@ -1,0 +1,316 @@
+"""Solves the head: the linears that run after the blocks, and the embedding that is tied to one of them.
+
+    tied      first, from each candidate's own final features f_i, before anything has drifted:
+              every candidate's blocks → f_i → G_i = f_iᵀf_i → E; the blocks then set the input side right
+    untied    last, from the merged model's final features, like any other linear: β as in the blocks
+
+    W* = W̄ + [ Σ_i (W_i − W̄) G̃_i + s·β·Σ_i α_i W_i (X'_i − X_i)ᵀX_i ] ( Σ_i G̃_i + λI )⁻¹
+
+A head has as many rows as the vocabulary, so neither a candidate's nor the sum over them is ever held: the Gram
+matrices of all candidates are kept (they are small), and rows are read, solved and written panel by panel.
+
+Shapes: N tokens, I inputs, O rows of a panel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from largemerge.checkpoint.reader import prefetched
+from largemerge.checkpoint.tensor_info import Tensors
+from largemerge.errors import MergeError
+from largemerge.matmul import add_product_
+from largemerge.progress import Clock, Watcher
+from largemerge.regression.averages import RowsOfModels, rows_of_models
+from largemerge.regression.collect import EngineSettings, SampleRunner
+from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
+from largemerge.regression.group_sums import STRONG_RIDGE, row_chunks
+from largemerge.regression.methods import RegressionMethod
+from largemerge.regression.rank_exchange import RankExchange, ReadItem
+from largemerge.regression.solve import Solution, may_need_float64, solve_anchored_
+from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, LinearPlan
+from largemerge.regression.weights import MERGED, Weights
+
+HEAD = "head"
+"""Name of the part that holds the head, in journal, report and progress."""
+
+JsonObject = dict[str, Any]
+Load = Callable[[ReadItem], Callable[[], Tensors]]
+
+
+@dataclass
+class HeadSums:
+    """Gram matrices of the linears that read one tensor, of every candidate for itself.
+
+    Attributes:
+        grams: XᵀX by candidate.
+        cross_II: (X' − X)ᵀX by candidate; empty where nothing is held against the candidate's own features.
+        tokens: Number of rows by candidate, on all ranks.
+    """
+
+    grams: list[Gram]
+    cross_II: list[torch.Tensor]
+    tokens: list[int]
+
+    @classmethod
+    def empty(
+        cls, num_inputs: int, num_candidates: int, device: torch.device, scratch: Scratch, *, compares: bool
+    ) -> HeadSums:
+        """Makes sums of nothing."""
+        grams = [Gram(num_inputs, device, scratch) for _ in range(num_candidates)]
+        cross = [torch.zeros(num_inputs, num_inputs, dtype=GRAM_DTYPE, device=device) for _ in grams if compares]
+        return cls(grams, cross, [0] * num_candidates)
+
+    def add(self, candidate: int, x_NI: torch.Tensor, own_NI: torch.Tensor | None = None) -> None:
+        """Adds rows of a candidate's data; `own_NI` are the same rows in the candidate itself."""
+        self.tokens[candidate] += len(x_NI)
+        self.grams[candidate].add_rows(x_NI)
+        if own_NI is not None:
+            x_NI = x_NI.to(GRAM_DTYPE)
+            moved_NI = own_NI.to(GRAM_DTYPE, copy=True).sub_(x_NI)
+            add_product_(self.cross_II[candidate], moved_NI.T, x_NI.T)
+
+    def views(self) -> list[torch.Tensor]:
+        """All sums, which ranks add up."""
+        return [*(view for gram in self.grams for view in gram.candidate_views()), *self.cross_II]
+
+    def total(self, shares: Sequence[float], off_diagonal_scale: float) -> Gram:
+        """Adds up G̃_i of all candidates; raises `FloatingPointError` if one is not finite."""
+        total = Gram(self.grams[0].num_inputs, self.grams[0].halves_II.device)
+        for gram, share, tokens in zip(self.grams, shares, self.tokens, strict=True):
+            if not torch.isfinite(gram.candidate_diagonal()).all():
+                raise FloatingPointError("activations are not finite")
+            total.add_candidate_of(gram, share / tokens, off_diagonal_scale)
+        return total
+
+
+@dataclass
+class HeadSolver:
+    """Collects for the head and solves it, in panels of rows; attributes as in `Engine`."""
+
+    plan: HeadPlan
+    settings: EngineSettings
+    names: tuple[str, ...]
+    weights: Weights
+    samples: SampleRunner
+    watcher: Watcher
+    clock: Clock
+    rank_exchange: RankExchange
+    _scratch: Scratch = field(init=False, default_factory=Scratch)
+
+    @property
+    def _method(self) -> RegressionMethod:
+        return self.settings.method
+
+    def solve_tied(self, blocks: Sequence[BlockPlan], load: Load) -> JsonObject:
+        """Collective: solves the head that is tied to the embedding, from the candidates' own final features.
+
+        Args:
+            blocks: All blocks, in the order in which they run.
+            load: Begins to read a candidate's block.
+
+        Returns:
+            The report of the head; on other ranks than rank 0 it is empty.
+        """
+        group = self.plan.tied
+        assert group is not None
+        sums = self._empty(group, compares=False)
+        own = [index for index in range(len(self.names)) if self.rank_exchange.has_data(index)]
+        items = [
+            ReadItem(block.name, -1, index, tuple(plan.name for plan in block.tensors), replayed=True)
+            for index in own
+            for block in blocks
+        ]
+        with prefetched(load, items, ahead=self.settings.prefetch) as loaded:
+            for index in own:
+                with self.clock.stage("candidate_forward"):
+                    self._run_candidate(blocks, index, (next(loaded)() for _ in blocks))
+                    self._collect(group, index, partial(sums.add, index))
+                self.samples.hidden_states.forget("candidate", index)
+        return self._solve(group, sums)
+
+    def _run_candidate(self, blocks: Sequence[BlockPlan], index: int, tensors: Iterator[Tensors]) -> None:
+        """Runs a candidate's own blocks on its own data."""
+        for block, own in zip(blocks, tensors, strict=True):
+            for _ in self.samples.run(block, index, own, "candidate", advance=True):
+                self.watcher.step(HEAD, "collect", self.names[index])
+
+    def _collect(self, group: LinearGroup, index: int, add: Callable[[torch.Tensor], None]) -> None:
+        """Shows the final features of a candidate in its own model."""
+        non_block = self.samples.runner.end_non_block(index, self._unread(group))
+        for number in range(len(self.samples.samples.calibration[index].batches)):
+            self._run_end("candidate", index, number, non_block, group, add)
+
+    def solve_untied(self) -> JsonObject:
+        """Collective: solves all other linears after the blocks, one group after the other.
+
+        Returns:
+            The report of the head; on other ranks than rank 0 it is empty.
+        """
+        reports: JsonObject = {}
+        for group in self.plan.groups:
+            sums = self._empty(group, compares=self._method.compares)
+            runner, unread = self.samples.runner, self._unread(group)
+            merged = runner.end_non_block(MERGED, unread) if self._method.forwards_merged else None
+            with self.clock.stage("candidate_forward"):
+                for index, name in enumerate(self.names):
+                    if not self.rank_exchange.has_data(index):
+                        continue
+                    both = merged is None or self._method.compares
+                    own = runner.end_non_block(index, unread) if both else None
+                    for number in range(len(self.samples.samples.calibration[index].batches)):
+                        rows: dict[str, list[torch.Tensor]] = {"candidate": [], "merged": []}
+                        for stream, non_block in (("candidate", own), ("merged", merged)):
+                            if non_block is not None:
+                                self._run_end(stream, index, number, non_block, group, rows[stream].append)
+                        x_NI, *more = [torch.cat(rows[s]) for s in ("merged", "candidate") if rows[s]]
+                        sums.add(index, x_NI, more[0] if more else None)
+                        self.watcher.step(HEAD, "collect", name)
+            reports |= self._solve(group, sums)
+        return reports
+
+    def _run_end(
+        self,
+        stream: str,
+        index: int,
+        number: int,
+        non_block: Any,
+        group: LinearGroup,
+        add: Callable[[torch.Tensor], None],
+    ) -> None:
+        """Runs one batch from the last block's output to the linears of a group."""
+        runner, batch = self.samples.runner, self.samples.samples.calibration[index].batches[number]
+        outputs = self.samples.hidden_states.get(stream, index, number, runner.device)
+        runner.end(batch, outputs, non_block, watch=[group.leader], on_input=lambda _, x_NI: add(x_NI))
+
+    def _unread(self, group: LinearGroup) -> list[str]:
+        """Weights that a run to a group does not reach: the group's own, those of later ones, and of a tied head."""
+        later = self.plan.groups[self.plan.groups.index(group) :] if group in self.plan.groups else ()
+        tied = () if self.plan.tied is None else (self.plan.tied,)
+        return [linear.name for each in (*later, *tied) for linear in each.linears]
+
+    def _empty(self, group: LinearGroup, *, compares: bool) -> HeadSums:
+        device = self.samples.runner.device
+        return HeadSums.empty(group.num_inputs, len(self.names), device, self._scratch, compares=compares)
+
+    def _solve(self, group: LinearGroup, sums: HeadSums) -> JsonObject:
+        """Collective: adds up the sums of all ranks, and solves and writes the group's linears on rank 0."""
+        ranks, collectives = self.rank_exchange.ranks, self.rank_exchange.collectives
+        with self.clock.stage("communicate"):
+            if collectives is not None:
+                collectives.wait(collectives.reduce(sums.views(), 0))
+            of_ranks = ranks.gather(sums.tokens)
+        sums.tokens = [sum(counts) for counts in zip(*of_ranks, strict=True)]
+
+        def solve_and_write() -> JsonObject:
+            if not ranks.is_first:
+                return {}
+            with self.clock.stage("solve"):
+                return {linear.name: self._solve_linear(group, linear, sums) for linear in group.linears}
+
+        report = ranks.agree(solve_and_write)
+        self.watcher.step(HEAD, "solve")
+        return report
+
+    def _solve_linear(self, group: LinearGroup, linear: LinearPlan, sums: HeadSums) -> JsonObject:
+        """Solves and writes one linear, panel by panel; returns its report."""
+        method, shares = self._method, self.settings.shares
+        rows = rows_of_models(linear.name, linear.dtype, self.weights, with_base=method.anchor != "average")
+        distances = _Distances(self.names)
+        solution: Solution | None = None
+        try:
+            gram = sums.total(shares, method.off_diagonal_scale)
+            for panel in _panels(rows, group.num_inputs):
+                tensors = [tensor.to(self.samples.runner.device, GRAM_DTYPE) for tensor in rows.read(panel)]
+                solved_OI, mean_OI, solution = self._solve_panel(gram, sums, tensors)
+                rows.write(solved_OI.to(linear.dtype), panel)
+                distances.add(solved_OI, mean_OI, tensors)
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            raise MergeError(f"{linear.name}: cannot be solved: {error}") from None
+        assert solution is not None
+        return {
+            "shape": [rows.num_rows, group.num_inputs],
+            "shares_gram_with": group.leader,
+            "tokens": dict(zip(self.names, sums.tokens, strict=True)),
+            "solver": solution.solver,
+            "condition": solution.condition,
+            "residual": solution.residual,
+            "fallbacks": list(solution.fallbacks),
+            "num_dead_features": solution.num_dead_features,
+            **distances.report(),
+        }
+
+    def _solve_panel(
+        self, gram: Gram, sums: HeadSums, tensors: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, Solution]:
+        """Solves for some rows of a weight; `tensors` are those rows of all candidates, and of the base if it is read.
+
+        Returns:
+            The merged rows, the weighted average, both `[O, I]` in float32, and how they were found.
+        """
+        method, shares = self._method, self.settings.shares
+        anchor_OI = tensors[0]
+        rhs_OI, mean_OI = torch.zeros_like(anchor_OI), torch.zeros_like(anchor_OI)
+        for index, (share, tokens) in enumerate(zip(shares, sums.tokens, strict=True)):
+            alpha = share / tokens
+            if index > 0:
+                difference_OI = tensors[index] - anchor_OI
+                sums.grams[index].add_candidate_product_(rhs_OI, difference_OI, alpha, method.off_diagonal_scale)
+                mean_OI.add_(difference_OI, alpha=share)
+            if sums.cross_II:
+                factor = alpha * method.off_diagonal_scale * method.target
+                add_product_(rhs_OI, tensors[index], sums.cross_II[index].T, alpha=factor)
+        average_OI = anchor_OI + mean_OI
+        if method.anchor != "average":
+            scale = method.anchor_scale * len(self.names) if method.anchor == "task_arithmetic" else 0.0
+            mean_OI = (tensors[-1] - anchor_OI).mul_(1 - scale).add_(mean_OI, alpha=scale)
+        weak = method.off_diagonal_scale == 1 and method.ridge < STRONG_RIDGE
+        solution = solve_anchored_(
+            gram,
+            rhs_OI,
+            mean_OI,
+            method.ridge,
+            sum(sums.tokens) if weak else None,
+            surely_well_conditioned=not may_need_float64(gram.num_inputs, method.off_diagonal_scale),
+        )
+        return rhs_OI.add_(anchor_OI), average_OI, solution
+
+
+def _panels(rows: RowsOfModels, num_inputs: int) -> Iterator[slice]:
+    """Panels of rows; one of all of them where they are read and written as a whole only."""
+    whole = slice(0, rows.num_rows)
+    return row_chunks(whole, num_inputs) if rows.by_rows else iter([whole])
+
+
+@dataclass
+class _Distances:
+    """Relative distances of a merged weight to the candidates' and to their average, panel by panel."""
+
+    names: Sequence[str]
+    _squares: dict[str, float] = field(init=False, default_factory=dict)
+
+    def add(self, merged_OI: torch.Tensor, average_OI: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+        """Adds a panel."""
+        found: Mapping[str, torch.Tensor] = {
+            "": merged_OI,
+            "average": merged_OI - average_OI,
+            **{f"of {name}": merged_OI - own_OI for name, own_OI in zip(self.names, tensors, strict=False)},
+        }
+        for name, tensor in found.items():
+            self._squares[name] = self._squares.get(name, 0.0) + tensor.square().sum().item()
+
+    def report(self) -> JsonObject:
+        """The distances, as a linear's report has them."""
+        norm = math.sqrt(self._squares[""]) or 1.0
+        return {
+            "relative_distance_to_average": math.sqrt(self._squares["average"]) / norm,
+            "relative_distance_to_candidates": {
+                name: math.sqrt(self._squares[f"of {name}"]) / norm for name in self.names
+            },
+        }
