@@ -8,7 +8,7 @@
 
     text      SmolLM2-135M-Instruct, tuned on Python, German, French, and C headers     (`quality_text.py`)
     images    a small vision transformer, tuned on digits seen in four ways             (`quality_images.py`)
-    encoder   MiniLM, tuned to find the passage that follows, in the four kinds of text (`quality_encoder.py`)
+    encoder   MiniLM, tuned to find the passage that follows, in German, French, C headers (`quality_encoder.py`)
 
 Every merge runs through the command line, in a process of its own whose time is taken, and is measured on data that
 neither training nor calibration has seen. What counts is how much of what plain averaging loses a method gains back:
@@ -17,8 +17,8 @@ neither training nor calibration has seen. What counts is how much of what plain
 
 Losses are means over the tasks before the share is taken; the table has the mean of the shares over the seeds, and the
 lowest and highest. Above 100 % a merge is better than the experts; below 0 it is worse than their average. Results are
-kept under a hash of the checkpoints, samples, settings, held-out data, and of the sources that merge. Ends with one
-line of JSON.
+kept under a hash of the checkpoints, samples, settings and held-out data, and of the sources of the half of largemerge
+that merges. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ FAMILIES: Mapping[str, MakeCase] = {
     "images": quality_images.make_case,
     "encoder": quality_encoder.make_case,
 }
-SAMPLES = 16
+SAMPLES = {"text": 16, "images": 256, "encoder": 128}
+"""Of each task, some 4,096 tokens; the default."""
 QUICK_METHODS = (AVERAGE, "ties", "regmean_plusplus")
 
 
@@ -102,11 +103,12 @@ def main() -> None:
     arguments = _arguments()
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     logging.disable_progress_bar()
-    merges = _merges(arguments.methods or (QUICK_METHODS if arguments.quick else all_methods()), arguments.samples)
+    methods = arguments.methods or (QUICK_METHODS if arguments.quick else all_methods())
     work: Path = arguments.work.resolve() / ("quick" if arguments.quick else "")
     found: dict[str, dict[int, Seed]] = {}
     for family in arguments.family:
         found[family] = {}
+        merges = _merges(methods, arguments.samples or [SAMPLES[family]])
         for seed in arguments.seeds:
             folder = work / family / f"seed-{seed}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,9 +130,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=[*FAMILIES], help="(default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="name, or name:key=value,… (default: all)")
-    parser.add_argument(
-        "--samples", nargs="+", type=int, default=[SAMPLES], metavar="N", help=f"of each task (default: {SAMPLES})"
-    )
+    samples = "of each task (default: some 4,096 tokens)"
+    parser.add_argument("--samples", nargs="+", type=int, metavar="N", help=samples)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw an SVG")
     parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--work", type=Path, default=default, metavar="DIR", help="folder for all files (%(default)s)")
@@ -193,7 +194,7 @@ def _digest(case: Case, merge: Merge, written: str, folder: Path) -> str:
 
 
 def _label(merge: Merge) -> str:
-    return merge.label if merge.samples in (None, SAMPLES) else f"{merge.label}, {merge.samples} samples"
+    return merge.label if merge.samples is None else f"{merge.label}, {merge.samples} samples"
 
 
 def table(family: str, seeds: Mapping[int, Seed]) -> str:
@@ -237,9 +238,9 @@ def _rows(family: str, seeds: Mapping[int, Seed]) -> list[dict[str, Any]]:
 
 def _draw(found: Mapping[str, Mapping[int, Seed]], path: Path) -> None:
     """A panel for each family: the share of every method, or, for several numbers of samples, how it grows."""
-    merges = [merge for seeds in found.values() for merge in next(iter(seeds.values())).merges]
-    curve = len({merge.samples for merge in merges if merge.samples is not None}) > 1
-    height = 3.2 if curve else 1.0 + 0.22 * len(set(merges))
+    of_families = [list(next(iter(seeds.values())).merges) for seeds in found.values()]
+    curve = any(len({merge.samples for merge in merges} - {None}) > 1 for merges in of_families)
+    height = 3.2 if curve else 1.0 + 0.22 * len(of_families[0])
     figure, panels = new_figure(3.4 * len(found) + 1.2, height, 1, len(found))
     for panel, (family, seeds) in zip([panels] if len(found) == 1 else panels, found.items(), strict=True):
         (_draw_curve if curve else _draw_bars)(panel, list(seeds.values()), first=family == next(iter(found)))
@@ -262,7 +263,7 @@ def _draw_bars(panel: Any, seeds: Sequence[Seed], *, first: bool) -> None:
     panel.axvline(0, color=INK, linewidth=0.8)
     panel.axvline(100, color=ORANGE, linewidth=0.8)
     panel.set_xlim(-105, 110)
-    panel.set_yticks(list(places), [_label(merge) for merge in merges] if first else [""] * len(merges))
+    panel.set_yticks(list(places), [merge.label for merge in merges] if first else [""] * len(merges))
     panel.set_xlabel("gap between average and experts closed, %")
 
 
