@@ -195,7 +195,7 @@ class RunProgress:
 
     def step(self, block: str, stage: str, candidate: str | None = None) -> None:
         """Counts one step of a stage."""
-        if stage != "outside":
+        if stage != "outside" and block != "head":  # these two are no blocks
             self._blocks.setdefault(block, len(self._blocks) + 1)
         where = f"{block} ({self._blocks[block]}/{self._num_blocks})" if block in self._blocks else block
         self._bar.advance(f"{stage} {where}" + (f" {candidate}" if candidate else ""), self._rate_and_memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,23 @@ def test_a_plan_knows_the_second_stream_and_the_head(make_case: MakeCase) -> Non
     assert plan.footprint.parts["hidden states"] > 2 * plain.footprint.parts["hidden states"]
     timed = largemerge.plan(case.config)
     assert timed.seconds["head"] > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
+def test_progress_counts_blocks_and_the_head_is_none(
+    make_case: MakeCase, caplog: pytest.LogCaptureFixture, architecture: str
+) -> None:
+    case = make_case(architecture, method="calibrated", num_samples=4)
+    with caplog.at_level("DEBUG", "largemerge"):
+        largemerge.merge(case.config, case.folder / "out")
+    steps = [record.getMessage() for record in caplog.records if " head " in record.getMessage()]
+    assert any("collect head model1" in step for step in steps) and not any("(" in step for step in steps)
+    counted = [re.findall(r"\((\d+)/(\d+)\)", record.getMessage()) for record in caplog.records]
+    numbers = {(int(block), int(blocks)) for found in counted for block, blocks in found}
+    assert numbers == {(1, 3), (2, 3), (3, 3)}
+    done = [re.match(r"(\d+)/(\d+) ", record.getMessage()) for record in caplog.records]
+    last = [match for match in done if match][-1]
+    assert last[1] == last[2], "as many steps as were said"
 
 
 def test_all_of_a_wide_head_is_never_held(make_case: MakeCase, monkeypatch: pytest.MonkeyPatch) -> None:
