@@ -41,7 +41,14 @@ from largemerge.model.fake_forward import (
     fake_model,
     placeholder_tokens,
 )
-from largemerge.model.forward import Output, original_forward, replaced_forwards, run_to_end
+from largemerge.model.forward import (
+    KeptOutputs,
+    Output,
+    hand_on,
+    original_forward,
+    replaced_forwards,
+    run_to_end,
+)
 from largemerge.model.inside_block import Residual, ResumePoint, find_residuals, find_resume_points
 from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
 
@@ -479,7 +486,8 @@ def needed_at_end(
 
     def answer_and_forget(*args: Any, **kwargs: Any) -> Output:
         mode.read.clear()
-        return outputs[order[0]]
+        output = outputs[order[0]]
+        return hand_on(output.last if isinstance(output, KeptOutputs) else output, args, kwargs)
 
     replaced: dict[nn.Module, Callable[..., Any]] = {last: answer_and_forget}
     model: Any = skeleton.model

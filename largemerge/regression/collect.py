@@ -191,7 +191,7 @@ class Collector:
         candidate's hidden states move on, every batch is run twice: through the candidate, then as the method says.
         """
         method, leaders = self.settings.method, [group.leader for group in block_pass.groups]
-        beside = block_pass.beside if method.drift > 0 else ()
+        beside = block_pass.beside if method.drift > 0 and block_pass.by_linear else ()
         paired = _Pairs(block_pass, method, sums, self.clock)
         weights = merged if block_pass.by_linear else tensors
         inside = {"start": block_pass.start, "keep": block_pass.keep}
@@ -262,6 +262,7 @@ class _Pairs:
         self, block_pass: BlockPass, method: RegressionMethod, sums: Mapping[str, GroupSums], clock: Clock
     ) -> None:
         self._groups = {group.leader: group for group in block_pass.groups}
+        self._pays_back = method.drift > 0 and block_pass.by_linear  # at once, every linear would pay back all of it
         self._method, self._sums, self._clock = method, sums, clock
         self._own: dict[str, list[torch.Tensor]] = {}
         self._seen: dict[str, list[torch.Tensor]] = {}
@@ -284,7 +285,7 @@ class _Pairs:
 
     def _drift(self, group: LinearGroup, num_rows: int) -> dict[str, torch.Tensor]:
         """Drift of the hidden states to which the group's linears add their outputs, float32, by linear."""
-        linears = [linear for linear in group.linears if linear.residual is not None] if self._method.drift > 0 else []
+        linears = [linear for linear in group.linears if linear.residual is not None] if self._pays_back else []
         parts: dict[str, torch.Tensor] = {}
         for name in dict.fromkeys(each.name for linear in linears for each in beside_of(linear)):
             own, seen = (self._take(rows, name, num_rows) for rows in (self._own, self._seen))

@@ -580,13 +580,14 @@ def _method_notes(
     if method.granularity == "linear" and at_once:
         yield (
             f"granularity: the linears of {_some(at_once)} run more than once in a forward pass, so that they are "
-            "solved at once, on inputs from the candidates' weights"
+            "solved at once, on inputs from the candidates' weights; drift is not paid back there"
         )
     if method.drift > 0:
         without = [
             block.name
             for block in solved
-            if not any(linear.residual is not None for group in block.groups for linear in group.linears)
+            if block.name not in at_once
+            and not any(linear.residual is not None for group in block.groups for linear in group.linears)
         ]
         if without:
             yield (

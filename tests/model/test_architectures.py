@@ -57,6 +57,27 @@ def test_every_tensor_agrees_with_the_dense_reference(tmp_path: Path, kind: str,
     assert solved is None or outcome.solved == solved
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "at_once"),
+    [
+        ("causal", "Gemma3nForCausalLM", True),
+        ("masked", "AlbertForMaskedLM", True),
+        ("masked", "FunnelForMaskedLM", False),
+        ("multimodal", "LlavaForConditionalGeneration", False),
+    ],
+)
+def test_unusual_blocks_are_calibrated(tmp_path: Path, kind: str, name: str, at_once: bool) -> None:
+    """Blocks that share keys, run several times, pool their queries or are read by others; and it is told how."""
+    models, _ = make_models(kind, name, tmp_path)
+    config = merge_config("regmean", tmp_path, len(models)) | {"merge_method": "calibrated", "parameters": {}}
+    report: Any = largemerge.merge(config, tmp_path / "out", quiet=True, device="cpu")
+    _, info = type(models[0]).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert any(note.startswith("granularity: the linears of") for note in report.plan.notes) == at_once
+    assert report.plan.head.tied is not None or report.plan.head.groups
+    assert all(value > 0 for by_block in report.drift.values() for value in by_block.values())
+
+
 def test_passes_of_few_groups_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A linear that runs several times is watched to its last run, however the block is cut into passes."""
     models, inputs = make_models("masked", "AlbertForMaskedLM", tmp_path)
