@@ -35,16 +35,18 @@ SETTINGS = DemoSettings(
 KINDS = ("code", "prose", "names")
 OUTPUTS = {
     "base",
+    "calibrated.yaml",
     "calibration",
     "experts",
     "largemerge_demo.json",
     "losses.svg",
+    "merged-calibrated",
     "merged-regmean",
     "merged-regmean_plusplus",
     "regmean.yaml",
     "regmean_plusplus.yaml",
 }
-MODELS = ["base", "code expert", "prose expert", "names expert", "average", "RegMean", "RegMean++"]
+MODELS = ["base", "code expert", "prose expert", "names expert", "average", "RegMean", "RegMean++", "Calibrated"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_the_folder_holds_exactly_what_it_should(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["base", *(f"experts/{kind}" for kind in KINDS)])
-@pytest.mark.parametrize("merged", ["merged-regmean", "merged-regmean_plusplus"])
+@pytest.mark.parametrize("merged", ["merged-regmean", "merged-regmean_plusplus", "merged-calibrated"])
 def test_merges_load_whole_and_differ_from_what_was_merged(finished: Path, merged: str, name: str) -> None:
     model, info = LlamaForCausalLM.from_pretrained(finished / merged, output_loading_info=True)
     assert not any(info.values()), info
@@ -93,7 +95,7 @@ def test_merges_load_whole_and_differ_from_what_was_merged(finished: Path, merge
     assert not model.state_dict()[down].equal(other.state_dict()[down])
 
 
-@pytest.mark.parametrize("method", ["regmean", "regmean_plusplus"])
+@pytest.mark.parametrize("method", ["regmean", "regmean_plusplus", "calibrated"])
 def test_its_configs_are_ones_that_a_user_can_run(demo: Path, method: str) -> None:
     assert not largemerge.plan(demo / f"{method}.yaml", device="cpu").problems
     largemerge.merge(demo / f"{method}.yaml", demo / "mine", device="cpu")
