@@ -49,7 +49,7 @@ TOKENIZER: dict[str, Any] = {
 }
 CALIBRATION: dict[str, Any] = {"num_samples": 3, "max_length": 4, "batch_size": 1, "seed": 0}
 REGRESSION: dict[str, Any] = {
-    "merge_method": "regmean",
+    "merge_method": "calibrated",
     "models": [
         {
             "model": "o/a",
@@ -64,7 +64,19 @@ REGRESSION: dict[str, Any] = {
     ],
     "base_model": "o/base",
     "calibration": CALIBRATION,
-    "parameters": {"off_diagonal_scale": 0.5, "ridge": 0.1, "include": ["a"], "exclude": ["b"]},
+    "parameters": {
+        "inputs": "merged",
+        "granularity": "linear",
+        "target": 0.5,
+        "drift": 0.5,
+        "anchor": "task_arithmetic",
+        "anchor_scale": 0.5,
+        "off_diagonal_scale": 0.5,
+        "ridge": 0.1,
+        "solve": ["blocks", "head"],
+        "include": ["a"],
+        "exclude": ["b"],
+    },
     "output": {"quantization": "nf4", "double_quant": True},
     "dtype": "float32",
     "compute_dtype": "float32",
