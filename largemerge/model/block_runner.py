@@ -49,7 +49,7 @@ from largemerge.model.forward import (
 )
 from largemerge.model.inside_block import ResumePoint, copy_of, resumed_forwards
 from largemerge.model.skeleton import Skeleton, assign_tensors, fill_with_nan, linears_in
-from largemerge.model.trace import ModelTrace, StackTrace
+from largemerge.model.trace import LinearRole, ModelTrace, StackTrace
 
 OnInput = Callable[[str, torch.Tensor], None]
 """Called with a linear's path in the block, or the name of what is seen beside, and the valid rows `[N, in]`."""
@@ -222,19 +222,28 @@ class BlockRunner:
         self.use_non_block(non_block)
         inputs = {name: self.cast(tensor) for name, tensor in batch.inputs.items()}
         roles = {role.name: role for role in self.trace.end.roles}
+        masks: dict[int, torch.Tensor | None] = {}
 
         def see(path: str, x: torch.Tensor) -> None:
-            role, mask = roles[path], None
-            if role.token_stack is not None:
-                mask = valid_mask(batch, self.trace.stacks[role.token_stack], self.loss_input)
-            if mask is not None:
-                mask = (mask.T if role.tokens_first else mask).to(self.device)
             assert on_input is not None
-            on_input(path, valid_rows(x, mask))
+            on_input(path, self.valid_rows_of(batch, roles[path], x, masks))
 
         seen = {path: partial(see, path) for path in watch} if on_input is not None else {}
         with watched_modules(self.skeleton.model, seen):
             return run_to_end(self.skeleton, inputs, outputs, until=watch[-1] if watch else None)
+
+    def valid_rows_of(
+        self, batch: Batch, role: LinearRole, x: torch.Tensor, known: dict[int, torch.Tensor | None]
+    ) -> torch.Tensor:
+        """The valid rows of what a linear reads; `known` holds the masks of a batch, each made once."""
+        stack = role.token_stack
+        if stack is None:
+            return valid_rows(x, None)
+        if stack not in known:
+            mask = valid_mask(batch, self.trace.stacks[stack], self.loss_input)
+            known[stack] = None if mask is None else mask.to(self.device)
+        own = known[stack]
+        return valid_rows(x, own.T if own is not None and role.tokens_first else own)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Moves a tensor to the device that computes, and casts a floating-point one to the forward's dtype."""
@@ -380,9 +389,7 @@ class RunningBlock:
         def show(name: str, x: torch.Tensor, rows_of: str) -> None:
             called[name] += 1
             if request.on_input is not None and called[name] > shown[name]:
-                role = self._roles[rows_of]
-                mask = self._mask(batch, role.token_stack, masks) if role.token_stack is not None else None
-                request.on_input(name, valid_rows(x, mask.T if mask is not None and role.tokens_first else mask))
+                request.on_input(name, runner.valid_rows_of(batch, self._roles[rows_of], x, masks))
                 shown[name] += 1
 
         def see(path: str, x: torch.Tensor) -> None:
@@ -432,13 +439,6 @@ class RunningBlock:
         answers: dict[str, Any] = dict.fromkeys(point.skipped) | inside["known"]
         given: dict[str, torch.Tensor] = {path: inside["given"] for path in point.given}
         return resumed_forwards(self._module, given, answers, self._forwards)
-
-    def _mask(self, batch: Batch, stack: int, known: dict[int, torch.Tensor | None]) -> torch.Tensor | None:
-        """The valid tokens of a stack, on the device; made once for a batch."""
-        if stack not in known:
-            mask = valid_mask(batch, self._runner.trace.stacks[stack], self._runner.loss_input)
-            known[stack] = None if mask is None else mask.to(self._runner.device)
-        return known[stack]
 
 
 def valid_mask(batch: Batch, stack: StackTrace, loss_input: str) -> torch.Tensor | None:

@@ -191,20 +191,8 @@ def run_to_end(
     Returns:
         What the model's own forward returns; `None` if it was stopped.
     """
-
-    def enough(*_: Any) -> None:
-        raise _LastLinearReached
-
-    # Hooks run in the order of registration: a watching one has seen the input by now.
-    handle = None if until is None else skeleton.model.get_submodule(until).register_forward_pre_hook(enough)
-    try:
-        with replaced_forwards(_stubs(skeleton, outputs) | dict(replaced or {})), torch.no_grad():
-            return call_model(skeleton, inputs)
-    except _LastLinearReached:
-        return None
-    finally:
-        if handle is not None:
-            handle.remove()
+    with replaced_forwards(_stubs(skeleton, outputs) | dict(replaced or {})), torch.no_grad():
+        return _stopped_before(skeleton.model, until, lambda: call_model(skeleton, inputs))
 
 
 def _stubs(skeleton: Skeleton, outputs: Mapping[int, Output]) -> dict[nn.Module, Callable[..., Output]]:
@@ -345,14 +333,21 @@ def run_until(
     """
     if last is None:
         return run_block(block, args, kwargs, before)
+    return _stopped_before(block, last, lambda: original_forward(block)(*args, **kwargs))
+
+
+def _stopped_before(module: nn.Module, until: str | None, run: Callable[[], Any]) -> Any:
+    """Runs a module until it calls a module inside; returns `None` then, else what it computes."""
+    if until is None:
+        return run()
 
     def enough(*_: Any) -> None:
         raise _LastLinearReached
 
-    # Hooks run in the order of registration: the watching one has seen the input by now.
-    handle = block.get_submodule(last).register_forward_pre_hook(enough)
+    # Hooks run in the order of registration: a watching one has seen the input by now.
+    handle = module.get_submodule(until).register_forward_pre_hook(enough)
     try:
-        return original_forward(block)(*args, **kwargs)
+        return run()
     except _LastLinearReached:
         return None
     finally:

@@ -154,11 +154,8 @@ def find_resume_points(
             answers: dict[str, Any] = dict.fromkeys(earlier) | {path: whole.returned[path] for path in known}
             try:
                 again = _watched_run(fake, stack, index, given, answers)
-            except (
-                RuntimeError,
-                ValueError,
-                IndexError,
-            ):  # a model's code may refuse NaN, or write into what is stored
+            # A model's code may refuse NaN, or write into what is stored.
+            except (RuntimeError, ValueError, IndexError):
                 return False
             later = [path for path in order if path not in earlier]
             same = all(equal_trees(again.outputs[path][1], whole.outputs[path][1]) for path in later)

@@ -292,8 +292,7 @@ class Engine:
             return
         base = self.weights.read_base([linear.name for linear in group.linears])
         base = {name: tensor.to(self.samples.runner.device) for name, tensor in base.items()}
-        scale = method.anchor_scale * len(self.names) if method.anchor == "task_arithmetic" else 0.0
-        sums.move_mean(differences(group, base, first), scale)
+        sums.move_mean(differences(group, base, first), method.anchor_step(len(self.names)))
 
     def _read_merged(self, block: BlockPlan) -> Tensors:
         return self.weights.read_merged([plan.name for plan in block.tensors])

@@ -258,16 +258,7 @@ class GroupSums:
 
     def solve(self, ridge: float) -> Solution:
         """Solves for X, for all linears of the group at once, in the place of R."""
-        # With a ridge that is no mere guard, every direction is solved for, whether the data has it or not.
-        max_rank = sum(self.tokens) if self.off_diagonal_scale == 1 and ridge < STRONG_RIDGE else None
-        return solve_anchored_(
-            self.gram,
-            self.rhs_OI,
-            self.mean_OI,
-            ridge,
-            max_rank,
-            surely_well_conditioned=not may_need_float64(self.gram.num_inputs, self.off_diagonal_scale),
-        )
+        return solve_rows(self.gram, self.rhs_OI, self.mean_OI, ridge, self.off_diagonal_scale, sum(self.tokens))
 
     def move_mean(self, differences: Differences, scale: float) -> None:
         """Puts another anchor in the place of the weighted average W̄, before `solve`: B + scale · (W̄ - B).
@@ -314,6 +305,34 @@ def new_sums(group: LinearGroup, off_diagonal_scale: float, device: torch.device
         sketcher=Sketcher(list(group.outputs.values()), group.num_inputs, device),
         off_diagonal_scale=off_diagonal_scale,
     )
+
+
+def solve_rows(
+    gram: Gram, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float, off_diagonal_scale: float, tokens: int
+) -> Solution:
+    """Solves for X in the place of R, by the way that fits the data; arguments as in `solve_anchored_`.
+
+    Args:
+        gram: Σ G̃_i; another call may solve for other rows with it.
+        rhs_OI: R; becomes X.
+        mean_OI: What the ridge pulls to.
+        ridge: λ as a fraction of the mean diagonal.
+        off_diagonal_scale: The factor s on a Gram's off-diagonal.
+        tokens: Number of rows of all candidates.
+    """
+    return solve_anchored_(
+        gram,
+        rhs_OI,
+        mean_OI,
+        ridge,
+        tokens if solves_only_seen(ridge, off_diagonal_scale) else None,
+        surely_well_conditioned=not may_need_float64(gram.num_inputs, off_diagonal_scale),
+    )
+
+
+def solves_only_seen(ridge: float, off_diagonal_scale: float) -> bool:
+    """Whether directions that the data leaves out are averaged: with a strong ridge every direction is solved for."""
+    return off_diagonal_scale == 1 and ridge < STRONG_RIDGE
 
 
 def sums_bytes(group: LinearGroup) -> int:
@@ -386,11 +405,7 @@ def weight_from_sums(
         "shape": list(weight_OI.shape),
         "shares_gram_with": group.leader,
         "tokens": dict(zip(names, sums.tokens, strict=True)),
-        "solver": solution.solver,
-        "condition": solution.condition,
-        "residual": solution.residual,
-        "fallbacks": list(solution.fallbacks),
-        "num_dead_features": solution.num_dead_features,
+        **solution.to_json(),
         "relative_distance_to_average": to_average / norm,
         "relative_distance_to_candidates": {
             name: distance / norm for name, distance in zip(names, to_candidates, strict=True)

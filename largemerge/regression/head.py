@@ -30,10 +30,10 @@ from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RowsOfModels, rows_of_models
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
-from largemerge.regression.group_sums import STRONG_RIDGE, panel_bytes
+from largemerge.regression.group_sums import panel_bytes, solve_rows
 from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
-from largemerge.regression.solve import Solution, may_need_float64, solve_anchored_
+from largemerge.regression.solve import Solution
 from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, LinearPlan
 from largemerge.regression.weights import MERGED, Weights
 
@@ -238,11 +238,7 @@ class HeadSolver:
             "shape": [rows.num_rows, group.num_inputs],
             "shares_gram_with": group.leader,
             "tokens": dict(zip(self.names, sums.tokens, strict=True)),
-            "solver": solution.solver,
-            "condition": solution.condition,
-            "residual": solution.residual,
-            "fallbacks": list(solution.fallbacks),
-            "num_dead_features": solution.num_dead_features,
+            **solution.to_json(),
             **distances.report(),
         }
 
@@ -257,8 +253,8 @@ class HeadSolver:
         method, shares = self._method, self.settings.shares
         anchor_OI = tensors[0]
         rhs_OI, mean_OI = torch.zeros_like(anchor_OI), torch.zeros_like(anchor_OI)
-        for index, (share, tokens) in enumerate(zip(shares, sums.tokens, strict=True)):
-            alpha = share / tokens
+        for index, (share, own_tokens) in enumerate(zip(shares, sums.tokens, strict=True)):
+            alpha = share / own_tokens
             if index > 0:
                 difference_OI = tensors[index] - anchor_OI
                 sums.grams[index].add_candidate_product_(rhs_OI, difference_OI, alpha, method.off_diagonal_scale)
@@ -268,17 +264,10 @@ class HeadSolver:
                 add_product_(rhs_OI, tensors[index], sums.cross_II[index].T, alpha=factor)
         average_OI = anchor_OI + mean_OI
         if method.anchor != "average":
-            scale = method.anchor_scale * len(self.names) if method.anchor == "task_arithmetic" else 0.0
+            scale = method.anchor_step(len(self.names))
             mean_OI = (tensors[-1] - anchor_OI).mul_(1 - scale).add_(mean_OI, alpha=scale)
-        weak = method.off_diagonal_scale == 1 and method.ridge < STRONG_RIDGE
-        solution = solve_anchored_(
-            gram,
-            rhs_OI,
-            mean_OI,
-            method.ridge,
-            sum(sums.tokens) if weak else None,
-            surely_well_conditioned=not may_need_float64(gram.num_inputs, method.off_diagonal_scale),
-        )
+        tokens = sum(sums.tokens)
+        solution = solve_rows(gram, rhs_OI, mean_OI, method.ridge, method.off_diagonal_scale, tokens)
         return rhs_OI.add_(anchor_OI), average_OI, solution
 
 

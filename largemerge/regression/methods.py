@@ -93,6 +93,10 @@ class RegressionMethod:
         """Whether the head is solved."""
         return "head" in self.solve
 
+    def anchor_step(self, num_candidates: int) -> float:
+        """How far the anchor lies from the base, in steps to the average: W_0 + α·Σ Δ_i is α·K of them."""
+        return self.anchor_scale * num_candidates if self.anchor == "task_arithmetic" else 0.0
+
     def mistakes(self) -> Iterator[str]:
         """Yields settings that contradict each other, each after its name."""
         if self.drift > 0 and self.granularity == "block":

@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -64,6 +65,10 @@ class Solution:
     residual: float
     fallbacks: tuple[str, ...]
     num_dead_features: int
+
+    def to_json(self) -> dict[str, Any]:
+        """How it was found, as plain JSON values."""
+        return asdict(self) | {"fallbacks": list(self.fallbacks)}
 
 
 class _InaccurateError(Exception):

@@ -33,11 +33,11 @@ from largemerge.regression.config import MergeConfig
 from largemerge.regression.gram import GRAM_DTYPE, panels
 from largemerge.regression.group_sums import (
     DIFFERENCE_CHUNK_BYTES,
-    STRONG_RIDGE,
     features_by_rows,
     multiplies_by_rows,
     panel_bytes,
     sketch_bytes,
+    solves_only_seen,
     sums_bytes,
 )
 from largemerge.regression.inputs import Inputs
@@ -372,7 +372,7 @@ class _BlockCounter:
         """Bytes of a second attempt in float64; of eigenvectors, where there are fewer tokens than inputs."""
         max_rank = sum(max(rows.values()) for rows in self.rows)
         scale = self.method.off_diagonal_scale
-        if scale == 1 and max_rank < num_inputs and self.method.ridge < STRONG_RIDGE:
+        if max_rank < num_inputs and solves_only_seen(self.method.ridge, scale):
             return 32 * num_inputs**2
         return 8 * num_inputs**2 if may_need_float64(num_inputs, scale) else 0
 
