@@ -80,7 +80,6 @@ def test_several_ranks(tmp_path: Path, merge_yaml: Path) -> None:
     assert two["bytes_read"] == one["bytes_read"]
 
 
-@pytest.mark.timeout(900)  # in bfloat16, which some processors only emulate
 def test_hidden_states_on_disk(tmp_path: Path) -> None:
     found = result(run("hidden_states.py", "--quick", "--work", tmp_path / "hs", cwd=tmp_path), "hidden_states")
     assert found["disk"]["on_disk"]["disk_bytes"] > 0

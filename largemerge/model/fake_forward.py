@@ -3,7 +3,8 @@
     fake_model: inputs, weights ──► plain pass, every block recorded ──► FakeModel.resume: up to a block once more
 
 All weights are overlapping views of one short vector. Blocks that are alike are represented by a few of them; the
-others pass their input on. `trace.py` asks a fake model what a forward pass reads.
+others pass their input on. A product with such a matrix is a correlation with the vector, which a fast Fourier
+transform computes without writing the matrix out. `trace.py` asks a fake model what a forward pass reads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedConfig
 
@@ -33,6 +35,8 @@ InputOutline = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 Examples = Mapping[str, torch.Tensor]
 """Forward argument → its values for the first samples, where they are known: integers that stand beside images."""
+
+_MIN_ELEMENTS = 1 << 20  # of a matrix; below it, a plain product is as fast
 
 _PLACEHOLDER = re.compile(
     r"(image|video|audio|speech|media|vision|boi|eoi).*(token|pad|start|end).*(id|index)$|(boi|eoi|boa|eoa)_token.*"
@@ -158,7 +162,7 @@ def fake_model(skeleton: Skeleton, outline: InputOutline, examples: Examples, wh
     weights = _fake_weights(skeleton)
     assign_tensors(skeleton, weights)
     try:
-        with torch.no_grad(), _experts_one_by_one(skeleton.model):
+        with torch.no_grad(), _experts_one_by_one(skeleton.model), _ProductsByCorrelation():
             chosen = [_representatives(stack.blocks) for stack in skeleton.stacks]
             records, order, runs = _plain_pass(skeleton, inputs, chosen, where)
             yield FakeModel(skeleton, inputs, weights, records, order, runs)
@@ -253,6 +257,32 @@ def _fake_weights(skeleton: Skeleton) -> dict[str, torch.Tensor]:
         name: vector.as_strided(shape, (1,) * len(shape), start)
         for (name, shape), start in zip(shapes.items(), starts, strict=True)
     }
+
+
+class _ProductsByCorrelation(TorchFunctionMode):
+    """Computes products with large made-up matrices from the vector that they are views of.
+
+    With element (o, i) of the matrix the (o + i)-th of the vector v, output o is the sum of v[o + i] · x[i] over i.
+    Where a processor only emulates bfloat16, the plain product takes seconds for each linear of a large model.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return _made_up_linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _made_up_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Computes `F.linear`, whose arguments have these names."""
+    is_view = weight.dim() == 2 and weight.stride() == (1, 1) and input.shape[-1] == weight.shape[-1]
+    if not is_view or weight.numel() < _MIN_ELEMENTS:
+        return nn.functional.linear(input, weight, bias)
+    num_outputs, num_inputs = weight.shape
+    vector = weight.as_strided((num_outputs + num_inputs - 1,), (1,))
+    length = len(vector)
+    spectrum = torch.fft.rfft(input.float(), length).conj() * torch.fft.rfft(vector.float())
+    output: torch.Tensor = torch.fft.irfft(spectrum, length)[..., :num_outputs].to(input.dtype)
+    return output if bias is None else output + bias
 
 
 def _representatives(blocks: tuple[nn.Module, ...]) -> set[int]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import largemerge
 from largemerge import ArchitectureError, CalibrationError
 from largemerge.checkpoint.index import open_checkpoint
-from largemerge.model.fake_forward import equal_trees
+from largemerge.model.fake_forward import equal_trees, fake_model
 from largemerge.model.forward import block_weights, original_forward, resumed_at
 from largemerge.model.skeleton import Skeleton, assign_tensors, build_skeleton
 from largemerge.model.trace import ModelTrace, trace_model
@@ -357,6 +357,23 @@ def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"model0.*input_ids.*64"):
         largemerge.merge(case.config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_large_made_up_matrices(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = tiny_models.build("llama").config
+    config.update({"hidden_size": 1024, "intermediate_size": 1280, "num_hidden_layers": 1})
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    skeleton = build_skeleton(open_checkpoint(tmp_path, "llama"), dtype=dtype)
+    x = torch.randn(2, 3, 1024).to(dtype)
+    x[0, 1, 5] = torch.nan
+    with fake_model(skeleton, outline(padded_inputs("llama", "right", dtype)), {}) as fake:
+        weight = fake.weights["model.layers.0.mlp.up_proj.weight"]
+        output, expected = torch.nn.functional.linear(x, weight), x @ weight.clone().T
+    assert weight.shape == (1280, 1024) and output.dtype == dtype
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert output[0, 1].isnan().all() and output.isnan().sum() == 1280
 
 
 class GossipingLayer(tf.models.llama.modeling_llama.LlamaDecoderLayer):

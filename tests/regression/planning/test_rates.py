@@ -115,7 +115,6 @@ def test_hidden_states_leave_a_gpu_that_is_too_small(tmp_path: Path) -> None:
     assert len(problems) == 1 and "expected GPUs with more memory" in problems[0]
 
 
-@pytest.mark.timeout(900)  # the trial run has the real widths, in bfloat16, which some processors only emulate
 def test_large_geometries_are_planned_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(GEOMETRIES / "llama-3.1-70b-three-experts.yaml")
     arguments = ["plan", config, "--from-config", "--num-nodes", "2", "--gpus-per-node", "4", "--json"]
