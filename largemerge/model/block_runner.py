@@ -393,7 +393,7 @@ class RunningBlock:
                 shown[name] += 1
 
         def see(path: str, x: torch.Tensor) -> None:
-            if request.keep is not None and path == request.until:
+            if request.keep is not None and request.keep.given and path == request.until:
                 kept["given"] = x
             show(path, x, path)
 
@@ -437,8 +437,7 @@ class RunningBlock:
             return {}
         point, inside = start
         answers: dict[str, Any] = dict.fromkeys(point.skipped) | inside["known"]
-        given: dict[str, torch.Tensor] = {path: inside["given"] for path in point.given}
-        return resumed_forwards(self._module, given, answers, self._forwards)
+        return resumed_forwards(self._module, point, inside["given"], answers, self._forwards)
 
 
 def valid_mask(batch: Batch, stack: StackTrace, loss_input: str) -> torch.Tensor | None:

@@ -10,16 +10,20 @@ No table of architectures says so. In a Llama block:
                                                                 └ resumed here, a run reads the output of o, and not
                                                                   those of q, k and v
 
-so that a block can be run linear by linear, each of them once, though all samples wait at every linear for its weight.
-Where all of a module lies before that place (here all of the attention), its output is kept in the place of the
-linear's, and none of it is run again.
+so that a block can be run linear by linear though all samples wait at every linear for its weight. Where all of a
+module lies before that place (here all of the attention), its output is kept in the place of the linear's, and none of
+it is run again. As little as can be is kept meanwhile:
+
+    gate, up   the output of the attention: what they read is made of it again
+    down       the same, and no more: gate and up are run again, for what down reads is wider than anything else
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -29,6 +33,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 from largemerge.model.fake_forward import FakeModel, equal_trees
 from largemerge.model.forward import original_forward, replaced_forwards
 from largemerge.model.skeleton import linears_in, weight_is_transposed
+
+
+class _Output(Enum):
+    OUTPUT = "output"
+
+
+OUTPUT = _Output.OUTPUT
+"""Stands for a linear's output in what a module around it returns."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +58,22 @@ class Residual:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A run of a block that starts at the inputs of some linears.
+    """A run of a block that starts at some linears, or a little before.
 
     Attributes:
-        given: Linears that read one tensor, which was kept from an earlier run.
+        given: Linears that read one tensor, which was kept from an earlier run; empty where it is made again.
         known: Earlier linears, or modules with all their linears, whose outputs are still read, and were kept, too.
         skipped: Earlier linears whose outputs nobody reads any more, or that lie in a module that is not run.
+        around: A module around the one given linear that returns what the linear does, and of which nothing else is
+            run (an attention, around its output projection); empty if there is none.
+        returned: What that module returns, `OUTPUT` in the place of the linear's output.
     """
 
     given: tuple[str, ...]
     known: tuple[str, ...]
     skipped: tuple[str, ...]
+    around: str = ""
+    returned: Any = None
 
 
 @dataclass
@@ -139,21 +156,22 @@ def find_resume_points(
         watched: Modules that must be run, for they are watched; their input may be, where they are not.
 
     Returns:
-        For each group a point; `None` where a run that starts there comes to another result.
+        For each group a point; `None` where its runs start at the block's beginning: because nothing has to be kept, or
+        because a run that starts there comes to another result.
     """
     whole = _watched_run(fake, stack, index)
     inputs = {path: tensor for _, path, tensor in whole.seen}
     order = list(whole.outputs)
     points: list[ResumePoint | None] = []
+    sizes: list[int] = []
     for group in groups:
         leader = min(group, key=order.index)
         earlier = [path for path in order[: order.index(leader)] if path not in group]
 
-        def resumed(known: Sequence[str], group: Sequence[str] = group, earlier: Sequence[str] = earlier) -> bool:
-            given = dict.fromkeys(group, inputs[leader])  # noqa: B023 (called at once)
-            answers: dict[str, Any] = dict.fromkeys(earlier) | {path: whole.returned[path] for path in known}
+        def works(point: ResumePoint, leader: str = leader, earlier: Sequence[str] = earlier) -> bool:
+            known = {path: whole.returned[path] for path in point.known}
             try:
-                again = _watched_run(fake, stack, index, given, answers)
+                again = _watched_run(fake, stack, index, point, inputs[leader], dict.fromkeys(earlier) | known)
             # A model's code may refuse NaN, or write into what is stored.
             except (RuntimeError, ValueError, IndexError):
                 return False
@@ -161,15 +179,54 @@ def find_resume_points(
             same = all(equal_trees(again.outputs[path][1], whole.outputs[path][1]) for path in later)
             return same and equal_trees(again.output, whole.output)
 
+        def resumed(known: Sequence[str], given: Sequence[str] = group) -> bool:
+            return works(ResumePoint(tuple(given), tuple(known), ()))
+
         known = [] if resumed(()) else [p for p in earlier if not resumed([q for q in earlier if q != p])]
         for path in list(known):
             for module in _enclosing(path, order, earlier, watched):
                 without = [each for each in known if not each.startswith(f"{module}.")]
                 if path in known and _as_large(whole, module, path) and resumed([*without, module]):
                     known = [*without, module]
-        skipped = tuple(path for path in earlier if path not in known)
-        points.append(ResumePoint(tuple(group), tuple(known), skipped) if resumed(known) else None)
-    return tuple(points)
+        given = () if resumed(known, ()) else tuple(group)
+        point = ResumePoint(given, tuple(known), tuple(path for path in earlier if path not in known))
+        if len(given) == 1:
+            around = (
+                replace(point, around=module, returned=returned)
+                for module in _enclosing(leader, order, [*earlier, leader], watched)
+                if (returned := _returned_around(whole, module, leader)) is not None
+            )
+            point = next(filter(works, around), point)
+        takes_up = bool(given or known) and works(point)
+        kept = [*(inputs[path] for path in given[:1]), *(whole.returned[path] for path in known)] if takes_up else []
+        points.append(point if takes_up else None)
+        sizes.append(_num_elements(kept))
+    return _keeping_least(points, sizes)
+
+
+def _keeping_least(points: Sequence[ResumePoint | None], sizes: Sequence[int]) -> tuple[ResumePoint | None, ...]:
+    """Takes runs up one group earlier where less is kept there, as far as that lowers the most that is ever kept.
+
+    Args:
+        points: Where runs can be taken up, by group.
+        sizes: Number of elements that are kept there.
+    """
+    chosen = list(range(len(points)))
+    while chosen:
+        most = max(sizes[number] for number in chosen)
+        fullest = [group for group, number in enumerate(chosen) if sizes[number] == most]
+        if not all(
+            chosen[group] == group > 0 and points[group - 1] is not None and sizes[group - 1] < most
+            for group in fullest
+        ):
+            break
+        for group in fullest:
+            chosen[group] = group - 1
+    return tuple(points[number] for number in chosen)
+
+
+def _num_elements(tree: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor))
 
 
 def _enclosing(path: str, order: Sequence[str], earlier: Sequence[str], watched: Collection[str]) -> Iterator[str]:
@@ -186,21 +243,35 @@ def _as_large(run: _Run, module: str, linear: str) -> bool:
     """Whether a module returns no more numbers than a linear in it."""
     if module not in run.returned:
         return False
-    leaves = [leaf for leaf in tree_flatten(run.returned[module])[0] if isinstance(leaf, torch.Tensor)]
-    return sum(leaf.numel() for leaf in leaves) <= run.outputs[linear][1].numel()
+    return _num_elements(run.returned[module]) <= run.outputs[linear][1].numel()
+
+
+def _returned_around(run: _Run, module: str, linear: str) -> Any:
+    """What a module returns, if that is the output of a linear and nothing else; else `None`."""
+    output = run.outputs[linear][1]
+
+    def marked(leaf: Any) -> Any:
+        return OUTPUT if isinstance(leaf, torch.Tensor) and equal_trees(leaf, output) else leaf
+
+    returned = tree_map(marked, run.returned.get(module))
+    leaves = tree_flatten(returned)[0]
+    plain = all(leaf is OUTPUT or leaf is None or isinstance(leaf, bool | int | float) for leaf in leaves)
+    return returned if plain and leaves.count(OUTPUT) == 1 else None
 
 
 def _watched_run(
     fake: FakeModel,
     stack: int,
     index: int,
-    given: Mapping[str, torch.Tensor] | None = None,
+    point: ResumePoint | None = None,
+    given: torch.Tensor | None = None,
     answers: Mapping[str, Any] | None = None,
 ) -> _Run:
-    """Runs a block; with inputs given to some linears, and others answering with kept outputs or NaN."""
+    """Runs a block; with an input given to some linears, and others answering with kept outputs or NaN."""
     block = fake.skeleton.stacks[stack].blocks[index]
     run = _Run()
-    with _recorded(block, run), replaced_forwards(resumed_forwards(block, given or {}, answers or {})):
+    forwards = resumed_forwards(block, point, given, answers or {}) if point is not None else {}
+    with _recorded(block, run), replaced_forwards(forwards):
         run.output = fake.resume(stack, index)[1]
     return run
 
@@ -240,15 +311,17 @@ def _recorded(block: nn.Module, run: _Run) -> Iterator[None]:
 
 def resumed_forwards(
     block: nn.Module,
-    given: Mapping[str, torch.Tensor],
+    point: ResumePoint,
+    given: torch.Tensor | None,
     answers: Mapping[str, Any],
     compute: Mapping[nn.Module, Callable[..., torch.Tensor]] | None = None,
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """Makes forwards of linears with which a run of their block starts in its middle.
+    """Makes forwards of modules with which a run of their block starts in its middle.
 
     Args:
         block: The block.
-        given: Path of a linear → what it reads in place of its argument.
+        point: Where it starts.
+        given: What the given linears read in place of their argument.
         answers: Path of a module → what it returns; `None` for a linear that returns NaN, one element of memory for the
             whole.
         compute: Linear → how it is computed, where not by its own forward.
@@ -268,7 +341,15 @@ def resumed_forwards(
 
         return forward
 
-    forwards = {block.get_submodule(path): reading(block.get_submodule(path), x) for path, x in given.items()}
+    def around(linear: nn.Module) -> Callable[..., Any]:
+        return lambda *_, **__: tree_map(lambda leaf: linear(given) if leaf is OUTPUT else leaf, point.returned)
+
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for path in point.given:
+        assert given is not None
+        forwards[block.get_submodule(path)] = reading(block.get_submodule(path), given)
+    if point.around:
+        forwards[block.get_submodule(point.around)] = around(block.get_submodule(point.given[0]))
     return forwards | {
         block.get_submodule(path): answering(block.get_submodule(path), y) for path, y in answers.items()
     }

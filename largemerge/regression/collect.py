@@ -396,7 +396,7 @@ class SampleRunner:
         prefix, device = block.name + ".", self.runner.device
         watched, where = watched or Watched(), BlockId(block.stack, block.index)
         start = inside.start if inside is not None else None
-        keep = inside.keep if inside is not None and not advance else None
+        keep = inside.keep if inside is not None and inside.keep != start and not advance else None
         weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         merged = stream == "merged"
         non_block = self.merged_non_block(block) if merged else self.runner.non_block_of(where, candidate)

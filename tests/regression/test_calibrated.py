@@ -11,10 +11,12 @@ import pytest
 import torch
 from cases import Case, MakeCase, load_merged, merge_and_load, report_of, weights_in
 from processes import assert_agree, device_of_ranks, journal, make_uneven_case, merging, run_ranks
+from torch.utils._pytree import tree_flatten
 
 import largemerge
 from largemerge import ConfigError, LargemergeError
 from largemerge.model.block_runner import RunningBlock
+from largemerge.model.hidden_states import HiddenStates
 from largemerge.output import OutputFolder
 from largemerge.regression.planning.placement import Limits
 
@@ -84,6 +86,36 @@ def test_drift_is_told_by_candidate_and_block_and_is_less_than_without_targets(m
     case.config["parameters"] = {"target": 0.01, "drift": 0.0}
     left = largemerge.merge(case.config, case.folder / "left")
     assert all(list(paid.drift[name].values())[-1] < list(left.drift[name].values())[-1] for name in paid.drift)  # type: ignore[operator]
+
+
+def test_attention_runs_once_in_each_stream_and_little_is_kept_inside_a_block(
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case("llama", method="calibrated", solve=["blocks"], num_samples=8)
+    attention, calls = torch.nn.functional.scaled_dot_product_attention, list[int]()
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *args, **kwargs: calls.append(len(query)) or attention(query, *args, **kwargs),
+    )
+    kept: dict[str, set[tuple[int, ...]]] = {}
+    put = HiddenStates.put
+
+    def noted(self: HiddenStates, stream: str, dataset: int, batch: int, stack: int, output: Any) -> None:
+        shapes = [tuple(leaf.shape[2:]) for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
+        kept.setdefault(stream, set()).add(tuple(size for shape in shapes for size in shape))
+        put(self, stream, dataset, batch, stack, output)
+
+    monkeypatch.setattr(HiddenStates, "put", noted)
+    largemerge.plan(case.config)
+    in_trial = sum(calls)
+    calls.clear()
+    largemerge.merge(case.config, case.folder / "merged")
+    config = case.models[0].config
+    samples = sum(len(inputs["input_ids"][:8]) for inputs in case.inputs)
+    assert sum(calls) - in_trial == 2 * samples * config.num_hidden_layers
+    assert config.intermediate_size > config.hidden_size
+    assert all(widths == {(config.hidden_size,)} for widths in kept.values()) and "inside merged" in kept
 
 
 @pytest.mark.parametrize("architecture", ["llama_tied", "t5"])

@@ -521,7 +521,10 @@ def _inside_features(kind: _BlockKind, trace: ModelTrace, method: RegressionMeth
         return 0
     known = points[kind.block.index]
     groups = [(group, known[group.leader]) for group in kind.block.groups if group.leader in known]
-    kept = [group.num_inputs + sum(_width(kind, path) for path in point.known) for group, point in groups]
+    kept = [
+        (group.num_inputs if point.given else 0) + sum(_width(kind, path) for path in point.known)
+        for group, point in groups
+    ]
     return max(kept, default=0)
 
 
