@@ -2,13 +2,14 @@
 
 Block after block, and in a block group after group of linears that read the same tensor, W* minimises
 
-    Σ_i α_i ‖ X_i Wᵀ − T_i ‖² + λ ‖ W − W̄ ‖²,    T_i = (1−β) X_i W_iᵀ + β E_i W_iᵀ + γ D_i,    α_i = c_i / (Σc · n_i)
+    Σ_i α_i ‖ X_i Wᵀ − T_i ‖² + λ ‖ W − W_a ‖²,    T_i = (1−β) X_i W_iᵀ + β E_i W_iᵀ + γ D_i,    α_i = c_i / (Σc · N_i)
 
     X_i  [n_i, I]  what the group reads on candidate i's data, once everything before it is merged
     E_i  [n_i, I]  what it reads there in the candidate's own model
     D_i  [n_i, O]  how far the tensor that the linear's output is added to is from the candidate's own
 
-where β is the target, γ the drift, and W̄ the weighted average, which everything that is not solved keeps.
+where β is the target, γ the drift, and N_i is n_i, or the norm of X_iᵀX_i. W_a is the weighted average, which all
+that is not solved keeps, or lies on the line from a base through it.
 """
 
 from __future__ import annotations
@@ -89,48 +90,64 @@ def merge(
     c: list[float],
     *,
     inputs_from: Literal["merged", "candidate"] = "merged",
-    granularity: Literal["linear", "block"] = "linear",
+    granularity: Literal["linear", "average", "block"] = "linear",
     target: float = 0.0,
     drift: float = 0.0,
     scale: float = 1.0,
     ridge: float = 0.0,
     solve: Collection[str] = ("blocks",),
+    normalization: Literal["tokens", "frobenius"] = "tokens",
+    base: PreTrainedModel | None = None,
+    anchor_scale: float = 0.0,
 ) -> PreTrainedModel:
     """The merged model, in float64.
 
     The blocks before come from `inputs_from`. With granularity `block` the block itself is the candidate's own, and the
-    drift is what that model sees; with `linear` it is the merged one. A head reads
-    what `inputs_from` says.
+    drift is what that model sees; with `linear` it is the merged one, with `average` the candidates' average. A head
+    reads what `inputs_from` says. With a `base` the anchor is W_0 + `anchor_scale` Σ Δ_i.
     """
     models = [copy.deepcopy(model).double() for model in models]
     merged = average(models, c)
+    start = copy.deepcopy(merged)
+    anchor = (
+        start if base is None else average([copy.deepcopy(base).double(), start], [1 - (s := anchor_scale * len(c)), s])
+    )
     calls = first_inputs(merged, inputs[0])
-    numbers = {"target": target, "drift": drift, "scale": scale, "ridge": ridge}
+    numbers = {
+        "target": target,
+        "drift": drift,
+        "scale": scale,
+        "ridge": ridge,
+        "by_norm": normalization == "frobenius",
+    }
     own = [rows_seen(model, places_of(model, list(calls)), x) for model, x in zip(models, inputs, strict=True)]
 
     if "head" in solve and has_tied_head(merged):
-        merge_linears(merged, models, own, own, [tied_head(merged)], c, **numbers)
+        merge_linears(merged, models, anchor, own, own, [tied_head(merged)], c, **numbers)
     for block_name, block in blocks_of(merged) if "blocks" in solve else []:
         for group in groups(calls, linears_of(block_name, block)):
             if granularity == "block":
                 used = [with_block_of(model, merged, block_name) for model in models]
+            elif granularity == "average":
+                used = [with_block_of(start, merged, block_name)] * len(models)
             else:
                 used = [merged] * len(models)
             if inputs_from == "candidate":
                 used = [with_block_of(u, model, block_name) for u, model in zip(used, models, strict=True)]
             seen = [rows_seen(u, places_of(merged, group), x) for u, x in zip(used, inputs, strict=True)]
-            merge_linears(merged, models, own, seen, group, c, **numbers)
+            merge_linears(merged, models, anchor, own, seen, group, c, **numbers)
     if "head" in solve:
         for group in groups(calls, head_linears(merged, calls)):
             used = models if inputs_from == "candidate" else [merged] * len(models)
             seen = [rows_seen(u, places_of(merged, group), x) for u, x in zip(used, inputs, strict=True)]
-            merge_linears(merged, models, own, seen, group, c, **numbers)
+            merge_linears(merged, models, anchor, own, seen, group, c, **numbers)
     return merged
 
 
 def merge_linears(
     merged: PreTrainedModel,
     models: list[PreTrainedModel],
+    anchor: PreTrainedModel,
     own: list[Rows],
     seen: list[Rows],
     names: Iterable[str],
@@ -140,6 +157,7 @@ def merge_linears(
     drift: float,
     scale: float,
     ridge: float,
+    by_norm: bool,
 ) -> None:
     """Puts solved weights into `merged`; `own` are rows of the candidates' own models, `seen` those to be mapped."""
     for name in names:
@@ -147,16 +165,19 @@ def merge_linears(
         is_conv = isinstance(linear, Conv1D)  # its weight is [in, out]
         weights = [model.get_submodule(name).weight.detach() for model in models]
         weights = [weight.T if is_conv else weight for weight in weights]
+        kept = anchor.get_submodule(name).weight.detach()
+        kept = kept.T if is_conv else kept
         x, e = ([rows[name, "input"] for rows in every] for every in (seen, own))
         places = residual_places(merged, name)
         d = [sum(o[place] - s[place] for place in places) for o, s in zip(own, seen, strict=True)]
-        solved = solve_linear(weights, x, e, d if places else None, c, target, drift, scale, ridge)
+        solved = solve_linear(weights, kept, x, e, d if places else None, c, target, drift, scale, ridge, by_norm)
         with torch.no_grad():
             linear.weight.copy_(solved.T if is_conv else solved)
 
 
 def solve_linear(
     weights: list[torch.Tensor],
+    anchor: torch.Tensor,
     x: list[torch.Tensor],
     e: list[torch.Tensor],
     d: list[torch.Tensor] | None,
@@ -165,21 +186,24 @@ def solve_linear(
     drift: float,
     scale: float,
     ridge: float,
+    by_norm: bool,
 ) -> torch.Tensor:
     """W* [O, I]; `scale` is on everything off the Grams' diagonals, and on what the targets add."""
     shares = [ci / sum(c) for ci in c]
     mean = sum(share * weight for share, weight in zip(shares, weights, strict=True))
     system, right = torch.zeros_like(mean.T @ mean), torch.zeros_like(mean)
     for i, (share, weight) in enumerate(zip(shares, weights, strict=True)):
-        alpha = share / len(x[i])
         gram = x[i].T @ x[i]
+        alpha = share / (gram.norm() if by_norm else len(x[i]))
         gram = alpha * (scale * gram + (1 - scale) * gram.diagonal().diag())
         system += gram
         right += (weight - mean) @ gram
         right += scale * alpha * target * weight @ (e[i] - x[i]).T @ x[i]
         if d is not None:
             right += scale * alpha * drift * d[i].T @ x[i]
-    system += ridge * system.diagonal().mean() * torch.eye(len(system), dtype=system.dtype)
+    lam = ridge / len(c) if by_norm else ridge * system.diagonal().mean()
+    system += lam * torch.eye(len(system), dtype=system.dtype)
+    right += lam * (anchor - mean)
     return mean + right @ torch.linalg.pinv(system, rtol=1e-11, hermitian=True)
 
 

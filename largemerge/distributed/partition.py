@@ -52,7 +52,11 @@ class Partition:
 
 
 def partition_batches(
-    costs: Sequence[Sequence[float]], size: int, right_hand_sides: Sequence[float] | None = None
+    costs: Sequence[Sequence[float]],
+    size: int,
+    right_hand_sides: Sequence[float] | None = None,
+    *,
+    in_groups: bool = False,
 ) -> Partition:
     """Gives every batch of every candidate to one rank, so that all have about the same to do.
 
@@ -65,9 +69,13 @@ def partition_batches(
         size: Number of ranks.
         right_hand_sides: Cost of each candidate's right-hand sides, in the same unit. Its group splits them; a rank
             that has some of its batches but is not in the group makes its own from scratch.
+        in_groups: Whether all ranks that have some of a candidate's batches must be its group, so that they know its
+            whole Gram matrices.
     """
     extra = list(right_hand_sides or [0.0] * len(costs))
     spread = [[cost + more / len(batches) for cost in batches] for batches, more in zip(costs, extra, strict=True)]
+    if in_groups:
+        return _ranks_by_candidate(spread, size) if size >= len(costs) else _candidates_by_rank(spread, size)
     partitions = [_cut_line(spread, size, extra)]
     if size >= len(costs):
         partitions.append(_ranks_by_candidate(spread, size))
@@ -114,6 +122,16 @@ def _ranks_by_candidate(costs: Sequence[Sequence[float]], size: int) -> Partitio
         for (own,) in _cut_line([batches], count, [0.0]).batches:
             parts.append([list(own) if number == candidate else [] for number in range(len(costs))])
     return _frozen(parts)
+
+
+def _candidates_by_rank(costs: Sequence[Sequence[float]], size: int) -> Partition:
+    """Cuts the line of all batches where a candidate ends, as near to even parts as that allows."""
+    ends = list(itertools.accumulate(map(sum, costs)))
+    cuts = [min(ends, key=lambda end: abs(end - ends[-1] * rank / size)) for rank in range(1, size)]
+    owners = [bisect.bisect_left(cuts, end) for end in ends]
+    return _frozen(
+        [[list(range(len(own))) if owners[k] == rank else [] for k, own in enumerate(costs)] for rank in range(size)]
+    )
 
 
 def _frozen(parts: Sequence[Sequence[Sequence[int]]]) -> Partition:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from largemerge.regression.methods import RegressionMethod, Stream
 from largemerge.regression.passes import BlockPass, beside_of
 from largemerge.regression.rank_exchange import PassExchange, RankExchange
 from largemerge.regression.samples import RankSamples
-from largemerge.regression.tensor_plan import BlockPlan, LinearGroup
+from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule, TensorPlan
 from largemerge.regression.weights import MERGED, Weights
 
 BlocksOfCandidates = Iterator[Tensors]
@@ -113,9 +113,9 @@ class Collector:
             merged: The block's tensors that are merged already, for passes that go linear by linear.
             advance: Whether the candidates' hidden states move on.
         """
-        averages = RunningAverages(block.tensors if block_pass.averages else (), self.settings.shares)
-        scale, device = self.settings.method.off_diagonal_scale, self.samples.runner.device
-        sums = {group.leader: new_sums(group, scale, device, self._scratch) for group in block_pass.groups}
+        averages = RunningAverages(_averaged(block, block_pass), self.settings.shares)
+        method, device = self.settings.method, self.samples.runner.device
+        sums = {group.leader: new_sums(group, method, device, self._scratch) for group in block_pass.groups}
         bytes_read = 0
         solved = {linear.name for group in block_pass.groups for linear in group.linears}
         anchor: Tensors = {}
@@ -191,11 +191,11 @@ class Collector:
         candidate's hidden states move on, every batch is run twice: through the candidate, then as the method says.
         """
         method, leaders = self.settings.method, [group.leader for group in block_pass.groups]
-        beside = block_pass.beside if method.drift > 0 and block_pass.by_linear else ()
+        beside = block_pass.beside if method.drift > 0 and block_pass.runs_merged else ()
         paired = _Pairs(block_pass, method, sums, self.clock)
-        weights = merged if block_pass.by_linear else tensors
+        weights = merged if block_pass.runs_merged else tensors
         inside = {"start": block_pass.start, "keep": block_pass.keep}
-        alone = not method.compares and not (block_pass.by_linear and method.inputs == "candidate" and advance)
+        alone = not method.compares and not (block_pass.runs_merged and method.inputs == "candidate" and advance)
         watched = Watched(leaders, paired.add, beside)
         runs = []
         if not alone:
@@ -212,7 +212,7 @@ class Collector:
                 )
             )
         if leaders or alone:
-            where = Inside("merged", **inside) if block_pass.by_linear else Inside("merged")
+            where = Inside("merged", **inside) if block_pass.runs_merged else Inside("merged")
             runs.append(
                 self.samples.run(
                     block, index, weights, method.inputs, advance=advance and alone, watched=watched, inside=where
@@ -248,6 +248,14 @@ class Collector:
         )
 
 
+def _averaged(block: BlockPlan, block_pass: BlockPass) -> Sequence[TensorPlan]:
+    """The tensors of which a pass makes averages."""
+    if not block_pass.averages:
+        return ()
+    solved = MergeRule.SOLVED if block_pass.starts else None
+    return [replace(plan, rule=MergeRule.AVERAGED) if plan.rule is solved else plan for plan in block.tensors]
+
+
 class _Pairs:
     """Adds the inputs of linears to their sums, beside the same rows in the candidate itself.
 
@@ -262,7 +270,7 @@ class _Pairs:
         self, block_pass: BlockPass, method: RegressionMethod, sums: Mapping[str, GroupSums], clock: Clock
     ) -> None:
         self._groups = {group.leader: group for group in block_pass.groups}
-        self._pays_back = method.drift > 0 and block_pass.by_linear  # at once, every linear would pay back all of it
+        self._pays_back = method.drift > 0 and block_pass.runs_merged  # at once, every linear would pay back all of it
         self._method, self._sums, self._clock = method, sums, clock
         self._own: dict[str, list[torch.Tensor]] = {}
         self._seen: dict[str, list[torch.Tensor]] = {}

@@ -35,7 +35,7 @@ from largemerge.config_file import (
     without_helpers,
 )
 from largemerge.errors import ConfigError
-from largemerge.regression.methods import METHODS, Anchor, Granularity, Part, RegressionMethod, Stream
+from largemerge.regression.methods import METHODS, Anchor, Granularity, Normalization, Part, RegressionMethod, Stream
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 
 
@@ -68,8 +68,8 @@ class MethodParameters(Strict):
     inputs: Stream | None = None
     """Whose hidden states enter a block: `candidate` or `merged`."""
     granularity: Granularity | None = None
-    """Inside a block a linear's inputs come from the candidate's weights (`block`), or from the merged ones so far
-    (`linear`)."""
+    """Inside a block a linear's inputs come from the candidate's weights (`block`), from their average (`average`), or
+    from what is merged so far (`linear`)."""
     target: float | None = Field(None, ge=0, le=1)
     """β: from the candidate's weight on the merged inputs (0) to the candidate's own features (1)."""
     drift: float | None = Field(None, ge=0, le=1)
@@ -78,10 +78,13 @@ class MethodParameters(Strict):
     """What is kept where the data says nothing: `average`, `base` or `task_arithmetic`."""
     anchor_scale: float | None = Field(None, ge=-10, le=10)
     """The scale of the sum of task vectors, for `anchor: task_arithmetic`."""
+    normalization: Normalization | None = None
+    """What a candidate's sums are divided by: `tokens`, or `frobenius`, the norm of its Gram."""
     off_diagonal_scale: float | None = Field(None, ge=0, le=1)
     """The factor s on a Gram's off-diagonal (FusionBench: `reduce_non_diagonal_ratio`; MergeBench: `reduction`)."""
     ridge: float | None = Field(None, ge=0, le=1)
-    """Pull towards the anchor, as a fraction of the mean diagonal of the summed Gram (see `solve.py`)."""
+    """Pull towards the anchor, as a fraction of the mean diagonal of the summed Gram (see `solve.py`); with Frobenius
+    norms, of the mean norm."""
     solve: tuple[Part, ...] | None = Field(None, min_length=1)
     """What is solved: `blocks`, `head`; everything else is averaged."""
     include: tuple[Regex, ...] = ()

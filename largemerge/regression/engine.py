@@ -191,25 +191,28 @@ class Engine:
         """Merges one block and runs it forward; returns its report."""
         self._bytes_read = 0
         passes = self.passes[block.name]
-        by_linear = passes[-1].by_linear
+        runs_merged = passes[-1].runs_merged
+        solved = [linear.name for group in block.groups for linear in group.linears]
         quantizes = self.weights.quantizes(plan.name for plan in block.tensors)
         # What Transformers puts together from several tensors must be taken apart from all of them at once.
         mapping = self.weights.inputs.reference_mapping
         at_once = any(mapping.conversion_of(mapping.canonical(plan.name)) for plan in block.tensors)
-        at_once = at_once or (by_linear and not quantizes)  # all of it is held until the block has run
+        at_once = at_once or (runs_merged and not quantizes)  # all of it is held until the block has run
         if self.settings.method.forwards_merged:
             self.samples.merged_non_block(block)
         merged: Tensors = {}
+        started: Tensors = {}
         linears: JsonObject = {}
         whole = len(passes) == 1 or at_once
         for block_pass in passes:
             made: Tensors = {}
-            linears |= self._merge_pass(block, block_pass, blocks_of_candidates, merged, made)
+            linears |= self._merge_pass(block, block_pass, blocks_of_candidates, merged | started, made)
+            started = {name: made.pop(name) for name in solved} if block_pass.starts else {}
             merged |= made
             if block_pass.last or not at_once:
                 written = merged if at_once else made
                 output.write(written, in_background=self.settings.write_in_background and whole and not quantizes)
-            if by_linear and not at_once:
+            if runs_merged and not at_once:
                 merged |= self.weights.as_written(made)
             elif not block_pass.last and not at_once:
                 merged.clear()
@@ -217,7 +220,7 @@ class Engine:
         if self.settings.method.forwards_merged and self._is_read(block):
             if whole:
                 merged = self.weights.as_written(merged)
-            elif not by_linear:
+            elif not runs_merged:
                 merged = self._read_merged(block)
             drift = self._forward(block, merged, passes[-1])
         errors = self.weights.quantization_errors(plan.name for plan in block.tensors)
@@ -310,7 +313,7 @@ class Engine:
             are not known. Collective in that case.
         """
         self.samples.merged_non_block(block)
-        start = last_pass.keep if last_pass is not None and last_pass.by_linear else None
+        start = last_pass.keep if last_pass is not None and last_pass.runs_merged else None
         compares = self.settings.method.compares and last_pass is not None
         drifts = [Drift(self.samples, block, index) for index in range(len(self.names))] if compares else []
         with self.clock.stage("merged_forward"):

@@ -116,6 +116,16 @@ class Gram:
         """Copy of diag(XᵀX) of the present candidate `[I]`."""
         return torch.zeros_like(self.halves_II[0]) if self._empty else self.halves_II.diagonal().clone()
 
+    def candidate_norm(self) -> float:
+        """‖XᵀX‖_F of the present candidate."""
+        if self._empty:
+            return 0.0
+        squares = torch.zeros((), dtype=torch.float64, device=self.halves_II.device)
+        for rows in self._panels:
+            squares += self.halves_II[rows, rows].square().sum(dtype=torch.float64)
+            squares += 2 * self.halves_II[rows, rows.stop :].square().sum(dtype=torch.float64)
+        return float(squares.sqrt())
+
     def add_candidate_product_(
         self, out_OI: torch.Tensor, rows_OI: torch.Tensor, alpha: float, off_diagonal_scale: float
     ) -> None:

@@ -5,8 +5,11 @@
 
 Two sums are held per group of linears, whatever the number of candidates (RegMean, arXiv 2212.09849):
 
-    G = Σ_i G̃_i          G̃_i = α_i · ( s·XᵢᵀXᵢ + (1-s)·diag(XᵢᵀXᵢ) )          α_i = c_i / (Σ c · tokens_i)
+    G = Σ_i G̃_i          G̃_i = α_i · ( s·XᵢᵀXᵢ + (1-s)·diag(XᵢᵀXᵢ) )          α_i = c_i / (Σ c · N_i)
     R = Σ_i E_i G̃_i      E_i = W_i - A,  A = W of the first candidate
+
+N_i is the number of tokens; or the norm ‖XᵢᵀXᵢ‖_F, known when all of a candidate's rows have been added, so that what
+would go to R row by row waits for it in a matrix of its own.
 
 The first candidate is the anchor A, so its term of R is zero and costs nothing. Linears that read the same
 tensor share G; their R lie below one another. Everything is linear in the tokens.
@@ -43,6 +46,7 @@ import torch
 
 from largemerge.matmul import add_product_, product
 from largemerge.regression.gram import GRAM_DTYPE, PANEL, Gram, Scratch
+from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.solve import Solution, may_need_float64, solve_anchored_
 from largemerge.regression.tensor_plan import LinearGroup, LinearPlan
 
@@ -107,6 +111,7 @@ class GroupSums:
         mean_OI: Σ c_i E_i / Σ c_i, in the dtype of the output: it matters only where the data says nothing.
         sketcher: Makes sketches of the differences E_i.
         off_diagonal_scale: The factor s on a Gram's off-diagonal.
+        by_norm: Whether N_i is the norm of a candidate's Gram, and not its number of tokens.
         sketches_BS: Sketches of E_i, by candidate.
         tokens: Number of rows of each candidate, on all ranks together.
     """
@@ -117,6 +122,7 @@ class GroupSums:
     mean_OI: torch.Tensor
     sketcher: Sketcher
     off_diagonal_scale: float
+    by_norm: bool = False
     sketches_BS: list[torch.Tensor] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     _share: float = 0.0
@@ -124,6 +130,7 @@ class GroupSums:
     _by_rows: bool = False
     _features: Features | None = None
     _cross_II: torch.Tensor | None = None
+    _waiting_OI: torch.Tensor | None = None
     _part: RankPart = field(default_factory=lambda: RankPart(0))
 
     def start_candidate(
@@ -149,11 +156,14 @@ class GroupSums:
         self._share = share
         self._differences = differences
         rows = tokens if self._part.group_size > 1 else self._part.own_tokens
-        self._by_rows = differences is not None and multiplies_by_rows(rows, self.gram.num_inputs)
+        by_rows = not self.by_norm and multiplies_by_rows(rows, self.gram.num_inputs)
+        self._by_rows = differences is not None and by_rows
 
     @property
     def needs_all_reduce(self) -> bool:
         """Whether the present candidate's Gram must be all-reduced in its group of ranks before `finish_candidate`."""
+        if self.by_norm:
+            return self._part.group_size > 1
         return self._part.group_size > 1 and self._differences is not None and not self._by_rows
 
     def skip_candidate(self, tokens: int) -> None:
@@ -191,6 +201,10 @@ class GroupSums:
         assert features is not None
         x_NI = x_NI.to(GRAM_DTYPE)
         scale = self._share / self.tokens[-1] * self.off_diagonal_scale
+        rhs_OI = self.rhs_OI
+        if self.by_norm and (features.by_rows or drift_NO):
+            self._waiting_OI = torch.zeros_like(rhs_OI) if self._waiting_OI is None else self._waiting_OI
+            rhs_OI, scale = self._waiting_OI, 1.0
         moved_NI = None
         if target_NI is not None:
             moved_NI = target_NI.to(GRAM_DTYPE, copy=True).sub_(x_NI).mul_(features.target)
@@ -208,13 +222,16 @@ class GroupSums:
                     back_ON = drift_NO_[:, columns].T.to(GRAM_DTYPE) * features.drift
                     wanted_ON = back_ON if wanted_ON is None else wanted_ON.add_(back_ON)
                 assert wanted_ON is not None
-                add_product_(self.rhs_OI[rows], wanted_ON, x_NI.T, alpha=scale)
+                add_product_(rhs_OI[rows], wanted_ON, x_NI.T, alpha=scale)
 
-    def _finish_features(self) -> None:
-        """Adds W_i (X'_i - X_i)ᵀX_i of the present candidate, where that was summed over its rows."""
+    def _finish_features(self, alpha: float) -> None:
+        """Adds W_i (X'_i - X_i)ᵀX_i of the present candidate, where that was summed over its rows, and what waits."""
+        scale = alpha * self.off_diagonal_scale
+        if self._waiting_OI is not None:
+            self.rhs_OI.add_(self._waiting_OI, alpha=scale)
+            self._waiting_OI.zero_()
         if self._features is None or self._cross_II is None or self._features.by_rows:
             return
-        scale = self._share / self.tokens[-1] * self.off_diagonal_scale
         for rows in self._chunks():
             add_product_(self.rhs_OI[rows], self._features.weights(rows), self._cross_II.T, alpha=scale)
         self._cross_II.zero_()
@@ -228,8 +245,8 @@ class GroupSums:
         diagonal_I = self.gram.candidate_diagonal()
         if not torch.isfinite(diagonal_I).all():
             raise FloatingPointError("activations are not finite")
-        self._finish_features()
-        alpha = self._share / self.tokens[-1]
+        alpha = self._alpha()
+        self._finish_features(alpha)
         sketch_BS = self.sketcher.empty()
         for rows in self._chunks(self._own_rows()) if self._differences is not None else ():
             assert self._differences is not None
@@ -248,6 +265,11 @@ class GroupSums:
             self.gram.finish_candidate(alpha, self.off_diagonal_scale)
         self._differences = None
 
+    def _alpha(self) -> float:
+        """α_i of the present candidate, once all of its rows have been added."""
+        size = self.gram.candidate_norm() if self.by_norm else self.tokens[-1]
+        return self._share / size if size > 0 else 0.0
+
     def _own_rows(self) -> slice:
         """The rows of the present candidate's right-hand side that this rank computes."""
         total = self.rhs_OI.shape[0]
@@ -258,6 +280,8 @@ class GroupSums:
 
     def solve(self, ridge: float) -> Solution:
         """Solves for X, for all linears of the group at once, in the place of R."""
+        if self.by_norm:
+            ridge = relative_ridge(self.gram, ridge, len(self.tokens))
         return solve_rows(self.gram, self.rhs_OI, self.mean_OI, ridge, self.off_diagonal_scale, sum(self.tokens))
 
     def move_mean(self, differences: Differences, scale: float) -> None:
@@ -294,7 +318,7 @@ class GroupSums:
         return row_chunks(within or slice(0, self.rhs_OI.shape[0]), self.gram.num_inputs)
 
 
-def new_sums(group: LinearGroup, off_diagonal_scale: float, device: torch.device, scratch: Scratch) -> GroupSums:
+def new_sums(group: LinearGroup, method: RegressionMethod, device: torch.device, scratch: Scratch) -> GroupSums:
     """Makes empty sums for a group of linears; all groups share `scratch`."""
     shape = group.num_outputs, group.num_inputs
     return GroupSums(
@@ -303,8 +327,15 @@ def new_sums(group: LinearGroup, off_diagonal_scale: float, device: torch.device
         rhs_OI=torch.zeros(shape, dtype=GRAM_DTYPE, device=device),
         mean_OI=torch.zeros(shape, dtype=group.mean_dtype, device=device),
         sketcher=Sketcher(list(group.outputs.values()), group.num_inputs, device),
-        off_diagonal_scale=off_diagonal_scale,
+        off_diagonal_scale=method.off_diagonal_scale,
+        by_norm=method.by_norm,
     )
+
+
+def relative_ridge(gram: Gram, ridge: float, num_candidates: int) -> float:
+    """λ as a fraction of G's mean diagonal, where it is given as one of the candidates' mean norm, which is 1/K."""
+    diagonal = float(gram.diagonal().mean(dtype=torch.float64))
+    return ridge / num_candidates / diagonal if diagonal > 0 else 0.0
 
 
 def solve_rows(

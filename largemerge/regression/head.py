@@ -30,7 +30,7 @@ from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RowsOfModels, rows_of_models
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
-from largemerge.regression.group_sums import panel_bytes, solve_rows
+from largemerge.regression.group_sums import panel_bytes, relative_ridge, solve_rows
 from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
 from largemerge.regression.solve import Solution
@@ -80,13 +80,18 @@ class HeadSums:
         """All sums, which ranks add up."""
         return [*(view for gram in self.grams for view in gram.candidate_views()), *self.cross_II]
 
-    def total(self, shares: Sequence[float], off_diagonal_scale: float) -> Gram:
+    def alphas(self, shares: Sequence[float], *, by_norm: bool) -> list[float]:
+        """α_i = c_i / (Σ c · N_i) of all candidates; N_i is the norm of the Gram, or the number of rows."""
+        sizes = [gram.candidate_norm() for gram in self.grams] if by_norm else self.tokens
+        return [share / size if size > 0 else 0.0 for share, size in zip(shares, sizes, strict=True)]
+
+    def total(self, alphas: Sequence[float], off_diagonal_scale: float) -> Gram:
         """Adds up G̃_i of all candidates; raises `FloatingPointError` if one is not finite."""
         total = Gram(self.grams[0].num_inputs, self.grams[0].halves_II.device)
-        for gram, share, tokens in zip(self.grams, shares, self.tokens, strict=True):
+        for gram, alpha in zip(self.grams, alphas, strict=True):
             if not torch.isfinite(gram.candidate_diagonal()).all():
                 raise FloatingPointError("activations are not finite")
-            total.add_candidate_of(gram, share / tokens, off_diagonal_scale)
+            total.add_candidate_of(gram, alpha, off_diagonal_scale)
         return total
 
 
@@ -220,15 +225,17 @@ class HeadSolver:
 
     def _solve_linear(self, group: LinearGroup, linear: LinearPlan, sums: HeadSums) -> JsonObject:
         """Solves and writes one linear, panel by panel; returns its report."""
-        method, shares = self._method, self.settings.shares
+        method = self._method
         rows = rows_of_models(linear.name, linear.dtype, self.weights, with_base=method.anchor != "average")
         distances = _Distances(self.names)
         solution: Solution | None = None
         try:
-            gram = sums.total(shares, method.off_diagonal_scale)
+            alphas = sums.alphas(self.settings.shares, by_norm=method.by_norm)
+            gram = sums.total(alphas, method.off_diagonal_scale)
+            ridge = relative_ridge(gram, method.ridge, len(alphas)) if method.by_norm else method.ridge
             for panel in _panels(rows, group.num_inputs):
                 tensors = [tensor.to(self.samples.runner.device, GRAM_DTYPE) for tensor in rows.read(panel)]
-                solved_OI, mean_OI, solution = self._solve_panel(gram, sums, tensors)
+                solved_OI, mean_OI, solution = self._solve_panel(gram, sums, tensors, alphas, ridge)
                 rows.write(solved_OI.to(linear.dtype), panel)
                 distances.add(solved_OI, mean_OI, tensors)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -243,7 +250,7 @@ class HeadSolver:
         }
 
     def _solve_panel(
-        self, gram: Gram, sums: HeadSums, tensors: Sequence[torch.Tensor]
+        self, gram: Gram, sums: HeadSums, tensors: Sequence[torch.Tensor], alphas: Sequence[float], ridge: float
     ) -> tuple[torch.Tensor, torch.Tensor, Solution]:
         """Solves for some rows of a weight; `tensors` are those rows of all candidates, and of the base if it is read.
 
@@ -253,8 +260,7 @@ class HeadSolver:
         method, shares = self._method, self.settings.shares
         anchor_OI = tensors[0]
         rhs_OI, mean_OI = torch.zeros_like(anchor_OI), torch.zeros_like(anchor_OI)
-        for index, (share, own_tokens) in enumerate(zip(shares, sums.tokens, strict=True)):
-            alpha = share / own_tokens
+        for index, (share, alpha) in enumerate(zip(shares, alphas, strict=True)):
             if index > 0:
                 difference_OI = tensors[index] - anchor_OI
                 sums.grams[index].add_candidate_product_(rhs_OI, difference_OI, alpha, method.off_diagonal_scale)
@@ -267,7 +273,7 @@ class HeadSolver:
             scale = method.anchor_step(len(self.names))
             mean_OI = (tensors[-1] - anchor_OI).mul_(1 - scale).add_(mean_OI, alpha=scale)
         tokens = sum(sums.tokens)
-        solution = solve_rows(gram, rhs_OI, mean_OI, method.ridge, method.off_diagonal_scale, tokens)
+        solution = solve_rows(gram, rhs_OI, mean_OI, ridge, method.off_diagonal_scale, tokens)
         return rhs_OI.add_(anchor_OI), average_OI, solution
 
 

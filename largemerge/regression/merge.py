@@ -207,7 +207,14 @@ def _prepare(
     max_samples = samples_at_once(placement.samples, sum(data.num_samples for data in calibration), ranks.size)
     split = tuple(replace(data, batches=split_batches(data.batches, max_samples)) for data in calibration)
     masked_input = loss_input(forward_signature(planned.inputs.skeleton))
-    samples = partition_samples(split, planned.plan.blocks, planned.trace, masked_input, ranks)
+    samples = partition_samples(
+        split,
+        planned.plan.blocks,
+        planned.trace,
+        masked_input,
+        ranks,
+        in_groups=planned.plan.config.method.by_norm,
+    )
     return _Prepared(
         planned,
         samples,
@@ -441,7 +448,8 @@ class Job:
                 stack.callback(self.node.clean_up)
                 self.ranks.before_end(self.node.clean_up)
             # The first candidate is the anchor: it has no right-hand side to compute together.
-            rank_groups = self.samples.partition.rank_groups[1:]
+            first = 0 if plan.config.method.by_norm else 1
+            rank_groups = self.samples.partition.rank_groups[first:]
             collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
             self._engine(weights, hidden_states, progress, collectives).run(
                 finished, lambda part, entry: self._record(part, entry, weights)
@@ -455,7 +463,7 @@ class Job:
         plan, inputs = self.planned.plan, self.planned.inputs
         # Each tensor is read once, unless a block or the head takes several passes, ranks share a candidate, or two
         # adapters a base.
-        several = plan.config.method.granularity == "linear" or bool(plan.head)
+        several = plan.config.method.granularity != "block" or bool(plan.head)
         read_once = plan.placement.passes == 1 and self.ranks.size == 1 and not several
         shared = shared_folders(inputs.checkpoints)
 

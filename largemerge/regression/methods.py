@@ -2,10 +2,11 @@
 
 A regression method looks for the weight W of a linear that does, on what it will see, what the candidates' linears do:
 
-    minimise over W    Σ_i c_i ‖ X_i Wᵀ − T_i ‖² / tokens_i  +  λ ‖ W − W_a ‖²
+    minimise over W    Σ_i c_i ‖ X_i Wᵀ − T_i ‖² / N_i  +  λ ‖ W − W_a ‖²
 
     X_i   inputs of the linear on candidate i's data      `inputs`, `granularity`
     T_i = (1-β)·X_i W_iᵀ + β·E_i W_iᵀ + γ·D_i             `target` β, `drift` γ
+    N_i   number of tokens, or the norm ‖X_iᵀX_i‖_F        `normalization`
     W_a   what is kept where the data says nothing         `anchor`
 
 E_i are the inputs of the same linear in the candidate itself, run on its own data. D_i is by how much the hidden states
@@ -26,12 +27,13 @@ from typing import Literal
 Stream = Literal["candidate", "merged"]
 """Whose blocks make the hidden states: a candidate's own, or the merged ones."""
 
-Granularity = Literal["block", "linear"]
+Granularity = Literal["block", "average", "linear"]
+Normalization = Literal["tokens", "frobenius"]
 Anchor = Literal["average", "base", "task_arithmetic"]
 Part = Literal["blocks", "head"]
 """What is solved; everything else is averaged."""
 
-_SUMS = frozenset({"anchor", "anchor_scale", "off_diagonal_scale", "ridge", "solve"})
+_SUMS = frozenset({"anchor", "anchor_scale", "normalization", "off_diagonal_scale", "ridge", "solve"})
 _ALL = _SUMS | {"drift", "granularity", "inputs", "target"}
 
 
@@ -43,14 +45,17 @@ class RegressionMethod:
         title: Name of the method in the literature.
         source: Publication.
         inputs: Whose hidden states enter a block.
-        granularity: Inside a block, a linear's inputs come from the candidate's weights (`block`), or from what has
-            been merged so far (`linear`), so that a block takes a pass for every group of linears.
+        granularity: Inside a block, a linear's inputs come from the candidate's weights (`block`), from the weighted
+            average of the candidates' (`average`), or from what has been merged so far (`linear`), so that a block
+            takes a pass for every group of linears.
         target: β, between the candidate's weight on the inputs X_i (0) and the candidate's own features (1).
         drift: γ, the share of the drift that is paid back by linears whose output is added to the hidden states.
         anchor: W_a: the weighted average, the base, or the base plus the sum of the task vectors, scaled.
         anchor_scale: The scale of task arithmetic.
+        normalization: What a candidate's sums are divided by: its number of tokens, or the Frobenius norm of its Gram,
+            so that candidates with small activations count as much as the others.
         off_diagonal_scale: The factor s on a Gram's off-diagonal.
-        ridge: λ as a fraction of the mean diagonal.
+        ridge: λ as a fraction of the mean diagonal; with Frobenius norms, of the mean norm, which is 1/K.
         solve: What is solved: linears of the blocks; the head, with the embedding where they are tied.
         parameters: Names of the settings under `parameters` that the method takes, beside `include` and `exclude`.
     """
@@ -63,6 +68,7 @@ class RegressionMethod:
     drift: float = 0.0
     anchor: Anchor = "average"
     anchor_scale: float = 0.3
+    normalization: Normalization = "tokens"
     off_diagonal_scale: float = 0.95
     ridge: float = 1.0e-6
     solve: tuple[Part, ...] = ("blocks",)
@@ -77,6 +83,11 @@ class RegressionMethod:
     def compares(self) -> bool:
         """Whether a linear is held against the candidate's own features, so that two streams run side by side."""
         return self.target > 0 or self.drift > 0
+
+    @property
+    def by_norm(self) -> bool:
+        """Whether a candidate's sums are divided by the norm of its whole Gram."""
+        return self.normalization == "frobenius"
 
     @property
     def forwards_merged(self) -> bool:
@@ -99,14 +110,14 @@ class RegressionMethod:
 
     def mistakes(self) -> Iterator[str]:
         """Yields settings that contradict each other, each after its name."""
-        if self.drift > 0 and self.granularity == "block":
+        if self.drift > 0 and self.granularity != "linear":
             yield (
                 "drift: is paid back one linear after the other; expected 'granularity: linear' with it, or 'drift: 0'"
             )
         if self.target > 0 and self.granularity == "block" and self.inputs == "candidate":
             yield (
                 "target: changes nothing where the inputs are the candidate's own; expected 'inputs: merged' or "
-                "'granularity: linear' with it, or 'target: 0'"
+                "another granularity than 'block' with it, or 'target: 0'"
             )
         for part in sorted(set(self.solve)):
             if self.solve.count(part) > 1:
@@ -144,5 +155,17 @@ METHODS: dict[str, RegressionMethod] = {
         off_diagonal_scale=1.0,
         ridge=1.0e-2,
         solve=("blocks", "head"),
+    ),
+    "featcal": RegressionMethod(
+        title="FeatCal",
+        source="arXiv 2605.13030; here inputs inside a block come from the average, and norms and biases are averaged",
+        inputs="merged",
+        granularity="average",
+        target=0.25,
+        anchor="task_arithmetic",
+        anchor_scale=0.66,
+        normalization="frobenius",
+        off_diagonal_scale=1.0,
+        ridge=0.05,
     ),
 }

@@ -10,6 +10,8 @@ At once, from the candidates' weights:
 Sums of all linears at once need the most memory and the fewest forward passes. Solved a few groups at a time, a block
 is run again for each pass, but only as far as the last linear whose input is wanted, with the weights up to there.
 
+From the average of all weights: a pass that makes it, and one in which everything is solved.
+
 Linear by linear, from the weights merged so far: a pass that averages what is not solved, then one for every group.
 Each goes on where the one before it has stopped, at the inputs of the group that is solved by now:
 
@@ -40,7 +42,8 @@ class BlockPass:
         tensor_names: Names of the tensors that are read of every candidate.
         averages: Whether tensors that are not solved are averaged in this pass.
         last: Whether this is the block's last pass.
-        by_linear: Whether inputs come from the weights merged so far, and not from the candidates'.
+        starts: Whether tensors that will be solved are averaged, too, for the next pass to run.
+        runs_merged: Whether inputs come from weights merged so far, or averaged, and not from the candidates'.
         start: Where the runs are taken up; `None` for the beginning of the block.
         keep: Where they stop, and keep what the next pass needs; `None` where it starts at the beginning.
     """
@@ -49,7 +52,8 @@ class BlockPass:
     tensor_names: tuple[str, ...]
     averages: bool
     last: bool
-    by_linear: bool = False
+    starts: bool = False
+    runs_merged: bool = False
     start: ResumePoint | None = None
     keep: ResumePoint | None = None
 
@@ -85,7 +89,21 @@ def plan_passes(
     if goes_by_linear(method, block, trace):
         points = stack.resume_points[block.index] if stack.resume_points else {}
         return _linear_passes(method, block, roles, points, advances=advances)
+    if method.granularity == "average" and block.groups:
+        return _average_passes(method, block, advances=advances)
     return block_passes(block, roles, num_passes, advances=advances)
+
+
+def _average_passes(method: RegressionMethod, block: BlockPlan, *, advances: bool) -> tuple[BlockPass, ...]:
+    """One pass that averages everything, and one that solves everything."""
+    merged = [plan.name for plan in block.tensors if plan.rule is not MergeRule.BASE]
+    solved = {linear.name for group in block.groups for linear in group.linears}
+    whole = method.compares or advances
+    names = [plan.name for plan in block.tensors if whole or plan.name in solved]
+    return (
+        BlockPass((), tuple(merged), averages=True, last=False, starts=True, runs_merged=True),
+        BlockPass(block.groups, tuple(names), averages=False, last=True, runs_merged=True),
+    )
 
 
 def goes_by_linear(method: RegressionMethod, block: BlockPlan, trace: ModelTrace) -> bool:
@@ -105,7 +123,7 @@ def _linear_passes(
 ) -> tuple[BlockPass, ...]:
     """One pass that averages, and one for every group."""
     averaged = [plan.name for plan in block.tensors if plan.rule in (MergeRule.AVERAGED, MergeRule.COPIED)]
-    passes = [BlockPass((), tuple(averaged), averages=True, last=False, by_linear=True)]
+    passes = [BlockPass((), tuple(averaged), averages=True, last=False, runs_merged=True)]
     start: ResumePoint | None = None
     for number, group in enumerate(block.groups):
         last, keep = number == len(block.groups) - 1, points.get(group.leader)
@@ -115,7 +133,7 @@ def _linear_passes(
         elif last and advances:
             own = {plan.name for plan in block.tensors}
         names = [plan.name for plan in block.tensors if plan.name in own]
-        passes.append(BlockPass((group,), tuple(names), False, last, by_linear=True, start=start, keep=keep))
+        passes.append(BlockPass((group,), tuple(names), False, last, runs_merged=True, start=start, keep=keep))
         start = keep
     return tuple(passes)
 

@@ -358,7 +358,7 @@ def make_plan(
     findings = _check_loads(config, inputs, output) if not problems else Findings()
     problems += findings.problems
     workload = partial(measure_workload, config, inputs, trace, blocks, non_block, head)
-    works = partition_work(shapes, blocks, trace, workload, machines.num_ranks)
+    works = partition_work(shapes, blocks, trace, workload, machines.num_ranks, in_groups=config.method.by_norm)
     limits = _limits(config, machines, out)
     largest = max(works, key=lambda rank_work: rank_work.num_rows).work
     process_bytes = measure_process_bytes(machines, largest, calibration)
@@ -739,7 +739,9 @@ def forecast(
     batches = split_shapes(
         shapes, samples_at_once(plan.placement.samples, sum(plan.num_samples.values()), machines.num_ranks)
     )
-    works = partition_work(batches, plan.blocks, planned.trace, workload, machines.num_ranks)
+    works = partition_work(
+        batches, plan.blocks, planned.trace, workload, machines.num_ranks, in_groups=plan.config.method.by_norm
+    )
     held = partial(
         footprint,
         placement=plan.placement,

@@ -169,6 +169,8 @@ def partition_samples(
     trace: ModelTrace,
     loss_input: str,
     ranks: Ranks,
+    *,
+    in_groups: bool = False,
 ) -> RankSamples:
     """Keeps this rank's part of the calibration data; all ranks get about the same to do.
 
@@ -178,13 +180,14 @@ def partition_samples(
         trace: Trace of the model, from which the valid tokens follow.
         loss_input: Name of the input that loss masks belong to.
         ranks: The ranks of the merge.
+        in_groups: Whether the ranks that share a candidate must know its whole Gram matrices.
     """
     rows = [
         [[count_valid_rows(batch, stack, loss_input) for stack in trace.stacks] for batch in data.batches]
         for data in calibration
     ]
     costs, right_hand_sides = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows])
-    partition = partition_batches(costs, ranks.size, right_hand_sides)
+    partition = partition_batches(costs, ranks.size, right_hand_sides, in_groups=in_groups)
     own = partition.batches[ranks.rank]
     return RankSamples(
         calibration=tuple(

@@ -48,6 +48,14 @@ def test_no_rank_has_two_candidates_where_right_hand_sides_would_be_made_twice()
     assert alone < min(others), "who has right-hand sides has more ranks"
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_all_ranks_of_a_candidate_are_its_group_where_they_must_be(size: int) -> None:
+    shares = partition_batches([[5, 3, 1], [4], [2, 2, 2, 2]], size, [0, 9, 9], in_groups=True)
+    assert shares.rank_groups == shares.ranks_with_data or all(len(ranks) == 1 for ranks in shares.ranks_with_data)
+    counts = [sum(len(own[candidate]) for own in shares.batches) for candidate in range(3)]
+    assert counts == [3, 1, 4] and (size > 3 or sum(map(any, shares.batches)) == min(size, 3))
+
+
 def test_ranks_without_work() -> None:
     shares = partition_batches([[8], [8]], 4)
     assert sum(1 for share in shares.batches if any(share)) == 2

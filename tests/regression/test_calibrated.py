@@ -159,12 +159,20 @@ def test_samples_that_do_not_fit_are_run_in_parts(make_case: MakeCase, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("architecture", "after"), [("llama", 2), ("llama", 4), ("llama_tied", 1), ("bert", 2), ("clip", 5)]
+    ("architecture", "after", "more"),
+    [
+        ("llama", 2, {}),
+        ("llama", 4, {}),
+        ("llama_tied", 1, {}),
+        ("bert", 2, {}),
+        ("clip", 5, {}),
+        ("gpt2", 2, {"granularity": "average", "normalization": "frobenius", "drift": 0.0}),
+    ],
 )
 def test_an_interrupted_merge_resumes_bit_by_bit(
-    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, architecture: str, after: int
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, architecture: str, after: int, more: dict[str, Any]
 ) -> None:
-    case = make_case(architecture, method="calibrated", num_samples=8)
+    case = make_case(architecture, method="calibrated", num_samples=8, **more)
     largemerge.merge(case.config, case.folder / "one")
     record, count = OutputFolder.record, [0]
 
@@ -189,10 +197,20 @@ def test_an_interrupted_merge_resumes_bit_by_bit(
 
 @pytest.mark.parametrize(
     ("architecture", "method", "size"),
-    [("llama_tied", "calibrated", 2), ("t5", "calibrated", 3), ("llama", "chain", 2)],
+    [
+        ("llama_tied", "calibrated", 2),
+        ("t5", "calibrated", 3),
+        ("llama", "chain", 2),
+        ("llama", "featcal", 2),
+        ("gpt2", "featcal", 5),
+    ],
 )
 def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, size: int) -> None:
     case = make_uneven_case(tmp_path, architecture, method)
+    if method == "featcal":
+        case.config["base_model"] = case.config["models"][1]["model"]
+        case.config["parameters"]["solve"] = ["blocks", "head"]
+        case.write_yaml()
     alone = largemerge.merge(case.config, tmp_path / "alone", device=device_of_ranks(size))
     run_ranks(merging(case, tmp_path / "out"), tmp_path, size)
     assert_agree(tmp_path / "out", tmp_path / "alone", 1e-4)  # linear after linear, rounding adds up
@@ -264,11 +282,14 @@ def test_a_plan_knows_the_second_stream_and_the_head(make_case: MakeCase) -> Non
     assert timed.seconds["head"] > 0
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [("llama", {}), ("llama_tied", {}), ("llama", {"granularity": "average", "drift": 0.0})],
+)
 def test_progress_counts_blocks_and_the_head_is_none(
-    make_case: MakeCase, caplog: pytest.LogCaptureFixture, architecture: str
+    make_case: MakeCase, caplog: pytest.LogCaptureFixture, architecture: str, more: dict[str, Any]
 ) -> None:
-    case = make_case(architecture, method="calibrated", num_samples=4)
+    case = make_case(architecture, method="calibrated", num_samples=4, **more)
     with caplog.at_level("DEBUG", "largemerge"):
         largemerge.merge(case.config, case.folder / "out")
     steps = [record.getMessage() for record in caplog.records if " head " in record.getMessage()]

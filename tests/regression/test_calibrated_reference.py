@@ -225,7 +225,7 @@ def test_blocks_or_head_alone(make_case: MakeCase, architecture: str, solve: lis
 
 @pytest.mark.parametrize("target", [0.0, 1.0])
 @pytest.mark.parametrize("inputs", ["merged", "candidate"])
-@pytest.mark.parametrize("granularity", ["linear", "block"])
+@pytest.mark.parametrize("granularity", ["linear", "average", "block"])
 @pytest.mark.parametrize("architecture", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_inputs_and_granularities(
     make_case: MakeCase, architecture: str, granularity: Any, inputs: Any, target: float
@@ -235,6 +235,37 @@ def test_inputs_and_granularities(
     settings = {"granularity": granularity, "target": target, "drift": 0.0, "solve": ["blocks"]}
     case = make_case(architecture, **parameters_of("calibrated", inputs=inputs, **settings))
     assert_close(merge_and_load(case), expected_of(case, "calibrated", inputs_from=inputs, **settings))
+
+
+@pytest.mark.parametrize("architecture", others_slow(("llama", "t5", "vit")))
+def test_featcal_agrees_with_its_formula(make_case: MakeCase, architecture: str) -> None:
+    case = make_case(architecture, method="featcal", num_candidates=3, weights=[1.0, 0.5, 2.0])
+    base = tiny_models.build(architecture)
+    base.save_pretrained(case.folder / "base")
+    case.config["base_model"] = str(case.folder / "base")
+    expected = dense.merge(
+        case.models,
+        case.inputs,
+        case.weights,
+        granularity="average",
+        target=0.25,
+        ridge=0.05,
+        normalization="frobenius",
+        base=base,
+        anchor_scale=0.66,
+    )
+    assert_close(merge_and_load(case), expected)
+
+
+@pytest.mark.parametrize("granularity", ["linear", "average", "block"])
+@pytest.mark.parametrize("inputs", ["merged", "candidate"])
+def test_sums_divided_by_their_norms(make_case: MakeCase, granularity: Any, inputs: Any) -> None:
+    """With heads, with what is paid back, with rows too few to be worth a matrix of products."""
+    compares = (granularity, inputs) != ("block", "candidate")
+    options = {"granularity": granularity, "target": 0.5 if compares else 0.0, "drift": 0.5 * (granularity == "linear")}
+    more = {"normalization": "frobenius", "ridge": 0.05, "solve": BOTH, **options}
+    case = make_case("gpt2", method="calibrated", num_samples=8, **more, inputs=inputs)
+    assert_close(merge_and_load(case), dense.merge(case.models, case.inputs, case.weights, **more, inputs_from=inputs))
 
 
 @pytest.mark.parametrize("setting", ["mixed"])

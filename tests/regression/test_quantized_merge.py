@@ -163,12 +163,15 @@ def test_the_compute_dtype_is_what_the_config_says(
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(name, "regmean_plusplus") for name in ("llama", "bert", "opt", "gpt2")] + [("llama", "calibrated")],
+    [(name, "regmean_plusplus") for name in ("llama", "bert", "opt", "gpt2")]
+    + [("llama", "calibrated"), ("gpt2", "featcal")],
 )
 def test_a_quantised_output_loads_and_holds_what_was_read_back(
     make: MakeQuantized, name: str, method: str, output: dict[str, Any]
 ) -> None:
     case = make(name, method=method)
+    if method == "featcal":
+        case.config["base_model"] = case.config["models"][1]["model"]
     case.config["output"] = output
     plan = largemerge.plan(case.config)
     out = case.folder / "merged"

@@ -239,16 +239,15 @@ class _BlockCounter:
     def block(self, kind: _BlockKind) -> BlockNumbers:
         """Counts what one kind of block takes."""
         groups = tuple(map(_group_numbers, kind.block.groups))
-        by_linear = goes_by_linear(self.method, kind.block, self.trace)
-        max_passes = 1 if by_linear else max(1, len(groups))
         last_pass = self._plan_passes(kind, 1)[-1]
+        max_passes = 1 if last_pass.runs_merged else max(1, len(groups))
         return BlockNumbers(
             count=kind.count,
             num_outputs_read=kind.num_outputs_read,
             is_first=kind.block.index == 0,
             bytes=kind.bytes_of(kind.names),
             cast_bytes=kind.cast_bytes(kind.names, self.dtype),
-            forward=self._forward(kind, None, collects=False, start=last_pass.keep if by_linear else None),
+            forward=self._forward(kind, None, collects=False, start=last_pass.keep if last_pass.runs_merged else None),
             whole=self._forward(kind, None, collects=False),
             groups=groups,
             exchanged_bytes=self._exchanged_bytes(kind),
@@ -270,11 +269,10 @@ class _BlockCounter:
         """Counts what one pass over a block takes."""
         solved = [linear.name for group in block_pass.groups for linear in group.linears]
         all_solved = {linear.name for group in kind.block.groups for linear in group.linears}
-        averaged = (
-            sum(kind.sizes[name] for name in kind.names if name not in all_solved) * 4 if block_pass.averages else 0
-        )
+        unaveraged = set() if block_pass.starts else all_solved
+        averaged = sum(kind.sizes[n] for n in kind.names if n not in unaveraged) * 4 if block_pass.averages else 0
         until = None if advances else (block_pass.groups[-1].leader if block_pass.groups else "")
-        merged = kind.names if block_pass.by_linear else []
+        merged = kind.names if block_pass.runs_merged else []
         largest_group = max((4 * group.num_inputs * group.num_outputs for group in block_pass.groups), default=0)
         stacks = [(group, kind.block.stack_of(group)) for group in block_pass.groups]
         return PassNumbers(
@@ -300,12 +298,12 @@ class _BlockCounter:
 
     def _forwards(self, kind: _BlockKind, block_pass: BlockPass, until: str | None) -> ForwardNumbers:
         """Counts the runs of one pass: of the candidates, of what is merged so far, or of both in turns."""
-        if not block_pass.by_linear:
+        if not block_pass.runs_merged:
             once = self._forward(kind, until, collects=True)
             return once + once if self.method.compares else once
         if not block_pass.groups:
             return ForwardNumbers(0, 0, 0)
-        merged = self._forward(kind, block_pass.groups[0].leader, collects=True, start=block_pass.start)
+        merged = self._forward(kind, block_pass.groups[-1].leader, collects=True, start=block_pass.start)
         if self.method.compares:
             return merged + self._forward(kind, until, collects=True, start=block_pass.start)
         return merged + self._forward(kind, None, collects=False) if until is None else merged
@@ -315,11 +313,14 @@ class _BlockCounter:
         if not self.method.compares:
             return 0
         rows = max((of_candidate[kind.block.stack] for of_candidate in self.rows), default=0)
-        return sum(
-            GRAM_DTYPE.itemsize * group.num_inputs**2
+        by_rows = {g.leader: features_by_rows(rows, g.num_inputs, g.num_outputs) for g in block_pass.groups}
+        cross = sum(group.num_inputs**2 for group in block_pass.groups if not by_rows[group.leader])
+        waiting = sum(
+            group.num_inputs * group.num_outputs
             for group in block_pass.groups
-            if not features_by_rows(rows, group.num_inputs, group.num_outputs)
+            if self.method.by_norm and (by_rows[group.leader] or self.method.drift > 0)
         )
+        return GRAM_DTYPE.itemsize * (cross + waiting)
 
     def _features_operations(self, block: BlockPlan, group: LinearGroup) -> float:
         """Operations of what the candidates' own features add to a right-hand side."""

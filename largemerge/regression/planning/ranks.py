@@ -76,6 +76,8 @@ def partition_work(
     trace: ModelTrace,
     workload: Callable[[Sequence[Sequence[BatchShapes]], GramGroups | None], Workload],
     num_ranks: int,
+    *,
+    in_groups: bool = False,
 ) -> list[RankWork]:
     """Partitions the work over ranks, as a merge would.
 
@@ -85,11 +87,12 @@ def partition_work(
         trace: Trace of the model, from which the rows of a batch follow.
         workload: Counts the work of some of the batches.
         num_ranks: Number of ranks.
+        in_groups: Whether the ranks that share a candidate must know its whole Gram matrices.
     """
     rows = [[count_rows_of(trace, batch) for batch in batches] for batches in shapes]
     works = []
     costs, right_hand_sides = batch_costs(blocks, rows)
-    partition = partition_batches(costs, num_ranks, right_hand_sides)
+    partition = partition_batches(costs, num_ranks, right_hand_sides, in_groups=in_groups)
     whole, total_rows, rank_groups = workload(shapes, None), stack_rows(trace, shapes), partition.rank_groups
     for rank, numbers in enumerate(partition.batches):
         own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
