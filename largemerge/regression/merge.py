@@ -48,6 +48,7 @@ from largemerge.distributed.shared_memory import ALONE, Node, find_node
 from largemerge.errors import CalibrationError, LargemergeError, MergeError
 from largemerge.machine import MemoryUse, MemoryWatch, versions
 from largemerge.model.block_runner import BlockRunner
+from largemerge.model.classes import oriented
 from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
 from largemerge.output import OutputFolder, PartKind, check_output, drop_damaged, open_for_ranks, rehearse
 from largemerge.progress import Clock, RunProgress, stage
@@ -366,7 +367,8 @@ def _verify(planned: PlannedMerge, shards: tuple[Shard, ...], folder: OutputFold
     by_block = [(block.name, tensor) for block in plan.blocks for tensor in block.tensors]
     by_block += [(NON_BLOCK, tensor) for tensor in plan.non_block]
     with ExitStack() as stack:
-        output = stack.enter_context(CheckpointReader(folder.written(shards, config)))
+        written = oriented(inputs.skeleton.model, folder.written(shards, config), None)
+        output = stack.enter_context(CheckpointReader(written))
         readers = {
             each.name: stack.enter_context(open_reader(inputs.on_disk(each), inputs.adapters.get(each.name)))
             for each in inputs.checkpoints

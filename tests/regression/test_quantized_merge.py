@@ -190,6 +190,8 @@ def test_a_quantised_output_loads_and_holds_what_was_read_back(
     dequantized = model.dequantize().state_dict()
     for key, tensor in read_all(out).items():
         assert torch.equal(tensor, dequantized[key]), key
+    kept = report_of(out)["verified"]["candidates"]
+    assert all(entry["relative_distance"] < 0.5 for entry in kept.values()), "rows and columns are not mixed up"
     errors = report.quantization_errors
     assert len(errors) == report_of(out)["quantization"]["output"][label]
     assert report_of(out)["quantization"]["mean_relative_error"] == pytest.approx(sum(errors.values()) / len(errors))
