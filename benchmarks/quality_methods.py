@@ -6,6 +6,7 @@ have several rows. Parameters that each model has (`weight`, `density`, …) are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,20 +42,25 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 """Where the default is none, or not what the authors use."""
 
 
+_COMMA = re.compile(r",(?![^\[]*\])")
+"""Between settings, and not in a list."""
+
+
 @dataclass(frozen=True)
 class Merge:
     """A method, its settings, and how many samples of each task it sees."""
 
     method: str
     parameters: tuple[tuple[str, Any], ...] = ()
-    """Names and values."""
+    """Names and values; a list is a tuple."""
     samples: int | None = None
     """None without data."""
 
     @property
     def label(self) -> str:
         """As it is written on the command line, and `name` alone with the settings above."""
-        changed = ",".join(f"{key}={value}" for key, value in self.parameters)
+        shown = ((key, list(value) if isinstance(value, tuple) else value) for key, value in self.parameters)
+        changed = ",".join(f"{key}={value}" for key, value in shown)
         return f"{self.method}:{changed}" if changed else self.method
 
     @property
@@ -76,8 +82,9 @@ def parse(written: str, samples: int) -> Merge:
     name, _, settings = written.partition(":")
     if name not in DATA_FREE and name not in REGRESSION:
         raise SystemExit(f"{name}: expected one of {', '.join(sorted({*DATA_FREE, *REGRESSION}))}")
-    pairs = (setting.partition("=") for setting in settings.split(",") if setting)
-    parameters = tuple((key, yaml.safe_load(value)) for key, _, value in pairs)
+    pairs = (setting.partition("=") for setting in _COMMA.split(settings) if setting)
+    values = ((key, yaml.safe_load(value)) for key, _, value in pairs)
+    parameters = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in values)
     return Merge(name, parameters, samples if name in REGRESSION else None)
 
 
@@ -106,5 +113,6 @@ def write_config(merge: Merge, case: Case, seed: int) -> str:
             for task, folder in case.experts.items()
         ]
         config["calibration"] = {**case.reading, "num_samples": merge.samples, "seed": seed}
+    parameters = {key: list(value) if isinstance(value, tuple) else value for key, value in parameters.items()}
     config |= {"parameters": parameters} if parameters else {}
     return yaml.safe_dump(config, sort_keys=False)

@@ -252,7 +252,9 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
     if not foreign:
         yield from (f"parameters.{mistake}" for mistake in config.method.mistakes())
     if config.method.anchor != "average" and config.base_model is None:
-        yield f"parameters.anchor: {config.method.anchor!r} needs a 'base_model'"
+        own = "" if config.parameters.anchor is not None else f", which is {config.merge_method}'s own choice,"
+        found = f"parameters.anchor: {config.method.anchor!r}{own}"
+        yield f"{found} needs a 'base_model'; expected one, or 'anchor: average'"
     if config.parameters.anchor_scale is not None and config.method.anchor != "task_arithmetic":
         yield "parameters.anchor_scale: is for 'anchor: task_arithmetic'"
     for name, count in sorted(Counter(config.names).items()):

@@ -247,7 +247,7 @@ def test_a_strong_ridge_gives_the_anchor(make_case: MakeCase, method: str, ancho
     [
         ({"drift": 1.0, "granularity": "block"}, r"parameters\.drift: is paid back one linear after the other"),
         ({"inputs": "candidate", "granularity": "block", "drift": 0}, r"parameters\.target: changes nothing"),
-        ({"anchor": "base"}, r"parameters\.anchor: 'base' needs a 'base_model'"),
+        ({"anchor": "base"}, r"parameters\.anchor: 'base' needs a 'base_model'; expected one, or 'anchor: average'"),
         ({"anchor_scale": 0.4}, r"parameters\.anchor_scale: is for 'anchor: task_arithmetic'"),
         ({"solve": []}, r"parameters\.solve"),
         ({"solve": ["blocks", "blocks"]}, r"parameters\.solve: names 'blocks' twice"),

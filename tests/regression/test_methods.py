@@ -39,6 +39,14 @@ def test_a_new_row_is_a_method(make_case: MakeCase, monkeypatch: pytest.MonkeyPa
         largemerge.plan(case.config)
 
 
+def test_a_method_that_needs_a_base_says_so(make_case: MakeCase) -> None:
+    case = make_case(num_samples=4, method="featcal")
+    with pytest.raises(ConfigError, match=r"'task_arithmetic', which is featcal's own choice, needs a 'base_model'"):
+        largemerge.plan(case.config)
+    case.config["parameters"] = {"anchor": "average"}
+    assert not largemerge.plan(case.config, probe=False).problems
+
+
 def test_an_unknown_name_is_told_with_all_that_there_are() -> None:
     with pytest.raises(ConfigError, match=r"regmean.*task_arithmetic"):
         largemerge.plan({"merge_method": "zzz", "models": []})
