@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,11 @@ from largemerge.model.forward import KeptOutputs, Output
 from largemerge.regression.collect import SampleRunner
 from largemerge.regression.gram import GRAM_DTYPE
 from largemerge.regression.tensor_plan import BlockPlan
+
+DriftOfBlocks = dict[str, dict[str, float | None]]
+"""Candidate → block → drift after it; `None` where a block returns no hidden states that can be compared."""
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass
@@ -63,3 +68,33 @@ def relative(squares: Iterable[tuple[float, float]]) -> float | None:
     parts = list(squares)
     apart, whole = (sum(part[which] for part in parts) for which in (0, 1))
     return math.sqrt(apart / whole) if whole > 0 else None
+
+
+def drift_curves(drift: DriftOfBlocks) -> Iterator[tuple[str, str, float, float]]:
+    """Yields for each candidate its name, a curve over the blocks, the drift after the last block, and the largest.
+
+    The curve has a bar of one character for each block, from zero to the largest.
+    """
+    for name, by_block in drift.items():
+        known = [value for value in by_block.values() if value is not None]
+        if known:
+            most = max(known)
+            heights = (int(value / (most or 1.0) * len(_BARS)) for value in known)
+            yield name, "".join(_BARS[min(len(_BARS) - 1, height)] for height in heights), known[-1], most
+
+
+def drift_section(drift: DriftOfBlocks) -> str:
+    """Makes the part of a model card that shows the drift; empty where none is known."""
+    rows = [f"| {name} | `{curve}` | {last:.2%} | {most:.2%} |" for name, curve, last, most in drift_curves(drift)]
+    if not rows:
+        return ""
+    return f"""
+## Drift
+
+How far the merged model's hidden states are from each model's own, on that model's calibration data: ‖h − hᵢ‖ / ‖hᵢ‖
+after each block, from the first to the last. Less is better.
+
+| model | over the blocks | after the last | at most |
+|---|---|---:|---:|
+{chr(10).join(rows)}
+"""

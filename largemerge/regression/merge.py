@@ -162,7 +162,7 @@ def merge_by_regression(
                     watch.check()
                     written = folder.finish(
                         shards,
-                        write,
+                        partial(write, drift=report.drift),
                         config_text(prepared.planned),
                         report.to_json(),
                         side_files.inner,

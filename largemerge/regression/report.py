@@ -24,6 +24,7 @@ from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
+from largemerge.regression.drift import DriftOfBlocks, drift_curves, drift_section
 from largemerge.regression.head import HEAD
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
@@ -138,7 +139,7 @@ class MergeReport:
         return (self.non_block, *self._head_parts, *self.blocks.values())
 
     @property
-    def drift(self) -> dict[str, dict[str, float | None]]:
+    def drift(self) -> DriftOfBlocks:
         """‖h_m − h_e‖ / ‖h_e‖ of the merged hidden states after every block, by candidate and block.
 
         What it was before a block is what it is after the block before it. Empty for methods that do not hold the
@@ -212,12 +213,9 @@ class MergeReport:
             worst = max(linears, key=lambda name: linears[name]["condition"])
             table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
             table.add_row("distance", _mean_distances(self))
-        drift = self.drift
-        for name, by_block in drift.items():
-            known = [value for value in by_block.values() if value is not None]
-            if known:
-                text = f"{name} {curve(known)} {known[-1]:.2%} after the last block, at most {max(known):.2%}"
-                table.add_row("drift" if name == next(iter(drift)) else "", text)
+        for number, (name, curve, last, most) in enumerate(drift_curves(self.drift)):
+            text = f"{name} {curve} {last:.2%} after the last block, at most {most:.2%}"
+            table.add_row("" if number else "drift", text)
         for label, text in input_rows(self.plan):
             table.add_row(label, text)
         seen = (f"{name} {entry['tokens']:,}" for name, entry in self.calibration.items())
@@ -266,15 +264,6 @@ class MergeReport:
         }
 
 
-_BARS = "▁▂▃▄▅▆▇█"
-
-
-def curve(values: Sequence[float]) -> str:
-    """Draws values as bars of a character each, from zero to the largest."""
-    largest = max(values) or 1.0
-    return "".join(_BARS[min(len(_BARS) - 1, int(value / largest * len(_BARS)))] for value in values)
-
-
 def _mean_distances(report: MergeReport) -> str:
     entries = list(report.linears.values())
     mean = sum(entry["relative_distance_to_average"] for entry in entries) / len(entries)
@@ -292,13 +281,16 @@ def config_text(planned: PlannedMerge) -> str:
     return output_config(planned.inputs.reference.config, dtype, settings)
 
 
-def write_side_files(path: Path, planned: PlannedMerge, *, rehearsal: bool = False) -> None:
+def write_side_files(
+    path: Path, planned: PlannedMerge, *, rehearsal: bool = False, drift: DriftOfBlocks | None = None
+) -> None:
     """Writes everything but weights, index, `config.json` and the report into a folder.
 
     Args:
         path: The folder.
         planned: The plan, with the inputs that it was made from.
         rehearsal: Whether this is only to see, before the long work, that all of it can be written.
+        drift: Drift of the hidden states, for the model card, where it is known.
 
     Raises:
         LargemergeError: If anything of it cannot be read, is not what it should be, or would not load.
@@ -335,7 +327,7 @@ def write_side_files(path: Path, planned: PlannedMerge, *, rehearsal: bool = Fal
             base=config.base_model,
             config_yaml=yaml_text,
             version=versions()["largemerge"],
-            more=card_section(inputs.heads) if inputs.heads is not None else "",
+            more=drift_section(drift or {}) + (card_section(inputs.heads) if inputs.heads is not None else ""),
         ),
         encoding="utf-8",
     )

@@ -83,6 +83,9 @@ def test_drift_is_told_by_candidate_and_block_and_is_less_than_without_targets(m
             break  # Transformers normalises the last one
         apart, whole = (last[0][index + 1] - last[1][index + 1])[mask].norm(), last[1][index + 1][mask].norm()
         assert written["model0"][name] == pytest.approx(float(apart / whole), rel=1e-3)
+    card = (case.folder / "paid" / "README.md").read_text()
+    values = [value for value in paid.drift["model1"].values() if value is not None]
+    assert re.search(rf"\| model1 \| `.{{3}}` \| {values[-1]:.2%} \| {max(values):.2%} \|", card)
     case.config["parameters"] = {"target": 0.01, "drift": 0.0}
     left = largemerge.merge(case.config, case.folder / "left")
     assert all(list(paid.drift[name].values())[-1] < list(left.drift[name].values())[-1] for name in paid.drift)  # type: ignore[operator]
