@@ -71,6 +71,7 @@ REGRESSION: dict[str, Any] = {
         "drift": 0.5,
         "anchor": "task_arithmetic",
         "anchor_scale": 0.5,
+        "normalization": "frobenius",
         "off_diagonal_scale": 0.5,
         "ridge": 0.1,
         "solve": ["blocks", "head"],
