@@ -65,12 +65,14 @@ class Verification:
         distances: Relative distance of the merge from a candidate, by candidate and block.
         means: The same over all blocks together, by candidate: cosine (`None` without a base) and distance.
         seconds: How long the check took.
+        num_not_finite: Number of tensors in which the base holds NaN or infinity; they are left out of the cosines.
     """
 
     cosines: Mapping[str, Mapping[str, float]]
     distances: Mapping[str, Mapping[str, float]]
     means: Mapping[str, tuple[float | None, float]]
     seconds: float = 0.0
+    num_not_finite: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The findings as plain JSON values."""
@@ -89,6 +91,7 @@ class Verification:
                 }
                 for name, (cosine, distance) in self.means.items()
             },
+            **({"base_tensors_not_finite": self.num_not_finite} if self.num_not_finite else {}),
             "seconds": round(self.seconds, 3),
         }
 
@@ -102,6 +105,8 @@ class Verification:
                 continue
             lowest = min(self.cosines[name], key=lambda block: self.cosines[name][block])
             parts.append(f"{short(name)} {cosine:.2f} (lowest {self.cosines[name][lowest]:.2f}, {lowest})")
+        if self.num_not_finite:
+            parts.append(f"without {self.num_not_finite} tensors in which the base holds NaN or infinity")
         return [(title, "\n".join(parts))] if parts else []
 
 
@@ -111,6 +116,7 @@ class Comparison:
 
     _sums: dict[str, dict[str, _Sums]] = field(default_factory=dict)
     _num_whole: int = 0
+    _not_finite: int = 0
 
     def add(self, tensor: ComparedTensor) -> None:
         """Reads a sample of a tensor from all models, and adds it up."""
@@ -123,6 +129,9 @@ class Comparison:
         rows = _sampled_rows(tensor.shape)
         merged = _read(tensor.output, rows)
         origin = _read(tensor.base, rows) if tensor.base is not None else None
+        if origin is not None and not torch.isfinite(origin).all():
+            self._not_finite += 1
+            origin = None
         difference = merged - origin if origin is not None else None
         for name, read in tensor.candidates.items():
             own = _read(read, rows)
@@ -151,7 +160,7 @@ class Comparison:
                 for key, value in vars(sums).items():
                     setattr(total, key, getattr(total, key) + value)
             means[name] = (_cosine(total), _distance(total))
-        return Verification(cosines, distances, means, seconds)
+        return Verification(cosines, distances, means, seconds, self._not_finite)
 
 
 def _cosine(sums: _Sums) -> float | None:

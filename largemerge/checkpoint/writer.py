@@ -339,14 +339,20 @@ def largest_magnitude(tensor: torch.Tensor) -> float:
     return max(abs(lowest.item()), abs(highest.item()))
 
 
-def beyond_float32(name: str, tensor: torch.Tensor) -> str | None:
-    """Says that a tensor goes up to more than float32 holds, and what to do; `None` if it does not."""
+def why_unmergeable(model: str, key: str, tensor: torch.Tensor) -> str | None:
+    """Says that a tensor of a model holds what cannot be merged, and what to do; `None` if it does not.
+
+    That is NaN, infinity, and more than float32 holds.
+    """
+    found = not_finite(tensor)
+    if found is not None:
+        return f"{model} holds {found} in {key}; fetch or save that checkpoint again, or leave it out"
     largest, limit = largest_magnitude(tensor), torch.finfo(torch.float32).max
     if not largest > limit:
         return None
     return (
-        f"{name} goes up to {largest:.3g}, more than float32 holds, in which models are merged (up to {limit:.3g}); "
-        "save that checkpoint with smaller weights, or leave it out"
+        f"{model}'s {key} goes up to {largest:.3g}, more than float32 holds, in which models are merged (up to "
+        f"{limit:.3g}); save that checkpoint with smaller weights, or leave it out"
     )
 
 

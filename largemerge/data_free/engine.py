@@ -40,11 +40,10 @@ from largemerge.checkpoint.writer import (
     NotFiniteError,
     Shard,
     ShardWriter,
-    beyond_float32,
     largest_magnitude,
     layout_shards,
-    not_finite,
     stored_sizes,
+    why_unmergeable,
 )
 from largemerge.comparison import ComparedTensor, Comparison, Verification
 from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, release_slot
@@ -201,11 +200,7 @@ def _why_not_finite(task: Task, readers: Mapping[str, TensorReader]) -> str:
     largest, where = 0.0, ""
     for model, key in dict.fromkeys((*task.inputs, *task.auxiliary)):
         tensor = readers[model].read(key)
-        found = not_finite(tensor)
-        if found is not None:
-            return f"{model} holds {found} in {key}; fetch or save that checkpoint again, or leave it out"
-        found = beyond_float32(f"{model}'s {key}", tensor)
-        if found is not None:
+        if (found := why_unmergeable(model, key, tensor)) is not None:
             return found
         if (own := largest_magnitude(tensor)) > largest:
             largest, where = own, f"{model}'s {key}"

@@ -232,19 +232,27 @@ class Collector:
             try:
                 sums.finish_candidate()
             except FloatingPointError as error:
-                raise MergeError(self._not_finite(block, group, index, error)) from None
+                where = f"{block.name}.{group.leader}: {error} on the data of {self.names[index]}"
+                raise MergeError(self.why_not_finite(block, where)) from None
 
     def _skip(self, block: BlockPlan, group: LinearGroup, candidates: Iterable[int], sums: GroupSums) -> None:
         """Counts candidates whose data is all on other ranks."""
         for index in candidates:
             sums.skip_candidate(self.samples.num_rows(index, block.stack_of(group)))
 
-    def _not_finite(self, block: BlockPlan, group: LinearGroup, index: int, error: FloatingPointError) -> str:
-        dtype = dtype_name(self.samples.runner.compute_dtype)
+    def why_not_finite(self, block: BlockPlan, what: str) -> str:
+        """Says where NaN or infinity in a block comes from, after `what` was found, as far as that can be found out."""
+        runner = self.samples.runner
+        culprit = self.weights.why_not_finite(
+            [*(plan.name for plan in block.tensors), *runner.skeleton.non_block_tensors()]
+        )
+        if culprit is not None:
+            return f"{what}: {culprit}"
+        dtype = dtype_name(runner.compute_dtype)
         advice = "" if dtype == "float32" else "try compute_dtype: float32, and "
         return (
-            f"{block.name}.{group.leader}: {error} for candidate {self.names[index]}, computed in {dtype}; "
-            f"{advice}check that the candidate's weights, and its calibration data, are finite, and fit into {dtype}"
+            f"{what}, computed in {dtype}: all models hold finite numbers there; {advice}check that the weights of all "
+            "models are not far too large, and that the calibration data is finite"
         )
 
 

@@ -248,7 +248,9 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
     taken = METHODS[config.merge_method].parameters
     foreign = {name for name in _METHOD_SETTINGS - taken if getattr(config.parameters, name) is not None}
     for name in sorted(foreign):
-        yield f"parameters.{name}: {config.merge_method} has no such parameter; it takes {', '.join(sorted(taken))}"
+        others = ", ".join(method for method, row in METHODS.items() if name in row.parameters)
+        takes = ", ".join(sorted(taken | {"include", "exclude"}))
+        yield f"parameters.{name}: {config.merge_method} has no such parameter, as {others} have; it takes {takes}"
     if not foreign:
         yield from (f"parameters.{mistake}" for mistake in config.method.mistakes())
     if config.method.anchor != "average" and config.base_model is None:

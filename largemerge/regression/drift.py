@@ -64,10 +64,10 @@ def _rows(output: Output, mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def relative(squares: Iterable[tuple[float, float]]) -> float | None:
-    """‖h_m − h_e‖ / ‖h_e‖ over the parts of all ranks; `None` where there are no hidden states to compare."""
+    """‖h_m − h_e‖ / ‖h_e‖ over the parts of all ranks; `None` where nothing is to be compared, NaN stays NaN."""
     parts = list(squares)
     apart, whole = (sum(part[which] for part in parts) for which in (0, 1))
-    return math.sqrt(apart / whole) if whole > 0 else None
+    return math.sqrt(apart / whole) if whole else None
 
 
 def drift_curves(drift: DriftOfBlocks) -> Iterator[tuple[str, str, float, float]]:

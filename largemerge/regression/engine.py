@@ -24,6 +24,7 @@ A block is noted as finished when it is on the disk. From a GPU it is copied on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -275,10 +276,7 @@ class Engine:
         try:
             solution = sums.solve(self.settings.method.ridge)
         except FloatingPointError as error:
-            raise MergeError(
-                f"{block.name}.{group.leader}: cannot be solved: {error}; check that the candidates' weights, and "
-                "their calibration data, are finite, and fit into float32"
-            ) from None
+            raise MergeError(self._collector.why_not_finite(block, f"{block.name}.{group.leader}: {error}")) from None
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise MergeError(f"{block.name}.{group.leader}: cannot be solved: {error}") from None
         report: JsonObject = {}
@@ -327,7 +325,12 @@ class Engine:
         if not compares:
             return {}
         parts = self.rank_exchange.ranks.gather([drift.squares for drift in drifts])
-        return {name: relative(of_ranks) for name, *of_ranks in zip(self.names, *parts, strict=True)}
+        found = {name: relative(of_ranks) for name, *of_ranks in zip(self.names, *parts, strict=True)}
+        beyond = [name for name, drift in found.items() if drift is not None and not math.isfinite(drift)]
+        if beyond:
+            what = f"{block.name}: hidden states after it are not finite on the data of {', '.join(beyond)}"
+            raise MergeError(self._collector.why_not_finite(block, what))
+        return found
 
     def _replay(self, block: BlockPlan, blocks_of_candidates: BlocksOfCandidates) -> None:
         """Runs a block that an earlier run has finished, to rebuild hidden states."""

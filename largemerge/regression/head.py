@@ -195,10 +195,12 @@ class HeadSolver:
         runner.end(batch, outputs, non_block, watch=[group.leader], on_input=lambda _, x_NI: add(x_NI))
 
     def _unread(self, group: LinearGroup) -> list[str]:
-        """Weights that a run to a group does not reach: the group's own, those of later ones, and of a tied head."""
+        """Weights that a run to a group does not reach: its own, later ones', a tied head's, an unmerged head's."""
         later = self.plan.groups[self.plan.groups.index(group) :] if group in self.plan.groups else ()
+        heads = self.weights.inputs.heads  # not merged, so that not all models may have them
         tied = () if self.plan.tied is None else (self.plan.tied,)
-        return [linear.name for each in (*later, *tied) for linear in each.linears]
+        others = heads.parameters if heads is not None else ()
+        return [*(linear.name for each in (*later, *tied) for linear in each.linears), *sorted(others)]
 
     def _empty(self, group: LinearGroup, *, compares: bool) -> HeadSums:
         device = self.samples.runner.device
@@ -239,7 +241,8 @@ class HeadSolver:
                 rows.write(solved_OI.to(linear.dtype), panel)
                 distances.add(solved_OI, mean_OI, tensors)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            raise MergeError(f"{linear.name}: cannot be solved: {error}") from None
+            culprit = self.weights.why_not_finite(self.samples.runner.skeleton.non_block_tensors())
+            raise MergeError(f"{linear.name}: cannot be solved: {error}{f': {culprit}' if culprit else ''}") from None
         assert solution is not None
         return {
             "shape": [rows.num_rows, group.num_inputs],

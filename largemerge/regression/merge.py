@@ -34,9 +34,7 @@ from largemerge.checkpoint.writer import (
     NotFiniteError,
     Shard,
     ShardWriter,
-    beyond_float32,
     layout_shards,
-    not_finite,
     stored_sizes,
 )
 from largemerge.comparison import ComparedTensor, Comparison, Verification
@@ -579,19 +577,7 @@ class Job:
     def _why_not_finite(self, key: str, weights: Weights) -> str:
         plan, inputs = self.planned.plan, self.planned.inputs
         names = [tensor.name for tensors in (plan.non_block, *(b.tensors for b in plan.blocks)) for tensor in tensors]
-        own = next((keys for name in names for out, keys in inputs.keys_by_model(name).items() if out == key), {})
-        readers = {reader.checkpoint.name: reader for reader in weights.all_readers}
-        for model, own_key in own.items():
-            if model not in readers:
-                continue
-            tensor = readers[model].read(own_key)
-            found = not_finite(tensor)
-            if found is not None:
-                return f"{model} holds {found} in {own_key}; fetch or save that checkpoint again, or leave it out"
-            found = beyond_float32(f"{model}'s {own_key}", tensor)
-            if found is not None:
-                return found
-        return (
+        return weights.why_not_finite([name for name in names if key in inputs.keys_by_model(name)]) or (
             "all models hold finite numbers there; set a dtype that holds more (bfloat16, float32), compute_dtype: "
             f"float32, or a ridge above {plan.config.method.ridge:g}"
         )

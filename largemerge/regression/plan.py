@@ -65,6 +65,7 @@ from largemerge.regression.tensor_plan import (
     HeadPlan,
     MergeRule,
     TensorPlan,
+    check_anchor,
     check_tensors,
     output_tensors,
     plan_blocks,
@@ -352,7 +353,7 @@ def make_plan(
     head, non_block = plan_head(config, inputs, trace, plan_non_block(config, inputs, trace))
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
     shapes = batch_shapes(outlines, calibration)
-    problems = check_tensors(inputs, tensors)
+    problems = check_tensors(inputs, tensors) + check_anchor(config, inputs, tensors)
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
     findings = _check_loads(config, inputs, output) if not problems else Findings()
@@ -583,21 +584,30 @@ def _method_notes(
             "solved at once, on inputs from the candidates' weights; drift is not paid back there"
         )
     if method.drift > 0:
-        without = [
-            block.name
+        unpaid = [
+            block
             for block in solved
             if block.name not in at_once
             and not any(linear.residual is not None for group in block.groups for linear in group.linears)
         ]
+        left_out = [block.name for block in unpaid if trace.stacks[block.stack].residuals[block.index]]
+        if left_out:
+            yield (
+                f"drift: in {_some(left_out)} the linears whose output is added to the hidden states are not solved "
+                "(include, exclude), so that their drift is not paid back"
+            )
+        without = [block.name for block in unpaid if block.name not in left_out]
         if without:
             yield (
                 f"drift: in {_some(without)} no linear's output is added to the hidden states as it is (it is "
                 "normalised, scaled or reordered first), so that their drift is not paid back"
             )
     if method.solves_head and not head:
+        given = config.parameters.include or config.parameters.exclude
+        patterns = ", and that include and exclude leave (a tied head has the embedding's name)" if given else ""
         yield (
-            f"solve: head: {inputs.skeleton.class_name} has no linear after the blocks that all candidates have and "
-            "whose inputs are known by token, so that nothing is solved there"
+            f"solve: head: {inputs.skeleton.class_name} has no linear after the blocks that all candidates have, whose "
+            f"inputs are known by token{patterns}, so that nothing is solved there"
         )
 
 

@@ -35,7 +35,14 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.quantized import bitsandbytes, quantized_tensor
 from largemerge.checkpoint.sentence_modules import module_problems, split_name
-from largemerge.checkpoint.tensor_info import OutputTensor, Quantization, TensorInfo, dtype_name, torch_dtype
+from largemerge.checkpoint.tensor_info import (
+    OutputTensor,
+    Quantization,
+    TensorInfo,
+    dtype_name,
+    list_kinds,
+    torch_dtype,
+)
 from largemerge.config_file import matches
 from largemerge.errors import LargemergeError
 from largemerge.heads import BASE
@@ -391,6 +398,23 @@ def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
                 f"exclude it (parameters.exclude) and give a base_model that has it{_base_lacks(inputs, plan.name)}"
             )
     return problems
+
+
+def check_anchor(config: MergeConfig, inputs: Inputs, plans: Sequence[TensorPlan]) -> list[str]:
+    """Finds solved tensors that the base lacks or holds in another shape, where the method pulls to the base."""
+    names, tokens = inputs.base_mapping, inputs.tokens
+    if config.method.anchor == "average" or inputs.base is None or names is None:
+        return []
+    by_token = tokens.parameters if tokens is not None else frozenset[str]()
+    solved = [plan.name for plan in plans if plan.rule is MergeRule.SOLVED and plan.name not in by_token]
+    lacking = [name for name in solved if not names.has(name)]
+    if not lacking:
+        return []
+    return [
+        f"{inputs.base.name}: has no {list_kinds(lacking)} as in {inputs.reference.name}, to which 'anchor: "
+        f"{config.method.anchor}' pulls; expected a base_model that has all that is solved, 'anchor: average', or less "
+        "under 'solve'"
+    ]
 
 
 def _base_lacks(inputs: Inputs, name: str) -> str:

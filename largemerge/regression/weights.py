@@ -15,7 +15,7 @@ import torch
 
 from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.tensor_info import OutputTensor, Tensors, list_kinds
-from largemerge.checkpoint.writer import ShardWriter
+from largemerge.checkpoint.writer import ShardWriter, why_unmergeable
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CheckpointError
 from largemerge.model.key_mapping import KeyMapping, ReadTensor
@@ -80,6 +80,18 @@ class Weights:
                 "whole checkpoints: fetch them again"
             )
         return self._load(self.inputs.base_mapping, names, self.base_reader.read)
+
+    def why_not_finite(self, names: Iterable[str]) -> str | None:
+        """Names the first model that holds NaN, infinity, or more than float32 can hold, in some parameters."""
+        readers = {reader.checkpoint.name: reader for reader in self.all_readers}
+        for name in names:
+            for model, key in (
+                (m, key) for keys in self.inputs.keys_by_model(name).values() for m, key in keys.items()
+            ):
+                found = why_unmergeable(model, key, readers[model].read(key)) if model in readers else None
+                if found is not None:
+                    return found
+        return None
 
     def read_merged(self, names: Sequence[str]) -> Tensors:
         """Collective: reads parameters of the output, rounded or quantised as they were written."""

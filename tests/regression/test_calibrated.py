@@ -224,6 +224,56 @@ def test_ranks_agree_with_one(tmp_path: Path, architecture: str, method: str, si
             assert written["drift"][name][block] == pytest.approx(value, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("method", "tensor"),
+    [
+        ("calibrated", "model.layers.1.mlp.up_proj.weight"),
+        ("featcal", "model.layers.1.mlp.up_proj.weight"),
+        ("featcal", "model.embed_tokens.weight"),
+        ("regmean", "model.layers.0.self_attn.o_proj.weight"),
+        ("calibrated", "lm_head.weight"),
+    ],
+)
+def test_whose_weights_are_not_finite_is_told(make_case: MakeCase, method: str, tensor: str) -> None:
+    """Not the model on whose data it shows first."""
+    case = make_case("llama", method=method, num_samples=8)
+    case.config["base_model"] = case.config["models"][0]["model"]
+    model = case.models[1]
+    model.get_parameter(tensor).data.view(-1)[3] = torch.nan
+    model.save_pretrained(case.config["models"][1]["model"])
+    with pytest.raises(LargemergeError, match=rf"model1 holds NaN in {re.escape(tensor)}"):
+        largemerge.merge(case.config, case.folder / "out")
+
+
+def test_weights_far_too_large_blame_nobody(make_case: MakeCase) -> None:
+    case = make_case("llama", method="featcal", num_samples=8)
+    case.config["base_model"] = case.config["models"][0]["model"]
+    case.models[1].model.layers[1].mlp.down_proj.weight.data.mul_(1e30)
+    case.models[1].save_pretrained(case.config["models"][1]["model"])
+    with pytest.raises(LargemergeError, match=r"all models hold finite numbers there; .*far too large"):
+        largemerge.merge(case.config, case.folder / "out")
+
+
+def test_nan_in_a_base_that_is_only_compared_with_is_told(make_case: MakeCase) -> None:
+    case = make_case("llama", method="regmean", num_samples=8)
+    base = case.models[0]
+    base.model.layers[0].mlp.up_proj.weight.data[:] = torch.nan
+    base.save_pretrained(case.folder / "base")
+    case.config["base_model"] = str(case.folder / "base")
+    report = largemerge.merge(case.config, case.folder / "out")
+    assert report.verified is not None and report.verified.num_not_finite == 1
+    assert "without 1 tensors in which the base holds NaN" in report.verified.rows()[0][1]
+    assert report_of(case.folder / "out")["verified"]["base_tensors_not_finite"] == 1
+
+
+def test_a_plan_tells_what_patterns_leave_out_from_what_cannot_be_done(make_case: MakeCase) -> None:
+    case = make_case("llama_tied", method="calibrated", num_samples=8, include=["q_proj", "lm_head"])
+    notes = " ".join(largemerge.plan(case.config, probe=False).notes)
+    assert "whose output is added to the hidden states are not solved (include, exclude)" in notes
+    assert "that include and exclude leave (a tied head has the embedding's name)" in notes
+    assert "normalised, scaled" not in notes
+
+
 @pytest.mark.parametrize("anchor", [{"anchor": "base"}, {"anchor": "task_arithmetic", "anchor_scale": 0.4}])
 @pytest.mark.parametrize("method", ["regmean_plusplus", "calibrated"])
 def test_a_strong_ridge_gives_the_anchor(make_case: MakeCase, method: str, anchor: dict[str, Any]) -> None:

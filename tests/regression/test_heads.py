@@ -158,6 +158,33 @@ def test_bodies_are_calibrated_and_poolers_with_them(tmp_path: Path, class_name:
         card_code(tmp_path / "out", name)
 
 
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("method", ["calibrated", "regmean"])
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "ViTForImageClassification"])
+def test_one_head_goes_into_a_model_whose_pooler_is_solved(
+    tmp_path: Path, class_name: str, method: str, with_base: bool
+) -> None:
+    """Other models' heads are not looked for where nobody reads them."""
+    models = [classifier(class_name, 2, seed) for seed in (1, 2)]
+    base = classifier(class_name, ["a", "b", "c"], 3) if with_base else None
+    case = heads_case(tmp_path, *models, base=base, head="model1", method=method)
+    case.config["parameters"] = {"solve": ["blocks", "head"], **({"anchor": "base"} if with_base else {})}
+    report = largemerge.merge(case.config, tmp_path / "out")
+    merged = load_clean(tmp_path / "out", type(case.models[1]))
+    assert torch.equal(merged.classifier.weight, case.models[1].classifier.weight)
+    assert ("bert.pooler.dense.weight" in report.linears) == class_name.startswith("Bert")
+
+
+def test_a_base_without_the_head_that_is_pulled_to_it_is_refused(tmp_path: Path) -> None:
+    models = [classifier("BertForSequenceClassification", 2, seed) for seed in (1, 2)]
+    case = heads_case(tmp_path, *models, base=body_of(models[0]), method="calibrated")
+    case.config["parameters"] = {"anchor": "base"}
+    problems = largemerge.plan(case.config).problems
+    assert len(problems) == 1 and "classifier.weight" in problems[0] and "'anchor: base' pulls" in problems[0], problems
+    case.config["parameters"] = {"anchor": "base", "solve": ["blocks"]}
+    largemerge.merge(case.config, tmp_path / "out")
+
+
 @pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "CLIPForImageClassification"])
 def test_one_head_goes_into_the_model(tmp_path: Path, class_name: str) -> None:
     case = heads_case(tmp_path, classifier(class_name, 2, 1), classifier(class_name, ["a", "b", "c"], 2), head="model1")

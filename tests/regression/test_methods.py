@@ -34,7 +34,8 @@ def test_a_new_row_is_a_method(make_case: MakeCase, monkeypatch: pytest.MonkeyPa
     assert report.config.merge_method == "again"
     case.config["parameters"] = {"off_diagonal_scale": 0.5}
     with pytest.raises(
-        ConfigError, match=r"parameters\.off_diagonal_scale: again has no such parameter; it takes ridge"
+        ConfigError,
+        match=r"off_diagonal_scale: again has no such parameter, as regmean, .* takes exclude, include, ridge",
     ):
         largemerge.plan(case.config)
 
