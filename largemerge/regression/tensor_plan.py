@@ -393,10 +393,12 @@ def check_tensors(inputs: Inputs, plans: tuple[TensorPlan, ...]) -> list[str]:
             expected = list(state[plan.name].shape)
             by_token = plan.name in token_parameters(inputs.skeleton.model)[0]
             advice = "put each model's tokenizer beside it, so that rows are matched by token, or " if by_token else ""
-            problems.append(
-                f"{plan.name}: expected {expected} as in {inputs.reference.name}, found {shapes}; {advice}"
-                f"exclude it (parameters.exclude) and give a base_model that has it{_base_lacks(inputs, plan.name)}"
-            )
+            if inputs.reference is inputs.base and len(shapes) == len(pairs):
+                advice += "give a base_model that has it as they do, or none"
+            else:
+                advice += "exclude it (parameters.exclude) and give a base_model that has it"
+                advice += _base_lacks(inputs, plan.name)
+            problems.append(f"{plan.name}: expected {expected} as in {inputs.reference.name}, found {shapes}; {advice}")
     return problems
 
 
