@@ -283,6 +283,8 @@ def _draw_curve(panel: Any, seeds: Sequence[Seed], *, first: bool) -> None:
         )
     panel.axhline(100, color=GREY, linewidth=0.8)
     panel.set_xscale("log", base=2)
+    numbers = sorted({merge.samples for merge in seeds[0].merges if merge.samples is not None})
+    panel.set_xticks(numbers, list(map(str, numbers)))
     panel.set_xlabel("samples of each task")
     if first:
         panel.set_ylabel("gap closed, %")
