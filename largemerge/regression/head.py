@@ -241,8 +241,7 @@ class HeadSolver:
                 rows.write(solved_OI.to(linear.dtype), panel)
                 distances.add(solved_OI, mean_OI, tensors)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            culprit = self.weights.why_not_finite(self.samples.runner.skeleton.non_block_tensors())
-            raise MergeError(f"{linear.name}: cannot be solved: {error}{f': {culprit}' if culprit else ''}") from None
+            raise MergeError(f"{linear.name}: cannot be solved: {error}{self._whose(sums, error)}") from None
         assert solution is not None
         return {
             "shape": [rows.num_rows, group.num_inputs],
@@ -251,6 +250,16 @@ class HeadSolver:
             **solution.to_json(),
             **distances.report(),
         }
+
+    def _whose(self, sums: HeadSums, error: Exception) -> str:
+        """Says on whose data sums are not finite, and who holds NaN, as far as that can be found out."""
+        finite = [bool(torch.isfinite(gram.candidate_diagonal()).all()) for gram in sums.grams]
+        beyond = [name for name, is_finite in zip(self.names, finite, strict=True) if not is_finite]
+        skeleton = self.samples.runner.skeleton
+        names = [*skeleton.non_block_tensors(), *(name for name, _ in skeleton.model.named_parameters())]
+        not_finite = isinstance(error, FloatingPointError)
+        culprit = self.weights.why_not_finite(dict.fromkeys(names)) if not_finite else None
+        return (f" on the data of {', '.join(beyond)}" if beyond else "") + (f": {culprit}" if culprit else "")
 
     def _solve_panel(
         self, gram: Gram, sums: HeadSums, tensors: Sequence[torch.Tensor], alphas: Sequence[float], ridge: float
