@@ -51,16 +51,15 @@ class Merge:
     """A method, its settings, and how many samples of each task it sees."""
 
     method: str
-    parameters: tuple[tuple[str, Any], ...] = ()
-    """Names and values; a list is a tuple."""
+    parameters: tuple[tuple[str, str], ...] = ()
+    """Names and values, as they are written."""
     samples: int | None = None
     """None without data."""
 
     @property
     def label(self) -> str:
         """As it is written on the command line, and `name` alone with the settings above."""
-        shown = ((key, list(value) if isinstance(value, tuple) else value) for key, value in self.parameters)
-        changed = ",".join(f"{key}={value}" for key, value in shown)
+        changed = ",".join(f"{key}={value}" for key, value in self.parameters)
         return f"{self.method}:{changed}" if changed else self.method
 
     @property
@@ -83,9 +82,7 @@ def parse(written: str, samples: int) -> Merge:
     if name not in DATA_FREE and name not in REGRESSION:
         raise SystemExit(f"{name}: expected one of {', '.join(sorted({*DATA_FREE, *REGRESSION}))}")
     pairs = (setting.partition("=") for setting in _COMMA.split(settings) if setting)
-    values = ((key, yaml.safe_load(value)) for key, _, value in pairs)
-    parameters = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in values)
-    return Merge(name, parameters, samples if name in REGRESSION else None)
+    return Merge(name, tuple((key, value) for key, _, value in pairs), samples if name in REGRESSION else None)
 
 
 def all_methods() -> list[str]:
@@ -97,7 +94,8 @@ def all_methods() -> list[str]:
 def write_config(merge: Merge, case: Case, seed: int) -> str:
     """The YAML of a merge of all experts of a case."""
     config: dict[str, Any] = {"merge_method": merge.method}
-    parameters = {**SETTINGS.get(merge.method, {}), **dict(merge.parameters)}
+    changed = {key: yaml.safe_load(value) for key, value in merge.parameters}
+    parameters = {**SETTINGS.get(merge.method, {}), **changed}
     if merge.samples is None:
         row = DATA_FREE[merge.method]
         # A mean of models on the sphere takes the base for one of them.
@@ -113,6 +111,5 @@ def write_config(merge: Merge, case: Case, seed: int) -> str:
             for task, folder in case.experts.items()
         ]
         config["calibration"] = {**case.reading, "num_samples": merge.samples, "seed": seed}
-    parameters = {key: list(value) if isinstance(value, tuple) else value for key, value in parameters.items()}
     config |= {"parameters": parameters} if parameters else {}
     return yaml.safe_dump(config, sort_keys=False)

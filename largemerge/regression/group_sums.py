@@ -162,9 +162,8 @@ class GroupSums:
     @property
     def needs_all_reduce(self) -> bool:
         """Whether the present candidate's Gram must be all-reduced in its group of ranks before `finish_candidate`."""
-        if self.by_norm:
-            return self._part.group_size > 1
-        return self._part.group_size > 1 and self._differences is not None and not self._by_rows
+        multiplied = self._differences is not None and not self._by_rows
+        return self._part.group_size > 1 and (self.by_norm or multiplied)
 
     def skip_candidate(self, tokens: int) -> None:
         """Counts the next candidate, whose rows are all on other ranks."""
@@ -267,8 +266,7 @@ class GroupSums:
 
     def _alpha(self) -> float:
         """α_i of the present candidate, once all of its rows have been added."""
-        size = self.gram.candidate_norm() if self.by_norm else self.tokens[-1]
-        return self._share / size if size > 0 else 0.0
+        return alpha_of(self.gram, self._share, self.tokens[-1], by_norm=self.by_norm)
 
     def _own_rows(self) -> slice:
         """The rows of the present candidate's right-hand side that this rank computes."""
@@ -280,8 +278,7 @@ class GroupSums:
 
     def solve(self, ridge: float) -> Solution:
         """Solves for X, for all linears of the group at once, in the place of R."""
-        if self.by_norm:
-            ridge = relative_ridge(self.gram, ridge, len(self.tokens))
+        ridge = relative_ridge(self.gram, ridge, len(self.tokens), by_norm=self.by_norm)
         return solve_rows(self.gram, self.rhs_OI, self.mean_OI, ridge, self.off_diagonal_scale, sum(self.tokens))
 
     def move_mean(self, differences: Differences, scale: float) -> None:
@@ -332,8 +329,16 @@ def new_sums(group: LinearGroup, method: RegressionMethod, device: torch.device,
     )
 
 
-def relative_ridge(gram: Gram, ridge: float, num_candidates: int) -> float:
-    """λ as a fraction of G's mean diagonal, where it is given as one of the candidates' mean norm, which is 1/K."""
+def alpha_of(gram: Gram, share: float, tokens: int, *, by_norm: bool) -> float:
+    """α_i = c_i / (Σ c · N_i) of the candidate that a Gram holds; N_i is its norm, or the number of rows."""
+    size = gram.candidate_norm() if by_norm else tokens
+    return share / size if size > 0 else 0.0
+
+
+def relative_ridge(gram: Gram, ridge: float, num_candidates: int, *, by_norm: bool) -> float:
+    """λ as a fraction of G's mean diagonal; with norms it is given as one of their mean over the candidates, 1/K."""
+    if not by_norm:
+        return ridge
     diagonal = float(gram.diagonal().mean(dtype=torch.float64))
     return ridge / num_candidates / diagonal if diagonal > 0 else 0.0
 

@@ -30,7 +30,7 @@ from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RowsOfModels, rows_of_models
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
-from largemerge.regression.group_sums import panel_bytes, relative_ridge, solve_rows
+from largemerge.regression.group_sums import alpha_of, panel_bytes, relative_ridge, solve_rows
 from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
 from largemerge.regression.solve import Solution
@@ -81,9 +81,11 @@ class HeadSums:
         return [*(view for gram in self.grams for view in gram.candidate_views()), *self.cross_II]
 
     def alphas(self, shares: Sequence[float], *, by_norm: bool) -> list[float]:
-        """α_i = c_i / (Σ c · N_i) of all candidates; N_i is the norm of the Gram, or the number of rows."""
-        sizes = [gram.candidate_norm() for gram in self.grams] if by_norm else self.tokens
-        return [share / size if size > 0 else 0.0 for share, size in zip(shares, sizes, strict=True)]
+        """α_i of all candidates, see `alpha_of`."""
+        return [
+            alpha_of(gram, share, tokens, by_norm=by_norm)
+            for gram, share, tokens in zip(self.grams, shares, self.tokens, strict=True)
+        ]
 
     def total(self, alphas: Sequence[float], off_diagonal_scale: float) -> Gram:
         """Adds up G̃_i of all candidates; raises `FloatingPointError` if one is not finite."""
@@ -234,7 +236,7 @@ class HeadSolver:
         try:
             alphas = sums.alphas(self.settings.shares, by_norm=method.by_norm)
             gram = sums.total(alphas, method.off_diagonal_scale)
-            ridge = relative_ridge(gram, method.ridge, len(alphas)) if method.by_norm else method.ridge
+            ridge = relative_ridge(gram, method.ridge, len(alphas), by_norm=method.by_norm)
             for panel in _panels(rows, group.num_inputs):
                 tensors = [tensor.to(self.samples.runner.device, GRAM_DTYPE) for tensor in rows.read(panel)]
                 solved_OI, mean_OI, solution = self._solve_panel(gram, sums, tensors, alphas, ridge)
