@@ -69,6 +69,7 @@ REGRESSION: dict[str, Any] = {
         "granularity": "linear",
         "target": 0.5,
         "drift": 0.5,
+        "shrinkage": True,
         "anchor": "task_arithmetic",
         "anchor_scale": 0.5,
         "normalization": "frobenius",

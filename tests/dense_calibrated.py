@@ -9,7 +9,8 @@ Block after block, and in a block group after group of linears that read the sam
     D_i  [n_i, O]  how far the tensor that the linear's output is added to is from the candidate's own
 
 where β is the target, γ the drift, and N_i is n_i, or the norm of X_iᵀX_i. W_a is the weighted average, which all
-that is not solved keeps, or lies on the line from a base through it.
+that is not solved keeps, or lies on the line from a base through it. With shrinkage, what T_i adds to X_i W_iᵀ is
+multiplied by the root of the part of its energy in which folds of the samples agree.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from reference import Tensors, blocks_of, linears_of, rows_that_count
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from largemerge.regression.shrinkage import combinations
 
 Place = tuple[str, Literal["input", "output"]]
 """A module's name and a side of it: where hooks see a tensor."""
@@ -99,6 +102,7 @@ def merge(
     normalization: Literal["tokens", "frobenius"] = "tokens",
     base: PreTrainedModel | None = None,
     anchor_scale: float = 0.0,
+    shrinkage: bool = False,
 ) -> PreTrainedModel:
     """The merged model, in float64.
 
@@ -119,6 +123,7 @@ def merge(
         "scale": scale,
         "ridge": ridge,
         "by_norm": normalization == "frobenius",
+        "samples": inputs if shrinkage else None,
     }
     own = [rows_seen(model, places_of(model, list(calls)), x) for model, x in zip(models, inputs, strict=True)]
 
@@ -158,8 +163,12 @@ def merge_linears(
     scale: float,
     ridge: float,
     by_norm: bool,
+    samples: list[Tensors] | None,
 ) -> None:
     """Puts solved weights into `merged`; `own` are rows of the candidates' own models, `seen` those to be mapped."""
+    names = list(names)
+    num_inputs = own[0][names[0], "input"].shape[1]
+    signs = combinations({name: outputs_of(merged.get_submodule(name)) for name in names}, num_inputs)
     for name in names:
         linear = merged.get_submodule(name)
         is_conv = isinstance(linear, Conv1D)  # its weight is [in, out]
@@ -170,7 +179,14 @@ def merge_linears(
         x, e = ([rows[name, "input"] for rows in every] for every in (seen, own))
         places = residual_places(merged, name)
         d = [sum(o[place] - s[place] for place in places) for o, s in zip(own, seen, strict=True)]
-        solved = solve_linear(weights, kept, x, e, d if places else None, c, target, drift, scale, ridge, by_norm)
+        folds = None
+        if samples is not None and (target or drift):
+            folds = [fold_of_rows(merged, name, len(rows), samples, i) for i, rows in enumerate(x)]
+        in_head = block_of(merged, name) is None
+        by = combinations({"": x[0].shape[1]}, x[0].shape[1])[""] if in_head else signs[name]
+        solved = solve_linear(
+            weights, kept, x, e, d if places else None, c, target, drift, scale, ridge, by_norm, folds, by, in_head
+        )
         with torch.no_grad():
             linear.weight.copy_(solved.T if is_conv else solved)
 
@@ -187,24 +203,65 @@ def solve_linear(
     scale: float,
     ridge: float,
     by_norm: bool,
+    folds: list[torch.Tensor] | None,
+    signs: torch.Tensor,
+    in_head: bool,
 ) -> torch.Tensor:
-    """W* [O, I]; `scale` is on everything off the Grams' diagonals, and on what the targets add."""
+    """W* [O, I]; `scale` is on everything off the Grams' diagonals, and on what the targets add.
+
+    Folds agree, or not, in combinations of the outputs, `signs`; of the inputs for a head.
+    """
     shares = [ci / sum(c) for ci in c]
     mean = sum(share * weight for share, weight in zip(shares, weights, strict=True))
     system, right = torch.zeros_like(mean.T @ mean), torch.zeros_like(mean)
+    added = torch.zeros_like(mean)
+    by_fold = torch.zeros(8, len(signs), mean.shape[1], dtype=mean.dtype)
+    of_fold = torch.zeros(8, dtype=mean.dtype)
     for i, (share, weight) in enumerate(zip(shares, weights, strict=True)):
         gram = x[i].T @ x[i]
         alpha = share / (gram.norm() if by_norm else len(x[i]))
         gram = alpha * (scale * gram + (1 - scale) * gram.diagonal().diag())
         system += gram
         right += (weight - mean) @ gram
-        right += scale * alpha * target * weight @ (e[i] - x[i]).T @ x[i]
+        wanted = target * (e[i] - x[i]) @ weight.T
         if d is not None:
-            right += scale * alpha * drift * d[i].T @ x[i]
+            wanted = wanted + drift * d[i]
+        added += scale * alpha * wanted.T @ x[i]
+        for fold in range(8) if folds is not None else ():
+            rows = folds[i] == fold
+            compared = (target * (e[i] - x[i]) if in_head else wanted)[rows]
+            by_fold[fold] += scale * alpha * signs.double() @ compared.T @ x[i][rows]
+            of_fold[fold] += share * rows.sum() / len(rows)
     lam = ridge / len(c) if by_norm else ridge * system.diagonal().mean()
     system += lam * torch.eye(len(system), dtype=system.dtype)
     right += lam * (anchor - mean)
-    return mean + right @ torch.linalg.pinv(system, rtol=1e-11, hermitian=True)
+    inverse = torch.linalg.pinv(system, rtol=1e-11, hermitian=True)
+    factor = 1.0
+    if folds is not None:
+        energies = torch.einsum("fqi,ij,gqj->fg", by_fold, inverse, by_fold)
+        common = (energies.sum() - energies.trace()) / (1 - of_fold.square().sum())
+        factor = float((common / energies.sum()).clamp(0, 1).sqrt()) if energies.sum() > 0 else 1.0
+    return mean + (right + factor * added) @ inverse
+
+
+def outputs_of(linear: nn.Module) -> int:
+    """Number of outputs of a linear."""
+    return linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
+
+
+def fold_of_rows(model: PreTrainedModel, name: str, num_rows: int, samples: list[Tensors], index: int) -> torch.Tensor:
+    """Folds of the rows that a linear reads of one candidate's data: as many as samples, and eight at most."""
+    counts = [len(next(iter(inputs.values()))) for inputs in samples]
+    num_folds = min(8, max(2, min(counts)))
+    mask = rows_that_count(name if block_of(model, name) else f"decoder.{name}", samples[index])
+    if mask is None or num_rows % int(mask.sum()) != 0:
+        of_rows = torch.arange(counts[index]).repeat_interleave(num_rows // counts[index])
+    else:
+        of_rows = torch.arange(counts[index])[:, None].expand(mask.shape)[mask.bool()]
+        of_rows = of_rows.repeat_interleave(num_rows // len(of_rows))
+    if counts[index] == 1:
+        return torch.arange(num_rows) * 2 // num_rows
+    return of_rows * num_folds // counts[index]
 
 
 def average(models: list[PreTrainedModel], c: list[float]) -> PreTrainedModel:

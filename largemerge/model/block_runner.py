@@ -464,12 +464,18 @@ def valid_mask(batch: Batch, stack: StackTrace, loss_input: str) -> torch.Tensor
 
 def count_valid_rows(batch: Batch, stack: StackTrace, loss_input: str) -> int:
     """Counts the valid tokens of a batch in one stack; arguments are those of `valid_mask`."""
+    return sum(rows_of_samples(batch, stack, loss_input))
+
+
+def rows_of_samples(batch: Batch, stack: StackTrace, loss_input: str) -> list[int]:
+    """Counts the valid tokens of each sample of a batch in one stack; arguments are those of `valid_mask`."""
     mask = valid_mask(batch, stack, loss_input)
     if mask is not None:
-        return int(mask.sum())
+        return [int(count) for count in mask.flatten(1).sum(1)]
+    num_tokens = stack.num_tokens
     if stack.token_input is not None:
-        return batch.inputs[stack.token_input].numel()
-    return batch.num_samples * stack.num_tokens
+        num_tokens = batch.inputs[stack.token_input].numel() // batch.num_samples
+    return [num_tokens] * batch.num_samples
 
 
 def valid_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

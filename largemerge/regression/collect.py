@@ -39,6 +39,7 @@ from largemerge.regression.methods import RegressionMethod, Stream
 from largemerge.regression.passes import BlockPass, beside_of
 from largemerge.regression.rank_exchange import PassExchange, RankExchange
 from largemerge.regression.samples import RankSamples
+from largemerge.regression.shrinkage import Folds, Parts, parts_in_folds
 from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, MergeRule, TensorPlan
 from largemerge.regression.weights import MERGED, Weights
 
@@ -192,7 +193,8 @@ class Collector:
         """
         method, leaders = self.settings.method, [group.leader for group in block_pass.groups]
         beside = block_pass.beside if method.drift > 0 and block_pass.runs_merged else ()
-        paired = _Pairs(block_pass, method, sums, self.clock)
+        folds = self._folds(block, block_pass, index) if method.shrinks else {}
+        paired = _Pairs(block_pass, method, sums, self.clock, folds)
         weights = merged if block_pass.runs_merged else tensors
         inside = {"start": block_pass.start, "keep": block_pass.keep}
         alone = not method.compares and not (block_pass.runs_merged and method.inputs == "candidate" and advance)
@@ -222,6 +224,12 @@ class Collector:
             for _ in zip(*runs, strict=True):
                 paired.end_batch()
                 self.watcher.step(block.name, "collect", self.names[index])
+
+    def _folds(self, block: BlockPlan, block_pass: BlockPass, index: int) -> dict[str, _RowsInFolds]:
+        """What tells the folds of a candidate's rows, by group."""
+        batches = self.samples.samples.folds[index]
+        stacks = {group.leader: block.stack_of(group) for group in block_pass.groups}
+        return {leader: _RowsInFolds([folds[stack] for folds in batches]) for leader, stack in stacks.items()}
 
     def _finish_candidate(self, block: BlockPlan, group: LinearGroup, index: int, sums: GroupSums) -> None:
         """Adds one candidate to a group's sums."""
@@ -264,6 +272,25 @@ def _averaged(block: BlockPlan, block_pass: BlockPass) -> Sequence[TensorPlan]:
     return [replace(plan, rule=MergeRule.AVERAGED) if plan.rule is solved else plan for plan in block.tensors]
 
 
+@dataclass
+class _RowsInFolds:
+    """Tells the folds of a candidate's rows, which come batch by batch, and a batch possibly in several parts."""
+
+    batches: Sequence[Folds]
+    _batch: int = 0
+    _seen: int = 0
+
+    def take(self, count: int) -> Parts:
+        """Folds of the next rows of the present batch."""
+        parts = parts_in_folds(self.batches[self._batch], count, self._seen)
+        self._seen += count
+        return parts
+
+    def end_batch(self) -> None:
+        """Goes on to the next batch."""
+        self._batch, self._seen = self._batch + 1, 0
+
+
 class _Pairs:
     """Adds the inputs of linears to their sums, beside the same rows in the candidate itself.
 
@@ -272,14 +299,20 @@ class _Pairs:
         method: The method.
         sums: Leader of a group → its sums.
         clock: Counts the seconds.
+        folds: Leader of a group → what tells the folds of its rows, where corrections are shrunk.
     """
 
     def __init__(
-        self, block_pass: BlockPass, method: RegressionMethod, sums: Mapping[str, GroupSums], clock: Clock
+        self,
+        block_pass: BlockPass,
+        method: RegressionMethod,
+        sums: Mapping[str, GroupSums],
+        clock: Clock,
+        folds: Mapping[str, _RowsInFolds],
     ) -> None:
         self._groups = {group.leader: group for group in block_pass.groups}
         self._pays_back = method.drift > 0 and block_pass.runs_merged  # at once, every linear would pay back all of it
-        self._method, self._sums, self._clock = method, sums, clock
+        self._method, self._sums, self._clock, self._folds = method, sums, clock, folds
         self._own: dict[str, list[torch.Tensor]] = {}
         self._seen: dict[str, list[torch.Tensor]] = {}
 
@@ -297,7 +330,9 @@ class _Pairs:
         if self._method.compares:
             with self._clock.stage("features"):
                 target_NI = self._take(self._own, name, len(x_NI)) if self._method.target > 0 else None
-                self._sums[name].add_features(x_NI, target_NI, self._drift(self._groups[name], len(x_NI)))
+                drift_NO = self._drift(self._groups[name], len(x_NI))
+                parts = self._folds[name].take(len(x_NI)) if name in self._folds else None
+                self._sums[name].add_features(x_NI, target_NI, drift_NO, parts)
 
     def _drift(self, group: LinearGroup, num_rows: int) -> dict[str, torch.Tensor]:
         """Drift of the hidden states to which the group's linears add their outputs, float32, by linear."""
@@ -322,6 +357,8 @@ class _Pairs:
         """Forgets the rows of a batch."""
         self._own.clear()
         self._seen.clear()
+        for rows in self._folds.values():
+            rows.end_batch()
 
 
 @dataclass(frozen=True)

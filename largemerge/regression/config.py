@@ -74,6 +74,8 @@ class MethodParameters(Strict):
     """β: from the candidate's weight on the merged inputs (0) to the candidate's own features (1)."""
     drift: float | None = Field(None, ge=0, le=1)
     """γ: the share of the drift that is paid back where a linear's output is added to the hidden states."""
+    shrinkage: Truth | None = None
+    """Whether what `target` and `drift` add is scaled down as far as folds of the data disagree about it."""
     anchor: Anchor | None = None
     """What is kept where the data says nothing: `average`, `base` or `task_arithmetic`."""
     anchor_scale: float | None = Field(None, ge=-10, le=10)
@@ -257,6 +259,8 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
         own = "" if config.parameters.anchor is not None else f", which is {config.merge_method}'s own choice,"
         found = f"parameters.anchor: {config.method.anchor!r}{own}"
         yield f"{found} needs a 'base_model'; expected one, or 'anchor: average'"
+    if config.parameters.shrinkage and not config.method.compares:
+        yield "parameters.shrinkage: scales what 'target' and 'drift' add; set one of them above 0, or exclude it"
     if config.parameters.anchor_scale is not None and config.method.anchor != "task_arithmetic":
         yield "parameters.anchor_scale: is for 'anchor: task_arithmetic'"
     for name, count in sorted(Counter(config.names).items()):

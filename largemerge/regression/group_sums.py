@@ -19,7 +19,8 @@ candidate itself and the drift D_i of the hidden states, R has one more term, ag
 
     R += Σ_i α_i · s · ( β·W_i (X'_i - X_i)ᵀ + γ·D_iᵀ ) X_i
 
-as one product by rows, or by way of (X'_i - X_i)ᵀX_i, whichever is cheaper.
+as one product by rows, or by way of (X'_i - X_i)ᵀX_i, whichever is cheaper. If this correction is to be shrunk, it is
+summed beside R, and added when the system is factorised and its factor known (`shrinkage.py`).
 
 E_i G̃_i is computed the cheaper way: `E G` once for a candidate (2·I²·O operations), or, where it has fewer tokens
 than half the inputs, `(E Xᵀ) X` with every batch (4·N·I·O). Ranks that have parts of one candidate may add up its Gram
@@ -47,7 +48,8 @@ import torch
 from largemerge.matmul import add_product_, product
 from largemerge.regression.gram import GRAM_DTYPE, PANEL, Gram, Scratch
 from largemerge.regression.methods import RegressionMethod
-from largemerge.regression.solve import Solution, may_need_float64, solve_anchored_
+from largemerge.regression.shrinkage import FoldSums, Parts, fold_sums_bytes
+from largemerge.regression.solve import Complete, Solution, SolveRows, may_need_float64, solve_anchored_
 from largemerge.regression.tensor_plan import LinearGroup, LinearPlan
 
 DIFFERENCE_CHUNK_BYTES = 48 << 20
@@ -112,8 +114,11 @@ class GroupSums:
         sketcher: Makes sketches of the differences E_i.
         off_diagonal_scale: The factor s on a Gram's off-diagonal.
         by_norm: Whether N_i is the norm of a candidate's Gram, and not its number of tokens.
+        correction_OI: The part of R that comes from the candidates' own features, if it is kept apart to be shrunk.
+        folds: The same of every fold of the data, in a few combinations of the outputs.
         sketches_BS: Sketches of E_i, by candidate.
         tokens: Number of rows of each candidate, on all ranks together.
+        shrinkage: Linear → the factor of its correction, once it is solved.
     """
 
     outputs: Mapping[str, int]
@@ -123,8 +128,11 @@ class GroupSums:
     sketcher: Sketcher
     off_diagonal_scale: float
     by_norm: bool = False
+    correction_OI: torch.Tensor | None = None
+    folds: FoldSums | None = None
     sketches_BS: list[torch.Tensor] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    shrinkage: dict[str, float] = field(default_factory=dict)
     _share: float = 0.0
     _differences: Differences | None = None
     _by_rows: bool = False
@@ -158,6 +166,8 @@ class GroupSums:
         rows = tokens if self._part.group_size > 1 else self._part.own_tokens
         by_rows = not self.by_norm and multiplies_by_rows(rows, self.gram.num_inputs)
         self._by_rows = differences is not None and by_rows
+        if features is not None and self.folds is not None:
+            self.folds.start_candidate(features.weights, self._chunks_of_linears)
 
     @property
     def needs_all_reduce(self) -> bool:
@@ -174,7 +184,9 @@ class GroupSums:
         """All sums over candidates, after the last one, which ranks add up."""
         sketches_KBS = torch.stack(self.sketches_BS)
         self.sketches_BS = list(sketches_KBS)
-        return [*self.gram.sum_views(), self.rhs_OI, sketches_KBS, self.mean_OI]
+        corrections = [] if self.correction_OI is None else [self.correction_OI]
+        folds = [] if self.folds is None else self.folds.views()
+        return [*self.gram.sum_views(), self.rhs_OI, *corrections, *folds, sketches_KBS, self.mean_OI]
 
     def add_rows(self, x_NI: torch.Tensor) -> None:
         """Adds inputs of the present candidate, one row per token."""
@@ -187,7 +199,11 @@ class GroupSums:
             add_product_(self.rhs_OI[rows], product(self._differences(rows), x_NI), x_NI.T, alpha=scale)
 
     def add_features(
-        self, x_NI: torch.Tensor, target_NI: torch.Tensor | None, drift_NO: Mapping[str, torch.Tensor]
+        self,
+        x_NI: torch.Tensor,
+        target_NI: torch.Tensor | None,
+        drift_NO: Mapping[str, torch.Tensor],
+        parts: Parts | None = None,
     ) -> None:
         """Adds what the candidate's own features ask for beyond the merged inputs.
 
@@ -195,18 +211,22 @@ class GroupSums:
             x_NI: Inputs of the group's linears, as `add_rows` was given them.
             target_NI: The same rows in the candidate itself; `None` where β is 0.
             drift_NO: Path of a linear → drift of the hidden states to which its output is added.
+            parts: Folds of the rows, where what is added is shrunk.
         """
         features = self._features
         assert features is not None
         x_NI = x_NI.to(GRAM_DTYPE)
         scale = self._share / self.tokens[-1] * self.off_diagonal_scale
-        rhs_OI = self.rhs_OI
+        rhs_OI = self.rhs_OI if self.correction_OI is None else self.correction_OI
+        drift_NO = {path: drift.to(GRAM_DTYPE) * features.drift for path, drift in drift_NO.items()}
         if self.by_norm and (features.by_rows or drift_NO):
             self._waiting_OI = torch.zeros_like(rhs_OI) if self._waiting_OI is None else self._waiting_OI
             rhs_OI, scale = self._waiting_OI, 1.0
         moved_NI = None
         if target_NI is not None:
             moved_NI = target_NI.to(GRAM_DTYPE, copy=True).sub_(x_NI).mul_(features.target)
+        if self.folds is not None and parts is not None:
+            self.folds.add(x_NI, moved_NI, drift_NO, parts, self._share / self.tokens[-1])
         if moved_NI is not None and not features.by_rows:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self.gram.halves_II)
@@ -218,7 +238,7 @@ class GroupSums:
                 wanted_ON = None if moved_NI is None else product(features.weights(rows), moved_NI)
                 if drift_NO_ is not None:
                     columns = slice(rows.start - own.start, rows.stop - own.start)
-                    back_ON = drift_NO_[:, columns].T.to(GRAM_DTYPE) * features.drift
+                    back_ON = drift_NO_[:, columns].T
                     wanted_ON = back_ON if wanted_ON is None else wanted_ON.add_(back_ON)
                 assert wanted_ON is not None
                 add_product_(rhs_OI[rows], wanted_ON, x_NI.T, alpha=scale)
@@ -226,13 +246,16 @@ class GroupSums:
     def _finish_features(self, alpha: float) -> None:
         """Adds W_i (X'_i - X_i)ᵀX_i of the present candidate, where that was summed over its rows, and what waits."""
         scale = alpha * self.off_diagonal_scale
+        rhs_OI = self.rhs_OI if self.correction_OI is None else self.correction_OI
+        if self.folds is not None:
+            self.folds.finish_candidate(scale)
         if self._waiting_OI is not None:
-            self.rhs_OI.add_(self._waiting_OI, alpha=scale)
+            rhs_OI.add_(self._waiting_OI, alpha=scale)
             self._waiting_OI.zero_()
         if self._features is None or self._cross_II is None or self._features.by_rows:
             return
         for rows in self._chunks():
-            add_product_(self.rhs_OI[rows], self._features.weights(rows), self._cross_II.T, alpha=scale)
+            add_product_(rhs_OI[rows], self._features.weights(rows), self._cross_II.T, alpha=scale)
         self._cross_II.zero_()
 
     def finish_candidate(self) -> None:
@@ -279,7 +302,17 @@ class GroupSums:
     def solve(self, ridge: float) -> Solution:
         """Solves for X, for all linears of the group at once, in the place of R."""
         ridge = relative_ridge(self.gram, ridge, len(self.tokens), by_norm=self.by_norm)
-        return solve_rows(self.gram, self.rhs_OI, self.mean_OI, ridge, self.off_diagonal_scale, sum(self.tokens))
+        tokens, correct = sum(self.tokens), None if self.folds is None else self._add_correction
+        return solve_rows(self.gram, self.rhs_OI, self.mean_OI, ridge, self.off_diagonal_scale, tokens, correct)
+
+    def _add_correction(self, solve: SolveRows) -> None:
+        """Adds to R what comes from the candidates' own features, as far as folds of the data agree in it."""
+        assert self.folds is not None and self.correction_OI is not None
+        self.shrinkage = self.folds.factors(solve)
+        for path, factor in self.shrinkage.items():
+            rows = self.rows_of(path)
+            self.rhs_OI[rows].add_(self.correction_OI[rows], alpha=factor)
+        self.correction_OI = None
 
     def move_mean(self, differences: Differences, scale: float) -> None:
         """Puts another anchor in the place of the weighted average W̄, before `solve`: B + scale · (W̄ - B).
@@ -311,6 +344,10 @@ class GroupSums:
             start += outputs
         raise KeyError(linear)
 
+    def _chunks_of_linears(self) -> Iterator[slice]:
+        for path in self.outputs:
+            yield from self._chunks(self.rows_of(path))
+
     def _chunks(self, within: slice | None = None) -> Iterator[slice]:
         return row_chunks(within or slice(0, self.rhs_OI.shape[0]), self.gram.num_inputs)
 
@@ -318,6 +355,7 @@ class GroupSums:
 def new_sums(group: LinearGroup, method: RegressionMethod, device: torch.device, scratch: Scratch) -> GroupSums:
     """Makes empty sums for a group of linears; all groups share `scratch`."""
     shape = group.num_outputs, group.num_inputs
+    shrinks = method.shrinks
     return GroupSums(
         outputs=group.outputs,
         gram=Gram(group.num_inputs, device, scratch),
@@ -326,6 +364,8 @@ def new_sums(group: LinearGroup, method: RegressionMethod, device: torch.device,
         sketcher=Sketcher(list(group.outputs.values()), group.num_inputs, device),
         off_diagonal_scale=method.off_diagonal_scale,
         by_norm=method.by_norm,
+        correction_OI=torch.zeros(shape, dtype=GRAM_DTYPE, device=device) if shrinks else None,
+        folds=FoldSums(group.outputs, group.num_inputs, device) if shrinks else None,
     )
 
 
@@ -344,7 +384,13 @@ def relative_ridge(gram: Gram, ridge: float, num_candidates: int, *, by_norm: bo
 
 
 def solve_rows(
-    gram: Gram, rhs_OI: torch.Tensor, mean_OI: torch.Tensor, ridge: float, off_diagonal_scale: float, tokens: int
+    gram: Gram,
+    rhs_OI: torch.Tensor,
+    mean_OI: torch.Tensor,
+    ridge: float,
+    off_diagonal_scale: float,
+    tokens: int,
+    complete: Complete | None = None,
 ) -> Solution:
     """Solves for X in the place of R, by the way that fits the data; arguments as in `solve_anchored_`.
 
@@ -355,6 +401,7 @@ def solve_rows(
         ridge: λ as a fraction of the mean diagonal.
         off_diagonal_scale: The factor s on a Gram's off-diagonal.
         tokens: Number of rows of all candidates.
+        complete: Adds to R what needs the factor.
     """
     return solve_anchored_(
         gram,
@@ -363,6 +410,7 @@ def solve_rows(
         ridge,
         tokens if solves_only_seen(ridge, off_diagonal_scale) else None,
         surely_well_conditioned=not may_need_float64(gram.num_inputs, off_diagonal_scale),
+        complete=complete,
     )
 
 
@@ -376,6 +424,12 @@ def sums_bytes(group: LinearGroup) -> int:
     rhs = group.num_outputs * group.num_inputs
     gram = group.num_inputs**2 + group.num_inputs * min(PANEL, group.num_inputs)
     return GRAM_DTYPE.itemsize * (gram + rhs) + group.mean_dtype.itemsize * rhs
+
+
+def correction_bytes(group: LinearGroup) -> int:
+    """Bytes of a correction that is kept apart, and of its folds."""
+    kept_apart = GRAM_DTYPE.itemsize * group.num_outputs * group.num_inputs
+    return kept_apart + fold_sums_bytes(len(group.linears), group.num_inputs)
 
 
 def differences(
@@ -442,6 +496,7 @@ def weight_from_sums(
         "shares_gram_with": group.leader,
         "tokens": dict(zip(names, sums.tokens, strict=True)),
         **solution.to_json(),
+        **({"shrinkage": sums.shrinkage[linear.path]} if sums.shrinkage else {}),
         "relative_distance_to_average": to_average / norm,
         "relative_distance_to_candidates": {
             name: distance / norm for name, distance in zip(names, to_candidates, strict=True)

@@ -33,7 +33,8 @@ from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
 from largemerge.regression.group_sums import alpha_of, panel_bytes, relative_ridge, solve_rows
 from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
-from largemerge.regression.solve import Solution
+from largemerge.regression.shrinkage import FoldSums, Parts, parts_in_folds
+from largemerge.regression.solve import Solution, SolveRows
 from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, LinearPlan
 from largemerge.regression.weights import MERGED, Weights
 
@@ -51,34 +52,62 @@ class HeadSums:
     Attributes:
         grams: XᵀX by candidate.
         cross_II: (X' − X)ᵀX by candidate; empty where nothing is held against the candidate's own features.
+        folds: The same of every fold of the data, by candidate; empty where it is not shrunk.
         tokens: Number of rows by candidate, on all ranks.
     """
 
     grams: list[Gram]
     cross_II: list[torch.Tensor]
+    folds: list[FoldSums]
     tokens: list[int]
 
     @classmethod
     def empty(
-        cls, num_inputs: int, num_candidates: int, device: torch.device, scratch: Scratch, *, compares: bool
+        cls,
+        num_inputs: int,
+        num_candidates: int,
+        device: torch.device,
+        scratch: Scratch,
+        *,
+        compares: bool,
+        shrinks: bool,
     ) -> HeadSums:
         """Makes sums of nothing."""
         grams = [Gram(num_inputs, device, scratch) for _ in range(num_candidates)]
         cross = [torch.zeros(num_inputs, num_inputs, dtype=GRAM_DTYPE, device=device) for _ in grams if compares]
-        return cls(grams, cross, [0] * num_candidates)
+        folds = [FoldSums.of_inputs(num_inputs, device) for _ in grams if compares and shrinks]
+        return cls(grams, cross, folds, [0] * num_candidates)
 
-    def add(self, candidate: int, x_NI: torch.Tensor, own_NI: torch.Tensor | None = None) -> None:
-        """Adds rows of a candidate's data; `own_NI` are the same rows in the candidate itself."""
+    def add(
+        self,
+        candidate: int,
+        x_NI: torch.Tensor,
+        own_NI: torch.Tensor | None = None,
+        parts: Parts | None = None,
+        share: float = 0.0,
+    ) -> None:
+        """Adds rows of a candidate's data.
+
+        Args:
+            candidate: Number of the candidate.
+            x_NI: The rows.
+            own_NI: The same rows in the candidate itself, where they are compared.
+            parts: Folds of the rows, where what is added is shrunk.
+            share: Part of the data that a row is.
+        """
         self.tokens[candidate] += len(x_NI)
         self.grams[candidate].add_rows(x_NI)
         if own_NI is not None:
             x_NI = x_NI.to(GRAM_DTYPE)
             moved_NI = own_NI.to(GRAM_DTYPE, copy=True).sub_(x_NI)
             add_product_(self.cross_II[candidate], moved_NI.T, x_NI.T)
+            if self.folds:
+                self.folds[candidate].add(x_NI, moved_NI, {}, parts or [], share)
 
     def views(self) -> list[torch.Tensor]:
         """All sums, which ranks add up."""
-        return [*(view for gram in self.grams for view in gram.candidate_views()), *self.cross_II]
+        grams = [view for gram in self.grams for view in gram.candidate_views()]
+        return [*grams, *self.cross_II, *(view for folds in self.folds for view in folds.candidate_views())]
 
     def alphas(self, shares: Sequence[float], *, by_norm: bool) -> list[float]:
         """α_i of all candidates, see `alpha_of`."""
@@ -86,6 +115,16 @@ class HeadSums:
             alpha_of(gram, share, tokens, by_norm=by_norm)
             for gram, share, tokens in zip(self.grams, shares, self.tokens, strict=True)
         ]
+
+    def shrinkage(self, alphas: Sequence[float], solve: SolveRows) -> float:
+        """The factor of what the candidates' own features add; 1 where it is not shrunk."""
+        if not self.folds:
+            return 1.0
+        total = FoldSums.of_inputs(self.grams[0].num_inputs, self.grams[0].halves_II.device)
+        for folds, alpha in zip(self.folds, alphas, strict=True):
+            total.add_candidate_of(folds, alpha)
+        (factor,) = total.factors(solve).values()
+        return factor
 
     def total(self, alphas: Sequence[float], off_diagonal_scale: float) -> Gram:
         """Adds up G̃_i of all candidates; raises `FloatingPointError` if one is not finite."""
@@ -177,10 +216,17 @@ class HeadSolver:
                             if non_block is not None:
                                 self._run_end(stream, index, number, non_block, group, rows[stream].append)
                         x_NI, *more = [torch.cat(rows[s]) for s in ("merged", "candidate") if rows[s]]
-                        sums.add(index, x_NI, more[0] if more else None)
+                        sums.add(index, x_NI, more[0] if more else None, *self._folds(group, index, number, len(x_NI)))
                         self.watcher.step(HEAD, "collect", name)
             reports |= self._solve(group, sums)
         return reports
+
+    def _folds(self, group: LinearGroup, index: int, number: int, count: int) -> tuple[Parts, float]:
+        """Folds of the rows of a batch, and what part of the data one of them is."""
+        samples, stack = self.samples.samples, group.token_stack
+        folds = samples.folds[index][number][-1 if stack is None else stack]
+        total = samples.num_samples[index] if stack is None else self.samples.num_rows(index, stack)
+        return parts_in_folds(folds, count), self.settings.shares[index] / total
 
     def _run_end(
         self,
@@ -206,7 +252,10 @@ class HeadSolver:
 
     def _empty(self, group: LinearGroup, *, compares: bool) -> HeadSums:
         device = self.samples.runner.device
-        return HeadSums.empty(group.num_inputs, len(self.names), device, self._scratch, compares=compares)
+        shrinks = self._method.shrinks
+        return HeadSums.empty(
+            group.num_inputs, len(self.names), device, self._scratch, compares=compares, shrinks=shrinks
+        )
 
     def _solve(self, group: LinearGroup, sums: HeadSums) -> JsonObject:
         """Collective: adds up the sums of all ranks, and solves and writes the group's linears on rank 0."""
@@ -237,9 +286,10 @@ class HeadSolver:
             alphas = sums.alphas(self.settings.shares, by_norm=method.by_norm)
             gram = sums.total(alphas, method.off_diagonal_scale)
             ridge = relative_ridge(gram, method.ridge, len(alphas), by_norm=method.by_norm)
+            shrinkage = sums.shrinkage(alphas, partial(self._solve_alone, gram, ridge, sum(sums.tokens)))
             for panel in _panels(rows, group.num_inputs):
                 tensors = [tensor.to(self.samples.runner.device, GRAM_DTYPE) for tensor in rows.read(panel)]
-                solved_OI, mean_OI, solution = self._solve_panel(gram, sums, tensors, alphas, ridge)
+                solved_OI, mean_OI, solution = self._solve_panel(gram, sums, tensors, alphas, ridge, shrinkage)
                 rows.write(solved_OI.to(linear.dtype), panel)
                 distances.add(solved_OI, mean_OI, tensors)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -250,6 +300,7 @@ class HeadSolver:
             "shares_gram_with": group.leader,
             "tokens": dict(zip(self.names, sums.tokens, strict=True)),
             **solution.to_json(),
+            **({"shrinkage": shrinkage} if sums.folds else {}),
             **distances.report(),
         }
 
@@ -263,8 +314,19 @@ class HeadSolver:
         culprit = self.weights.why_not_finite(dict.fromkeys(names)) if not_finite else None
         return (f" on the data of {', '.join(beyond)}" if beyond else "") + (f": {culprit}" if culprit else "")
 
+    def _solve_alone(self, gram: Gram, ridge: float, tokens: int, rows_OI: torch.Tensor) -> torch.Tensor:
+        """Solves for rows that have no anchor."""
+        solve_rows(gram, rows_OI, torch.zeros_like(rows_OI), ridge, self._method.off_diagonal_scale, tokens)
+        return rows_OI
+
     def _solve_panel(
-        self, gram: Gram, sums: HeadSums, tensors: Sequence[torch.Tensor], alphas: Sequence[float], ridge: float
+        self,
+        gram: Gram,
+        sums: HeadSums,
+        tensors: Sequence[torch.Tensor],
+        alphas: Sequence[float],
+        ridge: float,
+        shrinkage: float,
     ) -> tuple[torch.Tensor, torch.Tensor, Solution]:
         """Solves for some rows of a weight; `tensors` are those rows of all candidates, and of the base if it is read.
 
@@ -280,7 +342,7 @@ class HeadSolver:
                 sums.grams[index].add_candidate_product_(rhs_OI, difference_OI, alpha, method.off_diagonal_scale)
                 mean_OI.add_(difference_OI, alpha=share)
             if sums.cross_II:
-                factor = alpha * method.off_diagonal_scale * method.target
+                factor = alpha * method.off_diagonal_scale * method.target * shrinkage
                 add_product_(rhs_OI, tensors[index], sums.cross_II[index].T, alpha=factor)
         average_OI = anchor_OI + mean_OI
         if method.anchor != "average":

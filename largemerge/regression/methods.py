@@ -34,7 +34,7 @@ Part = Literal["blocks", "head"]
 """What is solved; everything else is averaged."""
 
 _SUMS = frozenset({"anchor", "anchor_scale", "normalization", "off_diagonal_scale", "ridge", "solve"})
-_ALL = _SUMS | {"drift", "granularity", "inputs", "target"}
+_ALL = _SUMS | {"drift", "granularity", "inputs", "shrinkage", "target"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class RegressionMethod:
             takes a pass for every group of linears.
         target: β, between the candidate's weight on the inputs X_i (0) and the candidate's own features (1).
         drift: γ, the share of the drift that is paid back by linears whose output is added to the hidden states.
+        shrinkage: Whether what target and drift add is scaled down as far as folds of the data disagree about it.
         anchor: W_a: the weighted average, the base, or the base plus the sum of the task vectors, scaled.
         anchor_scale: The scale of task arithmetic.
         normalization: What a candidate's sums are divided by: its number of tokens, or the Frobenius norm of its Gram,
@@ -66,6 +67,7 @@ class RegressionMethod:
     granularity: Granularity = "block"
     target: float = 0.0
     drift: float = 0.0
+    shrinkage: bool = False
     anchor: Anchor = "average"
     anchor_scale: float = 0.3
     normalization: Normalization = "tokens"
@@ -83,6 +85,11 @@ class RegressionMethod:
     def compares(self) -> bool:
         """Whether a linear is held against the candidate's own features, so that two streams run side by side."""
         return self.target > 0 or self.drift > 0
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether what the candidates' own features add is kept apart, and scaled (see `shrinkage.py`)."""
+        return self.shrinkage and self.compares
 
     @property
     def by_norm(self) -> bool:
@@ -152,6 +159,7 @@ METHODS: dict[str, RegressionMethod] = {
         granularity="linear",
         target=1.0,
         drift=1.0,
+        shrinkage=True,
         off_diagonal_scale=1.0,
         ridge=1.0e-2,
         solve=("blocks", "head"),

@@ -213,6 +213,11 @@ class MergeReport:
             worst = max(linears, key=lambda name: linears[name]["condition"])
             table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
             table.add_row("distance", _mean_distances(self))
+        factors = [entry["shrinkage"] for entry in linears.values() if "shrinkage" in entry]
+        if factors:
+            mean = sum(factors) / len(factors)
+            text = f"scaled by {mean:.2f} on average, {min(factors):.2f} to {max(factors):.2f}"
+            table.add_row("corrections", f"{text}: as far as folds of the data agree")
         for number, (name, curve, last, most) in enumerate(drift_curves(self.drift)):
             text = f"{name} {curve} {last:.2%} after the last block, at most {most:.2%}"
             table.add_row("" if number else "drift", text)

@@ -24,7 +24,7 @@ from largemerge.calibration.tokenizer import shared_tokenizers
 from largemerge.distributed.partition import Partition, partition_batches
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CalibrationError, LargemergeError
-from largemerge.model.block_runner import count_valid_rows
+from largemerge.model.block_runner import count_valid_rows, rows_of_samples
 from largemerge.model.fake_forward import placeholder_tokens
 from largemerge.model.forward import resumed_at
 from largemerge.model.skeleton import Skeleton, fill_with_nan, load_config
@@ -32,6 +32,7 @@ from largemerge.model.trace import ModelTrace
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.planning.ranks import batch_costs
+from largemerge.regression.shrinkage import NUM_FOLDS, Folds
 from largemerge.regression.tensor_plan import BlockPlan
 from largemerge.regression.tokens import own_signature
 from largemerge.text_files import first_line
@@ -154,12 +155,17 @@ class RankSamples:
         calibration: This rank's batches of every candidate; some may have none.
         row_counts: Number of valid rows by candidate and stack, on all ranks together.
         own_row_counts: Number of valid rows by candidate and stack, on this rank.
+        folds: Folds of the rows of this rank's batches, by candidate, batch and stack; after the stacks come those of
+            the samples themselves.
+        num_samples: Number of samples by candidate, on all ranks together.
         partition: Batches of every rank.
     """
 
     calibration: tuple[CalibrationSet, ...]
     row_counts: tuple[tuple[int, ...], ...]
     own_row_counts: tuple[tuple[int, ...], ...]
+    folds: tuple[tuple[tuple[Folds, ...], ...], ...]
+    num_samples: tuple[int, ...]
     partition: Partition
 
 
@@ -186,6 +192,7 @@ def partition_samples(
         [[count_valid_rows(batch, stack, loss_input) for stack in trace.stacks] for batch in data.batches]
         for data in calibration
     ]
+    folds = _folds(calibration, trace, loss_input)
     costs, right_hand_sides = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows])
     partition = partition_batches(costs, ranks.size, right_hand_sides, in_groups=in_groups)
     own = partition.batches[ranks.rank]
@@ -199,8 +206,34 @@ def partition_samples(
             tuple(sum(batches[number][stack] for number in numbers) for stack in range(len(trace.stacks)))
             for batches, numbers in zip(rows, own, strict=True)
         ),
+        folds=tuple(
+            tuple(of_candidate[number] for number in numbers) for of_candidate, numbers in zip(folds, own, strict=True)
+        ),
+        num_samples=tuple(sum(batch.num_samples for batch in data.batches) for data in calibration),
         partition=partition,
     )
+
+
+def _folds(calibration: Sequence[CalibrationSet], trace: ModelTrace, loss_input: str) -> list[list[tuple[Folds, ...]]]:
+    """Folds of all rows, by candidate, batch and stack, and those of the samples: a sample is in one fold.
+
+    Where a candidate has one sample only, its rows are cut into halves.
+    """
+    counts = [sum(batch.num_samples for batch in data.batches) for data in calibration]
+    num_folds = min(NUM_FOLDS, max(2, min(filter(None, counts), default=2)))
+    found = []
+    for data, total in zip(calibration, counts, strict=True):
+        first, of_candidate = 0, []
+        for batch in data.batches:
+            of_samples = [(first + sample) * num_folds // total for sample in range(batch.num_samples)]
+            rows = [rows_of_samples(batch, stack, loss_input) for stack in trace.stacks]
+            of_batch = [list(zip(of_samples, own, strict=True)) for own in (*rows, [1] * batch.num_samples)]
+            if total == 1:
+                of_batch = [[(0, own // 2), (1, own - own // 2)] for ((_, own),) in of_batch]
+            of_candidate.append(tuple(map(tuple, of_batch)))
+            first += batch.num_samples
+        found.append(of_candidate)
+    return found
 
 
 def check_samples(

@@ -37,6 +37,12 @@ import torch
 from largemerge.matmul import add_product_, product
 from largemerge.regression.gram import GRAM_DTYPE, Gram, panels
 
+SolveRows = Callable[[torch.Tensor], torch.Tensor]
+"""Solves X (G + λI) = B for rows B `[N, I]`, in their place."""
+
+Complete = Callable[[SolveRows], None]
+"""Completes R, called once when the system is factorised; it may solve for other rows with the same factor."""
+
 _MAX_CONDITION = {torch.float32: 1e6, torch.float64: 1e8}  # of a factorisation that is taken
 _MAX_RESIDUAL = {torch.float32: 1e-5, torch.float64: 1e-8}
 _NOISE = 8 * torch.finfo(torch.float32).eps  # in the eigenvalues of a float32 Gram, as a fraction of the largest
@@ -84,12 +90,14 @@ class _System:
         rhs_OI: R, which becomes X.
         mean_OI: Ē, the weighted average of the E_i.
         shift_I: What is added to the diagonal of G: λ, or 1 where that leaves a zero.
+        complete: Adds to R what needs the factor.
     """
 
     gram: Gram
     rhs_OI: torch.Tensor
     mean_OI: torch.Tensor
     shift_I: torch.Tensor
+    complete: Complete | None
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """Makes G + λI `[I, I]`: in float32 in the memory of the sums, in float64 as a copy."""
@@ -110,6 +118,7 @@ def solve_anchored_(
     max_rank: int | None = None,
     *,
     surely_well_conditioned: bool = False,
+    complete: Complete | None = None,
 ) -> Solution:
     """Solves X (G + λI) = R + λĒ for X, in the place of R.
 
@@ -120,6 +129,7 @@ def solve_anchored_(
         ridge: λ as a fraction of the mean diagonal of G.
         max_rank: Upper bound of the rank of G, if one is known.
         surely_well_conditioned: Whether float32 is known to suffice, so that a rough estimate of the condition will do.
+        complete: Adds to R what needs the factor: called once, with a function that solves for other rows.
 
     Raises:
         FloatingPointError: If G or R is not finite.
@@ -133,7 +143,7 @@ def solve_anchored_(
     if shift == 0:
         rhs_OI[:, dead_I] = mean_OI[:, dead_I].to(GRAM_DTYPE)
     shift_I = torch.where(dead_I, shift or 1.0, shift).to(GRAM_DTYPE)
-    system = _System(gram, rhs_OI, mean_OI, shift_I)
+    system = _System(gram, rhs_OI, mean_OI, shift_I, complete)
     iterations = 1 if surely_well_conditioned else _NUM_ITERATIONS
     fallbacks: list[str] = []
     attempts: list[tuple[str, Callable[[], tuple[float, float]]]] = [
@@ -185,11 +195,18 @@ def _by_cholesky(system: _System, dtype: torch.dtype, iterations: int) -> tuple[
     residual = _residual(system, solve_(some_VI * scale_I, factor).mul_(scale_I), some_VI)
     if not residual <= _MAX_RESIDUAL[dtype]:
         raise _InaccurateError(f"residual {residual:.1e}")
-    for rows in [slice(None)] if dtype is GRAM_DTYPE else _row_chunks(system.rhs_OI):
-        rhs_OI = system.rhs_OI[rows].to(dtype)  # in float32 R itself
-        solve_(rhs_OI.mul_(scale_I), factor).mul_(scale_I)
-        if dtype is not GRAM_DTYPE:
-            system.rhs_OI[rows] = rhs_OI.to(GRAM_DTYPE)
+
+    def solve_rows(rhs_OI: torch.Tensor) -> torch.Tensor:
+        for rows in [slice(None)] if dtype is GRAM_DTYPE else _row_chunks(rhs_OI):
+            chunk_OI = rhs_OI[rows].to(dtype)  # in float32 R itself
+            solve_(chunk_OI.mul_(scale_I), factor).mul_(scale_I)
+            if dtype is not GRAM_DTYPE:
+                rhs_OI[rows] = chunk_OI.to(GRAM_DTYPE)
+        return rhs_OI
+
+    if system.complete is not None:
+        system.complete(solve_rows)
+    solve_rows(system.rhs_OI)
     return condition, residual
 
 
@@ -202,6 +219,12 @@ def _by_eigenvalues(system: _System) -> tuple[float, float]:
     values_I, vectors_II = torch.linalg.eigh(matrix_II)
     kept = values_I > _NOISE * values_I[-1]
     values_K, vectors_IK = values_I[kept], vectors_II[:, kept]
+
+    def solve_rows(rhs_OI: torch.Tensor) -> torch.Tensor:
+        return rhs_OI.copy_((rhs_OI.double() @ vectors_IK / values_K) @ vectors_IK.T)
+
+    if system.complete is not None:
+        system.complete(solve_rows)
     squares = left_squares = 0.0
     for rows in _row_chunks(system.rhs_OI):
         rhs_OI, mean_OI = system.rhs_OI[rows].double(), system.mean_OI[rows].double()

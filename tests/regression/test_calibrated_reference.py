@@ -188,7 +188,7 @@ def parameters_of(setting: str, **more: Any) -> dict[str, Any]:
 
 
 def expected_of(case: Case, setting: str, **more: Any) -> PreTrainedModel:
-    options = SETTINGS[setting] | {"ridge": 1e-2, "solve": BOTH} | more
+    options = SETTINGS[setting] | {"ridge": 1e-2, "solve": BOTH, "shrinkage": setting != "chain"} | more
     return dense.merge(case.models, case.inputs, case.weights, **options)
 
 
@@ -265,7 +265,8 @@ def test_sums_divided_by_their_norms(make_case: MakeCase, granularity: Any, inpu
     options = {"granularity": granularity, "target": 0.5 if compares else 0.0, "drift": 0.5 * (granularity == "linear")}
     more = {"normalization": "frobenius", "ridge": 0.05, "solve": BOTH, **options}
     case = make_case("gpt2", method="calibrated", num_samples=8, **more, inputs=inputs)
-    assert_close(merge_and_load(case), dense.merge(case.models, case.inputs, case.weights, **more, inputs_from=inputs))
+    expected = dense.merge(case.models, case.inputs, case.weights, **more, inputs_from=inputs, shrinkage=True)
+    assert_close(merge_and_load(case), expected)
 
 
 @pytest.mark.parametrize("setting", ["mixed"])

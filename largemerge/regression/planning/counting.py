@@ -33,6 +33,7 @@ from largemerge.regression.config import MergeConfig
 from largemerge.regression.gram import GRAM_DTYPE, panels
 from largemerge.regression.group_sums import (
     DIFFERENCE_CHUNK_BYTES,
+    correction_bytes,
     features_by_rows,
     multiplies_by_rows,
     panel_bytes,
@@ -54,6 +55,7 @@ from largemerge.regression.planning.workload import (
     ProbeShapes,
     Workload,
 )
+from largemerge.regression.shrinkage import fold_operations, fold_sums_bytes
 from largemerge.regression.solve import may_need_float64, solve_operations
 from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, MergeRule, TensorPlan
 
@@ -320,7 +322,8 @@ class _BlockCounter:
             for group in block_pass.groups
             if self.method.by_norm and (by_rows[group.leader] or self.method.drift > 0)
         )
-        return GRAM_DTYPE.itemsize * (cross + waiting)
+        shrunk = sum(map(correction_bytes, block_pass.groups)) if self.method.shrinks else 0
+        return GRAM_DTYPE.itemsize * (cross + waiting) + shrunk
 
     def _features_operations(self, block: BlockPlan, group: LinearGroup) -> float:
         """Operations of what the candidates' own features add to a right-hand side."""
@@ -334,6 +337,8 @@ class _BlockCounter:
                 total += 4 * rows * size * outputs
             else:
                 total += 2 * rows * size * (size + paid_back) + 2 * size**2 * outputs
+            if self.method.shrinks:
+                total += fold_operations(len(group.linears), size, rows)
         return total
 
     def _forward(
@@ -411,7 +416,7 @@ def _head_numbers(
     last, num_candidates = trace.order[-1], len(rows)
     tied = [head.tied] if head.tied is not None else []
     grams = products = 0.0
-    sums = panel = 0
+    sums = panel = folds = 0
     for group in (*tied, *head.groups):
         size, compares = group.num_inputs, method.compares and group is not head.tied
         stack = last if group.token_stack is None else group.token_stack
@@ -420,10 +425,13 @@ def _head_numbers(
         products += solve_operations(size, group.num_outputs)
         products += 2 * size**2 * group.num_outputs * (num_candidates * (2 if compares else 1) - 1)
         sums = max(sums, GRAM_DTYPE.itemsize * size**2 * (num_candidates * (2 if compares else 1) + 1))
+        if compares and method.shrinks:
+            folds = max(folds, (num_candidates + 1) * fold_sums_bytes(1, size))
+            grams += fold_operations(1, size, total)
         widest = max(linear.num_outputs for linear in group.linears)
         chunk = min(panel_bytes(size), GRAM_DTYPE.itemsize * widest * size)
         panel = max(panel, (2 * num_candidates + 4) * chunk)
-    return HeadNumbers(head.tied is not None, grams, products, sums, panel)
+    return HeadNumbers(head.tied is not None, grams, products, sums + folds, panel)
 
 
 def _group_numbers(group: LinearGroup) -> GroupNumbers:
