@@ -198,23 +198,27 @@ class Gram:
         return [view for both in zip(self._sum_blocks, below, strict=True) for view in both]
 
     def sum_rows(self) -> Iterator[torch.Tensor]:
-        """Yields the lower triangle of Σ G̃_i, before `full_sum`: some rows at a time, one number after the other."""
+        """Yields the lower triangle of Σ G̃_i on the CPU, some rows at a time, one number after the other.
+
+        Before `full_sum` only.
+        """
         for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
-            left_PI = torch.cat([self.halves_II[rows, : rows.start], block_PP], dim=1)
-            yield left_PI.masked_select(_lower(rows, left_PI.device))
+            left_PI = torch.cat([self.halves_II[rows, : rows.start], block_PP], dim=1).cpu()
+            yield torch.cat([row_I[:length] for row_I, length in zip(left_PI, _lengths(rows), strict=True)])
 
     def add_to_sum(self, read: Callable[[slice], torch.Tensor], scale: float) -> None:
         """Adds a symmetric matrix to Σ G̃_i, between candidates.
 
         Args:
-            read: Reads some numbers of its lower triangle, as `sum_rows` yields them, float32, on any device.
+            read: Reads some numbers of its lower triangle, as `sum_rows` yields them, float32, on the CPU.
             scale: What they are multiplied by.
         """
         for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
-            mask_PI = _lower(rows, block_PP.device)
-            numbers = read(slice(triangle(rows.start), triangle(rows.stop))).to(block_PP.device)
-            left_PI = torch.zeros(mask_PI.shape, dtype=GRAM_DTYPE, device=block_PP.device)
-            left_PI.masked_scatter_(mask_PI, numbers)
+            numbers = read(slice(triangle(rows.start), triangle(rows.stop)))
+            left_PI = torch.zeros(rows.stop - rows.start, rows.stop, dtype=GRAM_DTYPE)
+            for row_I, own in zip(left_PI, torch.split(numbers, _lengths(rows)), strict=True):
+                row_I[: len(own)] = own
+            left_PI = left_PI.to(block_PP.device)
             self.halves_II[rows, : rows.start].add_(left_PI[:, : rows.start], alpha=scale)
             corner_PP = left_PI[:, rows.start :]
             block_PP.add_(corner_PP + corner_PP.tril(-1).T, alpha=scale)
@@ -260,10 +264,9 @@ def triangle_buffer_bytes(num_inputs: int) -> int:
     return 3 * GRAM_DTYPE.itemsize * min(PANEL, num_inputs) * num_inputs
 
 
-def _lower(rows: slice, device: torch.device) -> torch.Tensor:
-    """Where in the rows `[P, rows.stop]` of a matrix its lower triangle lies."""
-    mask_PI = torch.ones(rows.stop - rows.start, rows.stop, dtype=torch.bool, device=device)
-    return mask_PI.tril_(rows.start)
+def _lengths(rows: slice) -> list[int]:
+    """Number of elements of each of some rows of a lower triangle."""
+    return list(range(rows.start + 1, rows.stop + 1))
 
 
 def _device_sums_in_float32(x_NI: torch.Tensor) -> bool:

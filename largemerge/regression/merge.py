@@ -97,7 +97,8 @@ def plan_regression(
         machines = Machines(choose_device(device), num_ranks, num_ranks)
     stage("reading the headers of all models")
     inputs = open_inputs(config, from_config=from_config)
-    check_previous(config, contents=False)
+    if not from_config:
+        check_previous(config, contents=False)
     stage("looking at the calibration data")
     outlines = read_all(config, inputs, outline_from_config if from_config else outline_calibration, no_outline)
     samples = partial(no_samples, config)
