@@ -12,10 +12,13 @@ With several ranks, the one that solves a group reads the earlier sums and adds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from largemerge.checkpoint.digests import digest_of_file
 from largemerge.checkpoint.tensor_files import SafetensorsFile
@@ -57,6 +60,10 @@ def layout_sums(tensors: Mapping[str, OutputTensor]) -> tuple[Shard, ...]:
     return tuple(layout_file(f"{file}.safetensors", group) for file, group in by_file.items())
 
 
+def _file(part: str) -> str:
+    return f"{SUMS_FOLDER}/{part}.safetensors"
+
+
 def _name(part: str, leader: str) -> str:
     return f"{SUMS_FOLDER}/{part}{MODULE_SEPARATOR}{leader}"
 
@@ -66,7 +73,7 @@ def sum_files(config: MergeConfig) -> list[Path]:
     folder, record = _previous(config)
     if folder is None or record is None:
         return []
-    return [folder / RECORD_FILE, *(folder / SUMS_FOLDER / f"{part}.safetensors" for part in record.groups)]
+    return [folder / RECORD_FILE, *(folder / _file(part) for part in record.groups)]
 
 
 def previous_fingerprint(config: MergeConfig) -> str:
@@ -114,24 +121,54 @@ def previous_problems(config: MergeConfig, blocks: Sequence[BlockPlan], head: He
     if record is None:
         return
     wanted = [(part, group) for part, groups in groups_by_part(blocks, head).items() for group in groups]
-    known = {
-        (part, leader): kept.inputs
-        for part, kept_groups in record.groups.items()
-        for leader, kept in kept_groups.items()
-    }
-    missing = [f"{part} ({group.leader})" for part, group in wanted if (part, group.leader) not in known]
+    missing = [f"{part} ({group.leader})" for part, group in wanted if _find(record, part, group.leader) is None]
     if missing:
         yield (
             f"sequence.previous: {folder} has no sums of {_some(missing)}, which would be solved; expected a merge "
             "that solved the same: change parameters.solve, include or exclude to solve nothing else"
         )
     for part, group in wanted:
-        found = known.get((part, group.leader), group.num_inputs)
-        if found != group.num_inputs:
+        found = _find(record, part, group.leader)
+        if found is not None and found.inputs != group.num_inputs:
             yield (
-                f"sequence.previous: {folder}: the sums of {part} ({group.leader}) have {found} inputs, the models' "
-                f"{group.num_inputs}; expected a merge of models of these shapes"
+                f"sequence.previous: {folder}: the sums of {part} ({group.leader}) have {found.inputs} inputs, the "
+                f"models' {group.num_inputs}; expected a merge of models of these shapes"
             )
+
+
+@dataclass(frozen=True)
+class EarlierSums:
+    """Where the sums of a group lie among those of the earlier merge.
+
+    Attributes:
+        part: Its block, or the head.
+        leader: Path of its first linear.
+        inputs: Number of inputs.
+        tokens: Number of rows that the sums are of.
+    """
+
+    part: str
+    leader: str
+    inputs: int
+    tokens: int
+
+
+def _find(record: SequenceRecord, part: str, leader: str) -> EarlierSums | None:
+    """Finds the earlier sums of a group, whose path is a longer one where a class has a head around its body."""
+    own_part = _same_place(record.groups, part)
+    own_leader = _same_place(record.groups[own_part], leader) if own_part is not None else None
+    if own_part is None or own_leader is None:
+        return None
+    group = record.groups[own_part][own_leader]
+    return EarlierSums(own_part, own_leader, group.inputs, group.tokens)
+
+
+def _same_place(known: Collection[str], name: str) -> str | None:
+    """Finds a path among others: itself, or else the only one that is its end, or that ends with it."""
+    if name in known:
+        return name
+    alike = [each for each in known if each.endswith(f".{name}") or name.endswith(f".{each}")]
+    return alike[0] if len(alike) == 1 else None
 
 
 def sequence_notes(config: MergeConfig, blocks: Sequence[BlockPlan], head: HeadPlan) -> Iterator[str]:
@@ -139,9 +176,10 @@ def sequence_notes(config: MergeConfig, blocks: Sequence[BlockPlan], head: HeadP
     folder, record = _previous(config)
     if record is None:
         return
-    wanted = {(part, group.leader) for part, groups in groups_by_part(blocks, head).items() for group in groups}
+    wanted = [(part, group.leader) for part, groups in groups_by_part(blocks, head).items() for group in groups]
+    used = {(each.part, each.leader) for each in (_find(record, *names) for names in wanted) if each is not None}
     kept = [(part, leader) for part, kept_groups in record.groups.items() for leader in kept_groups]
-    unused = [f"{part} ({leader})" for part, leader in kept if (part, leader) not in wanted]
+    unused = [f"{part} ({leader})" for part, leader in kept if (part, leader) not in used]
     if unused:
         yield f"sequence: {folder} has sums of {_some(unused)}, which is not solved here: they are left out"
     before = {model.model for model in record.models}
@@ -192,7 +230,56 @@ def make_record(
     )
 
 
-@dataclass(frozen=True)
+@dataclass
+class SumWriter:
+    """Writes the files of kept sums, each of which is open only while its part is merged; on rank 0 alone.
+
+    Attributes:
+        folder: Working folder for the unfinished files.
+        tensors: All sums that will be written, from `kept_tensors`.
+        shards: Files that `layout_sums` has laid out for them.
+    """
+
+    folder: Path
+    tensors: Mapping[str, OutputTensor]
+    shards: Sequence[Shard]
+    _open: dict[str, ShardWriter] = field(init=False, default_factory=dict)
+
+    def write(self, part: str, leader: str, gram: Gram) -> None:
+        """Writes Σ G̃_i of a group."""
+        done = 0
+        for numbers in gram.sum_rows():
+            self._writer(part).write(_name(part, leader), numbers, first_row=done)
+            done += len(numbers)
+
+    def _writer(self, part: str) -> ShardWriter:
+        if part not in self._open:
+            (shard,) = (shard for shard in self.shards if shard.file_name == _file(part))
+            own = {name: self.tensors[name] for name in shard.offsets}
+            self._open[part] = ShardWriter(self.folder, own, (shard,)).__enter__()
+        return self._open[part]
+
+    def finish(self, part: str) -> dict[str, Any]:
+        """Brings the file of a part to the disk and closes it.
+
+        Returns:
+            What the journal notes, as `kept`: digests, and the number of bytes; nothing, where nothing was written.
+        """
+        writer = self._open.pop(part, None)
+        if writer is None:
+            return {}
+        with ExitStack() as stack:
+            stack.push(writer)
+            writer.flush()
+            return {"kept": {"digests": writer.take_digests(), "bytes": writer.bytes_written}}
+
+    def close(self) -> None:
+        """Closes what is open, after an error."""
+        while self._open:
+            self._open.popitem()[1].__exit__(None, None, None)
+
+
+@dataclass
 class SequenceSums:
     """What a merge reads of the earlier sums, and keeps for a later merge; neither, unless it is one of a sequence.
 
@@ -202,23 +289,26 @@ class SequenceSums:
         share: C / (C + Σ c), what its sums are multiplied by.
         keeps: Whether sums are kept.
         writer: Writes them; `None` where none are kept, and on other ranks than rank 0.
+        bytes_read: Bytes of earlier sums that this rank has read so far.
     """
 
     folder: Path | None = None
     record: SequenceRecord | None = None
     share: float = 0.0
     keeps: bool = False
-    writer: ShardWriter | None = None
+    writer: SumWriter | None = None
+    bytes_read: int = field(init=False, default=0)
 
     @classmethod
-    def of(cls, config: MergeConfig, writer: ShardWriter | None) -> SequenceSums:
+    def of(cls, config: MergeConfig, writer: SumWriter | None) -> SequenceSums:
         """Makes what a configuration asks for."""
         folder, record = _previous(config)
         return cls(folder, record, config.shares[0] if record is not None else 0.0, config.keeps_sums, writer)
 
     def tokens(self, part: str, leader: str) -> int:
         """Number of rows that the earlier sums of a group are of; 0 without any."""
-        return self.record.groups[part][leader].tokens if self.record is not None else 0
+        found = _find(self.record, part, leader) if self.record is not None else None
+        return found.tokens if found is not None else 0
 
     def add_previous(self, part: str, leader: str, gram: Gram) -> None:
         """Adds the earlier sums of a group to a Gram matrix, between candidates.
@@ -226,41 +316,31 @@ class SequenceSums:
         Raises:
             CheckpointError: If they hold NaN or infinity, or have been cut short since they were looked at.
         """
-        if self.folder is None:
+        found = _find(self.record, part, leader) if self.record is not None else None
+        if self.folder is None or found is None:
             return
-        path = self.folder / SUMS_FOLDER / f"{part}.safetensors"
+        path = self.folder / _file(found.part)
         file = SafetensorsFile(path)
         try:
-            info = file.tensors()[leader]
+            info = file.tensors()[found.leader]
 
-            def read(numbers: slice) -> Any:
-                found = file.read(info, numbers)
-                problem = not_finite(found)
+            def read(numbers: slice) -> torch.Tensor:
+                vector = file.read(info, numbers)
+                problem = not_finite(vector)
                 if problem is not None:
-                    raise CheckpointError(f"{path}: {leader} holds {problem}; make that merge again")
-                return found
+                    raise CheckpointError(f"{path}: {info.name} holds {problem}; make that merge again")
+                return vector
 
             gram.add_to_sum(read, self.share)
+            self.bytes_read += file.bytes_read
         finally:
             file.close()
 
     def keep(self, part: str, leader: str, gram: Gram) -> None:
         """Writes Σ G̃_i of a group, before it is solved, on rank 0 of a merge that keeps sums."""
-        if self.writer is None:
-            return
-        done = 0
-        for numbers in gram.sum_rows():
-            self.writer.write(_name(part, leader), numbers, first_row=done)
-            done += len(numbers)
+        if self.writer is not None:
+            self.writer.write(part, leader, gram)
 
     def finish(self, part: str) -> dict[str, Any]:
-        """Brings what was kept of a block, or of the head, to the disk; returns what the journal notes of it.
-
-        That is `kept`: the digests and the number of bytes. Empty where nothing is kept.
-        """
-        if self.writer is None:
-            return {}
-        names = [name for name in self.writer.tensors if name.startswith(_name(part, ""))]
-        self.writer.flush()
-        num_bytes = sum(self.writer.tensors[name].num_bytes for name in names)
-        return {"kept": {"digests": self.writer.take_digests(names), "bytes": num_bytes}}
+        """Finishes what is kept of a block, or of the head; see `SumWriter.finish`."""
+        return self.writer.finish(part) if self.writer is not None else {}

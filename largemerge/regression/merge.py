@@ -55,7 +55,7 @@ from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
 from largemerge.regression.inputs import Inputs, open_inputs
-from largemerge.regression.kept_sums import SequenceSums, check_previous, layout_sums, sum_files
+from largemerge.regression.kept_sums import SequenceSums, SumWriter, check_previous, layout_sums, sum_files
 from largemerge.regression.passes import goes_by_linear, plan_passes
 from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
 from largemerge.regression.planning.rates import Cluster, Machines
@@ -469,11 +469,11 @@ class Job:
             first = 0 if plan.config.method.by_norm else 1
             rank_groups = self.samples.partition.rank_groups[first:]
             collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
-            sequence = SequenceSums.of(plan.config, self._open_sums(stack))
+            sequence = self._open_sums(stack)
             self._engine(weights, hidden_states, progress, collectives, sequence).run(
                 finished, lambda part, entry: self._record(part, entry, weights)
             )
-            self.bytes_read = weights.bytes_read
+            self.bytes_read = weights.bytes_read + sequence.bytes_read
             if plan.placement.hidden_states is OffloadTo.DISK:
                 self.hidden_bytes_on_disk = hidden_states.num_bytes
 
@@ -506,11 +506,13 @@ class Job:
             device=plan.device,
         )
 
-    def _open_sums(self, stack: ExitStack) -> ShardWriter | None:
-        """Opens the writer of the sums that are kept, on rank 0."""
-        if not self.sums or not self.ranks.is_first:
-            return None
-        return stack.enter_context(ShardWriter(self.folder.working, self.planned.plan.kept_sums, self.sums))
+    def _open_sums(self, stack: ExitStack) -> SequenceSums:
+        """Makes what reads earlier sums, and on rank 0 writes those that are kept."""
+        writer = None
+        if self.sums and self.ranks.is_first:
+            writer = SumWriter(self.folder.working, self.planned.plan.kept_sums, self.sums)
+            stack.callback(writer.close)
+        return SequenceSums.of(self.planned.plan.config, writer)
 
     def _largest_block(self, weights: Weights) -> int:
         """Bytes on disk of the first candidate's largest block."""

@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
@@ -67,7 +67,7 @@ class SequenceRecord(Strict):
     off_diagonal_scale: float = Field(ge=0, le=1)
     models: tuple[MergedModel, ...] = Field(min_length=1)
     """All models merged so far, in order."""
-    groups: dict[str, dict[str, KeptGroup]]
+    groups: dict[Annotated[str, Field(pattern=r"^[^/]+$")], dict[str, KeptGroup]]
     """Block, or `head` → first linear of a group → its Gram matrix."""
 
     @property

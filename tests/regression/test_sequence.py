@@ -14,7 +14,8 @@ import processes
 import pytest
 import tiny_models
 import torch
-from cases import Case, assert_close, auto_device, exit_code, files_in, load_merged, report_of, write_case
+import transformers as tf
+from cases import Case, assert_close, auto_device, exit_code, files_in, load_merged, report_of, weights_in, write_case
 from processes import PARTS, assert_agree, device_of_ranks, journal, lasting, merging, run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -138,6 +139,31 @@ def test_the_merge_so_far_as_an_expert_changes_nothing(tmp_path: Path, architect
     assert all(tensor.any() for tensor in sums_in(tmp_path / "again").values())
     if report.drift:
         assert set(report.drift["step0"].values()) == {None}
+
+
+def test_bodies_of_classifiers_one_after_the_other(tmp_path: Path) -> None:
+    """The merge so far is a bare body, whose blocks have shorter names than those of a model with a head."""
+    models = []
+    for seed, labels in enumerate((2, 3, 4)):
+        config = tf.BertConfig(**tiny_models.TEXT, intermediate_size=24, max_position_embeddings=64, num_labels=labels)
+        torch.manual_seed(seed)
+        models.append(tf.BertForSequenceClassification(config))
+    inputs = [tiny_models.inputs("text", 60, seed) for seed in range(3)]
+    case = write_case(tmp_path, models, inputs, method="regmean", weights=WEIGHTS[:3])
+    largemerge.merge(case.config, tmp_path / "batch")
+    largemerge.merge(step(case, [0, 1]), tmp_path / "bodies")
+    assert "encoder.layer.0" in record_of(tmp_path / "bodies")["groups"]
+    largemerge.merge(step(case, [2], tmp_path / "bodies"), tmp_path / "with-head")
+    largemerge.merge(step(case, [2], tmp_path / "bodies") | {"head": "none"}, tmp_path / "bare")
+    expected = weights_in(tmp_path / "batch")
+    for out, prefix in (("bare", ""), ("with-head", "bert.")):
+        found = weights_in(tmp_path / out)
+        for name, tensor in expected.items():
+            difference = torch.linalg.vector_norm(found[prefix + name] - tensor)
+            assert difference <= 1e-4 * torch.linalg.vector_norm(tensor), (out, name)
+    assert "bert.encoder.layer.0" in record_of(tmp_path / "with-head")["groups"]
+    (labels,) = tf.BertForSequenceClassification.from_pretrained(tmp_path / "with-head").classifier.bias.shape
+    assert labels == 4
 
 
 def test_ridge_and_anchor_count_all_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
