@@ -12,6 +12,7 @@ from typing import Any
 
 import processes
 import pytest
+import reference
 import tiny_models
 import torch
 import transformers as tf
@@ -109,6 +110,36 @@ def largemerge_linears(out: Path) -> dict[str, Any]:
     return {name: entry for part in parts for name, entry in part["linears"].items()}
 
 
+def test_a_step_is_that_of_a_dense_float64_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of RegMean++, which is not that of all at once: the kept sums stand for the data of three experts."""
+    case = make_experts(tmp_path, "llama", "regmean_plusplus")
+    so_far = merge_in_steps(case, [[0, 1, 2]])
+    largemerge.merge(step(case, [3], so_far), tmp_path / "out")
+    kept = sums_in(so_far)
+    files = {
+        name.removesuffix(".weight"): f"{block} {entry['shares_gram_with']}"
+        for block, part in report_of(so_far)["blocks"].items()
+        for name, entry in part["linears"].items()
+    }
+    hybrid_grams = reference._hybrid_grams
+
+    def undamped(linear: str) -> torch.Tensor:
+        packed = kept[files[linear]].double()
+        size = int((2 * len(packed)) ** 0.5)
+        lower = torch.zeros(size, size, dtype=torch.float64)
+        lower[torch.tril_indices(size, size).unbind()] = packed
+        return lower.diagonal().diag() + (lower.tril(-1) + lower.tril(-1).T) / 0.95
+
+    def grams(*arguments: Any) -> dict[str, torch.Tensor]:
+        names, inputs = arguments[-2:]
+        return hybrid_grams(*arguments) if inputs else {name: undamped(name) for name in names}
+
+    monkeypatch.setattr(reference, "_hybrid_grams", grams)
+    models, inputs = [load_merged(case, so_far), case.models[3]], [{}, case.inputs[3]]
+    expected = reference.merge("regmean_plusplus", models, inputs, [3.5, 1.5], ridge=1e-6)
+    assert_close(load_merged(case, tmp_path / "out"), expected)
+
+
 def test_without_the_sums_the_result_is_another(tmp_path: Path) -> None:
     """So that the test above can fail: a merge of merges is not the merge of all."""
     case = make_experts(tmp_path, "llama")
@@ -156,10 +187,10 @@ def test_bodies_of_classifiers_one_after_the_other(tmp_path: Path) -> None:
     largemerge.merge(step(case, [2], tmp_path / "bodies"), tmp_path / "with-head")
     largemerge.merge(step(case, [2], tmp_path / "bodies") | {"head": "none"}, tmp_path / "bare")
     expected = weights_in(tmp_path / "batch")
-    for out, prefix in (("bare", ""), ("with-head", "bert.")):
+    for out in ("bare", "with-head"):
         found = weights_in(tmp_path / out)
         for name, tensor in expected.items():
-            difference = torch.linalg.vector_norm(found[prefix + name] - tensor)
+            difference = torch.linalg.vector_norm(found[name] - tensor)
             assert difference <= 1e-4 * torch.linalg.vector_norm(tensor), (out, name)
     assert "bert.encoder.layer.0" in record_of(tmp_path / "with-head")["groups"]
     (labels,) = tf.BertForSequenceClassification.from_pretrained(tmp_path / "with-head").classifier.bias.shape
