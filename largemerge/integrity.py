@@ -123,6 +123,30 @@ def find_damage(folder: Path) -> list[str]:
     return list(_damage(folder, _read_digests(folder)))[:_MAX_PROBLEMS]
 
 
+def find_damage_of(folder: Path, listed: str, *, contents: bool) -> list[str]:
+    """Lists what of a finished merge's tensors, and of one file beside them, is not as it was written.
+
+    Args:
+        folder: The output folder of a merge.
+        listed: Path in the folder of a file that its report must list.
+        contents: Read all tensors; otherwise sizes and headers alone are looked at.
+
+    Raises:
+        OutputError: If the merge is unfinished, or its report has no digests.
+    """
+    if (folder / WORKING_FOLDER / "manifest.json").exists():
+        raise OutputError(f"{folder} holds an unfinished merge; go on with it: merge … --resume")
+    digests = _read_digests(folder)
+    problems = []
+    if listed not in digests["files"]:
+        problems.append(f"{folder / REPORT_FILE} does not list {listed}: it is another merge's")
+    elif not (folder / listed).is_file() or digest_of_file(folder / listed) != digests["files"][listed]:
+        problems.append(f"{listed} is not as it was written")
+    for name, expected in digests["weights"].items():
+        problems += _damage_of_weights(folder / name, name, expected, contents=contents)
+    return problems[:_MAX_PROBLEMS]
+
+
 def _read_digests(folder: Path) -> dict[str, Any]:
     """Reads the digests in a report, and checks that they are what a merge writes."""
     path = folder / REPORT_FILE
@@ -173,8 +197,8 @@ def _damage(folder: Path, digests: Mapping[str, Any]) -> Iterator[str]:
         yield from _damage_of_weights(folder / name, name, expected)
 
 
-def _damage_of_weights(path: Path, name: str, expected: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what is wrong with one file of weights, tensor by tensor."""
+def _damage_of_weights(path: Path, name: str, expected: Mapping[str, Any], *, contents: bool = True) -> Iterator[str]:
+    """Yields what is wrong with one file of weights, tensor by tensor if its contents are read."""
     if not path.is_file():
         yield f"{name} is not there"
         return
@@ -191,6 +215,8 @@ def _damage_of_weights(path: Path, name: str, expected: Mapping[str, Any]) -> It
     whole = len(header).to_bytes(8, "little") + header
     if digest_of(whole) != expected["header"]:
         yield f"{name}: its header is not as it was written: names, dtypes, shapes or places of tensors differ"
+        return
+    if not contents:
         return
     places = {key: (tensors[key].offset or 0, tensors[key].num_bytes) for key in expected["tensors"]}
     with ThreadPoolExecutor(_NUM_READERS) as pool:

@@ -66,12 +66,12 @@ def layout_shards(tensors: Mapping[str, OutputTensor], max_shard_bytes: int, fol
     inside = f"{folder}/" if folder else ""
     own = {name: tensor for name, tensor in tensors.items() if not split_name(name)[0]}
     modules = (
-        _shard(
+        layout_file(
             f"{module}/model.safetensors", {key: each for key, each in tensors.items() if split_name(key)[0] == module}
         )
         for module in modules_of(tensors)
     )
-    return (*(_shard(inside + name, group) for name, group in _grouped(own, max_shard_bytes)), *modules)
+    return (*(layout_file(inside + name, group) for name, group in _grouped(own, max_shard_bytes)), *modules)
 
 
 def _grouped(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> list[tuple[str, dict[str, OutputTensor]]]:
@@ -100,7 +100,8 @@ def _stored(tensors: Mapping[str, OutputTensor]) -> dict[str, OutputTensor]:
     return {key: part for name, tensor in tensors.items() for key, part in (tensor.parts or {name: tensor}).items()}
 
 
-def _shard(file_name: str, logical: Mapping[str, OutputTensor]) -> Shard:
+def layout_file(file_name: str, logical: Mapping[str, OutputTensor]) -> Shard:
+    """Lays out one file of tensors; `file_name` is its path in the output's folder."""
     tensors = _stored(logical)
     # Wide dtypes first, so that every tensor starts at a multiple of its item size.
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)

@@ -244,6 +244,11 @@ def load_data_free(
     reader = _mergekit_reader(raw["merge_method"])
     raw = reader.read(raw)
     problems, warnings = reader.problems, reader.warnings
+    if raw.pop("sequence", None) is not None:
+        named = f" ({', '.join(other_methods)})" if other_methods else ""
+        problems.append(
+            f"sequence: is for regression methods{named}; {raw['merge_method']} keeps no sums: leave it out"
+        )
     try:
         config = DataFreeConfig.model_validate_json(to_json(_without_nulls(raw)))
     except pydantic.ValidationError as error:

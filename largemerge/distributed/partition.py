@@ -62,7 +62,7 @@ def partition_batches(
 
     A rank gets neighbours, so that few candidates are split, and most of their blocks are read by one rank only. Where
     there are several ranks for every candidate, a partition in which no rank has two candidates is tried, too, and the
-    better one is taken.
+    better one is taken. Candidates without batches get no rank.
 
     Args:
         costs: Cost of each batch of each candidate, in any unit.
@@ -72,6 +72,8 @@ def partition_batches(
         in_groups: Whether all ranks that have some of a candidate's batches must be its group, so that they know its
             whole Gram matrices.
     """
+    if not all(costs):
+        return _with_none(costs, size, right_hand_sides, in_groups=in_groups)
     extra = list(right_hand_sides or [0.0] * len(costs))
     spread = [[cost + more / len(batches) for cost in batches] for batches, more in zip(costs, extra, strict=True)]
     if in_groups:
@@ -80,6 +82,18 @@ def partition_batches(
     if size >= len(costs):
         partitions.append(_ranks_by_candidate(spread, size))
     return min(partitions, key=lambda partition: max(_loads(partition, costs, extra)))
+
+
+def _with_none(
+    costs: Sequence[Sequence[float]], size: int, right_hand_sides: Sequence[float] | None, *, in_groups: bool
+) -> Partition:
+    """Partitions the batches of those candidates that have some."""
+    some = [candidate for candidate, batches in enumerate(costs) if batches]
+    extra = [right_hand_sides[candidate] for candidate in some] if right_hand_sides is not None else None
+    found = partition_batches([costs[candidate] for candidate in some], size, extra, in_groups=in_groups)
+    return _frozen(
+        [[list(own[some.index(each)]) if each in some else [] for each in range(len(costs))] for own in found.batches]
+    )
 
 
 def _loads(partition: Partition, costs: Sequence[Sequence[float]], right_hand_sides: Sequence[float]) -> list[float]:

@@ -35,6 +35,7 @@ from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RunningAverages
 from largemerge.regression.gram import GRAM_DTYPE, Scratch
 from largemerge.regression.group_sums import Features, GroupSums, differences, features_by_rows, new_sums
+from largemerge.regression.kept_sums import SequenceSums
 from largemerge.regression.methods import RegressionMethod, Stream
 from largemerge.regression.passes import BlockPass, beside_of
 from largemerge.regression.rank_exchange import PassExchange, RankExchange
@@ -54,12 +55,14 @@ class EngineSettings:
     Attributes:
         method: The method's row in the table, as the user has set it.
         shares: c_i / Σ c, by candidate.
+        num_merged: Number of models in the output, those that were merged before included.
         prefetch: Whether the next block is read while the present one computes.
         write_in_background: Whether a merged block is written while the next one is merged.
     """
 
     method: RegressionMethod
     shares: tuple[float, ...]
+    num_merged: int
     prefetch: bool = True
     write_in_background: bool = False
 
@@ -92,6 +95,7 @@ class Collector:
     watcher: Watcher
     clock: Clock
     rank_exchange: RankExchange
+    sequence: SequenceSums
     _scratch: Scratch = field(init=False, default_factory=Scratch)
 
     def collect(
@@ -117,6 +121,10 @@ class Collector:
         averages = RunningAverages(_averaged(block, block_pass), self.settings.shares)
         method, device = self.settings.method, self.samples.runner.device
         sums = {group.leader: new_sums(group, method, device, self._scratch) for group in block_pass.groups}
+        for leader, own in sums.items():
+            if pass_exchange.owns(leader):  # once, on whatever rank solves it
+                with self.clock.stage("wait_for_read"):
+                    self.sequence.add_previous(block.name, leader, own.gram)
         bytes_read = 0
         solved = {linear.name for group in block_pass.groups for linear in group.linears}
         anchor: Tensors = {}
@@ -244,9 +252,10 @@ class Collector:
                 raise MergeError(self.why_not_finite(block, where)) from None
 
     def _skip(self, block: BlockPlan, group: LinearGroup, candidates: Iterable[int], sums: GroupSums) -> None:
-        """Counts candidates whose data is all on other ranks."""
+        """Counts candidates whose data is all on other ranks, or was in an earlier merge."""
         for index in candidates:
-            sums.skip_candidate(self.samples.num_rows(index, block.stack_of(group)))
+            before = self.sequence.tokens(block.name, group.leader) if index == 0 else 0
+            sums.skip_candidate(before or self.samples.num_rows(index, block.stack_of(group)))
 
     def why_not_finite(self, block: BlockPlan, what: str) -> str:
         """Says where NaN or infinity in a block comes from, after `what` was found, as far as that can be found out."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +36,7 @@ from largemerge.config_file import (
 )
 from largemerge.errors import ConfigError
 from largemerge.regression.methods import METHODS, Anchor, Granularity, Normalization, Part, RegressionMethod, Stream
+from largemerge.regression.sequence import SequenceRecord, read_record
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 
 
@@ -126,6 +127,17 @@ class OutputConfig(Strict):
     """Whether 4-bit formats quantise the scales of the blocks, too; default: yes."""
 
 
+class SequenceConfig(Strict):
+    """A merge that goes on from an earlier one, or that later ones can go on from."""
+
+    previous: str | None = Field(None, min_length=1)
+    """Folder of the merge so far, with its sums; it is a candidate that needs no data."""
+    name: str | None = Field(None, min_length=1)
+    """Unique name of the merge so far, as a candidate; default: the last part of `previous`."""
+    keep_sums: Truth = True
+    """Whether the sums are kept beside the output, so that models can be added later."""
+
+
 _METHOD_SETTINGS = frozenset(MethodParameters.model_fields) - {"include", "exclude"}
 
 
@@ -140,7 +152,9 @@ class MergeConfig(Strict):
     """A whole merge: K candidates, one method, one output."""
 
     merge_method: Annotated[str, pydantic.BeforeValidator(_check_method)]
-    models: tuple[CandidateConfig, ...] = Field(min_length=2)
+    models: tuple[CandidateConfig, ...] = Field(min_length=1)
+    sequence: SequenceConfig | None = None
+    """What this merge goes on from, and whether others may go on from it; default: neither."""
     base_model: Reference | None = None
     calibration: CalibrationDefaults = CalibrationDefaults()
     parameters: MethodParameters = MethodParameters()
@@ -167,6 +181,7 @@ class MergeConfig(Strict):
     trust_remote_code: Truth = False
     """Allow a checkpoint to run Python code that it ships."""
     _strict: bool = pydantic.PrivateAttr(False)
+    _merged_before: SequenceRecord | None = pydantic.PrivateAttr(None)
 
     @property
     def strict(self) -> bool:
@@ -194,14 +209,41 @@ class MergeConfig(Strict):
         return self.tokenizer
 
     @property
+    def merged_before(self) -> SequenceRecord | None:
+        """What the merge that this one goes on from has noted; `None` if there is none."""
+        return self._merged_before
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether the sums are kept beside the output."""
+        return self.sequence is not None and self.sequence.keep_sums
+
+    @property
+    def candidates(self) -> tuple[CandidateConfig, ...]:
+        """The models, and before them the merge that this one goes on from, weighing as much as all that is in it."""
+        if self.sequence is None or self.sequence.previous is None:
+            return self.models
+        weight = self._merged_before.weight if self._merged_before is not None else 1.0
+        parameters = CandidateParameters.model_construct(weight=weight)  # which many models may bring out of range
+        before = CandidateConfig.model_construct(
+            model=self.sequence.previous, name=self.sequence.name, calibration=None, parameters=parameters
+        )
+        return before, *self.models
+
+    @property
+    def num_merged(self) -> int:
+        """Number of models in the output, those that were merged before included."""
+        return len(self.models) + (len(self._merged_before.models) if self._merged_before is not None else 0)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the candidates, in order."""
-        return tuple(candidate.label for candidate in self.models)
+        return tuple(candidate.label for candidate in self.candidates)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Weights `c_i` of the candidates, in order."""
-        return tuple(candidate.parameters.weight for candidate in self.models)
+        return tuple(candidate.parameters.weight for candidate in self.candidates)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -238,8 +280,9 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
     except pydantic.ValidationError as error:
         missing = {"merge_method: missing": f"merge_method: missing; expected one of {sorted(METHODS)}"}
         raise ConfigError(*(missing.get(text, text) for text in explain(error, MergeConfig))) from None
+    config, problems = _with_previous(config, folders)
     config = _with_names(config)
-    problems = list(_cross_checks(config))
+    problems += _cross_checks(config)
     if problems:
         raise ConfigError(*grouped(problems))
     return _with_settings(_with_absolute_paths(config, folders))
@@ -255,6 +298,15 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
         yield f"parameters.{name}: {config.merge_method} has no such parameter, as {others} have; it takes {takes}"
     if not foreign:
         yield from (f"parameters.{mistake}" for mistake in config.method.mistakes())
+    if len(config.candidates) < 2 and config.sequence is None:
+        yield "models: found 1; expected 2 or more, or 'sequence' with the 'previous' merge that this one is added to"
+    elif len(config.candidates) < 2:
+        yield "models: found 1; expected 2 or more where 'sequence' has no 'previous' merge that this one is added to"
+    if config.sequence is not None and config.sequence.previous is None:
+        if not config.sequence.keep_sums:
+            yield "sequence: neither goes on from a 'previous' merge nor keeps sums for a later one; leave it out"
+        if config.sequence.name is not None:
+            yield "sequence.name: is the name of the 'previous' merge, and there is none"
     if config.method.anchor != "average" and config.base_model is None:
         own = "" if config.parameters.anchor is not None else f", which is {config.merge_method}'s own choice,"
         found = f"parameters.anchor: {config.method.anchor!r}{own}"
@@ -302,6 +354,26 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
             yield f"{where}.calibration: 'pack' and 'loss_mask_field' exclude each other"
 
 
+def _with_previous(config: MergeConfig, folders: Sequence[Path]) -> tuple[MergeConfig, list[str]]:
+    """A copy that knows the merge that it goes on from, by its absolute path; and what is wrong with that merge."""
+    sequence = config.sequence
+    if sequence is None or sequence.previous is None:
+        return config, []
+    folder = _absolute(sequence.previous, folders)
+    name = sequence.name or sequence.previous.rstrip("/").rsplit("/", 1)[-1]
+    copy = config.model_copy(update={"sequence": sequence.model_copy(update={"previous": folder, "name": name})})
+    problems = [
+        f"models[{number}] ({candidate.label}): is the merge that sequence.previous names, which is a candidate already"
+        for number, candidate in enumerate(config.models)
+        if _absolute(candidate.model, folders) == folder
+    ]
+    try:
+        copy._merged_before = read_record(Path(folder))
+    except ConfigError as error:
+        return copy, [*problems, *error.problems]
+    return copy, [*problems, *copy._merged_before.mistakes(config.merge_method, config.method, Path(folder))]
+
+
 def _with_settings(config: MergeConfig) -> MergeConfig:
     """A copy in which every setting that the method takes is set, so that reports and resumed runs know it."""
     without = set() if config.method.anchor == "task_arithmetic" else {"anchor_scale"}
@@ -324,7 +396,7 @@ def _tokenizer_sources(config: MergeConfig) -> Iterator[tuple[str, str]]:
 
 def _with_names(config: MergeConfig) -> MergeConfig:
     """A copy in which settings of the tokenizer name models by their names where they were given as in `model`."""
-    names = {candidate.model: candidate.label for candidate in reversed(config.models)}
+    names = {candidate.model: candidate.label for candidate in reversed(config.candidates)}
     if config.base_model is not None:
         names = {config.base_model: BASE, **names}
 
@@ -351,28 +423,29 @@ def _with_names(config: MergeConfig) -> MergeConfig:
 
 def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfig:
     """A copy with every local path absolute, each found in the first folder that has it, and calibration defaults."""
-
-    def absolute(text: str) -> str:
-        for folder in folders:
-            candidate = folder / os.path.expanduser(text)
-            if os.path.exists(candidate):
-                return str(candidate.resolve())
-        return text
-
     models = []
     for candidate in config.models:
         calibration = candidate.calibration
         if calibration is not None:
             calibration = calibration.with_defaults(config.calibration)
-            calibration = calibration.model_copy(update={"data": absolute(calibration.data)})
+            calibration = calibration.model_copy(update={"data": _absolute(calibration.data, folders)})
         update = {
-            "model": absolute_reference(absolute(candidate.model), folders),
+            "model": absolute_reference(_absolute(candidate.model, folders), folders),
             "name": candidate.label,
             "calibration": calibration,
         }
         models.append(candidate.model_copy(update=update))
-    base = None if config.base_model is None else absolute_reference(absolute(config.base_model), folders)
+    base = None if config.base_model is None else absolute_reference(_absolute(config.base_model, folders), folders)
     memory = config.memory
     if memory.disk is not None:
         memory = memory.model_copy(update={"disk": str(folders[0] / os.path.expanduser(memory.disk))})
     return config.model_copy(update={"models": tuple(models), "base_model": base, "memory": memory})
+
+
+def _absolute(text: str, folders: Sequence[Path]) -> str:
+    """The absolute path of what lies in the first folder that has it; the text as it is where none has."""
+    for folder in folders:
+        candidate = folder / os.path.expanduser(text)
+        if os.path.exists(candidate):
+            return str(candidate.resolve())
+    return text

@@ -44,10 +44,11 @@ from largemerge.regression.collect import BlocksOfCandidates, Collector, EngineS
 from largemerge.regression.drift import Drift, relative
 from largemerge.regression.gram import float32_means_float32
 from largemerge.regression.group_sums import GroupSums, differences, weight_from_sums
-from largemerge.regression.head import HEAD, HeadSolver
+from largemerge.regression.head import HeadSolver
+from largemerge.regression.kept_sums import SequenceSums
 from largemerge.regression.passes import BlockPass
-from largemerge.regression.rank_exchange import RankExchange, ReadItem
-from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, MergeRule
+from largemerge.regression.rank_exchange import PassExchange, RankExchange, ReadItem
+from largemerge.regression.tensor_plan import HEAD, BlockPlan, HeadPlan, LinearGroup, MergeRule
 from largemerge.regression.weights import Weights
 
 JsonObject = dict[str, Any]
@@ -68,6 +69,7 @@ class Engine:
         watcher: Notified of every step.
         clock: Counts seconds by stage.
         rank_exchange: Says what this rank does, and exchanges with the others.
+        sequence: Reads the sums of an earlier merge, and keeps those of this one, where it is asked for.
     """
 
     settings: EngineSettings
@@ -80,12 +82,20 @@ class Engine:
     watcher: Watcher
     clock: Clock
     rank_exchange: RankExchange
+    sequence: SequenceSums = field(default_factory=SequenceSums)
     _collector: Collector = field(init=False)
     _bytes_read: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._collector = Collector(
-            self.settings, self.names, self.weights, self.samples, self.watcher, self.clock, self.rank_exchange
+            self.settings,
+            self.names,
+            self.weights,
+            self.samples,
+            self.watcher,
+            self.clock,
+            self.rank_exchange,
+            self.sequence,
         )
 
     def run(self, finished: frozenset[str], done: Callable[[str, JsonObject], None]) -> None:
@@ -140,6 +150,7 @@ class Engine:
             self.watcher,
             self.clock,
             self.rank_exchange,
+            self.sequence,
         )
 
     def _flush(self) -> None:
@@ -155,6 +166,7 @@ class Engine:
             errors = self.weights.quantization_errors(self.head.names)
             entry: JsonObject = {"linears": report, "bytes_read": 0, "bytes_written": self._head_bytes()}
             entry |= {"quantization_errors": errors} if errors else {}
+            entry |= self._finish_sums(HEAD)
             done(HEAD, entry | {"seconds": self.clock.seconds()})
 
     def _head_bytes(self) -> int:
@@ -228,6 +240,7 @@ class Engine:
         linears, bytes_read = self.rank_exchange.gather_reports(linears, self._bytes_read)
         report: JsonObject = {"linears": linears, "bytes_read": bytes_read}
         report |= {"drift": drift} if drift else {}
+        report |= self._finish_sums(block.name)
         return report | ({"quantization_errors": errors} if errors else {})
 
     def _merge_pass(
@@ -246,6 +259,8 @@ class Engine:
         self._bytes_read += collected.bytes_read
         if block_pass.averages:
             made |= self._from_base(block)
+        if self.sequence.keeps:
+            self._keep_sums(block, pass_exchange, collected.sums)
         linears: JsonObject = {}
         for group in pass_exchange.groups:
             with self.clock.stage("communicate"):
@@ -262,6 +277,22 @@ class Engine:
         made |= collected.averages.finish()
         return linears
 
+    def _keep_sums(self, block: BlockPlan, pass_exchange: PassExchange, sums: Mapping[str, GroupSums]) -> None:
+        """Writes Σ G̃_i of all groups of a pass on rank 0, before any of them is solved in its place."""
+        with self.clock.stage("communicate"):
+            for group in pass_exchange.groups:
+                pass_exchange.wait_for_sums(group.leader)
+                pass_exchange.broadcast_gram(group.leader, sums[group.leader])
+            pass_exchange.wait_for_broadcasts()
+        with self.clock.stage("write"), self.rank_exchange.ranks.blocked():
+            for group in pass_exchange.groups:
+                self.sequence.keep(block.name, group.leader, sums[group.leader].gram)
+
+    def _finish_sums(self, part: str) -> JsonObject:
+        """Brings the sums of a part to the disk; returns what the journal notes of them."""
+        with self.clock.stage("write"), self.rank_exchange.ranks.blocked():
+            return self.sequence.finish(part)
+
     def _from_base(self, block: BlockPlan) -> Tensors:
         """The tensors of a block that the user excluded, in the dtype of the output."""
         excluded = {plan.name: plan.dtype for plan in block.tensors if plan.rule is MergeRule.BASE}
@@ -274,7 +305,7 @@ class Engine:
         """Adds the weights of a group to `made`, in the place of their anchors; returns the report of its linears."""
         self._pull_to_anchor(group, sums, anchor)
         try:
-            solution = sums.solve(self.settings.method.ridge)
+            solution = sums.solve(self.settings.method.ridge, self.settings.num_merged)
         except FloatingPointError as error:
             raise MergeError(self._collector.why_not_finite(block, f"{block.name}.{group.leader}: {error}")) from None
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -293,7 +324,7 @@ class Engine:
             return
         base = self.weights.read_base([linear.name for linear in group.linears])
         base = {name: tensor.to(self.samples.runner.device) for name, tensor in base.items()}
-        sums.move_mean(differences(group, base, first), method.anchor_step(len(self.names)))
+        sums.move_mean(differences(group, base, first), method.anchor_step(self.settings.num_merged))
 
     def _read_merged(self, block: BlockPlan) -> Tensors:
         return self.weights.read_merged([plan.name for plan in block.tensors])

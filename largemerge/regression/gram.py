@@ -22,7 +22,7 @@ Shapes: N tokens, I inputs of a linear, O outputs, P rows of a panel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -197,6 +197,32 @@ class Gram:
         below = [self.halves_II[rows.stop :, rows] for rows in self._panels]
         return [view for both in zip(self._sum_blocks, below, strict=True) for view in both]
 
+    def sum_rows(self) -> Iterator[torch.Tensor]:
+        """Yields the lower triangle of Σ G̃_i on the CPU, some rows at a time, one number after the other.
+
+        Before `full_sum` only.
+        """
+        for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
+            left_PI = torch.cat([self.halves_II[rows, : rows.start], block_PP], dim=1).cpu()
+            yield torch.cat([row_I[:length] for row_I, length in zip(left_PI, _lengths(rows), strict=True)])
+
+    def add_to_sum(self, read: Callable[[slice], torch.Tensor], scale: float) -> None:
+        """Adds a symmetric matrix to Σ G̃_i, between candidates.
+
+        Args:
+            read: Reads some numbers of its lower triangle, as `sum_rows` yields them, float32, on the CPU.
+            scale: What they are multiplied by.
+        """
+        for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
+            numbers = read(slice(triangle(rows.start), triangle(rows.stop)))
+            left_PI = torch.zeros(rows.stop - rows.start, rows.stop, dtype=GRAM_DTYPE)
+            for row_I, own in zip(left_PI, torch.split(numbers, _lengths(rows)), strict=True):
+                row_I[: len(own)] = own
+            left_PI = left_PI.to(block_PP.device)
+            self.halves_II[rows, : rows.start].add_(left_PI[:, : rows.start], alpha=scale)
+            corner_PP = left_PI[:, rows.start :]
+            block_PP.add_(corner_PP + corner_PP.tril(-1).T, alpha=scale)
+
     def diagonal(self) -> torch.Tensor:
         """Copy of diag(Σ G̃_i) `[I]`."""
         return torch.cat([block_PP.diagonal() for block_PP in self._sum_blocks])
@@ -226,6 +252,21 @@ class Gram:
                 product_VI[:, rows.stop :].addmm_(rows_VI[:, rows], upper_PI)
                 product_VI[:, rows].addmm_(rows_VI[:, rows.stop :], upper_PI.T)
         return product_VI
+
+
+def triangle(num_rows: int) -> int:
+    """Number of elements of a lower triangle, its diagonal included."""
+    return num_rows * (num_rows + 1) // 2
+
+
+def triangle_buffer_bytes(num_inputs: int) -> int:
+    """Bytes that are held while a sum goes to the disk or comes from there: some rows, as a matrix and as a vector."""
+    return 3 * GRAM_DTYPE.itemsize * min(PANEL, num_inputs) * num_inputs
+
+
+def _lengths(rows: slice) -> list[int]:
+    """Number of elements of each of some rows of a lower triangle."""
+    return list(range(rows.start + 1, rows.stop + 1))
 
 
 def _device_sums_in_float32(x_NI: torch.Tensor) -> bool:

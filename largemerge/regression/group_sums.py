@@ -299,9 +299,14 @@ class GroupSums:
         index, size = self._part.index, self._part.group_size
         return slice(total * index // size, total * (index + 1) // size)
 
-    def solve(self, ridge: float) -> Solution:
-        """Solves for X, for all linears of the group at once, in the place of R."""
-        ridge = relative_ridge(self.gram, ridge, len(self.tokens), by_norm=self.by_norm)
+    def solve(self, ridge: float, num_merged: int) -> Solution:
+        """Solves for X, for all linears of the group at once, in the place of R.
+
+        Args:
+            ridge: λ as the method has it.
+            num_merged: Number of models that the sums are of, those that were merged before included.
+        """
+        ridge = relative_ridge(self.gram, ridge, num_merged, by_norm=self.by_norm)
         tokens, correct = sum(self.tokens), None if self.folds is None else self._add_correction
         return solve_rows(self.gram, self.rhs_OI, self.mean_OI, ridge, self.off_diagonal_scale, tokens, correct)
 
@@ -375,12 +380,12 @@ def alpha_of(gram: Gram, share: float, tokens: int, *, by_norm: bool) -> float:
     return share / size if size > 0 else 0.0
 
 
-def relative_ridge(gram: Gram, ridge: float, num_candidates: int, *, by_norm: bool) -> float:
-    """λ as a fraction of G's mean diagonal; with norms it is given as one of their mean over the candidates, 1/K."""
+def relative_ridge(gram: Gram, ridge: float, num_models: int, *, by_norm: bool) -> float:
+    """λ as a fraction of G's mean diagonal; with norms it is given as one of their mean over the models, 1/K."""
     if not by_norm:
         return ridge
     diagonal = float(gram.diagonal().mean(dtype=torch.float64))
-    return ridge / num_candidates / diagonal if diagonal > 0 else 0.0
+    return ridge / num_models / diagonal if diagonal > 0 else 0.0
 
 
 def solve_rows(

@@ -31,15 +31,13 @@ from largemerge.regression.averages import RowsOfModels, rows_of_models
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
 from largemerge.regression.group_sums import alpha_of, panel_bytes, relative_ridge, solve_rows
+from largemerge.regression.kept_sums import SequenceSums
 from largemerge.regression.methods import RegressionMethod
 from largemerge.regression.rank_exchange import RankExchange, ReadItem
 from largemerge.regression.shrinkage import FoldSums, Parts, parts_in_folds
 from largemerge.regression.solve import Solution, SolveRows
-from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, LinearPlan
+from largemerge.regression.tensor_plan import HEAD, BlockPlan, HeadPlan, LinearGroup, LinearPlan
 from largemerge.regression.weights import MERGED, Weights
-
-HEAD = "head"
-"""Name of the part that holds the head, in journal, report and progress."""
 
 JsonObject = dict[str, Any]
 Load = Callable[[ReadItem], Callable[[], Tensors]]
@@ -50,7 +48,7 @@ class HeadSums:
     """Gram matrices of the linears that read one tensor, of every candidate for itself.
 
     Attributes:
-        grams: XᵀX by candidate.
+        grams: XᵀX by candidate; of an earlier merge, which has no data, nothing.
         cross_II: (X' − X)ᵀX by candidate; empty where nothing is held against the candidate's own features.
         folds: The same of every fold of the data, by candidate; empty where it is not shrunk.
         tokens: Number of rows by candidate, on all ranks.
@@ -126,9 +124,10 @@ class HeadSums:
         (factor,) = total.factors(solve).values()
         return factor
 
-    def total(self, alphas: Sequence[float], off_diagonal_scale: float) -> Gram:
-        """Adds up G̃_i of all candidates; raises `FloatingPointError` if one is not finite."""
+    def total(self, alphas: Sequence[float], off_diagonal_scale: float, add_previous: Callable[[Gram], None]) -> Gram:
+        """Adds up G̃_i of all candidates, and earlier sums; raises `FloatingPointError` if one is not finite."""
         total = Gram(self.grams[0].num_inputs, self.grams[0].halves_II.device)
+        add_previous(total)
         for gram, alpha in zip(self.grams, alphas, strict=True):
             if not torch.isfinite(gram.candidate_diagonal()).all():
                 raise FloatingPointError("activations are not finite")
@@ -148,6 +147,7 @@ class HeadSolver:
     watcher: Watcher
     clock: Clock
     rank_exchange: RankExchange
+    sequence: SequenceSums
     _scratch: Scratch = field(init=False, default_factory=Scratch)
 
     @property
@@ -265,12 +265,16 @@ class HeadSolver:
                 collectives.wait(collectives.reduce(sums.views(), 0))
             of_ranks = ranks.gather(sums.tokens)
         sums.tokens = [sum(counts) for counts in zip(*of_ranks, strict=True)]
+        sums.tokens[0] += self.sequence.tokens(HEAD, group.leader)
 
         def solve_and_write() -> JsonObject:
             if not ranks.is_first:
                 return {}
             with self.clock.stage("solve"):
-                return {linear.name: self._solve_linear(group, linear, sums) for linear in group.linears}
+                solved = {linear.name: self._solve_linear(group, linear, sums) for linear in group.linears}
+                if self.sequence.keeps:
+                    self.sequence.keep(HEAD, group.leader, self._total(group, sums)[0])
+                return solved
 
         report = ranks.agree(solve_and_write)
         self.watcher.step(HEAD, "solve")
@@ -283,9 +287,8 @@ class HeadSolver:
         distances = _Distances(self.names)
         solution: Solution | None = None
         try:
-            alphas = sums.alphas(self.settings.shares, by_norm=method.by_norm)
-            gram = sums.total(alphas, method.off_diagonal_scale)
-            ridge = relative_ridge(gram, method.ridge, len(alphas), by_norm=method.by_norm)
+            gram, alphas = self._total(group, sums)
+            ridge = relative_ridge(gram, method.ridge, self.settings.num_merged, by_norm=method.by_norm)
             shrinkage = sums.shrinkage(alphas, partial(self._solve_alone, gram, ridge, sum(sums.tokens)))
             for panel in _panels(rows, group.num_inputs):
                 tensors = [tensor.to(self.samples.runner.device, GRAM_DTYPE) for tensor in rows.read(panel)]
@@ -303,6 +306,12 @@ class HeadSolver:
             **({"shrinkage": shrinkage} if sums.folds else {}),
             **distances.report(),
         }
+
+    def _total(self, group: LinearGroup, sums: HeadSums) -> tuple[Gram, list[float]]:
+        """Σ G̃_i of all candidates, with what was merged before, and their α_i."""
+        alphas = sums.alphas(self.settings.shares, by_norm=self._method.by_norm)
+        add_previous = partial(self.sequence.add_previous, HEAD, group.leader)
+        return sums.total(alphas, self._method.off_diagonal_scale, add_previous), alphas
 
     def _whose(self, sums: HeadSums, error: Exception) -> str:
         """Says on whose data sums are not finite, and who holds NaN, as far as that can be found out."""
@@ -346,7 +355,7 @@ class HeadSolver:
                 add_product_(rhs_OI, tensors[index], sums.cross_II[index].T, alpha=factor)
         average_OI = anchor_OI + mean_OI
         if method.anchor != "average":
-            scale = method.anchor_step(len(self.names))
+            scale = method.anchor_step(self.settings.num_merged)
             mean_OI = (tensors[-1] - anchor_OI).mul_(1 - scale).add_(mean_OI, alpha=scale)
         tokens = sum(sums.tokens)
         solution = solve_rows(gram, rhs_OI, mean_OI, ridge, method.off_diagonal_scale, tokens)

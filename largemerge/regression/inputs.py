@@ -173,7 +173,7 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
     if from_config:
         notes.append("planned from each config.json alone: weights and calibration data have not been looked at")
         references = [
-            *(candidate.model for candidate in config.models),
+            *(candidate.model for candidate in config.candidates),
             *([config.base_model] if config.base_model else []),
         ]
         if any(split_reference(reference)[1] is not None for reference in references):
@@ -388,7 +388,7 @@ def _open_all(
             problems.extend(error.problems)
             return None
 
-    opened = [attempt(candidate.model, candidate.label) for candidate in config.models]
+    opened = [attempt(candidate.model, candidate.label) for candidate in config.candidates]
     base = attempt(config.base_model, "base") if config.base_model is not None else None
     if problems:
         raise CheckpointError(*problems)

@@ -54,8 +54,8 @@ from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
-from largemerge.regression.head import HEAD
 from largemerge.regression.inputs import Inputs, open_inputs
+from largemerge.regression.kept_sums import SequenceSums, SumWriter, check_previous, layout_sums, sum_files
 from largemerge.regression.passes import goes_by_linear, plan_passes
 from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
 from largemerge.regression.planning.rates import Cluster, Machines
@@ -67,10 +67,12 @@ from largemerge.regression.samples import (
     check_samples,
     forward_signature,
     loss_input,
+    no_outline,
+    no_samples,
     partition_samples,
     read_all,
 )
-from largemerge.regression.tensor_plan import MergeRule
+from largemerge.regression.tensor_plan import HEAD, MergeRule
 from largemerge.regression.tokens import ArrangedReader
 from largemerge.regression.weights import Weights
 
@@ -95,9 +97,14 @@ def plan_regression(
         machines = Machines(choose_device(device), num_ranks, num_ranks)
     stage("reading the headers of all models")
     inputs = open_inputs(config, from_config=from_config)
+    if not from_config:
+        check_previous(config, contents=False)
     stage("looking at the calibration data")
-    outlines = read_all(config, inputs, outline_from_config if from_config else outline_calibration)
-    calibration = None if from_config else read_all(config, inputs, survey_calibration, _mapped(config, inputs))
+    outlines = read_all(config, inputs, outline_from_config if from_config else outline_calibration, no_outline)
+    samples = partial(no_samples, config)
+    calibration = None
+    if not from_config:
+        calibration = read_all(config, inputs, survey_calibration, samples, _mapped(config, inputs))
     planned = make_plan(config, inputs, machines, outlines, calibration)
     if calibration is not None:
         real = [data for data in calibration if not is_made_up(data)]
@@ -142,14 +149,15 @@ def merge_by_regression(
             inputs = prepared.planned.inputs
             side_files = prepared.planned.files.copied
             shards = layout_shards(prepared.planned.plan.output, max_shard_bytes, side_files.inner)
+            sums = layout_sums(prepared.planned.plan.kept_sums)
             opened = [*inputs.stored.values(), *(adapter.checkpoint for adapter in inputs.adapters.values())]
             write = partial(write_side_files, planned=prepared.planned)
             watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks, _data_files(config)))
-            manifest = _manifest(prepared, shards) | {"side files": watch.digests}
+            manifest = _manifest(prepared, (*shards, *sums)) | {"side files": watch.digests}
             stage("opening the output folder")
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
-                drop_damaged(folder, ranks, [_part_kind(prepared.planned.plan, shards, folder.working)])
-                job = Job(prepared.planned, prepared.samples, shards, folder, ranks, quiet, Clock(start))
+                drop_damaged(folder, ranks, [_part_kind(prepared.planned.plan, (*shards, *sums), folder.working)])
+                job = Job(prepared.planned, prepared.samples, shards, sums, folder, ranks, quiet, Clock(start))
                 job.run()
                 stage("measuring what of every model is in the output, and finishing it")
                 verified = _verify(prepared.planned, shards, folder) if verify and ranks.is_first else None
@@ -159,8 +167,8 @@ def merge_by_regression(
                 if ranks.is_first:
                     watch.check()
                     written = folder.finish(
-                        shards,
-                        partial(write, drift=report.drift),
+                        (*shards, *sums),
+                        partial(write, report=report),
                         config_text(prepared.planned),
                         report.to_json(),
                         side_files.inner,
@@ -197,6 +205,9 @@ def _prepare(
         input_paths = _input_paths(config, inputs)
         if ranks.is_first:
             check_output(out, input_paths, resume=resume, force=force)
+            if config.merged_before is not None:
+                stage("comparing the earlier merge with its digests")
+                check_previous(config, contents=True)
         return *_plan_with_data(config, inputs, device, out, ranks), input_paths
 
     planned, calibration, input_paths = ranks.agree(plan_it)
@@ -218,7 +229,11 @@ def _prepare(
         planned,
         samples,
         {
-            data.name: {"num_samples": data.num_samples, "tokens": max(rows), "sha256": data.fingerprint}
+            data.name: {
+                "num_samples": data.num_samples,
+                "tokens": max(rows) or planned.plan.num_tokens[data.name],
+                "sha256": data.fingerprint,
+            }
             for data, rows in zip(calibration, samples.row_counts, strict=True)
         },
         input_paths,
@@ -271,7 +286,7 @@ def _part_names(plan: MergePlan) -> list[str]:
 
 def _part_kind(plan: MergePlan, shards: tuple[Shard, ...], working: Path) -> PartKind:
     """The parts that the journal may have, with their files."""
-    return PartKind(_part_names(plan), working, shards, stored_sizes(plan.output))
+    return PartKind(_part_names(plan), working, shards, stored_sizes({**plan.output, **plan.kept_sums}))
 
 
 def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
@@ -288,9 +303,9 @@ def _data_paths(config: MergeConfig) -> list[Path]:
 
 
 def _data_files(config: MergeConfig) -> list[Path]:
-    """Lists the local files of calibration data; of a folder, as many as are looked at in a moment."""
+    """Lists the local files of calibration data and earlier sums; of a folder, as many as are seen in a moment."""
     data = _data_paths(config)
-    found = [path for path in data if path.is_file()]
+    found = [*(path for path in data if path.is_file()), *sum_files(config)]
     for folder in (path for path in data if path.is_dir()):
         found += itertools.islice((path for path in folder.rglob("*") if path.is_file()), _MAX_DATA_FILES)
     return found
@@ -301,13 +316,14 @@ def _plan_with_data(
 ) -> tuple[PlannedMerge, tuple[CalibrationSet, ...]]:
     """Reads all candidates' data and plans with it; raises where data or plan have problems."""
     stage("reading the calibration data")
-    outlines = read_all(config, inputs, outline_calibration)
+    outlines = read_all(config, inputs, outline_calibration, no_outline)
     if config.memory.maps_inputs:
         needed = sum(outline.floating_bytes for outline in outlines)
         room = room_problems([Need(_mapped_folder(config, out), needed, "pixels and the like")])
         if room:
             raise LargemergeError(*room)
-    calibration = read_all(config, inputs, load_calibration, _transform(config, inputs, out))
+    samples = partial(no_samples, config)
+    calibration = read_all(config, inputs, load_calibration, samples, _transform(config, inputs, out))
     machines = Machines(device, ranks.size, ranks.local_size)
     planned = make_plan(config, inputs, machines, outlines, calibration, out)
     notes = (*planned.plan.notes, *too_many_threads(ranks, device))
@@ -395,6 +411,7 @@ class Job:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
         shards: Layout of the output's files.
+        sums: Layout of the files of sums that are kept beside them.
         folder: The output folder, with the journal of finished parts.
         ranks: The ranks of the merge.
         quiet: Whether no progress is shown.
@@ -411,6 +428,7 @@ class Job:
     planned: PlannedMerge
     samples: RankSamples
     shards: tuple[Shard, ...]
+    sums: tuple[Shard, ...]
     folder: OutputFolder
     ranks: Ranks
     quiet: bool
@@ -451,10 +469,11 @@ class Job:
             first = 0 if plan.config.method.by_norm else 1
             rank_groups = self.samples.partition.rank_groups[first:]
             collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
-            self._engine(weights, hidden_states, progress, collectives).run(
+            sequence = self._open_sums(stack)
+            self._engine(weights, hidden_states, progress, collectives, sequence).run(
                 finished, lambda part, entry: self._record(part, entry, weights)
             )
-            self.bytes_read = weights.bytes_read
+            self.bytes_read = weights.bytes_read + sequence.bytes_read
             if plan.placement.hidden_states is OffloadTo.DISK:
                 self.hidden_bytes_on_disk = hidden_states.num_bytes
 
@@ -487,6 +506,14 @@ class Job:
             device=plan.device,
         )
 
+    def _open_sums(self, stack: ExitStack) -> SequenceSums:
+        """Makes what reads earlier sums, and on rank 0 writes those that are kept."""
+        writer = None
+        if self.sums and self.ranks.is_first:
+            writer = SumWriter(self.folder.working, self.planned.plan.kept_sums, self.sums)
+            stack.callback(writer.close)
+        return SequenceSums.of(self.planned.plan.config, writer)
+
     def _largest_block(self, weights: Weights) -> int:
         """Bytes on disk of the first candidate's largest block."""
         blocks = self.planned.plan.blocks
@@ -504,7 +531,12 @@ class Job:
         return HiddenStates(store, eight_bit=plan.config.memory.hidden_states_8bit)
 
     def _engine(
-        self, weights: Weights, hidden_states: HiddenStates, progress: RunProgress, collectives: AsyncCollectives | None
+        self,
+        weights: Weights,
+        hidden_states: HiddenStates,
+        progress: RunProgress,
+        collectives: AsyncCollectives | None,
+        sequence: SequenceSums,
     ) -> Engine:
         """Makes the engine from plan and configuration."""
         plan, inputs, trace = self.planned.plan, self.planned.inputs, self.planned.trace
@@ -513,6 +545,7 @@ class Job:
             settings=EngineSettings(
                 method=method,
                 shares=plan.config.shares,
+                num_merged=plan.config.num_merged,
                 prefetch=placement.prefetch,
                 write_in_background=placement.writes_in_background(plan.device),
             ),
@@ -546,6 +579,7 @@ class Job:
             watcher=progress,
             clock=self.clock,
             rank_exchange=RankExchange(self.ranks, self.samples.partition, self.node, collectives),
+            sequence=sequence,
         )
 
     def _merge_non_block(self, weights: Weights, progress: RunProgress) -> None:
@@ -564,7 +598,10 @@ class Job:
 
     def _record(self, part: str, entry: Mapping[str, Any], weights: Weights) -> None:
         """Notes a finished part in the journal, with the digests of all that was written since the last one."""
-        self.folder.record(part, {**entry, "digests": weights.own_writer.take_digests()})
+        kept = entry.get("kept", {"digests": {}, "bytes": 0})
+        written = {key: value for key, value in entry.items() if key != "kept"}
+        written["bytes_written"] += kept["bytes"]
+        self.folder.record(part, {**written, "digests": kept["digests"] | weights.own_writer.take_digests()})
 
     @contextmanager
     def _as_merge_error(self, weights: Weights) -> Iterator[None]:

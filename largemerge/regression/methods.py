@@ -111,9 +111,9 @@ class RegressionMethod:
         """Whether the head is solved."""
         return "head" in self.solve
 
-    def anchor_step(self, num_candidates: int) -> float:
+    def anchor_step(self, num_models: int) -> float:
         """How far the anchor lies from the base, in steps to the average: W_0 + α·Σ Δ_i is α·K of them."""
-        return self.anchor_scale * num_candidates if self.anchor == "task_arithmetic" else 0.0
+        return self.anchor_scale * num_models if self.anchor == "task_arithmetic" else 0.0
 
     def mistakes(self) -> Iterator[str]:
         """Yields settings that contradict each other, each after its name."""

@@ -45,6 +45,7 @@ from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.kept_sums import kept_tensors, previous_bytes, previous_problems, sequence_notes
 from largemerge.regression.passes import goes_by_linear
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
 from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes, stack_rows
@@ -98,13 +99,15 @@ class MergePlan:
         non_block: Plans of the tensors of no block.
         head: What of these is solved.
         output: Tensors of the output, by name on disk.
+        kept_sums: Sums that are kept beside them, by group of linears.
         num_samples: Number of calibration samples by candidate.
-        num_tokens: Number of tokens, or patches, of these samples that count, by candidate.
+        num_tokens: Number of tokens, or patches, of these samples that count, by candidate; of an earlier merge, those
+            that its sums are of.
         quantized: Number of quantised weights by input and format.
         adapters: For each input with an adapter, the number of weights it adds to and the tensors it replaces.
         heads: Heads that are not merged; `None` where all are.
         tokens: How rows of embeddings are brought to the output's; `None` where all models have the same ones.
-        bytes_read: Bytes read from checkpoints.
+        bytes_read: Bytes read from checkpoints, and from the sums of an earlier merge.
         placement: Where things are held, chosen to keep the limits.
         reasons: Why this placement was chosen.
         footprint: What is held at the peak.
@@ -125,6 +128,7 @@ class MergePlan:
     non_block: tuple[TensorPlan, ...]
     head: HeadPlan
     output: Mapping[str, OutputTensor]
+    kept_sums: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
     num_tokens: Mapping[str, int]
     quantized: Mapping[str, Mapping[str, int]]
@@ -149,8 +153,13 @@ class MergePlan:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of all tensors of the output."""
-        return sum(tensor.num_bytes for tensor in self.output.values())
+        """Bytes of all tensors of the output, and of the sums that are kept."""
+        return sum(tensor.num_bytes for tensor in self.output.values()) + self.sums_bytes
+
+    @property
+    def sums_bytes(self) -> int:
+        """Bytes of the sums that are kept."""
+        return sum(tensor.num_bytes for tensor in self.kept_sums.values())
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -205,6 +214,7 @@ class MergePlan:
             **({"vocabulary": self.tokens.to_json()} if self.tokens is not None else {}),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            **({"sums_bytes": self.sums_bytes} if self.config.sequence is not None else {}),
             "placement": {**vars(self.placement), "hidden_states": self.placement.hidden_states.value},
             "reasons": list(self.reasons),
             "peak_bytes": {
@@ -224,20 +234,24 @@ class MergePlan:
     def print(self, console: Console) -> None:
         """Prints the plan as a table."""
         table = Table(
-            title=f"{self.config.merge_method} of {len(self.config.models)} × {self.class_name}", show_header=False
+            title=f"{self.config.merge_method} of {len(self.config.names)} × {self.class_name}", show_header=False
         )
         table.add_column()
         table.add_column(overflow="fold")
         for name in self.config.names:
             samples, tokens = counted(self.num_samples[name], "sample"), counted(self.num_tokens[name], "token")
             table.add_row("candidate", f"{name}: {samples}, {tokens}")
+        if self.config.merged_before is not None:
+            merged = ", ".join(f"{model.name} {model.weight:g}" for model in self.config.merged_before.models)
+            table.add_row("in sequence", f"{self.config.names[0]} has {merged} in it; its sums stand for their data")
         table.add_row("stacks", ", ".join(f"{name} ({counted(count, 'block')})" for name, count in self.stacks))
         for group in self.blocks[0].groups if self.blocks else ():
             table.add_row("solved together", f"{', '.join(group.outputs)}: {counted(group.num_inputs, 'input')}")
         table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in self.counts().items()))
         for label, text in input_rows(self):
             table.add_row(label, text)
-        table.add_row("disk", f"{gib(self.bytes_read)} to read, {gib(self.bytes_written)} to write")
+        kept = f", of which {gib(self.sums_bytes)} of sums for a later merge" if self.kept_sums else ""
+        table.add_row("disk", f"{gib(self.bytes_read)} to read, {gib(self.bytes_written)} to write{kept}")
         table.add_row("forward passes", f"{str(self.compute_dtype).removeprefix('torch.')} on {self.device}")
         table.add_row("placement", str(self.placement))
         for reason in self.reasons:
@@ -346,14 +360,17 @@ def make_plan(
         ArchitectureError: If the model cannot be run block by block.
     """
     stage("planning: following the hidden states through the model")
-    outline = _joint_outline(outlines)
+    with_data = outlines[-len(config.models) :]  # an earlier merge has none
+    outline = _joint_outline(with_data)
     inside = config.method.granularity == "linear"
-    trace = trace_model(inputs.skeleton, outline, outlines[0].examples, outlines[0].where, inside=inside)
+    trace = trace_model(inputs.skeleton, outline, with_data[0].examples, with_data[0].where, inside=inside)
     blocks = plan_blocks(config, inputs, trace)
     head, non_block = plan_head(config, inputs, trace, plan_non_block(config, inputs, trace))
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
     shapes = batch_shapes(outlines, calibration)
     problems = check_tensors(inputs, tensors) + check_anchor(config, inputs, tensors)
+    problems += previous_problems(config, blocks, head)
+    kept_sums = kept_tensors(blocks, head) if config.keeps_sums else {}
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
     findings = _check_loads(config, inputs, output) if not problems else Findings()
@@ -374,7 +391,11 @@ def make_plan(
         stage("checking the tokenizer")
         problems, checked = files.check()
         file_notes += checked
-        problems += [] if out is None else room_problems(_needs(output, choice, limits, out, files.copied.num_bytes))
+        problems += (
+            []
+            if out is None
+            else room_problems(_needs({**output, **kept_sums}, choice, limits, out, files.copied.num_bytes))
+        )
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
         problems.append(_nothing_to_solve(inputs, tensors))
     num_samples = _num_samples(inputs, shapes)
@@ -388,13 +409,14 @@ def make_plan(
         non_block=non_block,
         head=head,
         output=output,
+        kept_sums=kept_sums,
         num_samples=num_samples,
-        num_tokens=_num_tokens(inputs, trace, shapes, calibration),
+        num_tokens=_num_tokens(config, inputs, trace, shapes, calibration),
         quantized=inputs.quantized(),
         adapters=_adapter_summaries(inputs),
         heads=inputs.heads,
         tokens=inputs.tokens,
-        bytes_read=_bytes_read(inputs, tensors),
+        bytes_read=_bytes_read(inputs, tensors) + previous_bytes(config),
         placement=choice.placement,
         reasons=choice.reasons,
         footprint=choice.footprint,
@@ -405,6 +427,7 @@ def make_plan(
             *_unreached(inputs, trace),
             *_unused_masks(inputs, trace, outline),
             *_method_notes(config, inputs, trace, blocks, head),
+            *sequence_notes(config, blocks, head),
             *_notes(config, inputs, tensors),
             *shortfalls(config, num_samples),
             *(data.estimated for data in calibration or () if data.estimated),
@@ -504,6 +527,7 @@ def _needs(
 
 
 def _num_tokens(
+    config: MergeConfig,
     inputs: Inputs,
     trace: ModelTrace,
     shapes: Sequence[Sequence[BatchShapes]],
@@ -516,7 +540,10 @@ def _num_tokens(
         if not is_made_up(data):
             counts = ([count_valid_rows(batch, stack, masked) for stack in trace.stacks] for batch in data.batches)
             rows[number] = [sum(of_stack) for of_stack in zip(*counts, strict=True)]
-    return {candidate.name: max(own, default=0) for candidate, own in zip(inputs.candidates, rows, strict=True)}
+    counted_rows = [max(own, default=0) for own in rows]
+    if config.merged_before is not None:
+        counted_rows[0] = config.merged_before.tokens
+    return {candidate.name: count for candidate, count in zip(inputs.candidates, counted_rows, strict=True)}
 
 
 def shortfalls(config: MergeConfig, num_samples: Mapping[str, int]) -> Iterator[str]:

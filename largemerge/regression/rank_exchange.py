@@ -180,8 +180,13 @@ class PassExchange:
 
     def wait_for_sums(self, leader: str) -> None:
         """Waits for the reduction of a group's sums: its owner has those of all ranks, others may free theirs."""
-        if self.collectives is not None:
+        if self.collectives is not None and leader in self._reducing:
             self.collectives.wait(self._reducing.pop(leader))
+
+    def broadcast_gram(self, leader: str, sums: GroupSums) -> None:
+        """Collective: starts to copy Σ G̃_i from the group's owner to rank 0, which keeps it, and to all others."""
+        if self.collectives is not None:
+            self._broadcasting.append(self.collectives.broadcast(sums.gram.sum_views(), self.owners[leader]))
 
     def broadcast(self, group: LinearGroup, anchor: Tensors, merged: Tensors) -> None:
         """Collective: starts to broadcast the weights that a group's owner has solved; other ranks make room."""

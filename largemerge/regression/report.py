@@ -25,10 +25,11 @@ from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.drift import DriftOfBlocks, drift_curves, drift_section
-from largemerge.regression.head import HEAD
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.kept_sums import make_record
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
-from largemerge.regression.tensor_plan import quantization_settings
+from largemerge.regression.sequence import RECORD_FILE, MergedModel, models_so_far, sequence_section
+from largemerge.regression.tensor_plan import HEAD, quantization_settings
 from largemerge.units import counted, duration, gib
 
 
@@ -139,6 +140,10 @@ class MergeReport:
         return (self.non_block, *self._head_parts, *self.blocks.values())
 
     @property
+    def _in_sequence(self) -> bool:
+        return self.config.sequence is not None
+
+    @property
     def drift(self) -> DriftOfBlocks:
         """‖h_m − h_e‖ / ‖h_e‖ of the merged hidden states after every block, by candidate and block.
 
@@ -186,6 +191,7 @@ class MergeReport:
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             **self.written,
             **({"drift": self.drift} if self.drift else {}),
+            **({"sequence": [model.model_dump() for model in merged_models(self.plan)]} if self._in_sequence else {}),
             "outside": self.non_block,
             **({HEAD: self.head} if self.head else {}),
             "blocks": self.blocks,
@@ -195,7 +201,7 @@ class MergeReport:
         """Prints the closing table."""
         linears = self.linears
         table = Table(
-            title=f"{self.config.merge_method}: {len(self.config.models)} models → {self.out}", show_header=False
+            title=f"{self.config.merge_method}: {len(self.config.candidates)} models → {self.out}", show_header=False
         )
         table.add_column()
         table.add_column(overflow="fold")
@@ -223,6 +229,10 @@ class MergeReport:
             table.add_row("" if number else "drift", text)
         for label, text in input_rows(self.plan):
             table.add_row(label, text)
+        if self._in_sequence:
+            merged = ", ".join(f"{model.name} {model.weight:g}" for model in merged_models(self.plan))
+            kept = f"; sums kept: {gib(self.plan.sums_bytes)}" if self.config.keeps_sums else "; no sums kept"
+            table.add_row("in sequence", merged + kept)
         seen = (f"{name} {entry['tokens']:,}" for name, entry in self.calibration.items())
         table.add_row("tokens seen", ", ".join(seen))
         for title, text in self.verified.rows() if self.verified is not None else ():
@@ -286,8 +296,14 @@ def config_text(planned: PlannedMerge) -> str:
     return output_config(planned.inputs.reference.config, dtype, settings)
 
 
+def merged_models(plan: MergePlan) -> list[MergedModel]:
+    """All models of the sequence that a merge belongs to, its own last."""
+    now = {each.label: (each.model, each.parameters.weight, plan.num_tokens[each.label]) for each in plan.config.models}
+    return models_so_far(plan.config.merged_before, now)
+
+
 def write_side_files(
-    path: Path, planned: PlannedMerge, *, rehearsal: bool = False, drift: DriftOfBlocks | None = None
+    path: Path, planned: PlannedMerge, *, rehearsal: bool = False, report: MergeReport | None = None
 ) -> None:
     """Writes everything but weights, index, `config.json` and the report into a folder.
 
@@ -295,7 +311,7 @@ def write_side_files(
         path: The folder.
         planned: The plan, with the inputs that it was made from.
         rehearsal: Whether this is only to see, before the long work, that all of it can be written.
-        drift: Drift of the hidden states, for the model card, where it is known.
+        report: What the merge did, once it has been done.
 
     Raises:
         LargemergeError: If anything of it cannot be read, is not what it should be, or would not load.
@@ -325,14 +341,31 @@ def write_side_files(
                     "name": candidate.label,
                     "model": candidate.model,
                     "weight": candidate.parameters.weight,
-                    "data": Path(candidate.calibration.data).name if candidate.calibration else "",
+                    "data": Path(candidate.calibration.data).name if candidate.calibration else RECORD_FILE,
                 }
-                for candidate in config.models
+                for candidate in config.candidates
             ],
             base=config.base_model,
             config_yaml=yaml_text,
             version=versions()["largemerge"],
-            more=drift_section(drift or {}) + (card_section(inputs.heads) if inputs.heads is not None else ""),
+            more=_card_sections(planned, report),
         ),
         encoding="utf-8",
     )
+    if report is not None and config.keeps_sums:
+        record = make_record(
+            config, planned.plan.blocks, planned.plan.head, merged_models(planned.plan), report.linears
+        )
+        (path / RECORD_FILE).parent.mkdir()
+        (path / RECORD_FILE).write_text(record.to_text(), encoding="utf-8")
+
+
+def _card_sections(planned: PlannedMerge, report: MergeReport | None) -> str:
+    """Makes the sections of the model card on drift, heads, and the sequence that the merge belongs to."""
+    config, heads = planned.plan.config, planned.inputs.heads
+    sections = drift_section(report.drift if report is not None else {})
+    sections += card_section(heads) if heads is not None else ""
+    if config.sequence is None:
+        return sections
+    num_before = len(config.merged_before.models) if config.merged_before is not None else 0
+    return sections + sequence_section(merged_models(planned.plan), num_before, keeps_sums=config.keeps_sums)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from largemerge.calibration import ForwardSignature
-from largemerge.calibration.batches import Batch, CalibrationSet
+from largemerge.calibration.batches import Batch, CalibrationOutline, CalibrationSet
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.tokenizer import shared_tokenizers
 from largemerge.distributed.partition import Partition, partition_batches
@@ -31,6 +31,7 @@ from largemerge.model.skeleton import Skeleton, fill_with_nan, load_config
 from largemerge.model.trace import ModelTrace
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.kept_sums import previous_fingerprint
 from largemerge.regression.planning.ranks import batch_costs
 from largemerge.regression.shrinkage import NUM_FOLDS, Folds
 from largemerge.regression.tensor_plan import BlockPlan
@@ -104,6 +105,7 @@ def read_all(
     config: MergeConfig,
     inputs: Inputs,
     read: ReadCalibration[Result],
+    nothing: Callable[[str], Result],
     transform: Callable[[Result], Result] | None = None,
 ) -> tuple[Result, ...]:
     """Outlines or reads the calibration data of all candidates.
@@ -112,6 +114,7 @@ def read_all(
         config: The configuration, from `load_config`.
         inputs: The opened inputs, from `open_inputs`.
         read: `outline_calibration` or `load_calibration`.
+        nothing: Makes what stands for the data of an earlier merge, given its name.
         transform: Applied to each candidate's data before the next one's is read.
 
     Raises:
@@ -123,8 +126,10 @@ def read_all(
     problems: list[str] = []
     tokens = inputs.tokens
     with shared_tokenizers():
-        for candidate, checkpoint in zip(config.models, inputs.candidates, strict=True):
-            assert candidate.calibration is not None
+        for candidate, checkpoint in zip(config.candidates, inputs.candidates, strict=True):
+            if candidate.calibration is None:  # an earlier merge
+                results.append(nothing(checkpoint.name))
+                continue
             of_candidate = signature
             if tokens is not None:
                 stored = inputs.stored[checkpoint.name]
@@ -145,6 +150,16 @@ def read_all(
     if problems:
         raise CalibrationError(*problems)
     return tuple(results)
+
+
+def no_outline(name: str) -> CalibrationOutline:
+    """The outline of an earlier merge's data: there is none, whatever its name."""
+    return CalibrationOutline(0, 1, {}, where=name)
+
+
+def no_samples(config: MergeConfig, name: str) -> CalibrationSet:
+    """The data of an earlier merge: none, and what changes with its sums."""
+    return CalibrationSet(name, (), previous_fingerprint(config))
 
 
 @dataclass(frozen=True)
@@ -201,7 +216,9 @@ def partition_samples(
             replace(data, batches=tuple(data.batches[number] for number in numbers))
             for data, numbers in zip(calibration, own, strict=True)
         ),
-        row_counts=tuple(tuple(map(sum, zip(*batches, strict=True))) for batches in rows),
+        row_counts=tuple(
+            tuple(sum(counts[stack] for counts in batches) for stack in range(len(trace.stacks))) for batches in rows
+        ),
         own_row_counts=tuple(
             tuple(sum(batches[number][stack] for number in numbers) for stack in range(len(trace.stacks)))
             for batches, numbers in zip(rows, own, strict=True)

@@ -56,6 +56,8 @@ from largemerge.regression.inputs import Inputs
 from largemerge.regression.solve import solve_operations
 from largemerge.regression.tokens import Tokens
 
+HEAD = "head"
+"""Name of the part that holds the head, in journal, report and progress."""
 _QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

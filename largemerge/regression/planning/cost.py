@@ -105,13 +105,14 @@ def estimate_seconds(
             stages["right_hand_side"] += kind.count * numbers.right_hand_side_operations / rates.product
             stages["solve"] += kind.count * sum(solve_seconds(group, rates) for group in numbers.groups)
             read_bytes += kind.count * work.num_candidates * numbers.read_bytes
+        read_bytes += kind.count * kind.previous_bytes
         if work.forwards_merged:
             stages["merged_forward"] += kind.num_outputs_read * forward(kind.forward)
     stages["head"] = work.head.gram_operations / rates.gram + work.head.product_operations / rates.product
     if work.head.tied:
         stages["head"] += sum(kind.count * forward(kind.whole) for kind in work.blocks)
         read_bytes += sum(kind.count * work.num_candidates * kind.bytes for kind in work.blocks)
-    num_bytes = sum(kind.count * kind.bytes for kind in work.blocks)
+    num_bytes = sum(kind.count * (kind.bytes + kind.kept_bytes) for kind in work.blocks)
     reading, writing, computing = read_bytes / rates.read, num_bytes / rates.write, sum(stages.values())
     stages |= disk_seconds(reading, writing, computing, ahead=placement.prefetch, in_background=writes_in_background)
     stages["outside"] = work.non_block_bytes * (work.num_candidates / rates.read + 1 / rates.write)
@@ -210,8 +211,9 @@ def _max_bytes_read(whole: Workload, own: Sequence[Workload], placement: Placeme
         kind.count * numbers.read_bytes for kind in whole.blocks for numbers in kind.in_passes(placement.passes)
     )
     most_candidates = 0
+    sums_bytes = sum(kind.count * kind.previous_bytes for kind in whole.blocks)
     for first in range(0, len(own), links.ranks_per_node):
         node = own[first : first + links.ranks_per_node]
         wanted = {0} | {number for work in node for number, has_rows in enumerate(work.has_rows) if has_rows}
         most_candidates = max(most_candidates, len(wanted))
-    return most_candidates * block_bytes
+    return most_candidates * block_bytes + sums_bytes

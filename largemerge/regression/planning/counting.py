@@ -30,7 +30,7 @@ from largemerge.model.skeleton import linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace, StackTrace
 from largemerge.regression.averages import AVERAGE_CHUNK_BYTES
 from largemerge.regression.config import MergeConfig
-from largemerge.regression.gram import GRAM_DTYPE, panels
+from largemerge.regression.gram import GRAM_DTYPE, panels, triangle, triangle_buffer_bytes
 from largemerge.regression.group_sums import (
     DIFFERENCE_CHUNK_BYTES,
     correction_bytes,
@@ -115,6 +115,8 @@ def measure_workload(
         trace=trace,
         dtype=dtype,
         num_candidates=len(inputs.candidates),
+        tokens_before=config.merged_before.tokens if config.merged_before is not None else 0,
+        in_sequence=(config.merged_before is not None, config.keeps_sums),
         rows=rows,
         sample_rows=sample_rows,
         gram_groups=gram_groups,
@@ -225,6 +227,8 @@ class _BlockCounter:
         trace: Trace of the model.
         dtype: Dtype of the forward passes.
         num_candidates: Number of candidates.
+        tokens_before: Number of tokens that the sums of an earlier merge are of.
+        in_sequence: Whether sums of an earlier merge are read, and whether those of this one are kept.
         rows: Number of rows by candidate and stack.
         sample_rows: Number of rows of one sample, at most, by stack.
         gram_groups: Groups of ranks that add up Gram matrices; `None` where there is one rank.
@@ -234,6 +238,8 @@ class _BlockCounter:
     trace: ModelTrace
     dtype: torch.dtype
     num_candidates: int
+    tokens_before: int
+    in_sequence: tuple[bool, bool]
     rows: Sequence[Mapping[int, int]]
     sample_rows: Mapping[int, int]
     gram_groups: GramGroups | None
@@ -243,6 +249,8 @@ class _BlockCounter:
         groups = tuple(map(_group_numbers, kind.block.groups))
         last_pass = self._plan_passes(kind, 1)[-1]
         max_passes = 1 if last_pass.runs_merged else max(1, len(groups))
+        on_disk = GRAM_DTYPE.itemsize * sum(triangle(group.num_inputs) for group in groups)
+        goes_on, keeps = self.in_sequence
         return BlockNumbers(
             count=kind.count,
             num_outputs_read=kind.num_outputs_read,
@@ -254,6 +262,8 @@ class _BlockCounter:
             groups=groups,
             exchanged_bytes=self._exchanged_bytes(kind),
             shared_gram_bytes=self._shared_gram_bytes(kind.block),
+            previous_bytes=on_disk if goes_on else 0,
+            kept_bytes=on_disk if keeps else 0,
             passes=tuple(self._passes(kind, num_passes) for num_passes in range(1, max_passes + 1)),
         )
 
@@ -277,6 +287,7 @@ class _BlockCounter:
         merged = kind.names if block_pass.runs_merged else []
         largest_group = max((4 * group.num_inputs * group.num_outputs for group in block_pass.groups), default=0)
         stacks = [(group, kind.block.stack_of(group)) for group in block_pass.groups]
+        widest = max((group.num_inputs for group in block_pass.groups), default=0)
         return PassNumbers(
             read_bytes=kind.bytes_of(block_pass.tensor_names),
             cast_bytes=kind.cast_bytes(block_pass.tensor_names, self.dtype),
@@ -284,8 +295,11 @@ class _BlockCounter:
             solved_bytes=kind.bytes_of(solved),
             largest_solved_bytes=max((kind.bytes_of([name]) for name in solved), default=0),
             sums_bytes=averaged + sum(map(sums_bytes, block_pass.groups)) + self._cross_bytes(kind, block_pass),
-            chunk_bytes=3 * min(DIFFERENCE_CHUNK_BYTES, largest_group),
-            fallback_bytes=self._fallback_bytes(max((group.num_inputs for group in block_pass.groups), default=0)),
+            chunk_bytes=max(
+                3 * min(DIFFERENCE_CHUNK_BYTES, largest_group),
+                triangle_buffer_bytes(widest) if any(self.in_sequence) else 0,
+            ),
+            fallback_bytes=self._fallback_bytes(widest),
             runs=bool(block_pass.groups) or advances,
             forward=self._forwards(kind, block_pass, until),
             gram_operations=sum(rows[stack] * group.num_inputs**2 for group, stack in stacks for rows in self.rows),
@@ -376,7 +390,7 @@ class _BlockCounter:
 
     def _fallback_bytes(self, num_inputs: int) -> int:
         """Bytes of a second attempt in float64; of eigenvectors, where there are fewer tokens than inputs."""
-        max_rank = sum(max(rows.values()) for rows in self.rows)
+        max_rank = self.tokens_before + sum(max(rows.values()) for rows in self.rows)
         scale = self.method.off_diagonal_scale
         if max_rank < num_inputs and solves_only_seen(self.method.ridge, scale):
             return 32 * num_inputs**2
@@ -392,6 +406,7 @@ class _BlockCounter:
                 GRAM_DTYPE.itemsize * (_exchanged_elements(size) + size * outputs)
                 + group.mean_dtype.itemsize * size * outputs
             )
+            total += GRAM_DTYPE.itemsize * _exchanged_elements(size) if self.in_sequence[1] else 0  # owner to writer
             total += self.num_candidates * sketch_bytes(len(group.linears))
             total += sum(linear.dtype.itemsize * size * linear.num_outputs for linear in group.linears)
         return total

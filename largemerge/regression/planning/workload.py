@@ -151,6 +151,8 @@ class BlockNumbers:
         groups: All groups that are solved.
         exchanged_bytes: Bytes of sums, solved weights and averages of one block that ranks exchange.
         shared_gram_bytes: Bytes of Gram matrices of one block that a rank all-reduces with others, there and back.
+        previous_bytes: Bytes of the sums of one block that are read of an earlier merge.
+        kept_bytes: Bytes of the sums of one block that are kept for a later merge.
         passes: Numbers of each pass, for one pass, for two passes, and so on.
     """
 
@@ -164,6 +166,8 @@ class BlockNumbers:
     groups: tuple[GroupNumbers, ...]
     exchanged_bytes: int
     shared_gram_bytes: int
+    previous_bytes: int
+    kept_bytes: int
     passes: tuple[tuple[PassNumbers, ...], ...]
 
     def in_passes(self, number: int) -> tuple[PassNumbers, ...]:
