@@ -42,7 +42,7 @@ CALIBRATION_PASSAGES = 2048
 class Sizes:
     """How much of everything."""
 
-    steps: int = 60
+    steps: int = 90
     batch_size: int = 32
     """Pairs; those of the other documents are the wrong answers."""
     length: int = 32
@@ -111,7 +111,7 @@ def _make_base(folder: Path, packages: Path) -> None:
 
 
 def _pairs(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[torch.Tensor]:
-    """Pairs of passages `[N, 2, length]`: the first one of every document that is long enough, the second, and so on."""
+    """Pairs of passages `[N, 2, length]`: the first of every document that is long enough, the second, and so on."""
     inner = length - 2
     pairs: list[list[list[list[int]]]] = [[] for _ in range(PAIRS_PER_DOCUMENT)]
     for document in documents:
