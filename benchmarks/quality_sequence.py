@@ -6,9 +6,9 @@
 
 The experts, samples and held-out data are those of `quality.py`, and so is what counts: the share of the gap between
 the average of all experts and the experts that is closed. A sequence begins with the first two experts, keeps its sums,
-and adds one expert with every merge; what is told of quality is its end. A step's time and memory are those of its
-process.
-Ends with one line of JSON.
+and adds one expert with every merge; what is told of quality is its end. Beside it stands the same without sums, but
+with the samples of all tasks so far: the merge so far is a model like any other there, that weighs as much as what is
+in it. A step's time and memory are those of its process. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from measure import Measured, machine, run_measured
@@ -59,6 +61,7 @@ class Row:
     at_once: float
     """Share of the gap that is closed."""
     in_sequence: float
+    with_samples: float
     whole: Step
     steps: tuple[Step, ...]
 
@@ -103,6 +106,13 @@ def _row(family: str, seed: int, method: str, samples: int, case: Case, folder: 
     whole = _step(len(models), _merge({**config, "models": models}, outputs[0], folder), outputs[0])
     at_once = _loss(case, outputs[0])
     steps = []
+    _merge({**config, "models": models[:2]}, outputs[-1], folder)
+    for number in range(3, len(models) + 1):
+        before = _before(outputs[-1], models[: number - 1], samples, folder)
+        _merge({**config, "models": [before, models[number - 1]]}, outputs[0], folder)
+        shutil.rmtree(outputs[-1])
+        outputs[0].rename(outputs[-1])
+    with_samples = _loss(case, outputs[-1])
     for number in range(2, len(models) + 1):
         new, sequence = models[number - 1 : number], {"previous": str(outputs[number - 3]), "name": "before"}
         if number == 2:
@@ -115,8 +125,21 @@ def _row(family: str, seed: int, method: str, samples: int, case: Case, folder: 
     in_sequence = _loss(case, outputs[len(models) - 2])
     for output in outputs:
         shutil.rmtree(output, ignore_errors=True)
-    share_at_once, share = ((worst - loss) / (worst - best) for loss in (at_once, in_sequence))
-    return Row(family, seed, method, share_at_once, share, whole, tuple(steps))
+    shares = [(worst - loss) / (worst - best) for loss in (at_once, in_sequence, with_samples)]
+    return Row(family, seed, method, *shares, whole, tuple(steps))
+
+
+def _before(merged: Path, models: Sequence[Mapping[str, Any]], samples: int, folder: Path) -> dict[str, Any]:
+    """The merge so far as a model like any other, with the samples of all that is in it."""
+    files = [Path(model["calibration"]["data"]) for model in models]
+    data = folder / f"sequence-samples{files[0].suffix}"
+    if data.suffix == ".safetensors":
+        parts = [load_file(file) for file in files]
+        save_file({name: torch.cat([part[name][:samples] for part in parts]) for name in parts[0]}, data)
+    else:
+        data.write_text("".join(line + "\n" for file in files for line in file.read_text().splitlines()[:samples]))
+    calibration = {"data": str(data), "num_samples": len(models) * samples}
+    return {"model": str(merged), "calibration": calibration, "parameters": {"weight": float(len(models))}}
 
 
 def _merge(config: Mapping[str, Any], output: Path, folder: Path) -> Measured:
@@ -140,6 +163,7 @@ def _table(rows: Sequence[Row]) -> str:
         "method",
         "all at once",
         "in sequence",
+        "with the earlier samples",
         "cost of all at once",
         "of the steps, from two experts on",
         "sums",
@@ -153,6 +177,7 @@ def _table(rows: Sequence[Row]) -> str:
             method,
             f"{mean(row.at_once for row in own):.1%}",
             f"{mean(row.in_sequence for row in own):.1%}",
+            f"{mean(row.with_samples for row in own):.1%}",
             f"{first.whole.seconds:.0f} s {first.whole.peak_bytes / GIB:.2f} GiB",
             steps,
             f"{first.steps[-1].sums_bytes / GIB:.2f} GiB",

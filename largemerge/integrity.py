@@ -9,7 +9,7 @@ they are no protection against forgery, since who changes a file can change the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,12 +123,12 @@ def find_damage(folder: Path) -> list[str]:
     return list(_damage(folder, _read_digests(folder)))[:_MAX_PROBLEMS]
 
 
-def find_damage_of(folder: Path, listed: str, *, contents: bool) -> list[str]:
-    """Lists what of a finished merge's tensors, and of one file beside them, is not as it was written.
+def find_damage_of(folder: Path, listed: Sequence[str], *, contents: bool) -> list[str]:
+    """Lists what of a finished merge's tensors, and of some files beside them, is not as it was written.
 
     Args:
         folder: The output folder of a merge.
-        listed: Path in the folder of a file that its report must list.
+        listed: Paths in the folder of files that its report must list.
         contents: Read all tensors; otherwise sizes and headers alone are looked at.
 
     Raises:
@@ -138,10 +138,11 @@ def find_damage_of(folder: Path, listed: str, *, contents: bool) -> list[str]:
         raise OutputError(f"{folder} holds an unfinished merge; go on with it: merge … --resume")
     digests = _read_digests(folder)
     problems = []
-    if listed not in digests["files"]:
-        problems.append(f"{folder / REPORT_FILE} does not list {listed}: it is another merge's")
-    elif not (folder / listed).is_file() or digest_of_file(folder / listed) != digests["files"][listed]:
-        problems.append(f"{listed} is not as it was written")
+    for each in listed:
+        if each not in digests["files"]:
+            problems.append(f"{folder / REPORT_FILE} does not list {each}: it is another merge's")
+        elif not (folder / each).is_file() or digest_of_file(folder / each) != digests["files"][each]:
+            problems.append(f"{each} is not as it was written")
     for name, expected in digests["weights"].items():
         problems += _damage_of_weights(folder / name, name, expected, contents=contents)
     return problems[:_MAX_PROBLEMS]

@@ -250,9 +250,8 @@ def outputs_of(linear: nn.Module) -> int:
 
 
 def fold_of_rows(model: PreTrainedModel, name: str, num_rows: int, samples: list[Tensors], index: int) -> torch.Tensor:
-    """Folds of the rows that a linear reads of one candidate's data: as many as samples, and eight at most."""
+    """Folds of the rows that a linear reads of one candidate's data: eight, over which the samples are spread."""
     counts = [len(next(iter(inputs.values()))) for inputs in samples]
-    num_folds = min(8, max(2, min(counts)))
     mask = rows_that_count(name if block_of(model, name) else f"decoder.{name}", samples[index])
     if mask is None or num_rows % int(mask.sum()) != 0:
         of_rows = torch.arange(counts[index]).repeat_interleave(num_rows // counts[index])
@@ -260,8 +259,8 @@ def fold_of_rows(model: PreTrainedModel, name: str, num_rows: int, samples: list
         of_rows = torch.arange(counts[index])[:, None].expand(mask.shape)[mask.bool()]
         of_rows = of_rows.repeat_interleave(num_rows // len(of_rows))
     if counts[index] == 1:
-        return torch.arange(num_rows) * 2 // num_rows
-    return of_rows * num_folds // counts[index]
+        return (torch.arange(num_rows) >= num_rows // 2) * 4
+    return of_rows * 8 // counts[index]
 
 
 def average(models: list[PreTrainedModel], c: list[float]) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.digests import digest_of_file
+from largemerge.checkpoint.side_files import HEADS_FOLDER
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.checkpoint.tensor_info import MODULE_SEPARATOR, OutputTensor
 from largemerge.checkpoint.writer import Shard, ShardWriter, layout_file, not_finite
@@ -108,7 +109,7 @@ def check_previous(config: MergeConfig, *, contents: bool) -> None:
         OutputError: If the merge is unfinished, or has no digests.
     """
     folder, _ = _previous(config)
-    problems = find_damage_of(folder, RECORD_FILE, contents=contents) if folder is not None else []
+    problems = find_damage_of(folder, (RECORD_FILE, "config.json"), contents=contents) if folder is not None else []
     if problems:
         told = [f"sequence.previous: {folder}: {problem}" for problem in problems]
         advice = "its sums are good for the weights that were written with them alone: put these back, or merge again"
@@ -121,7 +122,12 @@ def previous_problems(config: MergeConfig, blocks: Sequence[BlockPlan], head: He
     if record is None:
         return
     wanted = [(part, group) for part, groups in groups_by_part(blocks, head).items() for group in groups]
-    missing = [f"{part} ({group.leader})" for part, group in wanted if _find(record, part, group.leader) is None]
+    missing = []
+    for part, group in wanted:
+        found = _find(record, part, group.leader)
+        solved = found.linears if found is not None else ()
+        own = [f"{part} ({linear.path})" for linear in group.linears if _same_place(solved, linear.path) is None]
+        missing += own if found is not None else [f"{part} ({group.leader})"]
     if missing:
         yield (
             f"sequence.previous: {folder} has no sums of {_some(missing)}, which would be solved; expected a merge "
@@ -145,12 +151,14 @@ class EarlierSums:
         leader: Path of its first linear.
         inputs: Number of inputs.
         tokens: Number of rows that the sums are of.
+        linears: Paths of the linears that were solved with them.
     """
 
     part: str
     leader: str
     inputs: int
     tokens: int
+    linears: tuple[str, ...]
 
 
 def _find(record: SequenceRecord, part: str, leader: str) -> EarlierSums | None:
@@ -160,7 +168,7 @@ def _find(record: SequenceRecord, part: str, leader: str) -> EarlierSums | None:
     if own_part is None or own_leader is None:
         return None
     group = record.groups[own_part][own_leader]
-    return EarlierSums(own_part, own_leader, group.inputs, group.tokens)
+    return EarlierSums(own_part, own_leader, group.inputs, group.tokens, group.linears)
 
 
 def _same_place(known: Collection[str], name: str) -> str | None:
@@ -174,14 +182,28 @@ def _same_place(known: Collection[str], name: str) -> str | None:
 def sequence_notes(config: MergeConfig, blocks: Sequence[BlockPlan], head: HeadPlan) -> Iterator[str]:
     """Notes on earlier sums that are of no use, and on models that are merged once more."""
     folder, record = _previous(config)
-    if record is None:
+    if folder is None or record is None:
         return
-    wanted = [(part, group.leader) for part, groups in groups_by_part(blocks, head).items() for group in groups]
-    used = {(each.part, each.leader) for each in (_find(record, *names) for names in wanted) if each is not None}
-    kept = [(part, leader) for part, kept_groups in record.groups.items() for leader in kept_groups]
-    unused = [f"{part} ({leader})" for part, leader in kept if (part, leader) not in used]
+    used = set()
+    for part, groups in groups_by_part(blocks, head).items():
+        for group in groups:
+            found = _find(record, part, group.leader)
+            solved = found.linears if found is not None else ()
+            places = (_same_place(solved, linear.path) for linear in group.linears)
+            used |= {(found.part, place) for place in places if found is not None and place is not None}
+    kept = [
+        (part, path) for part, of_part in record.groups.items() for each in of_part.values() for path in each.linears
+    ]
+    unused = [f"{part} ({path})" for part, path in kept if (part, path) not in used]
     if unused:
         yield f"sequence: {folder} has sums of {_some(unused)}, which is not solved here: they are left out"
+    if config.method.compares:
+        yield (
+            f"sequence: {config.merge_method} corrects what the new models need; what {folder} has corrected for the "
+            "models in it is mostly lost: where you have their samples, give it under 'models' with these instead"
+        )
+    if (folder / HEADS_FOLDER).is_dir():
+        yield f"sequence: the heads of the models in {folder} stay in its folder {HEADS_FOLDER}/, and are not copied"
     before = {model.model for model in record.models}
     for candidate in config.models:
         if candidate.model in before:
@@ -221,7 +243,9 @@ def make_record(
         groups={
             part: {
                 group.leader: KeptGroup(
-                    inputs=group.num_inputs, tokens=sum(linears[group.linears[0].name]["tokens"].values())
+                    inputs=group.num_inputs,
+                    tokens=sum(linears[group.linears[0].name]["tokens"].values()),
+                    linears=tuple(linear.path for linear in group.linears),
                 )
                 for group in groups
             }

@@ -119,7 +119,8 @@ class RegressionMethod:
         """Yields settings that contradict each other, each after its name."""
         if self.drift > 0 and self.granularity != "linear":
             yield (
-                "drift: is paid back one linear after the other; expected 'granularity: linear' with it, or 'drift: 0'"
+                f"drift: is paid back one linear after the other, and is {self.drift:g}; expected "
+                "'granularity: linear' with it, or 'drift: 0'"
             )
         if self.target > 0 and self.granularity == "block" and self.inputs == "candidate":
             yield (

@@ -234,19 +234,18 @@ def partition_samples(
 def _folds(calibration: Sequence[CalibrationSet], trace: ModelTrace, loss_input: str) -> list[list[tuple[Folds, ...]]]:
     """Folds of all rows, by candidate, batch and stack, and those of the samples: a sample is in one fold.
 
-    Where a candidate has one sample only, its rows are cut into halves.
+    Fewer samples than folds are spread over them. A single one is cut into halves.
     """
     counts = [sum(batch.num_samples for batch in data.batches) for data in calibration]
-    num_folds = min(NUM_FOLDS, max(2, min(filter(None, counts), default=2)))
     found = []
     for data, total in zip(calibration, counts, strict=True):
         first, of_candidate = 0, []
         for batch in data.batches:
-            of_samples = [(first + sample) * num_folds // total for sample in range(batch.num_samples)]
+            of_samples = [(first + sample) * NUM_FOLDS // total for sample in range(batch.num_samples)]
             rows = [rows_of_samples(batch, stack, loss_input) for stack in trace.stacks]
             of_batch = [list(zip(of_samples, own, strict=True)) for own in (*rows, [1] * batch.num_samples)]
             if total == 1:
-                of_batch = [[(0, own // 2), (1, own - own // 2)] for ((_, own),) in of_batch]
+                of_batch = [[(0, own // 2), (NUM_FOLDS // 2, own - own // 2)] for ((_, own),) in of_batch]
             of_candidate.append(tuple(map(tuple, of_batch)))
             first += batch.num_samples
         found.append(of_candidate)

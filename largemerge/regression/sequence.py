@@ -53,6 +53,8 @@ class KeptGroup(Strict):
     inputs: int = Field(ge=1)
     tokens: int = Field(ge=0)
     """Number of rows of all models merged so far."""
+    linears: tuple[str, ...] = Field(min_length=1)
+    """Paths of the linears that were solved; those that were not are no regression of these rows."""
 
 
 class SequenceRecord(Strict):

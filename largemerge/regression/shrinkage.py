@@ -44,12 +44,13 @@ def parts_in_folds(folds: Folds, count: int, seen: int = 0) -> Parts:
     Args:
         folds: Folds of the batch.
         count: Number of rows; where they are a multiple of the batch's, every token has several, one after the other.
-        seen: How many rows of the batch came before.
+        seen: How many rows came before; a linear that runs several times sees the batch as often.
 
     Returns:
         Folds and slices of the `count` rows, in order.
     """
     expected = sum(number for _, number in folds)
+    seen %= max(1, expected)
     several = count // expected if seen == 0 and expected and count % expected == 0 else 1
     parts: Parts = []
     start = -seen

@@ -16,7 +16,18 @@ import reference
 import tiny_models
 import torch
 import transformers as tf
-from cases import Case, assert_close, auto_device, exit_code, files_in, load_merged, report_of, weights_in, write_case
+from cases import (
+    Case,
+    MakeCase,
+    assert_close,
+    auto_device,
+    exit_code,
+    files_in,
+    load_merged,
+    report_of,
+    weights_in,
+    write_case,
+)
 from processes import PARTS, assert_agree, device_of_ranks, journal, lasting, merging, run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -350,6 +361,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "sums/sequence.json is not as it was written",
     ),
+    "config changed": (
+        lambda out: (out / "config.json").write_text(
+            (out / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5')
+        ),
+        "config.json is not as it was written",
+    ),
     "not a number": (
         lambda out: save_file(
             {name: x * torch.nan for name, x in load_file(out / "sums" / "model.layers.0.safetensors").items()},
@@ -403,7 +420,19 @@ def test_groups_that_are_not_solved_any_more_are_told(merged: tuple[Case, Path])
     config = step(case, [3], out)
     config["parameters"] |= {"include": ["layers.0.*q_proj"]}
     notes = largemerge.plan(config, probe=False).notes
-    assert any("has sums of model.layers.0 (self_attn.o_proj)" in note and "left out" in note for note in notes)
+    (note,) = [note for note in notes if "left out" in note]
+    assert "has sums of model.layers.0 (self_attn.k_proj)" in note and "model.layers.0 (self_attn.o_proj)" in note
+
+
+def test_linears_that_an_earlier_step_left_out_are_refused(merged: tuple[Case, Path], tmp_path: Path) -> None:
+    """Beside others of their group, whose sums are there: what was averaged is no regression of its rows."""
+    case, out = merged
+    config = step(case, [3], out)
+    config["parameters"] |= {"exclude": ["k_proj"]}
+    notes = largemerge.plan(config, probe=False).notes
+    assert any("has sums of model.layers.0 (self_attn.k_proj)" in note and "left out" in note for note in notes)
+    largemerge.merge(config, tmp_path / "without")
+    refused(step(case, [2], tmp_path / "without"), "has no sums of model.layers.0 (self_attn.k_proj)", "which would be")
 
 
 def test_models_of_other_shapes_are_refused(merged: tuple[Case, Path], tmp_path: Path) -> None:
@@ -455,6 +484,15 @@ def test_a_model_that_is_merged_twice_is_told(merged: tuple[Case, Path]) -> None
     case, out = merged
     notes = largemerge.plan(step(case, [2], out), probe=False).notes
     assert any("model2" in note and "was merged before, and counts once more" in note for note in notes)
+
+
+def test_what_was_corrected_before_is_lost_and_that_is_told(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("llama", method="calibrated", num_candidates=3, num_samples=4)
+    first = tmp_path / "first"
+    largemerge.merge(step(case, [0, 1]), first)
+    notes = largemerge.plan(step(case, [2], first), probe=False).notes
+    assert any("calibrated corrects what the new models need" in note and str(first) in note for note in notes)
+    assert not any("corrects" in note for note in largemerge.plan(step(case, [0, 1]), probe=False).notes)
 
 
 def test_data_free_methods_have_no_sums(merged: tuple[Case, Path]) -> None:

@@ -24,6 +24,7 @@ FOLDS = ((0, 3), (0, 2), (1, 4), (2, 0), (3, 1))
         (10, 0, [(0, slice(0, 5)), (1, slice(5, 9)), (3, slice(9, 10))]),
         (4, 0, [(0, slice(0, 4))]),
         (6, 4, [(0, slice(0, 1)), (1, slice(1, 5)), (3, slice(5, 6))]),
+        (10, 20, [(0, slice(0, 5)), (1, slice(5, 9)), (3, slice(9, 10))]),  # in the third run of a linear
         (20, 0, [(0, slice(0, 10)), (1, slice(10, 18)), (3, slice(18, 20))]),  # two rows of every token
         (12, 0, [(0, slice(0, 5)), (1, slice(5, 9)), (3, slice(9, 12))]),  # more rows than tokens
     ],
