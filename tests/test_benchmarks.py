@@ -60,6 +60,17 @@ def test_quality(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "quality.svg").read_text()
 
 
+@pytest.mark.slow
+def test_quality_of_sequences_and_options(tmp_path: Path) -> None:
+    small = ("--quick", "--seeds", "0", "--work", tmp_path)
+    images = ("--family", "images", "--samples", "4", "--methods", "regmean")
+    (row,) = result(run("quality_sequence.py", *small, *images, cwd=tmp_path), "quality_sequence")["rows"]
+    assert row["in_sequence"] == pytest.approx(row["at_once"], abs=1e-3)
+    assert [step["experts"] for step in row["steps"]] == [2, 3, 4] and row["steps"][-1]["sums_bytes"] > 0
+    shares = result(run("quality_options.py", *small, cwd=tmp_path), "quality_options")["shares"]
+    assert {"", "biases", "norms", "twice"} <= set(shares)
+
+
 def test_growth(tmp_path: Path) -> None:
     lines = run("growth.py", "--quick", "--work", tmp_path, "--plot", tmp_path / "growth.svg", cwd=tmp_path)
     result(lines, "growth")
