@@ -39,6 +39,7 @@ def test_clip_beside_a_float64_reference(tmp_path: Path) -> None:
     assert found["differences"]["float32 from reference"]["overall"] < 1e-4
 
 
+@pytest.mark.slow
 def test_plain_implementations(tmp_path: Path) -> None:
     result(run("smollm2_vs_plain.py", "--quick", "--work", tmp_path, cwd=tmp_path), "smollm2_vs_plain")
 
@@ -71,6 +72,7 @@ def test_quality_of_sequences_and_options(tmp_path: Path) -> None:
     assert {"", "biases", "norms", "twice"} <= set(shares)
 
 
+@pytest.mark.slow
 def test_growth(tmp_path: Path) -> None:
     lines = run("growth.py", "--quick", "--work", tmp_path, "--plot", tmp_path / "growth.svg", cwd=tmp_path)
     result(lines, "growth")
@@ -91,6 +93,7 @@ def test_several_ranks(tmp_path: Path, merge_yaml: Path) -> None:
     assert two["bytes_read"] == one["bytes_read"]
 
 
+@pytest.mark.slow
 def test_hidden_states_on_disk(tmp_path: Path) -> None:
     found = result(run("hidden_states.py", "--quick", "--work", tmp_path / "hs", cwd=tmp_path), "hidden_states")
     assert found["disk"]["on_disk"]["disk_bytes"] > 0
@@ -101,6 +104,7 @@ def test_roofline(tmp_path: Path, merge_yaml: Path) -> None:
     assert found["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_timeline(tmp_path: Path, merge_yaml: Path) -> None:
     plot = tmp_path / "timeline.svg"
     found = result(run("timeline.py", merge_yaml, tmp_path / "out", "--plot", plot, cwd=tmp_path), "timeline")
@@ -120,6 +124,7 @@ def test_data_free_methods(tmp_path: Path) -> None:
     assert all(row["transfer_seconds"] > 0 for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_whose_rounding(tmp_path: Path) -> None:
     small = ("--geometry", "tiny", "--methods", "multislerp", "karcher", "--no-peer")
     rows = result(run("rounding.py", *small, "--work", tmp_path, cwd=tmp_path), "rounding")["rows"]
@@ -128,6 +133,7 @@ def test_whose_rounding(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors")), "what it made must be gone"
 
 
+@pytest.mark.slow
 def test_methods_of_the_literature(tmp_path: Path) -> None:
     some = ("--methods", "tsv_m", "opcm")
     lines = run("literature_methods.py", *some, "--no-peer", "--lapack", "--work", tmp_path, cwd=tmp_path)
@@ -145,6 +151,7 @@ def test_architectures(tmp_path: Path) -> None:
     assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == [small[1], small[2]]
 
 
+@pytest.mark.slow
 def test_what_checks_cost(tmp_path: Path) -> None:
     small = ("--geometry", "tiny", "--methods", "linear", "--repeats", "1")
     (row,) = result(run("checks.py", *small, "--work", tmp_path, cwd=tmp_path), "checks")["rows"]

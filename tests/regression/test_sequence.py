@@ -97,7 +97,9 @@ def assert_sums_agree(found: Path, expected: Path, tolerance: float = 1e-5) -> N
         ("llama", {}),
         ("llama", {"off_diagonal_scale": 1.0, "solve": ["blocks", "head"]}),
         ("llama_tied", {"solve": ["blocks", "head"]}),
-        ("gpt2", {"solve": ["head", "blocks"]}),  # whose linears lie the other way round
+        pytest.param(
+            "gpt2", {"solve": ["head", "blocks"]}, marks=pytest.mark.slow
+        ),  # whose linears lie the other way round
         ("t5", {}),  # two stacks
         ("clip", {"off_diagonal_scale": 0.5}),
         ("mixtral", {}),
@@ -513,7 +515,7 @@ def test_an_unfinished_merge_is_refused(merged: tuple[Case, Path]) -> None:
 # Killed, and by several ranks
 
 
-@pytest.fixture(scope="module", params=["regmean_plusplus", "calibrated"])
+@pytest.fixture(scope="module", params=["regmean_plusplus", pytest.param("calibrated", marks=pytest.mark.slow)])
 def long_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The second step of a sequence, with its unbroken merge in `unbroken`."""
     case = processes.make_long_case(tmp_path_factory.mktemp(request.param), request.param)
@@ -580,7 +582,7 @@ def test_another_earlier_merge_cannot_be_gone_on_with(long_case: Case, tmp_path:
     [
         ("llama", "regmean_plusplus", 2, {}),
         ("llama_tied", "calibrated", 2, {}),
-        ("llama", "calibrated", 3, {}),
+        pytest.param("llama", "calibrated", 3, {}, marks=pytest.mark.slow),
         ("t5", "regmean", 3, {"normalization": "frobenius"}),
     ],
 )
