@@ -197,7 +197,8 @@ def test_bodies_of_classifiers_one_after_the_other(tmp_path: Path) -> None:
     largemerge.merge(case.config, tmp_path / "batch")
     largemerge.merge(step(case, [0, 1]), tmp_path / "bodies")
     assert "encoder.layer.0" in record_of(tmp_path / "bodies")["groups"]
-    largemerge.merge(step(case, [2], tmp_path / "bodies"), tmp_path / "with-head")
+    report = largemerge.merge(step(case, [2], tmp_path / "bodies"), tmp_path / "with-head")
+    assert any("stay in its folder heads/, and are not copied" in note for note in report.plan.notes)
     largemerge.merge(step(case, [2], tmp_path / "bodies") | {"head": "none"}, tmp_path / "bare")
     expected = weights_in(tmp_path / "batch")
     for out in ("bare", "with-head"):
