@@ -217,7 +217,7 @@ class GroupSums:
         assert features is not None
         x_NI = x_NI.to(GRAM_DTYPE)
         scale = self._share / self.tokens[-1] * self.off_diagonal_scale
-        rhs_OI = self.rhs_OI if self.correction_OI is None else self.correction_OI
+        rhs_OI = self._rhs_of_features_OI
         drift_NO = {path: drift.to(GRAM_DTYPE) * features.drift for path, drift in drift_NO.items()}
         if self.by_norm and (features.by_rows or drift_NO):
             self._waiting_OI = torch.zeros_like(rhs_OI) if self._waiting_OI is None else self._waiting_OI
@@ -243,10 +243,15 @@ class GroupSums:
                 assert wanted_ON is not None
                 add_product_(rhs_OI[rows], wanted_ON, x_NI.T, alpha=scale)
 
+    @property
+    def _rhs_of_features_OI(self) -> torch.Tensor:
+        """Where what the candidates' own features add is summed: apart from R, if it is shrunk."""
+        return self.rhs_OI if self.correction_OI is None else self.correction_OI
+
     def _finish_features(self, alpha: float) -> None:
         """Adds W_i (X'_i - X_i)ᵀX_i of the present candidate, where that was summed over its rows, and what waits."""
         scale = alpha * self.off_diagonal_scale
-        rhs_OI = self.rhs_OI if self.correction_OI is None else self.correction_OI
+        rhs_OI = self._rhs_of_features_OI
         if self.folds is not None:
             self.folds.finish_candidate(scale)
         if self._waiting_OI is not None:
@@ -360,7 +365,6 @@ class GroupSums:
 def new_sums(group: LinearGroup, method: RegressionMethod, device: torch.device, scratch: Scratch) -> GroupSums:
     """Makes empty sums for a group of linears; all groups share `scratch`."""
     shape = group.num_outputs, group.num_inputs
-    shrinks = method.shrinks
     return GroupSums(
         outputs=group.outputs,
         gram=Gram(group.num_inputs, device, scratch),
@@ -369,8 +373,8 @@ def new_sums(group: LinearGroup, method: RegressionMethod, device: torch.device,
         sketcher=Sketcher(list(group.outputs.values()), group.num_inputs, device),
         off_diagonal_scale=method.off_diagonal_scale,
         by_norm=method.by_norm,
-        correction_OI=torch.zeros(shape, dtype=GRAM_DTYPE, device=device) if shrinks else None,
-        folds=FoldSums(group.outputs, group.num_inputs, device) if shrinks else None,
+        correction_OI=torch.zeros(shape, dtype=GRAM_DTYPE, device=device) if method.shrinks else None,
+        folds=FoldSums(group.outputs, group.num_inputs, device) if method.shrinks else None,
     )
 
 

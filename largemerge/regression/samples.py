@@ -24,7 +24,7 @@ from largemerge.calibration.tokenizer import shared_tokenizers
 from largemerge.distributed.partition import Partition, partition_batches
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CalibrationError, LargemergeError
-from largemerge.model.block_runner import count_valid_rows, rows_of_samples
+from largemerge.model.block_runner import rows_of_samples
 from largemerge.model.fake_forward import placeholder_tokens
 from largemerge.model.forward import resumed_at
 from largemerge.model.skeleton import Skeleton, fill_with_nan, load_config
@@ -203,11 +203,11 @@ def partition_samples(
         ranks: The ranks of the merge.
         in_groups: Whether the ranks that share a candidate must know its whole Gram matrices.
     """
-    rows = [
-        [[count_valid_rows(batch, stack, loss_input) for stack in trace.stacks] for batch in data.batches]
-        for data in calibration
-    ]
     folds = _folds(calibration, trace, loss_input)
+    rows = [
+        [[sum(count for _, count in of_stack) for of_stack in of_batch[:-1]] for of_batch in of_candidate]
+        for of_candidate in folds
+    ]
     costs, right_hand_sides = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows])
     partition = partition_batches(costs, ranks.size, right_hand_sides, in_groups=in_groups)
     own = partition.batches[ranks.rank]

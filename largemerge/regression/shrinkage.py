@@ -83,6 +83,9 @@ class FoldSums:
         shape = NUM_FOLDS, _COMBINATIONS * len(outputs), num_inputs
         signs_QO = combinations(outputs, num_inputs)
         self._signs_QO = {path: own_QO.to(device) for path, own_QO in signs_QO.items()}
+        self._places = {
+            path: slice(number * _COMBINATIONS, (number + 1) * _COMBINATIONS) for number, path in enumerate(outputs)
+        }
         self._sums_FQI = torch.zeros(shape, dtype=GRAM_DTYPE, device=device)
         self._candidate_FQI = torch.zeros_like(self._sums_FQI)
         self._weights_QI = torch.zeros(shape[1:], dtype=GRAM_DTYPE, device=device)
@@ -110,10 +113,9 @@ class FoldSums:
     def _of(self, rows: slice) -> tuple[slice, slice, torch.Tensor]:
         """Where the combinations of a linear lie, its own numbers of `rows`, and its signs."""
         start = 0
-        for number, signs_QO in enumerate(self._signs_QO.values()):
+        for path, signs_QO in self._signs_QO.items():
             if start <= rows.start < start + signs_QO.shape[1]:
-                place = slice(number * _COMBINATIONS, (number + 1) * _COMBINATIONS)
-                return place, slice(rows.start - start, rows.stop - start), signs_QO
+                return self._places[path], slice(rows.start - start, rows.stop - start), signs_QO
             start += signs_QO.shape[1]
         raise IndexError(rows)
 
@@ -137,10 +139,8 @@ class FoldSums:
         wanted_QN = torch.zeros(self._weights_QI.shape[0], len(x_NI), dtype=GRAM_DTYPE, device=x_NI.device)
         if moved_NI is not None:
             add_product_(wanted_QN, self._weights_QI, moved_NI)
-        for number, (path, signs_QO) in enumerate(self._signs_QO.items()):
-            if path in drift_NO:
-                place = slice(number * _COMBINATIONS, (number + 1) * _COMBINATIONS)
-                wanted_QN[place] += product(signs_QO, drift_NO[path])
+        for path, drift in drift_NO.items():
+            wanted_QN[self._places[path]] += product(self._signs_QO[path], drift)
         for fold, rows in parts:
             add_product_(self._candidate_FQI[fold], wanted_QN[:, rows], x_NI[rows].T)
             self._shares_F[fold] += share * (rows.stop - rows.start)
@@ -173,8 +173,7 @@ class FoldSums:
         between = 1 - float(shares_F.square().sum())
         solved_FQI = solve(self._sums_FQI.flatten(0, 1).clone()).view_as(self._sums_FQI)
         factors = {}
-        for number, path in enumerate(self._signs_QO):
-            place = slice(number * _COMBINATIONS, (number + 1) * _COMBINATIONS)
+        for path, place in self._places.items():
             sums_FQI, own_FQI = self._sums_FQI[:, place].double(), solved_FQI[:, place].double()
             energy = float((sums_FQI.sum(0) * own_FQI.sum(0)).sum())
             common = energy - float((sums_FQI * own_FQI).sum())

@@ -544,12 +544,17 @@ def test_killed_and_resumed(long_case: Case, tmp_path: Path) -> None:
         assert lasting(out) == lasting(long_case.folder / "unbroken")
 
 
-def test_spoiled_sums_are_done_again(long_case: Case, tmp_path: Path) -> None:
-    out, log = tmp_path / "out", tmp_path / "log"
-    process = processes.start(merging(long_case, out, "--resume"), log)
-    processes.wait_until(lambda: len(journal(out)) >= 4, process)
+def kill_after(case: Case, out: Path, log: Path, num_parts: int) -> None:
+    """Starts a merge, and kills it once so many parts are in its journal."""
+    process = processes.start(merging(case, out, "--resume"), log)
+    processes.wait_until(lambda: len(journal(out)) >= num_parts, process)
     process.kill()
     processes.finish(process)
+
+
+def test_spoiled_sums_are_done_again(long_case: Case, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    kill_after(long_case, out, log, 4)
     assert not (out / "config.json").exists()
     flip(out / ".largemerge" / "sums" / "model.layers.1.safetensors")
     assert processes.run(merging(long_case, out, "--resume"), log) == 0, log.read_text()
@@ -561,10 +566,7 @@ def test_spoiled_sums_are_done_again(long_case: Case, tmp_path: Path) -> None:
 
 def test_another_earlier_merge_cannot_be_gone_on_with(long_case: Case, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    process = processes.start(merging(long_case, out, "--resume"), log)
-    processes.wait_until(lambda: len(journal(out)) >= 2, process)
-    process.kill()
-    processes.finish(process)
+    kill_after(long_case, out, log, 2)
     so_far = long_case.folder / "so-far"
     shutil.copytree(so_far, tmp_path / "kept")
     try:
