@@ -168,20 +168,28 @@ def check_source(source: object) -> None:
         raise ConfigError(f"config: expected the path of a YAML file, or a mapping like it, found {shown(source)}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, keys: str = "'merge_method' and 'models'") -> dict[str, Any]:
     """Reads the mapping in a YAML file.
+
+    Args:
+        path: The file.
+        keys: Some of the keys that are expected, for the message where it holds something else.
 
     Raises:
         ConfigError: If there is no such file, or it does not hold mappings.
     """
-    documents = read_documents(path)
+    documents = read_documents(path, keys)
     if len(documents) > 1:
         raise ConfigError(f"{path}: expected one document, found {len(documents)}, separated by '---'")
     return documents[0]
 
 
-def read_documents(path: Path) -> list[dict[str, Any]]:
+def read_documents(path: Path, keys: str = "'merge_method' and 'models'") -> list[dict[str, Any]]:
     """Reads the mappings in a YAML file, where `---` separates several; empty ones are left out.
+
+    Args:
+        path: The file.
+        keys: Some of the keys that are expected, for the message where it holds something else.
 
     Raises:
         ConfigError: If there is no such file, or it does not hold mappings.
@@ -201,7 +209,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     for raw in documents or [None]:
         if not isinstance(raw, dict):
             what = "nothing" if raw is None else f"{type(raw).__name__}: {shown(raw)}"
-            raise ConfigError(f"{path}: expected keys such as 'merge_method' and 'models', found {what}")
+            raise ConfigError(f"{path}: expected keys such as {keys}, found {what}")
     return documents
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import subprocess
 import sys
@@ -33,6 +34,18 @@ def test_every_folder_with_code_is_a_package() -> None:
     folders = {str(path.parent.relative_to(ROOT)) for path in (ROOT / "largemerge").rglob("*.py")}
     assert folders == packages
     assert (ROOT / "largemerge" / "py.typed").exists()
+
+
+def test_every_file_of_the_package_is_in_the_wheel() -> None:
+    """What is no code is in the wheel only if `package_data` names it."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    named = settings["options.package_data"]["largemerge"].split()
+    package = ROOT / "largemerge"
+    files = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    others = {path for path in files if path.suffix != ".py"}
+    assert others == {path for pattern in named for path in package.glob(pattern)}
+    assert package / "evaluation" / "class_names" / "sun397.yaml" in others
 
 
 def test_every_public_name_is_there() -> None:

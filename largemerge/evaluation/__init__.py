@@ -1,0 +1,1 @@
+"""Measuring models: what a merge keeps of its experts' abilities."""
