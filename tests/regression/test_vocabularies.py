@@ -24,7 +24,7 @@ from largemerge import LargemergeError
 from largemerge.output import OutputFolder
 
 METHODS = ["regmean", "regmean_plusplus"]
-FIVE = Path(__file__).parents[2] / "configs" / "llama-3.2-3b-five-experts.yaml"
+FIVE = Path(__file__).parents[2] / "configs" / "paper" / "llama-3.2-3b-five-experts.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +234,12 @@ def test_padded_rows_are_recognised(tmp_path: Path, base: int | None, english: t
     assert all(torch.equal(found[name], trimmed[name]) for name in trimmed if name not in EMBEDDINGS)
 
 
-def test_the_five_llama_experts(tmp_path: Path, english: tokenizers.Tokenizer) -> None:
-    """The configuration as it is shipped, with rows as the five have them."""
+@pytest.mark.parametrize("excluded", [True, False])
+def test_the_five_llama_experts(tmp_path: Path, english: tokenizers.Tokenizer, excluded: bool) -> None:
+    """The configuration as it is shipped, with rows as the five have them; and without what it excludes."""
     config = yaml.safe_load(FIVE.read_text())
+    if not excluded:
+        del config["parameters"]["exclude"]
     write_model(tmp_path / "base", 9, english, num_rows=128256, tied=True, dtype=torch.bfloat16)
     config["base_model"] = str(tmp_path / "base")
     row = {
@@ -254,10 +257,14 @@ def test_the_five_llama_experts(tmp_path: Path, english: tokenizers.Tokenizer) -
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.vocab_size == 128256 == len(model.get_input_embeddings().weight)
+    merged = model.get_input_embeddings().weight.float()
+    if excluded:
+        assert torch.equal(merged, weights_in(tmp_path / "base")["model.embed_tokens.weight"].float())
+        return
     five = [
         weights_in(Path(entry["model"]))["model.embed_tokens.weight"][:128256].float() for entry in config["models"]
     ]
-    assert torch.allclose(model.get_input_embeddings().weight.float(), sum(five) / 5, atol=1e-2)
+    assert torch.allclose(merged, sum(five) / 5, atol=1e-2)
 
 
 def test_settings_of_single_tokens(two: Path, tmp_path: Path) -> None:
