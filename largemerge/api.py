@@ -12,10 +12,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from largemerge.config_file import check_source, read_documents, shown, size_in_bytes
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
+from largemerge.distributed.launcher import own_rank
 from largemerge.errors import ConfigError, OutputError, explain_failures
 from largemerge.regression.config import MergeConfig, load_config
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.data_free.resources import MemoryBudget
+    from largemerge.evaluation.config import EvaluationConfig
+    from largemerge.evaluation.results import EvaluatedModel, Evaluation
     from largemerge.integrity import FolderCheck
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.planning.rates import Cluster as Cluster
@@ -35,6 +38,8 @@ Source = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig | Documen
 """A configuration: a path, a mapping, or one that has been read."""
 Config = MergeConfig | DataFreeConfig | Documents
 """A configuration that has been read."""
+EvaluationSource: TypeAlias = "str | Path | Mapping[str, Any] | EvaluationConfig"
+"""An evaluation: the path of an EVAL.yaml, a mapping like it, or one that has been read."""
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 """Size of an output file in bytes, unless one tensor is larger."""
 
@@ -127,6 +132,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "memory": (lambda value: value is None or isinstance(value, Memory), "largemerge.Memory(host=…, device=…)"),
     "planned": (lambda value: value is None or callable(value), "a function"),
     "cluster": (lambda value: value is None or hasattr(value, "num_ranks"), "largemerge.cluster(num_nodes=…)"),
+    "limit": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
     "num_ranks": _RANKS,
     "num_nodes": _RANKS,
     "gpus_per_node": _RANKS,
@@ -140,6 +146,7 @@ _OPTIONS = frozenset(
         "num_ranks",
         "num_nodes",
         "gpus_per_node",
+        "limit",
         "resume",
         "force",
         "strict",
@@ -232,6 +239,8 @@ def merge(
     memory: Memory | None = None,
     strict: bool = False,
     planned: Callable[[Plan], None] | None = None,
+    evaluate: EvaluationSource | None = None,
+    evaluated: Callable[[Evaluation], None] | None = None,
 ) -> MergeReport | DataFreeReport:
     """Merges the models of a configuration into one checkpoint.
 
@@ -249,6 +258,10 @@ def merge(
         memory: Limits that override those of the configuration.
         strict: Make warnings errors.
         planned: Called with the plan before the long work.
+        evaluate: An evaluation: the path of an EVAL.yaml, a mapping like it, or one that has been read. All models of
+            the merge and its output are measured in its tasks, and `evaluation.json`, `.csv` and `.html` are written to
+            `out`.
+        evaluated: Called with what the evaluation has found.
 
     Returns:
         The report; the same is in `out/merge_report.json`.
@@ -271,18 +284,70 @@ def merge(
     options |= sizes
     if intermediate_dir is not None and not isinstance(resolved, Documents):
         raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
-    if isinstance(resolved, MergeConfig):
+    tasks = _checked_evaluation(evaluate, resolved, memory) if evaluate is not None else None
+    report = _merge(resolved, Path(out), intermediate_dir, memory, options)
+    if tasks is not None:
+        from largemerge.evaluation.evaluate import evaluate_models
+
+        checked, models = tasks
+        found = evaluate_models(checked, [*models, _merged_model(models, Path(out))], device=device, quiet=quiet)
+        if own_rank() == 0:
+            found.write(Path(out))
+        if evaluated is not None:
+            evaluated(found)
+    return report
+
+
+def _merge(
+    config: Config, out: Path, intermediate_dir: str | Path | None, memory: Memory, options: dict[str, Any]
+) -> MergeReport | DataFreeReport:
+    """Merges by whichever kind of method a configuration asks for; options are those of `merge`."""
+    if isinstance(config, MergeConfig):
         from largemerge.regression.merge import merge_by_regression
 
-        return merge_by_regression(_limited(resolved, memory), Path(out), **options)
+        return merge_by_regression(_limited(config, memory), out, **options)
     options["limits"] = _budget(memory)
     from largemerge.data_free.merge import merge_data_free
     from largemerge.data_free.multi import merge_series
 
-    if isinstance(resolved, DataFreeConfig):
-        return merge_data_free(resolved, Path(out), **options)
+    if isinstance(config, DataFreeConfig):
+        return merge_data_free(config, out, **options)
     folder = Path(intermediate_dir) if intermediate_dir is not None else None
-    return merge_series(resolved, Path(out), folder, other_methods=tuple(REGRESSION_METHODS), **options)
+    return merge_series(config, out, folder, other_methods=tuple(REGRESSION_METHODS), **options)
+
+
+def _checked_evaluation(
+    source: EvaluationSource, config: Config, memory: Memory
+) -> tuple[EvaluationConfig, list[EvaluatedModel]]:
+    """Reads an evaluation, and checks it with the models of a merge before they are merged.
+
+    Raises:
+        ConfigError: If it has mistakes, or does not fit the models.
+    """
+    from largemerge.evaluation.config import load_evaluation
+    from largemerge.evaluation.evaluate import check_evaluation, name_models
+    from largemerge.evaluation.results import EvaluatedModel
+
+    if isinstance(config, Documents):
+        raise ConfigError("--evaluate is for one merge; of a file of several, evaluate the folder when it is written")
+    loaded = load_evaluation(source).with_limits(None, host=memory.host, device=memory.device, disk=memory.disk)
+    if isinstance(config, MergeConfig):
+        models = [EvaluatedModel(each.label, each.model, "candidate") for each in config.candidates]
+    else:
+        references = [each for each in dict.fromkeys(config.references) if each != config.base_model]
+        models = [EvaluatedModel(each.name, each.reference, "candidate") for each in name_models(references)]
+    if config.base_model is not None and loaded.base is None:
+        loaded = loaded.model_copy(update={"base": config.base_model})
+    check_evaluation(loaded, models)
+    return loaded, models
+
+
+def _merged_model(models: Sequence[EvaluatedModel], out: Path) -> EvaluatedModel:
+    """The output of a merge, as a model to evaluate."""
+    from largemerge.evaluation.results import EvaluatedModel
+
+    taken = {model.name for model in models}
+    return EvaluatedModel(out.name if out.name not in taken else f"{out.name} (merged)", str(out), "merge")
 
 
 @explain_failures()
@@ -339,6 +404,57 @@ def plan(
     if isinstance(resolved, DataFreeConfig):
         return plan_data_free(resolved, device=device, limits=limits, probe=probe)
     return plan_series(resolved, other_methods=tuple(REGRESSION_METHODS), device=device, limits=limits, probe=probe)
+
+
+@explain_failures()
+def evaluate(
+    config: EvaluationSource,
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    out: str | Path | None = None,
+    device: str = "auto",
+    limit: int | None = None,
+    memory: Memory | None = None,
+    quiet: bool = True,
+) -> Evaluation:
+    """Measures models in the tasks of an evaluation.
+
+    Args:
+        config: The path of an EVAL.yaml, a mapping like it, or one that has been read.
+        models: Folders or Hub ids, with `+adapter` if wanted; or those by names.
+        out: Folder to write `evaluation.json`, `.csv` and `.html` to; `None` to write nothing.
+        device: `auto`, `cpu`, `cuda:0`, ….
+        limit: Samples of each task, at most, for a quick try.
+        memory: Limits that override those of the configuration.
+        quiet: Show no progress.
+
+    Returns:
+        The scores. A task that fails says so in its score, and loses no other's.
+
+    Raises:
+        LargemergeError: If models, data and tasks do not fit together; before the first weight is read.
+    """
+    from largemerge.evaluation.config import load_evaluation
+    from largemerge.evaluation.evaluate import evaluate_models, name_models
+
+    problems = list(_argument_problems({"device": device, "quiet": quiet, "memory": memory, "limit": limit}))
+    problems += [f"--out {shown(out)}: expected a folder"] if out is not None and not _is_path(out) else []
+    try:
+        resolved = load_evaluation(config)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    if problems:
+        raise ConfigError(*problems)
+    memory = memory or Memory()
+    evaluation = evaluate_models(
+        resolved.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk),
+        name_models(models),
+        device=device,
+        quiet=quiet,
+    )
+    if out is not None and own_rank() == 0:
+        evaluation.write(Path(out))
+    return evaluation
 
 
 def check_apart(config: Path, out: Path) -> None:

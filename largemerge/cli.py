@@ -37,6 +37,7 @@ from largemerge.text_files import json_text
 
 if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
+    from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
 
 
@@ -113,6 +114,7 @@ def _merge(options: argparse.Namespace) -> int:
                 _print_warnings(made)
 
         reuse_freed_memory(sparingly=True)
+        found: list[Evaluation] = []
         with output_kept(own_process=options.own_process):
             report: Report = api.merge(
                 config,
@@ -126,13 +128,17 @@ def _merge(options: argparse.Namespace) -> int:
                 intermediate_dir=options.intermediate_dir,
                 memory=memory,
                 planned=planned,
+                evaluate=options.evaluate,
+                evaluated=found.append,
             )
     except KeyboardInterrupt as error:
         return _interrupted(options, error)
     stage("")
     if launch.rank == 0:
         _show_report(report, options)
-    return 0
+        for evaluation in found if not (options.quiet or options.json) else ():
+            _print_table(evaluation, stderr=True)
+    return EXIT_CODE if any(evaluation.problems for evaluation in found) else 0
 
 
 def _show_report(report: Report, options: argparse.Namespace) -> None:
@@ -146,9 +152,13 @@ def _show_report(report: Report, options: argparse.Namespace) -> None:
                 f"{error.filename}: {error.strerror}; the merge is finished, and its report is in {options.out}"
             ) from error
     elif not options.quiet:
-        from rich.console import Console
+        _print_table(report, stderr=True)
 
-        report.print(Console(stderr=True, markup=False, emoji=False))
+
+def _print_table(found: Report | Plan | FolderCheck | Evaluation, *, stderr: bool = False) -> None:
+    from rich.console import Console
+
+    found.print(Console(stderr=stderr, markup=False, emoji=False))
 
 
 def _fail_together(error: LargemergeError, launch: Launch, options: argparse.Namespace) -> None:
@@ -214,15 +224,13 @@ def _plan(options: argparse.Namespace) -> int:
     return _show(made, options)
 
 
-def _show(found: Plan | FolderCheck, options: argparse.Namespace) -> int:
+def _show(found: Plan | FolderCheck | Evaluation, options: argparse.Namespace) -> int:
     """Prints what was found, as JSON or as a table; returns the exit code."""
     stage("")
     if options.json:
         print(json_text(found.to_json(), indent=2))
     else:
-        from rich.console import Console
-
-        found.print(Console(markup=False, emoji=False))
+        _print_table(found)
     return EXIT_CODE if found.problems else 0
 
 
@@ -246,6 +254,36 @@ def _verify(options: argparse.Namespace) -> int:
         interrupts.raising()
     stage("comparing what is there with what was written")
     return _show(api.verify(options.out, trust_remote_code=options.trust_remote_code), options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    launch = read_launch()
+    try:
+        from largemerge import api
+
+        memory = _memory(options)
+        _quiet_libraries()
+        stage("importing torch and Transformers")
+        with _importing(options):
+            import largemerge.evaluation.evaluate  # noqa: F401
+        if options.own_process:
+            interrupts.raising()
+    except LargemergeError as error:
+        _fail_together(error, launch, options)
+        raise
+    with output_kept(own_process=options.own_process):
+        found = api.evaluate(
+            options.config,
+            options.models,
+            out=options.out,
+            device=options.device,
+            limit=options.limit,
+            memory=memory,
+            quiet=options.quiet,
+        )
+    if launch.rank != 0:
+        return EXIT_CODE if found.problems else 0
+    return _show(found, options)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -272,7 +310,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
-COMMANDS = {"merge": _merge, "plan": _plan, "verify": _verify, "demo": _demo}
+COMMANDS = {"merge": _merge, "plan": _plan, "verify": _verify, "evaluate": _evaluate, "demo": _demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -445,6 +483,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--strict", action="store_true", help="warnings are errors")
     merge.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
     _add_log_options(merge).add_argument("--quiet", action="store_true", help="no progress, no closing table")
+    merge.add_argument(
+        "--evaluate", type=Path, metavar="EVAL", help="a YAML file of tasks: measure all models and the merge in them"
+    )
     merge.add_argument("--no-verify", action="store_true", help="do not measure, at the end, what is in the output")
     plan = commands.add_parser("plan", help="show what a merge would do, without reading weights")
     plan.add_argument("config", type=Path, help="a YAML file")
@@ -476,6 +517,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--trust-remote-code", action="store_true", help="allow the folder's own Python code")
     verify.add_argument("--json", action="store_true", help="print the findings as JSON")
     _add_log_options(verify)
+    evaluate = commands.add_parser("evaluate", help="measure models in tasks: losses, accuracies, a page")
+    evaluate.add_argument("config", type=Path, metavar="EVAL", help="a YAML file of tasks")
+    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="a folder or Hub id, with +adapter if wanted")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="write evaluation.json, .csv and .html there")
+    evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
+    evaluate.add_argument("--limit", type=_whole, metavar="N", help="at most N samples of each task, for a quick try")
+    _add_memory_options(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print what was found as JSON")
+    _add_log_options(evaluate).add_argument("--quiet", action="store_true", help="no progress")
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
     )

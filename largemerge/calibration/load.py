@@ -67,7 +67,7 @@ def load_calibration(
         CalibrationError: If the data cannot be read, or does not fit the settings or the model.
     """
     _assert_resolved(config)
-    where, path = locate_data(config, name)
+    where, path = locate_data(config, f"candidate {name!r}")
     if path is not None and _is_tensors(path):
         batches = read_tensors(path, config, signature, where)
     else:
@@ -99,7 +99,7 @@ def outline_calibration(
     """
     _assert_resolved(config)
     assert config.num_samples is not None and config.batch_size is not None
-    where, path = locate_data(config, name)
+    where, path = locate_data(config, f"candidate {name!r}")
     if path is not None and _is_tensors(path):
         return replace(outline_tensors(path, config, signature, where), where=where)
     images = list_images(path) if path is not None and is_image_folder(path) else []
@@ -182,7 +182,7 @@ def read_table(
         reader = open_text_reader(tokenizer, config, fields, signature, where, trust_remote_code=trust_remote_code)
     if fields.image is not None:
         processor = load_image_processor(find_processor(*folders), where, trust_remote_code=trust_remote_code)
-    samples = _read_samples(source, fields, config, reader)
+    samples = read_samples(source, fields, config, reader)
     if not samples:
         raise CalibrationError(f"{where}: all texts are empty; expected at least one with words")
     groups = group_samples(samples, config.batch_size)
@@ -193,7 +193,26 @@ def read_table(
     return tuple(batches)
 
 
-def _read_samples(source: Source, fields: Fields, config: CalibrationConfig, reader: TextReader | None) -> list[Sample]:
+def read_samples(
+    source: Source,
+    fields: Fields,
+    config: CalibrationConfig,
+    reader: TextReader | None,
+    *,
+    whole_target: bool = False,
+) -> list[Sample]:
+    """Draws rows of a table, and tokenises their texts.
+
+    Args:
+        source: The table.
+        fields: The columns that become samples.
+        config: Settings, with every number set.
+        reader: The tokenizer; `None` where there is no text.
+        whole_target: Whether a decoder's tokens hold the last one of the target, which it only predicts.
+
+    Raises:
+        CalibrationError: If rows do not hold what their columns should; it names several.
+    """
     assert config.num_samples is not None
     order = sample_order(source.num_rows, config)
     if config.pack and reader is not None:
@@ -201,7 +220,7 @@ def _read_samples(source: Source, fields: Fields, config: CalibrationConfig, rea
     rows = read_rows(source, fields, order, config.num_samples)
     if reader is not None:
         _check_templates(rows, reader)
-        return tokenise(rows, reader)
+        return tokenise(rows, reader, whole_target=whole_target)
     return [Sample(row.index, {}, None, row.image) for row in rows]
 
 

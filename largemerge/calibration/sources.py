@@ -20,7 +20,7 @@ import glob
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +67,7 @@ class Source:
         num_rows: Number of rows.
         select: Returns the rows with some columns alone, so that no other column is decoded.
         folder: Folder that relative paths of images start from; `None` where there is no such folder.
+        labels: Column of labels that are numbers → their names, where the table knows them.
     """
 
     where: str
@@ -74,27 +75,28 @@ class Source:
     num_rows: int
     select: Callable[[Sequence[str]], Rows]
     folder: Path | None = None
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def locate_data(config: CalibrationConfig, name: str) -> tuple[str, Path | None]:
+def locate_data(config: CalibrationConfig, owner: str) -> tuple[str, Path | None]:
     """Finds the file or folder that `config.data` means, and checks settings that only some kinds of data have.
 
     Args:
         config: Settings; `data` is a path, or a Hub dataset id.
-        name: Name of the candidate, for messages.
+        owner: Whose data it is, such as `candidate 'math'`, for messages.
 
     Returns:
-        Candidate and data, for messages; and the path, or `None` for a Hub dataset.
+        Owner and data, for messages; and the path, or `None` for a Hub dataset.
 
     Raises:
         CalibrationError: If there is no file of a kind that can be read, or settings do not apply to it.
     """
-    where = f"candidate {name!r}: {config.data}"
+    where = f"{owner}: {config.data}"
     path = Path(config.data).expanduser()
     try:
         exists = path.exists()
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
-        raise CalibrationError(f"candidate {name!r}: {config.data[:60]!r} cannot be found: {error.args[-1]}") from None
+        raise CalibrationError(f"{owner}: {config.data[:60]!r} cannot be found: {error.args[-1]}") from None
     if not exists:
         if path.is_symlink():
             raise CalibrationError(f"{where}: {file_problem(path)}; mend the link, or name the file itself")
@@ -273,7 +275,13 @@ def _from_datasets(where: str, path: Path | None, *arguments: Any, **options: An
             # Opened by us: with our own message, and only if drawn.
             table = table.cast_column(column, datasets.Image(decode=False))
     folder = path.parent if path is not None and path.is_file() else path
-    return Source(where, tuple(table.column_names), len(table), lambda columns: table.select_columns(columns), folder)
+    labels = {
+        name: tuple(feature.names)
+        for name, feature in table.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    columns = tuple(table.column_names)
+    return Source(where, columns, len(table), lambda columns: table.select_columns(columns), folder, labels)
 
 
 def cache_problem(error: BaseException, path: Path | None) -> str | None:

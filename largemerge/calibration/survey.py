@@ -70,7 +70,7 @@ def survey_calibration(
     """
     options: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code}
     arguments = (name, checkpoint, signature)
-    where, path = locate_data(config, name)
+    where, path = locate_data(config, f"candidate {name!r}")
     assert config.num_samples is not None and config.batch_size is not None
     if path is None or _num_bytes(path) > MAX_BYTES:
         outline = outline_calibration(config, *arguments, **options)

@@ -29,8 +29,13 @@ MAX_LAST_TOKENS = 8
 """Maximum of special tokens that a tokenizer adds at the end (BERT 1, T5 1, NLLB 2)."""
 
 
-def tokenise(rows: Sequence[Row], reader: TextReader) -> list[Sample]:
+def tokenise(rows: Sequence[Row], reader: TextReader, *, whole_target: bool = False) -> list[Sample]:
     """Turns rows into samples, one each, truncated. Texts without any token are left out.
+
+    Args:
+        rows: The rows.
+        reader: The tokenizer, and how it is used.
+        whole_target: Whether a decoder's tokens hold the last one of the target, too, which it only predicts.
 
     Raises:
         CalibrationError: If a loss mask has another length, or the chat template rejects a conversation; it names
@@ -40,7 +45,7 @@ def tokenise(rows: Sequence[Row], reader: TextReader) -> list[Sample]:
     problems: list[str] = []
     for row in rows:
         try:
-            sample = _sample(row, reader)
+            sample = _sample(row, reader, whole_target)
         except CalibrationError as error:
             problems += _in_row(row, reader, error)
             if len(problems) >= MAX_PROBLEMS:
@@ -96,14 +101,14 @@ def _in_row(row: Row, reader: TextReader, error: CalibrationError) -> list[str]:
     return [f"{reader.where}: row {row.index}: {problem}" for problem in error.problems]
 
 
-def _sample(row: Row, reader: TextReader) -> Sample:
+def _sample(row: Row, reader: TextReader, whole_target: bool) -> Sample:
     sequences: Tokens = {}
     mask: Mask = None
     if row.text is not None or row.messages is not None:
         whole, mask = _encode(row, reader)
         sequences, mask = _with_attention_mask(*_truncate(row, whole, mask, reader), "", reader)
     if takes_target(reader.signature):
-        decoder, mask = _with_attention_mask(*_decoder_tokens(row, reader), "decoder_", reader)
+        decoder, mask = _with_attention_mask(*_decoder_tokens(row, reader, whole_target), "decoder_", reader)
         sequences |= decoder
     return Sample(row.index, sequences, mask, row.image)
 
@@ -136,7 +141,7 @@ def _truncate(row: Row, whole: Tokens, mask: Mask, reader: TextReader) -> tuple[
     return short, None if mask is None else _mask_of_kept(mask, whole["input_ids"], short["input_ids"])
 
 
-def _decoder_tokens(row: Row, reader: TextReader) -> tuple[Tokens, Mask]:
+def _decoder_tokens(row: Row, reader: TextReader, whole_target: bool) -> tuple[Tokens, Mask]:
     start = reader.signature.decoder_start_token_id
     assert start is not None and row.target is not None, "checked when the columns were chosen"
     whole: list[int] = list(encode_text(reader.tokenizer, text_target=row.target)["input_ids"])
@@ -147,6 +152,8 @@ def _decoder_tokens(row: Row, reader: TextReader) -> tuple[Tokens, Mask]:
         encoded = encode_text(reader.tokenizer, text_target=row.target, truncation=True, max_length=reader.max_length)
         target = list(encoded["input_ids"])
         mask = None if mask is None else _mask_of_kept(mask, whole, target)
+    if whole_target and target:
+        return {"decoder_input_ids": [start, *target]}, None if mask is None else [0, *mask]
     return {"decoder_input_ids": [start, *target[:-1]] if target else []}, mask
 
 

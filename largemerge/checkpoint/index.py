@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from largemerge.checkpoint.config_check import check_config
-from largemerge.checkpoint.quantized import fold_quantized, quantization_method, quantization_notes
+from largemerge.checkpoint.quantized import fold_quantized, model_dtype, quantization_method, quantization_notes
 from largemerge.checkpoint.sentence_modules import module_weight_files, read_module_tensors, transformer_folder
 from largemerge.checkpoint.tensor_files import PickleFile, SafetensorsFile, open_tensor_file
 from largemerge.checkpoint.tensor_info import TensorInfo
@@ -81,6 +81,16 @@ class Checkpoint:
     def quantized(self) -> dict[str, int]:
         """Counts quantised weights by the kind of quantisation: `{"nf4, double quantised": 210}`."""
         return dict(Counter(info.quantization.label for info in self.tensors.values() if info.quantization))
+
+    def main_dtype(self) -> torch.dtype:
+        """Finds the dtype of most weights; of a quantised model, that of its config."""
+        if self.quantized():
+            return model_dtype(self.config)
+        elements: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+                elements[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
+        return elements.most_common(1)[0][0] if elements else torch.float32
 
 
 def open_checkpoint(folder: Path, name: str, variant: str | None = None) -> Checkpoint:

@@ -8,7 +8,6 @@ Everything here comes from configs and headers; no weight is read.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,6 @@ import torch
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint, split_reference
 from largemerge.checkpoint.lora import Adapter, open_model
-from largemerge.checkpoint.quantized import model_dtype
 from largemerge.checkpoint.sentence_modules import module_notes
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.config_file import matches
@@ -396,16 +394,10 @@ def _open_all(
 
 
 def _compute_dtype(config: MergeConfig, candidate: Checkpoint) -> torch.dtype:
-    """The user's compute dtype, else that of a quantised candidate's config, else that of most weights."""
+    """The user's compute dtype, else the candidate's own."""
     if config.compute_dtype is not None:
         return torch_dtype(config.compute_dtype)
-    if candidate.quantized():
-        return model_dtype(candidate.config)
-    elements: Counter[torch.dtype] = Counter()
-    for tensor in candidate.tensors.values():
-        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
-            elements[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
-    return elements.most_common(1)[0][0] if elements else torch.float32
+    return candidate.main_dtype()
 
 
 def _mapping_of(skeleton: Skeleton, checkpoint: Checkpoint, known: dict[Layout, KeyMapping], tied: bool) -> KeyMapping:

@@ -48,6 +48,7 @@ from largemerge.machine import MemoryUse, MemoryWatch, versions
 from largemerge.model.block_runner import BlockRunner
 from largemerge.model.classes import oriented
 from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
+from largemerge.model.signature import forward_signature, loss_input
 from largemerge.output import OutputFolder, PartKind, check_output, drop_damaged, open_for_ranks, rehearse
 from largemerge.progress import Clock, RunProgress, stage
 from largemerge.regression.averages import merge_non_block
@@ -65,8 +66,6 @@ from largemerge.regression.report import MergeReport, config_text, write_side_fi
 from largemerge.regression.samples import (
     RankSamples,
     check_samples,
-    forward_signature,
-    loss_input,
     no_outline,
     no_samples,
     partition_samples,

@@ -39,6 +39,7 @@ from largemerge.machine import baseline_bytes
 from largemerge.model.block_runner import count_valid_rows
 from largemerge.model.key_mapping import KeyMapping
 from largemerge.model.output_check import Findings, check_loads
+from largemerge.model.signature import forward_signature, loss_input
 from largemerge.model.skeleton import linears_in
 from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.output import WORKING_FOLDER
@@ -60,7 +61,6 @@ from largemerge.regression.planning.placement import (
 from largemerge.regression.planning.ranks import RankPlan, partition_work, plan_ranks
 from largemerge.regression.planning.rates import Machines, measure_rates
 from largemerge.regression.planning.workload import BatchShapes, Placement, Workload
-from largemerge.regression.samples import forward_signature, loss_input
 from largemerge.regression.tensor_plan import (
     BlockPlan,
     HeadPlan,

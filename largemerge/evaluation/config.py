@@ -1,0 +1,408 @@
+"""The configuration of an evaluation, EVAL.yaml: tasks, each with its data, as strict, typed models.
+
+    tasks:
+      - {name: german, kind: language_model, data: german.jsonl, text_field: text, expert: ./expert-german}
+      - {name: digits, kind: image_classification, data: ./digits, label_field: label}
+
+Data is named as for calibration, and drawn and tokenised by the same code. Every mistake in a file is reported at once,
+an unknown key with the nearest right one. `load_evaluation` is the way in; paths come out absolute.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from largemerge.calibration.config import CalibrationConfig, Template
+from largemerge.checkpoint.locate import Reference, absolute_reference
+from largemerge.config_file import (
+    LARGEST_COUNT,
+    LARGEST_SEED,
+    DtypeName,
+    Regex,
+    Size,
+    Strict,
+    Truth,
+    check_source,
+    explain,
+    grouped,
+    nearest,
+    read_yaml,
+    shown,
+    to_json,
+    without_helpers,
+)
+from largemerge.errors import ConfigError
+
+
+class TaskData(Strict):
+    """What every task has that reads data: where it lies, and how many samples of it are taken."""
+
+    name: str = Field(min_length=1)
+    """Unique name of the task."""
+    data: str = Field(min_length=1)
+    """A .jsonl, .json, .csv, .parquet or .txt file, a folder of images or data files, or a Hub dataset id."""
+    subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    split: str | None = Field(None, min_length=1)
+    """Split of a dataset; default: `test` of a dataset, all of a file."""
+    num_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    """Samples that are drawn; default: all there are."""
+    batch_size: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+    expert: Reference | None = None
+    """The model that was tuned for this task: what scores are held against."""
+
+    def calibration(self, defaults: EvaluationConfig, **fields: Any) -> CalibrationConfig:
+        """Returns the settings that the readers of calibration data understand.
+
+        Args:
+            defaults: The evaluation, whose numbers stand for those that the task does not set.
+            fields: Names of columns, and what else is said of texts.
+        """
+        split = self.split
+        if split is None:
+            split = "train" if Path(self.data).is_file() or not _is_dataset(self.data) else "test"
+        return CalibrationConfig(
+            data=self.data,
+            subset=self.subset,
+            split=split,
+            num_samples=self.num_samples or defaults.num_samples or LARGEST_COUNT,
+            batch_size=self.batch_size or defaults.batch_size,
+            max_length=fields.pop("max_length", None) or defaults.max_length,
+            seed=defaults.seed if self.seed is None else self.seed,
+            **fields,
+        )
+
+
+def _is_dataset(data: str) -> bool:
+    """Whether data has splits: a dataset of the Hub, or a folder of files that are no images."""
+    from largemerge.calibration.folders import is_image_folder
+
+    path = Path(data)
+    return not (path.is_dir() and is_image_folder(path))
+
+
+class LanguageModelTask(TaskData):
+    """Loss, perplexity and accuracy of the next token, over the tokens that count."""
+
+    kind: Literal["language_model"]
+    max_length: int | None = Field(None, ge=2, le=LARGEST_COUNT)
+    text_field: str | None = None
+    text_template: Template | None = None
+    messages_field: str | None = None
+    target_field: str | None = None
+    loss_mask_field: str | None = None
+    assistant_only: bool = False
+    one_per: Literal["document", "line"] = "document"
+    pack: bool = False
+
+
+class MultipleChoiceTask(TaskData):
+    """The answer that a language model finds likeliest, out of several."""
+
+    kind: Literal["multiple_choice"]
+    max_length: int | None = Field(None, ge=2, le=LARGEST_COUNT)
+    prompt: Template
+    """Template of what stands before the answer, from columns: `"Question: {question}\\nAnswer:"`."""
+    choices_field: str | None = None
+    """Column with the list of answers."""
+    choices: tuple[str, ...] | None = Field(None, min_length=2)
+    """The answers, where they are the same for all samples."""
+    answer_field: str = "answer"
+    """Column with the right answer: its number from 0, its letter (A, B, …), or its text."""
+    separator: str = " "
+    """Text between prompt and answer."""
+
+
+class GenerationTask(TaskData):
+    """The answer that a language model writes, held against the right one."""
+
+    kind: Literal["generation"]
+    max_length: int | None = Field(None, ge=2, le=LARGEST_COUNT)
+    prompt: Template | None = None
+    """Template of the prompt, from columns."""
+    messages_field: str | None = None
+    """Column with chat messages that end where the assistant is to answer."""
+    answer_field: str = "answer"
+    """Column with the right answer, or a list of right ones."""
+    max_new_tokens: int = Field(64, ge=1, le=LARGEST_COUNT)
+    stop: tuple[str, ...] = ()
+    """Texts at which the answer ends."""
+    extract: Regex | None = None
+    """Regex whose first group, or whole match, is the answer, in what is written and in the data; the last match."""
+    ignore_case: bool = False
+
+
+class ImageClassificationTask(TaskData):
+    """The label that a model's own head gives to an image."""
+
+    kind: Literal["image_classification"]
+    image_field: str | None = None
+    label_field: str = "label"
+    """Column with the label: a number, or a name of the model's; images in folders have those of their folders."""
+    head: str | None = Field(None, min_length=1)
+    """File of a head that a merge has kept apart, or the name of one in the `heads` of the model's folder."""
+
+
+class ZeroShotTask(TaskData):
+    """Images classified by the texts that name their classes, with a CLIP model."""
+
+    kind: Literal["zero_shot"]
+    image_field: str | None = None
+    label_field: str = "label"
+    classes: str = Field(min_length=1)
+    """Class names and templates: the name of a packaged file, such as `mnist`, or a YAML file of your own."""
+    templates: tuple[str, ...] | None = Field(None, min_length=1)
+    """Templates in the place of the file's, with `{}` for the class name."""
+    text_model: Reference | None = None
+    """The CLIP model with the text tower and both projections, for models that are a vision tower alone."""
+
+
+class TextClassificationTask(TaskData):
+    """The label that a model's head gives to a text, or to a pair of texts."""
+
+    kind: Literal["text_classification"]
+    max_length: int | None = Field(None, ge=2, le=LARGEST_COUNT)
+    text_field: str | None = None
+    pair_field: str | None = None
+    """Column with the second text of a pair."""
+    label_field: str = "label"
+    head: str | None = Field(None, min_length=1)
+    """File of a head that a merge has kept apart, or the name of one in the `heads` of the model's folder."""
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] = "accuracy"
+    """`f1` is the macro average; `pearson` and `spearman` are for a head with one output."""
+
+
+Pooling = Literal["auto", "mean", "cls", "last"]
+"""How a sentence's vector is made of those of its tokens; `auto`: as the folder's `modules.json` says."""
+
+
+class RetrievalTask(TaskData):
+    """For every query, its own passage among all passages, by the cosine of their vectors."""
+
+    kind: Literal["retrieval"]
+    max_length: int | None = Field(None, ge=2, le=LARGEST_COUNT)
+    query_field: str = "query"
+    passage_field: str = "passage"
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    pooling: Pooling = "auto"
+
+
+class SimilarityTask(TaskData):
+    """How well the cosine of two sentences agrees with people's scores."""
+
+    kind: Literal["similarity"]
+    max_length: int | None = Field(None, ge=2, le=LARGEST_COUNT)
+    first_field: str = "sentence1"
+    second_field: str = "sentence2"
+    score_field: str = "score"
+    pooling: Pooling = "auto"
+
+
+class HarnessTask(Strict):
+    """Tasks of EleutherAI's lm-eval, by its Python API."""
+
+    kind: Literal["lm_eval"]
+    name: str = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of its tasks, or paths of YAML files of your own."""
+    metric: str | None = None
+    """The metric that counts; default: the first that each task reports."""
+    num_fewshot: int | None = Field(None, ge=0)
+    limit: int | None = Field(None, ge=1)
+    """Samples of each task, at most."""
+    batch_size: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    expert: Reference | None = None
+
+
+Task = Annotated[
+    LanguageModelTask
+    | MultipleChoiceTask
+    | GenerationTask
+    | ImageClassificationTask
+    | ZeroShotTask
+    | TextClassificationTask
+    | RetrievalTask
+    | SimilarityTask
+    | HarnessTask,
+    Field(discriminator="kind"),
+]
+"""A task of any kind."""
+
+KINDS: Mapping[str, type[Strict]] = {
+    "language_model": LanguageModelTask,
+    "multiple_choice": MultipleChoiceTask,
+    "generation": GenerationTask,
+    "image_classification": ImageClassificationTask,
+    "zero_shot": ZeroShotTask,
+    "text_classification": TextClassificationTask,
+    "retrieval": RetrievalTask,
+    "similarity": SimilarityTask,
+    "lm_eval": HarnessTask,
+}
+"""The kinds of tasks, by name."""
+
+
+class EvaluationMemory(Strict):
+    """How much an evaluation may hold; a model that does not fit is run block by block."""
+
+    device: Size | None = None
+    """Maximum memory on the accelerator; default: what is free."""
+    host: Size | None = None
+    """Maximum anonymous memory of the process, libraries included; default: what is free."""
+    disk: str | None = Field(None, min_length=1)
+    """Folder for hidden states that do not fit into memory; default: the system's for temporary files."""
+
+
+class EvaluationConfig(Strict):
+    """An evaluation: what is measured, on how much data, with how much memory."""
+
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    base: Reference | None = None
+    """The model that all were tuned from: what was there before, and may have been forgotten."""
+    num_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    """Samples of each task; default: all there are."""
+    max_length: int = Field(2048, ge=2, le=LARGEST_COUNT)
+    """Tokens at which texts are truncated."""
+    batch_size: int = Field(8, ge=1, le=LARGEST_COUNT)
+    """Samples in one forward pass."""
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    """Seed that draws samples, and resamples them for intervals."""
+    confidence: float = Field(0.95, ge=0.5, lt=1)
+    """Of the bootstrap intervals."""
+    resamples: int = Field(1000, ge=0, le=100_000)
+    """Bootstrap resamples; 0 for no intervals."""
+    compute_dtype: DtypeName | None = None
+    """Dtype of the forward passes; default: that of most of a model's weights."""
+    memory: EvaluationMemory = EvaluationMemory()
+    trust_remote_code: Truth = False
+    """Allow models and tokenizers to be code that they ship."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return tuple(task.name for task in self.tasks)
+
+    def with_limits(
+        self, samples: int | None, *, host: object = None, device: object = None, disk: str | Path | None = None
+    ) -> EvaluationConfig:
+        """A copy with other limits; `None` leaves what is configured.
+
+        Args:
+            samples: Samples of each task, at most.
+            host: Maximum of anonymous memory of the process, in bytes.
+            device: Maximum of memory on the accelerator, in bytes.
+            disk: Folder for hidden states that do not fit into memory.
+        """
+        memory = {"host": host, "device": device, "disk": str(disk) if disk is not None else None}
+        changed = {name: value for name, value in memory.items() if value is not None}
+        config = self.model_copy(update={"memory": self.memory.model_copy(update=changed)})
+        if samples is None:
+            return config
+        return config.model_copy(update={"tasks": tuple(_at_most(task, samples, self) for task in self.tasks)})
+
+
+def _at_most(task: Any, samples: int, config: EvaluationConfig) -> Any:
+    """A copy of a task with a limit of samples."""
+    if isinstance(task, HarnessTask):
+        return task.model_copy(update={"limit": min(samples, task.limit or samples)})
+    return task.model_copy(update={"num_samples": min(samples, task.num_samples or config.num_samples or samples)})
+
+
+def load_evaluation(source: str | Path | Mapping[str, Any] | EvaluationConfig) -> EvaluationConfig:
+    """Reads and checks an evaluation.
+
+    Args:
+        source: The path of a YAML file, or a mapping like it; relative paths are looked up beside the file first, then
+            in the working directory.
+
+    Raises:
+        ConfigError: If there are mistakes; it names all of them.
+    """
+    if isinstance(source, EvaluationConfig):
+        return source
+    check_source(source)
+    raw: Mapping[str, Any] = source if isinstance(source, Mapping) else read_yaml(Path(source))
+    raw = without_helpers(raw, EvaluationConfig.model_fields)
+    problems = [*_top_problems(raw), *_task_problems(raw.get("tasks"))]
+    if problems:
+        raise ConfigError(*grouped(problems))
+    # Through JSON, so that lists become tuples while strictness holds for everything else.
+    config = EvaluationConfig.model_validate_json(to_json(raw))
+    problems = list(_misfits(config))
+    if problems:
+        raise ConfigError(*problems)
+    beside = [] if isinstance(source, Mapping) else [Path(source).resolve().parent]
+    return _absolute(config, [*beside, Path.cwd()])
+
+
+def _top_problems(raw: Mapping[str, Any]) -> list[str]:
+    """Lists what is wrong with the keys of the evaluation itself."""
+    placeholder = {"name": "task", "kind": "lm_eval", "tasks": ["task"]}
+    tasks = raw.get("tasks")
+    known = [placeholder] if isinstance(tasks, list | tuple) and tasks else tasks
+    try:
+        EvaluationConfig.model_validate_json(to_json({**raw, **({"tasks": known} if "tasks" in raw else {})}))
+    except pydantic.ValidationError as error:
+        return explain(error, EvaluationConfig)
+    return []
+
+
+def _task_problems(tasks: object) -> Iterator[str]:
+    """Yields what is wrong with each task, by its number."""
+    for index, task in enumerate(tasks if isinstance(tasks, list | tuple) else ()):
+        if not isinstance(task, Mapping):
+            yield f"tasks[{index}]: expected keys such as 'name', 'kind' and 'data', found {shown(task)}"
+            continue
+        kind = task.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            found = "none" if kind is None else shown(kind)
+            hint = nearest(kind, KINDS) if isinstance(kind, str) else ""
+            yield f"tasks[{index}].kind: expected one of {', '.join(KINDS)}, found {found}{hint}"
+            continue
+        try:
+            KINDS[kind].model_validate_json(to_json(task))
+        except pydantic.ValidationError as error:
+            yield from (f"tasks[{index}].{problem}" for problem in explain(error, KINDS[kind]))
+
+
+def _misfits(config: EvaluationConfig) -> Iterator[str]:
+    """Yields settings that do not fit together."""
+    for name, count in Counter(config.names).items():
+        if count > 1:
+            yield f"tasks: {count} are called {name!r}; expected names of their own"
+    for task in config.tasks:
+        if isinstance(task, MultipleChoiceTask) and (task.choices is None) == (task.choices_field is None):
+            yield f"task {task.name!r}: expected either 'choices' or 'choices_field'"
+        if isinstance(task, GenerationTask) and (task.prompt is None) == (task.messages_field is None):
+            yield f"task {task.name!r}: expected either 'prompt' or 'messages_field'"
+
+
+def _absolute(config: EvaluationConfig, folders: Sequence[Path]) -> EvaluationConfig:
+    """A copy with every local path absolute, each found in the first folder that has it."""
+
+    def path(text: str) -> str:
+        inside = (folder / os.path.expanduser(text) for folder in folders)
+        return next((str(each) for each in inside if os.path.lexists(each)), text)
+
+    def with_paths(part: Any, keys: Sequence[str], references: Sequence[str] = ()) -> Any:
+        found = {key: path(text) for key in keys if (text := getattr(part, key, None)) is not None}
+        found |= {
+            key: absolute_reference(text, folders)
+            for key in references
+            if (text := getattr(part, key, None)) is not None
+        }
+        return part.model_copy(update=found)
+
+    tasks = tuple(with_paths(each, ("data", "head", "classes"), ("expert", "text_model")) for each in config.tasks)
+    memory = with_paths(config.memory, ("disk",))
+    whole: EvaluationConfig = with_paths(config.model_copy(update={"tasks": tasks, "memory": memory}), (), ("base",))
+    return whole

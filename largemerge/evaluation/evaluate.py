@@ -1,0 +1,646 @@
+"""An evaluation as a list of steps.
+
+    EVAL.yaml, models ──► files opened ──► every task prepared for every model ──► classes opened, way chosen
+                      ──► model after model: all tasks that see it alike at once ──► records ──► scores ──► Evaluation
+
+Whatever can be known before the first weight is read is checked in the first three steps, for all models and tasks, and
+told at once. What fails later fails alone: the other tasks keep their results.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from largemerge.calibration.batches import Batch, CalibrationSet, ForwardSignature, mmap_inputs
+from largemerge.checkpoint.tensor_info import dtype_name, torch_dtype
+from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks
+from largemerge.errors import ConfigError, LargemergeError, SystemFailure
+from largemerge.evaluation.classification import image_classification, text_classification, zero_shot
+from largemerge.evaluation.config import (
+    EvaluationConfig,
+    GenerationTask,
+    HarnessTask,
+    ImageClassificationTask,
+    LanguageModelTask,
+    MultipleChoiceTask,
+    RetrievalTask,
+    SimilarityTask,
+    Task,
+    TextClassificationTask,
+    ZeroShotTask,
+)
+from largemerge.evaluation.embeddings import retrieval, similarity
+from largemerge.evaluation.harness import check_harness, run_harness
+from largemerge.evaluation.language import generation, language_model, multiple_choice
+from largemerge.evaluation.metrics import interval
+from largemerge.evaluation.models import ModelFiles, OpenedModel, open_files, with_head
+from largemerge.evaluation.results import EvaluatedModel, EvaluatedTask, Evaluation, Score, held_against
+from largemerge.evaluation.running import Limits, RunningModel, Way, running, working_bytes, write_answers
+from largemerge.evaluation.task import Columns, FirstPass, Prepared, Record, Samples
+from largemerge.machine import free_on_gpu, machine, memory_in_use, versions
+from largemerge.model.fake_forward import placeholder_tokens
+from largemerge.model.signature import forward_signature, id_problems
+from largemerge.model.skeleton import build_skeleton
+from largemerge.progress import RunProgress, stage
+from largemerge.text_files import first_line
+
+_OVERHEAD = 1.1
+"""Weights in memory take a little more than their bytes."""
+_SHARE_OF_FREE = 0.8
+
+
+def evaluate_models(
+    config: EvaluationConfig,
+    models: Sequence[EvaluatedModel],
+    *,
+    device: str = "auto",
+    quiet: bool = True,
+) -> Evaluation:
+    """Measures models in all tasks of an evaluation.
+
+    Args:
+        config: The evaluation, from `load_evaluation`.
+        models: The models; the base of the evaluation and experts that are not among them are added.
+        device: `auto`, `cpu`, `cuda:0`, ….
+        quiet: Show no progress.
+
+    Returns:
+        The scores; tasks that failed say why.
+
+    Raises:
+        LargemergeError: If models, data and tasks do not fit together; before the first weight is read.
+    """
+    start = time.perf_counter()
+    with start_ranks(on_gpus=device != "cpu") as ranks:
+        target = ranks.agree(lambda: device_of_rank(device, ranks))
+        jobs = ranks.agree(lambda: _prepare(config, models))
+        limits = _limits(config, target, ranks)
+        scores = _Run(config, limits, ranks, quiet=quiet or not ranks.is_first).run(jobs)
+        everyone = tuple(dict.fromkeys(job.model for job in jobs))
+        tasks = tuple(_described(task, jobs, everyone) for task in config.tasks)
+        base = next((model.name for model in everyone if model.role == "base"), None)
+        return Evaluation(
+            tasks=tasks,
+            models=everyone,
+            scores=tuple(held_against(scores, tasks, base)),
+            settings=config.model_dump(mode="json"),
+            versions=versions(),
+            machine=machine(target),
+            seconds=time.perf_counter() - start,
+        )
+
+
+def check_evaluation(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> None:
+    """Checks that data and tasks fit some models, without reading a weight.
+
+    Raises:
+        LargemergeError: If they do not, with all problems.
+    """
+    _prepare(config, models)
+
+
+def name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> list[EvaluatedModel]:
+    """Names models by the last part of what they are called, with as much before it as tells them apart.
+
+    Args:
+        models: Folders or Hub ids; or those by names.
+
+    Raises:
+        ConfigError: If there is none, or one stands twice.
+    """
+    if isinstance(models, Mapping):
+        return [EvaluatedModel(name, str(reference), "model") for name, reference in models.items()]
+    references = [str(model).rstrip("/") or str(model) for model in models]
+    twice = [reference for reference, count in Counter(references).items() if count > 1]
+    if twice:
+        raise ConfigError(*(f"{reference}: stands twice among the models; expected it once" for reference in twice))
+    if not references:
+        raise ConfigError("no models; expected folders or Hub ids")
+    parts = [reference.split("/") for reference in references]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            break
+    return [EvaluatedModel(name, reference, "model") for name, reference in zip(names, references, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One task with one model."""
+
+    model: EvaluatedModel
+    task: Task
+    files: ModelFiles
+    prepared: Prepared | None
+    opened: OpenedModel | None
+    first: OpenedModel | None = None
+
+
+def _prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> list[_Job]:
+    """Opens all models, prepares all tasks for them; raises with all problems."""
+    stage("reading the headers of all models")
+    wanted = _with_others(config, models)
+    problems: list[str] = []
+    files: dict[str, ModelFiles] = {}
+    lenders: dict[str, ModelFiles] = {}
+    dtype = torch_dtype(config.compute_dtype) if config.compute_dtype is not None else None
+    options: dict[str, Any] = {"compute_dtype": dtype, "trust_remote_code": config.trust_remote_code}
+
+    def attempt(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        try:
+            return function(*arguments, **named)
+        except LargemergeError as error:
+            problems.extend(error.problems)
+            return None
+
+    for model, _ in wanted:
+        opened = attempt(open_files, model.reference, model.name, **options)
+        if opened is not None:
+            files[model.name] = opened
+    for task in config.tasks:
+        reference = getattr(task, "text_model", None)
+        if reference is not None and reference not in lenders:
+            found = attempt(open_files, reference, reference, **options)
+            if found is not None:
+                lenders[reference] = found
+    if any(isinstance(task, HarnessTask) for task in config.tasks):
+        attempt(check_harness, [task for task in config.tasks if isinstance(task, HarnessTask)])
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    stage("reading the data of all tasks")
+    base = next((files[model.name] for model, _ in wanted if model.role == "base"), None)
+    jobs: list[_Job] = []
+    opened_views: dict[str, OpenedModel] = {}
+    for model, tasks in wanted:
+        own = files[model.name]
+        own = replace(own, fallbacks=() if base is None else (base.checkpoint.folder,))
+        for task in tasks:
+            job = attempt(_job, config, model, task, own, lenders, opened_views)
+            jobs += [job] if job is not None else []
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return jobs
+
+
+def _with_others(
+    config: EvaluationConfig, models: Sequence[EvaluatedModel]
+) -> list[tuple[EvaluatedModel, tuple[Task, ...]]]:
+    """All models with their tasks: those that were named, the base, and experts, each with its own tasks alone."""
+    known = {_place(model.reference): model for model in models}
+    wanted = [(model, config.tasks) for model in models]
+    if config.base is not None:
+        found = known.get(_place(config.base))
+        if found is None:
+            base = EvaluatedModel(_free_name("base", known.values()), config.base, "base")
+            known[_place(config.base)] = base
+            wanted.insert(0, (base, config.tasks))
+        else:
+            wanted = [(replace(model, role="base") if model is found else model, tasks) for model, tasks in wanted]
+            known = {_place(model.reference): model for model, _ in wanted}
+    experts: dict[str, list[Task]] = {}
+    for task in config.tasks:
+        if task.expert is not None and _expert_among(task, list(known.values())) is None:
+            experts.setdefault(task.expert, []).append(task)
+    for reference, tasks in experts.items():
+        name = _free_name(reference.rstrip("/").rsplit("/", 1)[-1], known.values())
+        known[_place(reference)] = expert = EvaluatedModel(name, reference, "expert")
+        wanted.append((expert, tuple(tasks)))
+    return wanted
+
+
+def _expert_among(task: Task, models: Sequence[EvaluatedModel]) -> EvaluatedModel | None:
+    """The model that a task names as its expert, by its place or its name."""
+    if task.expert is None:
+        return None
+    by_place = next((model for model in models if _place(model.reference) == _place(str(task.expert))), None)
+    return by_place or next((model for model in models if model.name == task.expert), None)
+
+
+def _place(reference: str) -> str:
+    return str(Path(reference).resolve()) if Path(reference).is_dir() else reference
+
+
+def _free_name(name: str, models: Any) -> str:
+    taken = {model.name for model in models}
+    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+    return name if name not in taken else next(each for each in numbered if each not in taken)
+
+
+def _job(
+    config: EvaluationConfig,
+    model: EvaluatedModel,
+    task: Task,
+    files: ModelFiles,
+    lenders: Mapping[str, ModelFiles],
+    opened: dict[str, OpenedModel],
+) -> _Job:
+    """Prepares one task for one model."""
+    if isinstance(task, HarnessTask):
+        return _Job(model, task, files, None, None)
+    head = getattr(task, "head", None)
+    if head is not None:
+        files = with_head(files, head)
+    lender = lenders.get(getattr(task, "text_model", None) or "")
+    if lender is not None:
+        files = replace(files, fallbacks=(*files.fallbacks, lender.checkpoint.folder))
+    prepared = _prepared(config, task, files, lender)
+    view = _opened(prepared.view, opened)
+    _check_ids(view, prepared.samples)
+    first = _opened(prepared.first.view, opened) if prepared.first is not None else None
+    return _Job(model, task, files, prepared, view, first)
+
+
+def _prepared(config: EvaluationConfig, task: Task, files: ModelFiles, lender: ModelFiles | None) -> Prepared:
+    if isinstance(task, ZeroShotTask):
+        return zero_shot(task, config, files, lender)
+    skeleton = build_skeleton(files.checkpoint, trust_remote_code=files.trust_remote_code)
+    signature = forward_signature(skeleton)
+    if isinstance(task, LanguageModelTask | MultipleChoiceTask | GenerationTask):
+        _check_writes(task, files, skeleton.model, signature)
+    match task:
+        case LanguageModelTask():
+            return language_model(task, config, files, signature)
+        case MultipleChoiceTask():
+            return multiple_choice(task, config, files, signature)
+        case GenerationTask():
+            return generation(task, config, files, signature)
+        case ImageClassificationTask():
+            return image_classification(task, config, files, skeleton)
+        case TextClassificationTask():
+            return text_classification(task, config, files, skeleton)
+        case RetrievalTask():
+            return retrieval(task, config, files, signature)
+        case SimilarityTask():
+            return similarity(task, config, files, signature)
+    raise AssertionError(f"{task.name}: a task of an unknown kind")
+
+
+def _check_writes(task: Task, files: ModelFiles, model: Any, signature: ForwardSignature) -> None:
+    """Refuses models that predict no next token."""
+    where = f"task {task.name!r}: {files.name}"
+    name = type(model).__name__
+    if model.get_output_embeddings() is None:
+        raise ConfigError(f"{where} is a {name}, which has no output embeddings; expected a language model")
+    if "MaskedLM" in name or "PreTraining" in name:
+        raise ConfigError(f"{where} is a {name}, which predicts masked tokens, not the next one")
+    if signature.is_encoder_decoder and not isinstance(task, LanguageModelTask):
+        raise ConfigError(f"{where} is an encoder-decoder; expected a decoder for tasks of kind {task.kind}")
+
+
+def _opened(view: ModelFiles, known: dict[str, OpenedModel]) -> OpenedModel:
+    key = _view_key(view)
+    if key not in known:
+        known[key] = OpenedModel.of(view)
+    return known[key]
+
+
+def _view_key(view: ModelFiles) -> str:
+    """Equal for tasks that see a model alike."""
+    checkpoint = view.checkpoint
+    adapter = view.adapter.checkpoint.folder if view.adapter is not None else ""
+    files = sorted(str(path) for path in checkpoint.files)
+    return json.dumps([str(checkpoint.folder), str(adapter), checkpoint.config, files, str(view.compute_dtype)])
+
+
+def _check_ids(view: OpenedModel, samples: Samples) -> None:
+    """Refuses token ids beyond the model's vocabulary."""
+    config: Any = view.skeleton.model.config
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        return
+    tokens = replace(samples, pixels=None)
+    if samples.groups and samples.groups[0][0].sequences:
+        data = CalibrationSet("", tuple(tokens.batches()), "")
+        problems = [f"{samples.where}: {each}" for each in id_problems(data, vocabulary, placeholder_tokens(config))]
+        if problems:
+            raise ConfigError(*problems)
+
+
+def _limits(config: EvaluationConfig, device: torch.device, ranks: Ranks) -> Limits:
+    """What may be held, beside what the process holds already."""
+    memory, held = config.memory, memory_in_use(device).host_anonymous
+    free = psutil.virtual_memory().available // ranks.local_size
+    host_room = max(0, memory.host - held) if memory.host is not None else int(free * _SHARE_OF_FREE)
+    room = host_room
+    if device.type != "cpu":
+        on_gpu = int(free_on_gpu(device, ranks.local_size) * _SHARE_OF_FREE)
+        room = memory.device if memory.device is not None else on_gpu
+    return Limits(device, room, host_room, Path(memory.disk or tempfile.gettempdir()))
+
+
+@dataclass
+class _Run:
+    """The long work of an evaluation.
+
+    Attributes:
+        config: The evaluation.
+        limits: Device and memory.
+        ranks: The ranks; each runs a part of the batches.
+        quiet: Whether no progress is shown.
+    """
+
+    config: EvaluationConfig
+    limits: Limits
+    ranks: Ranks
+    quiet: bool
+    _made: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
+
+    def run(self, jobs: Sequence[_Job]) -> list[Score]:
+        """Runs all jobs; those of one model that see it alike together."""
+        groups: dict[str, list[_Job]] = {}
+        for job in jobs:
+            key = _view_key(job.prepared.view) if job.prepared is not None else f"harness {job.model.name}"
+            groups.setdefault(f"{job.model.name} {key}", []).append(job)
+        ways = {key: self._way(group) for key, group in groups.items()}
+        steps = sum(self._steps(group, ways[key]) for key, group in groups.items())
+        blocks = max((_num_blocks(job.opened) for job in jobs if job.opened is not None), default=1)
+        scores: dict[tuple[str, str], Score] = {}
+        with self.ranks.busy(), RunProgress(steps, blocks, self.limits.device, quiet=self.quiet) as progress:
+            for key, group in groups.items():
+                for score in self._scores(group, ways[key], progress):
+                    scores[score.model, score.task] = score
+        return [scores[job.model.name, job.task.name] for job in jobs]
+
+    def _way(self, group: Sequence[_Job]) -> Way:
+        """Whether the model of a group is run whole; the same on all ranks."""
+        opened = group[0].opened
+        if opened is None:
+            return "whole"
+        texts = [
+            replace(job.prepared.samples, pixels=None).batch(0)
+            for job in group
+            if job.prepared is not None and job.prepared.samples.groups[0][0].sequences
+        ]
+        needed = int(opened.num_bytes * (_OVERHEAD - 1)) + working_bytes(opened, texts)
+        return self.ranks.from_first(self.limits.way(opened, needed))
+
+    def _steps(self, group: Sequence[_Job], way: Way) -> int:
+        batches = sum(len(self._own(job.prepared.samples)) for job in group if job.prepared is not None)
+        opened = group[0].opened
+        return max(1, batches * (1 if way == "whole" or opened is None else _num_blocks(opened) + 1))
+
+    def _own(self, samples: Samples) -> Samples:
+        return samples.shared(self.ranks.rank, self.ranks.size)
+
+    def _scores(self, group: Sequence[_Job], way: Way, progress: RunProgress) -> Iterator[Score]:
+        """Runs the tasks that see one model alike."""
+        if group[0].prepared is None:
+            for job in group:
+                yield from self._harness(job)
+            return
+        results: dict[str, _Found] = {job.task.name: _Found() for job in group}
+        firsts = {job.task.name: self._first(job, results[job.task.name], progress) for job in group}
+        model = group[0].opened
+        assert model is not None
+
+        def step(block: str) -> None:
+            progress.step(block or "all blocks", "evaluate", group[0].model.name)
+
+        try:
+            with running(model, way, self.limits, step) as run:
+                self._run_tasks(run, group, results, firsts)
+        except LargemergeError as error:
+            for found in results.values():
+                found.error = found.error or "; ".join(error.problems)
+        for job in group:
+            yield self._score(job, results[job.task.name], way)
+
+    def _first(self, job: _Job, found: _Found, progress: RunProgress) -> Any:
+        """The result of the pass that a task needs before, made once for all models that share it."""
+        prepared = job.prepared
+        if prepared is None or prepared.first is None:
+            return None
+        first: FirstPass = prepared.first
+        assert job.first is not None
+        key = first.key
+        if key not in self._made:
+            began = time.perf_counter()
+            own = self._own(first.samples)
+            texts = [own.batch(0)] if len(own) else []
+            way = self.ranks.from_first(self.limits.way(job.first, working_bytes(job.first, texts)))
+            records: dict[int, Record] = {}
+            error = ""
+            try:
+                if len(own):
+                    with running(job.first, way, self.limits) as run:
+                        batches = self._batches(own, way)
+                        for group, batch, output in zip(own.groups, batches, run.outputs(batches), strict=True):
+                            records |= _by_number(group, first.score(output, batch, group))
+            except LargemergeError as failed:
+                error = "; ".join(failed.problems)
+            parts = self.ranks.gather((records, error))
+            error = next((each for _, each in parts if each), "")
+            self._made[key] = None if error else first.finish(_joined(part for part, _ in parts))
+            found.error, found.seconds = error, time.perf_counter() - began
+        return self._made[key]
+
+    def _batches(self, samples: Samples, way: Way) -> Sequence[Batch]:
+        """The batches of a task: made one after another where the model is whole, else once for all blocks."""
+        if way == "whole":
+            return _Lazy(samples)
+        made = CalibrationSet("", tuple(samples.batches()), "")
+        pixels = sum(x.nbytes for batch in made.batches for x in batch.inputs.values() if x.is_floating_point())
+        return mmap_inputs(made, self.limits.disk).batches if pixels > self.limits.host_bytes // 4 else made.batches
+
+    def _run_tasks(
+        self, run: RunningModel, group: Sequence[_Job], results: Mapping[str, _Found], firsts: Mapping[str, Any]
+    ) -> None:
+        """Runs the batches of all tasks of a group; block by block, those with the same arguments in one pass."""
+        ready = [job for job in group if not results[job.task.name].error]
+        writing = [job for job in ready if job.prepared is not None and job.prepared.generating is not None]
+        reading = [job for job in ready if job not in writing]
+        together: list[list[_Job]] = [[job] for job in reading]
+        if run.way == "by block":
+            by_arguments: dict[tuple[Any, ...], list[_Job]] = {}
+            for job in reading:
+                by_arguments.setdefault(_arguments(job), []).append(job)
+            together = list(by_arguments.values())
+        for jobs in together:
+            self._read(run, jobs, results, firsts)
+        for job in writing:
+            assert job.prepared is not None and job.prepared.generating is not None
+            found, own = results[job.task.name], self._own(job.prepared.samples)
+            began = time.perf_counter()
+            try:
+                answers = write_answers(run, own, job.prepared.generating, self.limits.device)
+                for group_, output in zip(own.groups, answers, strict=True):
+                    found.records |= _by_number(group_, job.prepared.score(None)(output, Batch({}, None), group_))
+            except Exception as error:
+                found.error = _told(error)
+            found.seconds += time.perf_counter() - began
+
+    def _read(
+        self, run: RunningModel, jobs: Sequence[_Job], results: Mapping[str, _Found], firsts: Mapping[str, Any]
+    ) -> None:
+        """Runs batches, and scores what comes out."""
+        began = time.perf_counter()
+        owners: list[tuple[_Job, Any]] = []
+        problem: dict[str, str] = {}
+        parts: list[Sequence[Batch]] = []
+        for job in jobs:
+            assert job.prepared is not None
+            own = self._own(job.prepared.samples)
+            try:
+                made = self._batches(own, run.way)
+            except LargemergeError as error:
+                problem[job.task.name] = "; ".join(error.problems)
+                continue
+            parts.append(made)
+            owners += [(job, samples) for samples in own.groups]
+        batches = parts[0] if len(parts) == 1 else [batch for part in parts for batch in part]
+        try:
+            outputs = run.outputs(batches) if len(batches) else iter(())
+            for (job, samples), (batch, output) in zip(owners, _paired(batches, outputs), strict=True):
+                assert job.prepared is not None
+                found = results[job.task.name]
+                try:
+                    score = job.prepared.score(firsts[job.task.name])
+                    found.records |= _by_number(samples, score(output, batch, samples))
+                except LargemergeError as error:
+                    problem.setdefault(job.task.name, "; ".join(error.problems))
+        except SystemFailure:
+            raise
+        except LargemergeError as error:
+            for job in jobs:
+                problem.setdefault(job.task.name, "; ".join(error.problems))
+        seconds = time.perf_counter() - began
+        total = sum(len(self._own(job.prepared.samples)) for job in jobs if job.prepared is not None)
+        for job in jobs:
+            assert job.prepared is not None
+            found = results[job.task.name]
+            found.error = found.error or problem.get(job.task.name, "")
+            found.seconds += seconds * len(self._own(job.prepared.samples)) / max(1, total)
+
+    def _score(self, job: _Job, found: _Found, way: Way) -> Score:
+        """Collective: makes the score of all ranks' records."""
+        parts = self.ranks.gather((found.records, found.error))
+        error = next((each for _, each in parts if each), "")
+        assert job.prepared is not None and job.opened is not None
+        score = Score(job.task.name, job.model.name, {}, seconds=found.seconds, way=way, error=error)
+        if error:
+            return score
+        columns = job.prepared.finish(_joined(part for part, _ in parts))
+        if not all(bool(np.isfinite(column).all()) for column in columns.values()):
+            lacking = f"; its files have no {', '.join(sorted(job.opened.lacking))}" if job.opened.lacking else ""
+            dtype = dtype_name(job.files.compute_dtype)
+            return replace(score, error=f"outputs are not finite, computed in {dtype}{lacking}")
+        metrics = {metric.name: metric.compute(columns) for metric in job.prepared.metrics}
+        return replace(
+            score,
+            metrics=metrics,
+            interval=self._interval(job.prepared, columns),
+            num_samples=len(next(iter(columns.values()))),
+        )
+
+    def _interval(self, prepared: Prepared, columns: Columns) -> tuple[float, float] | None:
+        config = self.config
+        return interval(
+            prepared.metrics[0],
+            columns,
+            resamples=config.resamples,
+            confidence=config.confidence,
+            seed=config.seed,
+        )
+
+    def _harness(self, job: _Job) -> Iterator[Score]:
+        """Runs tasks of lm-eval, on rank 0."""
+        began = time.perf_counter()
+        task = job.task
+        assert isinstance(task, HarnessTask)
+        metrics: dict[str, float] = {}
+        error, count, half = "", 0, None
+        if self.ranks.is_first:
+            with self.ranks.blocked():
+                try:
+                    metrics, count, half = run_harness(task, self.config, job.files, self.limits.device)
+                except Exception as failed:
+                    error = _told(failed)
+        metrics, count, half, error = self.ranks.from_first((metrics, count, half, error))
+        value = next(iter(metrics.values()), 0.0)
+        spread = (value - half, value + half) if half is not None else None
+        seconds = time.perf_counter() - began
+        yield Score(task.name, job.model.name, metrics, spread, count, seconds, "whole", error)
+
+
+@dataclass
+class _Found:
+    """What running one task with one model has given so far."""
+
+    records: dict[int, Record] = field(default_factory=dict)
+    error: str = ""
+    seconds: float = 0.0
+
+
+class _Lazy(Sequence[Batch]):
+    """Batches that are made when they are asked for, the last of them kept."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self._last: tuple[int, Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        if self._last is None or self._last[0] != number:
+            self._last = (number, self._samples.batch(number))
+        return self._last[1]
+
+
+def _paired(batches: Sequence[Batch], outputs: Iterator[Any]) -> Iterator[tuple[Batch, Any]]:
+    """Yields batches with their outputs; an output is asked for before its batch, which may be made only then."""
+    for number, output in enumerate(outputs):
+        yield batches[number], output
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, SystemFailure) or not isinstance(error, Exception):
+        raise error
+    return "; ".join(error.problems) if isinstance(error, LargemergeError) else first_line(error, 200)
+
+
+def _by_number(samples: Sequence[Any], records: Sequence[Record]) -> dict[int, Record]:
+    return {sample.row: record for sample, record in zip(samples, records, strict=True)}
+
+
+def _joined(parts: Any) -> dict[int, Record]:
+    joined: dict[int, Record] = {}
+    for part in parts:
+        joined |= part
+    return joined
+
+
+def _arguments(job: _Job) -> tuple[Any, ...]:
+    """Names of the arguments of a task's batches."""
+    assert job.prepared is not None
+    samples = job.prepared.samples
+    return (*sorted(samples.groups[0][0].sequences), samples.pixels is not None)
+
+
+def _num_blocks(opened: OpenedModel) -> int:
+    return sum(len(stack.blocks) for stack in opened.skeleton.stacks)
+
+
+def _described(task: Task, jobs: Sequence[_Job], models: Sequence[EvaluatedModel]) -> EvaluatedTask:
+    """What a task is, for the results."""
+    own = next(job for job in jobs if job.task.name == task.name)
+    expert = _expert_among(task, models)
+    name = expert.name if expert is not None else None
+    if own.prepared is None:
+        assert isinstance(task, HarnessTask)
+        return EvaluatedTask(task.name, task.kind, task.metric or "score", "higher", True, name)
+    metric = own.prepared.metrics[0]
+    return EvaluatedTask(task.name, task.kind, metric.name, metric.better, metric.is_share, name)

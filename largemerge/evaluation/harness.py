@@ -1,0 +1,104 @@
+"""Tasks of EleutherAI's lm-eval, by its Python API, on a model's folder as it lies there.
+
+lm-eval loads the model itself, whole, by Transformers. What it reports is taken as it is: the metric that counts, its
+standard error, and all others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from largemerge.errors import ConfigError
+from largemerge.evaluation.config import EvaluationConfig, HarnessTask
+from largemerge.evaluation.models import ModelFiles
+
+_HALF = 1.96
+"""Standard errors to each side of a 95 % interval."""
+
+
+def check_harness(tasks: Sequence[HarnessTask]) -> None:
+    """Checks that lm-eval is installed, and knows the tasks.
+
+    Raises:
+        ConfigError: If it is not, or does not.
+    """
+    names = ", ".join(task.name for task in tasks)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"task {names}: kind lm_eval needs EleutherAI's lm-eval; pip install 'largemerge[lm-eval]'")
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    unknown = [
+        f"task {task.name!r}: lm-eval has no task {each!r}"
+        for task in tasks
+        for each in task.tasks
+        if each not in known and not each.endswith((".yaml", ".yml"))
+    ]
+    if unknown:
+        raise ConfigError(*unknown)
+
+
+def run_harness(
+    task: HarnessTask, config: EvaluationConfig, files: ModelFiles, device: torch.device
+) -> tuple[dict[str, float], int, float | None]:
+    """Runs tasks of lm-eval.
+
+    Returns:
+        Metrics, the one that counts first, the mean over its tasks; the number of samples; and half of the interval.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    options: dict[str, Any] = {
+        "pretrained": str(files.checkpoint.folder),
+        "dtype": str(files.compute_dtype).removeprefix("torch."),
+        "device": str(device),
+        "batch_size": task.batch_size or config.batch_size,
+        "trust_remote_code": files.trust_remote_code,
+    }
+    if files.adapter is not None:
+        options["peft"] = str(files.adapter.folders[0])
+    results = lm_eval.simple_evaluate(
+        model=HFLM(**options),
+        tasks=list(task.tasks),
+        num_fewshot=task.num_fewshot,
+        limit=task.limit,
+        random_seed=config.seed,
+        numpy_random_seed=config.seed,
+        torch_random_seed=config.seed,
+        fewshot_random_seed=config.seed,
+    )
+    return read_results(task, results)
+
+
+def read_results(task: HarnessTask, results: Mapping[str, Any]) -> tuple[dict[str, float], int, float | None]:
+    """Reads what lm-eval reports.
+
+    Raises:
+        ConfigError: If a task does not report the metric that is asked for.
+    """
+    values: dict[str, float] = {}
+    chosen: list[float] = []
+    errors: list[float] = []
+    for name in task.tasks:
+        reported = results["results"][name]
+        numbers = {
+            key.split(",")[0]: float(value)
+            for key, value in reported.items()
+            if isinstance(value, int | float) and not key.split(",")[0].endswith("_stderr") and key != "alias"
+        }
+        metric = task.metric or next(iter(numbers), "")
+        if metric not in numbers:
+            raise ConfigError(f"task {task.name!r}: {name} reports {sorted(numbers)}, and no {metric!r}")
+        chosen.append(numbers[metric])
+        error = next((v for k, v in reported.items() if k.split(",")[0] == f"{metric}_stderr"), None)
+        if isinstance(error, int | float):
+            errors.append(float(error))
+        values |= {f"{name} {key}": value for key, value in numbers.items()}
+    count = sum(int(results.get("n-samples", {}).get(name, {}).get("effective", 0)) for name in task.tasks)
+    half = _HALF * sum(error**2 for error in errors) ** 0.5 / len(errors) if len(errors) == len(chosen) else None
+    return {task.metric or "score": sum(chosen) / len(chosen), **values}, count, half

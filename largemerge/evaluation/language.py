@@ -1,0 +1,352 @@
+"""Tasks of language models: loss on texts, answers chosen by likelihood, answers written.
+
+language_model    Σ −log p(token t | tokens before) over the tokens that count, and how often the likeliest is right
+multiple_choice   argmax over answers of Σ log p(answer | prompt); also per byte of the answer, as lm-eval's acc_norm
+generation        the likeliest token after the other; what is written, or what a regex finds in it, is the answer
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from largemerge.calibration.batches import Batch, ForwardSignature, Sample
+from largemerge.calibration.columns import MAX_PROBLEMS, choose_fields
+from largemerge.calibration.load import read_samples
+from largemerge.calibration.tokenizer import TextReader, encode_text, has_chat_template, open_text_reader
+from largemerge.errors import CalibrationError
+from largemerge.evaluation.config import EvaluationConfig, GenerationTask, LanguageModelTask, MultipleChoiceTask
+from largemerge.evaluation.metrics import ACCURACY, LOSS, PERPLEXITY, TOKEN_ACCURACY
+from largemerge.evaluation.models import ModelFiles
+from largemerge.evaluation.table import Table, as_sample, open_source_of, open_table, open_texts
+from largemerge.evaluation.task import Columns, Generating, Metric, Prepared, Record, Samples, columns_of, mean_of
+from largemerge.text_files import brief
+
+ACCURACY_BY_LENGTH = Metric("accuracy_by_length", mean_of("correct_by_length"))
+EXACT_MATCH = Metric("exact_match", mean_of("correct"))
+
+
+def token_scores(output: Any, batch: Batch, samples: Sequence[Sample]) -> list[Record]:
+    """Sums the losses of each sequence over its tokens that count.
+
+    Args:
+        output: What the model's forward returns, with `logits` `[B, T, V]`.
+        batch: The forward arguments, and the loss mask `[B, T]`.
+        samples: The sequences.
+
+    Returns:
+        Of each sequence `loss` in nats, `tokens`, and `correct`, the number of tokens that were the likeliest.
+    """
+    decoder = "decoder_input_ids" in batch.inputs
+    prefix = "decoder_" if decoder else ""
+    ids = batch.inputs[f"{prefix}input_ids"]
+    counts = torch.ones_like(ids, dtype=torch.bool)
+    attention = batch.inputs.get(f"{prefix}attention_mask")
+    counts = counts if attention is None else attention != 0
+    if batch.loss_mask is not None:
+        counts = counts & batch.loss_mask
+    records: list[Record] = []
+    for row in range(len(samples)):
+        places = counts[row, 1:].nonzero()[:, 0]
+        if not len(places):
+            records.append({"loss": 0.0, "tokens": 0, "correct": 0})
+            continue
+        logits = output.logits[row]
+        # Models of images and text have more rows of logits than tokens only where places of images are written out.
+        logits_NV = logits[places.to(logits.device)].float()
+        wanted = ids[row, 1:][places].to(logits.device)
+        losses = torch.nn.functional.cross_entropy(logits_NV, wanted, reduction="none")
+        right = logits_NV.argmax(dim=1) == wanted
+        records.append({"loss": float(losses.double().sum()), "tokens": len(places), "correct": int(right.sum())})
+    return records
+
+
+def language_model(
+    task: LanguageModelTask, config: EvaluationConfig, files: ModelFiles, signature: ForwardSignature
+) -> Prepared:
+    """Prepares the loss of a model on texts.
+
+    Raises:
+        CalibrationError: If the data cannot be read, or does not fit the model.
+    """
+    names = ("max_length", "text_field", "text_template", "messages_field", "target_field", "loss_mask_field")
+    settings = {name: getattr(task, name) for name in (*names, "assistant_only", "one_per", "pack")}
+    source, calibration = open_source_of(task, config, **settings)
+    fields = replace(choose_fields(calibration, source.columns, signature, source.where), image=None)
+    if not fields.has_text:
+        raise CalibrationError(f"{source.where}: no texts; expected a column 'text', or 'text_field' with its name")
+    reader = open_text_reader(
+        files.text_folder, calibration, fields, signature, source.where, trust_remote_code=files.trust_remote_code
+    )
+    samples = read_samples(source, fields, calibration, reader, whole_target=True)
+    if not samples:
+        raise CalibrationError(f"{source.where}: all texts are empty; expected at least one with words")
+    counted = sum(sum(_counting(sample)[1:]) for sample in samples)
+    if not counted:
+        raise CalibrationError(
+            f"{source.where}: no token is left to predict: texts have one token each, or the loss mask keeps all out"
+        )
+    samples = [replace(sample, row=number) for number, sample in enumerate(samples)]
+    assert calibration.batch_size is not None
+    return Prepared(
+        view=files,
+        samples=Samples.of(samples, calibration.batch_size, source.where, reader.padding),
+        score=lambda _: token_scores,
+        finish=columns_of,
+        metrics=(LOSS, PERPLEXITY, TOKEN_ACCURACY),
+    )
+
+
+def _counting(sample: Sample) -> Sequence[int]:
+    name = "decoder_input_ids" if "decoder_input_ids" in sample.sequences else "input_ids"
+    return sample.loss_mask if sample.loss_mask is not None else [1] * len(sample.sequences[name])
+
+
+def multiple_choice(
+    task: MultipleChoiceTask, config: EvaluationConfig, files: ModelFiles, signature: ForwardSignature
+) -> Prepared:
+    """Prepares questions whose answers are chosen by likelihood.
+
+    Raises:
+        CalibrationError: If the data cannot be read, answers are none of the choices, or one does not fit in.
+    """
+    table = _question_table(task, config, [task.answer_field, *([task.choices_field] if task.choices_field else [])])
+    reader = open_texts(files, table, signature)
+    prompts = table.texts(task.prompt)
+    choices = _choices(task, table)
+    answers = _answers(task, table, choices)
+    samples: list[Sample] = []
+    owner: list[tuple[int, int]] = []
+    problems: list[str] = []
+    for question, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
+        for number, choice in enumerate(own):
+            tokens, mask = _continued(prompt.rstrip(), task.separator + choice, reader)
+            if len(mask) - sum(mask) < 1:
+                problems.append(
+                    f"{table.where}: row {table.numbers[question]}: answer {brief(choice)} leaves no room for the "
+                    f"prompt in {reader.max_length} tokens; raise 'max_length'"
+                )
+            samples.append(as_sample(len(samples), tokens, mask, reader))
+            owner.append((question, number))
+    if problems:
+        raise CalibrationError(*problems[:MAX_PROBLEMS])
+    lengths = [len((task.separator + choices[question][number]).encode()) for question, number in owner]
+
+    def finish(records: Mapping[int, Record]) -> Columns:
+        scores: list[list[float]] = [[] for _ in prompts]
+        by_length: list[list[float]] = [[] for _ in prompts]
+        for sequence in sorted(records):
+            question, _ = owner[sequence]
+            scores[question].append(-records[sequence]["loss"])
+            by_length[question].append(-records[sequence]["loss"] / lengths[sequence])
+        right = [int(np.argmax(own)) == answer for own, answer in zip(scores, answers, strict=True)]
+        normed = [int(np.argmax(own)) == answer for own, answer in zip(by_length, answers, strict=True)]
+        return {"correct": np.array(right, dtype=float), "correct_by_length": np.array(normed, dtype=float)}
+
+    assert table.settings.batch_size is not None
+    return Prepared(
+        view=files,
+        samples=Samples.of(samples, table.settings.batch_size, table.where, reader.padding),
+        score=lambda _: token_scores,
+        finish=finish,
+        metrics=(ACCURACY, ACCURACY_BY_LENGTH),
+    )
+
+
+def _question_table(
+    task: MultipleChoiceTask | GenerationTask, config: EvaluationConfig, columns: Sequence[str]
+) -> Table:
+    from largemerge.calibration.config import template_columns
+
+    named = [("prompt", column) for column in (template_columns(task.prompt) if task.prompt is not None else ())]
+    settings = {"answer_field": task.answer_field}
+    settings |= {"choices_field": getattr(task, "choices_field", None) or ""}
+    settings |= {"messages_field": getattr(task, "messages_field", None) or ""}
+    named += [(next(key for key, value in settings.items() if value == column), column) for column in columns]
+    return open_table(task, config, named, max_length=task.max_length)
+
+
+def _choices(task: MultipleChoiceTask, table: Table) -> list[list[str]]:
+    if task.choices is not None:
+        return [list(task.choices)] * len(table.rows)
+    assert task.choices_field is not None
+    found = table.column(task.choices_field, (list, dict), "a list of answers")
+    # ARC and its kin: {"text": […], "label": […]}
+    lists: list[Any] = [value.get("text") if isinstance(value, dict) else value for value in found]
+    problems = [
+        f"{table.where}: row {row}: {task.choices_field!r}: expected a list of two texts or more, found {brief(value)}"
+        for row, value in zip(table.numbers, lists, strict=True)
+        if not isinstance(value, list) or len(value) < 2 or not all(isinstance(each, str) and each for each in value)
+    ]
+    if problems:
+        raise CalibrationError(*problems[:MAX_PROBLEMS])
+    return lists
+
+
+def _answers(task: MultipleChoiceTask, table: Table, choices: Sequence[Sequence[str]]) -> list[int]:
+    """Numbers of the right answers: given as numbers from 0, letters, labels of the row's own, or texts."""
+    numbers, problems = [], []
+    own_labels: list[Any] = [None] * len(choices)
+    if task.choices_field is not None:
+        values = [row[task.choices_field] for row in table.rows]
+        own_labels = [value.get("label") if isinstance(value, dict) else None for value in values]
+    for index, value in enumerate(table.column(task.answer_field, (int, str), "a number, a letter or a text")):
+        own, labels = list(choices[index]), own_labels[index]
+        if isinstance(labels, list) and value in labels:
+            number = labels.index(value)
+        elif isinstance(value, str) and value in own:
+            number = own.index(value)
+        elif isinstance(value, str) and re.fullmatch(r"[A-Z]", value.strip()):
+            number = ord(value.strip()) - ord("A")
+        else:
+            number = int(value) if isinstance(value, int) or value.isdecimal() else -1
+        if not 0 <= number < len(own):
+            problems.append(
+                f"{table.where}: row {table.numbers[index]}: {task.answer_field!r} is {brief(value)}; expected the "
+                f"number (0 to {len(own) - 1}), letter or text of one of {len(own)} answers"
+            )
+        numbers.append(number)
+    if problems:
+        raise CalibrationError(*problems[:MAX_PROBLEMS])
+    return numbers
+
+
+def _continued(prompt: str, continuation: str, reader: TextReader) -> tuple[dict[str, list[int]], list[int]]:
+    """Tokens of a prompt and what follows, the prompt's beginning cut off where all is too long; and the latter's mask.
+
+    Both are tokenised as one text; what follows is what comes after as many tokens as the prompt alone has.
+    """
+    first = encode_text(reader.tokenizer, prompt, add_special_tokens=True)["input_ids"]
+    whole = encode_text(reader.tokenizer, prompt + continuation, add_special_tokens=True)
+    ends = _special_at_end(reader)
+    start = max(1, min(len(first) - ends, len(whole["input_ids"]) - 1))
+    tokens = {name: list(whole[name]) for name in reader.token_arguments}
+    if ends:
+        tokens = {name: values[:-ends] for name, values in tokens.items()}
+    mask = [0] * start + [1] * (len(tokens["input_ids"]) - start)
+    return {name: values[-reader.max_length :] for name, values in tokens.items()}, mask[-reader.max_length :]
+
+
+def _special_at_end(reader: TextReader) -> int:
+    """Number of special tokens that the tokenizer adds after a text."""
+    plain = encode_text(reader.tokenizer, "a", add_special_tokens=False)["input_ids"]
+    whole = encode_text(reader.tokenizer, "a", add_special_tokens=True)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return len(whole) - start - len(plain)
+    return 0
+
+
+def generation(
+    task: GenerationTask, config: EvaluationConfig, files: ModelFiles, signature: ForwardSignature
+) -> Prepared:
+    """Prepares prompts whose answers are written.
+
+    Raises:
+        CalibrationError: If the data cannot be read, or the model writes nothing.
+    """
+    columns = [task.answer_field, *([task.messages_field] if task.messages_field is not None else [])]
+    table = _question_table(task, config, columns)
+    reader = open_texts(files, table, signature)
+    right = [
+        [value]
+        if isinstance(value, str)
+        else [str(each) for each in value]
+        if isinstance(value, list)
+        else [str(value)]
+        for value in table.column(task.answer_field, (str, int, float, list), "a text, or a list of texts")
+    ]
+    wanted = [{_extracted(text, task) for text in own} for own in right]
+    problems = [
+        f"{table.where}: row {row}: {task.answer_field!r}: 'extract' finds nothing in {brief(own[0])}"
+        for row, own, texts in zip(table.numbers, right, wanted, strict=True)
+        if task.extract is not None and None in texts
+    ]
+    if problems:
+        raise CalibrationError(*problems[:MAX_PROBLEMS])
+    samples = [
+        as_sample(number, _prompt_tokens(prompt, reader, task), None, reader)
+        for number, prompt in enumerate(_prompts(task, table, reader))
+    ]
+    tokenizer = reader.tokenizer
+
+    def written(tokens: Sequence[int]) -> str:
+        text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+        cuts = [place for stop in task.stop if (place := text.find(stop)) >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
+        texts = [_extracted(written(row), task) for row in output]
+        return [{"correct": float(text in wanted[each.row])} for text, each in zip(texts, group, strict=True)]
+
+    assert table.settings.batch_size is not None
+    return Prepared(
+        view=files,
+        samples=Samples.of(samples, table.settings.batch_size, table.where, reader.padding, left=True),
+        score=lambda _: score,
+        finish=columns_of,
+        metrics=(EXACT_MATCH,),
+        generating=Generating(
+            max_new_tokens=task.max_new_tokens,
+            ends=_end_tokens(files, tokenizer),
+            pad=reader.padding["input_ids"],
+            is_over=lambda tokens: (
+                bool(task.stop)
+                and any(stop in tokenizer.decode(list(tokens), skip_special_tokens=True) for stop in task.stop)
+            ),
+        ),
+    )
+
+
+def _prompts(task: GenerationTask, table: Table, reader: TextReader) -> list[Any]:
+    if task.prompt is not None:
+        return table.texts(task.prompt)
+    assert task.messages_field is not None
+    if not has_chat_template(reader.tokenizer):
+        raise CalibrationError(
+            f"{table.where}: messages_field: the model's tokenizer has no chat template; give plain text by 'prompt'"
+        )
+    return table.column(task.messages_field, list, "a list of messages")
+
+
+def _prompt_tokens(prompt: Any, reader: TextReader, task: GenerationTask) -> dict[str, list[int]]:
+    """Tokens of a prompt, its beginning cut off where it is too long."""
+    if isinstance(prompt, str):
+        encoded = encode_text(reader.tokenizer, prompt)
+        ends = _special_at_end(reader)
+        tokens = {name: list(encoded[name]) for name in reader.token_arguments}
+        tokens = {name: values[:-ends] if ends else values for name, values in tokens.items()}
+    else:
+        encoded = dict(
+            reader.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
+        )
+        tokens = {name: list(encoded[name]) for name in reader.token_arguments}
+    room = max(1, reader.max_length - task.max_new_tokens)
+    return {name: values[-room:] for name, values in tokens.items()}
+
+
+def _extracted(text: str, task: GenerationTask) -> str | None:
+    """The answer in a text, as it is compared; `None` if there is none."""
+    if task.extract is not None:
+        found = list(re.finditer(task.extract, text))
+        if not found:
+            return None
+        text = found[-1].group(1) if found[-1].re.groups else found[-1].group(0)
+    text = " ".join(text.split())
+    return text.casefold() if task.ignore_case else text
+
+
+def _end_tokens(files: ModelFiles, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens at which a model ends what it writes: those of its generation config, else of its config and tokenizer."""
+    from largemerge.checkpoint.index import read_json
+
+    path = files.checkpoint.folder / "generation_config.json"
+    settings = read_json(path, files.name) if path.is_file() else {}
+    found = settings.get("eos_token_id", files.checkpoint.config.get("eos_token_id"))
+    ends = list(found) if isinstance(found, list) else [found]
+    return tuple(sorted({int(end) for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)}))

@@ -1,0 +1,81 @@
+"""Metrics of columns, and bootstrap intervals of them.
+
+An interval is that of the percentiles of a metric on samples drawn anew, with replacement (Efron, 1979); the samples
+of one task are drawn alike for all models, so that differences between models can be compared, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from largemerge.evaluation.task import Columns, Metric, mean_of
+
+ACCURACY = Metric("accuracy", mean_of("correct"))
+
+
+def _loss(columns: Columns) -> float:
+    return float(columns["loss"].sum() / columns["tokens"].sum())
+
+
+LOSS = Metric("loss", _loss, "lower", is_share=False)
+"""Mean negative log-likelihood of a token, in nats."""
+PERPLEXITY = Metric("perplexity", lambda columns: math.exp(min(_loss(columns), 700.0)), "lower", is_share=False)
+TOKEN_ACCURACY = Metric("token_accuracy", lambda columns: float(columns["correct"].sum() / columns["tokens"].sum()))
+
+
+def _f1(columns: Columns) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(columns["label"], columns["predicted"], average="macro", zero_division=0.0))
+
+
+def _matthews(columns: Columns) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(columns["label"], columns["predicted"]))
+
+
+def correlation(kind: str, first: str, second: str) -> Callable[[Columns], float]:
+    """Makes what computes the correlation of two columns: `pearson` or `spearman`; 0 where one of them is constant."""
+
+    def compute(columns: Columns) -> float:
+        from scipy import stats
+
+        a, b = columns[first], columns[second]
+        if np.ptp(a) == 0 or np.ptp(b) == 0:
+            return 0.0
+        return float(getattr(stats, f"{kind}r")(a, b).statistic)
+
+    return compute
+
+
+F1 = Metric("f1", _f1)
+MATTHEWS = Metric("matthews", _matthews, is_share=False)
+
+
+def interval(
+    metric: Metric, columns: Columns, *, resamples: int, confidence: float, seed: int
+) -> tuple[float, float] | None:
+    """Computes the bootstrap interval of a metric.
+
+    Args:
+        metric: The metric.
+        columns: What it is computed from, `[samples]` each.
+        resamples: How often samples are drawn anew.
+        confidence: Share of the resamples that the interval holds.
+        seed: Seed of the draws.
+
+    Returns:
+        Lower and upper end; `None` where there are no resamples, or a single sample.
+    """
+    count = len(next(iter(columns.values())))
+    if resamples == 0 or count < 2:
+        return None
+    draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
+    values = [metric.compute({name: column[draw] for name, column in columns.items()}) for draw in draws]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,124 @@
+"""An evaluation as one HTML page, without outside requests: the table, bars, a radar, what each task is.
+
+The sections are for other pages, too, such as that of a merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from largemerge.evaluation.results import EvaluatedTask, Evaluation, number_text
+from largemerge.pages.charts import bars, radar
+from largemerge.pages.page import Cell, ChartPart, NotePart, Page, Section, TablePart
+from largemerge.units import counted, duration
+
+_FEWEST_SPOKES = 3
+
+
+def evaluation_page(evaluation: Evaluation) -> str:
+    """Makes the page of an evaluation."""
+    tasks, models = counted(len(evaluation.tasks), "task"), counted(len(evaluation.models), "model")
+    summary = f"{models} in {tasks}, measured in {duration(evaluation.seconds)}."
+    return Page("Evaluation", summary, tuple(evaluation_sections(evaluation))).html()
+
+
+def evaluation_sections(evaluation: Evaluation) -> Iterator[Section]:
+    """Yields the sections of an evaluation: scores, pictures, tasks."""
+    columns, rows = evaluation.rows()
+    problems = [NotePart("Failed", problem) for problem in evaluation.problems]
+    notes = [NotePart("Note", note) for note in evaluation.notes]
+    heads = [column.replace("\n", ", ") for column in columns]
+    yield Section("Scores", _explained(evaluation), (TablePart(heads, rows), *problems, *notes))
+    yield from _pictures(evaluation)
+    yield Section("Tasks", "What was measured, on how many samples, and how.", (_tasks(evaluation),))
+
+
+def _explained(evaluation: Evaluation) -> str:
+    parts = []
+    if any(score.interval for score in evaluation.scores):
+        confidence = float(evaluation.settings.get("confidence", 0.95))
+        parts.append(f"After ± stands half of the {confidence:.0%} bootstrap interval.")
+    lower = [task.name for task in evaluation.tasks if task.better == "lower"]
+    if lower:
+        parts.append(f"Less is better in {', '.join(lower)}.")
+    if any(score.normalized is not None for score in evaluation.scores):
+        parts.append("The last column is the mean share of what each task's own expert reaches.")
+    return " ".join(parts)
+
+
+def _pictures(evaluation: Evaluation) -> Iterator[Section]:
+    """Yields charts: of shares of the experts' scores where there are experts, else of metrics that have one scale."""
+    normalized = {
+        model.name: {
+            task.name: 100 * score.normalized
+            for task in evaluation.tasks
+            if (score := evaluation.score(model.name, task.name)) is not None and score.normalized is not None
+        }
+        for model in evaluation.models
+    }
+    normalized = {name: values for name, values in normalized.items() if values}
+    if normalized:
+        parts = [
+            ChartPart(
+                bars(normalized, title="Share of the expert's score", unit="%"), "100 % is the task's own expert."
+            )
+        ]
+        if len(evaluation.tasks) >= _FEWEST_SPOKES:
+            whole = {name: values for name, values in normalized.items() if len(values) == len(evaluation.tasks)}
+            if whole:
+                chart = radar(whole, title="Share of the expert's score", unit="%")
+                parts.append(ChartPart(chart, "The same as a shape: dents are tasks that a model has lost."))
+        yield Section("Beside the experts", "", tuple(parts))
+    for metric in dict.fromkeys(task.metric for task in evaluation.tasks):
+        tasks = [task for task in evaluation.tasks if task.metric == metric]
+        values, intervals = _values(evaluation, tasks)
+        if values:
+            unit = "%" if tasks[0].is_share else ""
+            direction = "more is better" if tasks[0].better == "higher" else "less is better"
+            chart = bars(values, title=f"{metric}, {direction}", unit=unit, intervals=intervals)
+            yield Section(metric.capitalize(), "", (ChartPart(chart, "Whiskers are bootstrap intervals."),))
+
+
+def _values(
+    evaluation: Evaluation, tasks: list[EvaluatedTask]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, tuple[float, float]]]]:
+    values: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    for model in evaluation.models:
+        for task in tasks:
+            score = evaluation.score(model.name, task.name)
+            if score is None or score.value is None:
+                continue
+            factor = 100 if task.is_share else 1
+            values.setdefault(model.name, {})[task.name] = factor * score.value
+            if score.interval is not None:
+                low, high = score.interval
+                intervals.setdefault(model.name, {})[task.name] = factor * low, factor * high
+    return values, intervals
+
+
+def _tasks(evaluation: Evaluation) -> TablePart:
+    rows: list[list[Cell]] = []
+    for task in evaluation.tasks:
+        own = [score for score in evaluation.scores if score.task == task.name]
+        samples = max((score.num_samples for score in own), default=0)
+        ways = ", ".join(dict.fromkeys(score.way for score in own if score.way))
+        seconds = sum(score.seconds for score in own)
+        others = sorted({name for score in own for name in list(score.metrics)[1:]})
+        best = [
+            f"{name} " + " / ".join(number_text(score.metrics[name], task) for score in own if name in score.metrics)
+            for name in others[:3]
+        ]
+        row: list[Cell] = [
+            task.name,
+            task.kind,
+            task.metric,
+            task.expert or "",
+            samples,
+            duration(seconds),
+            ways,
+            "; ".join(best),
+        ]
+        rows.append(row)
+    columns = ["task", "kind", "metric", "expert", "samples", "time", "models were run", "other metrics, by model"]
+    return TablePart(columns, rows)

@@ -1,0 +1,334 @@
+"""What an evaluation found: typed, printed as a table, written as JSON, CSV, pictures and a page.
+
+Scores are shown as they are, and beside those of the task's own expert: `normalized` is the share of the expert's
+score that a model reaches (of the expert's loss over the model's, where less is better). `forgetting` is by how much a
+model is worse than the base, never below zero; `closed` how far it has come from the base to the expert.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from largemerge.units import duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Role = Literal["base", "candidate", "expert", "merge", "model"]
+"""What a model is in an evaluation."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model reaches in one task.
+
+    Attributes:
+        task: Name of the task.
+        model: Name of the model.
+        metrics: Values by metric; the first is the one that counts. Empty where the task failed.
+        interval: Bootstrap interval of the first metric; `None` where there is none.
+        num_samples: Samples that were scored.
+        seconds: Seconds that the task took with this model.
+        way: Whether the model was run whole or block by block.
+        error: Why the task failed with this model; empty if it did not.
+        normalized: Share of the score of the task's expert; `None` without one.
+        forgetting: By how much the base is better; `None` without a base.
+        closed: How far the way from the base to the expert has been gone; `None` without either.
+    """
+
+    task: str
+    model: str
+    metrics: Mapping[str, float]
+    interval: tuple[float, float] | None = None
+    num_samples: int = 0
+    seconds: float = 0.0
+    way: str = ""
+    error: str = ""
+    normalized: float | None = None
+    forgetting: float | None = None
+    closed: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The metric that counts; `None` where the task failed."""
+        return next(iter(self.metrics.values()), None)
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model of an evaluation.
+
+    Attributes:
+        name: Name that is shown.
+        reference: Where it lies.
+        role: What it is.
+    """
+
+    name: str
+    reference: str
+    role: Role
+
+
+@dataclass(frozen=True)
+class EvaluatedTask:
+    """A task of an evaluation.
+
+    Attributes:
+        name: Its name.
+        kind: Its kind.
+        metric: The metric that counts.
+        better: Whether higher or lower is better.
+        is_share: Whether the metric is a share, shown in percent.
+        expert: Name of the model that was tuned for it; `None` if none was named.
+    """
+
+    name: str
+    kind: str
+    metric: str
+    better: Literal["higher", "lower"]
+    is_share: bool
+    expert: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of models in tasks.
+
+    Attributes:
+        tasks: The tasks, in order.
+        models: The models, in order.
+        scores: What each model reached in each task that it was measured in.
+        settings: The evaluation as it was configured.
+        versions: Versions of libraries.
+        machine: The machine.
+        seconds: Seconds in all.
+        notes: What a user should know.
+    """
+
+    tasks: tuple[EvaluatedTask, ...]
+    models: tuple[EvaluatedModel, ...]
+    scores: tuple[Score, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why tasks failed; empty if none did."""
+        return tuple(f"task {score.task!r}, {score.model}: {score.error}" for score in self.scores if score.error)
+
+    def score(self, model: str, task: str) -> Score | None:
+        """What a model reached in a task; `None` if it was not measured there."""
+        return next((each for each in self.scores if (each.model, each.task) == (model, task)), None)
+
+    def average(self, model: str) -> float | None:
+        """Mean normalised score of a model over all tasks; where there are no experts, of the scores themselves.
+
+        Returns:
+            The mean; `None` where the model lacks a task, or tasks have no common scale.
+        """
+        scores = [self.score(model, task.name) for task in self.tasks]
+        if all(each is not None and each.normalized is not None for each in scores):
+            return sum(each.normalized or 0.0 for each in scores if each is not None) / len(scores)
+        values = [each.value if each is not None else None for each in scores]
+        if len({(task.metric, task.better) for task in self.tasks}) > 1 or any(value is None for value in values):
+            return None
+        return sum(value or 0.0 for value in values) / len(values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The evaluation as plain JSON values."""
+        return {
+            "tasks": [vars(task) for task in self.tasks],
+            "models": [{**vars(model), "average": self.average(model.name)} for model in self.models],
+            "scores": [
+                {**vars(score), "metrics": dict(score.metrics), "interval": list(score.interval or ()) or None}
+                for score in self.scores
+            ],
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+            "machine": dict(self.machine),
+            "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Evaluation:
+        """Makes an evaluation of what `to_json` has returned."""
+        return cls(
+            tasks=tuple(EvaluatedTask(**task) for task in raw["tasks"]),
+            models=tuple(
+                EvaluatedModel(**{key: value for key, value in model.items() if key != "average"})
+                for model in raw["models"]
+            ),
+            scores=tuple(
+                Score(**{**score, "interval": tuple(score["interval"]) if score["interval"] else None})
+                for score in raw["scores"]
+            ),
+            settings=raw["settings"],
+            versions=raw["versions"],
+            machine=raw["machine"],
+            seconds=raw["seconds"],
+            notes=tuple(raw["notes"]),
+        )
+
+    def csv(self) -> str:
+        """The scores as CSV, a row for each model, task and metric."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        head = ("model", "role", "task", "metric", "value", "low", "high", "samples", "normalized", "forgetting")
+        writer.writerow((*head, "seconds", "error"))
+        roles = {model.name: model.role for model in self.models}
+        for score in self.scores:
+            for number, (metric, value) in enumerate(score.metrics.items() or (("", math.nan),)):
+                low, high = score.interval if score.interval is not None and number == 0 else ("", "")
+                first = (score.normalized, score.forgetting) if number == 0 else (None, None)
+                more = ["" if each is None else each for each in first]
+                shown = "" if math.isnan(value) else value
+                row = [score.model, roles[score.model], score.task, metric, shown, low, high, score.num_samples]
+                writer.writerow([*row, *more, round(score.seconds, 3), score.error])
+        return text.getvalue()
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """The table: its columns, and a row for each model."""
+        has_average = any(self.average(model.name) is not None for model in self.models)
+        normalized = any(score.normalized is not None for score in self.scores)
+        columns = ["model", *(f"{task.name}\n{task.metric}{' %' if task.is_share else ''}" for task in self.tasks)]
+        columns += ["of the experts' %" if normalized else "average"] if has_average else []
+        rows = []
+        for model in self.models:
+            name = model.name if model.role in ("candidate", "model") else f"{model.name} ({model.role})"
+            cells = [self._cell(model.name, task) for task in self.tasks]
+            average = self.average(model.name)
+            last = [self._shown_average(average, normalized)] if has_average else []
+            rows.append([name, *cells, *last])
+        return columns, rows
+
+    def _shown_average(self, average: float | None, normalized: bool) -> str:
+        if average is None:
+            return ""
+        return f"{100 * average:.1f}" if normalized or self.tasks[0].is_share else f"{average:.3f}"
+
+    def _cell(self, model: str, task: EvaluatedTask) -> str:
+        score = self.score(model, task.name)
+        if score is None:
+            return ""
+        if score.value is None:
+            return "failed"
+        shown = number_text(score.value, task)
+        if score.interval is not None:
+            low, high = score.interval
+            shown += f" ±{number_text((high - low) / 2, task)}"
+        return shown
+
+    def print(self, console: Console) -> None:
+        """Shows the scores as a table."""
+        from rich.table import Table
+
+        columns, rows = self.rows()
+        best = self._best()
+        table = Table(title="Evaluation", caption=self._caption())
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        for row, model in zip(rows, self.models, strict=True):
+            style = "green" if model.role == "merge" else None
+            marked = [
+                f"{cell} ←"
+                if 0 < number <= len(self.tasks) and best.get(self.tasks[number - 1].name) == model.name
+                else cell
+                for number, cell in enumerate(row)
+            ]
+            table.add_row(*marked, style=style)
+        console.print(table)
+        for problem in self.problems:
+            console.print(f"failed: {problem}", highlight=False, soft_wrap=True)
+        for note in self.notes:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+    def _best(self) -> dict[str, str]:
+        """Names of the best models that are neither a task's expert nor the base, by task."""
+        special = {model.name for model in self.models if model.role in ("base", "expert")}
+        found = {}
+        for task in self.tasks:
+            own = [
+                score
+                for score in self.scores
+                if score.task == task.name and score.value is not None and score.model not in {*special, task.expert}
+            ]
+            sign = 1 if task.better == "higher" else -1
+            if len(own) > 1:
+                found[task.name] = max(own, key=lambda score: sign * (score.value or 0.0)).model
+        return found
+
+    def _caption(self) -> str:
+        confidence = self.settings.get("confidence", 0.95)
+        lower = [task.name for task in self.tasks if task.better == "lower"]
+        parts = [f"± half of the {confidence:.0%} bootstrap interval"] if any(s.interval for s in self.scores) else []
+        parts += [f"less is better in {', '.join(lower)}"] if lower else []
+        parts += ["← the best that is not the task's expert"] if self._best() else []
+        return "; ".join([*parts, duration(self.seconds)])
+
+    def _repr_html_(self) -> str:
+        """The table as HTML, for notebooks."""
+        from html import escape
+
+        columns, rows = self.rows()
+        head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        failed = "".join(f"<p>failed: {escape(problem)}</p>" for problem in self.problems)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{failed}"
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes `evaluation.json`, `.csv` and `.html` into a folder; returns their paths."""
+        from largemerge.checkpoint.writer import write_atomically
+        from largemerge.evaluation.page import evaluation_page
+        from largemerge.text_files import json_text
+
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {
+            "evaluation.json": json_text(self.to_json(), indent=2) + "\n",
+            "evaluation.csv": self.csv(),
+            "evaluation.html": evaluation_page(self),
+        }
+        for name, text in contents.items():
+            write_atomically(folder / name, text)
+        return [folder / name for name in contents]
+
+
+def number_text(value: float, task: EvaluatedTask) -> str:
+    """Formats a value of a task's metric."""
+    return f"{100 * value:.1f}" if task.is_share else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def held_against(scores: Sequence[Score], tasks: Sequence[EvaluatedTask], base: str | None) -> Iterator[Score]:
+    """Yields scores with what they are beside those of the experts and the base."""
+    from dataclasses import replace
+
+    values = {(score.model, score.task): score.value for score in scores}
+    by_name = {task.name: task for task in tasks}
+    for score in scores:
+        task = by_name[score.task]
+        value = score.value
+        expert = values.get((task.expert, task.name)) if task.expert is not None else None
+        before = values.get((base, task.name)) if base is not None else None
+        if value is None:
+            yield score
+            continue
+        sign = 1.0 if task.better == "higher" else -1.0
+        normalized = _ratio(value, expert) if sign > 0 else _ratio(expert, value)
+        forgetting = max(0.0, sign * (before - value)) if before is not None else None
+        closed = None
+        if before is not None and expert is not None and expert != before:
+            closed = (value - before) / (expert - before)
+        yield replace(score, normalized=normalized, forgetting=forgetting, closed=closed)
+
+
+def _ratio(value: float | None, of: float | None) -> float | None:
+    return value / of if value is not None and of else None

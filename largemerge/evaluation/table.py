@@ -1,0 +1,188 @@
+"""The rows of a task's data, and the readers of its texts and images.
+
+data ──► open_table ──► Table: the drawn rows of the columns that the task names
+                    └─► label_numbers: labels as numbers of the classes that they name
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from largemerge.calibration.batches import ForwardSignature, Sample
+from largemerge.calibration.columns import MAX_PROBLEMS, Fields, sample_order
+from largemerge.calibration.config import CalibrationConfig, template_columns
+from largemerge.calibration.sources import Source, locate_data, open_source
+from largemerge.calibration.tokenizer import TextReader, open_text_reader
+from largemerge.config_file import nearest
+from largemerge.errors import CalibrationError, ConfigError, shorten
+from largemerge.evaluation.config import EvaluationConfig, TaskData
+from largemerge.evaluation.models import ModelFiles
+from largemerge.text_files import brief
+
+NO_FIELDS = Fields(None, None, None, None, None, None)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a task's data.
+
+    Attributes:
+        where: Task and data, for messages.
+        rows: The rows that were drawn, with the columns that were asked for.
+        numbers: Their numbers in the data.
+        source: The whole table.
+        settings: How it is read.
+    """
+
+    where: str
+    rows: Sequence[Mapping[str, Any]]
+    numbers: Sequence[int]
+    source: Source
+    settings: CalibrationConfig
+
+    def column(self, name: str, kinds: type | tuple[type, ...], expected: str) -> list[Any]:
+        """Returns the values of a column.
+
+        Raises:
+            CalibrationError: If values are of other types; it names several rows.
+        """
+        problems = [
+            f"{self.where}: row {number}: {name!r}: expected {expected}, found {brief(row[name])}"
+            for number, row in zip(self.numbers, self.rows, strict=True)
+            if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in _as_tuple(kinds))
+        ]
+        if problems:
+            raise CalibrationError(*problems[:MAX_PROBLEMS])
+        return [row[name] for row in self.rows]
+
+    def texts(self, template: str) -> list[str]:
+        """Fills a template with the columns that it names."""
+        names = template_columns(template)
+        for name in names:
+            self.column(name, (str, int, float), "text")
+        return [template.format_map(row) for row in self.rows]
+
+
+def _as_tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kinds if isinstance(kinds, tuple) else (kinds,)
+
+
+def open_source_of(task: TaskData, config: EvaluationConfig, **fields: Any) -> tuple[Source, CalibrationConfig]:
+    """Opens a task's data as a table; `fields` as in `TaskData.calibration`.
+
+    Raises:
+        CalibrationError: If there is none, or it cannot be read.
+    """
+    settings = task.calibration(config, **fields)
+    where, path = locate_data(settings, f"task {task.name!r}")
+    if path is not None and path.suffix.lower() == ".safetensors":
+        raise CalibrationError(f"{where}: ready-made tensors have no labels or texts; expected a table, or images")
+    source = open_source(settings, where, path)
+    if source.columns == ("image",) and source.folder is not None:
+        source = _with_folder_labels(source)
+    return source, settings
+
+
+def _with_folder_labels(source: Source) -> Source:
+    """Gives images in folders the names of their folders as labels."""
+    rows = source.select(("image",))
+    labelled = [{**rows[index], "label": Path(rows[index]["image"]).parent.name} for index in range(len(rows))]
+    return Source(source.where, ("image", "label"), len(labelled), lambda columns: labelled, source.folder)
+
+
+def open_table(task: TaskData, config: EvaluationConfig, wanted: Iterable[tuple[str, str]], **fields: Any) -> Table:
+    """Reads the rows that a task draws.
+
+    Args:
+        task: The task.
+        config: The evaluation.
+        wanted: The setting that names a column, and the column.
+        fields: As in `TaskData.calibration`.
+
+    Raises:
+        CalibrationError: If columns are missing, with all of them, or the data cannot be read.
+    """
+    source, settings = open_source_of(task, config, **fields)
+    wanted = list(wanted)
+    missing = [
+        f"{source.where}: {setting}: no column {column!r}; the columns are {shorten(list(source.columns))}"
+        f"{nearest(column, source.columns)}"
+        for setting, column in wanted
+        if column not in source.columns
+    ]
+    if missing:
+        raise CalibrationError(*missing)
+    columns = list(dict.fromkeys(column for _, column in wanted))
+    table = source.select(columns)
+    assert settings.num_samples is not None
+    numbers = [
+        number for number, _ in zip(sample_order(source.num_rows, settings), range(settings.num_samples), strict=False)
+    ]
+    return Table(source.where, [table[number] for number in numbers], numbers, source, settings)
+
+
+def label_numbers(table: Table, column: str, classes: Sequence[str], of: str) -> list[int]:
+    """Turns labels into numbers of classes.
+
+    Args:
+        table: The rows.
+        column: Column with numbers, or names of classes.
+        classes: Names of the classes, in order.
+        of: Whose classes these are, for messages.
+
+    Raises:
+        ConfigError: If labels are none of the classes, or the data has another number of classes.
+    """
+    values = table.column(column, (int, str), "a label: a number or a name")
+    known = table.source.labels.get(column)
+    if known is not None and all(isinstance(value, int) for value in values) and len(known) != len(classes):
+        raise ConfigError(
+            f"{table.where}: {column!r} has {len(known)} classes ({shorten(list(known))}), and {of} has {len(classes)} "
+            f"({shorten(list(classes))}); expected as many"
+        )
+    by_name = {_plain(name): number for number, name in enumerate(classes)}
+    numbers, problems = [], []
+    for row, value in zip(table.numbers, values, strict=True):
+        number = value if isinstance(value, int) else by_name.get(_plain(value))
+        if number is None and isinstance(value, str) and value.isdecimal():
+            number = int(value)
+        if number is None or not 0 <= number < len(classes):
+            problems.append(
+                f"{table.where}: row {row}: {column!r} is {brief(value)}; expected 0 to {len(classes) - 1}, or one of "
+                f"{of}: {shorten(list(classes))}"
+            )
+        else:
+            numbers.append(number)
+    if problems:
+        raise ConfigError(*problems[:MAX_PROBLEMS])
+    return numbers
+
+
+def _plain(name: str) -> str:
+    """A name as it is compared: `Golden_retriever` and `golden retriever` are one."""
+    return name.strip().casefold().replace("_", " ").replace("-", " ")
+
+
+def open_texts(files: ModelFiles, table: Table, signature: ForwardSignature) -> TextReader:
+    """Loads the tokenizer of a model, for the texts of a table.
+
+    Raises:
+        CalibrationError: If there is none, or the model takes no texts.
+    """
+    if "input_ids" not in signature.forward_arguments:
+        raise CalibrationError(f"{table.where}: {files.name} takes no texts but {sorted(signature.forward_arguments)}")
+    fields = Fields("text", None, None, None, None, None)
+    return open_text_reader(
+        files.text_folder, table.settings, fields, signature, table.where, trust_remote_code=files.trust_remote_code
+    )
+
+
+def as_sample(number: int, tokens: Mapping[str, Sequence[int]], mask: list[int] | None, reader: TextReader) -> Sample:
+    """Makes a sample of tokens, with the attention mask that the model takes."""
+    sequences = {name: list(tokens[name]) for name in reader.token_arguments}
+    if "attention_mask" in reader.signature.forward_arguments:
+        sequences["attention_mask"] = [1] * len(sequences["input_ids"])
+    return Sample(number, sequences, mask)
