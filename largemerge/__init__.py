@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from largemerge.regression.config import MergeConfig, load_config
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.report import MergeReport
+    from largemerge.trials.results import CompareReport
+    from largemerge.trials.run import compare
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ __all__ = [
     "ArchitectureError",
     "CalibrationError",
     "CheckpointError",
+    "CompareReport",
     "ConfigError",
     "DataFreePlan",
     "DataFreeReport",
@@ -57,6 +60,7 @@ __all__ = [
     "SystemFailure",
     "__version__",
     "cluster",
+    "compare",
     "evaluate",
     "load_config",
     "merge",
@@ -69,6 +73,7 @@ _LAZY = {
     "ArchitectureError": _ERRORS,
     "CalibrationError": _ERRORS,
     "CheckpointError": _ERRORS,
+    "CompareReport": "largemerge.trials.results",
     "ConfigError": _ERRORS,
     "DataFreePlan": "largemerge.data_free.plan",
     "DataFreeReport": "largemerge.data_free.report",
@@ -83,6 +88,7 @@ _LAZY = {
     "OutputError": _ERRORS,
     "SystemFailure": _ERRORS,
     "cluster": "largemerge.api",
+    "compare": "largemerge.trials.run",
     "evaluate": "largemerge.api",
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",

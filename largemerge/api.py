@@ -325,21 +325,35 @@ def _checked_evaluation(
         ConfigError: If it has mistakes, or does not fit the models.
     """
     from largemerge.evaluation.config import load_evaluation
-    from largemerge.evaluation.evaluate import check_evaluation, name_models
-    from largemerge.evaluation.results import EvaluatedModel
+    from largemerge.evaluation.evaluate import check_evaluation
 
     if isinstance(config, Documents):
         raise ConfigError("--evaluate is for one merge; of a file of several, evaluate the folder when it is written")
     loaded = load_evaluation(source).with_limits(None, host=memory.host, device=memory.device, disk=memory.disk)
+    models, base = models_of(config)
+    if base is not None and loaded.base is None:
+        loaded = loaded.model_copy(update={"base": base})
+    check_evaluation(loaded, models)
+    return loaded, models
+
+
+def models_of(config: Config) -> tuple[list[EvaluatedModel], str | None]:
+    """Lists the models of a merge for an evaluation, and its base.
+
+    Raises:
+        ConfigError: If the configuration is of several merges.
+    """
+    from largemerge.evaluation.evaluate import name_models
+    from largemerge.evaluation.results import EvaluatedModel
+
+    if isinstance(config, Documents):
+        raise ConfigError(f"{config.path}: has several merges; expected one")
     if isinstance(config, MergeConfig):
         models = [EvaluatedModel(each.label, each.model, "candidate") for each in config.candidates]
     else:
         references = [each for each in dict.fromkeys(config.references) if each != config.base_model]
         models = [EvaluatedModel(each.name, each.reference, "candidate") for each in name_models(references)]
-    if config.base_model is not None and loaded.base is None:
-        loaded = loaded.model_copy(update={"base": config.base_model})
-    check_evaluation(loaded, models)
-    return loaded, models
+    return models, config.base_model
 
 
 def _merged_model(models: Sequence[EvaluatedModel], out: Path) -> EvaluatedModel:

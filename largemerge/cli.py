@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
     from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
+    from largemerge.trials.results import CompareReport
 
 
 def _size(text: str, option: str) -> int:
@@ -155,7 +156,7 @@ def _show_report(report: Report, options: argparse.Namespace) -> None:
         _print_table(report, stderr=True)
 
 
-def _print_table(found: Report | Plan | FolderCheck | Evaluation, *, stderr: bool = False) -> None:
+def _print_table(found: Report | Plan | FolderCheck | Evaluation | CompareReport, *, stderr: bool = False) -> None:
     from rich.console import Console
 
     found.print(Console(stderr=stderr, markup=False, emoji=False))
@@ -224,7 +225,7 @@ def _plan(options: argparse.Namespace) -> int:
     return _show(made, options)
 
 
-def _show(found: Plan | FolderCheck | Evaluation, options: argparse.Namespace) -> int:
+def _show(found: Plan | FolderCheck | Evaluation | CompareReport, options: argparse.Namespace) -> int:
     """Prints what was found, as JSON or as a table; returns the exit code."""
     stage("")
     if options.json:
@@ -286,6 +287,39 @@ def _evaluate(options: argparse.Namespace) -> int:
     return _show(found, options)
 
 
+def _compare(options: argparse.Namespace) -> int:
+    launch = read_launch()
+    try:
+        memory = _memory(options)
+        _quiet_libraries()
+        stage("importing torch and Transformers")
+        with _importing(options):
+            from largemerge.trials.make import swept
+            from largemerge.trials.run import compare
+        sweep = swept(options.sweep)
+        if options.own_process:
+            interrupts.raising()
+    except LargemergeError as error:
+        _fail_together(error, launch, options)
+        raise
+    with output_kept(own_process=options.own_process):
+        found = compare(
+            options.config,
+            options.evaluation,
+            out=options.out,
+            methods=[name.strip() for name in options.methods.split(",") if name.strip()],
+            sweep=sweep,
+            device=options.device,
+            limit=options.limit,
+            memory=memory,
+            keep_all=options.keep_all,
+            quiet=options.quiet,
+        )
+    if launch.rank != 0:
+        return EXIT_CODE if found.problems else 0
+    return _show(found, options)
+
+
 def _demo(options: argparse.Namespace) -> int:
     if read_launch().size > 1:
         raise ConfigError("the demo is for one process; start it without a launcher")
@@ -310,7 +344,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
-COMMANDS = {"merge": _merge, "plan": _plan, "verify": _verify, "evaluate": _evaluate, "demo": _demo}
+COMMANDS = {
+    "merge": _merge,
+    "plan": _plan,
+    "verify": _verify,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "demo": _demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -526,6 +567,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_memory_options(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print what was found as JSON")
     _add_log_options(evaluate).add_argument("--quiet", action="store_true", help="no progress")
+    compare = commands.add_parser("compare", help="merge by several methods or settings, and keep the best")
+    compare.add_argument("config", type=Path, help="a YAML file")
+    compare.add_argument(
+        "evaluation",
+        type=Path,
+        metavar="EVAL",
+        nargs="?",
+        help="a YAML file of tasks (default: calibration texts that are held out)",
+    )
+    compare.add_argument("--methods", default="", metavar="A,B", help="methods (default: the configuration's own)")
+    compare.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="values of a setting, such as ridge=1e-4,1e-2; may be given several times",
+    )
+    compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
+    compare.add_argument("--keep-all", action="store_true", help="keep the weights of all trials, not only of the best")
+    compare.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
+    compare.add_argument("--limit", type=_whole, metavar="N", help="at most N samples of each task, for a quick try")
+    _add_memory_options(compare)
+    compare.add_argument("--json", action="store_true", help="print what was found as JSON")
+    _add_log_options(compare).add_argument("--quiet", action="store_true", help="no progress")
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
     )

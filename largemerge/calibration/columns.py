@@ -179,14 +179,20 @@ class Row:
     image: Any
 
 
-def sample_order(num_rows: int, config: CalibrationConfig) -> Iterator[int]:
+def sample_order(num_rows: int, config: CalibrationConfig, skip: int = 0) -> Iterator[int]:
     """Yields row numbers in the order in which rows are taken until there are enough.
 
     If all rows are wanted, they are taken as they come. Otherwise, and always for packing, where it shows only later
     how many texts fill the samples, they are taken by a permutation that `config.seed` draws.
+
+    Args:
+        num_rows: Number of rows in the table.
+        config: Settings, with every number set.
+        skip: How many samples others have drawn before; then the order is theirs, and `config.num_samples` counts
+            them, too.
     """
     assert config.num_samples is not None and config.seed is not None
-    if num_rows <= config.num_samples and not config.pack:
+    if num_rows <= (skip or config.num_samples) and not config.pack:
         yield from range(num_rows)
         return
     generator = torch.Generator().manual_seed(config.seed)

@@ -200,6 +200,7 @@ def read_samples(
     reader: TextReader | None,
     *,
     whole_target: bool = False,
+    skip: int = 0,
 ) -> list[Sample]:
     """Draws rows of a table, and tokenises their texts.
 
@@ -209,15 +210,16 @@ def read_samples(
         config: Settings, with every number set.
         reader: The tokenizer; `None` where there is no text.
         whole_target: Whether a decoder's tokens hold the last one of the target, which it only predicts.
+        skip: Samples that others have drawn before; see `sample_order`. Those are left out.
 
     Raises:
         CalibrationError: If rows do not hold what their columns should; it names several.
     """
     assert config.num_samples is not None
-    order = sample_order(source.num_rows, config)
+    order = sample_order(source.num_rows, config, skip)
     if config.pack and reader is not None:
-        return pack(_rows_in_parts(source, fields, order, reader), reader, config.num_samples)
-    rows = read_rows(source, fields, order, config.num_samples)
+        return pack(_rows_in_parts(source, fields, order, reader), reader, config.num_samples)[skip:]
+    rows = read_rows(source, fields, order, config.num_samples)[skip:]
     if reader is not None:
         _check_templates(rows, reader)
         return tokenise(rows, reader, whole_target=whole_target)

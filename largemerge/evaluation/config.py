@@ -54,6 +54,9 @@ class TaskData(Strict):
     """Split of a dataset; default: `test` of a dataset, all of a file."""
     num_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     """Samples that are drawn; default: all there are."""
+    skip: int = Field(0, ge=0, le=LARGEST_COUNT)
+    """Samples that are passed over, in the order in which calibration with the same `seed` draws them: with its
+    `num_samples` here, a task sees none of its samples."""
     batch_size: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
     expert: Reference | None = None
@@ -73,7 +76,7 @@ class TaskData(Strict):
             data=self.data,
             subset=self.subset,
             split=split,
-            num_samples=self.num_samples or defaults.num_samples or LARGEST_COUNT,
+            num_samples=min(LARGEST_COUNT, self.skip + (self.num_samples or defaults.num_samples or LARGEST_COUNT)),
             batch_size=self.batch_size or defaults.batch_size,
             max_length=fields.pop("max_length", None) or defaults.max_length,
             seed=defaults.seed if self.seed is None else self.seed,

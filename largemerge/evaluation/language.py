@@ -23,7 +23,7 @@ from largemerge.errors import CalibrationError
 from largemerge.evaluation.config import EvaluationConfig, GenerationTask, LanguageModelTask, MultipleChoiceTask
 from largemerge.evaluation.metrics import ACCURACY, LOSS, PERPLEXITY, TOKEN_ACCURACY
 from largemerge.evaluation.models import ModelFiles
-from largemerge.evaluation.table import Table, as_sample, open_source_of, open_table, open_texts
+from largemerge.evaluation.table import Table, all_skipped, as_sample, open_source_of, open_table, open_texts
 from largemerge.evaluation.task import Columns, Generating, Metric, Prepared, Record, Samples, columns_of, mean_of
 from largemerge.text_files import brief
 
@@ -83,7 +83,9 @@ def language_model(
     reader = open_text_reader(
         files.text_folder, calibration, fields, signature, source.where, trust_remote_code=files.trust_remote_code
     )
-    samples = read_samples(source, fields, calibration, reader, whole_target=True)
+    samples = read_samples(source, fields, calibration, reader, whole_target=True, skip=task.skip)
+    if not samples and task.skip:
+        raise CalibrationError(all_skipped(source, task))
     if not samples:
         raise CalibrationError(f"{source.where}: all texts are empty; expected at least one with words")
     counted = sum(sum(_counting(sample)[1:]) for sample in samples)

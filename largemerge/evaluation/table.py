@@ -6,6 +6,7 @@ data ──► open_table ──► Table: the drawn rows of the columns that th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,10 +119,19 @@ def open_table(task: TaskData, config: EvaluationConfig, wanted: Iterable[tuple[
     columns = list(dict.fromkeys(column for _, column in wanted))
     table = source.select(columns)
     assert settings.num_samples is not None
-    numbers = [
-        number for number, _ in zip(sample_order(source.num_rows, settings), range(settings.num_samples), strict=False)
-    ]
+    order = sample_order(source.num_rows, settings, task.skip)
+    numbers = list(itertools.islice(order, task.skip, settings.num_samples))
+    if not numbers:
+        raise CalibrationError(all_skipped(source, task))
     return Table(source.where, [table[number] for number in numbers], numbers, source, settings)
+
+
+def all_skipped(source: Source, task: TaskData) -> str:
+    """Says that a task passes over all of its data."""
+    return (
+        f"{source.where}: has {source.num_rows} samples, and 'skip: {task.skip}' passes over all of them; expected "
+        "more data, or to skip fewer"
+    )
 
 
 def label_numbers(table: Table, column: str, classes: Sequence[str], of: str) -> list[int]:

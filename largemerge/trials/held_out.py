@@ -1,0 +1,54 @@
+"""An evaluation without test data: texts of the calibration data that calibration does not draw.
+
+Calibration draws `num_samples` rows by a seeded permutation; the task of each model takes the rows that come next in
+the same permutation. The loss on them is held against that of the model itself, which is the expert of its own data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from largemerge.calibration.config import CalibrationConfig
+from largemerge.errors import ConfigError
+from largemerge.evaluation.config import EvaluationConfig, load_evaluation
+from largemerge.regression.config import MergeConfig
+
+_TEXTS = ("text_field", "text_template", "messages_field", "target_field", "loss_mask_field")
+
+
+def held_out_tasks(config: MergeConfig, num_samples: int = 64) -> EvaluationConfig:
+    """Makes the tasks: the loss of each candidate's own kind of text.
+
+    Args:
+        config: The merge.
+        num_samples: Samples of each task, at most.
+
+    Raises:
+        ConfigError: If a candidate has no such data.
+    """
+    problems = [
+        f"{candidate.label}: has no calibration texts to hold some out of; expected an EVAL.yaml"
+        for candidate in config.candidates
+        if candidate.calibration is None or candidate.calibration.data.endswith(".safetensors")
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    tasks = []
+    for candidate in config.candidates:
+        assert candidate.calibration is not None
+        tasks.append(_task(candidate.label, candidate.model, candidate.calibration, num_samples))
+    return load_evaluation({"tasks": tasks, "trust_remote_code": config.trust_remote_code})
+
+
+def _task(name: str, expert: str, calibration: CalibrationConfig, num_samples: int) -> dict[str, Any]:
+    keys = ("data", "subset", "split", "seed", "batch_size", "max_length", "one_per", "assistant_only", *_TEXTS)
+    settings = {key: value for key in keys if (value := getattr(calibration, key)) is not None}
+    drawn = calibration.num_samples
+    return {
+        "name": f"{name}, held out",
+        "kind": "language_model",
+        "expert": expert,
+        "skip": drawn,
+        "num_samples": num_samples,
+        **settings,
+    }

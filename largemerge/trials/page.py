@@ -1,0 +1,57 @@
+"""A comparison as one HTML page: the trials, the best first, what each setting does, the scores of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from largemerge.evaluation.page import evaluation_sections
+from largemerge.pages.charts import lines
+from largemerge.pages.page import ChartPart, NotePart, Page, Section, TablePart
+from largemerge.trials.results import CompareReport
+from largemerge.units import counted, duration
+
+
+def comparison_page(report: CompareReport) -> str:
+    """Makes the page of a comparison."""
+    best = report.best
+    summary = f"{counted(len(report.trials), 'trial')} in {duration(report.seconds)}."
+    summary += f" The best is {best.name}, with {report.objective} {best.objective:.4f}." if best is not None else ""
+    return Page("Comparison", summary, tuple(_sections(report))).html()
+
+
+def _sections(report: CompareReport) -> Iterator[Section]:
+    columns, rows = report.rows()
+    direction = "More" if report.higher_is_better else "Less"
+    notes = [NotePart("Failed", problem) for problem in report.problems]
+    notes += [NotePart("Note", note) for note in report.notes]
+    heads = [column.replace("\n", ", ") for column in columns]
+    yield Section("Trials", f"The best first. {direction} is better.", (TablePart(heads, rows), *notes))
+    charts = [part for key in _numbers(report) for part in _curves(report, key)]
+    if charts:
+        yield Section("Settings", "What each setting does, all others as they were in the same trial.", tuple(charts))
+    yield from evaluation_sections(report.evaluation)
+
+
+def _numbers(report: CompareReport) -> list[str]:
+    """Settings that are numbers, and have more than one value."""
+    keys = dict.fromkeys(key for trial in report.trials for key in trial.settings)
+    found = []
+    for key in keys:
+        values = {trial.settings[key] for trial in report.trials if key in trial.settings}
+        if len(values) > 1 and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            found.append(key)
+    return found
+
+
+def _curves(report: CompareReport, key: str) -> Iterator[ChartPart]:
+    """Yields the chart of one setting: a line for every method and all other settings."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for trial in report.trials:
+        if key in trial.settings and trial.objective is not None:
+            others = [f"{name}={value}" for name, value in trial.settings.items() if name != key]
+            place = " ".join([trial.method, *others])
+            series.setdefault(place, []).append((float(trial.settings[key]), trial.objective))
+    series = {name: sorted(points) for name, points in series.items() if len(points) > 1}
+    if series:
+        chart = lines(series, title=key, x_label=key, y_label=report.objective)
+        yield ChartPart(chart, f"{report.objective} by {key}.")
