@@ -397,12 +397,14 @@ def _absolute(config: EvaluationConfig, folders: Sequence[Path]) -> EvaluationCo
         return next((str(each) for each in inside if os.path.lexists(each)), text)
 
     def with_paths(part: Any, keys: Sequence[str], references: Sequence[str] = ()) -> Any:
-        found = {key: path(text) for key in keys if (text := getattr(part, key, None)) is not None}
+        found: dict[str, Any] = {key: path(text) for key in keys if (text := getattr(part, key, None)) is not None}
         found |= {
             key: absolute_reference(text, folders)
             for key in references
             if (text := getattr(part, key, None)) is not None
         }
+        if isinstance(part, HarnessTask):
+            found["tasks"] = tuple(path(name) for name in part.tasks)
         return part.model_copy(update=found)
 
     tasks = tuple(with_paths(each, ("data", "head", "classes"), ("expert", "text_model")) for each in config.tasks)

@@ -7,11 +7,14 @@ standard error, and all others.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from largemerge.config_file import nearest
 from largemerge.errors import ConfigError
 from largemerge.evaluation.config import EvaluationConfig, HarnessTask
 from largemerge.evaluation.models import ModelFiles
@@ -29,17 +32,33 @@ def check_harness(tasks: Sequence[HarnessTask]) -> None:
     names = ", ".join(task.name for task in tasks)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"task {names}: kind lm_eval needs EleutherAI's lm-eval; pip install 'largemerge[lm-eval]'")
-    from lm_eval.tasks import TaskManager
-
-    known = set(TaskManager().all_tasks)
+    manager = _manager(tasks)
+    known = set(manager.all_tasks)
     unknown = [
-        f"task {task.name!r}: lm-eval has no task {each!r}"
+        f"task {task.name!r}: lm-eval has no task {each!r}{nearest(each, known)}; expected one of its own, or the path "
+        "of a YAML file"
         for task in tasks
         for each in task.tasks
-        if each not in known and not each.endswith((".yaml", ".yml"))
+        if _name(each) not in known
     ]
     if unknown:
         raise ConfigError(*unknown)
+
+
+def _manager(tasks: Sequence[HarnessTask]) -> Any:
+    """lm-eval's list of tasks, with those in the folders of the user's own files."""
+    from lm_eval.tasks import TaskManager
+
+    folders = {str(Path(name).parent) for task in tasks for name in task.tasks if Path(name).is_file()}
+    return TaskManager(include_path=sorted(folders) or None)
+
+
+def _name(task: str) -> str:
+    """The name by which lm-eval knows a task: of a file, what stands after `task:`."""
+    if not Path(task).is_file():
+        return task
+    found = re.search(r"^task:\s*['\"]?([^'\"\s#]+)", Path(task).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found is not None else task
 
 
 def run_harness(
@@ -62,9 +81,11 @@ def run_harness(
     }
     if files.adapter is not None:
         options["peft"] = str(files.adapter.folders[0])
+    names = [_name(each) for each in task.tasks]
     results = lm_eval.simple_evaluate(
         model=HFLM(**options),
-        tasks=list(task.tasks),
+        tasks=names,
+        task_manager=_manager([task]),
         num_fewshot=task.num_fewshot,
         limit=task.limit,
         random_seed=config.seed,
@@ -72,11 +93,13 @@ def run_harness(
         torch_random_seed=config.seed,
         fewshot_random_seed=config.seed,
     )
-    return read_results(task, results)
+    return read_results(task, names, results)
 
 
-def read_results(task: HarnessTask, results: Mapping[str, Any]) -> tuple[dict[str, float], int, float | None]:
-    """Reads what lm-eval reports.
+def read_results(
+    task: HarnessTask, names: Sequence[str], results: Mapping[str, Any]
+) -> tuple[dict[str, float], int, float | None]:
+    """Reads what lm-eval reports of some of its tasks, by their names.
 
     Raises:
         ConfigError: If a task does not report the metric that is asked for.
@@ -84,7 +107,7 @@ def read_results(task: HarnessTask, results: Mapping[str, Any]) -> tuple[dict[st
     values: dict[str, float] = {}
     chosen: list[float] = []
     errors: list[float] = []
-    for name in task.tasks:
+    for name in names:
         reported = results["results"][name]
         numbers = {
             key.split(",")[0]: float(value)
@@ -99,6 +122,6 @@ def read_results(task: HarnessTask, results: Mapping[str, Any]) -> tuple[dict[st
         if isinstance(error, int | float):
             errors.append(float(error))
         values |= {f"{name} {key}": value for key, value in numbers.items()}
-    count = sum(int(results.get("n-samples", {}).get(name, {}).get("effective", 0)) for name in task.tasks)
+    count = sum(int(results.get("n-samples", {}).get(name, {}).get("effective", 0)) for name in names)
     half = _HALF * sum(error**2 for error in errors) ** 0.5 / len(errors) if len(errors) == len(chosen) else None
     return {task.metric or "score": sum(chosen) / len(chosen), **values}, count, half

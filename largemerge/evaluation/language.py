@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,15 @@ from largemerge.errors import CalibrationError
 from largemerge.evaluation.config import EvaluationConfig, GenerationTask, LanguageModelTask, MultipleChoiceTask
 from largemerge.evaluation.metrics import ACCURACY, LOSS, PERPLEXITY, TOKEN_ACCURACY
 from largemerge.evaluation.models import ModelFiles
-from largemerge.evaluation.table import Table, all_skipped, as_sample, open_source_of, open_table, open_texts
+from largemerge.evaluation.table import (
+    Table,
+    all_skipped,
+    as_sample,
+    open_source_of,
+    open_table,
+    open_texts,
+    read_tensors_of,
+)
 from largemerge.evaluation.task import Columns, Generating, Metric, Prepared, Record, Samples, columns_of, mean_of
 from largemerge.text_files import brief
 
@@ -76,6 +85,9 @@ def language_model(
     """
     names = ("max_length", "text_field", "text_template", "messages_field", "target_field", "loss_mask_field")
     settings = {name: getattr(task, name) for name in (*names, "assistant_only", "one_per", "pack")}
+    tensors = read_tensors_of(task, config, signature, **settings)
+    if tensors is not None:
+        return _prepared(files, *tensors)
     source, calibration = open_source_of(task, config, **settings)
     fields = replace(choose_fields(calibration, source.columns, signature, source.where), image=None)
     if not fields.has_text:
@@ -88,16 +100,26 @@ def language_model(
         raise CalibrationError(all_skipped(source, task))
     if not samples:
         raise CalibrationError(f"{source.where}: all texts are empty; expected at least one with words")
+    assert calibration.batch_size is not None
+    return _prepared(files, samples, calibration.batch_size, source.where, reader.padding)
+
+
+def _prepared(
+    files: ModelFiles,
+    samples: Sequence[Sample],
+    batch_size: int,
+    where: str,
+    padding: Mapping[str, int] = MappingProxyType({}),
+) -> Prepared:
     counted = sum(sum(_counting(sample)[1:]) for sample in samples)
     if not counted:
         raise CalibrationError(
-            f"{source.where}: no token is left to predict: texts have one token each, or the loss mask keeps all out"
+            f"{where}: no token is left to predict: texts have one token each, or the loss mask keeps all out"
         )
-    samples = [replace(sample, row=number) for number, sample in enumerate(samples)]
-    assert calibration.batch_size is not None
+    numbered = [replace(sample, row=number) for number, sample in enumerate(samples)]
     return Prepared(
         view=files,
-        samples=Samples.of(samples, calibration.batch_size, source.where, reader.padding),
+        samples=Samples.of(numbered, batch_size, where, padding),
         score=lambda _: token_scores,
         finish=columns_of,
         metrics=(LOSS, PERPLEXITY, TOKEN_ACCURACY),

@@ -15,6 +15,7 @@ from typing import Any
 from largemerge.calibration.batches import ForwardSignature, Sample
 from largemerge.calibration.columns import MAX_PROBLEMS, Fields, sample_order
 from largemerge.calibration.config import CalibrationConfig, template_columns
+from largemerge.calibration.pretokenized import read_tensors
 from largemerge.calibration.sources import Source, locate_data, open_source
 from largemerge.calibration.tokenizer import TextReader, open_text_reader
 from largemerge.config_file import nearest
@@ -85,6 +86,36 @@ def open_source_of(task: TaskData, config: EvaluationConfig, **fields: Any) -> t
     if source.columns == ("image",) and source.folder is not None:
         source = _with_folder_labels(source)
     return source, settings
+
+
+def read_tensors_of(
+    task: TaskData, config: EvaluationConfig, signature: ForwardSignature, **fields: Any
+) -> tuple[list[Sample], int, str] | None:
+    """Reads ready-made tokens, where a task's data is a .safetensors file of them.
+
+    Returns:
+        The samples, the batch size, and task and data for messages; `None` where the data is something else.
+
+    Raises:
+        CalibrationError: If the tensors do not fit the model, or are no tokens.
+    """
+    settings = task.calibration(config, **fields)
+    where, path = locate_data(settings, f"task {task.name!r}")
+    if path is None or path.suffix.lower() != ".safetensors":
+        return None
+    samples: list[Sample] = []
+    for batch in read_tensors(path, settings, signature, where):
+        others = [name for name, tensor in batch.inputs.items() if tensor.is_floating_point() or tensor.dim() != 2]
+        if others:
+            raise CalibrationError(f"{where}: {', '.join(others)}: expected tokens alone, [samples, tokens]")
+        masks = [None] * batch.num_samples if batch.loss_mask is None else batch.loss_mask.int().tolist()
+        for row, mask in enumerate(masks):
+            sequences = {name: tensor[row].tolist() for name, tensor in batch.inputs.items()}
+            samples.append(Sample(len(samples), sequences, mask))
+    if len(samples) <= task.skip:
+        raise CalibrationError(f"{where}: has {len(samples)} samples, and 'skip: {task.skip}' passes over all of them")
+    assert settings.batch_size is not None
+    return samples[task.skip :], settings.batch_size, where
 
 
 def _with_folder_labels(source: Source) -> Source:

@@ -12,6 +12,8 @@ import pytest
 import tiny_models
 import torch
 import transformers as tf
+from adapters import merged_by_peft, train_with_peft
+from peft import LoraConfig
 from PIL import Image
 from task_models import (
     LABELS,
@@ -325,3 +327,49 @@ def test_sentences_are_found_and_compared_by_their_vectors(tmp_path: Path, way: 
     found = run({"kind": "similarity", "data": write_jsonl(tmp_path / "s.jsonl", rows)}, tmp_path / "bert", way)
     assert found.metrics["spearman"] == pytest.approx(spearmanr(cosines, scores).statistic)
     assert found.metrics["pearson"] == pytest.approx(pearsonr(cosines, scores).statistic, abs=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_kept_head_is_put_on_the_merged_body(tmp_path: Path, way: str) -> None:
+    labels = {"sst2": 2, "mnli": 3}
+    for name, count in labels.items():
+        write_bert(tmp_path / name, count)
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in labels]
+    largemerge.merge({"merge_method": "linear", "models": models}, tmp_path / "merged")
+    fast = tf.AutoTokenizer.from_pretrained(tmp_path / "mnli")
+    # The body of both, averaged, with the head of one of them.
+    model, other = (tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("mnli", "sst2"))
+    with torch.no_grad():
+        state = other.state_dict()
+        for name, parameter in model.named_parameters():
+            if not name.startswith("classifier"):
+                parameter.copy_((parameter + state[name]) / 2)
+        found = torch.stack([model(**fast(text, return_tensors="pt")).logits[0] for text in TEXTS]).argmax(-1)
+    wanted = [int(number) if place % 2 else (int(number) + 1) % 3 for place, number in enumerate(found)]
+    rows = [{"text": text, "label": label} for text, label in zip(TEXTS, wanted, strict=True)]
+    task = {"kind": "text_classification", "data": write_jsonl(tmp_path / "d.jsonl", rows)}
+    assert run(task | {"head": "mnli"}, tmp_path / "merged", way).value == pytest.approx(0.5)
+    file = tmp_path / "merged" / "heads" / "mnli.safetensors"
+    assert run(task | {"head": str(file)}, tmp_path / "merged", way).value == pytest.approx(0.5)
+    with pytest.raises(largemerge.LargemergeError, match=r"merged is a BertModel, which has no labels.*'head'"):
+        run(task, tmp_path / "merged", way)
+    with pytest.raises(largemerge.LargemergeError, match=r"no head 'qnli'.*holds mnli, sst2"):
+        run(task | {"head": "qnli"}, tmp_path / "merged", way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_are_added_to_their_model(tmp_path: Path, way: str) -> None:
+    model = write_language_model(tmp_path / "base")
+    folder = tmp_path / "lora"
+    targets = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_alpha": 64}
+    train_with_peft(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(**targets), folder)
+    merged = merged_by_peft(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
+    fast = tokenizer()
+    sums = [plain_loss(merged, ids, ids) for text in TEXTS for ids in [torch.tensor(fast(text)["input_ids"])]]
+    loss, tokens, _ = (sum(part) for part in zip(*sums, strict=True))
+    data = write_texts(tmp_path / "data.jsonl")
+    config = {"tasks": [{"name": "task", "kind": "language_model", "data": data}], **WAYS[way]}
+    found = largemerge.evaluate(config, {"tuned": f"{tmp_path / 'base'}+{folder}", "base": tmp_path / "base"})
+    assert found.score("tuned", "task").value == pytest.approx(loss / tokens, rel=1e-5)
+    assert found.score("base", "task").value != pytest.approx(loss / tokens, rel=1e-3)
+    assert model.config.vocab_size == 300
