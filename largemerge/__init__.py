@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # that of `typing`, whose import would take longer than a
 if TYPE_CHECKING:
     from typing import Any
 
-    from largemerge.api import Memory, cluster, merge, plan, verify
+    from largemerge.api import Memory, cluster, gram, merge, plan, verify
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.errors import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SystemFailure,
     )
     from largemerge.regression.config import MergeConfig, load_config
+    from largemerge.regression.gram_run import GramReport
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.report import MergeReport
 
@@ -44,6 +45,7 @@ __all__ = [
     "ConfigError",
     "DataFreePlan",
     "DataFreeReport",
+    "GramReport",
     "InstallationError",
     "LargemergeError",
     "Memory",
@@ -55,6 +57,7 @@ __all__ = [
     "SystemFailure",
     "__version__",
     "cluster",
+    "gram",
     "load_config",
     "merge",
     "plan",
@@ -69,6 +72,7 @@ _LAZY = {
     "ConfigError": _ERRORS,
     "DataFreePlan": "largemerge.data_free.plan",
     "DataFreeReport": "largemerge.data_free.report",
+    "GramReport": "largemerge.regression.gram_run",
     "InstallationError": _ERRORS,
     "LargemergeError": _ERRORS,
     "Memory": "largemerge.api",
@@ -79,6 +83,7 @@ _LAZY = {
     "OutputError": _ERRORS,
     "SystemFailure": _ERRORS,
     "cluster": "largemerge.api",
+    "gram": "largemerge.api",
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",
     "plan": "largemerge.api",

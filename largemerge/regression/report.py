@@ -23,7 +23,7 @@ from largemerge.comparison import Verification
 from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
-from largemerge.regression.config import MergeConfig
+from largemerge.regression.config import CandidateConfig, MergeConfig
 from largemerge.regression.drift import DriftOfBlocks, drift_curves, drift_section
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_sums import make_record
@@ -341,7 +341,7 @@ def write_side_files(
                     "name": candidate.label,
                     "model": candidate.model,
                     "weight": candidate.parameters.weight,
-                    "data": Path(candidate.calibration.data).name if candidate.calibration else RECORD_FILE,
+                    "data": _data_of(candidate),
                 }
                 for candidate in config.candidates
             ],
@@ -358,6 +358,13 @@ def write_side_files(
         )
         (path / RECORD_FILE).parent.mkdir()
         (path / RECORD_FILE).write_text(record.to_text(), encoding="utf-8")
+
+
+def _data_of(candidate: CandidateConfig) -> str:
+    """Name of a candidate's data, or of what stands for it."""
+    calibration = candidate.calibration
+    given = (calibration.data or calibration.grams) if calibration is not None else None
+    return Path(given).name if given is not None else RECORD_FILE
 
 
 def _card_sections(planned: PlannedMerge, report: MergeReport | None) -> str:
