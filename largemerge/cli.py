@@ -38,6 +38,7 @@ from largemerge.text_files import json_text
 if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
     from largemerge.integrity import FolderCheck
+    from largemerge.regression.gram_run import GramReport
 
 
 def _size(text: str, option: str) -> int:
@@ -144,8 +145,11 @@ def _gram(options: argparse.Namespace) -> int:
     api.check_apart(options.config, options.out)
     config = _read(options)
     try:
+        from largemerge.machine import reuse_freed_memory
+
+        reuse_freed_memory(sparingly=True)
         with output_kept(own_process=options.own_process):
-            report: Report = api.gram(
+            report = api.gram(
                 config,
                 options.out,
                 device=options.device,
@@ -157,6 +161,8 @@ def _gram(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         return _interrupted(options, error)
     stage("")
+    if options.quiet:
+        _print_warnings(report)
     _show_report(report, options)
     return 0
 
@@ -194,8 +200,8 @@ def _check_log_file(options: argparse.Namespace) -> None:
             raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
 
 
-def _print_warnings(plan: Plan) -> None:
-    """Prints the warnings of a plan before the long work."""
+def _print_warnings(plan: Plan | GramReport) -> None:
+    """Prints the warnings of a plan before the long work, or of a report that has no plan after it."""
     from largemerge.config_file import WARNING
 
     if own_rank() == 0:
