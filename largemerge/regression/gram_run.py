@@ -208,6 +208,8 @@ def _prepare_all(
 ) -> list[_Candidate]:
     """Opens all candidates, reads their data and plans; raises with the problems of all of them."""
     problems = list(_name_problems(config))
+    if (out / "config.json").exists():
+        problems.append(f"{out} holds a checkpoint, and --force would not replace it; choose another folder")
     candidates = []
     for candidate in config.models:
         single = _alone(config, candidate)

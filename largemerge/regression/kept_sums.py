@@ -7,6 +7,8 @@ A tensor is the lower triangle of Σ G̃_i, row after row, in float32: half of t
 written and read some rows at a time. The files are laid out, written, resumed and verified like those of the weights.
 What they are of stands in `sums/sequence.json` (sequence.py); digests in the merge's report tie both to its weights.
 
+The Gram matrices of single candidates, which stand for their data (gram_files.py), lie on the disk in the same way.
+
 With several ranks, the one that solves a group reads the earlier sums and adds them, and rank 0 writes.
 """
 

@@ -230,19 +230,17 @@ def _prepare(
     placement = ranks.from_first(planned.plan.placement)
     planned = replace(planned, plan=replace(planned.plan, placement=placement))
     samples = samples_of_rank(planned, calibration, ranks)
-    return _Prepared(
-        planned,
-        samples,
-        {
-            data.name: {
-                "num_samples": config.grams[data.name].num_samples if data.name in config.grams else data.num_samples,
-                "tokens": max(rows) or planned.plan.num_tokens[data.name],
-                "sha256": data.fingerprint,
-            }
-            for data, rows in zip(calibration, samples.row_counts, strict=True)
-        },
-        input_paths,
-    )
+    seen = {
+        data.name: {
+            "num_samples": data.num_samples,
+            "tokens": max(rows) or planned.plan.num_tokens[data.name],
+            "sha256": data.fingerprint,
+        }
+        for data, rows in zip(calibration, samples.row_counts, strict=True)
+    }
+    for name, record in config.grams.items():
+        seen[name] |= {"num_samples": record.num_samples, "data": record.data, "data_sha256": record.data_sha256}
+    return _Prepared(planned, samples, seen, input_paths)
 
 
 def samples_of_rank(planned: PlannedMerge, calibration: Sequence[CalibrationSet], ranks: Ranks) -> RankSamples:

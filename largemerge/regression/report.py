@@ -46,7 +46,8 @@ class MergeReport:
         plan: The plan that was run.
         config: The resolved configuration.
         inputs: Folder and fingerprints of all files, by checkpoint.
-        calibration: Number of samples and tokens, and fingerprint of the data that the model saw, by candidate.
+        calibration: Number of samples and tokens, and fingerprint of the data that the model saw, by candidate; where
+            Gram matrices stand for it, the fingerprint is theirs.
         blocks: Seconds by stage, bytes written, and a report for every linear, by block.
         non_block: Seconds and bytes of the tensors outside the blocks.
         head: Seconds, bytes, and a report for every linear of the head that was solved; empty where none was.
@@ -341,7 +342,7 @@ def write_side_files(
                     "name": candidate.label,
                     "model": candidate.model,
                     "weight": candidate.parameters.weight,
-                    "data": _data_of(candidate),
+                    "data": _data_of(config, candidate),
                 }
                 for candidate in config.candidates
             ],
@@ -360,11 +361,12 @@ def write_side_files(
         (path / RECORD_FILE).write_text(record.to_text(), encoding="utf-8")
 
 
-def _data_of(candidate: CandidateConfig) -> str:
+def _data_of(config: MergeConfig, candidate: CandidateConfig) -> str:
     """Name of a candidate's data, or of what stands for it."""
-    calibration = candidate.calibration
-    given = (calibration.data or calibration.grams) if calibration is not None else None
-    return Path(given).name if given is not None else RECORD_FILE
+    if candidate.label in config.grams:
+        return f"{config.grams[candidate.label].data}, as Gram matrices"
+    data = candidate.calibration.data if candidate.calibration is not None else None
+    return Path(data).name if data is not None else RECORD_FILE
 
 
 def _card_sections(planned: PlannedMerge, report: MergeReport | None) -> str:

@@ -16,7 +16,17 @@ import tiny_models
 import torch
 import transformers as tf
 from adapters import shapes_of, write_adapter
-from cases import Case, MakeCase, assert_close, exit_code, files_in, load_merged, report_of, weights_in, write_case
+from cases import (
+    Case,
+    MakeCase,
+    assert_close,
+    exit_code,
+    files_in,
+    load_merged,
+    report_of,
+    weights_in,
+    write_case,
+)
 from processes import assert_agree, device_of_ranks, run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -433,7 +443,9 @@ def test_a_copy_of_the_model_elsewhere_is_the_same_model(kept: Case) -> None:
     config["models"][0] |= {"model": str(kept.folder / "moved"), "calibration": {"grams": "published"}}
     kept.config = config
     assert exit_code("merge", kept.write_yaml(), kept.folder / "merged", "--quiet") == 0
-    assert "published" in (kept.folder / "merged" / "README.md").read_text()
+    assert "data0.safetensors, as Gram matrices" in (kept.folder / "merged" / "README.md").read_text()
+    entry = report_of(kept.folder / "merged")["calibration"]["moved"]
+    assert entry["data_sha256"] == record_of(kept.folder / "published")["data_sha256"]
 
 
 def test_groups_that_were_not_kept(kept: Case) -> None:
@@ -482,6 +494,16 @@ def test_what_cannot_be_written(kept: Case) -> None:
         largemerge.gram(kept.config, kept.folder / "out", resume=True, force=True)
     with pytest.raises(LargemergeError, match="is not empty"):
         largemerge.gram(kept.config, kept.folder / "grams")
+
+
+def test_no_checkpoint_is_spoiled(kept: Case) -> None:
+    """A merge of a sequence keeps sums of its own under the same names."""
+    largemerge.merge(kept.config | {"sequence": {}}, kept.folder / "out")
+    before = files_in(kept.folder / "out")
+    for force in (False, True):
+        with pytest.raises(LargemergeError, match="holds a checkpoint, and --force would not replace it"):
+            largemerge.gram(kept.config, kept.folder / "out", force=force)
+    assert files_in(kept.folder / "out") == before
 
 
 def test_under_a_launcher_it_is_refused(kept: Case, monkeypatch: pytest.MonkeyPatch) -> None:
