@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 import largemerge
 from largemerge import ConfigError, LargemergeError
+from largemerge.output import OutputFolder
 from largemerge.regression import plan as planning
 from largemerge.regression.gram import Gram
 from largemerge.regression.planning.placement import Choice
@@ -118,7 +119,7 @@ def test_without_the_data_the_merge_is_the_same(
     assert report.plan.bytes_read == report.bytes_read or "head" in before, "the sums are counted"
 
 
-@pytest.mark.parametrize("numbers", [(0,), (1,), (2, 0)])
+@pytest.mark.parametrize("numbers", [(1,), (2, 0)])
 def test_some_from_grams_and_others_from_data(tmp_path: Path, numbers: tuple[int, ...]) -> None:
     case = make_experts(tmp_path, "llama", 3, solve=["blocks", "head"])
     largemerge.merge(case.config, tmp_path / "from-data")
@@ -536,12 +537,11 @@ def test_writing_goes_on_after_a_kill(tmp_path: Path) -> None:
     operations = processes.operations(log)
     wanted = [number for number, line in enumerate(operations, start=1) if line.endswith("/journal.jsonl")]
     placed = [number for number, line in enumerate(operations, start=1) if "rename" in line]
-    for number in (wanted[-4], placed[-1]):
-        shutil.rmtree(tmp_path / "out")
-        assert processes.run(command, log, number) == -signal.SIGKILL
-        assert not (tmp_path / "out" / "model1" / "grams.json").exists()
-        assert processes.run([*command, "--resume"], log) == 0, log.read_text()
-        assert files_in(tmp_path / "out") == unbroken
+    shutil.rmtree(tmp_path / "out")
+    assert processes.run(command, log, placed[-1]) == -signal.SIGKILL
+    assert not (tmp_path / "out" / "model1" / "grams.json").exists()
+    largemerge.gram(case.config, tmp_path / "out", resume=True, device="cpu")
+    assert files_in(tmp_path / "out") == unbroken
     shutil.rmtree(tmp_path / "out")
     assert processes.run(command, log, wanted[-1]) == -signal.SIGKILL
     flip(tmp_path / "out" / ".largemerge" / "model1" / "sums" / "model.layers.1.safetensors")
@@ -569,20 +569,21 @@ def test_a_merge_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert processes.lasting(tmp_path / "out") == unbroken
 
 
-def test_other_grams_cannot_be_gone_on_with(tmp_path: Path) -> None:
-    case = processes.make_long_case(tmp_path, "regmean")
-    largemerge.gram(case.config, tmp_path / "grams", device="cpu")
-    of_data, case.config = case.config, with_grams(case)
-    case.write_yaml()
-    log, command = tmp_path / "log", processes.merging(case, tmp_path / "out", "--device", "cpu")
-    assert processes.run(command, log, kill_at=0) == 0
-    wanted = [n for n, line in enumerate(processes.operations(log), start=1) if "journal.jsonl" in line]
-    shutil.rmtree(tmp_path / "out")
-    assert processes.run(command, log, wanted[2]) == -signal.SIGKILL
-    of_data["calibration"]["num_samples"] = 7
-    largemerge.gram(of_data, tmp_path / "grams", device="cpu", force=True)
-    assert processes.run([*command, "--resume"], log) == 2
-    assert "calibration data → model0 was" in log.read_text()
+def test_other_grams_cannot_be_gone_on_with(kept: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, config, out = OutputFolder.record, with_grams(kept), kept.folder / "out"
+
+    def stop_after_two(self: OutputFolder, part: str, entry: Mapping[str, Any]) -> None:
+        record(self, part, entry)
+        if len(self.entries) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OutputFolder, "record", stop_after_two)
+        largemerge.merge(config, out)
+    kept.config["calibration"]["num_samples"] = 7
+    largemerge.gram(kept.config, kept.folder / "grams", force=True)
+    with pytest.raises(LargemergeError, match="calibration data → model0 was"):
+        largemerge.merge(config, out, resume=True)
 
 
 @pytest.mark.parametrize(
