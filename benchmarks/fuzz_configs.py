@@ -61,6 +61,7 @@ REGRESSION: dict[str, Any] = {
             "parameters": {"weight": 1.0},
         },
         {"model": "o/b", "calibration": {"data": "e"}},
+        {"model": "o/c", "calibration": {"grams": "g"}},
     ],
     "base_model": "o/base",
     "calibration": CALIBRATION,

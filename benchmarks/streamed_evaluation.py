@@ -5,8 +5,8 @@
 
 A synthetic Llama and made-up tokens: time and memory do not depend on the numbers. Every run is a process of its own
 (`measure.py`), they take turns, and the fastest of the repeats is told: the model by Transformers as anyone would run
-it (this file with `--plain`), by `largemerge evaluate` whole, and by it block by block, which `--memory-host` forces. The
-last also with half of the blocks. Forward passes are in float32. Ends with one line of JSON.
+it (this file with `--plain`), by `largemerge evaluate` whole, and by it block by block, which `--memory-host`
+forces; the last with half of the blocks, too. Forward passes are in float32. Ends with one line of JSON.
 """
 
 from __future__ import annotations

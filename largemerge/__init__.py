@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # that of `typing`, whose import would take longer than a
 if TYPE_CHECKING:
     from typing import Any
 
-    from largemerge.api import Memory, cluster, evaluate, merge, plan, verify
+    from largemerge.api import Memory, cluster, evaluate, gram, merge, plan, verify
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.errors import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from largemerge.evaluation.results import Evaluation
     from largemerge.regression.config import MergeConfig, load_config
+    from largemerge.regression.gram_run import GramReport
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.report import MergeReport
     from largemerge.trials.results import CompareReport
@@ -49,6 +50,7 @@ __all__ = [
     "DataFreePlan",
     "DataFreeReport",
     "Evaluation",
+    "GramReport",
     "InstallationError",
     "LargemergeError",
     "Memory",
@@ -62,6 +64,7 @@ __all__ = [
     "cluster",
     "compare",
     "evaluate",
+    "gram",
     "load_config",
     "merge",
     "plan",
@@ -78,6 +81,7 @@ _LAZY = {
     "DataFreePlan": "largemerge.data_free.plan",
     "DataFreeReport": "largemerge.data_free.report",
     "Evaluation": "largemerge.evaluation.results",
+    "GramReport": "largemerge.regression.gram_run",
     "InstallationError": _ERRORS,
     "LargemergeError": _ERRORS,
     "Memory": "largemerge.api",
@@ -90,6 +94,7 @@ _LAZY = {
     "cluster": "largemerge.api",
     "compare": "largemerge.trials.run",
     "evaluate": "largemerge.api",
+    "gram": "largemerge.api",
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",
     "plan": "largemerge.api",

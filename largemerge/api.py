@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from largemerge.evaluation.config import EvaluationConfig
     from largemerge.evaluation.results import EvaluatedModel, Evaluation
     from largemerge.integrity import FolderCheck
+    from largemerge.regression.gram_run import GramReport
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.planning.rates import Cluster as Cluster
     from largemerge.regression.report import MergeReport
@@ -167,11 +168,11 @@ def _argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
         yield "--resume goes on with what --force would replace: expected one of them"
 
 
-def _checked(config: Source, problems: list[str], **arguments: Any) -> Config:
+def _checked(config: Source, problems: list[str], to_gram: bool = False, /, **arguments: Any) -> Config:
     """Reads a configuration, and checks the other arguments of a call; all that is wrong is told at once."""
     problems += _argument_problems(arguments)
     try:
-        resolved = read_config(config, strict=arguments["strict"] is True)
+        resolved = read_config(config, strict=arguments["strict"] is True, to_gram=to_gram)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     if problems:
@@ -180,12 +181,13 @@ def _checked(config: Source, problems: list[str], **arguments: Any) -> Config:
 
 
 @explain_failures()
-def read_config(source: Source, *, strict: bool = False) -> Config:
+def read_config(source: Source, *, strict: bool = False, to_gram: bool = False) -> Config:
     """Reads and checks a configuration as the kind of merge that its method belongs to.
 
     Args:
         source: A path, a mapping, or a configuration that has been read.
         strict: Make warnings errors when the merge is planned.
+        to_gram: Whether Gram matrices are to be written, for which one model is enough.
 
     Returns:
         A `MergeConfig` for the regression methods, a `DataFreeConfig` for all others, or `Documents` for a file of
@@ -195,7 +197,7 @@ def read_config(source: Source, *, strict: bool = False) -> Config:
         ConfigError: If there are mistakes; it names all of them.
     """
     if isinstance(source, MergeConfig):
-        return load_config(source).as_strict(strict or source.strict)
+        return load_config(source, to_gram=to_gram).as_strict(strict or source.strict)
     if isinstance(source, DataFreeConfig):
         return source.as_strict(strict)
     if isinstance(source, Documents):
@@ -213,7 +215,7 @@ def read_config(source: Source, *, strict: bool = False) -> Config:
     method = raw.get("merge_method")
     if not isinstance(method, str) or method not in REGRESSION_METHODS:
         return load_data_free(raw, folder, other_methods=tuple(REGRESSION_METHODS), strict=strict)
-    return load_config(raw, folder).as_strict(strict)
+    return load_config(raw, folder, to_gram=to_gram).as_strict(strict)
 
 
 def preload(config: Config) -> None:
@@ -288,11 +290,12 @@ def merge(
     report = _merge(resolved, Path(out), intermediate_dir, memory, options)
     if tasks is not None:
         from largemerge.evaluation.evaluate import evaluate_models
+        from largemerge.evaluation.page import write_evaluation
 
         checked, models = tasks
         found = evaluate_models(checked, [*models, _merged_model(models, Path(out))], device=device, quiet=quiet)
         if own_rank() == 0:
-            found.write(Path(out))
+            write_evaluation(found, Path(out))
         if evaluated is not None:
             evaluated(found)
     return report
@@ -467,8 +470,53 @@ def evaluate(
         quiet=quiet,
     )
     if out is not None and own_rank() == 0:
-        evaluation.write(Path(out))
+        from largemerge.evaluation.page import write_evaluation
+
+        write_evaluation(evaluation, Path(out))
     return evaluation
+
+
+@explain_failures()
+def gram(
+    config: Source,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+    memory: Memory | None = None,
+    strict: bool = False,
+) -> GramReport:
+    """Writes the Gram matrices of every model of a configuration, to be used later in place of its data.
+
+    Args:
+        config: A path, a mapping, or a configuration that has been read, of `regmean`; one model is enough.
+        out: The output folder; new or empty unless `resume` or `force`. Of several models, each gets a folder in it.
+        device: `auto`, `cpu`, `cuda:0`, ….
+        resume: Go on with an interrupted run.
+        force: Replace what is in `out`, once all is written.
+        quiet: Show no progress.
+        memory: Limits that override those of the configuration.
+        strict: Make warnings errors.
+
+    Returns:
+        The report, with the record of each model.
+
+    Raises:
+        LargemergeError: If anything is wrong with config, models, data or output; before the long work.
+    """
+    options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
+    resolved = _checked(config, [], True, out=out, memory=memory, strict=strict, **options)
+    if isinstance(config, str | Path):
+        check_apart(Path(config), Path(out))
+    if not isinstance(resolved, MergeConfig):
+        raise ConfigError(
+            "merge_method: gram is for 'regmean', one merge in a file; data-free methods have no such sums"
+        )
+    from largemerge.regression.gram_run import write_grams
+
+    return write_grams(_limited(resolved, memory or Memory()), Path(out), **options)
 
 
 def check_apart(config: Path, out: Path) -> None:

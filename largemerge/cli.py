@@ -1,6 +1,6 @@
 """The command line: parse, call the public API, print.
 
-    arguments ──► options ──► _merge, _plan: api.read_config ──► api.merge, api.plan ──► report or plan, printed
+    arguments ──► options ──► _merge, _plan, _gram: api.read_config ──► api.merge, … ──► report or plan, printed
                           └─► _demo
 
 It knows neither kind of merge: `api` looks at the method, and plans and reports print themselves. torch and the like
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from largemerge.api import Cluster, Config, Memory, Plan, Report
     from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
+    from largemerge.regression.gram_run import GramReport
     from largemerge.trials.results import CompareReport
 
 
@@ -85,7 +86,7 @@ def _read(options: argparse.Namespace) -> Config:
     """Reads the configuration, and imports what its merge needs."""
     from largemerge import api
 
-    config = api.read_config(options.config, strict=options.strict)
+    config = api.read_config(options.config, strict=options.strict, to_gram=options.command == "gram")
     _quiet_libraries()
     stage("importing torch and Transformers")
     with _importing(options):
@@ -142,6 +143,37 @@ def _merge(options: argparse.Namespace) -> int:
     return EXIT_CODE if any(evaluation.problems for evaluation in found) else 0
 
 
+def _gram(options: argparse.Namespace) -> int:
+    if read_launch().size > 1:
+        raise ConfigError("gram is for one process; start it without a launcher")
+    from largemerge import api
+
+    memory = _memory(options)
+    api.check_apart(options.config, options.out)
+    config = _read(options)
+    try:
+        from largemerge.machine import reuse_freed_memory
+
+        reuse_freed_memory(sparingly=True)
+        with output_kept(own_process=options.own_process):
+            report = api.gram(
+                config,
+                options.out,
+                device=options.device,
+                resume=options.resume,
+                force=options.force,
+                quiet=options.quiet,
+                memory=memory,
+            )
+    except KeyboardInterrupt as error:
+        return _interrupted(options, error)
+    stage("")
+    if options.quiet:
+        _print_warnings(report)
+    _show_report(report, options)
+    return 0
+
+
 def _show_report(report: Report, options: argparse.Namespace) -> None:
     """Shows the report of a finished merge: as JSON, or as a table unless all is to be quiet."""
     LOGGER.debug("report: %s", json_text(report.to_json()))
@@ -173,14 +205,14 @@ def _fail_together(error: LargemergeError, launch: Launch, options: argparse.Nam
 
 def _check_log_file(options: argparse.Namespace) -> None:
     """Refuses a log in the output folder, which would be found not to be empty."""
-    if options.log_file is not None and options.command == "merge":
+    if options.log_file is not None and options.command in ("merge", "gram"):
         out, log = os.path.realpath(options.out), os.path.realpath(options.log_file)
         if os.path.commonpath([out, log]) == out:
             raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
 
 
-def _print_warnings(plan: Plan) -> None:
-    """Prints the warnings of a plan before the long work."""
+def _print_warnings(plan: Plan | GramReport) -> None:
+    """Prints the warnings of a plan before the long work, or of a report that has no plan after it."""
     from largemerge.config_file import WARNING
 
     if own_rank() == 0:
@@ -347,6 +379,7 @@ def _quiet_libraries() -> None:
 COMMANDS = {
     "merge": _merge,
     "plan": _plan,
+    "gram": _gram,
     "verify": _verify,
     "evaluate": _evaluate,
     "compare": _compare,
@@ -553,6 +586,17 @@ def _parser() -> argparse.ArgumentParser:
     elsewhere.add_argument("--node-memory", metavar="SIZE", help="host memory of a node (default: 1TiB)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     _add_log_options(plan)
+    gram = commands.add_parser("gram", help="write the sums of RegMean for each model, to be used in place of its data")
+    gram.add_argument("config", type=Path, help="a YAML file of a merge by regmean; one model is enough")
+    gram.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    gram.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
+    gram.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    gram.add_argument("--force", action="store_true", help="replace what is in OUT, once all is written")
+    _add_memory_options(gram)
+    gram.add_argument("--strict", action="store_true", help="warnings are errors")
+    gram.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
+    _add_log_options(gram).add_argument("--quiet", action="store_true", help="no progress, no closing table")
+    gram.set_defaults(intermediate_dir=None)
     verify = commands.add_parser("verify", help="check that a finished merge is as it was written, and loads")
     verify.add_argument("out", type=Path, metavar="OUT", help="the output folder")
     verify.add_argument("--trust-remote-code", action="store_true", help="allow the folder's own Python code")

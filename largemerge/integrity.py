@@ -144,7 +144,7 @@ def find_damage_of(folder: Path, listed: Sequence[str], *, contents: bool) -> li
         elif not (folder / each).is_file() or digest_of_file(folder / each) != digests["files"][each]:
             problems.append(f"{each} is not as it was written")
     for name, expected in digests["weights"].items():
-        problems += _damage_of_weights(folder / name, name, expected, contents=contents)
+        problems += damage_of_weights(folder / name, name, expected, contents=contents)
     return problems[:_MAX_PROBLEMS]
 
 
@@ -195,11 +195,18 @@ def _damage(folder: Path, digests: Mapping[str, Any]) -> Iterator[str]:
     for name in strangers(folder, (*digests["files"], *digests["weights"])):
         yield f"{name} was not written by the merge, and would be loaded; take it away"
     for name, expected in digests["weights"].items():
-        yield from _damage_of_weights(folder / name, name, expected)
+        yield from damage_of_weights(folder / name, name, expected)
 
 
-def _damage_of_weights(path: Path, name: str, expected: Mapping[str, Any], *, contents: bool = True) -> Iterator[str]:
-    """Yields what is wrong with one file of weights, tensor by tensor if its contents are read."""
+def damage_of_weights(path: Path, name: str, expected: Mapping[str, Any], *, contents: bool = True) -> Iterator[str]:
+    """Yields what is wrong with one file of weights, tensor by tensor if its contents are read.
+
+    Args:
+        path: The file.
+        name: Its name in messages.
+        expected: Its size, and digests of header and tensors, as in the report of a merge.
+        contents: Read all tensors; otherwise size and header alone are looked at.
+    """
     if not path.is_file():
         yield f"{name} is not there"
         return

@@ -209,9 +209,8 @@ class OutputFolder:
             OutputError: If something is in the way of a file.
         """
         self.check_written(shards)
-        side = self.working / _SIDE_FOLDER
-        shutil.rmtree(side, ignore_errors=True)
-        (side / inner).mkdir(parents=True)
+        side = self._empty_side()
+        (side / inner).mkdir(parents=True, exist_ok=True)
         write_side_files(side)
         index = weight_index(shards)
         if index is not None:
@@ -220,41 +219,80 @@ class OutputFolder:
         digests = {str(file.relative_to(side)): digest_of_file(file) for file in _files_below(side)}
         more = {"redone_parts": self.redone, "digests": self._digests(shards, digests)}
         (side / REPORT_FILE).write_text(json_text({**report, **more}, indent=2) + "\n", encoding="utf-8")
+        self._put_in_place(side, shards, [str(PurePosixPath(inner, "config.json"))], remove_checkpoint)
+        return more
+
+    def finish_records(
+        self, shards: tuple[Shard, ...], records: Mapping[str, str], remove: Callable[[Path, Collection[Path]], None]
+    ) -> None:
+        """Makes the folder one of tensors that are no checkpoint; may be repeated after a crash, as `finish`.
+
+        Args:
+            shards: All files of tensors, written and flushed.
+            records: Texts by path in the folder, which come last: they say that the tensors are there.
+            remove: Removes what an earlier run has left here, but for some files; called where it is to be replaced.
+
+        Raises:
+            MergeError: If the files of tensors are not what was laid out.
+            OutputError: If something is in the way of a file.
+        """
+        self.check_written(shards)
+        side = self._empty_side()
+        for name, text in records.items():
+            (side / name).parent.mkdir(parents=True, exist_ok=True)
+            (side / name).write_text(text, encoding="utf-8")
+        self._put_in_place(side, shards, list(records), remove)
+
+    def _empty_side(self) -> Path:
+        """Makes the folder for the files beside the tensors anew."""
+        side = self.working / _SIDE_FOLDER
+        shutil.rmtree(side, ignore_errors=True)
+        side.mkdir(parents=True)
+        return side
+
+    def _put_in_place(
+        self,
+        side: Path,
+        shards: tuple[Shard, ...],
+        last: Sequence[str],
+        remove: Callable[[Path, Collection[Path]], None],
+    ) -> None:
+        """Moves the shards and the files in `side` to their places, those of `last` after all others are there."""
         staged = [str(file.relative_to(side)) for file in _files_below(side)]
         self.check_places([*staged, *(shard.file_name for shard in shards)])
         for file in _files_below(side):
             sync(file)
         write_atomically(self.working / _FINISHING, "")
         if self.replaces:
-            self._remove_earlier({shard.file_name for shard in shards})
-        last = str(PurePosixPath(inner, "config.json"))
+            names = {shard.file_name for shard in shards}
+            remove(self.path, {self.path / name for name in names if not (self.working / name).exists()})
         for shard in shards:
             if self._place(self.working, shard) != self.path / shard.file_name:
                 self._move(self.working, shard.file_name)
         for name in staged:
-            if name != last:
+            if name not in last:
                 self._move(side, name)
         self._sync_folders([*staged, *(shard.file_name for shard in shards)])
         _check_strangers(self.path, [*staged, *(shard.file_name for shard in shards)])
-        self._move(side, last)
-        self._sync_folders([last])
+        for name in last:
+            self._move(side, name)
+        self._sync_folders(last)
         clean_up(self.working)
-        return more
 
     def _digests(self, shards: Iterable[Shard], side_files: Mapping[str, str]) -> dict[str, Any]:
         """What the report says of all files, for `integrity.py`."""
+        return {"algorithm": ALGORITHM, "weights": self.digests_of(shards), "files": dict(side_files)}
+
+    def digests_of(self, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
+        """Size, and digests of header and tensors, of every shard, by its name; for `integrity.damage_of_weights`."""
         tensors = {name: digest for entry in self.entries.values() for name, digest in entry.get("digests", {}).items()}
         return {
-            "algorithm": ALGORITHM,
-            "weights": {
-                shard.file_name: {
-                    "bytes": shard.num_bytes,
-                    "header": digest_of(shard.header),
-                    "tensors": {split_name(name)[1]: tensors[name] for name in shard.offsets},
-                }
-                for shard in shards
-            },
-            "files": dict(side_files),
+            shard.file_name: {
+                "bytes": shard.num_bytes,
+                "header": digest_of(shard.header),
+                "tensors": {split_name(name)[1]: tensors[name] for name in shard.offsets},
+            }
+            for shard in shards
         }
 
     def check_places(self, names: Iterable[str]) -> None:
@@ -284,11 +322,6 @@ class OutputFolder:
         for folder in {(self.path / name).parent for name in names}:
             if folder.is_dir():
                 sync(folder)
-
-    def _remove_earlier(self, names: set[str]) -> None:
-        """Removes an earlier checkpoint: first what makes it one, then its weights, but for shards of this merge."""
-        kept = {self.path / name for name in names if not (self.working / name).exists()}
-        remove_checkpoint(self.path, kept)
 
     def check_written(self, shards: tuple[Shard, ...]) -> None:
         """Compares every file of weights with its layout, which was checked to load before the long work.

@@ -62,6 +62,21 @@ def test_merge_takes_no_nonsense(tmp_path: Path, argument: str, value: Any, expe
 
 
 @pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [
+        each
+        for each in (*NONSENSE, *MERGE_NONSENSE)
+        if each[0] in ("out", "device", "memory", "strict", "resume", "quiet")
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_gram_takes_no_nonsense(tmp_path: Path, argument: str, value: Any, expected: str) -> None:
+    (problem,) = problems_of(largemerge.gram, CONFIG, **{"out": tmp_path / "out", argument: value})
+    assert problem.startswith(f"{name_of(argument)} ") and problem.endswith(f": expected {expected}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "size", [0, -1, "0", "5 apples", "1e400", math.nan, math.inf, 1.5, True, None, 10**400, b"5GB"]
 )
 def test_sizes_of_shards(size: Any) -> None:

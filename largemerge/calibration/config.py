@@ -50,10 +50,12 @@ class CalibrationDefaults(Strict):
 
 
 class CalibrationConfig(Strict):
-    """Calibration data of one candidate. Unset numbers come from the defaults of all."""
+    """Calibration data of one candidate, or what stands for it. Unset numbers come from the defaults of all."""
 
-    data: str = Field(min_length=1)
+    data: str | None = Field(None, min_length=1)
     """A .safetensors, .jsonl, .json, .csv, .parquet or .txt file, a folder of images, or a Hub dataset id."""
+    grams: str | None = Field(None, min_length=1)
+    """In place of data: a folder with the Gram matrices that `largemerge gram` has made of it."""
     num_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     max_length: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     batch_size: int | None = Field(None, ge=1, le=LARGEST_COUNT)
@@ -80,6 +82,12 @@ class CalibrationConfig(Strict):
     """Part of a .txt file that is one sample: a document (blank lines separate them) or a line."""
     pack: bool = False
     """Join the texts, separated by the end-of-text token, and cut them into samples of `max_length` tokens."""
+
+    @property
+    def others_set(self) -> list[str]:
+        """Keys beside `grams` that are set to anything else than their default."""
+        fields = type(self).model_fields
+        return [key for key in fields if key != "grams" and getattr(self, key) != fields[key].default]
 
     def with_defaults(self, defaults: CalibrationDefaults) -> CalibrationConfig:
         """Returns a copy with every unset number taken from `defaults`."""

@@ -91,6 +91,7 @@ def locate_data(config: CalibrationConfig, owner: str) -> tuple[str, Path | None
     Raises:
         CalibrationError: If there is no file of a kind that can be read, or settings do not apply to it.
     """
+    assert config.data is not None, "whoever has no data reads none"
     where = f"{owner}: {config.data}"
     path = Path(config.data).expanduser()
     try:
@@ -134,6 +135,7 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
         CalibrationError: If there is nothing in it, or it cannot be read.
     """
     if path is None:
+        assert config.data is not None
         return _from_datasets(where, None, config.data, config.subset, split=config.split)
     if path.is_file() and path.suffix.lower() == ".txt":
         return _from_list(where, "text", _read_texts(path, config.one_per, where), None)

@@ -6,10 +6,13 @@ The sections are for other pages, too, such as that of a merge.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from largemerge.checkpoint.writer import write_atomically
 from largemerge.evaluation.results import EvaluatedTask, Evaluation, number_text
 from largemerge.pages.charts import bars, radar
 from largemerge.pages.page import Cell, ChartPart, NotePart, Page, Section, TablePart
+from largemerge.text_files import json_text
 from largemerge.units import counted, duration
 
 _FEWEST_SPOKES = 3
@@ -20,6 +23,14 @@ def evaluation_page(evaluation: Evaluation) -> str:
     tasks, models = counted(len(evaluation.tasks), "task"), counted(len(evaluation.models), "model")
     summary = f"{models} in {tasks}, measured in {duration(evaluation.seconds)}."
     return Page("Evaluation", summary, tuple(evaluation_sections(evaluation))).html()
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Writes `evaluation.json`, `.csv` and `.html` into a folder, which is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "evaluation.json", json_text(evaluation.to_json(), indent=2) + "\n")
+    write_atomically(folder / "evaluation.csv", evaluation.csv())
+    write_atomically(folder / "evaluation.html", evaluation_page(evaluation))
 
 
 def evaluation_sections(evaluation: Evaluation) -> Iterator[Section]:

@@ -12,7 +12,6 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from largemerge.units import duration
@@ -284,22 +283,6 @@ class Evaluation:
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         failed = "".join(f"<p>failed: {escape(problem)}</p>" for problem in self.problems)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{failed}"
-
-    def write(self, folder: Path) -> list[Path]:
-        """Writes `evaluation.json`, `.csv` and `.html` into a folder; returns their paths."""
-        from largemerge.checkpoint.writer import write_atomically
-        from largemerge.evaluation.page import evaluation_page
-        from largemerge.text_files import json_text
-
-        folder.mkdir(parents=True, exist_ok=True)
-        contents = {
-            "evaluation.json": json_text(self.to_json(), indent=2) + "\n",
-            "evaluation.csv": self.csv(),
-            "evaluation.html": evaluation_page(self),
-        }
-        for name, text in contents.items():
-            write_atomically(folder / name, text)
-        return [folder / name for name in contents]
 
 
 def number_text(value: float, task: EvaluatedTask) -> str:

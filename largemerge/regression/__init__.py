@@ -8,5 +8,6 @@ merge.py          a merge as a list of steps    report.py          what it did
 engine.py         block after block             passes.py          a block in one or several passes
 collect.py        candidates run, sums made     rank_exchange.py   what ranks exchange for a block
 gram.py           XᵀX                           group_sums.py      Gram and right-hand side
+gram_run.py       XᵀX written for later         gram_files.py      and read in place of data
 solve.py          the anchored solve            averages.py        all other tensors
 """

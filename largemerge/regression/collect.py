@@ -34,6 +34,7 @@ from largemerge.model.inside_block import ResumePoint
 from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RunningAverages
 from largemerge.regression.gram import GRAM_DTYPE, Scratch
+from largemerge.regression.gram_files import GramReader
 from largemerge.regression.group_sums import Features, GroupSums, differences, features_by_rows, new_sums
 from largemerge.regression.kept_sums import SequenceSums
 from largemerge.regression.methods import RegressionMethod, Stream
@@ -96,6 +97,7 @@ class Collector:
     clock: Clock
     rank_exchange: RankExchange
     sequence: SequenceSums
+    grams: GramReader
     _scratch: Scratch = field(init=False, default_factory=Scratch)
 
     def collect(
@@ -141,7 +143,10 @@ class Collector:
                 averages.add(index, tensors)
             if self.rank_exchange.has_data(index) and (block_pass.groups or advance):
                 self._start_candidate(block, block_pass, index, tensors, anchor, sums)
-                self._run(block, block_pass, index, tensors, merged, sums, advance=advance)
+                if self.grams.has(index):
+                    self._read_grams(block, block_pass, index, sums)
+                else:
+                    self._run(block, block_pass, index, tensors, merged, sums, advance=advance)
                 for group in pass_exchange.groups:
                     if sums[group.leader].needs_all_reduce:
                         pass_exchange.all_reduce_gram(group.leader, sums[group.leader])
@@ -169,8 +174,9 @@ class Collector:
         """Begins the sums of one candidate."""
         method = self.settings.method
         for group in block_pass.groups:
-            stack = block.stack_of(group)
-            tokens, own_tokens = self.samples.num_rows(index, stack), self.samples.num_own_rows(index, stack)
+            has_rows, stack = not self.grams.has(index), block.stack_of(group)
+            tokens = self._num_rows(block, group, index)
+            own_tokens = self.samples.num_own_rows(index, stack) if has_rows else tokens
             features = None
             if method.compares:
                 by_rows = features_by_rows(own_tokens, group.num_inputs, group.num_outputs)
@@ -181,7 +187,20 @@ class Collector:
                 None if index == 0 else differences(group, tensors, anchor),
                 self.rank_exchange.part(index, own_tokens),
                 features,
+                has_rows=has_rows,
             )
+
+    def _num_rows(self, block: BlockPlan, group: LinearGroup, index: int) -> int:
+        """Number of a candidate's rows, on all ranks together, or of those that its Gram is the sum of."""
+        if self.grams.has(index):
+            return self.grams.tokens(index, block.name, group)
+        return self.samples.num_rows(index, block.stack_of(group))
+
+    def _read_grams(self, block: BlockPlan, block_pass: BlockPass, index: int, sums: Mapping[str, GroupSums]) -> None:
+        """Reads the Gram matrices that stand for one candidate's data."""
+        with self.clock.stage("wait_for_read"):
+            for group in block_pass.groups:
+                self.grams.read(index, block.name, group, sums[group.leader].gram)
 
     def _run(
         self,
@@ -255,22 +274,24 @@ class Collector:
         """Counts candidates whose data is all on other ranks, or was in an earlier merge."""
         for index in candidates:
             before = self.sequence.tokens(block.name, group.leader) if index == 0 else 0
-            sums.skip_candidate(before or self.samples.num_rows(index, block.stack_of(group)))
+            sums.skip_candidate(before or self._num_rows(block, group, index))
 
     def why_not_finite(self, block: BlockPlan, what: str) -> str:
-        """Says where NaN or infinity in a block comes from, after `what` was found, as far as that can be found out."""
-        runner = self.samples.runner
-        culprit = self.weights.why_not_finite(
-            [*(plan.name for plan in block.tensors), *runner.skeleton.non_block_tensors()]
-        )
-        if culprit is not None:
-            return f"{what}: {culprit}"
-        dtype = dtype_name(runner.compute_dtype)
-        advice = "" if dtype == "float32" else "try compute_dtype: float32, and "
-        return (
-            f"{what}, computed in {dtype}: all models hold finite numbers there; {advice}check that the weights of all "
-            "models are not far too large, and that the calibration data is finite"
-        )
+        """Says where NaN or infinity in a block comes from; see the function of this name."""
+        return why_not_finite(self.weights, self.samples.runner, block, what)
+
+
+def why_not_finite(weights: Weights, runner: BlockRunner, block: BlockPlan, what: str) -> str:
+    """Says where NaN or infinity in a block comes from, after `what` was found, as far as that can be found out."""
+    culprit = weights.why_not_finite([*(plan.name for plan in block.tensors), *runner.skeleton.non_block_tensors()])
+    if culprit is not None:
+        return f"{what}: {culprit}"
+    dtype = dtype_name(runner.compute_dtype)
+    advice = "" if dtype == "float32" else "try compute_dtype: float32, and "
+    return (
+        f"{what}, computed in {dtype}: all models hold finite numbers there; {advice}check that the weights of all "
+        "models are not far too large, and that the calibration data is finite"
+    )
 
 
 def _averaged(block: BlockPlan, block_pass: BlockPass) -> Sequence[TensorPlan]:

@@ -35,6 +35,8 @@ from largemerge.config_file import (
     without_helpers,
 )
 from largemerge.errors import ConfigError
+from largemerge.regression.gram_record import GramRecord
+from largemerge.regression.gram_record import read_record as read_gram_record
 from largemerge.regression.methods import METHODS, Anchor, Granularity, Normalization, Part, RegressionMethod, Stream
 from largemerge.regression.sequence import SequenceRecord, read_record
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
@@ -61,6 +63,11 @@ class CandidateConfig(Strict):
     def label(self) -> str:
         """`name`, or the last part of `model`."""
         return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def grams(self) -> str | None:
+        """Folder of Gram matrices that stand for the candidate's data; `None` where there is data."""
+        return self.calibration.grams if self.calibration is not None else None
 
 
 class MethodParameters(Strict):
@@ -182,6 +189,7 @@ class MergeConfig(Strict):
     """Allow a checkpoint to run Python code that it ships."""
     _strict: bool = pydantic.PrivateAttr(False)
     _merged_before: SequenceRecord | None = pydantic.PrivateAttr(None)
+    _grams: dict[str, GramRecord] = pydantic.PrivateAttr(default_factory=dict)
 
     @property
     def strict(self) -> bool:
@@ -212,6 +220,11 @@ class MergeConfig(Strict):
     def merged_before(self) -> SequenceRecord | None:
         """What the merge that this one goes on from has noted; `None` if there is none."""
         return self._merged_before
+
+    @property
+    def grams(self) -> Mapping[str, GramRecord]:
+        """Name of a candidate → what its Gram matrices are of, for those that have them in place of data."""
+        return self._grams
 
     @property
     def keeps_sums(self) -> bool:
@@ -251,13 +264,16 @@ class MergeConfig(Strict):
         return tuple(weight / sum(self.weights) for weight in self.weights)
 
 
-def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Path | None = None) -> MergeConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any] | MergeConfig, folder: Path | None = None, *, to_gram: bool = False
+) -> MergeConfig:
     """Reads and checks a configuration.
 
     Args:
         source: Path of a YAML file, a mapping of the same shape, or a `MergeConfig`. Relative paths
             inside a file are looked up beside that file first, then in the working directory.
         folder: Folder in which the relative paths of a mapping are looked up first.
+        to_gram: Whether nothing is to be merged, but Gram matrices of each model are to be written: one is enough.
 
     Returns:
         The configuration, every local path absolute.
@@ -281,14 +297,15 @@ def load_config(source: str | Path | Mapping[str, Any] | MergeConfig, folder: Pa
         missing = {"merge_method: missing": f"merge_method: missing; expected one of {sorted(METHODS)}"}
         raise ConfigError(*(missing.get(text, text) for text in explain(error, MergeConfig))) from None
     config, problems = _with_previous(config, folders)
+    config, unreadable = _with_grams(config, folders)
     config = _with_names(config)
-    problems += _cross_checks(config)
+    problems += [*unreadable, *_cross_checks(config, to_gram=to_gram)]
     if problems:
         raise ConfigError(*grouped(problems))
     return _with_settings(_with_absolute_paths(config, folders))
 
 
-def _cross_checks(config: MergeConfig) -> Iterator[str]:
+def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
     """Mistakes that show only when several keys are seen together."""
     taken = METHODS[config.merge_method].parameters
     foreign = {name for name in _METHOD_SETTINGS - taken if getattr(config.parameters, name) is not None}
@@ -298,7 +315,9 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
         yield f"parameters.{name}: {config.merge_method} has no such parameter, as {others} have; it takes {takes}"
     if not foreign:
         yield from (f"parameters.{mistake}" for mistake in config.method.mistakes())
-    if len(config.candidates) < 2 and config.sequence is None:
+    if to_gram:
+        yield from _gram_mistakes(config)
+    elif len(config.candidates) < 2 and config.sequence is None:
         yield "models: found 1; expected 2 or more, or 'sequence' with the 'previous' merge that this one is added to"
     elif len(config.candidates) < 2:
         yield "models: found 1; expected 2 or more where 'sequence' has no 'previous' merge that this one is added to"
@@ -343,6 +362,10 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
         if calibration is None:
             yield f"{where}: {config.merge_method} needs calibration data; add calibration: {{data: FILE}}"
             continue
+        if calibration.grams is not None:
+            yield from _mistakes_with_grams(config, calibration, f"{where}.calibration")
+        elif calibration.data is None:
+            yield f"{where}.calibration.data: missing; expected a file or dataset, or 'grams' in its place"
         if calibration.assistant_only and calibration.messages_field is None:
             yield f"{where}.calibration.assistant_only: needs 'messages_field'"
         texts = [
@@ -352,6 +375,51 @@ def _cross_checks(config: MergeConfig) -> Iterator[str]:
             yield f"{where}.calibration: {' and '.join(map(repr, texts))} exclude each other"
         if calibration.pack and calibration.loss_mask_field is not None:
             yield f"{where}.calibration: 'pack' and 'loss_mask_field' exclude each other"
+
+
+def _gram_mistakes(config: MergeConfig) -> Iterator[str]:
+    """Mistakes in a configuration whose models' Gram matrices are to be written."""
+    if not config.method.sums_stand_alone:
+        yield (
+            f"merge_method: {config.merge_method} {_WHY_NO_GRAMS}, so there are none to be written for later; expected "
+            "'merge_method: regmean'"
+        )
+    if config.sequence is not None:
+        yield "sequence: is for merges, and nothing is merged here; leave it out"
+    for index, candidate in enumerate(config.models):
+        if candidate.grams is not None:
+            yield f"models[{index}] ({candidate.label}).calibration.grams: are there already; expected 'data'"
+
+
+_WHY_NO_GRAMS = "runs merged blocks on each model's data, so that its Gram matrices depend on all models"
+
+
+def _mistakes_with_grams(config: MergeConfig, calibration: CalibrationConfig, where: str) -> Iterator[str]:
+    """Mistakes where Gram matrices stand in place of data."""
+    if not config.method.sums_stand_alone:
+        yield (
+            f"{where}.grams: {config.merge_method} {_WHY_NO_GRAMS}; expected 'data' in its place, or 'merge_method: "
+            "regmean'"
+        )
+    if calibration.others_set:
+        keys = ", ".join(map(repr, calibration.others_set))
+        yield f"{where}.grams: stands in place of data, whose samples have been drawn already; leave out {keys}"
+
+
+def _with_grams(config: MergeConfig, folders: Sequence[Path]) -> tuple[MergeConfig, list[str]]:
+    """A copy that knows what the Gram matrices are of that it names; and what is wrong with their folders."""
+    copy, problems = config.model_copy(), list[str]()
+    records: dict[str, GramRecord] = {}
+    for index, candidate in enumerate(config.models):
+        if candidate.grams is None:
+            continue
+        key = f"models[{index}] ({candidate.label}).calibration.grams"
+        try:
+            records[candidate.label] = read_gram_record(Path(_absolute(candidate.grams, folders)), key)
+        except ConfigError as error:
+            problems += error.problems
+    copy._grams = records
+    return copy, problems
 
 
 def _with_previous(config: MergeConfig, folders: Sequence[Path]) -> tuple[MergeConfig, list[str]]:
@@ -426,9 +494,11 @@ def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfi
     models = []
     for candidate in config.models:
         calibration = candidate.calibration
-        if calibration is not None:
-            calibration = calibration.with_defaults(config.calibration)
-            calibration = calibration.model_copy(update={"data": _absolute(calibration.data, folders)})
+        if calibration is not None and calibration.grams is not None:
+            calibration = calibration.model_copy(update={"grams": _absolute(calibration.grams, folders)})
+        elif calibration is not None and calibration.data is not None:
+            found = {"data": _absolute(calibration.data, folders)}
+            calibration = calibration.with_defaults(config.calibration).model_copy(update=found)
         update = {
             "model": absolute_reference(_absolute(candidate.model, folders), folders),
             "name": candidate.label,

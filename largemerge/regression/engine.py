@@ -43,6 +43,7 @@ from largemerge.progress import Clock, Watcher
 from largemerge.regression.collect import BlocksOfCandidates, Collector, EngineSettings, Inside, SampleRunner
 from largemerge.regression.drift import Drift, relative
 from largemerge.regression.gram import float32_means_float32
+from largemerge.regression.gram_files import GramReader
 from largemerge.regression.group_sums import GroupSums, differences, weight_from_sums
 from largemerge.regression.head import HeadSolver
 from largemerge.regression.kept_sums import SequenceSums
@@ -70,6 +71,7 @@ class Engine:
         clock: Counts seconds by stage.
         rank_exchange: Says what this rank does, and exchanges with the others.
         sequence: Reads the sums of an earlier merge, and keeps those of this one, where it is asked for.
+        grams: Reads the Gram matrices that stand for candidates' data.
     """
 
     settings: EngineSettings
@@ -83,6 +85,7 @@ class Engine:
     clock: Clock
     rank_exchange: RankExchange
     sequence: SequenceSums = field(default_factory=SequenceSums)
+    grams: GramReader = field(default_factory=GramReader)
     _collector: Collector = field(init=False)
     _bytes_read: int = field(init=False, default=0)
 
@@ -96,6 +99,7 @@ class Engine:
             self.clock,
             self.rank_exchange,
             self.sequence,
+            self.grams,
         )
 
     def run(self, finished: frozenset[str], done: Callable[[str, JsonObject], None]) -> None:
@@ -151,6 +155,7 @@ class Engine:
             self.clock,
             self.rank_exchange,
             self.sequence,
+            self.grams,
         )
 
     def _flush(self) -> None:
@@ -185,10 +190,14 @@ class Engine:
             else:
                 reads = []
             replayed = block.name in finished
-            wants = self.rank_exchange.has_data if replayed else self.rank_exchange.wants
+            wants = self._has_samples if replayed else self.rank_exchange.wants
             for pass_number, names in enumerate(reads):
                 for index in filter(wants, range(len(self.names))):
                     yield ReadItem(block.name, pass_number, index, names, replayed)
+
+    def _has_samples(self, index: int) -> bool:
+        """Whether this rank runs blocks on some samples of a candidate."""
+        return self.rank_exchange.has_data(index) and not self.grams.has(index)
 
     def _is_read(self, block: BlockPlan) -> bool:
         """Whether anything reads the block's output: a later block, the head, or the report of the drift."""
@@ -370,7 +379,7 @@ class Engine:
         if self.settings.method.follows_candidates:
             with self.clock.stage("candidate_forward"):
                 for index, name in enumerate(self.names):
-                    if not self.rank_exchange.has_data(index):
+                    if not self._has_samples(index):
                         continue
                     tensors = next(blocks_of_candidates)
                     for _ in self.samples.run(block, index, tensors, "candidate", advance=True):

@@ -203,8 +203,28 @@ class Gram:
         Before `full_sum` only.
         """
         for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
-            left_PI = torch.cat([self.halves_II[rows, : rows.start], block_PP], dim=1).cpu()
-            yield torch.cat([row_I[:length] for row_I, length in zip(left_PI, _lengths(rows), strict=True)])
+            yield _packed(torch.cat([self.halves_II[rows, : rows.start], block_PP], dim=1), rows)
+
+    def candidate_rows(self) -> Iterator[torch.Tensor]:
+        """Yields the lower triangle of XᵀX of the present candidate, as `sum_rows` does."""
+        for rows in self._panels:
+            if self._empty:
+                yield torch.zeros(triangle(rows.stop) - triangle(rows.start), dtype=GRAM_DTYPE)
+            else:
+                above_IP, corner_PP = self.halves_II[: rows.start, rows], self.halves_II[rows, rows]
+                yield _packed(torch.cat([above_IP.T, corner_PP], dim=1), rows)
+
+    def set_candidate(self, read: Callable[[slice], torch.Tensor]) -> None:
+        """Takes XᵀX of the present candidate as it was kept, in place of its rows.
+
+        Args:
+            read: Reads some numbers of its lower triangle, as `candidate_rows` yields them, float32, on the CPU.
+        """
+        self._empty = False
+        for rows in self._panels:
+            left_PI = _unpacked(read, rows).to(self.halves_II.device)
+            self.halves_II[: rows.start, rows] = left_PI[:, : rows.start].T
+            self.halves_II[rows, rows] = _symmetric(left_PI[:, rows.start :])
 
     def add_to_sum(self, read: Callable[[slice], torch.Tensor], scale: float) -> None:
         """Adds a symmetric matrix to Σ G̃_i, between candidates.
@@ -214,14 +234,9 @@ class Gram:
             scale: What they are multiplied by.
         """
         for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
-            numbers = read(slice(triangle(rows.start), triangle(rows.stop)))
-            left_PI = torch.zeros(rows.stop - rows.start, rows.stop, dtype=GRAM_DTYPE)
-            for row_I, own in zip(left_PI, torch.split(numbers, _lengths(rows)), strict=True):
-                row_I[: len(own)] = own
-            left_PI = left_PI.to(block_PP.device)
+            left_PI = _unpacked(read, rows).to(block_PP.device)
             self.halves_II[rows, : rows.start].add_(left_PI[:, : rows.start], alpha=scale)
-            corner_PP = left_PI[:, rows.start :]
-            block_PP.add_(corner_PP + corner_PP.tril(-1).T, alpha=scale)
+            block_PP.add_(_symmetric(left_PI[:, rows.start :]), alpha=scale)
 
     def diagonal(self) -> torch.Tensor:
         """Copy of diag(Σ G̃_i) `[I]`."""
@@ -234,7 +249,7 @@ class Gram:
         """
         for rows, block_PP in zip(self._panels, self._sum_blocks, strict=True):
             if self._lower_is_sum:
-                block_PP.copy_(block_PP.tril() + block_PP.tril(-1).T)  # rounding may have made it unsymmetric
+                block_PP.copy_(_symmetric(block_PP))  # rounding may have made it unsymmetric
                 self.halves_II[rows, rows.stop :] = self.halves_II[rows.stop :, rows].T
             else:
                 self.halves_II[rows.stop :, rows] = self.halves_II[rows, rows.stop :].T
@@ -262,6 +277,25 @@ def triangle(num_rows: int) -> int:
 def triangle_buffer_bytes(num_inputs: int) -> int:
     """Bytes that are held while a sum goes to the disk or comes from there: some rows, as a matrix and as a vector."""
     return 3 * GRAM_DTYPE.itemsize * min(PANEL, num_inputs) * num_inputs
+
+
+def _packed(left_PI: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Puts rows of a lower triangle one after the other, on the CPU; what is right of the diagonal is left out."""
+    return torch.cat([row_I[:length] for row_I, length in zip(left_PI.cpu(), _lengths(rows), strict=True)])
+
+
+def _unpacked(read: Callable[[slice], torch.Tensor], rows: slice) -> torch.Tensor:
+    """Reads rows of a lower triangle, zero right of the diagonal, on the CPU."""
+    numbers = read(slice(triangle(rows.start), triangle(rows.stop)))
+    left_PI = torch.zeros(rows.stop - rows.start, rows.stop, dtype=GRAM_DTYPE)
+    for row_I, own in zip(left_PI, torch.split(numbers, _lengths(rows)), strict=True):
+        row_I[: len(own)] = own
+    return left_PI
+
+
+def _symmetric(block_PP: torch.Tensor) -> torch.Tensor:
+    """Makes a symmetric matrix of its lower triangle."""
+    return block_PP.tril() + block_PP.tril(-1).T
 
 
 def _lengths(rows: slice) -> list[int]:

@@ -148,6 +148,8 @@ class GroupSums:
         differences: Differences | None,
         part: RankPart | None = None,
         features: Features | None = None,
+        *,
+        has_rows: bool = True,
     ) -> None:
         """Begins the sums of the next candidate.
 
@@ -157,6 +159,7 @@ class GroupSums:
             differences: Makes rows of E_i; `None` for the anchor.
             part: What this rank counts of the candidate; default: everything.
             features: How the linears are held against the candidate's own features; default: not at all.
+            has_rows: Whether rows will be added; if not, the Gram is set as a whole.
         """
         self._features = features
         self.tokens.append(tokens)
@@ -164,7 +167,7 @@ class GroupSums:
         self._share = share
         self._differences = differences
         rows = tokens if self._part.group_size > 1 else self._part.own_tokens
-        by_rows = not self.by_norm and multiplies_by_rows(rows, self.gram.num_inputs)
+        by_rows = has_rows and not self.by_norm and multiplies_by_rows(rows, self.gram.num_inputs)
         self._by_rows = differences is not None and by_rows
         if features is not None and self.folds is not None:
             self.folds.start_candidate(features.weights, self._chunks_of_linears)

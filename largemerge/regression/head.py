@@ -25,11 +25,13 @@ import torch
 from largemerge.checkpoint.reader import prefetched
 from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.errors import MergeError
+from largemerge.heads import Heads
 from largemerge.matmul import add_product_
 from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RowsOfModels, rows_of_models
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
+from largemerge.regression.gram_files import GramReader
 from largemerge.regression.group_sums import alpha_of, panel_bytes, relative_ridge, solve_rows
 from largemerge.regression.kept_sums import SequenceSums
 from largemerge.regression.methods import RegressionMethod
@@ -148,7 +150,12 @@ class HeadSolver:
     clock: Clock
     rank_exchange: RankExchange
     sequence: SequenceSums
+    grams: GramReader
     _scratch: Scratch = field(init=False, default_factory=Scratch)
+
+    @property
+    def _heads(self) -> Heads | None:
+        return self.weights.inputs.heads
 
     @property
     def _method(self) -> RegressionMethod:
@@ -167,7 +174,7 @@ class HeadSolver:
         group = self.plan.tied
         assert group is not None
         sums = self._empty(group, compares=False)
-        own = [index for index in range(len(self.names)) if self.rank_exchange.has_data(index)]
+        own = [index for index in range(len(self.names)) if self._has_samples(index)]
         items = [
             ReadItem(block.name, -1, index, tuple(plan.name for plan in block.tensors), replayed=True)
             for index in own
@@ -177,21 +184,28 @@ class HeadSolver:
             for index in own:
                 with self.clock.stage("candidate_forward"):
                     self._run_candidate(blocks, index, (next(loaded)() for _ in blocks))
-                    self._collect(group, index, partial(sums.add, index))
+                    collect_own(self.plan, group, self.samples, self._heads, index, partial(sums.add, index))
                 self.samples.hidden_states.forget("candidate", index)
+        self._read_grams(group, sums)
         return self._solve(group, sums)
+
+    def _has_samples(self, index: int) -> bool:
+        """Whether this rank runs some samples of a candidate."""
+        return self.rank_exchange.has_data(index) and not self.grams.has(index)
+
+    def _read_grams(self, group: LinearGroup, sums: HeadSums) -> None:
+        """Reads the Gram matrices that stand for candidates' data."""
+        with self.clock.stage("wait_for_read"):
+            for index in range(len(self.names)):
+                if self.grams.has(index) and self.rank_exchange.has_data(index):
+                    self.grams.read(index, HEAD, group, sums.grams[index])
+                    sums.tokens[index] = self.grams.tokens(index, HEAD, group)
 
     def _run_candidate(self, blocks: Sequence[BlockPlan], index: int, tensors: Iterator[Tensors]) -> None:
         """Runs a candidate's own blocks on its own data."""
         for block, own in zip(blocks, tensors, strict=True):
             for _ in self.samples.run(block, index, own, "candidate", advance=True):
                 self.watcher.step(HEAD, "collect", self.names[index])
-
-    def _collect(self, group: LinearGroup, index: int, add: Callable[[torch.Tensor], None]) -> None:
-        """Shows the final features of a candidate in its own model."""
-        non_block = self.samples.runner.end_non_block(index, self._unread(group))
-        for number in range(len(self.samples.samples.calibration[index].batches)):
-            self._run_end("candidate", index, number, non_block, group, add)
 
     def solve_untied(self) -> JsonObject:
         """Collective: solves all other linears after the blocks, one group after the other.
@@ -202,11 +216,11 @@ class HeadSolver:
         reports: JsonObject = {}
         for group in self.plan.groups:
             sums = self._empty(group, compares=self._method.compares)
-            runner, unread = self.samples.runner, self._unread(group)
+            runner, unread = self.samples.runner, _unread(self.plan, group, self._heads)
             merged = runner.end_non_block(MERGED, unread) if self._method.forwards_merged else None
             with self.clock.stage("candidate_forward"):
                 for index, name in enumerate(self.names):
-                    if not self.rank_exchange.has_data(index):
+                    if not self._has_samples(index):
                         continue
                     both = merged is None or self._method.compares
                     own = runner.end_non_block(index, unread) if both else None
@@ -214,10 +228,11 @@ class HeadSolver:
                         rows: dict[str, list[torch.Tensor]] = {"candidate": [], "merged": []}
                         for stream, non_block in (("candidate", own), ("merged", merged)):
                             if non_block is not None:
-                                self._run_end(stream, index, number, non_block, group, rows[stream].append)
+                                _run_end(self.samples, stream, index, number, non_block, group, rows[stream].append)
                         x_NI, *more = [torch.cat(rows[s]) for s in ("merged", "candidate") if rows[s]]
                         sums.add(index, x_NI, more[0] if more else None, *self._folds(group, index, number, len(x_NI)))
                         self.watcher.step(HEAD, "collect", name)
+            self._read_grams(group, sums)
             reports |= self._solve(group, sums)
         return reports
 
@@ -227,28 +242,6 @@ class HeadSolver:
         folds = samples.folds[index][number][-1 if stack is None else stack]
         total = samples.num_samples[index] if stack is None else self.samples.num_rows(index, stack)
         return parts_in_folds(folds, count), self.settings.shares[index] / total
-
-    def _run_end(
-        self,
-        stream: str,
-        index: int,
-        number: int,
-        non_block: Any,
-        group: LinearGroup,
-        add: Callable[[torch.Tensor], None],
-    ) -> None:
-        """Runs one batch from the last block's output to the linears of a group."""
-        runner, batch = self.samples.runner, self.samples.samples.calibration[index].batches[number]
-        outputs = self.samples.hidden_states.get(stream, index, number, runner.device)
-        runner.end(batch, outputs, non_block, watch=[group.leader], on_input=lambda _, x_NI: add(x_NI))
-
-    def _unread(self, group: LinearGroup) -> list[str]:
-        """Weights that a run to a group does not reach: its own, later ones', a tied head's, an unmerged head's."""
-        later = self.plan.groups[self.plan.groups.index(group) :] if group in self.plan.groups else ()
-        heads = self.weights.inputs.heads  # not merged, so that not all models may have them
-        tied = () if self.plan.tied is None else (self.plan.tied,)
-        others = heads.parameters if heads is not None else ()
-        return [*(linear.name for each in (*later, *tied) for linear in each.linears), *sorted(others)]
 
     def _empty(self, group: LinearGroup, *, compares: bool) -> HeadSums:
         device = self.samples.runner.device
@@ -360,6 +353,52 @@ class HeadSolver:
         tokens = sum(sums.tokens)
         solution = solve_rows(gram, rhs_OI, mean_OI, ridge, method.off_diagonal_scale, tokens)
         return rhs_OI.add_(anchor_OI), average_OI, solution
+
+
+def collect_own(
+    plan: HeadPlan,
+    group: LinearGroup,
+    samples: SampleRunner,
+    heads: Heads | None,
+    index: int,
+    add: Callable[[torch.Tensor], None],
+) -> None:
+    """Shows the inputs of a group after the blocks that a candidate has in its own model, once its blocks have run.
+
+    Args:
+        plan: What is solved after the blocks.
+        group: One of its groups.
+        samples: Runs batches.
+        heads: Heads that are not merged.
+        index: Number of the candidate.
+        add: Called with rows `[N, I]`.
+    """
+    non_block = samples.runner.end_non_block(index, _unread(plan, group, heads))
+    for number in range(len(samples.samples.calibration[index].batches)):
+        _run_end(samples, "candidate", index, number, non_block, group, add)
+
+
+def _run_end(
+    samples: SampleRunner,
+    stream: str,
+    index: int,
+    number: int,
+    non_block: Any,
+    group: LinearGroup,
+    add: Callable[[torch.Tensor], None],
+) -> None:
+    """Runs one batch from the last block's output to the linears of a group."""
+    runner, batch = samples.runner, samples.samples.calibration[index].batches[number]
+    outputs = samples.hidden_states.get(stream, index, number, runner.device)
+    runner.end(batch, outputs, non_block, watch=[group.leader], on_input=lambda _, x_NI: add(x_NI))
+
+
+def _unread(plan: HeadPlan, group: LinearGroup, heads: Heads | None) -> list[str]:
+    """Weights that a run to a group does not reach: its own, later ones', a tied head's, an unmerged head's."""
+    later = plan.groups[plan.groups.index(group) :] if group in plan.groups else ()
+    tied = () if plan.tied is None else (plan.tied,)
+    others = heads.parameters if heads is not None else ()  # which not all models may have
+    return [*(linear.name for each in (*later, *tied) for linear in each.linears), *sorted(others)]
 
 
 def _panels(rows: RowsOfModels, num_inputs: int) -> Iterator[slice]:

@@ -7,13 +7,15 @@ A tensor is the lower triangle of Σ G̃_i, row after row, in float32: half of t
 written and read some rows at a time. The files are laid out, written, resumed and verified like those of the weights.
 What they are of stands in `sums/sequence.json` (sequence.py); digests in the merge's report tie both to its weights.
 
+The Gram matrices of single candidates, which stand for their data (gram_files.py), lie on the disk in the same way.
+
 With several ranks, the one that solves a group reads the earlier sums and adds them, and rank 0 writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +46,10 @@ def groups_by_part(blocks: Sequence[BlockPlan], head: HeadPlan) -> dict[str, tup
     return {part: groups for part, groups in parts.items() if groups}
 
 
-def kept_tensors(blocks: Sequence[BlockPlan], head: HeadPlan) -> dict[str, OutputTensor]:
-    """Name of a group's Gram matrix, with the file that it lies in → its layout on disk."""
+def kept_tensors(blocks: Sequence[BlockPlan], head: HeadPlan, folder: str = SUMS_FOLDER) -> dict[str, OutputTensor]:
+    """Name of a group's Gram matrix, with the file in `folder` that it lies in → its layout on disk."""
     return {
-        _name(part, group.leader): OutputTensor(GRAM_DTYPE, (triangle(group.num_inputs),))
+        _name(folder, part, group.leader): OutputTensor(GRAM_DTYPE, (triangle(group.num_inputs),))
         for part, groups in groups_by_part(blocks, head).items()
         for group in groups
     }
@@ -61,12 +63,13 @@ def layout_sums(tensors: Mapping[str, OutputTensor]) -> tuple[Shard, ...]:
     return tuple(layout_file(f"{file}.safetensors", group) for file, group in by_file.items())
 
 
-def _file(part: str) -> str:
-    return f"{SUMS_FOLDER}/{part}.safetensors"
+def sums_file(part: str, folder: str = SUMS_FOLDER) -> str:
+    """Path of the file that holds the sums of a block, or of the head."""
+    return f"{folder}/{part}.safetensors"
 
 
-def _name(part: str, leader: str) -> str:
-    return f"{SUMS_FOLDER}/{part}{MODULE_SEPARATOR}{leader}"
+def _name(folder: str, part: str, leader: str) -> str:
+    return f"{folder}/{part}{MODULE_SEPARATOR}{leader}"
 
 
 def sum_files(config: MergeConfig) -> list[Path]:
@@ -74,7 +77,7 @@ def sum_files(config: MergeConfig) -> list[Path]:
     folder, record = _previous(config)
     if folder is None or record is None:
         return []
-    return [folder / RECORD_FILE, *(folder / _file(part) for part in record.groups)]
+    return [folder / RECORD_FILE, *(folder / sums_file(part) for part in record.groups)]
 
 
 def previous_fingerprint(config: MergeConfig) -> str:
@@ -126,11 +129,11 @@ def previous_problems(config: MergeConfig, blocks: Sequence[BlockPlan], head: He
     for part, group in wanted:
         found = _find(record, part, group.leader)
         solved = found.linears if found is not None else ()
-        own = [f"{part} ({linear.path})" for linear in group.linears if _same_place(solved, linear.path) is None]
+        own = [f"{part} ({linear.path})" for linear in group.linears if same_place(solved, linear.path) is None]
         missing += own if found is not None else [f"{part} ({group.leader})"]
     if missing:
         yield (
-            f"sequence.previous: {folder} has no sums of {_some(missing)}, which would be solved; expected a merge "
+            f"sequence.previous: {folder} has no sums of {some(missing)}, which would be solved; expected a merge "
             "that solved the same: change parameters.solve, include or exclude to solve nothing else"
         )
     for part, group in wanted:
@@ -163,15 +166,15 @@ class EarlierSums:
 
 def _find(record: SequenceRecord, part: str, leader: str) -> EarlierSums | None:
     """Finds the earlier sums of a group, whose path is a longer one where a class has a head around its body."""
-    own_part = _same_place(record.groups, part)
-    own_leader = _same_place(record.groups[own_part], leader) if own_part is not None else None
+    own_part = same_place(record.groups, part)
+    own_leader = same_place(record.groups[own_part], leader) if own_part is not None else None
     if own_part is None or own_leader is None:
         return None
     group = record.groups[own_part][own_leader]
     return EarlierSums(own_part, own_leader, group.inputs, group.tokens, group.linears)
 
 
-def _same_place(known: Collection[str], name: str) -> str | None:
+def same_place(known: Collection[str], name: str) -> str | None:
     """Finds a path among others: itself, or else the only one that is its end, or that ends with it."""
     if name in known:
         return name
@@ -189,14 +192,14 @@ def sequence_notes(config: MergeConfig, blocks: Sequence[BlockPlan], head: HeadP
         for group in groups:
             found = _find(record, part, group.leader)
             solved = found.linears if found is not None else ()
-            places = (_same_place(solved, linear.path) for linear in group.linears)
+            places = (same_place(solved, linear.path) for linear in group.linears)
             used |= {(found.part, place) for place in places if found is not None and place is not None}
     kept = [
         (part, path) for part, of_part in record.groups.items() for each in of_part.values() for path in each.linears
     ]
     unused = [f"{part} ({path})" for part, path in kept if (part, path) not in used]
     if unused:
-        yield f"sequence: {folder} has sums of {_some(unused)}, which is not solved here: they are left out"
+        yield f"sequence: {folder} has sums of {some(unused)}, which is not solved here: they are left out"
     if config.method.compares:
         yield (
             f"sequence: {config.merge_method} corrects what the new models need; what {folder} has corrected for the "
@@ -210,7 +213,8 @@ def sequence_notes(config: MergeConfig, blocks: Sequence[BlockPlan], head: HeadP
             yield f"sequence: {candidate.label} ({candidate.model}) was merged before, and counts once more"
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Lists some names, and how many there are."""
     more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
     return ", ".join(names[:_MAX_SHOWN]) + more
 
@@ -262,23 +266,25 @@ class SumWriter:
         folder: Working folder for the unfinished files.
         tensors: All sums that will be written, from `kept_tensors`.
         shards: Files that `layout_sums` has laid out for them.
+        inner: Folder of the files in the working folder.
     """
 
     folder: Path
     tensors: Mapping[str, OutputTensor]
     shards: Sequence[Shard]
+    inner: str = SUMS_FOLDER
     _open: dict[str, ShardWriter] = field(init=False, default_factory=dict)
 
-    def write(self, part: str, leader: str, gram: Gram) -> None:
-        """Writes Σ G̃_i of a group."""
+    def write(self, part: str, leader: str, rows: Iterable[torch.Tensor]) -> None:
+        """Writes the lower triangle of a group's matrix, whose numbers come some rows at a time."""
         done = 0
-        for numbers in gram.sum_rows():
-            self._writer(part).write(_name(part, leader), numbers, first_row=done)
+        for numbers in rows:
+            self._writer(part).write(_name(self.inner, part, leader), numbers, first_row=done)
             done += len(numbers)
 
     def _writer(self, part: str) -> ShardWriter:
         if part not in self._open:
-            (shard,) = (shard for shard in self.shards if shard.file_name == _file(part))
+            (shard,) = (shard for shard in self.shards if shard.file_name == sums_file(part, self.inner))
             own = {name: self.tensors[name] for name in shard.offsets}
             self._open[part] = ShardWriter(self.folder, own, (shard,)).__enter__()
         return self._open[part]
@@ -301,6 +307,34 @@ class SumWriter:
         """Closes what is open, after an error."""
         while self._open:
             self._open.popitem()[1].__exit__(None, None, None)
+
+
+@contextmanager
+def reading_triangle(path: Path, name: str, advice: str) -> Iterator[Callable[[slice], torch.Tensor]]:
+    """Opens a file of sums; what it yields reads some numbers of a lower triangle, on the CPU.
+
+    Args:
+        path: The file.
+        name: Name of the tensor in it.
+        advice: What to do where the numbers are of no use.
+
+    Raises:
+        CheckpointError: If they hold NaN or infinity, or have been cut short since they were looked at.
+    """
+    file = SafetensorsFile(path)
+    try:
+        info = file.tensors()[name]
+
+        def read(numbers: slice) -> torch.Tensor:
+            vector = file.read(info, numbers)
+            problem = not_finite(vector)
+            if problem is not None:
+                raise CheckpointError(f"{path}: {name} holds {problem}; {advice}")
+            return vector
+
+        yield read
+    finally:
+        file.close()
 
 
 @dataclass
@@ -343,27 +377,14 @@ class SequenceSums:
         found = _find(self.record, part, leader) if self.record is not None else None
         if self.folder is None or found is None:
             return
-        path = self.folder / _file(found.part)
-        file = SafetensorsFile(path)
-        try:
-            info = file.tensors()[found.leader]
-
-            def read(numbers: slice) -> torch.Tensor:
-                vector = file.read(info, numbers)
-                problem = not_finite(vector)
-                if problem is not None:
-                    raise CheckpointError(f"{path}: {info.name} holds {problem}; make that merge again")
-                return vector
-
+        with reading_triangle(self.folder / sums_file(found.part), found.leader, "make that merge again") as read:
             gram.add_to_sum(read, self.share)
-            self.bytes_read += file.bytes_read
-        finally:
-            file.close()
+        self.bytes_read += GRAM_DTYPE.itemsize * triangle(gram.num_inputs)
 
     def keep(self, part: str, leader: str, gram: Gram) -> None:
         """Writes Σ G̃_i of a group, before it is solved, on rank 0 of a merge that keeps sums."""
         if self.writer is not None:
-            self.writer.write(part, leader, gram)
+            self.writer.write(part, leader, gram.sum_rows())
 
     def finish(self, part: str) -> dict[str, Any]:
         """Finishes what is kept of a block, or of the head; see `SumWriter.finish`."""

@@ -22,7 +22,13 @@ from typing import Any
 
 import torch
 
-from largemerge.calibration import CalibrationSet, load_calibration, outline_calibration, outline_from_config
+from largemerge.calibration import (
+    CalibrationOutline,
+    CalibrationSet,
+    load_calibration,
+    outline_calibration,
+    outline_from_config,
+)
 from largemerge.calibration.batches import mmap_inputs, split_batches
 from largemerge.calibration.survey import is_made_up, survey_calibration, without_contents
 from largemerge.checkpoint.index import Checkpoint, shared_folders
@@ -55,6 +61,7 @@ from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.engine import Engine
+from largemerge.regression.gram_files import GramReader, check_grams, from_grams, gram_files
 from largemerge.regression.inputs import Inputs, open_inputs
 from largemerge.regression.kept_sums import SequenceSums, SumWriter, check_previous, layout_sums, sum_files
 from largemerge.regression.passes import goes_by_linear, plan_passes
@@ -98,8 +105,10 @@ def plan_regression(
     inputs = open_inputs(config, from_config=from_config)
     if not from_config:
         check_previous(config, contents=False)
+        check_grams(config, inputs, contents=False)
     stage("looking at the calibration data")
-    outlines = read_all(config, inputs, outline_from_config if from_config else outline_calibration, no_outline)
+    outline = outline_from_config if from_config else outline_calibration
+    outlines = read_all(config, inputs, outline, partial(no_outline, config))
     samples = partial(no_samples, config)
     calibration = None
     if not from_config:
@@ -151,8 +160,10 @@ def merge_by_regression(
             sums = layout_sums(prepared.planned.plan.kept_sums)
             opened = [*inputs.stored.values(), *(adapter.checkpoint for adapter in inputs.adapters.values())]
             write = partial(write_side_files, planned=prepared.planned)
-            watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks, _data_files(config)))
-            manifest = _manifest(prepared, (*shards, *sums)) | {"side files": watch.digests}
+            watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks, data_files(config)))
+            manifest = manifest_of(prepared.planned, prepared.calibration, (*shards, *sums)) | {
+                "side files": watch.digests
+            }
             stage("opening the output folder")
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
                 drop_damaged(folder, ranks, [_part_kind(prepared.planned.plan, (*shards, *sums), folder.working)])
@@ -201,41 +212,48 @@ def _prepare(
     def plan_it() -> tuple[PlannedMerge, tuple[CalibrationSet, ...], list[Path]]:
         stage("reading the headers of all models")
         inputs = open_inputs(config)
-        input_paths = _input_paths(config, inputs)
+        input_paths = paths_read(config, inputs)
         if ranks.is_first:
             check_output(out, input_paths, resume=resume, force=force)
             if config.merged_before is not None:
                 stage("comparing the earlier merge with its digests")
                 check_previous(config, contents=True)
-        return *_plan_with_data(config, inputs, device, out, ranks), input_paths
+            if config.grams:
+                stage("comparing Gram matrices, and the models that they are of, with their digests")
+                check_grams(config, inputs, contents=True)
+        planned, _, calibration = plan_with_data(config, inputs, device, out, ranks)
+        return planned, calibration, input_paths
 
     planned, calibration, input_paths = ranks.agree(plan_it)
     # Free memory differs from moment to moment, but all must cut the work alike.
     placement = ranks.from_first(planned.plan.placement)
     planned = replace(planned, plan=replace(planned.plan, placement=placement))
-    max_samples = samples_at_once(placement.samples, sum(data.num_samples for data in calibration), ranks.size)
-    split = tuple(replace(data, batches=split_batches(data.batches, max_samples)) for data in calibration)
-    masked_input = loss_input(forward_signature(planned.inputs.skeleton))
-    samples = partition_samples(
-        split,
+    samples = samples_of_rank(planned, calibration, ranks)
+    seen = {
+        data.name: {
+            "num_samples": data.num_samples,
+            "tokens": max(rows) or planned.plan.num_tokens[data.name],
+            "sha256": data.fingerprint,
+        }
+        for data, rows in zip(calibration, samples.row_counts, strict=True)
+    }
+    for name, record in config.grams.items():
+        seen[name] |= {"num_samples": record.num_samples, "data": record.data, "data_sha256": record.data_sha256}
+    return _Prepared(planned, samples, seen, input_paths)
+
+
+def samples_of_rank(planned: PlannedMerge, calibration: Sequence[CalibrationSet], ranks: Ranks) -> RankSamples:
+    """Cuts the data of all candidates into batches that are run at once, and keeps this rank's part."""
+    num_samples = sum(data.num_samples for data in calibration)
+    max_samples = samples_at_once(planned.plan.placement.samples, num_samples, ranks.size)
+    return partition_samples(
+        tuple(replace(data, batches=split_batches(data.batches, max_samples)) for data in calibration),
         planned.plan.blocks,
         planned.trace,
-        masked_input,
+        loss_input(forward_signature(planned.inputs.skeleton)),
         ranks,
         in_groups=planned.plan.config.method.by_norm,
-    )
-    return _Prepared(
-        planned,
-        samples,
-        {
-            data.name: {
-                "num_samples": data.num_samples,
-                "tokens": max(rows) or planned.plan.num_tokens[data.name],
-                "sha256": data.fingerprint,
-            }
-            for data, rows in zip(calibration, samples.row_counts, strict=True)
-        },
-        input_paths,
+        summed=from_grams(planned.plan.config),
     )
 
 
@@ -288,7 +306,7 @@ def _part_kind(plan: MergePlan, shards: tuple[Shard, ...], working: Path) -> Par
     return PartKind(_part_names(plan), working, shards, stored_sizes({**plan.output, **plan.kept_sums}))
 
 
-def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
+def paths_read(config: MergeConfig, inputs: Inputs) -> list[Path]:
     """Paths that a merge reads and must not write to."""
     paths = [checkpoint.root for checkpoint in inputs.checkpoints]
     paths += [folder for adapter in inputs.adapters.values() for folder in adapter.folders]
@@ -297,25 +315,42 @@ def _input_paths(config: MergeConfig, inputs: Inputs) -> list[Path]:
 
 def _data_paths(config: MergeConfig) -> list[Path]:
     """Lists the files and folders of calibration data that are here, and not on the Hub."""
-    data = [Path(each.calibration.data).expanduser() for each in config.models if each.calibration is not None]
+    given = [each.calibration for each in config.models if each.calibration is not None]
+    data = [Path(each.data or each.grams or "").expanduser() for each in given]
     return [path for path in data if path.exists()]
 
 
-def _data_files(config: MergeConfig) -> list[Path]:
+def data_files(config: MergeConfig) -> list[Path]:
     """Lists the local files of calibration data and earlier sums; of a folder, as many as are seen in a moment."""
-    data = _data_paths(config)
-    found = [*(path for path in data if path.is_file()), *sum_files(config)]
+    grams = {Path(each.grams) for each in config.models if each.grams is not None}
+    data = [path for path in _data_paths(config) if path not in grams]
+    found = [*(path for path in data if path.is_file()), *sum_files(config), *gram_files(config)]
     for folder in (path for path in data if path.is_dir()):
         found += itertools.islice((path for path in folder.rglob("*") if path.is_file()), _MAX_DATA_FILES)
     return found
 
 
-def _plan_with_data(
-    config: MergeConfig, inputs: Inputs, device: torch.device, out: Path, ranks: Ranks
-) -> tuple[PlannedMerge, tuple[CalibrationSet, ...]]:
-    """Reads all candidates' data and plans with it; raises where data or plan have problems."""
+def plan_with_data(
+    config: MergeConfig,
+    inputs: Inputs,
+    device: torch.device,
+    out: Path,
+    ranks: Ranks,
+    *,
+    writes_model: bool = True,
+) -> tuple[PlannedMerge, tuple[CalibrationOutline, ...], tuple[CalibrationSet, ...]]:
+    """Reads all candidates' data and plans with it; raises where data or plan have problems.
+
+    Args:
+        config: The configuration.
+        inputs: The opened inputs.
+        device: The device that computes.
+        out: The output folder.
+        ranks: The ranks of the merge.
+        writes_model: Whether the output folder must have room for the merged model.
+    """
     stage("reading the calibration data")
-    outlines = read_all(config, inputs, outline_calibration, no_outline)
+    outlines = read_all(config, inputs, outline_calibration, partial(no_outline, config))
     if config.memory.maps_inputs:
         needed = sum(outline.floating_bytes for outline in outlines)
         room = room_problems([Need(_mapped_folder(config, out), needed, "pixels and the like")])
@@ -324,7 +359,7 @@ def _plan_with_data(
     samples = partial(no_samples, config)
     calibration = read_all(config, inputs, load_calibration, samples, _transform(config, inputs, out))
     machines = Machines(device, ranks.size, ranks.local_size)
-    planned = make_plan(config, inputs, machines, outlines, calibration, out)
+    planned = make_plan(config, inputs, machines, outlines, calibration, out, writes_model=writes_model)
     notes = (*planned.plan.notes, *too_many_threads(ranks, device))
     planned = replace(planned, plan=replace(planned.plan, notes=notes))
     misfits = check_samples(inputs.skeleton, planned.trace, calibration, any_ids=inputs.tokens is not None)
@@ -332,7 +367,7 @@ def _plan_with_data(
         raise CalibrationError(*misfits)
     if planned.plan.problems:
         raise LargemergeError(*planned.plan.problems)
-    return planned, calibration
+    return planned, outlines, calibration
 
 
 def _transform(config: MergeConfig, inputs: Inputs, out: Path) -> Callable[[CalibrationSet], CalibrationSet] | None:
@@ -355,14 +390,14 @@ def _mapped_folder(config: MergeConfig, out: Path) -> Path:
     return existing_folder(Path(config.memory.disk) if config.memory.disk is not None else out)
 
 
-def _manifest(prepared: _Prepared, shards: Sequence[Shard]) -> dict[str, Any]:
-    """What must be the same on all ranks, and when a merge is resumed."""
-    inputs, plan = prepared.planned.inputs, prepared.planned.plan
+def manifest_of(planned: PlannedMerge, calibration: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
+    """What must be the same on all ranks, and when a merge is resumed; `calibration` as in the report."""
+    inputs, plan = planned.inputs, planned.plan
     return {
         # Limits may change on the way: what they decide changes no bit, but for the samples at once.
         "config": plan.config.model_dump(mode="json", exclude={"memory": {"device", "host", "disk"}}),
         "inputs": {checkpoint.name: dict(checkpoint.fingerprint) for checkpoint in inputs.checkpoints},
-        "calibration data": {name: entry["sha256"] for name, entry in prepared.calibration.items()},
+        "calibration data": {name: entry["sha256"] for name, entry in calibration.items()},
         "versions": versions(),
         "device": plan.device.type,
         "samples at once": plan.placement.samples,
@@ -459,7 +494,7 @@ class Job:
                 progress.tell(f"note: {note}")
             if NON_BLOCK not in finished and self.ranks.is_first:
                 self._merge_non_block(weights, progress)
-            hidden_states = stack.enter_context(self._hidden_states())
+            hidden_states = stack.enter_context(hidden_states_of(plan, self.folder.working))
             if self.ranks.size > 1:
                 self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)
                 stack.callback(self.node.clean_up)
@@ -468,11 +503,11 @@ class Job:
             first = 0 if plan.config.method.by_norm else 1
             rank_groups = self.samples.partition.rank_groups[first:]
             collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
-            sequence = self._open_sums(stack)
-            self._engine(weights, hidden_states, progress, collectives, sequence).run(
+            sequence, grams = self._open_sums(stack), GramReader.of(plan.config)
+            self._engine(weights, hidden_states, progress, collectives, sequence, grams).run(
                 finished, lambda part, entry: self._record(part, entry, weights)
             )
-            self.bytes_read = weights.bytes_read + sequence.bytes_read
+            self.bytes_read = weights.bytes_read + sequence.bytes_read + grams.bytes_read
             if plan.placement.hidden_states is OffloadTo.DISK:
                 self.hidden_bytes_on_disk = hidden_states.num_bytes
 
@@ -518,17 +553,6 @@ class Job:
         blocks = self.planned.plan.blocks
         return max((weights.stored_bytes(0, [plan.name for plan in block.tensors]) for block in blocks), default=0)
 
-    def _hidden_states(self) -> HiddenStates:
-        """Makes the store that the placement chose: on the device, in host memory, or on disk."""
-        plan = self.planned.plan
-        offload = plan.placement.hidden_states
-        store: Store
-        if offload is OffloadTo.DISK:
-            store = DiskStore(Path(plan.config.memory.disk or self.folder.working))
-        else:
-            store = MemoryStore(plan.device if offload is OffloadTo.DEVICE else torch.device("cpu"), plan.device)
-        return HiddenStates(store, eight_bit=plan.config.memory.hidden_states_8bit)
-
     def _engine(
         self,
         weights: Weights,
@@ -536,9 +560,10 @@ class Job:
         progress: RunProgress,
         collectives: AsyncCollectives | None,
         sequence: SequenceSums,
+        grams: GramReader,
     ) -> Engine:
         """Makes the engine from plan and configuration."""
-        plan, inputs, trace = self.planned.plan, self.planned.inputs, self.planned.trace
+        plan, trace = self.planned.plan, self.planned.trace
         placement, method = plan.placement, plan.config.method
         return Engine(
             settings=EngineSettings(
@@ -563,15 +588,7 @@ class Job:
             head=plan.head,
             weights=weights,
             samples=SampleRunner(
-                BlockRunner(
-                    skeleton=inputs.skeleton,
-                    trace=trace,
-                    load_non_block=weights.load_non_block,
-                    compute_dtype=plan.compute_dtype,
-                    device=plan.device,
-                    loss_input=loss_input(forward_signature(inputs.skeleton)),
-                    retries=self.retries,
-                ),
+                block_runner(self.planned, weights, self.retries),
                 self.samples,
                 hidden_states,
             ),
@@ -579,6 +596,7 @@ class Job:
             clock=self.clock,
             rank_exchange=RankExchange(self.ranks, self.samples.partition, self.node, collectives),
             sequence=sequence,
+            grams=grams,
         )
 
     def _merge_non_block(self, weights: Weights, progress: RunProgress) -> None:
@@ -637,3 +655,33 @@ class Job:
                 passes = len(block.groups) if by_linear else max(1, min(plan.placement.passes, len(block.groups)))
                 steps += batches * (passes + (forwards if read else 0)) + len(block.groups)
         return steps
+
+
+def hidden_states_of(plan: MergePlan, working: Path) -> HiddenStates:
+    """Makes the store of hidden states that the placement chose: on the device, in host memory, or on disk.
+
+    Args:
+        plan: The plan.
+        working: Folder for those on disk, unless the user has named one.
+    """
+    offload = plan.placement.hidden_states
+    store: Store
+    if offload is OffloadTo.DISK:
+        store = DiskStore(Path(plan.config.memory.disk or working))
+    else:
+        store = MemoryStore(plan.device if offload is OffloadTo.DEVICE else torch.device("cpu"), plan.device)
+    return HiddenStates(store, eight_bit=plan.config.memory.hidden_states_8bit)
+
+
+def block_runner(planned: PlannedMerge, weights: Weights, retries: list[str]) -> BlockRunner:
+    """Makes what runs one block; messages about blocks that are run again in smaller parts go to `retries`."""
+    plan, skeleton = planned.plan, planned.inputs.skeleton
+    return BlockRunner(
+        skeleton=skeleton,
+        trace=planned.trace,
+        load_non_block=weights.load_non_block,
+        compute_dtype=plan.compute_dtype,
+        device=plan.device,
+        loss_input=loss_input(forward_signature(skeleton)),
+        retries=retries,
+    )

@@ -82,6 +82,11 @@ class RegressionMethod:
         return self.inputs == "candidate" or self.compares
 
     @property
+    def sums_stand_alone(self) -> bool:
+        """Whether a candidate's Gram matrices depend on itself alone: nothing that is merged is run on its data."""
+        return self.inputs == "candidate" and self.granularity == "block" and not self.compares
+
+    @property
     def compares(self) -> bool:
         """Whether a linear is held against the candidate's own features, so that two streams run side by side."""
         return self.target > 0 or self.drift > 0

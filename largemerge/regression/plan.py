@@ -45,6 +45,7 @@ from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
+from largemerge.regression.gram_files import from_grams, gram_bytes, gram_notes, gram_problems
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_sums import kept_tensors, previous_bytes, previous_problems, sequence_notes
 from largemerge.regression.passes import goes_by_linear
@@ -101,13 +102,13 @@ class MergePlan:
         output: Tensors of the output, by name on disk.
         kept_sums: Sums that are kept beside them, by group of linears.
         num_samples: Number of calibration samples by candidate.
-        num_tokens: Number of tokens, or patches, of these samples that count, by candidate; of an earlier merge, those
-            that its sums are of.
+        num_tokens: Number of tokens, or patches, of these samples that count, by candidate; of an earlier merge, and of
+            Gram matrices in place of data, those that the sums are of.
         quantized: Number of quantised weights by input and format.
         adapters: For each input with an adapter, the number of weights it adds to and the tensors it replaces.
         heads: Heads that are not merged; `None` where all are.
         tokens: How rows of embeddings are brought to the output's; `None` where all models have the same ones.
-        bytes_read: Bytes read from checkpoints, and from the sums of an earlier merge.
+        bytes_read: Bytes read from checkpoints, and from sums: of an earlier merge, or in place of data.
         placement: Where things are held, chosen to keep the limits.
         reasons: Why this placement was chosen.
         footprint: What is held at the peak.
@@ -194,6 +195,7 @@ class MergePlan:
             "candidates": list(self.config.names),
             "num_samples": dict(self.num_samples),
             "num_tokens": dict(self.num_tokens),
+            **({"from_grams": list(self.config.grams)} if self.config.grams else {}),
             "stacks": [{"name": name, "num_blocks": count} for name, count in self.stacks],
             "tensors": self.counts(),
             "linears": [
@@ -240,7 +242,10 @@ class MergePlan:
         table.add_column(overflow="fold")
         for name in self.config.names:
             samples, tokens = counted(self.num_samples[name], "sample"), counted(self.num_tokens[name], "token")
-            table.add_row("candidate", f"{name}: {samples}, {tokens}")
+            record = self.config.grams.get(name)
+            of_data = f"{counted(record.num_samples, 'sample')} of {record.data}" if record is not None else samples
+            kept = "; Gram matrices stand for them" if record is not None else ""
+            table.add_row("candidate", f"{name}: {of_data}, {tokens}{kept}")
         if self.config.merged_before is not None:
             merged = ", ".join(f"{model.name} {model.weight:g}" for model in self.config.merged_before.models)
             table.add_row("in sequence", f"{self.config.names[0]} has {merged} in it; its sums stand for their data")
@@ -345,6 +350,8 @@ def make_plan(
     outlines: Sequence[CalibrationOutline],
     calibration: Sequence[CalibrationSet] | None = None,
     out: Path | None = None,
+    *,
+    writes_model: bool = True,
 ) -> PlannedMerge:
     """Plans a merge.
 
@@ -355,6 +362,7 @@ def make_plan(
         outlines: Outlines of every candidate's calibration data.
         calibration: The data itself, or what is known of it; `None` where only the outlines are.
         out: The output folder, to see whether the disk has room.
+        writes_model: Whether it must have room for the merged model.
 
     Raises:
         ArchitectureError: If the model cannot be run block by block.
@@ -363,20 +371,22 @@ def make_plan(
     with_data = outlines[-len(config.models) :]  # an earlier merge has none
     outline = _joint_outline(with_data)
     inside = config.method.granularity == "linear"
-    trace = trace_model(inputs.skeleton, outline, with_data[0].examples, with_data[0].where, inside=inside)
+    first = next((each for each in with_data if each.examples), with_data[0])
+    trace = trace_model(inputs.skeleton, outline, first.examples, first.where, inside=inside)
     blocks = plan_blocks(config, inputs, trace)
     head, non_block = plan_head(config, inputs, trace, plan_non_block(config, inputs, trace))
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
     shapes = batch_shapes(outlines, calibration)
     problems = check_tensors(inputs, tensors) + check_anchor(config, inputs, tensors)
-    problems += previous_problems(config, blocks, head)
+    problems += [*previous_problems(config, blocks, head), *gram_problems(config, blocks, head)]
     kept_sums = kept_tensors(blocks, head) if config.keeps_sums else {}
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
     findings = _check_loads(config, inputs, output) if not problems else Findings()
     problems += findings.problems
     workload = partial(measure_workload, config, inputs, trace, blocks, non_block, head)
-    works = partition_work(shapes, blocks, trace, workload, machines.num_ranks, in_groups=config.method.by_norm)
+    in_groups, summed = config.method.by_norm, from_grams(config)
+    works = partition_work(shapes, blocks, trace, workload, machines.num_ranks, in_groups=in_groups, summed=summed)
     limits = _limits(config, machines, out)
     largest = max(works, key=lambda rank_work: rank_work.num_rows).work
     process_bytes = measure_process_bytes(machines, largest, calibration)
@@ -393,7 +403,7 @@ def make_plan(
         file_notes += checked
         problems += (
             []
-            if out is None
+            if out is None or not writes_model
             else room_problems(_needs({**output, **kept_sums}, choice, limits, out, files.copied.num_bytes))
         )
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
@@ -416,7 +426,7 @@ def make_plan(
         adapters=_adapter_summaries(inputs),
         heads=inputs.heads,
         tokens=inputs.tokens,
-        bytes_read=_bytes_read(inputs, tensors) + previous_bytes(config),
+        bytes_read=_bytes_read(inputs, tensors) + previous_bytes(config) + gram_bytes(config, blocks, head),
         placement=choice.placement,
         reasons=choice.reasons,
         footprint=choice.footprint,
@@ -428,6 +438,7 @@ def make_plan(
             *_unused_masks(inputs, trace, outline),
             *_method_notes(config, inputs, trace, blocks, head),
             *sequence_notes(config, blocks, head),
+            *gram_notes(config, inputs.skeleton.dtype),
             *_notes(config, inputs, tensors),
             *shortfalls(config, num_samples),
             *(data.estimated for data in calibration or () if data.estimated),
@@ -543,6 +554,8 @@ def _num_tokens(
     counted_rows = [max(own, default=0) for own in rows]
     if config.merged_before is not None:
         counted_rows[0] = config.merged_before.tokens
+    for number in from_grams(config):
+        counted_rows[number] = config.grams[config.names[number]].tokens
     return {candidate.name: count for candidate, count in zip(inputs.candidates, counted_rows, strict=True)}
 
 
@@ -550,6 +563,8 @@ def shortfalls(config: MergeConfig, num_samples: Mapping[str, int]) -> Iterator[
     """Notes on data that has fewer samples than asked for: warnings, unless nobody has asked for that many."""
     default = CalibrationDefaults().num_samples
     for candidate in config.models:
+        if candidate.grams is not None:
+            continue
         assert candidate.calibration is not None and candidate.calibration.num_samples is not None
         wanted, found = candidate.calibration.num_samples, num_samples[candidate.label]
         if found < wanted:
@@ -777,7 +792,13 @@ def forecast(
         shapes, samples_at_once(plan.placement.samples, sum(plan.num_samples.values()), machines.num_ranks)
     )
     works = partition_work(
-        batches, plan.blocks, planned.trace, workload, machines.num_ranks, in_groups=plan.config.method.by_norm
+        batches,
+        plan.blocks,
+        planned.trace,
+        workload,
+        machines.num_ranks,
+        in_groups=plan.config.method.by_norm,
+        summed=from_grams(plan.config),
     )
     held = partial(
         footprint,

@@ -23,7 +23,7 @@ from largemerge.comparison import Verification
 from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
-from largemerge.regression.config import MergeConfig
+from largemerge.regression.config import CandidateConfig, MergeConfig
 from largemerge.regression.drift import DriftOfBlocks, drift_curves, drift_section
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_sums import make_record
@@ -46,7 +46,8 @@ class MergeReport:
         plan: The plan that was run.
         config: The resolved configuration.
         inputs: Folder and fingerprints of all files, by checkpoint.
-        calibration: Number of samples and tokens, and fingerprint of the data that the model saw, by candidate.
+        calibration: Number of samples and tokens, and fingerprint of the data that the model saw, by candidate; where
+            Gram matrices stand for it, the fingerprint is theirs.
         blocks: Seconds by stage, bytes written, and a report for every linear, by block.
         non_block: Seconds and bytes of the tensors outside the blocks.
         head: Seconds, bytes, and a report for every linear of the head that was solved; empty where none was.
@@ -341,7 +342,7 @@ def write_side_files(
                     "name": candidate.label,
                     "model": candidate.model,
                     "weight": candidate.parameters.weight,
-                    "data": Path(candidate.calibration.data).name if candidate.calibration else RECORD_FILE,
+                    "data": _data_of(config, candidate),
                 }
                 for candidate in config.candidates
             ],
@@ -358,6 +359,14 @@ def write_side_files(
         )
         (path / RECORD_FILE).parent.mkdir()
         (path / RECORD_FILE).write_text(record.to_text(), encoding="utf-8")
+
+
+def _data_of(config: MergeConfig, candidate: CandidateConfig) -> str:
+    """Name of a candidate's data, or of what stands for it."""
+    if candidate.label in config.grams:
+        return f"{config.grams[candidate.label].data}, as Gram matrices"
+    data = candidate.calibration.data if candidate.calibration is not None else None
+    return Path(data).name if data is not None else RECORD_FILE
 
 
 def _card_sections(planned: PlannedMerge, report: MergeReport | None) -> str:

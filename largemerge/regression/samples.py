@@ -8,7 +8,7 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -29,6 +29,7 @@ from largemerge.model.signature import forward_signature, id_problems
 from largemerge.model.skeleton import Skeleton, fill_with_nan, load_config
 from largemerge.model.trace import ModelTrace
 from largemerge.regression.config import MergeConfig
+from largemerge.regression.gram_files import gram_fingerprint, gram_outline
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_sums import previous_fingerprint
 from largemerge.regression.planning.ranks import batch_costs
@@ -71,7 +72,7 @@ def read_all(
         config: The configuration, from `load_config`.
         inputs: The opened inputs, from `open_inputs`.
         read: `outline_calibration` or `load_calibration`.
-        nothing: Makes what stands for the data of an earlier merge, given its name.
+        nothing: Makes what stands for the data of a candidate that has none, given its name.
         transform: Applied to each candidate's data before the next one's is read.
 
     Raises:
@@ -84,7 +85,7 @@ def read_all(
     tokens = inputs.tokens
     with shared_tokenizers():
         for candidate, checkpoint in zip(config.candidates, inputs.candidates, strict=True):
-            if candidate.calibration is None:  # an earlier merge
+            if candidate.calibration is None or candidate.grams is not None:  # an earlier merge, or kept sums
                 results.append(nothing(checkpoint.name))
                 continue
             of_candidate = signature
@@ -109,14 +110,15 @@ def read_all(
     return tuple(results)
 
 
-def no_outline(name: str) -> CalibrationOutline:
-    """The outline of an earlier merge's data: there is none, whatever its name."""
-    return CalibrationOutline(0, 1, {}, where=name)
+def no_outline(config: MergeConfig, name: str) -> CalibrationOutline:
+    """The outline of data that is not here: of an earlier merge nothing, else what Gram matrices were made of."""
+    return gram_outline(config, name) if name in config.grams else CalibrationOutline(0, 1, {}, where=name)
 
 
 def no_samples(config: MergeConfig, name: str) -> CalibrationSet:
-    """The data of an earlier merge: none, and what changes with its sums."""
-    return CalibrationSet(name, (), previous_fingerprint(config))
+    """The data of an earlier merge, or that Gram matrices stand for: none, and what changes with its sums."""
+    in_place = gram_fingerprint(config, name) if name in config.grams else previous_fingerprint(config)
+    return CalibrationSet(name, (), in_place)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def partition_samples(
     ranks: Ranks,
     *,
     in_groups: bool = False,
+    summed: Collection[int] = (),
 ) -> RankSamples:
     """Keeps this rank's part of the calibration data; all ranks get about the same to do.
 
@@ -159,15 +162,16 @@ def partition_samples(
         loss_input: Name of the input that loss masks belong to.
         ranks: The ranks of the merge.
         in_groups: Whether the ranks that share a candidate must know its whole Gram matrices.
+        summed: Numbers of the candidates whose Gram matrices stand for their data; each is one rank's.
     """
     folds = _folds(calibration, trace, loss_input)
     rows = [
         [[sum(count for _, count in of_stack) for of_stack in of_batch[:-1]] for of_batch in of_candidate]
         for of_candidate in folds
     ]
-    costs, right_hand_sides = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows])
+    costs, right_hand_sides = batch_costs(blocks, [[sum(counts) for counts in batches] for batches in rows], summed)
     partition = partition_batches(costs, ranks.size, right_hand_sides, in_groups=in_groups)
-    own = partition.batches[ranks.rank]
+    own = [() if k in summed else numbers for k, numbers in enumerate(partition.batches[ranks.rank])]
     return RankSamples(
         calibration=tuple(
             replace(data, batches=tuple(data.batches[number] for number in numbers))

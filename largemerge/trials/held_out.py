@@ -29,7 +29,7 @@ def held_out_tasks(config: MergeConfig, num_samples: int = 64) -> EvaluationConf
     problems = [
         f"{candidate.label}: has no calibration texts to hold some out of; expected an EVAL.yaml"
         for candidate in config.candidates
-        if candidate.calibration is None or candidate.calibration.data.endswith(".safetensors")
+        if candidate.calibration is None or candidate.calibration.data is None
     ]
     if problems:
         raise ConfigError(*problems)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from largemerge.checkpoint.writer import write_atomically
 from largemerge.evaluation.page import evaluation_sections
 from largemerge.pages.charts import lines
 from largemerge.pages.page import ChartPart, NotePart, Page, Section, TablePart
+from largemerge.text_files import json_text
 from largemerge.trials.results import CompareReport
 from largemerge.units import counted, duration
 
@@ -17,6 +20,15 @@ def comparison_page(report: CompareReport) -> str:
     summary = f"{counted(len(report.trials), 'trial')} in {duration(report.seconds)}."
     summary += f" The best is {best.name}, with {report.objective} {best.objective:.4f}." if best is not None else ""
     return Page("Comparison", summary, tuple(_sections(report))).html()
+
+
+def write_comparison(report: CompareReport, folder: Path) -> None:
+    """Writes `comparison.json`, `.csv` and `.html`, and `best.yaml`, into a folder."""
+    write_atomically(folder / "comparison.json", json_text(report.to_json(), indent=2) + "\n")
+    write_atomically(folder / "comparison.csv", report.csv())
+    write_atomically(folder / "comparison.html", comparison_page(report))
+    if report.best_config:
+        write_atomically(folder / "best.yaml", report.best_config)
 
 
 def _sections(report: CompareReport) -> Iterator[Section]:

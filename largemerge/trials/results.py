@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largemerge.evaluation.results import Evaluation, number_text
@@ -156,18 +155,3 @@ class CompareReport:
         head = "".join(f"<th>{escape(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-    def write(self, folder: Path) -> None:
-        """Writes `comparison.json`, `.csv` and `.html`, and `best.yaml`, into a folder."""
-        from largemerge.checkpoint.writer import write_atomically
-        from largemerge.text_files import json_text
-        from largemerge.trials.page import comparison_page
-
-        contents = {
-            "comparison.json": json_text(self.to_json(), indent=2) + "\n",
-            "comparison.csv": self.csv(),
-            "comparison.html": comparison_page(self),
-            **({"best.yaml": self.best_config} if self.best_config else {}),
-        }
-        for name, text in contents.items():
-            write_atomically(folder / name, text)

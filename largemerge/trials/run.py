@@ -24,7 +24,7 @@ from typing import Any
 from largemerge import api
 from largemerge.api import EvaluationSource, Memory
 from largemerge.checkpoint.writer import write_atomically
-from largemerge.distributed.launcher import own_rank
+from largemerge.distributed.launcher import own_rank, several_processes
 from largemerge.distributed.ranks import stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError, SystemFailure, explain_failures
 from largemerge.evaluation.config import EvaluationConfig, load_evaluation
@@ -37,6 +37,7 @@ from largemerge.regression.config import MergeConfig
 from largemerge.text_files import json_text
 from largemerge.trials.held_out import held_out_tasks
 from largemerge.trials.make import Trial, make_trials, read_raw
+from largemerge.trials.page import write_comparison
 from largemerge.trials.results import CompareReport, TrialResult
 
 _TRIALS, _GRAMS, _BEST, _MODELS = "trials", "grams", "best", "models.json"
@@ -168,7 +169,7 @@ class _Run:
                 note = f"the best merge is not in {self.out / _BEST} any more; merge best.yaml to have it again"
                 report = replace(report, notes=(*report.notes, note))
         if own_rank() == 0:
-            report.write(self.out)
+            write_comparison(report, self.out)
         return report
 
     def _open(self) -> None:
@@ -212,6 +213,8 @@ class _Run:
         sharing = [trial for trial in trials if _shares_grams(trial)]
         if len(sharing) < _FEWEST_SHARING:
             return {}, []
+        if several_processes():
+            return {}, ["trials by RegMean share no Gram matrices under a launcher: one process collects them"]
         raw = dict(sharing[0].raw)
         solves_head = any(
             isinstance(trial.config, MergeConfig) and trial.config.method.solves_head for trial in sharing

@@ -157,7 +157,6 @@ def test_the_ends_of_a_range_are_in_it(path: str, value: int) -> None:
     [
         ("models", "models"),
         ("models.1.model", "models[1].model"),
-        ("models.0.calibration.data", "models[0].calibration.data"),
     ],
 )
 def test_missing_keys_are_named(path: str, where: str) -> None:

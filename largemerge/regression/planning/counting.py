@@ -31,6 +31,7 @@ from largemerge.model.trace import LinearRole, ModelTrace, StackTrace
 from largemerge.regression.averages import AVERAGE_CHUNK_BYTES
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.gram import GRAM_DTYPE, panels, triangle, triangle_buffer_bytes
+from largemerge.regression.gram_files import from_grams
 from largemerge.regression.group_sums import (
     DIFFERENCE_CHUNK_BYTES,
     correction_bytes,
@@ -110,13 +111,17 @@ def measure_workload(
     sample_rows = _sample_rows(trace, batches)
     kinds = _kinds(inputs, trace, blocks, reads_end=method.reads_end)
     hidden = [_hidden_bytes(trace, batch, dtype, method, kinds) for batch in batches]
+    summed = from_grams(config) if gram_groups is None else gram_groups.summed
     counter = _BlockCounter(
         method=method,
         trace=trace,
         dtype=dtype,
         num_candidates=len(inputs.candidates),
-        tokens_before=config.merged_before.tokens if config.merged_before is not None else 0,
-        in_sequence=(config.merged_before is not None, config.keeps_sums),
+        tokens_before=(config.merged_before.tokens if config.merged_before is not None else 0)
+        + sum(record.tokens for record in config.grams.values()),
+        num_sums_read=int(config.merged_before is not None) + len(summed),
+        keeps_sums=config.keeps_sums,
+        summed=summed,
         rows=rows,
         sample_rows=sample_rows,
         gram_groups=gram_groups,
@@ -127,7 +132,7 @@ def measure_workload(
         hidden_itemsize=dtype.itemsize,
         blocks=tuple(counter.block(kind) for kind in kinds),
         head=_head_numbers(head, method, trace, rows),
-        has_rows=tuple(any(of_candidate.values()) for of_candidate in rows),
+        has_rows=tuple(any(of_candidate.values()) or number in summed for number, of_candidate in enumerate(rows)),
         batch_samples=max((_num_samples(batch) for batch in batches), default=1),
         num_batches=len(batches),
         sample_hidden_bytes=max(
@@ -227,8 +232,10 @@ class _BlockCounter:
         trace: Trace of the model.
         dtype: Dtype of the forward passes.
         num_candidates: Number of candidates.
-        tokens_before: Number of tokens that the sums of an earlier merge are of.
-        in_sequence: Whether sums of an earlier merge are read, and whether those of this one are kept.
+        tokens_before: Number of tokens that sums on the disk are of.
+        num_sums_read: Number of sums of a group that are read from the disk: an earlier merge's, and candidates'.
+        keeps_sums: Whether the sums of this merge are kept.
+        summed: Numbers of the candidates whose Gram matrices stand for their data.
         rows: Number of rows by candidate and stack.
         sample_rows: Number of rows of one sample, at most, by stack.
         gram_groups: Groups of ranks that add up Gram matrices; `None` where there is one rank.
@@ -239,7 +246,9 @@ class _BlockCounter:
     dtype: torch.dtype
     num_candidates: int
     tokens_before: int
-    in_sequence: tuple[bool, bool]
+    num_sums_read: int
+    keeps_sums: bool
+    summed: frozenset[int]
     rows: Sequence[Mapping[int, int]]
     sample_rows: Mapping[int, int]
     gram_groups: GramGroups | None
@@ -250,7 +259,6 @@ class _BlockCounter:
         last_pass = self._plan_passes(kind, 1)[-1]
         max_passes = 1 if last_pass.runs_merged else max(1, len(groups))
         on_disk = GRAM_DTYPE.itemsize * sum(triangle(group.num_inputs) for group in groups)
-        goes_on, keeps = self.in_sequence
         return BlockNumbers(
             count=kind.count,
             num_outputs_read=kind.num_outputs_read,
@@ -262,8 +270,8 @@ class _BlockCounter:
             groups=groups,
             exchanged_bytes=self._exchanged_bytes(kind),
             shared_gram_bytes=self._shared_gram_bytes(kind.block),
-            previous_bytes=on_disk if goes_on else 0,
-            kept_bytes=on_disk if keeps else 0,
+            previous_bytes=on_disk * self.num_sums_read,
+            kept_bytes=on_disk if self.keeps_sums else 0,
             passes=tuple(self._passes(kind, num_passes) for num_passes in range(1, max_passes + 1)),
         )
 
@@ -297,7 +305,7 @@ class _BlockCounter:
             sums_bytes=averaged + sum(map(sums_bytes, block_pass.groups)) + self._cross_bytes(kind, block_pass),
             chunk_bytes=max(
                 3 * min(DIFFERENCE_CHUNK_BYTES, largest_group),
-                triangle_buffer_bytes(widest) if any(self.in_sequence) else 0,
+                triangle_buffer_bytes(widest) if self.num_sums_read or self.keeps_sums else 0,
             ),
             fallback_bytes=self._fallback_bytes(widest),
             runs=bool(block_pass.groups) or advances,
@@ -381,6 +389,8 @@ class _BlockCounter:
 
     def _right_hand_side_factor(self, candidate: int, stack: int, num_inputs: int) -> float:
         """Operations of a candidate's right-hand side, for each pair of an input and an output."""
+        if candidate in self.summed:
+            return 2 * num_inputs
         rows = self.rows[candidate][stack]
         groups = self.gram_groups
         if rows and groups is not None and groups.group_sizes[candidate] > 1:
@@ -406,7 +416,7 @@ class _BlockCounter:
                 GRAM_DTYPE.itemsize * (_exchanged_elements(size) + size * outputs)
                 + group.mean_dtype.itemsize * size * outputs
             )
-            total += GRAM_DTYPE.itemsize * _exchanged_elements(size) if self.in_sequence[1] else 0  # owner to writer
+            total += GRAM_DTYPE.itemsize * _exchanged_elements(size) if self.keeps_sums else 0  # owner to writer
             total += self.num_candidates * sketch_bytes(len(group.linears))
             total += sum(linear.dtype.itemsize * size * linear.num_outputs for linear in group.linears)
         return total
@@ -463,7 +473,8 @@ def _probe_shapes(kinds: Sequence[_BlockKind], sample_rows: Mapping[int, int], d
     kind = max(kinds, key=lambda kind: sum(kind.sizes.values()) * kind.count)
     inputs, outputs = max(kind.linears.values(), key=lambda shape: shape[0] * shape[1], default=(1, 1))
     gram_size = max((group.num_inputs for group in kind.block.groups), default=inputs)
-    return ProbeShapes(sample_rows[kind.block.stack], inputs, outputs, gram_size, dtype)
+    rows = max(1, sample_rows[kind.block.stack])  # none where Gram matrices stand for all data
+    return ProbeShapes(rows, inputs, outputs, gram_size, dtype)
 
 
 def _kinds(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -78,6 +78,7 @@ def partition_work(
     num_ranks: int,
     *,
     in_groups: bool = False,
+    summed: Collection[int] = (),
 ) -> list[RankWork]:
     """Partitions the work over ranks, as a merge would.
 
@@ -88,28 +89,34 @@ def partition_work(
         workload: Counts the work of some of the batches.
         num_ranks: Number of ranks.
         in_groups: Whether the ranks that share a candidate must know its whole Gram matrices.
+        summed: Numbers of the candidates whose Gram matrices stand for their data.
     """
     rows = [[count_rows_of(trace, batch) for batch in batches] for batches in shapes]
     works = []
-    costs, right_hand_sides = batch_costs(blocks, rows)
+    costs, right_hand_sides = batch_costs(blocks, rows, summed)
     partition = partition_batches(costs, num_ranks, right_hand_sides, in_groups=in_groups)
     whole, total_rows, rank_groups = workload(shapes, None), stack_rows(trace, shapes), partition.rank_groups
     for rank, numbers in enumerate(partition.batches):
-        own = [[batches[number] for number in mine] for batches, mine in zip(shapes, numbers, strict=True)]
-        num_rows = sum(rows[candidate][number] for candidate, mine in enumerate(numbers) for number in mine)
+        own_summed = frozenset(candidate for candidate in summed if numbers[candidate])
+        read = [() if candidate in summed else mine for candidate, mine in enumerate(numbers)]
+        own = [[batches[number] for number in mine] for batches, mine in zip(shapes, read, strict=True)]
+        num_rows = sum(rows[candidate][number] for candidate, mine in enumerate(read) for number in mine)
         sizes = tuple(len(rank_group) if rank in rank_group else 1 for rank_group in rank_groups)
         # Every rank reads all calibration data, and keeps its part.
-        work = replace(workload(own, GramGroups(total_rows, sizes)), loading_bytes=whole.loading_bytes)
-        works.append(RankWork(sum(map(bool, own)), sum(map(len, own)), num_rows, work))
+        work = replace(workload(own, GramGroups(total_rows, sizes, own_summed)), loading_bytes=whole.loading_bytes)
+        works.append(RankWork(sum(map(bool, own)) + len(own_summed), sum(map(len, own)), num_rows, work))
     return works
 
 
-def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> tuple[list[list[float]], list[float]]:
+def batch_costs(
+    blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]], summed: Collection[int] = ()
+) -> tuple[list[list[float]], list[float]]:
     """Estimates what the batches cost, so that they can be partitioned evenly, in seconds at nominal rates.
 
     Args:
         blocks: Plans of all blocks.
         rows: Number of rows by candidate and batch.
+        summed: Numbers of the candidates whose Gram matrices stand for their data, as a batch that costs nothing.
 
     Returns:
         Costs by candidate and batch; and by candidate, the cost that does not depend on the number of rows: its
@@ -126,11 +133,11 @@ def batch_costs(blocks: Sequence[BlockPlan], rows: Sequence[Sequence[int]]) -> t
         by_rows = whole = 0.0
         for (size, outputs), count in groups.items() if number > 0 else ():
             weights = count * size * outputs / rates.product
-            if multiplies_by_rows(total, size):
+            if number not in summed and multiplies_by_rows(total, size):
                 by_rows += 4 * total * weights
             else:
                 whole += 2 * size * weights
-        costs.append([count * (of_row + by_rows / total) for count in batches])
+        costs.append([0.0] if number in summed else [count * (of_row + by_rows / total) for count in batches])
         right_hand_sides.append(whole)
     return costs, right_hand_sides
 

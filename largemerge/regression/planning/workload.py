@@ -151,7 +151,7 @@ class BlockNumbers:
         groups: All groups that are solved.
         exchanged_bytes: Bytes of sums, solved weights and averages of one block that ranks exchange.
         shared_gram_bytes: Bytes of Gram matrices of one block that a rank all-reduces with others, there and back.
-        previous_bytes: Bytes of the sums of one block that are read of an earlier merge.
+        previous_bytes: Bytes of the sums of one block that are read: of an earlier merge, or in place of data.
         kept_bytes: Bytes of the sums of one block that are kept for a later merge.
         passes: Numbers of each pass, for one pass, for two passes, and so on.
     """
@@ -223,7 +223,7 @@ class Workload:
         hidden_itemsize: Bytes of an element of hidden states.
         blocks: Numbers of all blocks, by kind.
         head: Numbers of the head.
-        has_rows: Whether there is any data, by candidate.
+        has_rows: Whether there is any data, or Gram matrices in its place, by candidate.
         batch_samples: Number of samples in the largest batch.
         num_batches: Number of batches of all candidates.
         sample_hidden_bytes: Bytes of the outputs of all stacks for one sample, at most.
@@ -280,7 +280,9 @@ class GramGroups:
     Attributes:
         total_rows: Number of rows of all ranks, by candidate and stack.
         group_sizes: Number of ranks, this one included, that compute a candidate's right-hand sides together.
+        summed: Numbers of the candidates whose Gram matrices this rank reads in place of data.
     """
 
     total_rows: Sequence[Mapping[int, int]]
     group_sizes: Sequence[int]
+    summed: frozenset[int] = frozenset()
