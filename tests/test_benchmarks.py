@@ -33,6 +33,7 @@ def result(lines: list[str], benchmark: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_clip_beside_a_float64_reference(tmp_path: Path) -> None:
     lines = run("clip_vs_fusionbench.py", "--quick", "--no-peer", "--reference", "--work", tmp_path, cwd=tmp_path)
     found = result(lines, "clip_vs_fusionbench")
@@ -44,6 +45,7 @@ def test_plain_implementations(tmp_path: Path) -> None:
     result(run("smollm2_vs_plain.py", "--quick", "--work", tmp_path, cwd=tmp_path), "smollm2_vs_plain")
 
 
+@pytest.mark.slow
 def test_llamas_of_any_size(tmp_path: Path) -> None:
     lines = run("llama_synthetic.py", *TINY, "--work", tmp_path, cwd=tmp_path)
     found = result(lines, "llama_synthetic")
@@ -86,6 +88,7 @@ def merge_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "llama" / "merge.yaml"
 
 
+@pytest.mark.slow
 def test_several_ranks(tmp_path: Path, merge_yaml: Path) -> None:
     lines = run("ranks.py", merge_yaml, "--work", tmp_path / "ranks", "--repeats", "1", cwd=tmp_path)
     one, two = result(lines, "ranks")["rows"]
@@ -112,11 +115,13 @@ def test_timeline(tmp_path: Path, merge_yaml: Path) -> None:
     assert "</svg>" in plot.read_text()
 
 
+@pytest.mark.slow
 def test_mergekit_yaml(tmp_path: Path) -> None:
     lines = run("mergekit_yaml_parity.py", "--no-peer", "--quick", "--work", tmp_path, cwd=tmp_path)
     assert [row["tokens"] for row in result(lines, "mergekit_yaml_parity")["rows"]] == [311, 344]
 
 
+@pytest.mark.slow
 def test_data_free_methods(tmp_path: Path) -> None:
     small = ("--geometry", "tiny", "--methods", "linear", "ties", "--no-peer")
     found = result(run("data_free_vs_mergekit.py", *small, "--work", tmp_path, cwd=tmp_path), "data_free_vs_mergekit")
@@ -174,3 +179,19 @@ def test_fuzzers(tmp_path: Path) -> None:
     if importlib.util.find_spec("atheris") is not None:
         found = json.loads(run("fuzz_readers.py", "--runs", "200", "--only", "headers", cwd=tmp_path)[-1])
         assert found["targets"]["headers"] == {"tried": 200, "passed": 200}
+
+
+def test_evaluation_beside_transformers(tmp_path: Path) -> None:
+    small = ("--geometry", "tiny", "--num-samples", "4", "--length", "16", "--work", tmp_path / "work")
+    runs = result(run("streamed_evaluation.py", *small, cwd=tmp_path), "streamed_evaluation")["runs"]
+    assert runs["whole"]["loss"] == pytest.approx(runs["transformers"]["loss"], rel=1e-5)
+    assert runs["by block"]["loss"] == pytest.approx(runs["transformers"]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_settings_compared_together_and_alone(tmp_path: Path) -> None:
+    small = ("--geometry", "tiny", "--num-samples", "4", "--length", "16", "--work", tmp_path / "work")
+    lines = run("compare_settings.py", *small, cwd=tmp_path)
+    assert len(result(lines, "compare_settings")["alone"]) == 21
+    (line,) = (line for line in lines if line.startswith("largest relative difference"))
+    assert float(line.rsplit(" ", 1)[1]) < 1e-5

@@ -53,8 +53,8 @@ def test_less_memory_less_at_once_the_same_bits(
 ) -> None:
     before = memory_in_use(torch.device("cpu")).host_anonymous  # later it would be more, or less
     monkeypatch.setattr(resources, "baseline_bytes", lambda *_: before)
-    monkeypatch.setattr(base, "PIECE_ELEMENTS", 500)
-    monkeypatch.setattr(loader, "_SPAN_BYTES", 4000)
+    monkeypatch.setattr(base, "PIECE_ELEMENTS", 8_000)
+    monkeypatch.setattr(loader, "_SPAN_BYTES", 64_000)
     free = largemerge.merge(config, tmp_path / "free")
     assert free.plan.num_workers == 4 and free.plan.resources.kept_bytes == loader.KEPT_BYTES
     assert not any("workers at a time" in note for note in free.plan.notes)

@@ -113,9 +113,10 @@ def test_killed_before_its_first_operation_on_a_file_then_its_second_and_so_on(l
     check_finished_or_finished_before(long_case, out, code, log)
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
-def test_killed_before_every_operation_of_the_last_stage(long_case: Case, tmp_path: Path) -> None:
-    """Where the old checkpoint in the folder goes and the new one comes."""
+def test_killed_before_operations_of_the_last_stage(long_case: Case, tmp_path: Path, every: int) -> None:
+    """Where the old checkpoint in the folder goes and the new one comes; quickly, before every third operation."""
     touch(tmp_path / "old", *OLD, "notes.txt")
     shutil.copytree(tmp_path / "old", tmp_path / "whole")
     log = tmp_path / "whole.log"
@@ -132,7 +133,7 @@ def test_killed_before_every_operation_of_the_last_stage(long_case: Case, tmp_pa
     assert without_working_folder(files_in(tmp_path / "ready")) == old, "touched before the new one was there"
 
     expected = lasting(long_case.folder / "unbroken") | {"notes.txt": old["notes.txt"]}
-    for number in range(3, num_last + 3):  # a resumed run makes the folder and takes the lock first
+    for number in range(3, num_last + 3, every):  # a resumed run makes the folder and takes the lock first
         out, log = tmp_path / f"out{number}", tmp_path / f"log{number}"
         shutil.copytree(tmp_path / "ready", out)
         assert processes.run(merging(long_case, out, "--resume"), log, number) == -signal.SIGKILL
