@@ -5,7 +5,8 @@ The sections are for other pages, too, such as that of a merge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from largemerge.checkpoint.writer import write_atomically
@@ -16,6 +17,8 @@ from largemerge.text_files import json_text
 from largemerge.units import counted, duration
 
 _FEWEST_SPOKES = 3
+_MOST_EXPERTS = 3
+_EACH_EXPERT = "each expert at its own task"
 
 
 def evaluation_page(evaluation: Evaluation) -> str:
@@ -35,13 +38,21 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 def evaluation_sections(evaluation: Evaluation) -> Iterator[Section]:
     """Yields the sections of an evaluation: scores, pictures, tasks."""
-    columns, rows = evaluation.rows()
     problems = [NotePart("Failed", problem) for problem in evaluation.problems]
     notes = [NotePart("Note", note) for note in evaluation.notes]
-    heads = [column.replace("\n", ", ") for column in columns]
-    yield Section("Scores", _explained(evaluation), (TablePart(heads, rows), *problems, *notes))
+    yield Section("Scores", _explained(evaluation), (_scores(evaluation), *problems, *notes))
     yield from _pictures(evaluation)
     yield Section("Tasks", "What was measured, on how many samples, and how.", (_tasks(evaluation),))
+
+
+def _scores(evaluation: Evaluation) -> TablePart:
+    """The table of scores; tasks are its rows where there are more tasks than models."""
+    columns, rows = evaluation.rows()
+    heads = [column.replace("\n", ", ") for column in columns]
+    if len(evaluation.tasks) <= len(evaluation.models):
+        return TablePart(heads, rows)
+    turned = [[head, *(row[number] for row in rows)] for number, head in enumerate(heads) if number]
+    return TablePart(["task", *(row[0] for row in rows)], turned)
 
 
 def _explained(evaluation: Evaluation) -> str:
@@ -53,19 +64,20 @@ def _explained(evaluation: Evaluation) -> str:
     if lower:
         parts.append(f"Less is better in {', '.join(lower)}.")
     if any(score.normalized is not None for score in evaluation.scores):
-        parts.append("The last column is the mean share of what each task's own expert reaches.")
+        parts.append("At the end stands the mean share of what each task's own expert reaches.")
     return " ".join(parts)
 
 
 def _pictures(evaluation: Evaluation) -> Iterator[Section]:
     """Yields charts: of shares of the experts' scores where there are experts, else of metrics that have one scale."""
+    shown = _shown(evaluation)
     normalized = {
-        model.name: {
+        label: {
             task.name: 100 * score.normalized
             for task in evaluation.tasks
-            if (score := evaluation.score(model.name, task.name)) is not None and score.normalized is not None
+            if (score := evaluation.score(name(task), task.name)) is not None and score.normalized is not None
         }
-        for model in evaluation.models
+        for label, name in shown.items()
     }
     normalized = {name: values for name, values in normalized.items() if values}
     if normalized:
@@ -90,21 +102,37 @@ def _pictures(evaluation: Evaluation) -> Iterator[Section]:
             yield Section(metric.capitalize(), "", (ChartPart(chart, "Whiskers are bootstrap intervals."),))
 
 
+def _shown(evaluation: Evaluation) -> dict[str, Callable[[EvaluatedTask], str]]:
+    """What pictures show: every model, or where many of them are experts, each of these at its own task alone."""
+    experts = {task.expert for task in evaluation.tasks if task.expert is not None}
+    others = [model.name for model in evaluation.models if model.name not in experts]
+    names = others if others and len(experts) > _MOST_EXPERTS else [model.name for model in evaluation.models]
+    shown: dict[str, Callable[[EvaluatedTask], str]] = {name: partial(_always, name) for name in names}
+    if len(names) < len(evaluation.models):
+        shown = {_EACH_EXPERT: lambda task: task.expert or "", **shown}
+    return shown
+
+
+def _always(name: str, task: EvaluatedTask) -> str:
+    """The same model, whatever the task."""
+    return name
+
+
 def _values(
     evaluation: Evaluation, tasks: list[EvaluatedTask]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, tuple[float, float]]]]:
     values: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
-    for model in evaluation.models:
+    for label, name in _shown(evaluation).items():
         for task in tasks:
-            score = evaluation.score(model.name, task.name)
+            score = evaluation.score(name(task), task.name)
             if score is None or score.value is None:
                 continue
             factor = 100 if task.is_share else 1
-            values.setdefault(model.name, {})[task.name] = factor * score.value
+            values.setdefault(label, {})[task.name] = factor * score.value
             if score.interval is not None:
                 low, high = score.interval
-                intervals.setdefault(model.name, {})[task.name] = factor * low, factor * high
+                intervals.setdefault(label, {})[task.name] = factor * low, factor * high
     return values, intervals
 
 
