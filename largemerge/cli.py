@@ -248,6 +248,21 @@ def _verify(options: argparse.Namespace) -> int:
     return _show(api.verify(options.out, trust_remote_code=options.trust_remote_code), options)
 
 
+def _report(options: argparse.Namespace) -> int:
+    from largemerge import api
+
+    stage("drawing the page")
+    path = api.report(options.out, output=options.output)
+    stage("")
+    print(path)
+    if options.open:
+        import webbrowser
+
+        if not webbrowser.open(path.resolve().as_uri()):
+            raise LargemergeError(f"{path} is written; there is no browser here to open it")
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     if read_launch().size > 1:
         raise ConfigError("the demo is for one process; start it without a launcher")
@@ -272,7 +287,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
-COMMANDS = {"merge": _merge, "plan": _plan, "verify": _verify, "demo": _demo}
+COMMANDS = {"merge": _merge, "plan": _plan, "verify": _verify, "report": _report, "demo": _demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -476,6 +491,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--trust-remote-code", action="store_true", help="allow the folder's own Python code")
     verify.add_argument("--json", action="store_true", help="print the findings as JSON")
     _add_log_options(verify)
+    report = commands.add_parser("report", help="make a page of a finished merge: which block or model is the trouble")
+    report.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    report.add_argument("--output", type=Path, metavar="FILE", help="of the page (default: OUT/merge_report.html)")
+    report.add_argument("--open", action="store_true", help="show the page in a browser")
+    _add_log_options(report)
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
     )

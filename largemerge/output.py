@@ -49,7 +49,7 @@ from largemerge.text_files import json_text
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
-REPORT_FILE = "merge_report.json"
+REPORT_FILE, PAGE_FILE = "merge_report.json", "merge_report.html"
 """The report of a finished merge, with the digests of its files."""
 _SIDE_FOLDER, _FINISHING = "side", "finishing"
 _ALWAYS_WRITTEN = ("config.json", "README.md", "largemerge_config.yaml", "model.safetensors.index.json", REPORT_FILE)
@@ -227,6 +227,7 @@ class OutputFolder:
         write_atomically(self.working / _FINISHING, "")
         if self.replaces:
             self._remove_earlier({shard.file_name for shard in shards})
+            (self.path / PAGE_FILE).unlink(missing_ok=True)  # it shows the earlier merge
         last = str(PurePosixPath(inner, "config.json"))
         for shard in shards:
             if self._place(self.working, shard) != self.path / shard.file_name:
