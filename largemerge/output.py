@@ -49,8 +49,10 @@ from largemerge.text_files import json_text
 
 _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
-REPORT_FILE, PAGE_FILE = "merge_report.json", "merge_report.html"
+REPORT_FILE = "merge_report.json"
 """The report of a finished merge, with the digests of its files."""
+PAGE_FILE = "merge_report.html"
+"""The page that shows it, if somebody has asked for one."""
 _SIDE_FOLDER, _FINISHING = "side", "finishing"
 _ALWAYS_WRITTEN = ("config.json", "README.md", "largemerge_config.yaml", "model.safetensors.index.json", REPORT_FILE)
 _WORKING_FILES = ("manifest.json", "journal.jsonl", "lock", _FINISHING)
@@ -509,6 +511,20 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
         raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
     if not resume and not force and others:
         raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
+
+
+def check_finished(path: Path) -> None:
+    """Checks that a folder holds a finished merge, as far as names tell.
+
+    Raises:
+        OutputError: If it does not; it says what is there instead.
+    """
+    if not path.is_dir():
+        raise OutputError(f"{path}: {'a file' if path.exists() else 'nothing there'}; expected a merge's folder")
+    if (path / WORKING_FOLDER / "manifest.json").exists():
+        raise OutputError(f"{path} holds an unfinished merge; go on with it: merge … --resume")
+    if not (path / REPORT_FILE).exists():
+        raise OutputError(f"{path} has no {REPORT_FILE}; expected the folder of a finished merge")
 
 
 def _check_strangers(path: Path, ours: Collection[str]) -> None:

@@ -5,5 +5,5 @@
     sections.py   tables and charts
     build.py      all of it as a page, written to a file
 
-It reads files, and knows no merge from the inside: neither torch nor a method of merging is imported.
+It reads files, and knows neither kind of merge from the inside.
 """

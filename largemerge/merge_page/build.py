@@ -5,13 +5,13 @@ read_report → Facts → sections ──► Page ──► OUT/merge_report.htm
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
+from largemerge.checkpoint.writer import write_atomically
 from largemerge.errors import OutputError
 from largemerge.merge_page import sections
-from largemerge.merge_page.facts import PAGE_FILE, Facts, read_evaluation, read_report
+from largemerge.merge_page.facts import Facts, read_evaluation, read_report
+from largemerge.output import PAGE_FILE
 from largemerge.pages.page import Page
 from largemerge.text_files import os_reason
 
@@ -67,22 +67,8 @@ def write_page(out: Path, output: Path | None = None) -> Path:
     if path.is_dir():
         raise OutputError(f"{path} is a folder; expected a file for the page, such as {path / PAGE_FILE}")
     try:
-        _write(path, text)
+        write_atomically(path, text)
     except OSError as error:
         advice = "--output FILE writes it elsewhere" if output is None else "choose another file for --output"
         raise OutputError(f"{path} cannot be written: {os_reason(error)}; {advice}") from None
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.fchmod(stream.fileno(), 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

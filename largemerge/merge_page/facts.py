@@ -20,17 +20,18 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from largemerge.errors import OutputError, shorten
+from largemerge.output import REPORT_FILE, check_finished
 from largemerge.text_files import read_json
 
 T = TypeVar("T")
 
-REPORT_FILE, EVALUATION_FILE, PAGE_FILE = "merge_report.json", "evaluation.json", "merge_report.html"
+EVALUATION_FILE = "evaluation.json"
+"""Results of an evaluation, which somebody may have put into the folder."""
 OUTSIDE = "outside"
 """Name that a report gives to all tensors outside the blocks."""
 HEAD = "head"
 """Name that a report gives to linears of the head that were solved."""
 
-_UNFINISHED = Path(".largemerge", "manifest.json")
 _MAX_PROBLEMS = 8
 
 
@@ -136,13 +137,8 @@ def read_report(out: Path) -> Report:
     Raises:
         OutputError: If there is no such folder, no finished merge in it, or a report of another shape.
     """
-    if not out.is_dir():
-        raise OutputError(f"{out}: {'a file' if out.exists() else 'nothing there'}; expected a merge's folder")
-    if (out / _UNFINISHED).exists():
-        raise OutputError(f"{out} holds an unfinished merge; go on with it: merge … --resume")
+    check_finished(out)
     path = out / REPORT_FILE
-    if not path.exists():
-        raise OutputError(f"{out} has no {REPORT_FILE}; expected the folder of a finished merge")
     raw = read_json(path, error=OutputError)
     try:
         report = Report.model_validate(raw)
@@ -223,16 +219,30 @@ class Facts:
         }
 
     @cached_property
-    def drift_growth(self) -> dict[str, float]:
-        """By how much the drift grows in each block, the mean over the candidates; the first begins at 0."""
-        found: dict[str, float] = {}
-        before = 0.0
+    def mean_drift(self) -> dict[str, float]:
+        """Mean of the drift over the candidates, after each block."""
+        found = {}
         for block in self.blocks.values():
             known = [value for own in self.drift.values() if (value := own.get(block)) is not None]
             if known:
-                found[block] = statistics.fmean(known) - before
-                before = statistics.fmean(known)
+                found[block] = statistics.fmean(known)
         return found
+
+    @cached_property
+    def drift_growth(self) -> dict[str, float]:
+        """By how much the mean drift grows in each block; it begins at 0 in every stack of blocks."""
+        found: dict[str, float] = {}
+        before: dict[str, float] = {}
+        for block, mean in self.mean_drift.items():
+            found[block] = mean - before.get(_stack(block), 0.0)
+            before[_stack(block)] = mean
+        return found
+
+    @cached_property
+    def later_growth(self) -> dict[str, float]:
+        """The same without the first block of each stack, which begins at 0 and so nearly always grows most."""
+        first = {_stack(block): block for block in reversed(self.drift_growth)}
+        return {block: value for block, value in self.drift_growth.items() if first[_stack(block)] != block}
 
     @cached_property
     def distances(self) -> dict[str, dict[str, float]]:
@@ -357,6 +367,10 @@ def short_names(names: Iterable[str], separator: str, *, at_least: int) -> dict[
         if len(set(short.values())) == len(whole):
             return short
     return {name: name for name in whole}
+
+
+def _stack(block: str) -> str:
+    return block.rpartition(".")[0]
 
 
 def words(stage: str) -> str:

@@ -38,17 +38,15 @@ def _drift(facts: Facts) -> Iterator[NotePart]:
     if not last:
         return
     most, least = max(last, key=lambda name: last[name]), min(last, key=lambda name: last[name])
-    text = f"After the last block, the merged model is farthest from {most}: {last[most]:.1%} of its hidden states"
-    text += f"; nearest to {least}: {last[least]:.1%}." if least != most else "."
+    text = f"After the last block, the merged hidden states are farthest from those of {most}: by {last[most]:.1%}"
+    text += f"; nearest to those of {least}: {last[least]:.1%}." if least != most else "."
     outlier = stands_out(last, factor=FACTOR)
     yield NotePart("Drift", text, "bad" if outlier or last[most] >= 1 else "plain")
     growth = facts.drift_growth
     if len(growth) > 1:
         steepest = max(growth, key=lambda block: growth[block])
         usual = statistics.median(growth.values())
-        # The first block begins at nothing, so that it nearly always grows most.
-        later = {block: value for block, value in growth.items() if block != next(iter(growth))}
-        outlier = stands_out(later, factor=2 * FACTOR)
+        outlier = stands_out(facts.later_growth, factor=2 * FACTOR)
         text = f"It grows most in {steepest}: by {_points(growth[steepest])} (median of all blocks {_points(usual)})"
         if outlier and outlier != steepest:
             text += f", and after the first block in {outlier}: by {_points(growth[outlier])}"

@@ -38,7 +38,7 @@ def at_a_glance(facts: Facts) -> Section:
         rows.append((name, gib(number) if number is not None else None))
     notes: list[Part] = list(findings(facts))
     if not any(note.kind == "bad" for note in notes if isinstance(note, NotePart)):
-        notes.insert(0, NotePart("Nothing stands out.", "No block and no candidate is far from the others.", "good"))
+        notes.insert(0, NotePart("Nothing stands out.", "No block and no candidate is far from the others."))
     if facts.missing:
         notes.append(NotePart("Not in this report:", "; ".join(facts.missing) + "."))
     return Section("At a glance", parts=[*notes, TablePart(("", ""), rows)])
@@ -88,11 +88,16 @@ def block_table(facts: Facts) -> Section | None:
     mean_distance = {block: statistics.fmean(own.values()) for block, own in facts.distances.items()}
     times = {block: sum(own.values()) for block, own in facts.seconds.items()}
     columns: list[tuple[str, Mapping[str, float], Callable[[float], str], float | None]] = [
-        ("drift after it", _mean_drift(facts), lambda value: f"{value:.1%}", None),
+        ("drift after it", facts.mean_drift, lambda value: f"{value:.1%}", None),
         ("drift grows by", facts.drift_growth, lambda value: f"{100 * value:.1f}", 2 * FACTOR),
         ("distance", mean_distance, lambda value: f"{value:.1%}", FACTOR),
         ("worst condition", conditions, lambda value: f"{value:.1e}", CONDITION_FACTOR),
-        ("largest residual", facts.of_linears(lambda each: each.residual), lambda value: f"{value:.1e}", 10.0),
+        (
+            "largest residual",
+            facts.of_linears(lambda each: each.residual),
+            lambda value: f"{value:.1e}",
+            CONDITION_FACTOR,
+        ),
         ("fallbacks", facts.of_linears(lambda each: float(len(each.fallbacks))), lambda value: f"{value:.0f}", 0.0),
         ("time", times, duration, FACTOR),
     ]
@@ -104,8 +109,7 @@ def block_table(facts: Facts) -> Section | None:
         return None
     marks: dict[tuple[int, int], Mark] = {}
     for number, (_, own, _, factor) in enumerate(columns, 1):
-        of_blocks = facts.in_blocks(own)
-        compared = _without_first(of_blocks) if own is facts.drift_growth else of_blocks
+        compared = facts.later_growth if own is facts.drift_growth else facts.in_blocks(own)
         found = stands_out(compared, factor=factor) if factor else None
         if found is not None:
             marks[names.index(found), number] = "bad"
@@ -121,9 +125,9 @@ def block_table(facts: Facts) -> Section | None:
     ]
     titles = ("block", *(title for title, _, _, _ in columns), *(["lowest cosine"] if lowest else []))
     text = (
-        f"Highlighted: fallbacks, and the largest of a column if it is more than {FACTOR:g} times the median "
-        f"({2 * FACTOR:g} times for the growth of the drift, in points, without the first block; {CONDITION_FACTOR:g} "
-        "times for conditions and residuals)."
+        f"Highlighted: fallbacks, and the largest of a column if it is more than {FACTOR:g} times the median; "
+        f"{2 * FACTOR:g} times for the growth of the drift, which is in points and without the first block of a stack; "
+        f"{CONDITION_FACTOR:g} times for conditions and residuals."
     )
     return Section("Block by block", text, [TablePart(titles, rows, highlights=marks)])
 
@@ -301,23 +305,10 @@ def _tensor_counts(facts: Facts) -> str:
     return ", ".join(f"{n:,} {what}" for what, n in counts.items()) if isinstance(counts, dict) else "unknown"
 
 
-def _mean_drift(facts: Facts) -> dict[str, float]:
-    found = {}
-    for block in facts.blocks.values():
-        known = [value for own in facts.drift.values() if (value := own.get(block)) is not None]
-        if known:
-            found[block] = statistics.fmean(known)
-    return found
-
-
 def _marks(values: Mapping[str, float], *, column: int) -> dict[tuple[int, int], Mark]:
     """Highlights the row of the value that stands out, if there is one."""
     found = stands_out(values, factor=FACTOR)
     return {(list(values).index(found), column): "bad"} if found is not None else {}
-
-
-def _without_first(values: Mapping[str, float]) -> dict[str, float]:
-    return dict(list(values.items())[1:])
 
 
 def _percent(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -367,7 +367,7 @@ def _draw_levels(axes: Axes, levels: Mapping[str, Sequence[tuple[float, float]]]
 
 @contextmanager
 def _style(title: str) -> Iterator[None]:
-    """Sets Matplotlib's parameters while a chart is drawn or written, which has no other way to be told of them."""
+    """Sets parameters of Matplotlib while a chart is drawn or written: all of them, whatever a program has set."""
     import matplotlib
 
     parameters: dict[Any, Any] = {
@@ -383,7 +383,9 @@ def _style(title: str) -> Iterator[None]:
         "ytick.color": INK,
         "hatch.linewidth": 0.6,
     }
-    with matplotlib.rc_context(dict(matplotlib.rcParamsDefault) | parameters), warnings.catch_warnings():
+    # Without the backend, whose setting would import pyplot.
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    with matplotlib.rc_context(defaults | parameters), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a browser has other fonts
         yield
 
