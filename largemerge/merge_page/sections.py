@@ -99,7 +99,7 @@ def block_table(facts: Facts) -> Section | None:
             CONDITION_FACTOR,
         ),
         ("fallbacks", facts.of_linears(lambda each: float(len(each.fallbacks))), lambda value: f"{value:.0f}", 0.0),
-        ("time", times, duration, FACTOR),
+        ("time", times, lambda value: duration(value) if value >= 1 else f"{value:.2g} s", FACTOR),
     ]
     columns = [column for column in columns if column[1]]
     lowest = {block: min(own.values()) for block, own in facts.cosines.items()}

@@ -291,7 +291,7 @@ def heatmap(values: _Values, *, title: str, unit: str = "", log: bool = False, h
 def _range(values: Collection[float], high_is_good: bool) -> tuple[float, float]:
     """Ends of a scale of colours that starts at zero, and on which values that are nearly alike look so."""
     low, high = min(0.0, *values), max(0.0, *values)
-    beyond = high if high_is_good else max(high, 1.5 * statistics.median(values))
+    beyond = high if high_is_good else max(high, 2 * statistics.median(values))
     return low, beyond if beyond > low else low + 1.0
 
 

@@ -28,7 +28,7 @@ Mark = Literal["good", "bad"]
 """How a cell is highlighted."""
 
 _INK = re.compile(rf"(fill|stroke): {INK}")
-_NUMBER = re.compile(r"^[-+−–]?[\d,.]+(e[-+]?\d+)?( ?(%|‰|×|s|ms|bytes?|[KMGT]iB))?$")
+_NUMBER = re.compile(r"[-+−–]?[\d,.]+(e[-+]?\d+)?( ?(%|‰|×|s|ms|bytes?|[KMGT]iB|(min|h|days?)( \d+ (s|min|h))?))?")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def shown(cell: Cell) -> str:
 
 
 def _is_number(cell: Cell) -> bool:
-    return cell in (None, "", "–") or isinstance(cell, int | float) or bool(_NUMBER.match(cell))
+    return cell in (None, "", "–") or isinstance(cell, int | float) or bool(_NUMBER.fullmatch(cell))
 
 
 def _printable(value: object) -> object:

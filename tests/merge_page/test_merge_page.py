@@ -160,6 +160,33 @@ def test_a_growing_drift_stands_out_after_the_first_block(changed: Changed) -> N
     assert "grows most in layers.0: by 20.0 points" in found.text
 
 
+def test_drift_begins_anew_in_every_stack(changed: Changed) -> None:
+    def two_stacks(report: dict[str, Any]) -> None:
+        part = report["blocks"]["model.layers.0"]
+        names = [f"{stack}.block.{n}" for stack in ("encoder", "decoder") for n in range(3)]
+        report["blocks"], report["verified"] = dict.fromkeys(names, part), None
+        report["drift"] = {"model0": dict(zip(names, [0.3, 0.31, 0.32, 0.2, 0.21, 0.22], strict=True))}
+
+    page = build_page(changed("calibrated", two_stacks))
+    blocks = table(section(page, "Block by block"))
+    assert column(blocks, "block")[3] == "decoder.block.0"
+    assert column(blocks, "drift grows by")[:6] == ["30.0", "1.0", "1.0", "20.0", "1.0", "1.0"]
+    assert notes(page)["Drift by block"].kind == "plain"
+
+
+def test_ranks_and_earlier_merges_of_a_file_are_shown(changed: Changed) -> None:
+    def add(report: dict[str, Any]) -> None:
+        report["ranks"] = [{"host_anonymous": 2**30, "seconds_communicating": 1.5, "reads_not_shared": ""}] * 2
+        report["before"] = {"first": {}}
+        report["plan"]["seconds"] = {"total": 2 * report["seconds"]["total"]}
+
+    page = build_page(changed("ties", add))
+    ranks = table(section(page, "Time and memory"), 1)
+    assert ranks.rows == [("rank 0", "1.00 GiB", "1.5 s", ""), ("rank 1", "1.00 GiB", "1.5 s", "")]
+    assert "The last of 2 merges of one file: first." in page.html()
+    assert column(table(section(page, "Time and memory")), "of the plan")[-1] == "50%"
+
+
 def test_a_bad_candidate_stands_out(changed: Changed) -> None:
     def spoil(report: dict[str, Any]) -> None:
         report["drift"] = {

@@ -104,7 +104,10 @@ def test_cells_are_formatted_and_highlighted(page: Page) -> None:
     assert '<td class="number bad">12,345</td>' in html and '<td class="number">0.1235</td>' in html
     assert '<td class="number">–</td>' in html
     assert [shown(each) for each in (None, "a", 1234, 0.5, 1e-9)] == ["–", "a", "1,234", "0.5", "1e-09"]
-    mixed = TablePart(("", "a", "b", "c"), [("x", "1.5 GiB", "12 s", "word"), ("y", "2 bytes", None, "3")])
+    mixed = TablePart(
+        ("", "a", "b", "c"),
+        [("x", "1.5 GiB", "12 s", "word"), ("y", "2 bytes", None, "3"), ("z", "1", "12 min 5 s", "")],
+    )
     assert mixed.numbers == {1, 2}
 
 
