@@ -15,9 +15,9 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from largemerge.errors import OutputError, shorten
 from largemerge.output import REPORT_FILE, check_finished
@@ -35,6 +35,10 @@ HEAD = "head"
 _MAX_PROBLEMS = 8
 
 
+Number = Annotated[float | None, AfterValidator(lambda value: value if value is None or math.isfinite(value) else None)]
+"""A number that may be unknown, which NaN and infinity count as."""
+
+
 class _Part(BaseModel):
     """Base of all parts of a report: what the page does not use may be anything."""
 
@@ -46,35 +50,35 @@ class Linear(_Part):
 
     shape: tuple[int, ...] = ()
     shares_gram_with: str = ""
-    tokens: dict[str, float] = {}
+    tokens: dict[str, FiniteFloat] = {}
     solver: str = ""
-    condition: float | None = None
-    residual: float | None = None
+    condition: Number = None
+    residual: Number = None
     fallbacks: tuple[str, ...] = ()
     num_dead_features: int = 0
-    shrinkage: float | None = None
-    relative_distance_to_candidates: dict[str, float | None] = {}
+    shrinkage: Number = None
+    relative_distance_to_candidates: dict[str, Number] = {}
 
 
 class WrittenPart(_Part):
     """A block, the head, or all tensors outside the blocks."""
 
     linears: dict[str, Linear] = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, FiniteFloat] = {}
     bytes_read: int | None = None
     bytes_written: int | None = None
-    drift: dict[str, float | None] = {}
-    quantization_errors: dict[str, float | None] = {}
+    drift: dict[str, Number] = {}
+    quantization_errors: dict[str, Number] = {}
 
 
 class _InBlock(_Part):
-    cosine: float | None = None
-    distance: float | None = None
+    cosine: Number = None
+    distance: Number = None
 
 
 class _VerifiedCandidate(_Part):
-    cosine_of_task_vectors: float | None = None
-    relative_distance: float | None = None
+    cosine_of_task_vectors: Number = None
+    relative_distance: Number = None
     by_block: dict[str, _InBlock] = {}
 
 
@@ -90,9 +94,9 @@ class Calibration(_Part):
 
 
 class _Seconds(_Part):
-    total: float | None = None
-    preparation: float | None = None
-    by_phase: dict[str, float] = {}
+    total: Number = None
+    preparation: Number = None
+    by_phase: dict[str, FiniteFloat] = {}
 
 
 class MergedTensor(_Part):
@@ -117,18 +121,18 @@ class Report(_Part):
     resumed_parts: int = 0
     peak_bytes: dict[str, int] = {}
     retries: tuple[str, ...] = ()
-    timeline: tuple[tuple[float, str, str], ...] = ()
-    memory_over_time: tuple[tuple[float, int, int], ...] = ()
+    timeline: tuple[tuple[FiniteFloat, str, str], ...] = ()
+    memory_over_time: tuple[tuple[FiniteFloat, int, int], ...] = ()
     ranks: tuple[dict[str, Any], ...] = ()
     verified: _Verified | None = None
     redone_parts: tuple[str, ...] = ()
     before: dict[str, Any] = {}
-    drift: dict[str, dict[str, float | None]] = {}
+    drift: dict[str, dict[str, Number]] = {}
     outside: WrittenPart = WrittenPart()
     head: WrittenPart = WrittenPart()
     blocks: dict[str, WrittenPart] | None = None
     tensors: dict[str, MergedTensor] | None = None
-    digests: dict[str, Any] = Field(default={})
+    digests: dict[str, Any] = {}
 
 
 def read_report(out: Path) -> Report:
@@ -250,12 +254,12 @@ class Facts:
 
         Of a regression merge, the mean over the linears of a block; else what was measured on a sample of its rows.
         """
-        return self._of_linears() or self._verified(lambda each: each.distance)
+        return self._of_linears() if self.distances_are_of_linears else self._verified(lambda each: each.distance)
 
     @cached_property
     def distances_are_of_linears(self) -> bool:
         """Whether the distances are those of solved linears, not of sampled rows."""
-        return bool(self._of_linears())
+        return bool(self.in_blocks(self._of_linears()))
 
     @cached_property
     def cosines(self) -> dict[str, dict[str, float]]:

@@ -6,11 +6,11 @@ candidates' own hidden states.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from largemerge.merge_page.facts import HEAD, OUTSIDE, Facts, Linear, as_json, stands_out, words
 from largemerge.merge_page.findings import CONDITION_FACTOR, FACTOR, findings
@@ -261,22 +261,16 @@ def evaluation(facts: Facts) -> Section | None:
     if not facts.evaluation:
         return None
     parts: list[Part] = []
-    rest: dict[str, Any] = {}
-    whole = {"scores": facts.evaluation} if _is_scores(facts.evaluation) else facts.evaluation
-    for key, value in whole.items():
-        if _is_scores(value):
-            scores = {str(name): {each: float(score) for each, score in own.items()} for name, own in value.items()}
-            tasks = list(dict.fromkeys(task for own in scores.values() for task in own))
-            chart = charts.bars(scores, title=f"{words(key)}, by task and model")
-            rows = [(name, *(own.get(task) for task in tasks)) for name, own in scores.items()]
-            parts += [ChartPart(chart, f"{words(key)}, by task and model."), TablePart(("", *tasks), rows)]
-        else:
-            rest[key] = value
-    plain = [(words(key), value) for key, value in rest.items() if isinstance(value, str | int | float)]
+    for name, scores in _scores_in(facts.evaluation, "scores"):
+        tasks = list(dict.fromkeys(task for own in scores.values() for task in own))
+        title = f"{name}, by task and model"
+        chart = charts.bars(scores, title=title)
+        rows = [(model, *(own.get(task) for task in tasks)) for model, own in scores.items()]
+        parts += [ChartPart(chart, f"{title}."), TablePart(("", *tasks), rows)]
+    plain = [(words(key), value) for key, value in facts.evaluation.items() if isinstance(value, str | int | float)]
     if plain:
         parts.append(TablePart(("", ""), plain))
-    if len(plain) < len(rest):
-        parts.append(TextPart(as_json(rest), "All that the evaluation says"))
+    parts.append(TextPart(as_json(facts.evaluation), "All that the evaluation says"))
     return Section("Evaluation", "From evaluation.json in the folder.", parts)
 
 
@@ -424,15 +418,18 @@ def _folder(entry: object) -> str:
     return str(entry.get("folder", "")) if isinstance(entry, dict) else ""
 
 
-def _is_scores(value: object) -> bool:
-    """Whether this is numbers by model and task."""
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(
-            isinstance(own, Mapping)
-            and bool(own)
-            and all(isinstance(score, int | float) and not isinstance(score, bool) for score in own.values())
-            for own in value.values()
-        )
-    )
+def _scores_in(value: object, name: str) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """Yields all numbers by model and task in what strangers have written, wherever they are, with their names."""
+    if not isinstance(value, Mapping) or not value:
+        return
+    if all(isinstance(own, Mapping) and own and all(map(_is_score, own.values())) for own in value.values()):
+        scores = {model: {task: float(each) for task, each in own.items()} for model, own in value.items()}
+        if any(map(math.isfinite, (each for own in scores.values() for each in own.values()))):
+            yield name, scores
+        return
+    for key, inside in value.items():
+        yield from _scores_in(inside, words(key))
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -18,6 +18,7 @@ import math
 import re
 import statistics
 import warnings
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ _STROKES = ("-", "--", "-.", ":")
 _WIDTH = 7.2  # inches
 _MAX_LABEL = 36
 _MAX_NUMBERED_BARS, _MAX_NUMBERED_CELLS = 48, 480
-_ID = re.compile(r'<g id="[^"]*"')
+_GROUP = re.compile(r'<g id="[^"]*"')
+_ID, _REFERENCE = re.compile(r'<\w+ id="([^"]*)"'), re.compile(r'(?<=id=")[^"]*(?=")|(?<=#)\w+(?=[")])')
 _Values = Mapping[str, Mapping[str, float]]
 
 
@@ -65,7 +67,7 @@ class Chart:
         with _style(self.title):
             self.figure.savefig(stream, format="svg", transparent=True, metadata={"Title": self.title, **nothing})
         text = stream.getvalue()
-        text = _ID.sub("<g", text[text.index("<svg") :])  # a page with two charts would have the same ids twice
+        text = _numbered(_GROUP.sub("<g", text[text.index("<svg") :]), self.title)
         return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
     def png(self, dots_per_inch: int = 144) -> bytes:
@@ -396,6 +398,16 @@ def _drawn(title: str, figure: Figure) -> Chart:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return Chart(title, figure)
+
+
+def _numbered(svg: str, title: str) -> str:
+    """Numbers what is referred to, after the title: so it is the same again, and another one in the next chart.
+
+    Matplotlib names some of it by where it lay in memory.
+    """
+    start = f"c{zlib.crc32(title.encode()):08x}"
+    names = {name: f"{start}-{number}" for number, name in enumerate(dict.fromkeys(_ID.findall(svg)))}
+    return _REFERENCE.sub(lambda match: names.get(match[0], match[0]), svg)
 
 
 def _figure(height: float, **how: Any) -> tuple[Figure, Axes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import random
 import re
 import subprocess
@@ -321,15 +322,32 @@ def test_eighty_blocks_of_eight_models_with_experts_have_a_page(changed: Changed
 # Evaluations
 
 
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_unknown(changed: Changed, value: float | None) -> None:
+    def spoil(report: dict[str, Any]) -> None:
+        for own in report["drift"].values():
+            own["model.layers.1"] = value
+        for block in report["blocks"].values():
+            for linear in block["linears"].values():
+                linear |= {"condition": value, "residual": value, "shrinkage": value}
+                linear["relative_distance_to_candidates"] = dict.fromkeys(report["calibration"], value)
+
+    page = build_page(changed("calibrated", spoil))
+    assert "is not known after layers.1" in page.html() and "not finite in 21 linears" in page.html()
+    assert "nan" not in "".join(str(part) for part in notes(page).values()).lower()
+
+
 def test_results_of_an_evaluation_are_shown(changed: Changed) -> None:
     out = changed("ties", lambda report: None)
     scores = {"merged": {"code": 0.5, "law": 0.25}, HOSTILE: {"code": 0.75}}
-    for found in ({"accuracy": scores, "seed": 3, "tasks": {"code": {"file": "a.jsonl"}}}, scores):
+    deep = {"results": {"accuracy": scores, "time": {"x": {"y": math.nan}}}, "seed": 3, "files": {"code": ["a.jsonl"]}}
+    for found in (deep, scores):
         (out / "evaluation.json").write_text(json.dumps(found))
         page = build_page(out)
         evaluation = section(page, "Evaluation")
         assert table(evaluation).rows == [("merged", 0.5, 0.25), (HOSTILE, 0.75, None)]
-        assert any(title.endswith("by task and model") for title in charts_of(page))
+        shown = [title for title in charts_of(page) if title.endswith("by task and model")]
+        assert shown == ["accuracy, by task and model" if found is deep else "scores, by task and model"]
         assert ("a.jsonl" in page.html()) == (found is not scores)
     (out / "evaluation.json").write_text("[1")
     with pytest.raises(OutputError, match=r"evaluation\.json is not readable JSON"):

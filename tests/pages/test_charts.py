@@ -52,6 +52,8 @@ def test_the_same_numbers_give_the_same_bytes(kind: str) -> None:
     assert chart.svg == again.svg == chart.svg
     assert chart.png() == again.png() == chart.png()
     assert chart.svg != DRAW[kind]({**FEW, "merged": {"code": 0.1, "prose": 0.2, "law": 0.3}}).svg
+    ids = re.findall(r'<\w+ [^<>]*?id="([^"]*)"', chart.svg)
+    assert len(ids) == len(set(ids)) and set(re.findall(r"#(c\w+-\w+)", chart.svg)) == set(ids)
     assert not re.search(r"\b20\d\d-\d\d-\d\d|matplotlib", chart.svg, re.IGNORECASE)
 
 
