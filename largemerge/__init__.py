@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # that of `typing`, whose import would take longer than a
 if TYPE_CHECKING:
     from typing import Any
 
-    from largemerge.api import Memory, cluster, evaluate, gram, merge, plan, verify
+    from largemerge.api import Memory, cluster, evaluate, gram, merge, plan, report, verify
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.errors import (
@@ -68,6 +68,7 @@ __all__ = [
     "load_config",
     "merge",
     "plan",
+    "report",
     "verify",
 ]
 
@@ -98,6 +99,7 @@ _LAZY = {
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",
     "plan": "largemerge.api",
+    "report": "largemerge.api",
     "verify": "largemerge.api",
 }
 

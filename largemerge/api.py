@@ -556,6 +556,30 @@ def verify(out: str | Path, *, trust_remote_code: bool = False) -> FolderCheck:
     return verify_folder(Path(out), trust_remote_code=trust_remote_code)
 
 
+@explain_failures()
+def report(out: str | Path, *, output: str | Path | None = None) -> Path:
+    """Makes a page of a finished merge: one HTML file that needs nothing beside it.
+
+    Args:
+        out: The output folder of a merge.
+        output: The file; by default `merge_report.html` in the folder, which is only read otherwise.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: If the folder holds no finished merge, its report has another shape, or the file cannot be written.
+    """
+    problems = [] if _is_path(out) else [f"out: expected the folder of a finished merge, found {shown(out)}"]
+    if output is not None and not _is_path(output):
+        problems.append(f"--output: expected a file, found {shown(output)}")
+    if problems:
+        raise OutputError(*problems)
+    from largemerge.merge_page.build import write_page
+
+    return write_page(Path(out), Path(output) if output is not None else None)
+
+
 def cluster(
     *,
     num_nodes: int = 1,

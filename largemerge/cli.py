@@ -352,6 +352,21 @@ def _compare(options: argparse.Namespace) -> int:
     return _show(found, options)
 
 
+def _report(options: argparse.Namespace) -> int:
+    from largemerge import api
+
+    stage("drawing the page")
+    path = api.report(options.out, output=options.output)
+    stage("")
+    print(path)
+    if options.open:
+        import webbrowser
+
+        if not webbrowser.open(path.resolve().as_uri()):
+            raise LargemergeError(f"{path} is written; there is no browser here to open it")
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     if read_launch().size > 1:
         raise ConfigError("the demo is for one process; start it without a launcher")
@@ -383,6 +398,7 @@ COMMANDS = {
     "verify": _verify,
     "evaluate": _evaluate,
     "compare": _compare,
+    "report": _report,
     "demo": _demo,
 }
 
@@ -635,6 +651,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_memory_options(compare)
     compare.add_argument("--json", action="store_true", help="print what was found as JSON")
     _add_log_options(compare).add_argument("--quiet", action="store_true", help="no progress")
+    report = commands.add_parser("report", help="make a page of a finished merge: which block or model is the trouble")
+    report.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    report.add_argument("--output", type=Path, metavar="FILE", help="of the page (default: OUT/merge_report.html)")
+    report.add_argument("--open", action="store_true", help="show the page in a browser")
+    _add_log_options(report)
     demo = commands.add_parser(
         "demo", help="train three tiny models, merge them, compare; offline, under a minute or two"
     )

@@ -25,7 +25,7 @@ from largemerge.checkpoint.side_files import strangers
 from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.errors import CheckpointError, LargemergeError, OutputError
 from largemerge.model.output_check import try_loading
-from largemerge.output import REPORT_FILE, WORKING_FOLDER
+from largemerge.output import REPORT_FILE, WORKING_FOLDER, check_finished
 from largemerge.text_files import leads_out, read_json
 from largemerge.units import gib
 
@@ -93,10 +93,7 @@ def verify_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderChe
     Raises:
         OutputError: If the folder holds no finished merge, or one whose report has no digests.
     """
-    if not folder.is_dir():
-        raise OutputError(f"{folder}: {'a file' if folder.exists() else 'nothing there'}; expected a merge's folder")
-    if (folder / WORKING_FOLDER / "manifest.json").exists():
-        raise OutputError(f"{folder} holds an unfinished merge; go on with it: merge … --resume")
+    check_finished(folder)
     digests = _read_digests(folder)
     problems = list(_damage(folder, digests))
     class_name, more, notes = _load(folder, trust_remote_code=trust_remote_code)

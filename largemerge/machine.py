@@ -31,6 +31,7 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 _INTERVAL_SECONDS = 0.05  # reading /proc costs a millisecond; peaks of blocks last longer than this
+_MAX_POINTS = 300
 _ABANDONED_SECONDS = 120.0  # a scratch folder gets its lock right after it is made
 KERNEL_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 """Environment variable of oneDNN, which keeps a kernel for each shape of a product that it has seen."""
@@ -211,16 +212,19 @@ def _remove_abandoned() -> None:
 
 
 class MemoryWatch:
-    """Measures memory in a thread and keeps the peaks. A context manager."""
+    """Measures memory in a thread and keeps the peaks, also those of short spans. A context manager."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._points: list[tuple[float, int, int]] = []
+        self._samples, self._samples_of_point = 0, 1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="largemerge-memory", daemon=True)
         self._peak = memory_in_use(device)
 
     def __enter__(self) -> MemoryWatch:
         self.follow(self.device)
+        self._add_point(self._measure())
         self._thread.start()
         return self
 
@@ -238,15 +242,39 @@ class MemoryWatch:
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_SECONDS):
-            self._measure()
+            self._add_point(self._measure())
 
-    def _measure(self) -> None:
+    def _add_point(self, now: MemoryUse) -> None:
+        """Adds a sample to the points; when there are too many, two become one, and each one to come is as long."""
+        if self._samples % self._samples_of_point == 0:
+            if len(self._points) == _MAX_POINTS:
+                pairs = zip(self._points[::2], self._points[1::2], strict=True)
+                self._points = [(a[0], max(a[1], b[1]), max(a[2], b[2])) for a, b in pairs]
+                self._samples_of_point *= 2
+            self._points.append((time.perf_counter(), now.host_anonymous, now.device))
+        else:
+            at, host, device = self._points[-1]
+            self._points[-1] = (at, max(host, now.host_anonymous), max(device, now.device))
+        self._samples += 1
+
+    def over_time(self, start: float) -> list[list[float]]:
+        """Returns points: seconds, and the most bytes on host and device from then until the next point.
+
+        There are at most some hundred of them, however long the merge takes.
+
+        Args:
+            start: The moment of `time.perf_counter` that seconds are counted from.
+        """
+        return [[round(at - start, 3), host, device] for at, host, device in list(self._points)]
+
+    def _measure(self) -> MemoryUse:
         now = memory_in_use(self.device)
         self._peak = MemoryUse(
             max(self._peak.host_anonymous, now.host_anonymous),
             max(self._peak.host_total, now.host_total),
             max(self._peak.device, now.device),
         )
+        return now
 
     def peak(self) -> MemoryUse:
         """Returns the peaks so far; those on the device as torch counts them."""

@@ -51,6 +51,10 @@ _MAX_PROBLEMS = 20
 WORKING_FOLDER = ".largemerge"
 REPORT_FILE = "merge_report.json"
 """The report of a finished merge, with the digests of its files."""
+PAGE_FILE = "merge_report.html"
+"""The page that shows it, if somebody has asked for one."""
+EVALUATION_FILES = ("evaluation.json", "evaluation.csv", "evaluation.html")
+"""What an evaluation of the merge has found, if there was one."""
 _SIDE_FOLDER, _FINISHING = "side", "finishing"
 _ALWAYS_WRITTEN = ("config.json", "README.md", "largemerge_config.yaml", "model.safetensors.index.json", REPORT_FILE)
 _WORKING_FILES = ("manifest.json", "journal.jsonl", "lock", _FINISHING)
@@ -266,6 +270,8 @@ class OutputFolder:
         if self.replaces:
             names = {shard.file_name for shard in shards}
             remove(self.path, {self.path / name for name in names if not (self.working / name).exists()})
+            for name in (PAGE_FILE, *EVALUATION_FILES):  # they show the earlier merge
+                (self.path / name).unlink(missing_ok=True)
         for shard in shards:
             if self._place(self.working, shard) != self.path / shard.file_name:
                 self._move(self.working, shard.file_name)
@@ -541,6 +547,20 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
         raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
     if not resume and not force and others:
         raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
+
+
+def check_finished(path: Path) -> None:
+    """Checks that a folder holds a finished merge, as far as names tell.
+
+    Raises:
+        OutputError: If it does not; it says what is there instead.
+    """
+    if not path.is_dir():
+        raise OutputError(f"{path}: {'a file' if path.exists() else 'nothing there'}; expected a merge's folder")
+    if (path / WORKING_FOLDER / "manifest.json").exists():
+        raise OutputError(f"{path} holds an unfinished merge; go on with it: merge … --resume")
+    if not (path / REPORT_FILE).exists():
+        raise OutputError(f"{path} has no {REPORT_FILE}; expected the folder of a finished merge")
 
 
 def _check_strangers(path: Path, ours: Collection[str]) -> None:

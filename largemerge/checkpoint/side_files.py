@@ -586,7 +586,7 @@ tags:
 # A merge of {len(models)} models
 
 Made with largemerge {version} by the method `{method}`. How each tensor came about, and how far it lies from
-each model, is in `merge_report.json`.
+each model, is in `merge_report.json`; `largemerge report .` in this folder makes a page of it.
 
 | name | model | weight | calibration data |
 |---|---|---|---|

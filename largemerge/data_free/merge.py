@@ -93,10 +93,22 @@ def merge_data_free(
                 )
                 bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
                 stage("measuring what of every model is in the output, and finishing it")
+                merged = time.perf_counter() - start
                 verified = verify_merge(plan, shards, folder) if verify and ranks.is_first else None
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(memory.peak()))
-                report = DataFreeReport(plan, seconds, bytes_read, past_cache, resumed, peaks, out, verified)
+                report = DataFreeReport(
+                    plan=plan,
+                    seconds=seconds,
+                    bytes_read=bytes_read,
+                    bytes_past_cache=past_cache,
+                    resumed_parts=resumed,
+                    peaks=peaks,
+                    timeline=((prepared, "merge"), (merged, "verify_and_finish")),
+                    memory_over_time=tuple(memory.over_time(start)),
+                    out=out,
+                    verified=verified,
+                )
                 written: dict[str, Any] = {}
                 if ranks.is_first:
                     watch.check()

@@ -8,7 +8,7 @@ write_side_files → tokenizer, processor, generation config, largemerge_config.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class DataFreeReport:
         bytes_past_cache: Bytes read and written in this run past the system's cache.
         resumed_parts: Number of parts that an earlier run had finished.
         peaks: Measured peak memory of every rank.
+        timeline: Seconds since the start, and the stage that began then.
+        memory_over_time: Seconds since the start, and the most bytes on host and device from then on, of rank 0.
         out: The output folder, as the user named it.
         verified: How much of every model is in the output; `None` where that was not measured.
         written: Digests of the files, and why parts were done again, once the merge is finished.
@@ -55,6 +57,8 @@ class DataFreeReport:
     bytes_past_cache: int
     resumed_parts: int
     peaks: tuple[MemoryUse, ...]
+    timeline: tuple[tuple[float, str], ...]
+    memory_over_time: tuple[Sequence[float], ...]
     out: Path
     verified: Verification | None = None
     written: Mapping[str, Any] = field(default_factory=dict)
@@ -82,6 +86,8 @@ class DataFreeReport:
             "bytes_past_cache": self.bytes_past_cache,
             "resumed_parts": self.resumed_parts,
             "peak_bytes": asdict(self.peak),
+            "timeline": [[round(at, 3), stage, ""] for at, stage in self.timeline],
+            "memory_over_time": [list(point) for point in self.memory_over_time],
             "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
             "before": dict(self.plan.prior.reports),
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),

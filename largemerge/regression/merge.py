@@ -50,7 +50,7 @@ from largemerge.distributed.partition import samples_at_once
 from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks, too_many_threads
 from largemerge.distributed.shared_memory import ALONE, Node, find_node
 from largemerge.errors import CalibrationError, LargemergeError, MergeError
-from largemerge.machine import MemoryUse, MemoryWatch, versions
+from largemerge.machine import MemoryWatch, versions
 from largemerge.model.block_runner import BlockRunner
 from largemerge.model.classes import oriented
 from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
@@ -170,8 +170,10 @@ def merge_by_regression(
                 job = Job(prepared.planned, prepared.samples, shards, sums, folder, ranks, quiet, Clock(start))
                 job.run()
                 stage("measuring what of every model is in the output, and finishing it")
-                verified = _verify(prepared.planned, shards, folder) if verify and ranks.is_first else None
-                report = _report(prepared, job, folder, memory.peak(), start, out)
+                job.clock.begin("")
+                with job.clock.stage("verify_and_finish"):
+                    verified = _verify(prepared.planned, shards, folder) if verify and ranks.is_first else None
+                report = _report(prepared, job, folder, memory, start, out)
                 report = replace(report, verified=verified)
                 written: dict[str, Any] = {}
                 if ranks.is_first:
@@ -258,10 +260,10 @@ def samples_of_rank(planned: PlannedMerge, calibration: Sequence[CalibrationSet]
 
 
 def _report(
-    prepared: _Prepared, job: Job, folder: OutputFolder, peak: MemoryUse, start: float, out: Path
+    prepared: _Prepared, job: Job, folder: OutputFolder, memory: MemoryWatch, start: float, out: Path
 ) -> MergeReport:
     """Collective: makes the report, with rank 0's times."""
-    ranks = job.ranks
+    ranks, peak = job.ranks, memory.peak()
     own: dict[str, Any] = {
         "host_anonymous": peak.host_anonymous,
         "host_total": peak.host_total,
@@ -286,6 +288,7 @@ def _report(
         hidden_bytes_on_disk=job.hidden_bytes_on_disk,
         retries=[retry for retries in ranks.gather(job.retries) for retry in retries],
         timeline=job.clock.timeline,
+        memory_over_time=memory.over_time(start),
         ranks=of_ranks if ranks.size > 1 else (),
         out=out,
     )

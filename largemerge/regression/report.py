@@ -57,7 +57,8 @@ class MergeReport:
         peak: Measured peak of memory in use.
         hidden_bytes_on_disk: Bytes that hidden states took on disk, at most.
         retries: Messages about blocks that ran out of memory and were run again in smaller parts.
-        timeline: Seconds since the start, block and stage, whenever a stage began.
+        timeline: Seconds since the start, stage and block, whenever a stage began.
+        memory_over_time: Seconds since the start, and the most bytes on host and device from then on, of rank 0.
         ranks: Memory held and bytes read and sent, by rank; empty where there was one rank.
         out: The output folder, as the user named it.
         verified: How much of every candidate is in the output; `None` where that was not measured.
@@ -78,6 +79,7 @@ class MergeReport:
     hidden_bytes_on_disk: int
     retries: tuple[str, ...]
     timeline: tuple[tuple[float, str, str], ...]
+    memory_over_time: tuple[Sequence[float], ...]
     ranks: tuple[Mapping[str, Any], ...]
     out: Path
     verified: Verification | None = None
@@ -99,6 +101,7 @@ class MergeReport:
         hidden_bytes_on_disk: int,
         retries: Sequence[str],
         timeline: Sequence[tuple[float, str, str]],
+        memory_over_time: Sequence[Sequence[float]],
         ranks: Sequence[Mapping[str, Any]],
         out: Path,
     ) -> MergeReport:
@@ -121,6 +124,7 @@ class MergeReport:
             hidden_bytes_on_disk=hidden_bytes_on_disk,
             retries=tuple(retries),
             timeline=tuple(timeline),
+            memory_over_time=tuple(memory_over_time),
             ranks=tuple(ranks),
             out=out,
         )
@@ -186,6 +190,7 @@ class MergeReport:
             },
             "retries": list(self.retries),
             "timeline": [list(entry) for entry in self.timeline],
+            "memory_over_time": [list(point) for point in self.memory_over_time],
             "ranks": list(self.ranks),
             "quantization": self._quantization(),
             "fallbacks": {name: entry["fallbacks"] for name, entry in self.linears.items() if entry["fallbacks"]},

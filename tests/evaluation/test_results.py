@@ -136,6 +136,10 @@ def test_a_merge_is_evaluated_beside_its_models(family: Path) -> None:
     written = json.loads((family / "merged" / "evaluation.json").read_text())
     assert len(written["scores"]) == 8
     assert largemerge.verify(family / "merged").problems == ()
+    page = largemerge.report(family / "merged").read_text(encoding="utf-8")
+    assert "math texts" in page and "Beside the experts" in page
+    largemerge.merge(config, family / "merged", force=True)  # of which nothing is measured
+    assert not [path for path in (family / "merged").iterdir() if path.suffix in (".html", ".csv")]
 
 
 def test_a_merge_does_not_begin_before_its_evaluation_is_right(family: Path) -> None:
