@@ -45,7 +45,7 @@ from largemerge.output import OutputFolder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README_LINES = 160
+README_LINES = 165
 LEFT_OUT = re.compile(r"<!-- (not run: \S.*|enable when built) -->\s*$")
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# ([\w-]+\.ya?ml)\n")
