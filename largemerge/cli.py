@@ -299,14 +299,18 @@ def _evaluate(options: argparse.Namespace) -> int:
         stage("importing torch and Transformers")
         with _importing(options):
             import largemerge.evaluation.evaluate  # noqa: F401
+            from largemerge.evaluation.config import load_evaluation
+            from largemerge.machine import reuse_freed_memory
         if options.own_process:
             interrupts.raising()
+        config = load_evaluation(options.config)
+        reuse_freed_memory(sparingly=False)
     except LargemergeError as error:
         _fail_together(error, launch, options)
         raise
     with output_kept(own_process=options.own_process):
         found = api.evaluate(
-            options.config,
+            config,
             options.models,
             out=options.out,
             device=options.device,
