@@ -78,6 +78,7 @@ REGRESSION: dict[str, Any] = {
         "ridge": 0.1,
         "solve": ["blocks", "head"],
         "include": ["a"],
+        "excluded": "base",
         "exclude": ["b"],
     },
     "sequence": {"previous": "p", "name": "n", "keep_sums": True},

@@ -285,6 +285,9 @@ class EvaluationConfig(Strict):
     """Bootstrap resamples; 0 for no intervals."""
     compute_dtype: DtypeName | None = None
     """Dtype of the forward passes; default: that of most of a model's weights."""
+    published: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Averages over all tasks that others have published, by whose they are, as they are printed (percent, where tasks
+    are measured in shares): shown below those that are found."""
     memory: EvaluationMemory = EvaluationMemory()
     trust_remote_code: Truth = False
     """Allow models and tokenizers to be code that they ship."""

@@ -188,9 +188,23 @@ def _prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> list
         for task in tasks:
             job = attempt(_job, config, model, task, own, lenders, opened_views)
             jobs += [job] if job is not None else []
+    metrics = sorted({_metric(job) for job in jobs})
+    if config.published and len(metrics) > 1:
+        problems.append(
+            f"published: averages need tasks of one metric, found {', '.join(metrics)}; leave out 'published', or give "
+            "tasks of one metric a file of their own"
+        )
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return jobs
+
+
+def _metric(job: _Job) -> str:
+    """Name of the metric that counts in a task."""
+    if job.prepared is not None:
+        return job.prepared.metrics[0].name
+    assert isinstance(job.task, HarnessTask)
+    return job.task.metric or "score"
 
 
 def _with_others(
@@ -640,7 +654,6 @@ def _described(task: Task, jobs: Sequence[_Job], models: Sequence[EvaluatedModel
     expert = _expert_among(task, models)
     name = expert.name if expert is not None else None
     if own.prepared is None:
-        assert isinstance(task, HarnessTask)
-        return EvaluatedTask(task.name, task.kind, task.metric or "score", "higher", True, name)
+        return EvaluatedTask(task.name, task.kind, _metric(own), "higher", True, name)
     metric = own.prepared.metrics[0]
     return EvaluatedTask(task.name, task.kind, metric.name, metric.better, metric.is_share, name)

@@ -30,7 +30,7 @@ from largemerge.errors import ConfigError
 from largemerge.regression.config import CandidateParameters, MergeConfig
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
 
-_ANY_METHOD = frozenset(("include", "exclude"))
+_ANY_METHOD = frozenset(("include", "excluded", "exclude"))
 _KNOWN_METHODS = (*REGRESSION_METHODS, *DATA_FREE_METHODS)
 _MOST_TRIALS = 10_000
 
