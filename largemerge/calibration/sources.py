@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,8 +151,22 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
     if not is_image_folder(path):
         check_rows(tables_to_check(path), where)
         check_headers([*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
-        return _from_datasets(where, path, str(path), config.subset, split=config.split)
+        return _from_datasets(where, path, str(path), config.subset, split=config.split, cache_dir=_cache_of(path))
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)
+
+
+def _cache_of(path: Path) -> str:
+    """Names the cache of a folder of data files: another one for other files.
+
+    `datasets` itself takes two folders of one name for the same, and a changed one for unchanged, where a card
+    (README.md) says which files are which split.
+    """
+    import datasets
+
+    files = sorted(visible_under(path))
+    seen = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{digest}")
 
 
 def _looks_like_path(data: str) -> bool:

@@ -471,3 +471,16 @@ def test_a_path_is_no_pattern(make_config, tmp_path, checkpoint, text_signature)
     (folder / "data.jsonl").write_text('{"text": "hello world"}\n')
     config = make_config(folder / "data.jsonl")
     assert load_calibration(config, "math", checkpoint, text_signature).num_samples == 1
+
+
+def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path: Path, open_data) -> None:
+    """Nor is a folder that was changed for what it was: `datasets` knows one whose card names its files by its name."""
+    card = '---\nconfigs: [{config_name: default, data_files: [{split: train, path: "rows.jsonl"}]}]\n---\n'
+    found = []
+    for parent, text in (("math", "one"), ("code", "two"), ("code", "three and more")):
+        folder = tmp_path / parent / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card)
+        (folder / "rows.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        found.append(open_data(folder).select(("text",))[0]["text"])
+    assert found == ["one", "two", "three and more"]
