@@ -126,13 +126,21 @@ def _with_folder_labels(source: Source) -> Source:
     return Source(source.where, ("image", "label"), len(labelled), lambda columns: labelled, source.folder)
 
 
-def open_table(task: TaskData, config: EvaluationConfig, wanted: Iterable[tuple[str, str]], **fields: Any) -> Table:
+def open_table(
+    task: TaskData,
+    config: EvaluationConfig,
+    wanted: Iterable[tuple[str, str]],
+    *,
+    later: Sequence[str] = (),
+    **fields: Any,
+) -> Table:
     """Reads the rows that a task draws.
 
     Args:
         task: The task.
         config: The evaluation.
         wanted: The setting that names a column, and the column.
+        later: Settings of columns that must be there, but are read by whoever needs them.
         fields: As in `TaskData.calibration`.
 
     Raises:
@@ -148,7 +156,7 @@ def open_table(task: TaskData, config: EvaluationConfig, wanted: Iterable[tuple[
     ]
     if missing:
         raise CalibrationError(*missing)
-    columns = list(dict.fromkeys(column for _, column in wanted))
+    columns = list(dict.fromkeys(column for setting, column in wanted if setting not in later))
     table = source.select(columns)
     assert settings.num_samples is not None
     order = sample_order(source.num_rows, settings, task.skip)

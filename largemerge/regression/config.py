@@ -337,7 +337,7 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
     if config.parameters.anchor_scale is not None and config.method.anchor != "task_arithmetic":
         yield "parameters.anchor_scale: is for 'anchor: task_arithmetic'"
     if config.parameters.excluded == "base" and not config.parameters.include:
-        yield "parameters.excluded: is for what 'include' leaves out, and there is no 'include'; expected both or neither"
+        yield "parameters.excluded: is for what 'include' leaves out, and there is none; expected both, or neither"
     elif config.parameters.excluded == "base" and config.base_model is None:
         yield "parameters.excluded: 'base' needs a 'base_model'; expected one, or 'excluded: average'"
     for name, count in sorted(Counter(config.names).items()):

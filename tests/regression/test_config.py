@@ -247,7 +247,7 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], mentions: st
 def test_what_is_not_included_needs_a_base_to_be_of() -> None:
     raw = put(good(), "parameters.excluded", "base")
     (problem,) = problems_of(raw)
-    assert problem.startswith("parameters.excluded: is for what 'include' leaves out, and there is no 'include'")
+    assert problem.startswith("parameters.excluded: is for what 'include' leaves out, and there is none")
     (problem,) = problems_of(put(raw, "parameters.include", ["mlp"]))
     assert problem == "parameters.excluded: 'base' needs a 'base_model'; expected one, or 'excluded: average'"
     assert load_config(put(raw, "base_model", "owner/base")).parameters.excluded == "base"
