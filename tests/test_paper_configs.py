@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from largemerge import MergeConfig, load_config
-from largemerge.evaluation.config import EvaluationConfig, TaskData, ZeroShotTask, load_evaluation
+from largemerge.evaluation.config import EvaluationConfig, HarnessTask, TaskData, ZeroShotTask, load_evaluation
 from largemerge.evaluation.prompts import load_prompts
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
@@ -73,7 +73,7 @@ def variants(folder: str) -> list[Path]:
     return sorted((PAPER / folder).glob("*.yaml"))
 
 
-VARIANTS = [*variants("out-of-domain"), *variants("parts"), *variants("corruptions")]
+VARIANTS = [*variants("out-of-domain"), *variants("parts"), *variants("corruptions"), *variants("data")]
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=[path.stem for path in VARIANTS])
@@ -81,9 +81,13 @@ def test_other_experiments_merge_the_same_experts_on_the_same_data(path: Path) -
     """So that what differs is what the experiment is about: the tasks, or the parts that are solved."""
     config, eight = load_config(path), read(PAPER / "clip-vit-b-32-eight-tasks.yaml")
     known = {candidate.label: candidate for candidate in eight.models}
+    if path.parent.name == "data":  # whose experts are the same, and whose images are others
+        assert all(each.calibration != known[each.label].calibration for each in config.models)
+        models = [each.model_copy(update={"calibration": known[each.label].calibration}) for each in config.models]
+        config = config.model_copy(update={"models": tuple(models)})
     assert all(candidate == known[candidate.label] for candidate in config.models)
     left_out = [name for name in EIGHT if name not in config.names]
-    assert len(left_out) == {"out-of-domain": 2, "parts": 0, "corruptions": 4}[path.parent.name]
+    assert len(left_out) == {"out-of-domain": 2, "parts": 0, "data": 0, "corruptions": 4}[path.parent.name]
     if path.parent.name == "out-of-domain":
         assert sorted(left_out) == sorted(name for name in EIGHT if name in path.stem.removeprefix("without-"))
     if path.parent.name == "parts":
@@ -101,7 +105,10 @@ def sources(config: MergeConfig) -> dict[str, tuple[str | None, str | None, str 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=[path.stem for path in EVALUATIONS])
 def test_evaluations_are_of_the_merges_experts_data_and_classes(path: Path) -> None:
     evaluation = load_evaluation(path)
-    if not isinstance(evaluation.tasks[0], ZeroShotTask):
+    if path.stem.endswith("-five-experts"):
+        experts = {candidate.label: candidate.model for candidate in read(PAPER / path.name).models}
+        assert {task.name: task.expert for task in evaluation.tasks}.items() <= experts.items()
+        assert all(isinstance(task, HarnessTask) for task in evaluation.tasks)
         return
     twenty = read(PAPER / "clip-vit-b-32-twenty-tasks.yaml")
     known, short = sources(twenty), next(short for short in BASES if path.name.startswith(short))
@@ -130,6 +137,16 @@ def test_every_merge_has_an_evaluation_of_its_tasks(path: Path) -> None:
 def splits(evaluation: EvaluationConfig) -> dict[str, str | None]:
     """Names of tasks → the split that is named; `None` for the test split."""
     return {task.name: task.split for task in evaluation.tasks if isinstance(task, TaskData)}
+
+
+def test_settings_are_chosen_on_images_that_no_merge_draws() -> None:
+    evaluation = load_evaluation(PAPER / "evaluation" / "clip-vit-b-32-validation.yaml")
+    assert list(evaluation.names) == EIGHT and set(splits(evaluation).values()) == {"train"}
+    for task, candidate in zip(evaluation.tasks, read(PAPER / "clip-vit-b-32-eight-tasks.yaml").models, strict=True):
+        assert isinstance(task, ZeroShotTask) and candidate.calibration is not None
+        drawn = candidate.calibration
+        assert (task.skip, task.seed or evaluation.seed) == (drawn.num_samples, drawn.seed)
+        assert task.num_samples is not None
 
 
 def test_corruptions_are_splits() -> None:
@@ -166,4 +183,4 @@ def test_the_readme_tells_the_order_and_its_links_lead_somewhere() -> None:
     told = text.partition("Order of the twenty**:")[2].partition(".\n")[0]
     assert re.split(r",\s+", told.strip()) == list(data_of(read(PAPER / "clip-vit-b-32-twenty-tasks.yaml")))
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("https://")]
-    assert links and all((PAPER / link).exists() for link in links)
+    assert links and all((PAPER / link.partition("#")[0]).exists() for link in links)

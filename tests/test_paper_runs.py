@@ -151,6 +151,25 @@ def test_corrupted_images_are_splits_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scales_numbers_of_samples_and_single_blocks_are_compared(tmp_path: Path) -> None:
+    """The sweeps of README.md, with fewer values."""
+    name = "clip-vit-b-32-two-tasks.yaml"
+    config, tasks = read(tmp_path, name, f"evaluation/{name}")
+    sweeps: dict[str, list[Any]] = {
+        "off_diagonal_scale": [0.1, 1.0],
+        "calibration.num_samples": [1, 4],
+        "include": [[r"layers\.0\."], [r"layers\.1\."]],
+    }
+    for setting, values in sweeps.items():
+        sweep = {setting: values}
+        found = largemerge.compare(PAPER / name, PAPER / "evaluation" / name, out=tmp_path / setting, sweep=sweep)
+        assert not found.problems and len(found.trials) == 2
+        check_scores = {trial.name: found.evaluation.score(trial.name, "sun397") for trial in found.trials}
+        assert {score.num_samples for score in check_scores.values()} == {num_rows(tasks.tasks[0])}
+    assert config.names == tasks.names
+
+
+@pytest.mark.slow
 def test_five_language_experts(tmp_path: Path) -> None:
     name = "llama-3.2-3b-five-experts.yaml"
     config = load_config(PAPER / name)
