@@ -222,9 +222,18 @@ class _Run:
         )
         if solves_head:
             raw["parameters"] = {**raw.get("parameters", {}), "solve": ["blocks", "head"]}
+        filters = ("include", "excluded", "exclude")
+        parameters = dict(raw.get("parameters", {}))
+        if (
+            len({json_text({key: trial.raw.get("parameters", {}).get(key) for key in filters}) for trial in sharing})
+            > 1
+        ):
+            parameters = {key: value for key, value in parameters.items() if key not in filters}  # one for all
+        raw["parameters"] = parameters
         folder = self.out / _GRAMS
+        solved = [solves_head, *(parameters.get(key) for key in filters)]
         key = _digest(
-            self.fingerprint, {"models": raw["models"], "calibration": raw.get("calibration"), "head": solves_head}
+            self.fingerprint, {"models": raw["models"], "calibration": raw.get("calibration"), "solved": solved}
         )
         noted = self.out / _TRIALS / "grams.json"
         if self._known(noted, key) is None:

@@ -198,6 +198,14 @@ def test_the_number_of_samples_is_swept(config: dict[str, Any], tmp_path: Path) 
     assert yaml.safe_load(best.yaml)["calibration"]["num_samples"] == 16
 
 
+def test_lists_are_swept_in_yaml(config: dict[str, Any], tmp_path: Path) -> None:
+    ((key, values),) = swept(["include=['layers.0'],['layers.1']"]).items()
+    assert (key, values) == ("include", [["layers.0"], ["layers.1"]])
+    report = largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", sweep={key: values})
+    assert not report.problems and len(report.trials) == 2
+    assert "layers.0" in (tmp_path / "out" / "comparison.html").read_text()
+
+
 def test_gram_matrices_have_no_samples_to_sweep(config: dict[str, Any], tmp_path: Path) -> None:
     largemerge.gram(config, tmp_path / "grams")
     for model in config["models"]:
