@@ -71,7 +71,8 @@ def _write_images(folder: Path, tasks: Sequence[ZeroShotTask]) -> None:
     generator = np.random.default_rng(len(names))
     for split, rows in sizes.items():
         pixels = generator.integers(0, 255, (rows, 8, 8, 3), dtype=np.uint8)
-        labels = [bool(x) if first.classes == "pcam" else int(x) for x in generator.integers(0, len(names), rows)]
+        numbers = [0, *generator.integers(1, len(names), rows - 1)]
+        labels = [bool(x) if first.classes == "pcam" else int(x) for x in numbers]
         table = datasets.Dataset.from_dict(
             {column: [Image.fromarray(each) for each in pixels], first.label_field: labels}, features
         )

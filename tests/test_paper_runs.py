@@ -151,6 +151,15 @@ def test_corrupted_images_are_splits_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_images_of_one_class_are_enough_to_merge(tmp_path: Path) -> None:
+    """The stand-ins have one image of label 0 in every split."""
+    config, tasks = read(tmp_path, "data/one-class.yaml", EIGHT)
+    check(run(tmp_path, "data/one-class.yaml", EIGHT), config, tasks)
+    calibrated = json.loads((tmp_path / "merged" / "merge_report.json").read_text())["calibration"]
+    assert {name: each["num_samples"] for name, each in calibrated.items()} == dict.fromkeys(config.names, 1)
+
+
+@pytest.mark.slow
 def test_scales_numbers_of_samples_and_single_blocks_are_compared(tmp_path: Path) -> None:
     """The sweeps of README.md, with fewer values."""
     name = "clip-vit-b-32-two-tasks.yaml"

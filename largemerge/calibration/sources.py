@@ -128,13 +128,69 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
     """Opens everything but .safetensors as a table.
 
     Args:
-        config: Settings: which part of a dataset, and which part of a .txt file is one row.
+        config: Settings: which part of a dataset, which part of a .txt file is one row, and which rows are taken.
         where: Candidate and data, for messages.
         path: The path that `locate_data` has found; `None` for a Hub dataset.
 
     Raises:
         CalibrationError: If there is nothing in it, or it cannot be read.
     """
+    source = _open_whole(config, where, path)
+    return source if config.only is None else _rows_with(source, config.only)
+
+
+@dataclass(frozen=True)
+class _SomeRows:
+    """Rows of a table by their place among those that are taken."""
+
+    rows: Rows
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.rows[self.numbers[index]]
+
+
+def _rows_with(source: Source, only: Mapping[str, str | int | bool]) -> Source:
+    """Takes the rows whose columns have some values.
+
+    Raises:
+        CalibrationError: If there is no such column, label or row.
+    """
+    problems, wanted = [], dict[str, Any](only)
+    for column, value in only.items():
+        names = source.labels.get(column)
+        if column not in source.columns:
+            hint = nearest(column, source.columns)
+            problems.append(f"only: no column {column!r}; the columns are {shorten(list(source.columns))}{hint}")
+        elif names is not None and isinstance(value, str):
+            if value in names:
+                wanted[column] = names.index(value)
+            else:
+                problems.append(f"only: {column!r} has no label {value!r}{nearest(value, names)}")
+    if problems:
+        raise CalibrationError(*(f"{source.where}: {problem}" for problem in problems))
+    table = source.select(tuple(only))
+    numbers = [index for index in range(source.num_rows) if dict(table[index]) == wanted]
+    text = ", ".join(f"{column}: {value}" for column, value in only.items())
+    if not numbers:
+        first = {column: table[0][column] for column in only}
+        raise CalibrationError(f"{source.where}: only: no row has {{{text}}}; the first has {shorten(str(first))}")
+    where = f"{source.where}, rows with {text}"
+    return Source(
+        where,
+        source.columns,
+        len(numbers),
+        lambda columns: _SomeRows(source.select(columns), numbers),
+        source.folder,
+        source.labels,
+    )
+
+
+def _open_whole(config: CalibrationConfig, where: str, path: Path | None) -> Source:
+    """Opens a table with all of its rows."""
     if path is None:
         assert config.data is not None
         return _from_datasets(where, None, config.data, config.subset, split=config.split)
@@ -181,6 +237,8 @@ def _settings_without_effect(config: CalibrationConfig, path: Path | None) -> It
         yield "subset: only datasets have subsets; remove it"
     if config.split != "train" and not is_dataset and suffix not in TABLE_BUILDERS:
         yield f"split: {config.split!r}, but only datasets have splits; remove it"
+    if config.only is not None and suffix == ".safetensors":
+        yield "only: ready-made tensors have no columns; remove it"
     if config.one_per != "document" and suffix != ".txt":
         yield f"one_per: {config.one_per!r}, but this is for .txt files; remove it"
 

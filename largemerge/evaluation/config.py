@@ -52,6 +52,8 @@ class TaskData(Strict):
     """Configuration name of a Hub dataset."""
     split: str | None = Field(None, min_length=1)
     """Split of a dataset; default: `test` of a dataset, all of a file."""
+    only: dict[str, str | int | bool] | None = Field(None, min_length=1)
+    """Rows that are drawn from: those whose columns have these values; default: all."""
     num_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     """Samples that are drawn; default: all there are."""
     skip: int = Field(0, ge=0, le=LARGEST_COUNT)
@@ -76,6 +78,7 @@ class TaskData(Strict):
             data=self.data,
             subset=self.subset,
             split=split,
+            only=self.only,
             num_samples=min(LARGEST_COUNT, self.skip + (self.num_samples or defaults.num_samples or LARGEST_COUNT)),
             batch_size=self.batch_size or defaults.batch_size,
             max_length=fields.pop("max_length", None) or defaults.max_length,

@@ -43,7 +43,7 @@ def held_out_tasks(config: MergeConfig, num_samples: int = 64, largest: int | No
 
 
 def _task(name: str, expert: str, calibration: CalibrationConfig, num_samples: int) -> dict[str, Any]:
-    keys = ("data", "subset", "split", "seed", "batch_size", "max_length", "one_per", "assistant_only", *_TEXTS)
+    keys = ("data", "subset", "split", "only", "seed", "batch_size", "max_length", "one_per", "assistant_only", *_TEXTS)
     settings = {key: value for key in keys if (value := getattr(calibration, key)) is not None}
     drawn = calibration.num_samples
     return {
