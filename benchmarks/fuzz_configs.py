@@ -57,7 +57,7 @@ REGRESSION: dict[str, Any] = {
             "calibration": CALIBRATION
             | {"data": "d", "subset": "s", "split": "t", "text_field": "x", "text_template": "{q}", "one_per": "line"}
             | {"messages_field": "m", "target_field": "y", "image_field": "i", "loss_mask_field": "l"}
-            | {"assistant_only": False, "pack": False},
+            | {"assistant_only": False, "pack": False, "only": {"c": 1}},
             "parameters": {"weight": 1.0},
         },
         {"model": "o/b", "calibration": {"data": "e"}},
@@ -78,6 +78,7 @@ REGRESSION: dict[str, Any] = {
         "ridge": 0.1,
         "solve": ["blocks", "head"],
         "include": ["a"],
+        "excluded": "base",
         "exclude": ["b"],
     },
     "sequence": {"previous": "p", "name": "n", "keep_sums": True},

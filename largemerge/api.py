@@ -243,6 +243,7 @@ def merge(
     planned: Callable[[Plan], None] | None = None,
     evaluate: EvaluationSource | None = None,
     evaluated: Callable[[Evaluation], None] | None = None,
+    limit: int | None = None,
 ) -> MergeReport | DataFreeReport:
     """Merges the models of a configuration into one checkpoint.
 
@@ -264,6 +265,7 @@ def merge(
             the merge and its output are measured in its tasks, and `evaluation.json`, `.csv` and `.html` are written to
             `out`.
         evaluated: Called with what the evaluation has found.
+        limit: Samples of each task of the evaluation, at most, for a quick try; calibration keeps its own.
 
     Returns:
         The report; the same is in `out/merge_report.json`.
@@ -273,8 +275,10 @@ def merge(
     """
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
     options |= {"planned": planned, "verify": verify}
-    more = {"out": out, "intermediate_dir": intermediate_dir, "memory": memory, "strict": strict}
+    more = {"out": out, "intermediate_dir": intermediate_dir, "memory": memory, "strict": strict, "limit": limit}
     problems: list[str] = []
+    if limit is not None and evaluate is None:
+        problems.append("--limit: limits what --evaluate measures; expected --evaluate with it")
     try:
         options["max_shard_bytes"] = size_in_bytes(max_shard_bytes)
     except ValueError as error:
@@ -286,7 +290,7 @@ def merge(
     options |= sizes
     if intermediate_dir is not None and not isinstance(resolved, Documents):
         raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
-    tasks = _checked_evaluation(evaluate, resolved, memory) if evaluate is not None else None
+    tasks = _checked_evaluation(evaluate, resolved, memory, limit) if evaluate is not None else None
     report = _merge(resolved, Path(out), intermediate_dir, memory, options)
     if tasks is not None:
         from largemerge.evaluation.evaluate import evaluate_models
@@ -320,7 +324,7 @@ def _merge(
 
 
 def _checked_evaluation(
-    source: EvaluationSource, config: Config, memory: Memory
+    source: EvaluationSource, config: Config, memory: Memory, limit: int | None
 ) -> tuple[EvaluationConfig, list[EvaluatedModel]]:
     """Reads an evaluation, and checks it with the models of a merge before they are merged.
 
@@ -332,7 +336,7 @@ def _checked_evaluation(
 
     if isinstance(config, Documents):
         raise ConfigError("--evaluate is for one merge; of a file of several, evaluate the folder when it is written")
-    loaded = load_evaluation(source).with_limits(None, host=memory.host, device=memory.device, disk=memory.disk)
+    loaded = load_evaluation(source).with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
     models, base = models_of(config)
     if base is not None and loaded.base is None:
         loaded = loaded.model_copy(update={"base": base})

@@ -132,6 +132,7 @@ def _merge(options: argparse.Namespace) -> int:
                 planned=planned,
                 evaluate=options.evaluate,
                 evaluated=found.append,
+                limit=options.limit,
             )
     except KeyboardInterrupt as error:
         return _interrupted(options, error)
@@ -579,6 +580,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_log_options(merge).add_argument("--quiet", action="store_true", help="no progress, no closing table")
     merge.add_argument(
         "--evaluate", type=Path, metavar="EVAL", help="a YAML file of tasks: measure all models and the merge in them"
+    )
+    merge.add_argument(
+        "--limit", type=_whole, metavar="N", help="with --evaluate: at most N samples of each task, for a quick try"
     )
     merge.add_argument("--no-verify", action="store_true", help="do not measure, at the end, what is in the output")
     plan = commands.add_parser("plan", help="show what a merge would do, without reading weights")

@@ -111,14 +111,20 @@ def merge(
     c: list[float],
     scale: float = 0.95,
     ridge: float = 0.0,
+    include: str = "",
+    base: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """The merged model, in float64."""
+    """The merged model, in float64; linears in whose names is no `include` are averaged, or those of a base."""
     models = [copy.deepcopy(model).double() for model in models]
     merged = copy.deepcopy(models[0])
     parameters = [dict(model.named_parameters()) for model in models]
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
             parameter.copy_(sum(ci * p[name] for ci, p in zip(c, parameters, strict=True)) / sum(c))
+        for block_name, block in blocks_of(merged) if base is not None else []:
+            for name in linears_of(block_name, block):
+                if include not in name:
+                    merged.get_submodule(name).load_state_dict(base.get_submodule(name).state_dict())
     whole = None
     if method == "regmean":
         every = [name for block_name, block in blocks_of(merged) for name in linears_of(block_name, block)]
@@ -127,7 +133,7 @@ def merge(
     for block_name, block in blocks_of(merged):
         names = list(linears_of(block_name, block))
         collected = whole or [_hybrid_grams(merged, model, block_name, names, x) for model, x in pairs]
-        for name in names:
+        for name in filter(lambda name: include in name, names):
             conv = isinstance(merged.get_submodule(name), Conv1D)
             weights = [p[f"{name}.weight"].T if conv else p[f"{name}.weight"] for p in parameters]
             solved = solve(weights, [g[name] for g in collected], c, scale, ridge)

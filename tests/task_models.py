@@ -96,10 +96,11 @@ def write_processor(folder: Path, size: int = 8) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def write_clip(folder: Path) -> Any:
-    """Saves a tiny CLIP model of 300 tokens with all that belongs to it."""
+def write_clip(folder: Path, num_blocks: int = 3) -> Any:
+    """Saves a tiny CLIP model of 300 tokens with all that belongs to it; `num_blocks` are those of the vision tower."""
     config: Any = tiny_models.build("clip").config
     config.text_config.vocab_size = 300
+    config.vision_config.num_hidden_layers = num_blocks
     torch.manual_seed(0)
     clip = tf.CLIPModel(config).eval()
     enlarge(clip)

@@ -152,6 +152,8 @@ def test_devices_that_torch_does_not_have(device: str) -> None:
         ("plan", ["--memory-device", "nan"], "--memory-device 'nan': expected a size such as 5GB"),
         ("merge", ["--max-shard-size", "1e400"], "--max-shard-size '1e400': expected a size such as 5GB"),
         ("merge", ["--max-shard-size", "0"], "--max-shard-size '0': expected a size such as 5GB"),
+        ("merge", ["--limit", "0"], "--limit 0: expected a whole number from 1 on"),
+        ("merge", ["--limit", "2"], "--limit: limits what --evaluate measures; expected --evaluate with it"),
         ("merge", ["--resume", "--force"], "--resume goes on with what --force would replace: expected one of them"),
     ],
 )

@@ -64,6 +64,8 @@ class CalibrationConfig(Strict):
     """Configuration name of a Hub dataset."""
     split: str = "train"
     """Split of a Hub dataset."""
+    only: dict[str, str | int | bool] | None = Field(None, min_length=1)
+    """Rows that are drawn from: those whose columns have these values, of labels numbers or names; default: all."""
     text_field: str | None = None
     """Column with the text; default: `text` where there is one."""
     text_template: Template | None = None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,13 +128,69 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
     """Opens everything but .safetensors as a table.
 
     Args:
-        config: Settings: which part of a dataset, and which part of a .txt file is one row.
+        config: Settings: which part of a dataset, which part of a .txt file is one row, and which rows are taken.
         where: Candidate and data, for messages.
         path: The path that `locate_data` has found; `None` for a Hub dataset.
 
     Raises:
         CalibrationError: If there is nothing in it, or it cannot be read.
     """
+    source = _open_whole(config, where, path)
+    return source if config.only is None else _rows_with(source, config.only)
+
+
+@dataclass(frozen=True)
+class _SomeRows:
+    """Rows of a table by their place among those that are taken."""
+
+    rows: Rows
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.rows[self.numbers[index]]
+
+
+def _rows_with(source: Source, only: Mapping[str, str | int | bool]) -> Source:
+    """Takes the rows whose columns have some values.
+
+    Raises:
+        CalibrationError: If there is no such column, label or row.
+    """
+    problems, wanted = [], dict[str, Any](only)
+    for column, value in only.items():
+        names = source.labels.get(column)
+        if column not in source.columns:
+            hint = nearest(column, source.columns)
+            problems.append(f"only: no column {column!r}; the columns are {shorten(list(source.columns))}{hint}")
+        elif names is not None and isinstance(value, str):
+            if value in names:
+                wanted[column] = names.index(value)
+            else:
+                problems.append(f"only: {column!r} has no label {value!r}{nearest(value, names)}")
+    if problems:
+        raise CalibrationError(*(f"{source.where}: {problem}" for problem in problems))
+    table = source.select(tuple(only))
+    numbers = [index for index in range(source.num_rows) if dict(table[index]) == wanted]
+    text = ", ".join(f"{column}: {value}" for column, value in only.items())
+    if not numbers:
+        first = {column: table[0][column] for column in only}
+        raise CalibrationError(f"{source.where}: only: no row has {{{text}}}; the first has {shorten(str(first))}")
+    where = f"{source.where}, rows with {text}"
+    return Source(
+        where,
+        source.columns,
+        len(numbers),
+        lambda columns: _SomeRows(source.select(columns), numbers),
+        source.folder,
+        source.labels,
+    )
+
+
+def _open_whole(config: CalibrationConfig, where: str, path: Path | None) -> Source:
+    """Opens a table with all of its rows."""
     if path is None:
         assert config.data is not None
         return _from_datasets(where, None, config.data, config.subset, split=config.split)
@@ -150,8 +207,22 @@ def open_source(config: CalibrationConfig, where: str, path: Path | None) -> Sou
     if not is_image_folder(path):
         check_rows(tables_to_check(path), where)
         check_headers([*path.rglob("*.parquet"), *path.rglob("*.csv")], where)
-        return _from_datasets(where, path, str(path), config.subset, split=config.split)
+        return _from_datasets(where, path, str(path), config.subset, split=config.split, cache_dir=_cache_of(path))
     return _from_list(where, "image", [str(image) for image in list_images(path)], path)
+
+
+def _cache_of(path: Path) -> str:
+    """Names the cache of a folder of data files: another one for other files.
+
+    `datasets` itself takes two folders of one name for the same, and a changed one for unchanged, where a card
+    (README.md) says which files are which split.
+    """
+    import datasets
+
+    files = sorted(visible_under(path))
+    seen = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{digest}")
 
 
 def _looks_like_path(data: str) -> bool:
@@ -166,6 +237,8 @@ def _settings_without_effect(config: CalibrationConfig, path: Path | None) -> It
         yield "subset: only datasets have subsets; remove it"
     if config.split != "train" and not is_dataset and suffix not in TABLE_BUILDERS:
         yield f"split: {config.split!r}, but only datasets have splits; remove it"
+    if config.only is not None and suffix == ".safetensors":
+        yield "only: ready-made tensors have no columns; remove it"
     if config.one_per != "document" and suffix != ".txt":
         yield f"one_per: {config.one_per!r}, but this is for .txt files; remove it"
 

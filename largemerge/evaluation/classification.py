@@ -7,7 +7,8 @@ by cosine. So the paper of RegMean++ (arXiv 2508.03121) evaluates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from largemerge.evaluation.config import (
     ZeroShotTask,
 )
 from largemerge.evaluation.metrics import ACCURACY, F1, MATTHEWS, correlation
-from largemerge.evaluation.models import ModelFiles, as_tower
+from largemerge.evaluation.models import ModelFiles, OpenedModel, as_tower
 from largemerge.evaluation.prompts import Prompts, load_prompts
 from largemerge.evaluation.table import Table, as_sample, label_numbers, open_table, open_texts
 from largemerge.evaluation.task import (
@@ -37,18 +38,37 @@ from largemerge.evaluation.task import (
     columns_of,
 )
 from largemerge.model.signature import forward_signature
-from largemerge.model.skeleton import Skeleton, build_skeleton
+from largemerge.model.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What many models have in common in one task, made once: with 20 tasks and 22 models there are 440 pairs.
+
+    Attributes:
+        open_view: Opens a model as a task sees it, each once.
+        tables: Rows of image data, by the name of their task.
+        firsts: Passes that come first, by what their results depend on.
+    """
+
+    open_view: Callable[[ModelFiles], OpenedModel]
+    tables: dict[str, Table] = field(default_factory=dict)
+    firsts: dict[tuple[str, ...], FirstPass] = field(default_factory=dict)
+
+    def signature(self, view: ModelFiles) -> ForwardSignature:
+        """Inputs of a model's forward."""
+        return forward_signature(self.open_view(view).skeleton)
 
 
 def image_classification(
-    task: ImageClassificationTask, config: EvaluationConfig, files: ModelFiles, skeleton: Skeleton
+    task: ImageClassificationTask, config: EvaluationConfig, files: ModelFiles, skeleton: Skeleton, shared: Shared
 ) -> Prepared:
     """Prepares images for a model with a head of its own.
 
     Raises:
         LargemergeError: If the data cannot be read, or labels are none of the model's.
     """
-    table = _images(task, config)
+    table = _images(task, config, shared)
     classes = _labels_of(skeleton, files, table)
     samples = _image_samples(task, table, files, forward_signature(skeleton))
     labels = label_numbers(table, task.label_field, classes, f"{files.name}'s labels")
@@ -76,9 +96,11 @@ def _labels_of(skeleton: Skeleton, files: ModelFiles, table: Table) -> list[str]
     return [str(config.id2label.get(number, number)) for number in range(int(config.num_labels))]
 
 
-def _images(task: ImageClassificationTask | ZeroShotTask, config: EvaluationConfig) -> Table:
-    named = [("image_field", task.image_field or "image"), ("label_field", task.label_field)]
-    return open_table(task, config, named)
+def _images(task: ImageClassificationTask | ZeroShotTask, config: EvaluationConfig, shared: Shared) -> Table:
+    if task.name not in shared.tables:
+        named = [("image_field", task.image_field or "image"), ("label_field", task.label_field)]
+        shared.tables[task.name] = open_table(task, config, named, later=("image_field",))
+    return shared.tables[task.name]
 
 
 def _image_samples(
@@ -89,9 +111,10 @@ def _image_samples(
         raise CalibrationError(f"{table.where}: {files.name} takes no images but {takes}")
     processor = load_image_processor(files.image_folder, table.where, trust_remote_code=files.trust_remote_code)
     column = task.image_field or "image"
-    samples = [Sample(number, {}, None, row[column]) for number, row in enumerate(table.rows)]
+    images = table.source.select((column,))
+    samples = [Sample(number, {}) for number in range(len(table.rows))]
     assert table.settings.batch_size is not None
-    pixels = Pixels(processor, table.source.folder, signature)
+    pixels = Pixels(processor, table.source.folder, signature, lambda number: images[table.numbers[number]][column])
     return Samples.of(samples, table.settings.batch_size, table.where, pixels=pixels)
 
 
@@ -190,7 +213,9 @@ def _family(files: ModelFiles, where: str) -> tuple[str, str, str | None, str | 
     )
 
 
-def zero_shot(task: ZeroShotTask, config: EvaluationConfig, files: ModelFiles, lender: ModelFiles | None) -> Prepared:
+def zero_shot(
+    task: ZeroShotTask, config: EvaluationConfig, files: ModelFiles, lender: ModelFiles | None, shared: Shared
+) -> Prepared:
     """Prepares images, and the texts that name their classes.
 
     Args:
@@ -198,11 +223,12 @@ def zero_shot(task: ZeroShotTask, config: EvaluationConfig, files: ModelFiles, l
         config: The evaluation.
         files: The model: a CLIP model, or its vision tower.
         lender: The model of `text_model`; `None` where the model has a text tower of its own.
+        shared: What the models before have left.
 
     Raises:
         LargemergeError: If the data cannot be read, labels are none of the classes, or there is no text tower.
     """
-    table = _images(task, config)
+    table = _images(task, config, shared)
     prompts = load_prompts(task.classes, task.templates)
     labels = label_numbers(table, task.label_field, prompts.class_names, f"the classes of {task.classes!r}")
     vision_class, text_class, visual, textual = _family(files, table.where)
@@ -214,8 +240,8 @@ def zero_shot(task: ZeroShotTask, config: EvaluationConfig, files: ModelFiles, l
         )
     view = as_tower(files, vision_class, "vision_config", visual, lender)
     text_view = as_tower(texts, text_class, "text_config", textual)
-    samples = _image_samples(task, table, view, _signature(view))
-    first = _prototypes(prompts, text_view, table, task)
+    samples = _image_samples(task, table, view, shared.signature(view))
+    first = _prototypes(prompts, text_view, table, shared)
 
     def score_with(prototypes_CD: torch.Tensor) -> Score:
         def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
@@ -233,20 +259,19 @@ def zero_shot(task: ZeroShotTask, config: EvaluationConfig, files: ModelFiles, l
     return Prepared(view=view, samples=samples, score=score_with, finish=columns_of, metrics=(ACCURACY,), first=first)
 
 
-def _signature(view: ModelFiles) -> ForwardSignature:
-    skeleton: Skeleton = build_skeleton(view.checkpoint, trust_remote_code=view.trust_remote_code)
-    return forward_signature(skeleton)
-
-
 def _embeds(output: Any, name: str) -> torch.Tensor:
     """The embedding of an image or text, normalised: `image_embeds`, or where there is no projection the pooled one."""
     found: torch.Tensor | None = getattr(output, name, None)
     return torch.nn.functional.normalize(output.pooler_output if found is None else found, dim=-1)
 
 
-def _prototypes(prompts: Prompts, view: ModelFiles, table: Table, task: ZeroShotTask) -> FirstPass:
+def _prototypes(prompts: Prompts, view: ModelFiles, table: Table, shared: Shared) -> FirstPass:
     """Prepares the pass that makes a prototype for every class."""
-    signature = _signature(view)
+    names, templates = prompts.class_names, prompts.templates
+    key = (str(view.checkpoint.folder), str(view.compute_dtype), *names, "templates", *templates)
+    if key in shared.firsts:
+        return shared.firsts[key]
+    signature = shared.signature(view)
     reader = open_texts(view, table, signature)
     texts = [text for own in prompts.texts() for text in own]
     options = {"truncation": True, "max_length": min(reader.max_length, _text_length(view))}
@@ -254,30 +279,19 @@ def _prototypes(prompts: Prompts, view: ModelFiles, table: Table, task: ZeroShot
         as_sample(number, encode_text(reader.tokenizer, text, **options), None, reader)
         for number, text in enumerate(texts)
     ]
-    of_class = len(prompts.templates)
 
     def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
         return [{"vector": vector.cpu()} for vector in _embeds(output, "text_embeds").float()]
 
     def finish(records: Mapping[int, Record]) -> torch.Tensor:
         vectors_TD = torch.stack([records[number]["vector"] for number in range(len(texts))])
-        means_CD = vectors_TD.reshape(len(prompts.class_names), of_class, -1).mean(dim=1)
+        means_CD = vectors_TD.reshape(len(names), len(templates), -1).mean(dim=1)
         return torch.nn.functional.normalize(means_CD, dim=-1)
 
     assert table.settings.batch_size is not None
-    return FirstPass(
-        key=(
-            str(view.checkpoint.folder),
-            str(view.compute_dtype),
-            *prompts.class_names,
-            "templates",
-            *prompts.templates,
-        ),
-        view=view,
-        samples=Samples.of(samples, 8 * table.settings.batch_size, table.where, reader.padding),
-        score=score,
-        finish=finish,
-    )
+    batches = Samples.of(samples, 8 * table.settings.batch_size, table.where, reader.padding)
+    shared.firsts[key] = FirstPass(key=key, view=view, samples=batches, score=score, finish=finish)
+    return shared.firsts[key]
 
 
 def _text_length(view: ModelFiles) -> int:

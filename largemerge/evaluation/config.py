@@ -52,6 +52,8 @@ class TaskData(Strict):
     """Configuration name of a Hub dataset."""
     split: str | None = Field(None, min_length=1)
     """Split of a dataset; default: `test` of a dataset, all of a file."""
+    only: dict[str, str | int | bool] | None = Field(None, min_length=1)
+    """Rows that are drawn from: those whose columns have these values; default: all."""
     num_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     """Samples that are drawn; default: all there are."""
     skip: int = Field(0, ge=0, le=LARGEST_COUNT)
@@ -76,6 +78,7 @@ class TaskData(Strict):
             data=self.data,
             subset=self.subset,
             split=split,
+            only=self.only,
             num_samples=min(LARGEST_COUNT, self.skip + (self.num_samples or defaults.num_samples or LARGEST_COUNT)),
             batch_size=self.batch_size or defaults.batch_size,
             max_length=fields.pop("max_length", None) or defaults.max_length,
@@ -285,6 +288,9 @@ class EvaluationConfig(Strict):
     """Bootstrap resamples; 0 for no intervals."""
     compute_dtype: DtypeName | None = None
     """Dtype of the forward passes; default: that of most of a model's weights."""
+    published: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Averages over all tasks that others have published, by whose they are, as they are printed (percent, where tasks
+    are measured in shares): shown below those that are found."""
     memory: EvaluationMemory = EvaluationMemory()
     trust_remote_code: Truth = False
     """Allow models and tokenizers to be code that they ship."""

@@ -26,7 +26,7 @@ from largemerge.calibration.batches import Batch, CalibrationSet, ForwardSignatu
 from largemerge.checkpoint.tensor_info import dtype_name, torch_dtype
 from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks
 from largemerge.errors import ConfigError, LargemergeError, SystemFailure
-from largemerge.evaluation.classification import image_classification, text_classification, zero_shot
+from largemerge.evaluation.classification import Shared, image_classification, text_classification, zero_shot
 from largemerge.evaluation.config import (
     EvaluationConfig,
     GenerationTask,
@@ -182,15 +182,30 @@ def _prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> list
     base = next((files[model.name] for model, _ in wanted if model.role == "base"), None)
     jobs: list[_Job] = []
     opened_views: dict[str, OpenedModel] = {}
+    shared = Shared(lambda view: _opened(view, opened_views))
     for model, tasks in wanted:
         own = files[model.name]
         own = replace(own, fallbacks=() if base is None else (base.checkpoint.folder,))
         for task in tasks:
-            job = attempt(_job, config, model, task, own, lenders, opened_views)
+            job = attempt(_job, config, model, task, own, lenders, shared)
             jobs += [job] if job is not None else []
+    metrics = sorted({_metric(job) for job in jobs})
+    if config.published and len(metrics) > 1:
+        problems.append(
+            f"published: averages need tasks of one metric, found {', '.join(metrics)}; leave out 'published', or give "
+            "tasks of one metric a file of their own"
+        )
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return jobs
+
+
+def _metric(job: _Job) -> str:
+    """Name of the metric that counts in a task."""
+    if job.prepared is not None:
+        return job.prepared.metrics[0].name
+    assert isinstance(job.task, HarnessTask)
+    return job.task.metric or "score"
 
 
 def _with_others(
@@ -243,7 +258,7 @@ def _job(
     task: Task,
     files: ModelFiles,
     lenders: Mapping[str, ModelFiles],
-    opened: dict[str, OpenedModel],
+    shared: Shared,
 ) -> _Job:
     """Prepares one task for one model."""
     if isinstance(task, HarnessTask):
@@ -254,16 +269,18 @@ def _job(
     lender = lenders.get(getattr(task, "text_model", None) or "")
     if lender is not None:
         files = replace(files, fallbacks=(*files.fallbacks, lender.checkpoint.folder))
-    prepared = _prepared(config, task, files, lender)
-    view = _opened(prepared.view, opened)
+    prepared = _prepared(config, task, files, lender, shared)
+    view = shared.open_view(prepared.view)
     _check_ids(view, prepared.samples)
-    first = _opened(prepared.first.view, opened) if prepared.first is not None else None
+    first = shared.open_view(prepared.first.view) if prepared.first is not None else None
     return _Job(model, task, files, prepared, view, first)
 
 
-def _prepared(config: EvaluationConfig, task: Task, files: ModelFiles, lender: ModelFiles | None) -> Prepared:
+def _prepared(
+    config: EvaluationConfig, task: Task, files: ModelFiles, lender: ModelFiles | None, shared: Shared
+) -> Prepared:
     if isinstance(task, ZeroShotTask):
-        return zero_shot(task, config, files, lender)
+        return zero_shot(task, config, files, lender, shared)
     skeleton = build_skeleton(files.checkpoint, trust_remote_code=files.trust_remote_code)
     signature = forward_signature(skeleton)
     if isinstance(task, LanguageModelTask | MultipleChoiceTask | GenerationTask):
@@ -276,7 +293,7 @@ def _prepared(config: EvaluationConfig, task: Task, files: ModelFiles, lender: M
         case GenerationTask():
             return generation(task, config, files, signature)
         case ImageClassificationTask():
-            return image_classification(task, config, files, skeleton)
+            return image_classification(task, config, files, skeleton, shared)
         case TextClassificationTask():
             return text_classification(task, config, files, skeleton)
         case RetrievalTask():
@@ -640,7 +657,6 @@ def _described(task: Task, jobs: Sequence[_Job], models: Sequence[EvaluatedModel
     expert = _expert_among(task, models)
     name = expert.name if expert is not None else None
     if own.prepared is None:
-        assert isinstance(task, HarnessTask)
-        return EvaluatedTask(task.name, task.kind, task.metric or "score", "higher", True, name)
+        return EvaluatedTask(task.name, task.kind, _metric(own), "higher", True, name)
     metric = own.prepared.metrics[0]
     return EvaluatedTask(task.name, task.kind, metric.name, metric.better, metric.is_share, name)

@@ -65,6 +65,8 @@ def _explained(evaluation: Evaluation) -> str:
         parts.append(f"Less is better in {', '.join(lower)}.")
     if any(score.normalized is not None for score in evaluation.scores):
         parts.append("At the end stands the mean share of what each task's own expert reaches.")
+    if evaluation.published:
+        parts.append("Rows with (published) are what others have measured, and are cited by the evaluation.")
     return " ".join(parts)
 
 

@@ -2,13 +2,15 @@
 
 Scores are shown as they are, and beside those of the task's own expert: `normalized` is the share of the expert's
 score that a model reaches (of the expert's loss over the model's, where less is better). `forgetting` is by how much a
-model is worse than the base, never below zero; `closed` how far it has come from the base to the expert.
+model is worse than the base, never below zero; `closed` how far it has come from the base to the expert. Averages that
+others have published, where the evaluation cites some, stand below the averages that were found.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 Role = Literal["base", "candidate", "expert", "merge", "model"]
 """What a model is in an evaluation."""
+_EXPERTS = "each task's expert"
 
 
 @dataclass(frozen=True)
@@ -137,16 +140,35 @@ class Evaluation:
         scores = [self.score(model, task.name) for task in self.tasks]
         if all(each is not None and each.normalized is not None for each in scores):
             return sum(each.normalized or 0.0 for each in scores if each is not None) / len(scores)
+        return self.mean(model)
+
+    def mean(self, model: str | None) -> float | None:
+        """Mean score of a model over all tasks, or of each task's own expert where `model` is `None`.
+
+        Returns:
+            The mean; `None` where a score is missing, or tasks have no common scale.
+        """
+        scores = [self.score(model or task.expert or "", task.name) for task in self.tasks]
         values = [each.value if each is not None else None for each in scores]
         if len({(task.metric, task.better) for task in self.tasks}) > 1 or any(value is None for value in values):
             return None
         return sum(value or 0.0 for value in values) / len(values)
 
+    @property
+    def published(self) -> dict[str, float]:
+        """Averages that others have published, by whose they are, on the scale of the metric."""
+        scale = 100 if self.tasks[0].is_share else 1
+        return {name: float(value) / scale for name, value in self.settings.get("published", {}).items()}
+
     def to_json(self) -> dict[str, Any]:
         """The evaluation as plain JSON values."""
         return {
             "tasks": [vars(task) for task in self.tasks],
-            "models": [{**vars(model), "average": self.average(model.name)} for model in self.models],
+            "models": [
+                {**vars(model), "average": self.average(model.name), "mean": self.mean(model.name)}
+                for model in self.models
+            ],
+            "published": self.published,
             "scores": [
                 {**vars(score), "metrics": dict(score.metrics), "interval": list(score.interval or ()) or None}
                 for score in self.scores
@@ -164,7 +186,7 @@ class Evaluation:
         return cls(
             tasks=tuple(EvaluatedTask(**task) for task in raw["tasks"]),
             models=tuple(
-                EvaluatedModel(**{key: value for key, value in model.items() if key != "average"})
+                EvaluatedModel(**{key: value for key, value in model.items() if key not in ("average", "mean")})
                 for model in raw["models"]
             ),
             scores=tuple(
@@ -193,22 +215,47 @@ class Evaluation:
                 shown = "" if math.isnan(value) else value
                 row = [score.model, roles[score.model], score.task, metric, shown, low, high, score.num_samples]
                 writer.writerow([*row, *more, round(score.seconds, 3), score.error])
+        for name, role, mean in self._means():
+            writer.writerow([name, role, "", f"mean {self.tasks[0].metric}", mean, *[""] * 7])
         return text.getvalue()
 
+    def _means(self) -> Iterator[tuple[str, str, float]]:
+        """Yields mean scores where some are published: of models, of the tasks' own experts, and the published ones."""
+        if not self.published:
+            return
+        found = [(model.name, str(model.role), self.mean(model.name)) for model in self.models]
+        for name, role, mean in [*found, (_EXPERTS, "experts", self.mean(None))]:
+            if mean is not None:
+                yield name, role, mean
+        for name, mean in self.published.items():
+            yield name, "published", mean
+
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """The table: its columns, and a row for each model."""
+        """The table: its columns, and a row for each model; below them, averages that others have published."""
         has_average = any(self.average(model.name) is not None for model in self.models)
         normalized = any(score.normalized is not None for score in self.scores)
         columns = ["model", *(f"{task.name}\n{task.metric}{' %' if task.is_share else ''}" for task in self.tasks)]
+        means = {(name, role): self._shown_mean(mean) for name, role, mean in self._means()}
+        columns += ["mean %" if self.tasks[0].is_share else "mean"] if means else []
+        has_average = has_average and (normalized or not means)  # else it is the mean
         columns += ["of the experts' %" if normalized else "average"] if has_average else []
         rows = []
         for model in self.models:
             name = model.name if model.role in ("candidate", "model") else f"{model.name} ({model.role})"
             cells = [self._cell(model.name, task) for task in self.tasks]
             average = self.average(model.name)
-            last = [self._shown_average(average, normalized)] if has_average else []
+            last = [means.get((model.name, model.role), "")] if means else []
+            last += [self._shown_average(average, normalized)] if has_average else []
             rows.append([name, *cells, *last])
+        for (name, role), mean in means.items():
+            if role in ("experts", "published"):
+                cells = [self._cell(task.expert or "", task) if role == "experts" else "" for task in self.tasks]
+                own = name if role == "experts" else f"{name} (published)"
+                rows.append([own, *cells, mean, *[""] * has_average])
         return columns, rows
+
+    def _shown_mean(self, mean: float) -> str:
+        return f"{100 * mean:.1f}" if self.tasks[0].is_share else f"{mean:.3f}"
 
     def _shown_average(self, average: float | None, normalized: bool) -> str:
         if average is None:
@@ -236,11 +283,13 @@ class Evaluation:
         table = Table(title="Evaluation", caption=self._caption())
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
-        for row, model in zip(rows, self.models, strict=True):
-            style = "green" if model.role == "merge" else None
+        for row, model in itertools.zip_longest(rows, self.models):
+            style = "green" if model is not None and model.role == "merge" else "dim" if model is None else None
             marked = [
                 f"{cell} ←"
-                if 0 < number <= len(self.tasks) and best.get(self.tasks[number - 1].name) == model.name
+                if model is not None
+                and 0 < number <= len(self.tasks)
+                and best.get(self.tasks[number - 1].name) == model.name
                 else cell
                 for number, cell in enumerate(row)
             ]
@@ -272,6 +321,7 @@ class Evaluation:
         parts = [f"± half of the {confidence:.0%} bootstrap interval"] if any(s.interval for s in self.scores) else []
         parts += [f"less is better in {', '.join(lower)}"] if lower else []
         parts += ["← the best that is not the task's expert"] if self._best() else []
+        parts += ["published: as others have measured it"] if self.published else []
         return "; ".join([*parts, duration(self.seconds)])
 
     def _repr_html_(self) -> str:

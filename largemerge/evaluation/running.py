@@ -139,8 +139,11 @@ class Whole:
             self._step("")
 
     def close(self) -> None:
-        """Frees the weights."""
+        """Frees the weights; buffers stay real, as no file may have them when the model is run again."""
+        buffers = [(part, dict(part._buffers)) for part in self.module.modules()]
         self.module.to("meta")
+        for part, own in buffers:
+            part._buffers.update({key: None if each is None else each.cpu() for key, each in own.items()})
 
 
 class ByBlock:

@@ -25,6 +25,7 @@ from largemerge.evaluation.models import ModelFiles
 from largemerge.text_files import brief
 
 NO_FIELDS = Fields(None, None, None, None, None, None)
+_TRUE_AND_FALSE = 2
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,21 @@ def _with_folder_labels(source: Source) -> Source:
     return Source(source.where, ("image", "label"), len(labelled), lambda columns: labelled, source.folder)
 
 
-def open_table(task: TaskData, config: EvaluationConfig, wanted: Iterable[tuple[str, str]], **fields: Any) -> Table:
+def open_table(
+    task: TaskData,
+    config: EvaluationConfig,
+    wanted: Iterable[tuple[str, str]],
+    *,
+    later: Sequence[str] = (),
+    **fields: Any,
+) -> Table:
     """Reads the rows that a task draws.
 
     Args:
         task: The task.
         config: The evaluation.
         wanted: The setting that names a column, and the column.
+        later: Settings of columns that must be there, but are read by whoever needs them.
         fields: As in `TaskData.calibration`.
 
     Raises:
@@ -147,7 +156,7 @@ def open_table(task: TaskData, config: EvaluationConfig, wanted: Iterable[tuple[
     ]
     if missing:
         raise CalibrationError(*missing)
-    columns = list(dict.fromkeys(column for _, column in wanted))
+    columns = list(dict.fromkeys(column for setting, column in wanted if setting not in later))
     table = source.select(columns)
     assert settings.num_samples is not None
     order = sample_order(source.num_rows, settings, task.skip)
@@ -170,14 +179,19 @@ def label_numbers(table: Table, column: str, classes: Sequence[str], of: str) ->
 
     Args:
         table: The rows.
-        column: Column with numbers, or names of classes.
+        column: Column with numbers, names of classes, or true and false for the second and the first of two classes.
         classes: Names of the classes, in order.
         of: Whose classes these are, for messages.
 
     Raises:
         ConfigError: If labels are none of the classes, or the data has another number of classes.
     """
-    values = table.column(column, (int, str), "a label: a number or a name")
+    values = table.column(column, (int, str, bool), "a label: a number, a name, or true or false")
+    if any(isinstance(value, bool) for value in values) and len(classes) != _TRUE_AND_FALSE:
+        raise ConfigError(
+            f"{table.where}: {column!r} is true or false, and {of} has {len(classes)} ({shorten(list(classes))}); "
+            "expected two"
+        )
     known = table.source.labels.get(column)
     if known is not None and all(isinstance(value, int) for value in values) and len(known) != len(classes):
         raise ConfigError(
@@ -187,7 +201,7 @@ def label_numbers(table: Table, column: str, classes: Sequence[str], of: str) ->
     by_name = {_plain(name): number for number, name in enumerate(classes)}
     numbers, problems = [], []
     for row, value in zip(table.numbers, values, strict=True):
-        number = value if isinstance(value, int) else by_name.get(_plain(value))
+        number = int(value) if isinstance(value, int) else by_name.get(_plain(value))
         if number is None and isinstance(value, str) and value.isdecimal():
             number = int(value)
         if number is None or not 0 <= number < len(classes):

@@ -54,16 +54,19 @@ class Pixels:
         processor: The checkpoint's image processor.
         folder: Folder that relative paths start from; `None` where there is no such folder.
         signature: Inputs of the model's forward.
+        image: Reads the image of a sample by its number: whole test splits do not fit into memory, least of all once
+            for each model.
     """
 
     processor: Any
     folder: Path | None
     signature: ForwardSignature
+    image: Callable[[int], Any]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Sequences in batches: tokens are ready, images are opened when a batch is made.
+    """Sequences in batches: tokens are ready, images are read when a batch is made.
 
     Attributes:
         groups: The sequences of each batch.
@@ -99,7 +102,7 @@ class Samples:
         return len(self.groups)
 
     def batch(self, number: int) -> Batch:
-        """Makes one batch; its images are opened now.
+        """Makes one batch; its images are read now.
 
         Raises:
             CalibrationError: If an image cannot be opened.
@@ -110,7 +113,8 @@ class Samples:
             batch = replace(batch, inputs={name: _to_left(x, group, name) for name, x in batch.inputs.items()})
         if self.pixels is not None:
             pixels = self.pixels
-            (more,) = read_images([group], pixels.processor, pixels.folder, pixels.signature, self.where)
+            shown = [replace(sample, image=pixels.image(sample.row)) for sample in group]
+            (more,) = read_images([shown], pixels.processor, pixels.folder, pixels.signature, self.where)
             batch = replace(batch, inputs=batch.inputs | more)
         return batch
 

@@ -99,6 +99,8 @@ class MethodParameters(Strict):
     """What is solved: `blocks`, `head`; everything else is averaged."""
     include: tuple[Regex, ...] = ()
     """Regexes on names of parameters that are solved; all linears of the blocks if empty."""
+    excluded: Literal["average", "base"] = "average"
+    """What linears of the blocks become that `include` leaves out: their average, or, with their biases, the base's."""
     exclude: tuple[Regex, ...] = ()
     """Regexes on names of parameters that are taken from the base, or averaged where there is none."""
 
@@ -145,7 +147,7 @@ class SequenceConfig(Strict):
     """Whether the sums are kept beside the output, so that models can be added later."""
 
 
-_METHOD_SETTINGS = frozenset(MethodParameters.model_fields) - {"include", "exclude"}
+_METHOD_SETTINGS = frozenset(MethodParameters.model_fields) - {"include", "excluded", "exclude"}
 
 
 def _check_method(value: object) -> object:
@@ -311,7 +313,7 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
     foreign = {name for name in _METHOD_SETTINGS - taken if getattr(config.parameters, name) is not None}
     for name in sorted(foreign):
         others = ", ".join(method for method, row in METHODS.items() if name in row.parameters)
-        takes = ", ".join(sorted(taken | {"include", "exclude"}))
+        takes = ", ".join(sorted(taken | {"include", "excluded", "exclude"}))
         yield f"parameters.{name}: {config.merge_method} has no such parameter, as {others} have; it takes {takes}"
     if not foreign:
         yield from (f"parameters.{mistake}" for mistake in config.method.mistakes())
@@ -334,6 +336,10 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
         yield "parameters.shrinkage: scales what 'target' and 'drift' add; set one of them above 0, or exclude it"
     if config.parameters.anchor_scale is not None and config.method.anchor != "task_arithmetic":
         yield "parameters.anchor_scale: is for 'anchor: task_arithmetic'"
+    if config.parameters.excluded == "base" and not config.parameters.include:
+        yield "parameters.excluded: is for what 'include' leaves out, and there is none; expected both, or neither"
+    elif config.parameters.excluded == "base" and config.base_model is None:
+        yield "parameters.excluded: 'base' needs a 'base_model'; expected one, or 'excluded: average'"
     for name, count in sorted(Counter(config.names).items()):
         if count > 1:
             yield f"models: {count} candidates are called {shown(name)}; give each a 'name' of its own"

@@ -7,7 +7,7 @@ Every tensor gets exactly one rule, and a reason where it is not solved:
 
     solved    the method's closed-form solution
     averaged  Σ c_i W_i / Σ c_i
-    base      excluded by the user: taken from the base as it is
+    base      excluded or not included by the user: taken from the base as it is
     copied    integers and the like, which have no average: taken from the first candidate
     head      of one candidate, whose head the output has
     new       what no input has, and the bare body wants: as its class initialises it
@@ -243,7 +243,7 @@ def plan_head(
 def _is_averaged_everywhere(config: MergeConfig, inputs: Inputs, plan: TensorPlan) -> bool:
     """Whether all candidates have a tensor, and the user leaves it to the method."""
     labels, parameters = tensor_labels(inputs.reference_mapping, plan.name), config.parameters
-    included = not parameters.include or _matches(parameters.include, labels, "parameters.include")
+    included = _is_included(config, inputs, plan.name)
     excluded = _matches(parameters.exclude, labels, "parameters.exclude")
     return plan.rule is MergeRule.AVERAGED and plan.sources is None and included and not excluded
 
@@ -267,7 +267,8 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple
                 else _why_not_solvable(name.removeprefix(prefix), linears, roles, trace, stack_index)
                 for name in names
             }
-            tensors = [_plan_tensor(config, inputs, name, reasons[name]) for name in names]
+            of_base = _left_to_base(config, inputs, reasons, [prefix + path for path in linears])
+            tensors = [_plan_tensor(config, inputs, name, reasons[name], of_base=name in of_base) for name in names]
             residuals = trace.stacks[stack_index].residuals[index] if trace.stacks[stack_index].residuals else {}
             groups = _plan_groups(stack.blocks[index], tensors, prefix, roles, residuals)
             blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups))
@@ -433,21 +434,59 @@ def _in_any_candidate(inputs: Inputs, name: str) -> bool:
     return any(names.canonical(name) not in names.missing for names in inputs.candidate_mappings)
 
 
-def _plan_tensor(config: MergeConfig, inputs: Inputs, name: str, unsolvable: str | None) -> TensorPlan:
+def _left_to_base(
+    config: MergeConfig, inputs: Inputs, reasons: Mapping[str, str | None], linears: Sequence[str]
+) -> frozenset[str]:
+    """Names of the tensors of linears that could be solved, are not included, and are to be the base's.
+
+    A bias is its weight's: what is left out is a whole linear.
+
+    Args:
+        config: The merge.
+        inputs: Its models.
+        reasons: Name of a tensor of a block → why it cannot be solved; `None` if it can.
+        linears: Names of the block's linears.
+    """
+    if config.parameters.excluded != "base":
+        return frozenset()
+    left_out = [
+        linear
+        for linear in linears
+        if reasons.get(f"{linear}.weight", "no tensor") is None and not _is_included(config, inputs, f"{linear}.weight")
+    ]
+    return frozenset(f"{linear}.{leaf}" for linear in left_out for leaf in ("weight", "bias"))
+
+
+def _is_included(config: MergeConfig, inputs: Inputs, name: str) -> bool:
+    """Whether a tensor is among those that the user wants solved."""
+    patterns = config.parameters.include
+    return not patterns or _matches(patterns, tensor_labels(inputs.reference_mapping, name), "parameters.include")
+
+
+def _of_base(inputs: Inputs, name: str, reason: str, dtype: torch.dtype) -> TensorPlan:
+    """Plans a tensor that is the base's; averaged where there is none."""
+    base = inputs.base_mapping
+    if base is None:
+        return TensorPlan(name, MergeRule.AVERAGED, f"{reason}, and there is no base", dtype)
+    if not base.has(name):
+        return TensorPlan(name, MergeRule.AVERAGED, f"{reason}, but the base does not have it", dtype)
+    return TensorPlan(name, MergeRule.BASE, reason, dtype)
+
+
+def _plan_tensor(
+    config: MergeConfig, inputs: Inputs, name: str, unsolvable: str | None, *, of_base: bool = False
+) -> TensorPlan:
     dtype = _output_dtype(config, inputs, name)
     if not dtype.is_floating_point:
         return TensorPlan(name, MergeRule.COPIED, "not a floating-point tensor", dtype)
     labels = tensor_labels(inputs.reference_mapping, name)
     if _matches(config.parameters.exclude, labels, "parameters.exclude"):
-        base = inputs.base_mapping
-        if base is None:
-            return TensorPlan(name, MergeRule.AVERAGED, "excluded, and there is no base", dtype)
-        if not base.has(name):
-            return TensorPlan(name, MergeRule.AVERAGED, "excluded, but the base does not have it", dtype)
-        return TensorPlan(name, MergeRule.BASE, "excluded", dtype)
+        return _of_base(inputs, name, "excluded", dtype)
+    if of_base:
+        return _of_base(inputs, name, "not included", dtype)
     if unsolvable is not None:
         return TensorPlan(name, MergeRule.AVERAGED, unsolvable, dtype)
-    if config.parameters.include and not _matches(config.parameters.include, labels, "parameters.include"):
+    if not _is_included(config, inputs, name):
         return TensorPlan(name, MergeRule.AVERAGED, "not included", dtype)
     return TensorPlan(name, MergeRule.SOLVED, "", dtype)
 

@@ -16,12 +16,13 @@ from largemerge.regression.config import MergeConfig
 _TEXTS = ("text_field", "text_template", "messages_field", "target_field", "loss_mask_field")
 
 
-def held_out_tasks(config: MergeConfig, num_samples: int = 64) -> EvaluationConfig:
+def held_out_tasks(config: MergeConfig, num_samples: int = 64, largest: int | None = None) -> EvaluationConfig:
     """Makes the tasks: the loss of each candidate's own kind of text.
 
     Args:
         config: The merge.
         num_samples: Samples of each task, at most.
+        largest: Most calibration samples that any trial draws; `None` where all draw those of the configuration.
 
     Raises:
         ConfigError: If a candidate has no such data.
@@ -36,12 +37,13 @@ def held_out_tasks(config: MergeConfig, num_samples: int = 64) -> EvaluationConf
     tasks = []
     for candidate in config.candidates:
         assert candidate.calibration is not None
-        tasks.append(_task(candidate.label, candidate.model, candidate.calibration, num_samples))
+        calibration = candidate.calibration.model_copy(update={} if largest is None else {"num_samples": largest})
+        tasks.append(_task(candidate.label, candidate.model, calibration, num_samples))
     return load_evaluation({"tasks": tasks, "trust_remote_code": config.trust_remote_code})
 
 
 def _task(name: str, expert: str, calibration: CalibrationConfig, num_samples: int) -> dict[str, Any]:
-    keys = ("data", "subset", "split", "seed", "batch_size", "max_length", "one_per", "assistant_only", *_TEXTS)
+    keys = ("data", "subset", "split", "only", "seed", "batch_size", "max_length", "one_per", "assistant_only", *_TEXTS)
     settings = {key: value for key in keys if (value := getattr(calibration, key)) is not None}
     drawn = calibration.num_samples
     return {

@@ -4,7 +4,8 @@
 
 A configuration of a regression method is turned into one of a method without data by leaving out what only the former
 has, and the other way round it cannot be: there is no data in it. Settings that a method does not have are not swept
-for it; a setting that no method has is a mistake.
+for it; a setting that no method has is a mistake. Beside what stands under `parameters`, the number of calibration
+samples may be swept.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from largemerge.errors import ConfigError
 from largemerge.regression.config import CandidateParameters, MergeConfig
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
 
-_ANY_METHOD = frozenset(("include", "exclude"))
+_SAMPLES = "calibration.num_samples"
+_ANY_METHOD = frozenset(("include", "excluded", "exclude"))
 _KNOWN_METHODS = (*REGRESSION_METHODS, *DATA_FREE_METHODS)
 _MOST_TRIALS = 10_000
 
@@ -52,6 +54,11 @@ class Trial:
     settings: Mapping[str, Any]
     raw: Mapping[str, Any]
     config: Config
+
+    @property
+    def draws_its_own(self) -> bool:
+        """Whether its calibration samples are not those of the configuration that is compared."""
+        return _SAMPLES in self.settings
 
     @property
     def yaml(self) -> str:
@@ -93,7 +100,7 @@ def parse_values(text: str, option: str = "--sweep") -> tuple[str, list[Any]]:
         ConfigError: If it is something else.
     """
     key, equals, values = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*", key.strip()) or not values.strip():
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", key.strip()) or not values.strip():
         raise ConfigError(f"{option} {shown(text)}: expected a setting and its values, such as ridge=1e-4,1e-2")
     try:
         found = [_value(part) for part in values.split(",")]
@@ -172,9 +179,11 @@ def make_trial(raw: Mapping[str, Any], method: str, settings: Mapping[str, Any])
         ConfigError: If its configuration has mistakes.
     """
     made = _of_method(raw, method)
-    parameters = {**made.get("parameters", {}), **settings}
+    parameters = {**made.get("parameters", {}), **{key: settings[key] for key in settings if key != _SAMPLES}}
     if parameters:
         made["parameters"] = parameters
+    if _SAMPLES in settings:
+        made = _with_samples(made, settings[_SAMPLES])
     if method in REGRESSION_METHODS and "weight" in settings:
         raise ConfigError("weight: a regression method has one for each model; expected other settings to sweep")
     for model in made.get("models", ()):  # what is swept is not what a model sets for itself
@@ -183,6 +192,29 @@ def make_trial(raw: Mapping[str, Any], method: str, settings: Mapping[str, Any])
         if own:
             model["parameters"] = own
     return Trial(trial_name(method, settings), method, dict(settings), made, api.read_config(made))
+
+
+def _with_samples(made: Mapping[str, Any], num_samples: Any) -> dict[str, Any]:
+    """The configuration with another number of calibration samples of every model.
+
+    Raises:
+        ConfigError: If a model has Gram matrices in place of data, which no number of samples changes.
+    """
+    models = []
+    for model in made["models"]:
+        own = dict(model["calibration"])
+        if "grams" in own:
+            raise ConfigError(
+                f"{_SAMPLES}: {model['model']} has 'grams' in place of data; expected 'data' to draw from"
+            )
+        own.pop("num_samples", None)
+        models.append({**model, "calibration": own})
+    return {**made, "models": models, "calibration": {**made.get("calibration", {}), "num_samples": num_samples}}
+
+
+def most_samples(trials: Sequence[Trial]) -> int | None:
+    """The largest number of calibration samples that trials are made with; `None` where it is not swept."""
+    return max((trial.settings[_SAMPLES] for trial in trials if trial.draws_its_own), default=None)
 
 
 def trial_name(method: str, settings: Mapping[str, Any]) -> str:
@@ -195,9 +227,9 @@ def _shown(value: Any) -> str:
 
 
 def _parameters(method: str) -> frozenset[str]:
-    """Names of the settings of a method under `parameters`."""
+    """Names of the settings of a method, those under `parameters` by their names there."""
     if method in REGRESSION_METHODS:
-        return REGRESSION_METHODS[method].parameters | _ANY_METHOD
+        return REGRESSION_METHODS[method].parameters | _ANY_METHOD | {_SAMPLES}
     row = DATA_FREE_METHODS[method]
     return frozenset(row.shared) | frozenset(row.per_model)
 

@@ -49,8 +49,10 @@ def _numbers(report: CompareReport) -> list[str]:
     keys = dict.fromkeys(key for trial in report.trials for key in trial.settings)
     found = []
     for key in keys:
-        values = {trial.settings[key] for trial in report.trials if key in trial.settings}
-        if len(values) > 1 and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        values = [trial.settings[key] for trial in report.trials if key in trial.settings]
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+            continue
+        if len(set(values)) > 1:
             found.append(key)
     return found
 

@@ -36,7 +36,7 @@ from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.text_files import json_text
 from largemerge.trials.held_out import held_out_tasks
-from largemerge.trials.make import Trial, make_trials, read_raw
+from largemerge.trials.make import Trial, make_trials, most_samples, read_raw
 from largemerge.trials.page import write_comparison
 from largemerge.trials.results import CompareReport, TrialResult
 
@@ -82,7 +82,7 @@ def compare(
     start, memory = time.perf_counter(), memory or Memory()
     raw = read_raw(config)
     trials = make_trials(raw, methods, sweep or {})
-    tasks = _tasks(raw, evaluation, limit, memory)
+    tasks = _tasks(raw, evaluation, trials, limit, memory)
     models, base = api.models_of(api.read_config(raw))
     if base is not None and tasks.base is None:
         tasks = tasks.model_copy(update={"base": base})
@@ -95,6 +95,7 @@ def compare(
 def _tasks(
     raw: Mapping[str, Any],
     source: EvaluationSource | None,
+    trials: Sequence[Trial],
     limit: int | None,
     memory: Memory,
 ) -> EvaluationConfig:
@@ -107,7 +108,7 @@ def _tasks(
             raise ConfigError(
                 "no evaluation: a configuration without calibration data has nothing to hold out; expected an EVAL.yaml"
             )
-        loaded = held_out_tasks(own)
+        loaded = held_out_tasks(own, largest=most_samples(trials))
     return loaded.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
 
 
@@ -221,9 +222,18 @@ class _Run:
         )
         if solves_head:
             raw["parameters"] = {**raw.get("parameters", {}), "solve": ["blocks", "head"]}
+        filters = ("include", "excluded", "exclude")
+        parameters = dict(raw.get("parameters", {}))
+        if (
+            len({json_text({key: trial.raw.get("parameters", {}).get(key) for key in filters}) for trial in sharing})
+            > 1
+        ):
+            parameters = {key: value for key, value in parameters.items() if key not in filters}  # one for all
+        raw["parameters"] = parameters
         folder = self.out / _GRAMS
+        solved = [solves_head, *(parameters.get(key) for key in filters)]
         key = _digest(
-            self.fingerprint, {"models": raw["models"], "calibration": raw.get("calibration"), "head": solves_head}
+            self.fingerprint, {"models": raw["models"], "calibration": raw.get("calibration"), "solved": solved}
         )
         noted = self.out / _TRIALS / "grams.json"
         if self._known(noted, key) is None:
@@ -347,6 +357,7 @@ def _shares_grams(trial: Trial) -> bool:
         and not config.method.compares
         and config.method.granularity == "block"
         and config.sequence is None
+        and not trial.draws_its_own
     )
 
 

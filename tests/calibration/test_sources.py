@@ -14,7 +14,9 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from largemerge.calibration import load_calibration
 from largemerge.calibration.folders import IMAGE_SUFFIXES, folder_notes, list_images
@@ -471,3 +473,56 @@ def test_a_path_is_no_pattern(make_config, tmp_path, checkpoint, text_signature)
     (folder / "data.jsonl").write_text('{"text": "hello world"}\n')
     config = make_config(folder / "data.jsonl")
     assert load_calibration(config, "math", checkpoint, text_signature).num_samples == 1
+
+
+def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path: Path, open_data) -> None:
+    """Nor is a folder that was changed for what it was: `datasets` knows one whose card names its files by its name."""
+    card = '---\nconfigs: [{config_name: default, data_files: [{split: train, path: "rows.jsonl"}]}]\n---\n'
+    found = []
+    for parent, text in (("math", "one"), ("code", "two"), ("code", "three and more")):
+        folder = tmp_path / parent / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card)
+        (folder / "rows.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        found.append(open_data(folder).select(("text",))[0]["text"])
+    assert found == ["one", "two", "three and more"]
+
+
+def test_only_rows_with_some_values_are_drawn(tmp_path: Path, open_data, complaint) -> None:
+    rows = [
+        {"text": f"{language} {number}", "language": language, "kind": number}
+        for language in ("de", "fr")
+        for number in range(3)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "rows.jsonl"
+
+    def texts(**only: object) -> list[str]:
+        source = open_data(path, only=only)
+        table = source.select(("text",))
+        return [table[index]["text"] for index in range(source.num_rows)]
+
+    assert texts(language="fr") == ["fr 0", "fr 1", "fr 2"]
+    assert texts(language="de", kind=2) == ["de 2"]
+    assert "only: no column 'langauge'" in complaint(path, only={"langauge": "de"})
+    assert "did you mean 'language'" in complaint(path, only={"langauge": "de"})
+    assert "only: no row has {language: es}; the first has {'language': 'de'}" in complaint(
+        path, only={"language": "es"}
+    )
+
+
+def test_only_labels_may_be_named(tmp_path: Path, open_data, complaint) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    folder = tmp_path / "animals"
+    folder.mkdir()
+    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features)
+    table.to_parquet(folder / "train.parquet")
+    for dogs in (1, "dog"):
+        source = open_data(folder, only={"label": dogs})
+        assert [source.select(("text",))[index]["text"] for index in range(source.num_rows)] == ["a", "c"]
+    assert "'label' has no label 'dgo'; did you mean 'dog'?" in complaint(folder, only={"label": "dgo"})
+
+
+def test_ready_made_tensors_have_no_rows_to_choose(tmp_path: Path, complaint) -> None:
+    save_file({"input_ids": torch.ones(2, 3, dtype=torch.long)}, tmp_path / "tokens.safetensors")
+    assert "only: ready-made tensors have no columns" in complaint(tmp_path / "tokens.safetensors", only={"label": 0})

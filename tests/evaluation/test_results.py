@@ -142,6 +142,68 @@ def test_a_merge_is_evaluated_beside_its_models(family: Path) -> None:
     assert not [path for path in (family / "merged").iterdir() if path.suffix in (".html", ".csv")]
 
 
+def test_a_merge_may_be_evaluated_on_a_few_samples(family: Path) -> None:
+    config = LINEAR | {"models": [{"model": str(family / name)} for name in ("math", "code")]}
+    seen: list[Evaluation] = []
+    largemerge.merge(config, family / "merged", evaluate=tasks(family), evaluated=seen.append, limit=2)
+    assert {score.num_samples for score in seen[0].scores} == {2}
+
+
+def test_published_averages_stand_below_those_that_are_found(family: Path) -> None:
+    answers = [{"text": TEXTS[0], "answer": 0}, {"text": TEXTS[0], "answer": 1}, {"text": TEXTS[5], "answer": 0}]
+    choices = {"kind": "multiple_choice", "prompt": "{text}", "choices": ["print", "the"], "answer_field": "answer"}
+    config = tasks(family, published={"RegMean": 82.4, "experts": 90})
+    for task in config["tasks"]:
+        task |= choices | {"data": write_jsonl(family / "choices.jsonl", answers)}
+    found = largemerge.evaluate(config, [family / "math", family / "code"], out=family / "found")
+    means = {name: sum(found.score(name, task.name).value for task in found.tasks) / 2 for name in ("math", "code")}
+    columns, rows = found.rows()
+    assert columns[-2:] == ["mean %", "of the experts' %"]
+    shown = {row[0]: row[-2] for row in rows}
+    own = found.mean(None)
+    assert own == sum(found.score(task.expert, task.name).value for task in found.tasks) / 2
+    assert shown == {
+        "base (base)": f"{100 * found.mean('base'):.1f}",
+        "math": f"{100 * means['math']:.1f}",
+        "code": f"{100 * means['code']:.1f}",
+        "each task's expert": f"{100 * own:.1f}",
+        "RegMean (published)": "82.4",
+        "experts (published)": "90.0",
+    }
+    assert rows[-1][1:-2] == ["", ""], "nobody has measured these"
+    written = json.loads((family / "found" / "evaluation.json").read_text())
+    assert written["published"] == pytest.approx({"RegMean": 0.824, "experts": 0.9})
+    assert Evaluation.from_json(written).published == found.published
+    lines = list(csv.DictReader(io.StringIO((family / "found" / "evaluation.csv").read_text())))
+    cited = {line["model"]: float(line["value"]) for line in lines if line["role"] == "published"}
+    assert cited == written["published"]
+    assert all(text in (family / "found" / "evaluation.html").read_text() for text in ("RegMean (published)", "82.4"))
+
+
+def test_published_averages_need_one_metric(family: Path) -> None:
+    config = tasks(family, published={"RegMean": 82.4})
+    config["tasks"][1] |= {"kind": "generation", "prompt": "{text}", "answer_field": "text"}
+    with pytest.raises(largemerge.LargemergeError, match=r"published: .* one metric, found exact_match, loss"):
+        largemerge.evaluate(config, [family / "math"])
+    with pytest.raises(largemerge.LargemergeError, match=r"published\.RegMean: .*found 'high'"):
+        largemerge.evaluate(tasks(family, published={"RegMean": "high"}), [family / "math"])
+
+
+def test_labels_may_be_true_and_false_for_two_classes(tmp_path: Path) -> None:
+    config = {"name": "t", "kind": "text_classification"}
+    scores = {}
+    for kind in (bool, int):
+        rows = [{"text": text, "label": kind(number % 2)} for number, text in enumerate(TEXTS)]
+        config["data"] = write_jsonl(tmp_path / f"{kind.__name__}.jsonl", rows)
+        write_bert(tmp_path / "two", 2)
+        scores[kind] = largemerge.evaluate({"tasks": [config]}, [tmp_path / "two"]).score("two", "t").metrics
+    assert scores[bool] == scores[int] and 0 < scores[int]["accuracy"] < 1
+    write_bert(tmp_path / "three", 3)
+    config["data"] = str(tmp_path / "bool.jsonl")
+    with pytest.raises(largemerge.LargemergeError, match=r"'label' is true or false, and three's labels has 3 .* two"):
+        largemerge.evaluate({"tasks": [config]}, [tmp_path / "three"])
+
+
 def test_a_merge_does_not_begin_before_its_evaluation_is_right(family: Path) -> None:
     config = LINEAR | {"models": [{"model": str(family / name)} for name in ("math", "code")]}
     wrong = tasks(family)

@@ -41,6 +41,21 @@ def test_padding_sides(make_case: MakeCase, architecture: str, padding: str) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("excluded", ["average", "base"])
+@pytest.mark.parametrize(("architecture", "part"), [("clip_vision", "mlp"), ("gpt2", "h.1."), ("llama", "self_attn")])
+def test_parts_are_solved_and_the_rest_is_averaged_or_the_bases(
+    make_case: MakeCase, architecture: str, part: str, excluded: str, method: str
+) -> None:
+    case = make_case(architecture, method=method, ridge=0.0, include=[part.replace(".", r"\.")], excluded=excluded)
+    base = tiny_models.build(architecture, seed=7)
+    base.save_pretrained(case.folder / "pretrained")
+    case.config["base_model"] = str(case.folder / "pretrained")
+    of_base = base if excluded == "base" else None
+    expected = reference.merge(method, case.models, case.inputs, case.weights, include=part, base=of_base)
+    assert_close(merge_and_load(case), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_ridge_pulls_towards_the_average(make_case: MakeCase, method: str) -> None:
     case = make_case(method=method, ridge=0.1, weights=[1.0, 3.0])
     expected = reference.merge(method, case.models, case.inputs, case.weights, ridge=0.1)

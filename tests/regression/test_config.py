@@ -18,7 +18,11 @@ from largemerge.data_free.config import DataFreeConfig, load_data_free
 from largemerge.data_free.methods.table import METHODS
 from largemerge.regression.methods import METHODS as REGRESSION
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.y*ml"))
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "configs").rglob("*.y*ml")
+    if path.parent.name != "evaluation"  # which are no merges, and read in test_paper_configs.py
+)
 
 GOOD: dict[str, Any] = {
     "merge_method": "regmean_plusplus",
@@ -238,6 +242,17 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], mentions: st
     raw["models"][1]["calibration"] |= settings
     (problem,) = problems_of(raw)
     assert problem.startswith("models[1] (code).calibration") and mentions in problem
+
+
+def test_what_is_not_included_needs_a_base_to_be_of() -> None:
+    raw = put(good(), "parameters.excluded", "base")
+    (problem,) = problems_of(raw)
+    assert problem.startswith("parameters.excluded: is for what 'include' leaves out, and there is none")
+    (problem,) = problems_of(put(raw, "parameters.include", ["mlp"]))
+    assert problem == "parameters.excluded: 'base' needs a 'base_model'; expected one, or 'excluded: average'"
+    assert load_config(put(raw, "base_model", "owner/base")).parameters.excluded == "base"
+    (problem,) = problems_of(put(raw, "parameters.excluded", "bases"))
+    assert problem.startswith("parameters.excluded: ") and "'bases'" in problem
 
 
 def test_all_mistakes_are_told_at_once() -> None:

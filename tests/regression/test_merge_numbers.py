@@ -11,6 +11,7 @@ from cases import (
     MakeCase,
     assert_close,
     average,
+    load_merged,
     merge_and_load,
     report_of,
     weights_in,
@@ -166,6 +167,28 @@ def test_what_is_not_included_is_averaged(make_case: MakeCase) -> None:
     for name, tensor in merged.items():
         is_average = torch.allclose(tensor.double(), average(case, name), atol=1e-6)
         assert is_average == (not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))), name
+
+
+def test_linears_that_are_not_included_may_be_the_bases(make_case: MakeCase) -> None:
+    """With their biases; norms and embeddings are averaged, and what is excluded is the base's as ever."""
+    case = make_case(
+        "clip_vision", include=[r"\.mlp\."], excluded="base", exclude=["fc2", "pre_layrnorm"], num_samples=6
+    )
+    base = tiny_models.build("clip_vision", seed=7)
+    base.save_pretrained(case.folder / "pretrained")
+    case.config["base_model"] = str(case.folder / "pretrained")
+    planned = {tensor.name: tensor for tensor in largemerge.plan(case.config).tensors}
+    report = largemerge.merge(case.config, case.folder / "merged")
+    merged = load_merged(case, case.folder / "merged").state_dict()
+    assert "self_attn.q_proj.bias" in "".join(merged)
+    for name, tensor in merged.items():
+        left_out, excluded = "self_attn" in name, "fc2" in name or "pre_layrnorm" in name
+        assert torch.equal(tensor, base.state_dict()[name]) == (left_out or excluded), name
+        if left_out:
+            assert (planned[name].rule.value, planned[name].reason) == ("base", "not included"), name
+        elif not excluded and not name.endswith("fc1.weight"):
+            assert torch.allclose(tensor.double(), average(case, name), atol=1e-6), name
+    assert set(report.linears) == {name for name in merged if name.endswith("fc1.weight")}
 
 
 def test_nothing_left_to_solve_is_refused(make_case: MakeCase) -> None:

@@ -35,7 +35,7 @@ def test_a_new_row_is_a_method(make_case: MakeCase, monkeypatch: pytest.MonkeyPa
     case.config["parameters"] = {"off_diagonal_scale": 0.5}
     with pytest.raises(
         ConfigError,
-        match=r"off_diagonal_scale: again has no such parameter, as regmean, .* takes exclude, include, ridge",
+        match=r"off_diagonal_scale: again has no such parameter, as .* takes exclude, excluded, include, ridge",
     ):
         largemerge.plan(case.config)
 

@@ -180,6 +180,42 @@ def test_regmean_collects_its_gram_matrices_once(config: dict[str, Any], tmp_pat
         assert torch.allclose(shared[name], weight, atol=1e-6), name
 
 
+def test_the_number_of_samples_is_swept(config: dict[str, Any], tmp_path: Path) -> None:
+    """Every trial collects its own Gram matrices, and what is held out is what none of them draws."""
+    config["models"][1]["calibration"]["num_samples"] = 4  # which gives way, as what models set for themselves does
+    sweep = {"calibration.num_samples": [2, 16]}
+    report = largemerge.compare(config, out=tmp_path / "out", methods=["regmean", "linear"], sweep=sweep, keep_all=True)
+    assert not report.problems and not (tmp_path / "out" / "grams").exists()
+    names = [f"regmean calibration.num_samples={number}" for number in (2, 16)]
+    assert {trial.name for trial in report.trials} == {*names, "linear"}
+    drawn = []
+    for folder in sorted((tmp_path / "out" / "trials").glob("regmean*/")):
+        found = json.loads((folder / "merge_report.json").read_text())["calibration"]
+        drawn.append({name: each["num_samples"] for name, each in found.items()})
+    assert drawn == [{"math": 16, "code": 16}, {"math": 2, "code": 2}]
+    assert {task["skip"] for task in report.evaluation.settings["tasks"]} == {16}
+    (best,) = (trial for trial in make_trials(read_raw(config), [], sweep) if trial.name == names[1])
+    assert yaml.safe_load(best.yaml)["calibration"]["num_samples"] == 16
+
+
+def test_lists_are_swept_in_yaml(config: dict[str, Any], tmp_path: Path) -> None:
+    ((key, values),) = swept(["include=['layers.0'],['layers.1']"]).items()
+    assert (key, values) == ("include", [["layers.0"], ["layers.1"]])
+    report = largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", sweep={key: values})
+    assert not report.problems and len(report.trials) == 2
+    assert "layers.0" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_gram_matrices_have_no_samples_to_sweep(config: dict[str, Any], tmp_path: Path) -> None:
+    largemerge.gram(config, tmp_path / "grams")
+    for model in config["models"]:
+        model["calibration"] = {"grams": str(tmp_path / "grams" / Path(model["model"]).name)}
+    with pytest.raises(
+        largemerge.LargemergeError, match=r"calibration.num_samples: .*math has 'grams' in place of data"
+    ):
+        make_trials(read_raw(config), [], {"calibration.num_samples": [1, 2]})
+
+
 def test_without_an_evaluation_texts_are_held_out(config: dict[str, Any], tmp_path: Path) -> None:
     report = largemerge.compare(config, out=tmp_path / "out", methods=["linear", "regmean"])
     assert [task.name for task in report.evaluation.tasks] == ["math, held out", "code, held out"]
