@@ -332,7 +332,7 @@ def _checked_evaluation(
         ConfigError: If it has mistakes, or does not fit the models.
     """
     from largemerge.evaluation.config import load_evaluation
-    from largemerge.evaluation.evaluate import check_evaluation
+    from largemerge.evaluation.prepare import prepare
 
     if isinstance(config, Documents):
         raise ConfigError("--evaluate is for one merge; of a file of several, evaluate the folder when it is written")
@@ -340,7 +340,7 @@ def _checked_evaluation(
     models, base = models_of(config)
     if base is not None and loaded.base is None:
         loaded = loaded.model_copy(update={"base": base})
-    check_evaluation(loaded, models)
+    prepare(loaded, models)
     return loaded, models
 
 
@@ -350,7 +350,7 @@ def models_of(config: Config) -> tuple[list[EvaluatedModel], str | None]:
     Raises:
         ConfigError: If the configuration is of several merges.
     """
-    from largemerge.evaluation.evaluate import name_models
+    from largemerge.evaluation.prepare import name_models
     from largemerge.evaluation.results import EvaluatedModel
 
     if isinstance(config, Documents):
@@ -456,7 +456,8 @@ def evaluate(
         LargemergeError: If models, data and tasks do not fit together; before the first weight is read.
     """
     from largemerge.evaluation.config import load_evaluation
-    from largemerge.evaluation.evaluate import evaluate_models, name_models
+    from largemerge.evaluation.evaluate import evaluate_models
+    from largemerge.evaluation.prepare import name_models
 
     problems = list(_argument_problems({"device": device, "quiet": quiet, "memory": memory, "limit": limit}))
     problems += [f"--out {shown(out)}: expected a folder"] if out is not None and not _is_path(out) else []

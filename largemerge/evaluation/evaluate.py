@@ -1,19 +1,17 @@
 """An evaluation as a list of steps.
 
-    EVAL.yaml, models ──► files opened ──► every task prepared for every model ──► classes opened, way chosen
-                      ──► model after model: all tasks that see it alike at once ──► records ──► scores ──► Evaluation
+    prepare ──► jobs, a task with a model each ──► whole or block by block
+            ──► model after model: all tasks that see it alike at once ──► records ──► scores ──► Evaluation
 
-Whatever can be known before the first weight is read is checked in the first three steps, for all models and tasks, and
-told at once. What fails later fails alone: the other tasks keep their results.
+What can be known before the first weight is read has been told by `prepare.py`. What fails here fails alone: the other
+tasks keep their results.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,37 +20,24 @@ import numpy as np
 import psutil
 import torch
 
-from largemerge.calibration.batches import Batch, CalibrationSet, ForwardSignature, mmap_inputs
-from largemerge.checkpoint.tensor_info import dtype_name, torch_dtype
+from largemerge.calibration.batches import Batch, CalibrationSet, mmap_inputs
+from largemerge.checkpoint.tensor_info import dtype_name
 from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks
-from largemerge.errors import ConfigError, LargemergeError, SystemFailure
-from largemerge.evaluation.classification import Shared, image_classification, text_classification, zero_shot
+from largemerge.errors import LargemergeError, SystemFailure
 from largemerge.evaluation.config import (
     EvaluationConfig,
-    GenerationTask,
     HarnessTask,
-    ImageClassificationTask,
-    LanguageModelTask,
-    MultipleChoiceTask,
-    RetrievalTask,
-    SimilarityTask,
     Task,
-    TextClassificationTask,
-    ZeroShotTask,
 )
-from largemerge.evaluation.embeddings import retrieval, similarity
-from largemerge.evaluation.harness import check_harness, run_harness
-from largemerge.evaluation.language import generation, language_model, multiple_choice
+from largemerge.evaluation.harness import run_harness
 from largemerge.evaluation.metrics import interval
-from largemerge.evaluation.models import ModelFiles, OpenedModel, open_files, with_head
+from largemerge.evaluation.models import OpenedModel
+from largemerge.evaluation.prepare import Job, expert_among, headline_metric, prepare, view_key
 from largemerge.evaluation.results import EvaluatedModel, EvaluatedTask, Evaluation, Score, held_against
 from largemerge.evaluation.running import Limits, RunningModel, Way, running, working_bytes, write_answers
 from largemerge.evaluation.task import Columns, FirstPass, Prepared, Record, Samples
 from largemerge.machine import free_on_gpu, machine, memory_in_use, versions
-from largemerge.model.fake_forward import placeholder_tokens
-from largemerge.model.signature import forward_signature, id_problems
-from largemerge.model.skeleton import build_skeleton
-from largemerge.progress import RunProgress, stage
+from largemerge.progress import RunProgress
 from largemerge.text_files import first_line
 
 _OVERHEAD = 1.1
@@ -84,7 +69,7 @@ def evaluate_models(
     start = time.perf_counter()
     with start_ranks(on_gpus=device != "cpu") as ranks:
         target = ranks.agree(lambda: device_of_rank(device, ranks))
-        jobs = ranks.agree(lambda: _prepare(config, models))
+        jobs = ranks.agree(lambda: prepare(config, models))
         limits = _limits(config, target, ranks)
         scores = _Run(config, limits, ranks, quiet=quiet or not ranks.is_first).run(jobs)
         everyone = tuple(dict.fromkeys(job.model for job in jobs))
@@ -99,249 +84,6 @@ def evaluate_models(
             machine=machine(target),
             seconds=time.perf_counter() - start,
         )
-
-
-def check_evaluation(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> None:
-    """Checks that data and tasks fit some models, without reading a weight.
-
-    Raises:
-        LargemergeError: If they do not, with all problems.
-    """
-    _prepare(config, models)
-
-
-def name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> list[EvaluatedModel]:
-    """Names models by the last part of what they are called, with as much before it as tells them apart.
-
-    Args:
-        models: Folders or Hub ids; or those by names.
-
-    Raises:
-        ConfigError: If there is none, or one stands twice.
-    """
-    if isinstance(models, Mapping):
-        return [EvaluatedModel(name, str(reference), "model") for name, reference in models.items()]
-    references = [str(model).rstrip("/") or str(model) for model in models]
-    twice = [reference for reference, count in Counter(references).items() if count > 1]
-    if twice:
-        raise ConfigError(*(f"{reference}: stands twice among the models; expected it once" for reference in twice))
-    if not references:
-        raise ConfigError("no models; expected folders or Hub ids")
-    parts = [reference.split("/") for reference in references]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(names):
-            break
-    return [EvaluatedModel(name, reference, "model") for name, reference in zip(names, references, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One task with one model."""
-
-    model: EvaluatedModel
-    task: Task
-    files: ModelFiles
-    prepared: Prepared | None
-    opened: OpenedModel | None
-    first: OpenedModel | None = None
-
-
-def _prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> list[_Job]:
-    """Opens all models, prepares all tasks for them; raises with all problems."""
-    stage("reading the headers of all models")
-    wanted = _with_others(config, models)
-    problems: list[str] = []
-    files: dict[str, ModelFiles] = {}
-    lenders: dict[str, ModelFiles] = {}
-    dtype = torch_dtype(config.compute_dtype) if config.compute_dtype is not None else None
-    options: dict[str, Any] = {"compute_dtype": dtype, "trust_remote_code": config.trust_remote_code}
-
-    def attempt(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        try:
-            return function(*arguments, **named)
-        except LargemergeError as error:
-            problems.extend(error.problems)
-            return None
-
-    for model, _ in wanted:
-        opened = attempt(open_files, model.reference, model.name, **options)
-        if opened is not None:
-            files[model.name] = opened
-    for task in config.tasks:
-        reference = getattr(task, "text_model", None)
-        if reference is not None and reference not in lenders:
-            found = attempt(open_files, reference, reference, **options)
-            if found is not None:
-                lenders[reference] = found
-    if any(isinstance(task, HarnessTask) for task in config.tasks):
-        attempt(check_harness, [task for task in config.tasks if isinstance(task, HarnessTask)])
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
-    stage("reading the data of all tasks")
-    base = next((files[model.name] for model, _ in wanted if model.role == "base"), None)
-    jobs: list[_Job] = []
-    opened_views: dict[str, OpenedModel] = {}
-    shared = Shared(lambda view: _opened(view, opened_views))
-    for model, tasks in wanted:
-        own = files[model.name]
-        own = replace(own, fallbacks=() if base is None else (base.checkpoint.folder,))
-        for task in tasks:
-            job = attempt(_job, config, model, task, own, lenders, shared)
-            jobs += [job] if job is not None else []
-    metrics = sorted({_metric(job) for job in jobs})
-    if config.published and len(metrics) > 1:
-        problems.append(
-            f"published: averages need tasks of one metric, found {', '.join(metrics)}; leave out 'published', or give "
-            "tasks of one metric a file of their own"
-        )
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
-    return jobs
-
-
-def _metric(job: _Job) -> str:
-    """Name of the metric that counts in a task."""
-    if job.prepared is not None:
-        return job.prepared.metrics[0].name
-    assert isinstance(job.task, HarnessTask)
-    return job.task.metric or "score"
-
-
-def _with_others(
-    config: EvaluationConfig, models: Sequence[EvaluatedModel]
-) -> list[tuple[EvaluatedModel, tuple[Task, ...]]]:
-    """All models with their tasks: those that were named, the base, and experts, each with its own tasks alone."""
-    known = {_place(model.reference): model for model in models}
-    wanted = [(model, config.tasks) for model in models]
-    if config.base is not None:
-        found = known.get(_place(config.base))
-        if found is None:
-            base = EvaluatedModel(_free_name("base", known.values()), config.base, "base")
-            known[_place(config.base)] = base
-            wanted.insert(0, (base, config.tasks))
-        else:
-            wanted = [(replace(model, role="base") if model is found else model, tasks) for model, tasks in wanted]
-            known = {_place(model.reference): model for model, _ in wanted}
-    experts: dict[str, list[Task]] = {}
-    for task in config.tasks:
-        if task.expert is not None and _expert_among(task, list(known.values())) is None:
-            experts.setdefault(task.expert, []).append(task)
-    for reference, tasks in experts.items():
-        name = _free_name(reference.rstrip("/").rsplit("/", 1)[-1], known.values())
-        known[_place(reference)] = expert = EvaluatedModel(name, reference, "expert")
-        wanted.append((expert, tuple(tasks)))
-    return wanted
-
-
-def _expert_among(task: Task, models: Sequence[EvaluatedModel]) -> EvaluatedModel | None:
-    """The model that a task names as its expert, by its place or its name."""
-    if task.expert is None:
-        return None
-    by_place = next((model for model in models if _place(model.reference) == _place(str(task.expert))), None)
-    return by_place or next((model for model in models if model.name == task.expert), None)
-
-
-def _place(reference: str) -> str:
-    return str(Path(reference).resolve()) if Path(reference).is_dir() else reference
-
-
-def _free_name(name: str, models: Any) -> str:
-    taken = {model.name for model in models}
-    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
-    return name if name not in taken else next(each for each in numbered if each not in taken)
-
-
-def _job(
-    config: EvaluationConfig,
-    model: EvaluatedModel,
-    task: Task,
-    files: ModelFiles,
-    lenders: Mapping[str, ModelFiles],
-    shared: Shared,
-) -> _Job:
-    """Prepares one task for one model."""
-    if isinstance(task, HarnessTask):
-        return _Job(model, task, files, None, None)
-    head = getattr(task, "head", None)
-    if head is not None:
-        files = with_head(files, head)
-    lender = lenders.get(getattr(task, "text_model", None) or "")
-    if lender is not None:
-        files = replace(files, fallbacks=(*files.fallbacks, lender.checkpoint.folder))
-    prepared = _prepared(config, task, files, lender, shared)
-    view = shared.open_view(prepared.view)
-    _check_ids(view, prepared.samples)
-    first = shared.open_view(prepared.first.view) if prepared.first is not None else None
-    return _Job(model, task, files, prepared, view, first)
-
-
-def _prepared(
-    config: EvaluationConfig, task: Task, files: ModelFiles, lender: ModelFiles | None, shared: Shared
-) -> Prepared:
-    if isinstance(task, ZeroShotTask):
-        return zero_shot(task, config, files, lender, shared)
-    skeleton = build_skeleton(files.checkpoint, trust_remote_code=files.trust_remote_code)
-    signature = forward_signature(skeleton)
-    if isinstance(task, LanguageModelTask | MultipleChoiceTask | GenerationTask):
-        _check_writes(task, files, skeleton.model, signature)
-    match task:
-        case LanguageModelTask():
-            return language_model(task, config, files, signature)
-        case MultipleChoiceTask():
-            return multiple_choice(task, config, files, signature)
-        case GenerationTask():
-            return generation(task, config, files, signature)
-        case ImageClassificationTask():
-            return image_classification(task, config, files, skeleton, shared)
-        case TextClassificationTask():
-            return text_classification(task, config, files, skeleton)
-        case RetrievalTask():
-            return retrieval(task, config, files, signature)
-        case SimilarityTask():
-            return similarity(task, config, files, signature)
-    raise AssertionError(f"{task.name}: a task of an unknown kind")
-
-
-def _check_writes(task: Task, files: ModelFiles, model: Any, signature: ForwardSignature) -> None:
-    """Refuses models that predict no next token."""
-    where = f"task {task.name!r}: {files.name}"
-    name = type(model).__name__
-    if model.get_output_embeddings() is None:
-        raise ConfigError(f"{where} is a {name}, which has no output embeddings; expected a language model")
-    if "MaskedLM" in name or "PreTraining" in name:
-        raise ConfigError(f"{where} is a {name}, which predicts masked tokens, not the next one")
-    if signature.is_encoder_decoder and not isinstance(task, LanguageModelTask):
-        raise ConfigError(f"{where} is an encoder-decoder; expected a decoder for tasks of kind {task.kind}")
-
-
-def _opened(view: ModelFiles, known: dict[str, OpenedModel]) -> OpenedModel:
-    key = _view_key(view)
-    if key not in known:
-        known[key] = OpenedModel.of(view)
-    return known[key]
-
-
-def _view_key(view: ModelFiles) -> str:
-    """Equal for tasks that see a model alike."""
-    checkpoint = view.checkpoint
-    adapter = view.adapter.checkpoint.folder if view.adapter is not None else ""
-    files = sorted(str(path) for path in checkpoint.files)
-    return json.dumps([str(checkpoint.folder), str(adapter), checkpoint.config, files, str(view.compute_dtype)])
-
-
-def _check_ids(view: OpenedModel, samples: Samples) -> None:
-    """Refuses token ids beyond the model's vocabulary."""
-    config: Any = view.skeleton.model.config
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
-        return
-    tokens = replace(samples, pixels=None)
-    if samples.groups and samples.groups[0][0].sequences:
-        data = CalibrationSet("", tuple(tokens.batches()), "")
-        problems = [f"{samples.where}: {each}" for each in id_problems(data, vocabulary, placeholder_tokens(config))]
-        if problems:
-            raise ConfigError(*problems)
 
 
 def _limits(config: EvaluationConfig, device: torch.device, ranks: Ranks) -> Limits:
@@ -373,11 +115,11 @@ class _Run:
     quiet: bool
     _made: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
 
-    def run(self, jobs: Sequence[_Job]) -> list[Score]:
+    def run(self, jobs: Sequence[Job]) -> list[Score]:
         """Runs all jobs; those of one model that see it alike together."""
-        groups: dict[str, list[_Job]] = {}
+        groups: dict[str, list[Job]] = {}
         for job in jobs:
-            key = _view_key(job.prepared.view) if job.prepared is not None else f"harness {job.model.name}"
+            key = view_key(job.prepared.view) if job.prepared is not None else f"harness {job.model.name}"
             groups.setdefault(f"{job.model.name} {key}", []).append(job)
         ways = {key: self._way(group) for key, group in groups.items()}
         steps = sum(self._steps(group, ways[key]) for key, group in groups.items())
@@ -389,7 +131,7 @@ class _Run:
                     scores[score.model, score.task] = score
         return [scores[job.model.name, job.task.name] for job in jobs]
 
-    def _way(self, group: Sequence[_Job]) -> Way:
+    def _way(self, group: Sequence[Job]) -> Way:
         """Whether the model of a group is run whole; the same on all ranks."""
         opened = group[0].opened
         if opened is None:
@@ -402,7 +144,7 @@ class _Run:
         needed = int(opened.num_bytes * (_OVERHEAD - 1)) + working_bytes(opened, texts)
         return self.ranks.from_first(self.limits.way(opened, needed))
 
-    def _steps(self, group: Sequence[_Job], way: Way) -> int:
+    def _steps(self, group: Sequence[Job], way: Way) -> int:
         batches = sum(len(self._own(job.prepared.samples)) for job in group if job.prepared is not None)
         opened = group[0].opened
         return max(1, batches * (1 if way == "whole" or opened is None else _num_blocks(opened) + 1))
@@ -410,7 +152,7 @@ class _Run:
     def _own(self, samples: Samples) -> Samples:
         return samples.shared(self.ranks.rank, self.ranks.size)
 
-    def _scores(self, group: Sequence[_Job], way: Way, progress: RunProgress) -> Iterator[Score]:
+    def _scores(self, group: Sequence[Job], way: Way, progress: RunProgress) -> Iterator[Score]:
         """Runs the tasks that see one model alike."""
         if group[0].prepared is None:
             for job in group:
@@ -433,7 +175,7 @@ class _Run:
         for job in group:
             yield self._score(job, results[job.task.name], way)
 
-    def _first(self, job: _Job, found: _Found, progress: RunProgress) -> Any:
+    def _first(self, job: Job, found: _Found, progress: RunProgress) -> Any:
         """The result of the pass that a task needs before, made once for all models that share it."""
         prepared = job.prepared
         if prepared is None or prepared.first is None:
@@ -471,15 +213,15 @@ class _Run:
         return mmap_inputs(made, self.limits.disk).batches if pixels > self.limits.host_bytes // 4 else made.batches
 
     def _run_tasks(
-        self, run: RunningModel, group: Sequence[_Job], results: Mapping[str, _Found], firsts: Mapping[str, Any]
+        self, run: RunningModel, group: Sequence[Job], results: Mapping[str, _Found], firsts: Mapping[str, Any]
     ) -> None:
         """Runs the batches of all tasks of a group; block by block, those with the same arguments in one pass."""
         ready = [job for job in group if not results[job.task.name].error]
         writing = [job for job in ready if job.prepared is not None and job.prepared.generating is not None]
         reading = [job for job in ready if job not in writing]
-        together: list[list[_Job]] = [[job] for job in reading]
+        together: list[list[Job]] = [[job] for job in reading]
         if run.way == "by block":
-            by_arguments: dict[tuple[Any, ...], list[_Job]] = {}
+            by_arguments: dict[tuple[Any, ...], list[Job]] = {}
             for job in reading:
                 by_arguments.setdefault(_arguments(job), []).append(job)
             together = list(by_arguments.values())
@@ -498,11 +240,11 @@ class _Run:
             found.seconds += time.perf_counter() - began
 
     def _read(
-        self, run: RunningModel, jobs: Sequence[_Job], results: Mapping[str, _Found], firsts: Mapping[str, Any]
+        self, run: RunningModel, jobs: Sequence[Job], results: Mapping[str, _Found], firsts: Mapping[str, Any]
     ) -> None:
         """Runs batches, and scores what comes out."""
         began = time.perf_counter()
-        owners: list[tuple[_Job, Any]] = []
+        owners: list[tuple[Job, Any]] = []
         problem: dict[str, str] = {}
         parts: list[Sequence[Batch]] = []
         for job in jobs:
@@ -539,7 +281,7 @@ class _Run:
             found.error = found.error or problem.get(job.task.name, "")
             found.seconds += seconds * len(self._own(job.prepared.samples)) / max(1, total)
 
-    def _score(self, job: _Job, found: _Found, way: Way) -> Score:
+    def _score(self, job: Job, found: _Found, way: Way) -> Score:
         """Collective: makes the score of all ranks' records."""
         parts = self.ranks.gather((found.records, found.error))
         error = next((each for _, each in parts if each), "")
@@ -570,7 +312,7 @@ class _Run:
             seed=config.seed,
         )
 
-    def _harness(self, job: _Job) -> Iterator[Score]:
+    def _harness(self, job: Job) -> Iterator[Score]:
         """Runs tasks of lm-eval, on rank 0."""
         began = time.perf_counter()
         task = job.task
@@ -640,7 +382,7 @@ def _joined(parts: Any) -> dict[int, Record]:
     return joined
 
 
-def _arguments(job: _Job) -> tuple[Any, ...]:
+def _arguments(job: Job) -> tuple[Any, ...]:
     """Names of the arguments of a task's batches."""
     assert job.prepared is not None
     samples = job.prepared.samples
@@ -651,12 +393,12 @@ def _num_blocks(opened: OpenedModel) -> int:
     return sum(len(stack.blocks) for stack in opened.skeleton.stacks)
 
 
-def _described(task: Task, jobs: Sequence[_Job], models: Sequence[EvaluatedModel]) -> EvaluatedTask:
+def _described(task: Task, jobs: Sequence[Job], models: Sequence[EvaluatedModel]) -> EvaluatedTask:
     """What a task is, for the results."""
     own = next(job for job in jobs if job.task.name == task.name)
-    expert = _expert_among(task, models)
+    expert = expert_among(task, models)
     name = expert.name if expert is not None else None
     if own.prepared is None:
-        return EvaluatedTask(task.name, task.kind, _metric(own), "higher", True, name)
+        return EvaluatedTask(task.name, task.kind, headline_metric(own), "higher", True, name)
     metric = own.prepared.metrics[0]
     return EvaluatedTask(task.name, task.kind, metric.name, metric.better, metric.is_share, name)

@@ -28,7 +28,8 @@ from largemerge.distributed.launcher import own_rank, several_processes
 from largemerge.distributed.ranks import stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError, SystemFailure, explain_failures
 from largemerge.evaluation.config import EvaluationConfig, load_evaluation
-from largemerge.evaluation.evaluate import check_evaluation, evaluate_models
+from largemerge.evaluation.evaluate import evaluate_models
+from largemerge.evaluation.prepare import prepare
 from largemerge.evaluation.results import EvaluatedModel, Evaluation, held_against
 from largemerge.machine import versions
 from largemerge.output import WORKING_FOLDER
@@ -86,7 +87,7 @@ def compare(
     models, base = api.models_of(api.read_config(raw))
     if base is not None and tasks.base is None:
         tasks = tasks.model_copy(update={"base": base})
-    check_evaluation(tasks, models)
+    prepare(tasks, models)
     run = _Run(Path(out), tasks, device, memory, quiet, keep_all, _fingerprint(raw, tasks))
     with stay_together():
         return run.all_trials(trials, models, start)
