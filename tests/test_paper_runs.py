@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,40 @@ def test_images_of_one_class_are_enough_to_merge(tmp_path: Path) -> None:
     check(run(tmp_path, "data/one-class.yaml", EIGHT), config, tasks)
     calibrated = json.loads((tmp_path / "merged" / "merge_report.json").read_text())["calibration"]
     assert {name: each["num_samples"] for name, each in calibrated.items()} == dict.fromkeys(config.names, 1)
+
+
+def test_orders_have_all_tasks_and_share_out_the_images_of_earlier_ones() -> None:
+    sequential = runpy.run_path(str(PAPER / "sequential.py"))
+    twenty = load_config(PAPER / "clip-vit-b-32-twenty-tasks.yaml")
+    assert len(set(sequential["ORDERS"])) == 5
+    for order in range(5):
+        configs = [load_config(step) for step in sequential["steps"](order, Path("/nowhere"))]
+        new = [candidate for config in configs for candidate in config.models[-4:]]
+        assert sorted(candidate.label for candidate in new) == sorted(twenty.names)
+        assert all(candidate in twenty.models for candidate in new)
+        for number, config in enumerate(configs):
+            before = config.models[:-4]
+            assert len(before) == 4 * number
+            assert {each.model for each in before} == ({f"/nowhere/step-{number}"} if number else set())
+            assert sum(each.parameters.weight for each in before) == pytest.approx(min(1, number))
+            merged = [each.label for each in new[: 4 * number]]
+            assert [each.label for each in before] == [f"so far, {name}" for name in merged]
+            for each, expert in zip(before, new, strict=False):
+                assert each.calibration is not None and expert.calibration is not None
+                drawn = each.calibration.model_copy(update={"num_samples": 256})
+                assert drawn == expert.calibration and each.calibration.num_samples == 256 // (4 * number)
+
+
+@pytest.mark.slow
+def test_an_order_is_merged_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "clip-vit-b-32-twenty-tasks.yaml"
+    read(tmp_path, name, f"evaluation/{name}")
+    monkeypatch.setattr(sys, "argv", ["sequential.py", "3", "out", "--limit", "1"])
+    runpy.run_path(str(PAPER / "sequential.py"), run_name="__main__")
+    for number in range(1, 6):
+        written = json.loads((tmp_path / "out" / f"scores-{number}" / "evaluation.json").read_text())
+        scores = [score for score in written["scores"] if score["model"] == f"step-{number}"]
+        assert len(scores) == 20 and {score["num_samples"] for score in scores} == {1}
 
 
 @pytest.mark.slow

@@ -58,6 +58,22 @@ def test_the_order_of_candidates_does_not_matter(make_case: MakeCase, method: st
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_one_model_with_data_of_two_kinds_may_stand_twice(tmp_path: Path, method: str) -> None:
+    """With half of the weight each: as many tokens, so the mean of its Gram matrices is that of all its data."""
+    first, second = tiny_models.perturbed("clip_vision", 0), tiny_models.perturbed("clip_vision", 1)
+    one, two, three = (tiny_models.inputs("vision", 6, seed) for seed in range(3))
+    both = {name: torch.cat([one[name], two[name]]) for name in one}
+    cases = []
+    for name, models, inputs, weights in (
+        ("once", [first, second], [both, three], [1.0, 1.0]),
+        ("twice", [first, first, second], [one, two, three], [0.5, 0.5, 1.0]),
+    ):
+        (tmp_path / name).mkdir()
+        cases.append(write_case(tmp_path / name, models, inputs, method=method, weights=weights))
+    assert_close(merge_and_load(cases[1]), merge_and_load(cases[0]), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "t5"])
 def test_the_batch_size_does_not_matter(make_case: MakeCase, architecture: str, method: str) -> None:
     case = make_case(architecture, method=method, batch_size=24)
