@@ -573,7 +573,8 @@ def report(out: str | Path, *, output: str | Path | None = None) -> Path:
         The file.
 
     Raises:
-        OutputError: If the folder holds no finished merge, its report has another shape, or the file cannot be written.
+        OutputError: If the folder holds no finished merge, its report has another shape, or the file cannot be written,
+            or is there and no page of a merge.
     """
     problems = [] if _is_path(out) else [f"out: expected the folder of a finished merge, found {shown(out)}"]
     if output is not None and not _is_path(output):

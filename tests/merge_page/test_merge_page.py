@@ -428,6 +428,30 @@ def test_a_folder_that_cannot_be_written_needs_another_place(changed: Changed, t
         largemerge.report(out, output=tmp_path / "absent" / "page.html")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (
+            "math.jsonl",
+            '{"text": "1 + 1"}\n',
+            r"math\.jsonl does not end in \.html; expected a file .* such as math\.html",
+        ),
+        ("mine.html", "<!doctype html>\n<title>My notes</title>\n", r"mine\.html is there, and is no page of a merge"),
+    ],
+)
+def test_a_file_that_is_no_page_is_not_overwritten(
+    changed: Changed, tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    out = changed("ties", lambda report: None)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(OutputError, match=said):
+        largemerge.report(out, output=tmp_path / name)
+    assert (tmp_path / name).read_text() == text
+    page = largemerge.report(out, output=tmp_path / "page.html")  # which may be replaced, even by another merge's
+    assert largemerge.report(changed("regmean_plusplus", lambda report: None), output=page) == page
+    assert "regmean_plusplus" in page.read_text()
+
+
 def can_write(folder: Path) -> bool:
     try:
         (folder / "probe").touch()
