@@ -1,6 +1,9 @@
 """Compares methods and settings: merges are made, measured, and the best of them kept.
 
-trials.py    methods, swept and searched settings → one configuration for each trial
-run.py       trials, one after another: merged, measured, noted; what is finished is not done again
-results.py   what was found: table, JSON, CSV, page
+make.py        methods and swept settings → one configuration for each trial
+held_out.py    tasks of calibration texts, where there is no EVAL.yaml
+objective.py   what trials are compared by
+folder.py      whose the folder is, and what an earlier run has noted in it
+run.py         trials, one after another: merged, measured, noted; what is finished is not done again
+results.py     what was found: table, JSON, CSV; page.py, the page
 """

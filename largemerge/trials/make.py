@@ -14,8 +14,8 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ def parse_values(text: str, option: str = "--sweep") -> tuple[str, list[Any]]:
     key, equals, values = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", key.strip()) or not values.strip():
         raise ConfigError(f"{option} {shown(text)}: expected a setting and its values, such as ridge=1e-4,1e-2")
+    if not all(part.strip() for part in values.split(",")):
+        raise ConfigError(f"{option} {shown(text)}: a value is empty; expected one on each side of every comma")
     try:
         found = [_value(part) for part in values.split(",")]
     except yaml.YAMLError:
@@ -152,7 +154,7 @@ def make_trials(
         if chosen and not any(key in _parameters(name) for name in chosen):
             known = sorted(set().union(*map(_parameters, chosen)))
             problems.append(f"--sweep {key}: {', '.join(chosen)} have no such setting{nearest(key, known)}")
-        if len(set(map(repr, values))) < len(values):
+        if len(set(map(_shown, values))) < len(values):
             problems.append(f"--sweep {key}: a value stands twice")
     if problems:
         raise ConfigError(*problems)
@@ -222,8 +224,23 @@ def trial_name(method: str, settings: Mapping[str, Any]) -> str:
     return " ".join([method, *(f"{key}={_shown(value)}" for key, value in settings.items())])
 
 
+def with_other_names(trials: Sequence[Trial], taken: Collection[str]) -> tuple[Trial, ...]:
+    """Renames trials that are called like a model, whose scores stand beside theirs."""
+    renamed = []
+    for trial in trials:
+        name = trial.name
+        while name in taken:
+            name += " (trial)"
+        renamed.append(replace(trial, name=name))
+    return tuple(renamed)
+
+
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value in the name of a trial; other values have other names."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value or value != value else repr(value)
 
 
 def _parameters(method: str) -> frozenset[str]:

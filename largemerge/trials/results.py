@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,10 @@ class TrialResult:
         name: Its name, that of its model in the evaluation, too.
         method: The method.
         settings: What was set, by name.
-        objective: The number that trials are compared by; `None` where the trial failed.
+        objective: The number that trials are compared by; `None` where the trial failed, or has none.
         merge_seconds: Seconds of the merge.
         evaluate_seconds: Seconds of the evaluation.
-        error: Why it failed; empty if it did not.
+        error: Why it failed, or cannot be compared; empty otherwise.
     """
 
     name: str
@@ -65,9 +65,7 @@ class CompareReport:
     @property
     def best(self) -> TrialResult | None:
         """The best trial; the first of those that tie."""
-        done = [trial for trial in self.trials if trial.objective is not None]
-        sign = 1 if self.higher_is_better else -1
-        return max(done, key=lambda trial: sign * (trial.objective or 0.0)) if done else None
+        return best_of(self.trials, self.higher_is_better)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -155,3 +153,10 @@ class CompareReport:
         head = "".join(f"<th>{escape(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def best_of(trials: Sequence[TrialResult], higher_is_better: bool) -> TrialResult | None:
+    """Returns the best of some trials, the first of those that tie; `None` where none has an objective."""
+    done = [trial for trial in trials if trial.objective is not None]
+    sign = 1 if higher_is_better else -1
+    return max(done, key=lambda trial: sign * (trial.objective or 0.0)) if done else None

@@ -1,7 +1,8 @@
 """A comparison as a list of steps.
 
     config, EVAL.yaml ──► trials, checked ──► models measured ──► Gram matrices collected, if trials share them
-                      ──► trial after trial: merged, measured, noted, weights deleted unless the best ──► CompareReport
+                      ──► trial after trial: merged, measured, noted, weights deleted unless the best
+                      ──► the best in `best` ──► CompareReport
 
 What is finished is noted in the folder, and is not done again by a later run. RegMean's Gram matrices are those of the
 candidates on their own data, the same for every `off_diagonal_scale`, `ridge` and weight: with more than one such trial
@@ -12,37 +13,36 @@ which differs with every setting, so that trials share nothing but what is measu
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from largemerge import api
 from largemerge.api import EvaluationSource, Memory
-from largemerge.checkpoint.writer import write_atomically
 from largemerge.distributed.launcher import own_rank, several_processes
-from largemerge.distributed.ranks import stay_together
+from largemerge.distributed.ranks import start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, OutputError, SystemFailure, explain_failures
 from largemerge.evaluation.config import EvaluationConfig, load_evaluation
 from largemerge.evaluation.evaluate import evaluate_models
-from largemerge.evaluation.prepare import prepare
+from largemerge.evaluation.prepare import Job, prepare
 from largemerge.evaluation.results import EvaluatedModel, Evaluation, held_against
-from largemerge.machine import versions
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.text_files import json_text
-from largemerge.trials.held_out import held_out_tasks
-from largemerge.trials.make import Trial, make_trials, most_samples, read_raw
+from largemerge.trials.folder import ComparisonFolder, fingerprint, safe_name
+from largemerge.trials.held_out import held_out_tasks, in_words_of_calibration
+from largemerge.trials.make import Trial, make_trials, most_samples, read_raw, with_other_names
+from largemerge.trials.objective import Objective, choose_objective
 from largemerge.trials.page import write_comparison
-from largemerge.trials.results import CompareReport, TrialResult
+from largemerge.trials.results import CompareReport, TrialResult, best_of
 
-_TRIALS, _GRAMS, _BEST, _MODELS = "trials", "grams", "best", "models.json"
+Value = TypeVar("Value")
 _FEWEST_SHARING = 2
+_ONLY_MERGED = ("tokenizer_source", "tokenizer", "head")  # of no matter to Gram matrices; they name models
 
 
 @explain_failures()
@@ -65,32 +65,53 @@ def compare(
         config: The path of a YAML file, or a mapping like it.
         evaluation: An evaluation; `None` for the loss on texts of the calibration data that calibration does not draw.
         out: Folder for the trials' results, `best.yaml`, the best merge in `best`, and the pages. What an earlier run
-            has finished there is not done again.
+            has finished there is not done again, unless models or data have changed since.
         methods: Names of methods; empty for the configuration's own.
         sweep: Values by setting; every combination is tried, for methods that have the setting.
         device: `auto`, `cpu`, `cuda:0`, ….
         limit: Samples of each task, at most.
         memory: Limits that override those of the configuration.
-        keep_all: Keep the weights of all trials, not only those of the best.
+        keep_all: Keep the weights of all trials, not only those of the best; then `best` is a link to its trial's.
         quiet: Show no progress.
 
     Returns:
         The report. A trial that fails says so, and loses no other's result.
 
     Raises:
-        LargemergeError: If anything is wrong with config, evaluation, methods or settings; before the first merge.
+        LargemergeError: If anything is wrong with config, evaluation, methods, settings or folder, before the first
+            model is measured; or if an expert, by whose score trials are compared, has none, before the first merge.
     """
     start, memory = time.perf_counter(), memory or Memory()
-    raw = read_raw(config)
-    trials = make_trials(raw, methods, sweep or {})
-    tasks = _tasks(raw, evaluation, trials, limit, memory)
-    models, base = api.models_of(api.read_config(raw))
-    if base is not None and tasks.base is None:
-        tasks = tasks.model_copy(update={"base": base})
-    prepare(tasks, models)
-    run = _Run(Path(out), tasks, device, memory, quiet, keep_all, _fingerprint(raw, tasks))
+    folder = ComparisonFolder(Path(out))
+    occupied = folder.problem()
+    try:
+        raw = read_raw(config)
+        trials = make_trials(raw, methods, sweep or {})
+        tasks = _tasks(raw, evaluation, trials, limit, memory)
+        models, base = api.models_of(api.read_config(raw))
+        if base is not None and tasks.base is None:
+            tasks = tasks.model_copy(update={"base": base})
+        jobs = _jobs(tasks, models, held_out=evaluation is None)
+        objective = choose_objective(tasks, jobs)
+    except LargemergeError as error:
+        if occupied is None or isinstance(error, SystemFailure):
+            raise
+        raise ConfigError(*error.problems, occupied) from None
+    if occupied is not None:
+        raise OutputError(occupied)
+    trials = with_other_names(trials, {job.model.name for job in jobs})
+    depends_on = fingerprint(tasks.model_dump(mode="json", exclude={"memory"}), raw, folder.path)
+    run = _Run(folder, tasks, objective, device, memory, quiet, keep_all, depends_on)
     with stay_together():
         return run.all_trials(trials, models, start)
+
+
+def _jobs(tasks: EvaluationConfig, models: Sequence[EvaluatedModel], *, held_out: bool) -> list[Job]:
+    """Prepares all tasks; problems with what is held out are told in words of what a user has set."""
+    try:
+        return prepare(tasks, models)
+    except ConfigError as error:
+        raise ConfigError(*(in_words_of_calibration(error.problems, tasks) if held_out else error.problems)) from None
 
 
 def _tasks(
@@ -113,24 +134,13 @@ def _tasks(
     return loaded.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
 
 
-def _fingerprint(raw: Mapping[str, Any], tasks: EvaluationConfig) -> str:
-    """What trials depend on beside their own settings: tasks, versions, and the models' files by size and time."""
-    own = api.read_config(raw)
-    models, base = api.models_of(own)
-    files: list[Any] = []
-    for reference in (*(model.reference for model in models), *([base] if base is not None else [])):
-        folder = Path(reference)
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
-        files += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()]
-    return json_text([tasks.model_dump(mode="json", exclude={"memory"}), files, versions()])
-
-
 @dataclass
 class _Run:
     """The long work of a comparison; attributes as in `compare`."""
 
-    out: Path
+    folder: ComparisonFolder
     tasks: EvaluationConfig
+    objective: Objective
     device: str
     memory: Memory
     quiet: bool
@@ -139,9 +149,9 @@ class _Run:
 
     def all_trials(self, trials: Sequence[Trial], models: Sequence[EvaluatedModel], start: float) -> CompareReport:
         """Measures the models, then merges and measures trial after trial."""
-        self._open()
+        _by_first(self.folder.open)
         measured = self._models(models)
-        objective, higher = _objective(measured)
+        self.objective.check_experts(measured)
         began = time.perf_counter()
         grams, notes = self._grams(trials)
         shared = time.perf_counter() - began
@@ -152,62 +162,39 @@ class _Run:
             result, evaluation = self._trial(trial, grams, measured)
             results.append(result)
             found += [evaluation] if evaluation is not None else []
-            self._keep_best(results, higher)
+            self._drop_all_but_best(results)
+        best = best_of(results, self.objective.higher_is_better)
+        chosen = next((trial for trial in trials if best is not None and trial.name == best.name), None)
+        if chosen is not None:
+            notes += self._keep_best(chosen, grams)
         report = CompareReport(
             trials=tuple(results),
             evaluation=_joined(measured, found),
-            objective=objective,
-            higher_is_better=higher,
-            best_config="",
+            objective=self.objective.name,
+            higher_is_better=self.objective.higher_is_better,
+            best_config=chosen.yaml if chosen is not None else "",
             shared_seconds=shared,
             seconds=time.perf_counter() - start,
             notes=tuple(notes),
         )
-        best = report.best
-        if best is not None:
-            chosen = next(trial for trial in trials if trial.name == best.name)
-            report = replace(report, best_config=chosen.yaml)
-            if not (self.out / _BEST).is_dir() and not self.keep_all:
-                note = f"the best merge is not in {self.out / _BEST} any more; merge best.yaml to have it again"
-                report = replace(report, notes=(*report.notes, note))
         if own_rank() == 0:
-            write_comparison(report, self.out)
+            write_comparison(report, self.folder.path)
         return report
-
-    def _open(self) -> None:
-        """Makes the folder; refuses one that holds something else."""
-        own = {_TRIALS, _GRAMS, _BEST, _MODELS, "best.yaml", *(f"comparison.{end}" for end in ("json", "csv", "html"))}
-        if self.out.is_dir():
-            others = sorted(path.name for path in self.out.iterdir() if path.name not in own)
-            if others:
-                raise OutputError(
-                    f"{self.out}: holds {others[0]}, which is no comparison's; expected a folder of its own"
-                )
-        elif self.out.exists():
-            raise OutputError(f"{self.out}: is a file; expected a folder")
-        (self.out / _TRIALS).mkdir(parents=True, exist_ok=True)
-
-    def _known(self, path: Path, key: str) -> Any:
-        """What an earlier run has noted in a file, if it was the same."""
-        if not path.is_file():
-            return None
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        return noted["found"] if noted["key"] == key else None
 
     def _note(self, path: Path, key: str, found: Any) -> None:
         if own_rank() == 0:
-            write_atomically(path, json_text({"key": key, "found": found}, indent=1) + "\n")
+            self.folder.write(path, key, found)
 
     def _models(self, models: Sequence[EvaluatedModel]) -> Evaluation:
         """Measures the models that are merged, the base and experts, once."""
         key = _digest(self.fingerprint, [vars(model) for model in models])
-        known = self._known(self.out / _MODELS, key)
+        known = _read_evaluation(self.folder.known(self.folder.models, key))
         if known is not None:
-            return Evaluation.from_json(known)
+            return known
         stage("measuring the models")
         found = evaluate_models(self.tasks, models, device=self.device, quiet=self.quiet)
         if not found.problems:
-            self._note(self.out / _MODELS, key, found.to_json())
+            self._note(self.folder.models, key, found.to_json())
         return found
 
     def _grams(self, trials: Sequence[Trial]) -> tuple[dict[str, Path], list[str]]:
@@ -217,7 +204,13 @@ class _Run:
             return {}, []
         if several_processes():
             return {}, ["trials by RegMean share no Gram matrices under a launcher: one process collects them"]
-        raw = dict(sharing[0].raw)
+        config = sharing[0].config
+        assert isinstance(config, MergeConfig)
+        inside = {label: _folder_name(label) for label in config.names}
+        raw = {key: value for key, value in sharing[0].raw.items() if key not in _ONLY_MERGED}
+        raw["models"] = [
+            {**model, "name": inside[label]} for model, label in zip(raw["models"], config.names, strict=True)
+        ]
         solves_head = any(
             isinstance(trial.config, MergeConfig) and trial.config.method.solves_head for trial in sharing
         )
@@ -231,15 +224,16 @@ class _Run:
         ):
             parameters = {key: value for key, value in parameters.items() if key not in filters}  # one for all
         raw["parameters"] = parameters
-        folder = self.out / _GRAMS
+        folder = self.folder.grams
         solved = [solves_head, *(parameters.get(key) for key in filters)]
         key = _digest(
             self.fingerprint, {"models": raw["models"], "calibration": raw.get("calibration"), "solved": solved}
         )
-        noted = self.out / _TRIALS / "grams.json"
-        if self._known(noted, key) is None:
+        noted = self.folder.note_of("grams")
+        if self.folder.known(noted, key) is None or not folder.is_dir():
             stage("collecting Gram matrices, once for all trials by RegMean")
-            working = (folder / WORKING_FOLDER).exists()
+            working = (folder / WORKING_FOLDER).exists() and self.folder.begun(noted, key)
+            self._note(noted, key, None)
             api.gram(
                 raw,
                 folder,
@@ -250,39 +244,24 @@ class _Run:
                 force=folder.exists() and not working,
             )
             self._note(noted, key, True)
-        config = sharing[0].config
-        assert isinstance(config, MergeConfig)
-        folders = {label: folder / label for label in config.names}
-        return folders, [f"{len(sharing)} trials by RegMean share the Gram matrices in {folder}"]
+        return {label: folder / name for label, name in inside.items()}, [
+            f"{len(sharing)} trials by RegMean share the Gram matrices in {folder}"
+        ]
 
     def _trial(
         self, trial: Trial, grams: Mapping[str, Path], measured: Evaluation
     ) -> tuple[TrialResult, Evaluation | None]:
         """Merges and measures one trial, unless that is done."""
-        key = _digest(self.fingerprint, trial.raw)
-        noted = self.out / _TRIALS / f"{_file_name(trial.name)}.json"
-        known = self._known(noted, key)
-        if known is not None and (not self.keep_all or self._folder(trial.name).is_dir()):
-            evaluation = Evaluation.from_json(known["evaluation"])
-            return TrialResult(**known["trial"]), evaluation
+        key, noted = self._key(trial), self.folder.note_of(trial.name)
+        known = _read_trial(self.folder.known(noted, key))
+        if known is not None and (not self.keep_all or self.folder.trial(trial.name).is_dir()):
+            return known
         began = time.perf_counter()
-        folder = self._folder(trial.name)
-        source = _with_grams(trial, grams) if grams and _shares_grams(trial) else trial.raw
         result = TrialResult(trial.name, trial.method, trial.settings, None, 0.0, 0.0)
         try:
-            resume = (folder / WORKING_FOLDER / "manifest.json").exists()
-            api.merge(
-                source,
-                folder,
-                device=self.device,
-                resume=resume,
-                force=folder.exists() and not resume,
-                quiet=self.quiet,
-                verify=False,
-                memory=self.memory,
-            )
+            self._merge(trial, grams)
             merged = time.perf_counter()
-            model = EvaluatedModel(trial.name, str(folder), "merge")
+            model = EvaluatedModel(trial.name, str(self.folder.trial(trial.name)), "merge")
             alone = self.tasks.model_copy(
                 update={"base": None, "tasks": tuple(t.model_copy(update={"expert": None}) for t in self.tasks.tasks)}
             )
@@ -291,52 +270,98 @@ class _Run:
             raise
         except LargemergeError as error:
             return replace(result, merge_seconds=time.perf_counter() - began, error="; ".join(error.problems)), None
-        joined = _joined(measured, [evaluation])
-        value = None if evaluation.problems else joined.average(trial.name)
+        value, lacking = self.objective.of(_joined(measured, [evaluation]), trial.name)
         result = replace(
             result,
             objective=value,
             merge_seconds=merged - began,
             evaluate_seconds=time.perf_counter() - merged,
+            error=lacking,
         )
         if not evaluation.problems:
             self._note(noted, key, {"trial": vars(result), "evaluation": evaluation.to_json()})
         return result, evaluation
 
-    def _folder(self, name: str) -> Path:
-        return self.out / _TRIALS / _file_name(name)
+    def _key(self, trial: Trial) -> str:
+        return _digest(self.fingerprint, trial.raw)
 
-    def _keep_best(self, results: Sequence[TrialResult], higher: bool) -> None:
-        """Moves the newest merge to `best` if it is the best so far, and deletes it otherwise."""
-        folder = self._folder(results[-1].name)
-        if own_rank() != 0 or self.keep_all or not folder.is_dir():
-            return
-        sign = 1 if higher else -1
-        done = [each for each in results if each.objective is not None]
-        if done and max(done, key=lambda each: sign * (each.objective or 0.0)) is results[-1]:
-            shutil.rmtree(self.out / _BEST, ignore_errors=True)
-            os.replace(folder, self.out / _BEST)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _objective(measured: Evaluation) -> tuple[str, bool]:
-    """What trials are compared by, and whether more of it is better.
-
-    Raises:
-        ConfigError: If tasks have no common scale.
-    """
-    if all(task.expert is not None for task in measured.tasks):
-        return "of the experts", True
-    kinds = {(task.metric, task.better) for task in measured.tasks}
-    if len(kinds) > 1:
-        names = ", ".join(f"{task.name} ({task.metric})" for task in measured.tasks if task.expert is None)
-        raise ConfigError(
-            f"tasks: {names} have no common scale, by which trials could be compared; expected 'expert' for each task, "
-            "so that scores are shares of the experts'"
+    def _merge(self, trial: Trial, grams: Mapping[str, Path]) -> None:
+        """Merges a trial; one that was interrupted goes on, if it is the same."""
+        folder = self.folder.trial(trial.name)
+        source = _with_grams(trial, grams) if grams and _shares_grams(trial) else trial.raw
+        resume, force = _by_first(lambda: self._begin(trial, source))
+        api.merge(
+            source,
+            folder,
+            device=self.device,
+            resume=resume,
+            force=force,
+            quiet=self.quiet,
+            verify=False,
+            memory=self.memory,
         )
-    ((metric, better),) = kinds
-    return metric, better == "higher"
+
+    def _begin(self, trial: Trial, source: Mapping[str, Any]) -> tuple[bool, bool]:
+        """Notes that a merge begins; returns whether it goes on where an earlier run stopped, or replaces it."""
+        noted, folder = self.folder.note_of(trial.name), self.folder.trial(trial.name)
+        key = _digest(self.fingerprint, [source])
+        resume = self.folder.begun(noted, key) and (folder / WORKING_FOLDER / "manifest.json").exists()
+        if self.folder.known(noted, self._key(trial)) is None:  # what was measured is not forgotten
+            self.folder.write(noted, key, None)
+        return resume, folder.exists() and not resume
+
+    def _drop_all_but_best(self, results: Sequence[TrialResult]) -> None:
+        """Deletes the weights of trials that are not the best so far."""
+        if own_rank() != 0 or self.keep_all:
+            return
+        best = best_of(results, self.objective.higher_is_better)
+        for result in results:
+            folder = self.folder.trial(result.name)
+            if result is not best and folder.is_dir():
+                shutil.rmtree(folder)
+
+    def _keep_best(self, trial: Trial, grams: Mapping[str, Path]) -> list[str]:
+        """Sees to it that `best` holds the best merge, made again where its weights are gone; returns notes."""
+        key, folder = self._key(trial), self.folder.trial(trial.name)
+        there = _by_first(lambda: folder.is_dir() or self.folder.holds_best(key))
+        if not there:
+            stage(f"merging the best again, whose weights are gone: {trial.name}")
+            try:
+                self._merge(trial, grams)
+            except SystemFailure:
+                raise
+            except LargemergeError as error:
+                why = "; ".join(error.problems)
+                return [f"{self.folder.best} does not hold {trial.name}, which could not be merged again: {why}"]
+        if own_rank() == 0 and folder.is_dir():
+            self.folder.keep_best(trial.name, key, link=self.keep_all)
+        return []
+
+
+def _by_first(step: Callable[[], Value]) -> Value:
+    """Runs a step on rank 0 alone (collective); what it returns, or that it failed, holds for all."""
+    with start_ranks() as ranks:
+        found = ranks.agree(lambda: step() if ranks.is_first else None)
+        return ranks.from_first(found)  # type: ignore[return-value]
+
+
+def _read_evaluation(noted: Any) -> Evaluation | None:
+    """Reads an evaluation that was noted; `None` where there is none, or where a number of it is missing."""
+    try:
+        found = Evaluation.from_json(noted)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+    numbers = [number for score in found.scores for number in (*score.metrics.values(), *(score.interval or ()))]
+    return found if all(isinstance(number, int | float) for number in numbers) else None
+
+
+def _read_trial(noted: Any) -> tuple[TrialResult, Evaluation] | None:
+    """Reads a trial that was noted; `None` where there is none that can be read."""
+    try:
+        result, evaluation = TrialResult(**noted["trial"]), _read_evaluation(noted["evaluation"])
+    except (TypeError, KeyError):
+        return None
+    return (result, evaluation) if evaluation is not None else None
 
 
 def _joined(measured: Evaluation, trials: Sequence[Evaluation]) -> Evaluation:
@@ -373,10 +398,9 @@ def _with_grams(trial: Trial, grams: Mapping[str, Path]) -> dict[str, Any]:
     return {**trial.raw, "models": models}
 
 
-def _file_name(name: str) -> str:
-    """A file name for a trial, told apart by a digest from others that look alike."""
-    plain = "".join(letter if letter.isalnum() or letter in "._=-" else "_" for letter in name)
-    return f"{plain[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+def _folder_name(label: str) -> str:
+    """A candidate's name as that of a folder: the same, where it can be one."""
+    return label if Path(label).name == label and not label.startswith(".") else f"model-{safe_name(label)}"
 
 
 def _digest(fingerprint: str, more: Any) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,17 @@ import torch
 import transformers as tf
 import yaml
 from cases import weights_in
-from task_models import TEXTS, write_language_model, write_texts
+from task_models import TEXTS, write_jsonl, write_language_model, write_texts
 
 import largemerge
+from largemerge.calibration import load_calibration
+from largemerge.evaluation.prepare import prepare
+from largemerge.evaluation.results import EvaluatedModel
+from largemerge.model.signature import forward_signature
+from largemerge.regression.config import load_config
+from largemerge.trials.held_out import held_out_tasks
 from largemerge.trials.make import make_trials, read_raw, swept
+from largemerge.trials.objective import Objective
 
 
 @pytest.fixture
@@ -57,6 +67,16 @@ def evaluation(folder: Path) -> dict[str, Any]:
     return {"tasks": tasks, "resamples": 20}
 
 
+def kept_trial(out: Path) -> str:
+    """The trial whose merge is in `best`, as the folder notes it; `best.yaml` must be its configuration."""
+    name = str(json.loads((out / "best.json").read_text())["found"]["trial"])
+    assert json.loads((out / "comparison.json").read_text())["best"] == name
+    report = json.loads((out / "best" / "merge_report.json").read_text())
+    made, wanted = report["config"], yaml.safe_load((out / "best.yaml").read_text())
+    assert made["merge_method"] == wanted["merge_method"]
+    return name
+
+
 def test_methods_and_settings_become_trials(config: dict[str, Any]) -> None:
     sweep = {"ridge": [1e-4, 1e-2], "density": [0.5], "off_diagonal_scale": [0.5, 1.0]}
     trials = make_trials(read_raw(config), ["regmean", "ties", "linear", "task_arithmetic"], sweep)
@@ -85,11 +105,23 @@ def test_values_are_read_as_yaml() -> None:
     }
 
 
+@pytest.mark.parametrize("text", ["ridge=1e-6,", "ridge=,1e-6", "ridge=1e-6,,1e-2", "ridge=1e-6, "])
+def test_an_empty_value_is_a_mistake(text: str) -> None:
+    with pytest.raises(largemerge.ConfigError, match="a value is empty; expected one on each side of every comma"):
+        swept([text])
+
+
+def test_other_values_have_other_names(config: dict[str, Any]) -> None:
+    trials = make_trials(read_raw(config), [], {"ridge": [1e-3, 1.0000001e-3]})
+    assert [trial.name for trial in trials] == ["regmean ridge=0.001", "regmean ridge=0.0010000001"]
+
+
 MISTAKES: dict[str, tuple[list[str], dict[str, list[Any]], str]] = {
     "no method": (["regmaen"], {}, "did you mean 'regmean'"),
     "no setting": (["regmean"], {"rigde": [1.0]}, "have no such setting; did you mean 'ridge'"),
     "a value out of range": (["regmean"], {"ridge": [7.0]}, "regmean ridge=7: parameters.ridge"),
     "twice": (["regmean"], {"ridge": [0.1, 0.1]}, "a value stands twice"),
+    "twice, as whole numbers, too": (["regmean"], {"ridge": [1, 1.0]}, "a value stands twice"),
     "a weight": (["regmean"], {"weight": [0.1]}, "have no such setting"),
     "missing": (["slerp"], {}, "slerp: parameters.t: slerp needs it"),
 }
@@ -137,7 +169,9 @@ def test_trials_are_compared_and_the_best_is_kept(config: dict[str, Any], tmp_pa
         assert trial.objective == pytest.approx(sum(shares) / 2)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
+        ".largemerge-comparison",
         "best",
+        "best.json",
         "best.yaml",
         "comparison.csv",
         "comparison.html",
@@ -146,6 +180,7 @@ def test_trials_are_compared_and_the_best_is_kept(config: dict[str, Any], tmp_pa
         "trials",
     }
     assert not [path for path in (tmp_path / "out" / "trials").iterdir() if path.is_dir()]
+    assert kept_trial(tmp_path / "out") == best.name
     # The file makes the kept merge again.
     largemerge.merge(yaml.safe_load((tmp_path / "out" / "best.yaml").read_text()), tmp_path / "again")
     again, kept = weights_in(tmp_path / "again"), weights_in(tmp_path / "out" / "best")
@@ -223,8 +258,10 @@ def test_without_an_evaluation_texts_are_held_out(config: dict[str, Any], tmp_pa
     drawn = config["calibration"]["num_samples"]
     assert all(score.num_samples == len(TEXTS) ** 2 - drawn for score in report.evaluation.scores)
     few = dict(config, calibration={"num_samples": 64})
-    with pytest.raises(largemerge.LargemergeError, match="'skip: 64' passes over all of them"):
+    said = r"math\.jsonl: calibration draws 64 samples, which uses all of the data .* a lower 'num_samples'"
+    with pytest.raises(largemerge.ConfigError, match=said) as caught:
         largemerge.compare(few, out=tmp_path / "few")
+    assert "skip" not in str(caught.value) and len(caught.value.problems) == 2
 
 
 def test_one_failing_trial_loses_no_other(config: dict[str, Any], tmp_path: Path) -> None:
@@ -245,3 +282,215 @@ def test_the_command_compares(config: dict[str, Any], tmp_path: Path) -> None:
     found = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert len(found["trials"]) == 3 and found["best"]
     assert "<script" not in (tmp_path / "comparison" / "comparison.html").read_text()
+
+
+# Whose the folder is
+
+
+@pytest.mark.parametrize("name", ["best/thesis.txt", "best.yaml", "models.json", "trials/mine.txt", "grams/mine.txt"])
+def test_a_folder_of_the_users_own_is_refused(config: dict[str, Any], tmp_path: Path, name: str) -> None:
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(
+        largemerge.OutputError, match=f"out: holds {name.partition('/')[0]}, and is no folder of an earl"
+    ):
+        largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", methods=["linear"])
+    assert path.read_text() == "mine" and len([each for each in (tmp_path / "out").rglob("*") if each.is_file()]) == 1
+
+
+def test_an_occupied_folder_is_told_with_the_other_mistakes(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(largemerge.ConfigError, match=r"did you mean 'linear'[\s\S]*out: is a file; expected a folder"):
+        largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", methods=["liner"])
+
+
+def test_notes_that_cannot_be_read_are_as_if_there_were_none(config: dict[str, Any], tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "methods": ["linear", "ties"]}
+    first = largemerge.compare(config, evaluation(tmp_path), **arguments)
+    models = tmp_path / "out" / "models.json"
+    noted = json.loads(models.read_text())
+    for score in noted["found"]["scores"]:
+        score["interval"] = [None, None]  # what JSON makes of NaN
+    linear, _ = sorted((tmp_path / "out" / "trials").glob("*.json"))
+    for text in (json.dumps(noted), "[1, 2]", "{", json.dumps({"key": noted["key"], "found": [1]})):
+        models.write_text(text)
+        linear.write_text(text)
+        again = largemerge.compare(config, evaluation(tmp_path), **arguments)
+        assert scores_of(again) == scores_of(first) and again.trials[1] == first.trials[1]
+        assert again.trials[0].merge_seconds != first.trials[0].merge_seconds
+
+
+def scores_of(report: largemerge.CompareReport) -> list[tuple[str, str, float | None, Any]]:
+    return [(each.model, each.task, each.value, each.interval) for each in report.evaluation.scores]
+
+
+# What notes depend on
+
+
+def test_what_is_noted_depends_on_the_data(config: dict[str, Any], tmp_path: Path) -> None:
+    """Other texts under the same name: of the tasks, then of calibration, and of what both lie in."""
+    tasks = evaluation(tmp_path)
+    shutil.copy(tmp_path / "math.jsonl", tmp_path / "tasks.jsonl")
+    tasks["tasks"][0]["data"] = str(tmp_path / "tasks.jsonl")
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "sweep": {"off_diagonal_scale": [0.2, 0.9]}}
+    reports = [largemerge.compare(config, tasks, **arguments)]
+    write_texts(tmp_path / "tasks.jsonl", ["another text altogether", "and one more"])
+    reports.append(largemerge.compare(config, tasks, **arguments))
+    write_texts(tmp_path / "math.jsonl", ["merging is an end", "what is it to be"] * 9)
+    reports.append(largemerge.compare(config, tasks, **arguments))
+    before, other_tasks, other_calibration = (
+        [report.evaluation.score(report.trials[0].name, task).value for task in ("math", "code")] for report in reports
+    )
+    assert other_tasks[0] != before[0] and other_tasks[1] == before[1]
+    assert all(other != earlier for other, earlier in zip(other_calibration, other_tasks, strict=True))
+    assert reports[1].evaluation.score("math", "math").num_samples == 2
+    assert largemerge.compare(config, tasks, **arguments).trials == reports[2].trials
+
+
+# What `best` holds
+
+
+def test_best_holds_the_best_of_the_last_run(config: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments: dict[str, Any] = {"out": out, "methods": ["linear", "ties"]}
+    both = largemerge.compare(config, evaluation(tmp_path), **arguments)
+    assert both.best is not None
+    (worse,) = (trial.name for trial in both.trials if trial.name != both.best.name)
+    first = weights_in(out / "best")
+    # The worse one alone: measured already, its weights are gone, and are made again.
+    alone = largemerge.compare(config, evaluation(tmp_path), **arguments | {"methods": [worse]})
+    assert alone.trials[0] in both.trials and kept_trial(out) == worse
+    assert any(not torch.equal(first[name], weight) for name, weight in weights_in(out / "best").items())
+    largemerge.compare(config, evaluation(tmp_path), **arguments)
+    assert kept_trial(out) == both.best.name
+    assert all(torch.equal(first[name], weight) for name, weight in weights_in(out / "best").items())
+    assert not [path for path in (out / "trials").iterdir() if path.is_dir()]
+    # All weights are kept: those of the best are in both places.
+    largemerge.compare(config, evaluation(tmp_path), **arguments, keep_all=True)
+    assert (out / "best").resolve().parent == out / "trials" and kept_trial(out) == both.best.name
+    assert len([path for path in (out / "trials").iterdir() if path.is_dir()]) == 2
+    largemerge.compare(config, evaluation(tmp_path), **arguments)
+    assert not (out / "best").is_symlink() and kept_trial(out) == both.best.name
+    assert not [path for path in (out / "trials").iterdir() if path.is_dir()]
+
+
+def test_what_was_interrupted_and_is_another_now_starts_afresh(config: dict[str, Any], tmp_path: Path) -> None:
+    """Neither a trial nor Gram matrices under way are gone on with once their settings are others."""
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "sweep": {"off_diagonal_scale": [0.2, 0.9]}}
+    largemerge.compare(config, evaluation(tmp_path), **arguments)
+    for folder in (tmp_path / "out" / "grams", *(tmp_path / "out" / "trials").glob("*scale=0.2*.json")):
+        working = folder.with_name(folder.name.removesuffix(".json"))
+        (working / ".largemerge").mkdir(parents=True)
+        (working / ".largemerge" / "manifest.json").write_text('{"of": "another run"}')
+    changed = dict(config, calibration={"num_samples": 6, "batch_size": 4})
+    report = largemerge.compare(changed, evaluation(tmp_path), **arguments)
+    assert not report.problems
+
+
+# What is compared with what
+
+
+def test_an_expert_without_a_score_stops_before_the_first_merge(config: dict[str, Any], tmp_path: Path) -> None:
+    """Raw losses in the place of shares would make the worst trial the best."""
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "math")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tf.AutoTokenizer.from_pretrained(tmp_path / "math").save_pretrained(tmp_path / "nan")
+    tasks = evaluation(tmp_path)
+    tasks["tasks"][0]["expert"] = str(tmp_path / "nan")
+    said = r"task 'math': its expert nan failed \(.*not finite.*\); trials cannot be compared by shares of its score"
+    with pytest.raises(largemerge.LargemergeError, match=said):
+        largemerge.compare(config, tasks, out=tmp_path / "out", methods=["linear"])
+    assert not list((tmp_path / "out" / "trials").iterdir())
+
+
+def test_a_score_of_zero_has_no_shares(config: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"question": text, "answer": "never written"} for text in TEXTS[:3]]
+    data = write_jsonl(tmp_path / "questions.jsonl", rows)
+    task = {"kind": "generation", "data": data, "prompt": "{question}", "max_new_tokens": 2}
+    tasks = [{"name": name, "expert": str(tmp_path / name), **task} for name in ("math", "code")]
+    with pytest.raises(largemerge.LargemergeError, match=r"its expert math has a exact_match of 0") as caught:
+        largemerge.compare(config, {"tasks": tasks}, out=tmp_path / "out", methods=["linear"])
+    assert len(caught.value.problems) == 2
+    # Without experts there is a common scale: the score itself.
+    alone = [{key: value for key, value in each.items() if key != "expert"} for each in tasks]
+    report = largemerge.compare(config, {"tasks": alone}, out=tmp_path / "out", methods=["linear"])
+    assert report.objective == "exact_match" and report.trials[0].objective == 0.0
+
+
+def test_a_trial_that_fails_in_a_task_has_no_objective_and_says_so(config: dict[str, Any], tmp_path: Path) -> None:
+    report = largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", methods=["linear"])
+    objective = Objective("of the experts", higher_is_better=True, of_experts=True)
+    assert objective.of(report.evaluation, "linear") == (report.trials[0].objective, "")
+    first, *others = [score for score in report.evaluation.scores if score.model == "linear"]
+    failed = replace(first, metrics={}, normalized=None, error="no memory")
+    found = objective.of(replace(report.evaluation, scores=(failed, *others)), "linear")
+    assert found == (None, "cannot be compared: failed in math")
+    found = objective.of(replace(report.evaluation, scores=(replace(first, normalized=None), *others)), "linear")
+    assert found == (None, "cannot be compared: has no share of the expert's score in math")
+
+
+def test_a_model_called_like_a_trial_is_told_apart(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "math").rename(tmp_path / "linear")
+    config["models"][0]["model"] = str(tmp_path / "linear")
+    tasks = evaluation(tmp_path)
+    tasks["tasks"][0]["expert"] = str(tmp_path / "linear")
+    report = largemerge.compare(config, tasks, out=tmp_path / "out", methods=["linear"])
+    (trial,) = report.trials
+    assert trial.name == "linear (trial)" and kept_trial(tmp_path / "out") == trial.name
+    own, expert = (report.evaluation.score(name, "math") for name in (trial.name, "linear"))
+    assert own is not None and expert is not None and own.value != expert.value
+    assert expert.normalized == 1.0 and own.normalized == pytest.approx(expert.value / own.value)
+
+
+def test_no_common_scale_is_told_before_anything_is_measured(config: dict[str, Any], tmp_path: Path) -> None:
+    tasks = evaluation(tmp_path)
+    del tasks["tasks"][0]["expert"]
+    data = write_jsonl(tmp_path / "questions.jsonl", [{"question": TEXTS[0], "answer": "4"}])
+    tasks["tasks"][1] = {"name": "sums", "kind": "generation", "data": data, "prompt": "{question}"}
+    with pytest.raises(largemerge.ConfigError, match=r"math \(loss\), sums \(exact_match\) have no common scale"):
+        largemerge.compare(config, tasks, out=tmp_path / "out", methods=["linear"])
+    assert not (tmp_path / "out").exists()
+
+
+# What trials share, and what is held out
+
+
+def test_names_that_are_no_folders_share_gram_matrices(config: dict[str, Any], tmp_path: Path) -> None:
+    config["models"][0]["name"], config["models"][1]["name"] = "a/b", ".hidden"
+    config["tokenizer_source"] = "a/b"
+    report = largemerge.compare(config, out=tmp_path / "out", sweep={"ridge": [1e-6, 1e-2]}, keep_all=True)
+    assert not report.problems and "2 trials by RegMean share the Gram matrices" in report.notes[0]
+    largemerge.merge(config | {"parameters": {"ridge": 1e-2}}, tmp_path / "alone")
+    (folder,) = (tmp_path / "out" / "trials").glob("*ridge=0.01*/")
+    shared, alone = weights_in(folder), weights_in(tmp_path / "alone")
+    assert all(torch.allclose(shared[name], weight, atol=1e-6) for name, weight in alone.items())
+
+
+def test_packed_texts_are_held_out_behind_those_of_calibration(config: dict[str, Any], tmp_path: Path) -> None:
+    """Of texts with a word of their own each, no word is in both halves but that of the text at the border."""
+    words = [f"{number:03d}" for number in range(60)]
+    for name in ("math", "code"):
+        write_texts(tmp_path / f"{name}.jsonl", [f"{word} the models that were merged {word}" for word in words])
+    config["calibration"] = {"num_samples": 4, "batch_size": 4, "max_length": 32}
+    for model in config["models"]:
+        model["calibration"]["pack"] = True
+    checked = load_config(config)
+    tasks = held_out_tasks(checked)
+    job = prepare(tasks, [EvaluatedModel("math", str(tmp_path / "math"), "candidate")])[0]
+    assert job.task.name == "math, held out" and job.prepared is not None and job.opened is not None
+    settings = checked.models[0].calibration
+    assert settings is not None
+    signature = forward_signature(job.opened.skeleton)
+    drawn = load_calibration(settings, "math", tmp_path / "math", signature)
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "math")
+
+    def words_in(sequences: Iterable[Any]) -> set[str]:
+        text = " ".join(tokenizer.decode(each) for each in sequences)
+        return {word for word in words if word in text}
+
+    before = words_in(row for batch in drawn.batches for row in batch.inputs["input_ids"])
+    after = words_in(each.sequences["input_ids"] for group in job.prepared.samples.groups for each in group)
+    assert len(before) > 4 and len(after) > 4 and len(before & after) <= 1
