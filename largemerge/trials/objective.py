@@ -106,6 +106,5 @@ def _expert_problems(measured: Evaluation, task: EvaluatedTask) -> Iterator[str]
     if score is None or score.value is None:
         yield f"{begin} failed{f' ({score.error})' if score is not None and score.error else ''}{end}"
     elif score.value <= 0:
-        yield (
-            f"{begin} has a {task.metric} of {score.value:.4g}, of which there are no shares{end}, or none for any task"
-        )
+        found = f"reaches {score.value:.4g} in {task.metric}, of which there are no shares"
+        yield f"{begin} {found}{end}, or none for any task"

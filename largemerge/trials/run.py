@@ -349,9 +349,9 @@ def _read_evaluation(noted: Any) -> Evaluation | None:
     """Reads an evaluation that was noted; `None` where there is none, or where a number of it is missing."""
     try:
         found = Evaluation.from_json(noted)
+        numbers = [number for score in found.scores for number in (*score.metrics.values(), *(score.interval or ()))]
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
-    numbers = [number for score in found.scores for number in (*score.metrics.values(), *(score.interval or ()))]
     return found if all(isinstance(number, int | float) for number in numbers) else None
 
 

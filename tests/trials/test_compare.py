@@ -411,7 +411,9 @@ def test_a_score_of_zero_has_no_shares(config: dict[str, Any], tmp_path: Path) -
     data = write_jsonl(tmp_path / "questions.jsonl", rows)
     task = {"kind": "generation", "data": data, "prompt": "{question}", "max_new_tokens": 2}
     tasks = [{"name": name, "expert": str(tmp_path / name), **task} for name in ("math", "code")]
-    with pytest.raises(largemerge.LargemergeError, match=r"its expert math has a exact_match of 0") as caught:
+    with pytest.raises(
+        largemerge.LargemergeError, match=r"its expert math reaches 0 in exact_match, of which"
+    ) as caught:
         largemerge.compare(config, {"tasks": tasks}, out=tmp_path / "out", methods=["linear"])
     assert len(caught.value.problems) == 2
     # Without experts there is a common scale: the score itself.
