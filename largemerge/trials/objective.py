@@ -107,4 +107,4 @@ def _expert_problems(measured: Evaluation, task: EvaluatedTask) -> Iterator[str]
         yield f"{begin} failed{f' ({score.error})' if score is not None and score.error else ''}{end}"
     elif score.value <= 0:
         found = f"reaches {score.value:.4g} in {task.metric}, of which there are no shares"
-        yield f"{begin} {found}{end}, or none for any task"
+        yield f"{begin} {found}{end}, none for any task, or more samples"
