@@ -460,7 +460,8 @@ def evaluate(
     from largemerge.evaluation.prepare import name_models
 
     problems = list(_argument_problems({"device": device, "quiet": quiet, "memory": memory, "limit": limit}))
-    problems += [f"--out {shown(out)}: expected a folder"] if out is not None and not _is_path(out) else []
+    if out is not None and (not _is_path(out) or (Path(out).exists() and not Path(out).is_dir())):
+        problems.append(f"--out {shown(str(out))}: expected a folder, new or not")
     try:
         resolved = load_evaluation(config)
     except ConfigError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,13 @@ def tokenizer(kind: str = "BPE") -> PreTrainedTokenizerFast:
 
 
 def _tokenizer(kind: str) -> tokenizers.Tokenizer:
-    return train(kind, TEXTS)
+    return tokenizers.Tokenizer.from_str(_trained(kind))
+
+
+@cache
+def _trained(kind: str) -> str:
+    """A trained tokenizer as JSON: trained anew, it would number tokens that are alike otherwise."""
+    return str(train(kind, TEXTS).to_str())
 
 
 def write_language_model(folder: Path, architecture: str = "llama", seed: int = 0) -> tf.PreTrainedModel:

@@ -251,7 +251,7 @@ def _row_problems(values: Mapping[str, Any], fields: Fields) -> list[str]:
         if not isinstance(values[field], str):
             problems.append(f"{field!r}: expected text, found {_shown(values[field])}")
     if fields.messages is not None:
-        problem = _message_problem(values[fields.messages])
+        problem = message_problem(values[fields.messages])
         if problem:
             problems.append(f"{fields.messages!r}: {problem}")
     if fields.loss_mask is not None:
@@ -264,7 +264,8 @@ def _row_problems(values: Mapping[str, Any], fields: Fields) -> list[str]:
     return problems
 
 
-def _message_problem(messages: Any) -> str | None:
+def message_problem(messages: Any) -> str | None:
+    """Says what is wrong with a conversation; `None` if nothing is."""
     expected = "expected a list of {'role': ..., 'content': ...}"
     if not isinstance(messages, list):
         return f"{expected}, found {_shown(messages)}"

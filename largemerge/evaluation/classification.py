@@ -26,7 +26,7 @@ from largemerge.evaluation.config import (
 from largemerge.evaluation.metrics import ACCURACY, F1, MATTHEWS, correlation
 from largemerge.evaluation.models import ModelFiles, OpenedModel, as_tower
 from largemerge.evaluation.prompts import Prompts, load_prompts
-from largemerge.evaluation.table import Table, as_sample, label_numbers, open_table, open_texts
+from largemerge.evaluation.table import Table, as_sample, label_numbers, numbers_of, open_table, open_texts
 from largemerge.evaluation.task import (
     FirstPass,
     Metric,
@@ -158,7 +158,7 @@ def text_classification(
         )
     labels: Sequence[float]
     if one_output:
-        labels = [float(value) for value in table.column(task.label_field, (int, float), "a number")]
+        labels = numbers_of(table, task.label_field)
     else:
         labels = label_numbers(table, task.label_field, classes, f"{files.name}'s labels")
     texts = table.column(first, str, "a text")

@@ -11,6 +11,7 @@ an unknown key with the nearest right one. `load_evaluation` is the way in; path
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ from largemerge.config_file import (
     without_helpers,
 )
 from largemerge.errors import ConfigError
+
+_TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.IGNORECASE)
+"""Matches names of files and folders that `datasets` takes for a test split."""
 
 
 class TaskData(Strict):
@@ -71,9 +75,7 @@ class TaskData(Strict):
             defaults: The evaluation, whose numbers stand for those that the task does not set.
             fields: Names of columns, and what else is said of texts.
         """
-        split = self.split
-        if split is None:
-            split = "train" if Path(self.data).is_file() or not _is_dataset(self.data) else "test"
+        split = self.split or _default_split(self.data)
         return CalibrationConfig(
             data=self.data,
             subset=self.subset,
@@ -87,12 +89,17 @@ class TaskData(Strict):
         )
 
 
-def _is_dataset(data: str) -> bool:
-    """Whether data has splits: a dataset of the Hub, or a folder of files that are no images."""
-    from largemerge.calibration.folders import is_image_folder
+def _default_split(data: str) -> str:
+    """The split that is measured where none is named: `test` where there is one, all of a file or of a folder else."""
+    from largemerge.calibration.folders import is_image_folder, visible_under
 
     path = Path(data)
-    return not (path.is_dir() and is_image_folder(path))
+    if path.is_file() or (path.is_dir() and is_image_folder(path)):
+        return "train"
+    if path.is_dir():
+        names = (part for file in visible_under(path) for part in file.relative_to(path).parts)
+        return "test" if any(_TEST.search(name) for name in names) else "train"
+    return "test"
 
 
 class LanguageModelTask(TaskData):
@@ -139,7 +146,7 @@ class GenerationTask(TaskData):
     answer_field: str = "answer"
     """Column with the right answer, or a list of right ones."""
     max_new_tokens: int = Field(64, ge=1, le=LARGEST_COUNT)
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts at which the answer ends."""
     extract: Regex | None = None
     """Regex whose first group, or whole match, is the answer, in what is written and in the data; the last match."""
@@ -339,7 +346,7 @@ def load_evaluation(source: str | Path | Mapping[str, Any] | EvaluationConfig) -
     if isinstance(source, EvaluationConfig):
         return source
     check_source(source)
-    raw: Mapping[str, Any] = source if isinstance(source, Mapping) else read_yaml(Path(source))
+    raw: Mapping[str, Any] = source if isinstance(source, Mapping) else read_yaml(Path(source), "'tasks'")
     raw = without_helpers(raw, EvaluationConfig.model_fields)
     problems = [*_top_problems(raw), *_task_problems(raw.get("tasks"))]
     if problems:
@@ -391,6 +398,12 @@ def _misfits(config: EvaluationConfig) -> Iterator[str]:
     for task in config.tasks:
         if isinstance(task, MultipleChoiceTask) and (task.choices is None) == (task.choices_field is None):
             yield f"task {task.name!r}: expected either 'choices' or 'choices_field'"
+        length = getattr(task, "max_length", None) or config.max_length
+        if isinstance(task, GenerationTask) and task.max_new_tokens >= length:
+            yield (
+                f"task {task.name!r}: max_new_tokens is {task.max_new_tokens}, which leaves nothing of max_length "
+                f"({length}) for the prompt; expected fewer, or a larger max_length"
+            )
         if isinstance(task, GenerationTask) and (task.prompt is None) == (task.messages_field is None):
             yield f"task {task.name!r}: expected either 'prompt' or 'messages_field'"
 
@@ -402,18 +415,23 @@ def _absolute(config: EvaluationConfig, folders: Sequence[Path]) -> EvaluationCo
         inside = (folder / os.path.expanduser(text) for folder in folders)
         return next((str(each) for each in inside if os.path.lexists(each)), text)
 
+    def file(name: str) -> str:
+        """The path of a file; what is a folder, or is not there, is a name: a model's folder may be called so, too."""
+        return path(name) if os.path.isfile(path(name)) else name
+
     def with_paths(part: Any, keys: Sequence[str], references: Sequence[str] = ()) -> Any:
         found: dict[str, Any] = {key: path(text) for key in keys if (text := getattr(part, key, None)) is not None}
+        found |= {key: file(text) for key in ("head", "classes") if (text := getattr(part, key, None)) is not None}
         found |= {
             key: absolute_reference(text, folders)
             for key in references
             if (text := getattr(part, key, None)) is not None
         }
         if isinstance(part, HarnessTask):
-            found["tasks"] = tuple(path(name) for name in part.tasks)
+            found["tasks"] = tuple(map(file, part.tasks))
         return part.model_copy(update=found)
 
-    tasks = tuple(with_paths(each, ("data", "head", "classes"), ("expert", "text_model")) for each in config.tasks)
+    tasks = tuple(with_paths(each, ("data",), ("expert", "text_model")) for each in config.tasks)
     memory = with_paths(config.memory, ("disk",))
     whole: EvaluationConfig = with_paths(config.model_copy(update={"tasks": tasks, "memory": memory}), (), ("base",))
     return whole

@@ -20,7 +20,7 @@ from largemerge.errors import CalibrationError, ConfigError
 from largemerge.evaluation.config import EvaluationConfig, Pooling, RetrievalTask, SimilarityTask
 from largemerge.evaluation.metrics import correlation
 from largemerge.evaluation.models import ModelFiles
-from largemerge.evaluation.table import Table, as_sample, open_table, open_texts
+from largemerge.evaluation.table import Table, as_sample, numbers_of, open_table, open_texts
 from largemerge.evaluation.task import Columns, Metric, Prepared, Record, Samples, mean_of
 
 MRR = Metric("mrr@10", mean_of("reciprocal_rank"))
@@ -52,7 +52,7 @@ def retrieval(
         vectors = torch.stack([records[number]["vector"] for number in range(len(queries) + len(places))])
         similar = (vectors[: len(queries)] @ vectors[len(queries) :].T).double().numpy()
         right = similar[np.arange(len(queries)), own]
-        ranks = 1 + (similar > right[:, None]).sum(axis=1)
+        ranks = (similar >= right[:, None]).sum(axis=1)  # ties count against the model, the passage's own not
         found = ranks <= 10
         return {
             "reciprocal_rank": np.where(found, 1 / ranks, 0.0),
@@ -76,7 +76,7 @@ def similarity(
     fields = (("first_field", task.first_field), ("second_field", task.second_field), ("score_field", task.score_field))
     table = open_table(task, config, fields, max_length=task.max_length)
     reader = open_texts(files, table, signature)
-    scores = np.array(table.column(task.score_field, (int, float), "a number"), dtype=np.float64)
+    scores = np.array(numbers_of(table, task.score_field))
     texts = [text for field in (task.first_field, task.second_field) for text in table.column(field, str, "a text")]
 
     def finish(records: Mapping[int, Record]) -> Columns:

@@ -23,7 +23,7 @@ import torch
 from largemerge.calibration.batches import Batch, CalibrationSet, mmap_inputs
 from largemerge.checkpoint.tensor_info import dtype_name
 from largemerge.distributed.ranks import Ranks, device_of_rank, start_ranks
-from largemerge.errors import LargemergeError, SystemFailure
+from largemerge.errors import ConfigError, LargemergeError, SystemFailure
 from largemerge.evaluation.config import (
     EvaluationConfig,
     HarnessTask,
@@ -69,7 +69,11 @@ def evaluate_models(
     start = time.perf_counter()
     with start_ranks(on_gpus=device != "cpu") as ranks:
         target = ranks.agree(lambda: device_of_rank(device, ranks))
-        jobs = ranks.agree(lambda: prepare(config, models))
+        prepared = ranks.agree(lambda: prepare(config, models))
+        jobs = prepared.jobs
+        unmeasured = [task.name for task in config.tasks if task.name not in {job.task.name for job in jobs}]
+        if unmeasured:
+            raise ConfigError(*(f"task {name!r}: no model has the head that it names" for name in unmeasured))
         limits = _limits(config, target, ranks)
         scores = _Run(config, limits, ranks, quiet=quiet or not ranks.is_first).run(jobs)
         everyone = tuple(dict.fromkeys(job.model for job in jobs))
@@ -83,6 +87,7 @@ def evaluate_models(
             versions=versions(),
             machine=machine(target),
             seconds=time.perf_counter() - start,
+            notes=prepared.notes,
         )
 
 
@@ -200,9 +205,11 @@ class _Run:
                 error = "; ".join(failed.problems)
             parts = self.ranks.gather((records, error))
             error = next((each for _, each in parts if each), "")
-            self._made[key] = None if error else first.finish(_joined(part for part, _ in parts))
-            found.error, found.seconds = error, time.perf_counter() - began
-        return self._made[key]
+            made = None if error else first.finish(_joined(part for part, _ in parts))
+            self._made[key] = made, error
+            found.seconds = time.perf_counter() - began
+        made, found.error = self._made[key]
+        return made
 
     def _batches(self, samples: Samples, way: Way) -> Sequence[Batch]:
         """The batches of a task: made one after another where the model is whole, else once for all blocks."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from largemerge.calibration.batches import Batch, ForwardSignature, Sample
-from largemerge.calibration.columns import MAX_PROBLEMS, choose_fields
+from largemerge.calibration.columns import MAX_PROBLEMS, choose_fields, message_problem
 from largemerge.calibration.load import read_samples
 from largemerge.calibration.tokenizer import TextReader, encode_text, has_chat_template, open_text_reader
 from largemerge.errors import CalibrationError
@@ -221,8 +221,8 @@ def _answers(task: MultipleChoiceTask, table: Table, choices: Sequence[Sequence[
         own_labels = [value.get("label") if isinstance(value, dict) else None for value in values]
     for index, value in enumerate(table.column(task.answer_field, (int, str), "a number, a letter or a text")):
         own, labels = list(choices[index]), own_labels[index]
-        if isinstance(labels, list) and value in labels:
-            number = labels.index(value)
+        if isinstance(labels, list) and str(value) in map(str, labels):
+            number = [str(label) for label in labels].index(str(value))
         elif isinstance(value, str) and value in own:
             number = own.index(value)
         elif isinstance(value, str) and re.fullmatch(r"[A-Z]", value.strip()):
@@ -287,6 +287,11 @@ def generation(
     ]
     wanted = [{_extracted(text, task) for text in own} for own in right]
     problems = [
+        f"{table.where}: row {row}: {task.answer_field!r} is empty; expected a right answer"
+        for row, own in zip(table.numbers, right, strict=True)
+        if not own
+    ]
+    problems += [
         f"{table.where}: row {row}: {task.answer_field!r}: 'extract' finds nothing in {brief(own[0])}"
         for row, own, texts in zip(table.numbers, right, wanted, strict=True)
         if task.extract is not None and None in texts
@@ -335,7 +340,15 @@ def _prompts(task: GenerationTask, table: Table, reader: TextReader) -> list[Any
         raise CalibrationError(
             f"{table.where}: messages_field: the model's tokenizer has no chat template; give plain text by 'prompt'"
         )
-    return table.column(task.messages_field, list, "a list of messages")
+    conversations = table.column(task.messages_field, list, "a list of messages")
+    problems = [
+        f"{table.where}: row {row}: {task.messages_field!r}: {message_problem(messages) or 'empty; expected messages'}"
+        for row, messages in zip(table.numbers, conversations, strict=True)
+        if not messages or message_problem(messages) is not None
+    ]
+    if problems:
+        raise CalibrationError(*problems[:MAX_PROBLEMS])
+    return conversations
 
 
 def _prompt_tokens(prompt: Any, reader: TextReader, task: GenerationTask) -> dict[str, list[int]]:
@@ -360,7 +373,7 @@ def _extracted(text: str, task: GenerationTask) -> str | None:
         found = list(re.finditer(task.extract, text))
         if not found:
             return None
-        text = found[-1].group(1) if found[-1].re.groups else found[-1].group(0)
+        text = next((group for group in found[-1].groups() if group is not None), found[-1].group(0))
     text = " ".join(text.split())
     return text.casefold() if task.ignore_case else text
 

@@ -75,7 +75,11 @@ def interval(
     if resamples == 0 or count < 2:
         return None
     draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
-    values = [metric.compute({name: column[draw] for name, column in columns.items()}) for draw in draws]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = np.array([metric.compute({name: column[draw] for name, column in columns.items()}) for draw in draws])
+    values = values[np.isfinite(values)]  # a draw of samples without any token that counts has no loss
+    if not len(values):
+        return None
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 
 from largemerge.checkpoint.index import Checkpoint
@@ -32,7 +33,7 @@ from largemerge.model.adapter_names import AdapterNames
 from largemerge.model.classes import classify, oriented
 from largemerge.model.key_mapping import KeyMapping, map_keys
 from largemerge.model.output_check import check_own_configs
-from largemerge.model.skeleton import Skeleton, build_skeleton, keep_computed
+from largemerge.model.skeleton import Skeleton, build_skeleton, keep_computed, load_config
 from largemerge.tokenizer.tokenizers import tokenizer_folder
 
 
@@ -116,6 +117,28 @@ def with_head(files: ModelFiles, head: str) -> ModelFiles:
             f"{path}: no head that a merge has kept; expected 'config' in the file's header"
         ) from None
     return _changed(files, config, tensors)
+
+
+def as_body(files: ModelFiles, class_name: str) -> ModelFiles:
+    """Sees a model as its bare body, as `AutoModel` would load it; its head is left out.
+
+    Args:
+        files: The model.
+        class_name: Name of its class.
+
+    Raises:
+        CheckpointError: If it is an encoder-decoder.
+    """
+    config = load_config(files.checkpoint, trust_remote_code=files.trust_remote_code)
+    mapping: Any = transformers.MODEL_MAPPING
+    body = mapping[type(config)].__name__ if type(config) in mapping else class_name
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{files.name}: a {class_name} is an encoder-decoder; expected an encoder, such as a BertModel"
+        )
+    if body == class_name:
+        return files
+    return _changed(files, {**files.checkpoint.config, "architectures": [body]}, {})
 
 
 def as_tower(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from largemerge.calibration.batches import CalibrationSet, ForwardSignature
+from largemerge.checkpoint.side_files import HEADS_FOLDER
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.errors import ConfigError, LargemergeError
 from largemerge.evaluation.classification import Shared, image_classification, text_classification, zero_shot
@@ -34,7 +35,7 @@ from largemerge.evaluation.config import (
 from largemerge.evaluation.embeddings import retrieval, similarity
 from largemerge.evaluation.harness import check_harness
 from largemerge.evaluation.language import generation, language_model, multiple_choice
-from largemerge.evaluation.models import ModelFiles, OpenedModel, open_files, with_head
+from largemerge.evaluation.models import ModelFiles, OpenedModel, as_body, open_files, with_head
 from largemerge.evaluation.results import EvaluatedModel
 from largemerge.evaluation.task import Prepared, Samples
 from largemerge.model.fake_forward import placeholder_tokens
@@ -55,9 +56,9 @@ def name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> list
     if isinstance(models, Mapping):
         return [EvaluatedModel(name, str(reference), "model") for name, reference in models.items()]
     references = [str(model).rstrip("/") or str(model) for model in models]
-    twice = [reference for reference, count in Counter(references).items() if count > 1]
+    twice = [place for place, count in Counter(map(_place, references)).items() if count > 1]
     if twice:
-        raise ConfigError(*(f"{reference}: stands twice among the models; expected it once" for reference in twice))
+        raise ConfigError(*(f"{place}: stands twice among the models; expected it once" for place in twice))
     if not references:
         raise ConfigError("no models; expected folders or Hub ids")
     parts = [reference.split("/") for reference in references]
@@ -89,7 +90,20 @@ class Job:
     first: OpenedModel | None = None
 
 
-def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> list[Job]:
+@dataclass(frozen=True)
+class Preparation:
+    """What is to be run.
+
+    Attributes:
+        jobs: Every task with every model that it is measured with.
+        notes: What a user should know.
+    """
+
+    jobs: tuple[Job, ...]
+    notes: tuple[str, ...]
+
+
+def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> Preparation:
     """Opens all models, and prepares all tasks for them.
 
     Args:
@@ -126,17 +140,26 @@ def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> list[
                 lenders[reference] = found
     if any(isinstance(task, HarnessTask) for task in config.tasks):
         attempt(check_harness, [task for task in config.tasks if isinstance(task, HarnessTask)])
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
     stage("reading the data of all tasks")
-    base = next((files[model.name] for model, _ in wanted if model.role == "base"), None)
+    base = next((files.get(model.name) for model, _ in wanted if model.role == "base"), None)
     jobs: list[Job] = []
+    notes: list[str] = []
     opened_views: dict[str, OpenedModel] = {}
     shared = Shared(lambda view: _opened(view, opened_views))
     for model, tasks in wanted:
+        if model.name not in files:
+            continue  # what is wrong with it is told with all else
         own = files[model.name]
         own = replace(own, fallbacks=() if base is None else (base.checkpoint.folder,))
         for task in tasks:
+            if _has_another_head(task, own):
+                if expert_among(task, [each for each, _ in wanted]) is not model:
+                    notes.append(
+                        f"task {task.name!r}: {model.name} has a head of its own, not the one that is named; "
+                        "it is not measured there"
+                    )
+                    continue
+                task = task.model_copy(update={"head": None})
             job = attempt(_job, config, model, task, own, lenders, shared)
             jobs += [job] if job is not None else []
     metrics = sorted({headline_metric(job) for job in jobs})
@@ -147,7 +170,15 @@ def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> list[
         )
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    return jobs
+    return Preparation(tuple(jobs), tuple(notes))
+
+
+def _has_another_head(task: Task, files: ModelFiles) -> bool:
+    """Whether a task names a head that a merge has kept, and a model is no merge but a classifier with its own head."""
+    head = getattr(task, "head", None)
+    if head is None or Path(head).is_file() or (files.checkpoint.root / HEADS_FOLDER).is_dir():
+        return False
+    return any("Classification" in name for name in files.checkpoint.config.get("architectures") or ())
 
 
 def headline_metric(job: Job) -> str:
@@ -216,13 +247,19 @@ def _job(
     head = getattr(task, "head", None)
     if head is not None:
         files = with_head(files, head)
-    lender = lenders.get(getattr(task, "text_model", None) or "")
+    text_model = getattr(task, "text_model", None)
+    lender = lenders.get(text_model or "")
+    if text_model is not None and lender is None:
+        raise ConfigError(f"task {task.name!r}: its text_model cannot be opened")
     if lender is not None:
         files = replace(files, fallbacks=(*files.fallbacks, lender.checkpoint.folder))
     prepared = _prepared(config, task, files, lender, shared)
     view = shared.open_view(prepared.view)
     _check_ids(view, prepared.samples)
+    _check_lengths(view, prepared)
     first = shared.open_view(prepared.first.view) if prepared.first is not None else None
+    if first is not None and prepared.first is not None:
+        _check_ids(first, prepared.first.samples)
     return Job(model, task, files, prepared, view, first)
 
 
@@ -247,9 +284,9 @@ def _prepared(
         case TextClassificationTask():
             return text_classification(task, config, files, skeleton)
         case RetrievalTask():
-            return retrieval(task, config, files, signature)
+            return retrieval(task, config, as_body(files, skeleton.class_name), signature)
         case SimilarityTask():
-            return similarity(task, config, files, signature)
+            return similarity(task, config, as_body(files, skeleton.class_name), signature)
     raise AssertionError(f"{task.name}: a task of an unknown kind")
 
 
@@ -278,6 +315,21 @@ def view_key(view: ModelFiles) -> str:
     adapter = view.adapter.checkpoint.folder if view.adapter is not None else ""
     files = sorted(str(path) for path in checkpoint.files)
     return json.dumps([str(checkpoint.folder), str(adapter), checkpoint.config, files, str(view.compute_dtype)])
+
+
+def _check_lengths(view: OpenedModel, prepared: Prepared) -> None:
+    """Refuses texts that are longer than a model has positions, where these are learned."""
+    limit = forward_signature(view.skeleton).id_limits.get("position_ids")
+    sequences = [sample.sequences for group in prepared.samples.groups for sample in group]
+    names = ("input_ids", "decoder_input_ids")
+    longest = max((len(own[name]) for own in sequences for name in names if name in own), default=0)
+    written = prepared.generating.max_new_tokens if prepared.generating is not None else 0
+    if limit is not None and longest + written > limit:
+        more = f" and {written} to be written" if written else ""
+        raise ConfigError(
+            f"{prepared.samples.where}: texts of up to {longest} tokens{more}, and {view.name} has {limit} positions; "
+            f"expected 'max_length: {limit}' or less"
+        )
 
 
 def _check_ids(view: OpenedModel, samples: Samples) -> None:

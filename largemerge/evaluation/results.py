@@ -137,10 +137,11 @@ class Evaluation:
         Returns:
             The mean; `None` where the model lacks a task, or tasks have no common scale.
         """
+        if not any(task.expert is not None for task in self.tasks):
+            return self.mean(model)
         scores = [self.score(model, task.name) for task in self.tasks]
-        if all(each is not None and each.normalized is not None for each in scores):
-            return sum(each.normalized or 0.0 for each in scores if each is not None) / len(scores)
-        return self.mean(model)
+        shares = [each.normalized for each in scores if each is not None and each.normalized is not None]
+        return sum(shares) / len(shares) if len(shares) == len(self.tasks) else None
 
     def mean(self, model: str | None) -> float | None:
         """Mean score of a model over all tasks, or of each task's own expert where `model` is `None`.
@@ -204,19 +205,31 @@ class Evaluation:
         """The scores as CSV, a row for each model, task and metric."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        head = ("model", "role", "task", "metric", "value", "low", "high", "samples", "normalized", "forgetting")
+        head = (
+            "model",
+            "role",
+            "task",
+            "metric",
+            "value",
+            "low",
+            "high",
+            "samples",
+            "normalized",
+            "forgetting",
+            "closed",
+        )
         writer.writerow((*head, "seconds", "error"))
         roles = {model.name: model.role for model in self.models}
         for score in self.scores:
             for number, (metric, value) in enumerate(score.metrics.items() or (("", math.nan),)):
                 low, high = score.interval if score.interval is not None and number == 0 else ("", "")
-                first = (score.normalized, score.forgetting) if number == 0 else (None, None)
+                first = (score.normalized, score.forgetting, score.closed) if number == 0 else (None, None, None)
                 more = ["" if each is None else each for each in first]
                 shown = "" if math.isnan(value) else value
                 row = [score.model, roles[score.model], score.task, metric, shown, low, high, score.num_samples]
                 writer.writerow([*row, *more, round(score.seconds, 3), score.error])
         for name, role, mean in self._means():
-            writer.writerow([name, role, "", f"mean {self.tasks[0].metric}", mean, *[""] * 7])
+            writer.writerow([name, role, "", f"mean {self.tasks[0].metric}", mean, *[""] * 8])
         return text.getvalue()
 
     def _means(self) -> Iterator[tuple[str, str, float]]:
@@ -359,9 +372,10 @@ def held_against(scores: Sequence[Score], tasks: Sequence[EvaluatedTask], base: 
         forgetting = max(0.0, sign * (before - value)) if before is not None else None
         closed = None
         if before is not None and expert is not None and expert != before:
-            closed = (value - before) / (expert - before)
+            closed = (value - before) / (expert - before) + 0.0  # no negative zero
         yield replace(score, normalized=normalized, forgetting=forgetting, closed=closed)
 
 
 def _ratio(value: float | None, of: float | None) -> float | None:
-    return value / of if value is not None and of else None
+    """A share; `None` where the whole is not above zero, or the part below, of which it would say nothing."""
+    return value / of if value is not None and of is not None and of > 0 and value >= 0 else None

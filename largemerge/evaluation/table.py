@@ -7,6 +7,8 @@ data ──► open_table ──► Table: the drawn rows of the columns that th
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from largemerge.text_files import brief
 
 NO_FIELDS = Fields(None, None, None, None, None, None)
 _TRUE_AND_FALSE = 2
+_FEWEST_CORRELATED = 2
+_SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev"))
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,12 @@ def open_source_of(task: TaskData, config: EvaluationConfig, **fields: Any) -> t
         raise CalibrationError(f"{where}: ready-made tensors have no labels or texts; expected a table, or images")
     source = open_source(settings, where, path)
     if source.columns == ("image",) and source.folder is not None:
+        splits = sorted(each.name for each in source.folder.iterdir() if each.is_dir() and each.name in _SPLITS)
+        if splits:
+            raise CalibrationError(
+                f"{source.where}: holds {' and '.join(splits)}, of which all images would be taken; expected one of "
+                f"them, such as {source.folder / splits[0]}"
+            )
         source = _with_folder_labels(source)
     return source, settings
 
@@ -199,8 +209,17 @@ def label_numbers(table: Table, column: str, classes: Sequence[str], of: str) ->
             f"({shorten(list(classes))}); expected as many"
         )
     by_name = {_plain(name): number for number, name in enumerate(classes)}
+    twice = [name for name, count in Counter(map(_plain, classes)).items() if count > 1]
+    if twice and any(isinstance(value, str) for value in values):
+        raise ConfigError(
+            f"{table.where}: {of} has {twice[0]!r} twice, so that its name tells no class; expected numbers"
+        )
+    places = _places(table, column, known, by_name, of) if known is not None else None
     numbers, problems = [], []
     for row, value in zip(table.numbers, values, strict=True):
+        if places is not None and type(value) is int and 0 <= value < len(places):
+            numbers.append(places[value])
+            continue
         number = int(value) if isinstance(value, int) else by_name.get(_plain(value))
         if number is None and isinstance(value, str) and value.isdecimal():
             number = int(value)
@@ -214,6 +233,44 @@ def label_numbers(table: Table, column: str, classes: Sequence[str], of: str) ->
     if problems:
         raise ConfigError(*problems[:MAX_PROBLEMS])
     return numbers
+
+
+def numbers_of(table: Table, column: str) -> list[float]:
+    """Numbers of a column that others are correlated with.
+
+    Raises:
+        CalibrationError: If values are no finite numbers, or there is one sample only.
+    """
+    values = [float(value) for value in table.column(column, (int, float), "a number")]
+    problems = [
+        f"{table.where}: row {row}: {column!r}: expected a finite number, found {value}"
+        for row, value in zip(table.numbers, values, strict=True)
+        if not math.isfinite(value)
+    ]
+    if problems:
+        raise CalibrationError(*problems[:MAX_PROBLEMS])
+    if len(values) < _FEWEST_CORRELATED:
+        raise CalibrationError(f"{table.where}: has one sample; expected two or more for a correlation")
+    return values
+
+
+def _places(table: Table, column: str, known: Sequence[str], by_name: Mapping[str, int], of: str) -> list[int] | None:
+    """Numbers of the classes that the data's own names of its labels mean; `None` where these are other names.
+
+    Raises:
+        ConfigError: If some of the names are classes of other numbers, and others are none.
+    """
+    places = [by_name.get(_plain(name)) for name in known]
+    if all(place is not None for place in places):
+        return [place for place in places if place is not None]
+    moved = next((number for number, place in enumerate(places) if place not in (None, number)), None)
+    if moved is not None:
+        lacking = known[places.index(None)]
+        raise ConfigError(
+            f"{table.where}: label {moved} of {column!r} is {known[moved]!r}, which is class {places[moved]} of {of}; "
+            f"{lacking!r} is none of its classes: expected the same names, or the same order"
+        )
+    return None
 
 
 def _plain(name: str) -> str:

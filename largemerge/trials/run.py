@@ -106,10 +106,10 @@ def compare(
         return run.all_trials(trials, models, start)
 
 
-def _jobs(tasks: EvaluationConfig, models: Sequence[EvaluatedModel], *, held_out: bool) -> list[Job]:
+def _jobs(tasks: EvaluationConfig, models: Sequence[EvaluatedModel], *, held_out: bool) -> Sequence[Job]:
     """Prepares all tasks; problems with what is held out are told in words of what a user has set."""
     try:
-        return prepare(tasks, models)
+        return prepare(tasks, models).jobs
     except ConfigError as error:
         raise ConfigError(*(in_words_of_calibration(error.problems, tasks) if held_out else error.problems)) from None
 

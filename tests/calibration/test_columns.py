@@ -98,7 +98,7 @@ def test_an_empty_name_is_a_name(complaint, choose, text_signature):
     ],
 )
 def test_contents_of_messages(messages, told):
-    found = columns._message_problem(messages)
+    found = columns.message_problem(messages)
     assert (found is None) if told is None else (told in found)
 
 

@@ -10,7 +10,9 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from transformers import LlamaForCausalLM
 
 import largemerge
@@ -32,6 +34,7 @@ SETTINGS = DemoSettings(
     expert_steps=3,
     calibration_samples=8,
 )
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "compare-two-experts.ipynb"
 KINDS = ("code", "prose", "names")
 OUTPUTS = {
     "base",
@@ -193,3 +196,18 @@ def test_merges_that_cannot_be_told_apart_are_equally_good() -> None:
 def test_a_picture_of_equal_losses_and_strange_names() -> None:
     svg = losses_svg({"a<b": {"x&y": 1.0}, "c": {"x&y": 1.0}}, ["c"])
     assert "a<b" in [element.text for element in ElementTree.fromstring(svg).iter()]
+
+
+def test_the_notebook_runs_on_the_demos_experts(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "notebook"
+    work.mkdir()
+    monkeypatch.setenv("LARGEMERGE_DEMO", str(demo))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code"), "kept without outputs"
+    NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output.data for output in outputs if output.output_type in ("execute_result", "display_data")]
+    assert any("calibrated" in data.get("text/html", "") for data in shown), "the table of trials"
+    assert any("<svg" in data.get("image/svg+xml", "") for data in shown), "the picture"
+    assert (work / "merged" / "config.json").exists()
+    assert (work / "comparison" / "best" / "config.json").exists()

@@ -481,7 +481,7 @@ def test_packed_texts_are_held_out_behind_those_of_calibration(config: dict[str,
         model["calibration"]["pack"] = True
     checked = load_config(config)
     tasks = held_out_tasks(checked)
-    job = prepare(tasks, [EvaluatedModel("math", str(tmp_path / "math"), "candidate")])[0]
+    job = prepare(tasks, [EvaluatedModel("math", str(tmp_path / "math"), "candidate")]).jobs[0]
     assert job.task.name == "math, held out" and job.prepared is not None and job.opened is not None
     settings = checked.models[0].calibration
     assert settings is not None
