@@ -215,9 +215,13 @@ class _Run:
         """The batches of a task: made one after another where the model is whole, else once for all blocks."""
         if way == "whole":
             return _Lazy(samples)
-        made = CalibrationSet("", tuple(samples.batches()), "")
-        pixels = sum(x.nbytes for batch in made.batches for x in batch.inputs.values() if x.is_floating_point())
-        return mmap_inputs(made, self.limits.disk).batches if pixels > self.limits.host_bytes // 4 else made.batches
+        made: list[Batch] = []
+        for batch in samples.batches():
+            pixels = len(samples) * sum(x.nbytes for x in batch.inputs.values() if x.is_floating_point())
+            if pixels > self.limits.host_bytes // 4:  # each goes to the disk before the next is made
+                batch = mmap_inputs(CalibrationSet("", (batch,), ""), self.limits.disk).batches[0]
+            made.append(batch)
+        return made
 
     def _run_tasks(
         self, run: RunningModel, group: Sequence[Job], results: Mapping[str, _Found], firsts: Mapping[str, Any]
