@@ -53,6 +53,7 @@ def test_llamas_of_any_size(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors")), "what it made must be gone"
 
 
+@pytest.mark.slow
 def test_quality(tmp_path: Path) -> None:
     small = ("--quick", "--family", "images", "--seeds", "0", "--samples", "2", "8", "--methods", "regmean_plusplus")
     plot = ("--work", tmp_path, "--plot", tmp_path / "quality.svg")
@@ -102,6 +103,7 @@ def test_hidden_states_on_disk(tmp_path: Path) -> None:
     assert found["disk"]["on_disk"]["disk_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_roofline(tmp_path: Path, merge_yaml: Path) -> None:
     found = result(run("roofline.py", merge_yaml, tmp_path / "out", cwd=tmp_path), "roofline")
     assert found["ratio"] > 0
@@ -147,6 +149,7 @@ def test_methods_of_the_literature(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors")), "what it made must be gone"
 
 
+@pytest.mark.slow
 def test_architectures(tmp_path: Path) -> None:
     small = ("--only", "GPT2LMHeadModel", "ResNetForImageClassification", "--kind", "causal", "vision")
     lines = run("architectures.py", *small, "--json", tmp_path / "rows.json", cwd=tmp_path)
@@ -163,6 +166,7 @@ def test_what_checks_cost(tmp_path: Path) -> None:
     assert row["check_seconds"] > 0 and row["preparation_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_faults_of_the_system_and_kills(tmp_path: Path) -> None:
     some = ("--work", tmp_path, "--cases")
     if shutil.which("cc") or shutil.which("gcc"):
@@ -181,6 +185,7 @@ def test_fuzzers(tmp_path: Path) -> None:
         assert found["targets"]["headers"] == {"tried": 200, "passed": 200}
 
 
+@pytest.mark.slow
 def test_evaluation_beside_transformers(tmp_path: Path) -> None:
     small = ("--geometry", "tiny", "--num-samples", "4", "--length", "16", "--work", tmp_path / "work")
     runs = result(run("streamed_evaluation.py", *small, cwd=tmp_path), "streamed_evaluation")["runs"]

@@ -181,6 +181,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_merges_are_the_same_either_way(config: Path, tmp_path: Path, direct: None) -> None:
     command = [sys.executable, "-m", "largemerge", "merge", str(config)]
     moved = {}

@@ -76,6 +76,7 @@ def test_ranks_share_the_tensors(tmp_path: Path, method: str, size: int, monkeyp
     assert len(report["ranks"]) == size and report["bytes_read"] == alone.bytes_read
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_others(tmp_path: Path) -> None:
     path = long_config(tmp_path)
     command = ["merge", path, tmp_path / "out", "--quiet", "--max-shard-size", "1MB"]

@@ -76,6 +76,7 @@ def test_the_written_configuration_makes_the_same_again(folder: Path) -> None:
     assert all(torch.equal(out[name], again[name]) for name in out)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, kept = three(folder), folder / "kept"
     largemerge.merge(path, folder / "out", intermediate_dir=kept)
@@ -166,6 +167,7 @@ def test_no_document_writes_over_what_another_reads(
     assert len(list(folder.glob("model*/model.safetensors"))) == 4
 
 
+@pytest.mark.slow
 def test_ranks_make_all_of_them(folder: Path) -> None:
     path = three(folder)
     processes.run_ranks(["merge", path, folder / "out", "--quiet"], folder, 2)

@@ -41,6 +41,7 @@ def _namespaces() -> None:
         pytest.skip(f"no network namespaces: {made.stderr.strip()}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--deepspeed"]], ids=["torchrun", "deepspeed"])
 def test_two_nodes(tmp_path: Path, options: list[str]) -> None:
     case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")

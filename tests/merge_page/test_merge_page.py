@@ -274,6 +274,7 @@ def test_reports_of_earlier_versions_have_a_page(changed: Changed, method: str) 
     assert page.html().endswith("</html>\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["calibrated", "regmean_plusplus", "ties"])
 def test_every_key_that_may_be_missing_may_be_missing(changed: Changed, merges: dict[str, Path], method: str) -> None:
     report = json.loads((merges[method] / REPORT_FILE).read_text())

@@ -57,6 +57,7 @@ def test_every_tensor_agrees_with_the_dense_reference(tmp_path: Path, kind: str,
     assert solved is None or outcome.solved == solved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "at_once"),
     [

@@ -198,6 +198,7 @@ def test_an_interrupted_merge_resumes_bit_by_bit(
     assert report.drift == json.loads((case.folder / "one" / "merge_report.json").read_text())["drift"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "method", "size"),
     [

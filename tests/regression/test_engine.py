@@ -32,6 +32,7 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Placement, "writes_in_background", lambda placement, device: placement.prefetch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["regmean", "regmean_plusplus"])
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "t5", "clip_vision"])
 def test_the_same_bits(make_case: MakeCase, request: pytest.FixtureRequest, architecture: str, method: str) -> None:

@@ -29,6 +29,7 @@ def long_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return case
 
 
+@pytest.mark.slow
 def test_killed_after_every_block(long_case: Case, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     done: list[dict[str, Any]] = []
@@ -71,6 +72,7 @@ def test_killed_at_random_moments(long_case: Case, tmp_path: Path) -> None:
     check_finished_or_finished_before(long_case, out, processes.run(merging(long_case, out, "--resume"), log), log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
 def test_killed_while_blocks_are_on_their_way_to_the_disk(long_case: Case, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
@@ -113,10 +115,10 @@ def test_killed_before_its_first_operation_on_a_file_then_its_second_and_so_on(l
     check_finished_or_finished_before(long_case, out, code, log)
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("long_case", ["regmean_plusplus"], indirect=True)
 def test_killed_before_operations_of_the_last_stage(long_case: Case, tmp_path: Path, every: int) -> None:
-    """Where the old checkpoint in the folder goes and the new one comes; quickly, before every third operation."""
+    """Where the old checkpoint in the folder goes and the new one comes; quickly, before every sixth operation."""
     touch(tmp_path / "old", *OLD, "notes.txt")
     shutil.copytree(tmp_path / "old", tmp_path / "whole")
     log = tmp_path / "whole.log"

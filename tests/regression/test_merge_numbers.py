@@ -73,6 +73,7 @@ def test_one_model_with_data_of_two_kinds_may_stand_twice(tmp_path: Path, method
     assert_close(merge_and_load(cases[1]), merge_and_load(cases[0]), tolerance=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "t5"])
 def test_the_batch_size_does_not_matter(make_case: MakeCase, architecture: str, method: str) -> None:

@@ -255,6 +255,7 @@ def test_dtype_is_what_the_output_is_dequantised_to(make: MakeQuantized) -> None
     assert {tensor.dtype for tensor in read_all(case.folder / "merged").values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [{"quantization": "nf4"}, {"quantization": "int8"}], ids=str)
 @pytest.mark.parametrize("kinds", [(None, None), ("int8", "nf4, double quantised")])
 @pytest.mark.parametrize("method", METHODS)

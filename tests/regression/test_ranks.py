@@ -115,6 +115,7 @@ def test_the_same_ranks_give_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["regmean_plusplus", "regmean"])
 def test_killed_ranks_are_resumed_by_others(tmp_path: Path, method: str) -> None:
     case = processes.make_long_case(tmp_path, method)
@@ -158,6 +159,7 @@ def test_a_mistake_that_all_have_is_told_once(tmp_path: Path) -> None:
     assert (tmp_path / "rank1.log").read_text() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gone", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
 )

@@ -530,6 +530,7 @@ def long_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return case
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(long_case: Case, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     assert processes.run(merging(long_case, out, "--resume"), log, kill_at=0) == 0, log.read_text()

@@ -303,6 +303,7 @@ def test_vocabularies_of_other_sizes_are_refused(two: Path, tmp_path: Path, engl
     assert any("a lacks 1 tokens such as '<more>'" in note for note in largemerge.plan(config, probe=False).notes)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_ranks_and_a_crash_change_nothing(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(two, ["a", "b"], "regmean_plusplus", tokenizer_source="union")
     largemerge.merge(config, tmp_path / "alone", device="cpu")

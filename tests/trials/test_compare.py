@@ -199,7 +199,7 @@ def test_what_is_finished_is_not_done_again(config: dict[str, Any], tmp_path: Pa
     assert third.trials[1].merge_seconds != first.trials[1].merge_seconds  # another order is another merge
 
 
-@pytest.mark.parametrize("solve", [["blocks"], ["blocks", "head"]])
+@pytest.mark.parametrize("solve", [pytest.param(["blocks"], marks=pytest.mark.slow), ["blocks", "head"]])
 def test_regmean_collects_its_gram_matrices_once(config: dict[str, Any], tmp_path: Path, solve: list[str]) -> None:
     config["parameters"] = {"solve": solve}
     sweep = {"off_diagonal_scale": [0.1, 0.5, 1.0], "ridge": [1e-6, 1e-2]}
@@ -305,6 +305,7 @@ def test_an_occupied_folder_is_told_with_the_other_mistakes(config: dict[str, An
         largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", methods=["liner"])
 
 
+@pytest.mark.slow
 def test_notes_that_cannot_be_read_are_as_if_there_were_none(config: dict[str, Any], tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"out": tmp_path / "out", "methods": ["linear", "ties"]}
     first = largemerge.compare(config, evaluation(tmp_path), **arguments)
@@ -328,6 +329,7 @@ def scores_of(report: largemerge.CompareReport) -> list[tuple[str, str, float | 
 # What notes depend on
 
 
+@pytest.mark.slow
 def test_what_is_noted_depends_on_the_data(config: dict[str, Any], tmp_path: Path) -> None:
     """Other texts under the same name: of the tasks, then of calibration, and of what both lie in."""
     tasks = evaluation(tmp_path)
@@ -375,6 +377,7 @@ def test_best_holds_the_best_of_the_last_run(config: dict[str, Any], tmp_path: P
     assert not [path for path in (out / "trials").iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_and_is_another_now_starts_afresh(config: dict[str, Any], tmp_path: Path) -> None:
     """Neither a trial nor Gram matrices under way are gone on with once their settings are others."""
     arguments: dict[str, Any] = {"out": tmp_path / "out", "sweep": {"off_diagonal_scale": [0.2, 0.9]}}
@@ -460,6 +463,7 @@ def test_no_common_scale_is_told_before_anything_is_measured(config: dict[str, A
 # What trials share, and what is held out
 
 
+@pytest.mark.slow
 def test_names_that_are_no_folders_share_gram_matrices(config: dict[str, Any], tmp_path: Path) -> None:
     config["models"][0]["name"], config["models"][1]["name"] = "a/b", ".hidden"
     config["tokenizer_source"] = "a/b"

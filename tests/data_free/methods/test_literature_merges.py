@@ -188,6 +188,7 @@ def large_config(folder: Path, method: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [8, 14, 20, 26, 32])
 def test_opcm_goes_on_after_a_kill_in_either_half(
     tmp_path: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch
