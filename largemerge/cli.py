@@ -98,15 +98,12 @@ def _read(options: argparse.Namespace) -> Config:
 
 def _merge(options: argparse.Namespace) -> int:
     launch = read_launch()
-    try:
+    with _told_to_all(launch, options):
         from largemerge import api
 
         max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
         api.check_apart(options.config, options.out)
         config = _read(options)
-    except LargemergeError as error:
-        _fail_together(error, launch, options)
-        raise
     try:
         from largemerge.machine import reuse_freed_memory
 
@@ -195,13 +192,18 @@ def _print_table(found: Report | Plan | FolderCheck | Evaluation | CompareReport
     found.print(Console(stderr=stderr, markup=False, emoji=False))
 
 
-def _fail_together(error: LargemergeError, launch: Launch, options: argparse.Namespace) -> None:
+@contextmanager
+def _told_to_all(launch: Launch, options: argparse.Namespace) -> Iterator[None]:
     """Tells the other ranks what is wrong here, so that rank 0 tells it once, and nobody waits for this rank."""
-    if launch.size > 1:
-        _quiet_libraries()
-        from largemerge.distributed.ranks import fail_together
+    try:
+        yield
+    except LargemergeError as error:
+        if launch.size > 1:
+            _quiet_libraries()
+            from largemerge.distributed.ranks import fail_together
 
-        fail_together(error, on_gpus=options.device != "cpu")
+            fail_together(error, on_gpus=options.device != "cpu")
+        raise
 
 
 def _check_log_file(options: argparse.Namespace) -> None:
@@ -268,6 +270,13 @@ def _show(found: Plan | FolderCheck | Evaluation | CompareReport, options: argpa
     return EXIT_CODE if found.problems else 0
 
 
+def _show_once(found: Evaluation | CompareReport, launch: Launch, options: argparse.Namespace) -> int:
+    """Shows what was found, on rank 0; returns the exit code of every rank."""
+    if launch.rank != 0:
+        return EXIT_CODE if found.problems else 0
+    return _show(found, options)
+
+
 def _cluster(options: argparse.Namespace) -> Cluster | None:
     """Reads the description of other machines among the options, if there is one."""
     from largemerge import api
@@ -292,7 +301,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     launch = read_launch()
-    try:
+    with _told_to_all(launch, options):
         from largemerge import api
 
         memory = _memory(options)
@@ -306,9 +315,6 @@ def _evaluate(options: argparse.Namespace) -> int:
             interrupts.raising()
         config = load_evaluation(options.config)
         reuse_freed_memory(sparingly=False)
-    except LargemergeError as error:
-        _fail_together(error, launch, options)
-        raise
     with output_kept(own_process=options.own_process):
         found = api.evaluate(
             config,
@@ -319,14 +325,12 @@ def _evaluate(options: argparse.Namespace) -> int:
             memory=memory,
             quiet=options.quiet,
         )
-    if launch.rank != 0:
-        return EXIT_CODE if found.problems else 0
-    return _show(found, options)
+    return _show_once(found, launch, options)
 
 
 def _compare(options: argparse.Namespace) -> int:
     launch = read_launch()
-    try:
+    with _told_to_all(launch, options):
         memory = _memory(options)
         _quiet_libraries()
         stage("importing torch and Transformers")
@@ -336,9 +340,6 @@ def _compare(options: argparse.Namespace) -> int:
         sweep = swept(options.sweep)
         if options.own_process:
             interrupts.raising()
-    except LargemergeError as error:
-        _fail_together(error, launch, options)
-        raise
     with output_kept(own_process=options.own_process):
         found = compare(
             options.config,
@@ -352,9 +353,7 @@ def _compare(options: argparse.Namespace) -> int:
             keep_all=options.keep_all,
             quiet=options.quiet,
         )
-    if launch.rank != 0:
-        return EXIT_CODE if found.problems else 0
-    return _show(found, options)
+    return _show_once(found, launch, options)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -29,7 +29,6 @@ from largemerge.evaluation.prompts import Prompts, load_prompts
 from largemerge.evaluation.table import Table, as_sample, label_numbers, numbers_of, open_table, open_texts
 from largemerge.evaluation.task import (
     FirstPass,
-    Metric,
     Pixels,
     Prepared,
     Record,
@@ -123,16 +122,21 @@ def _by_logits(labels: Sequence[float], *, one_output: bool = False) -> Score:
 
     def score(output: Any, batch: Batch, samples: Sequence[Sample]) -> list[Record]:
         logits_NC = output.logits.float()
-        found = logits_NC[:, 0] if one_output else logits_NC.argmax(dim=-1)
-        finite = bool(logits_NC.isfinite().all())
-        records: list[Record] = []
-        for sample, value in zip(samples, found.tolist(), strict=True):
-            label = labels[sample.row]
-            predicted = value if finite else float("nan")
-            records.append({"label": label, "predicted": predicted, "correct": float(predicted == label)})
-        return records
+        found_N = logits_NC[:, 0] if one_output else logits_NC.argmax(dim=-1)
+        return _records(samples, labels, found_N, finite=bool(logits_NC.isfinite().all()))
 
     return score
+
+
+def _records(
+    samples: Sequence[Sample], labels: Sequence[float], found_N: torch.Tensor, *, finite: bool
+) -> list[Record]:
+    """Holds what a model has found against labels; nothing is found where its outputs are not finite."""
+    records: list[Record] = []
+    for sample, value in zip(samples, found_N.tolist(), strict=True):
+        label, predicted = labels[sample.row], value if finite else float("nan")
+        records.append({"label": label, "predicted": predicted, "correct": float(predicted == label)})
+    return records
 
 
 def text_classification(
@@ -177,8 +181,8 @@ def text_classification(
         "accuracy": ACCURACY,
         "f1": F1,
         "matthews": MATTHEWS,
-        "pearson": Metric("pearson", correlation("pearson", "label", "predicted"), is_share=False),
-        "spearman": Metric("spearman", correlation("spearman", "label", "predicted"), is_share=False),
+        "pearson": correlation("pearson", "label", "predicted"),
+        "spearman": correlation("spearman", "label", "predicted"),
     }[task.metric]
     assert table.settings.batch_size is not None
     return Prepared(
@@ -190,24 +194,23 @@ def text_classification(
     )
 
 
-_TOWERS: Mapping[str, tuple[str, str, str, str | None, str | None]] = {
+_TOWERS: Mapping[str, tuple[str, str, str | None, str | None]] = {
     "clip": (
         "CLIPVisionModelWithProjection",
         "CLIPTextModelWithProjection",
-        "clip",
         "visual_projection.weight",
         "text_projection.weight",
     ),
-    "siglip": ("SiglipVisionModel", "SiglipTextModel", "siglip", None, None),
+    "siglip": ("SiglipVisionModel", "SiglipTextModel", None, None),
 }
 """By family: classes of both towers, and names of their projections."""
 
 
 def _family(files: ModelFiles, where: str) -> tuple[str, str, str | None, str | None]:
     kind = str(files.checkpoint.config.get("model_type", ""))
-    for prefix, (vision, text, _, visual, textual) in _TOWERS.items():
+    for prefix, towers in _TOWERS.items():
         if kind in (prefix, f"{prefix}_vision_model", f"{prefix}_text_model"):
-            return vision, text, visual, textual
+            return towers
     raise CalibrationError(
         f"{where}: {files.name} is of the kind {kind!r}; zero-shot classification knows {', '.join(_TOWERS)}"
     )
@@ -247,12 +250,7 @@ def zero_shot(
         def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
             images_ND = _embeds(output, "image_embeds").float()
             similar_NC = images_ND @ prototypes_CD.to(images_ND.device).T
-            finite = bool(similar_NC.isfinite().all())
-            records: list[Record] = []
-            for sample, value in zip(group, similar_NC.argmax(dim=1).tolist(), strict=True):
-                label, predicted = float(labels[sample.row]), float(value) if finite else float("nan")
-                records.append({"label": label, "predicted": predicted, "correct": float(predicted == label)})
-            return records
+            return _records(group, labels, similar_NC.argmax(dim=1), finite=bool(similar_NC.isfinite().all()))
 
         return score
 

@@ -84,10 +84,7 @@ def similarity(
         cosines = (vectors[: len(scores)] * vectors[len(scores) :]).sum(dim=1).double().numpy()
         return {"cosine": cosines, "score": scores}
 
-    metrics = (
-        Metric("spearman", correlation("spearman", "cosine", "score"), is_share=False),
-        Metric("pearson", correlation("pearson", "cosine", "score"), is_share=False),
-    )
+    metrics = (correlation("spearman", "cosine", "score"), correlation("pearson", "cosine", "score"))
     return _prepared(task.pooling, texts, table, files, reader, finish, metrics)
 
 

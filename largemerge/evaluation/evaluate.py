@@ -164,7 +164,7 @@ class _Run:
                 yield from self._harness(job)
             return
         results: dict[str, _Found] = {job.task.name: _Found() for job in group}
-        firsts = {job.task.name: self._first(job, results[job.task.name], progress) for job in group}
+        firsts = {job.task.name: self._first(job, results[job.task.name]) for job in group}
         model = group[0].opened
         assert model is not None
 
@@ -180,7 +180,7 @@ class _Run:
         for job in group:
             yield self._score(job, results[job.task.name], way)
 
-    def _first(self, job: Job, found: _Found, progress: RunProgress) -> Any:
+    def _first(self, job: Job, found: _Found) -> Any:
         """The result of the pass that a task needs before, made once for all models that share it."""
         prepared = job.prepared
         if prepared is None or prepared.first is None:

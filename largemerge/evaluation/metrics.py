@@ -7,7 +7,6 @@ of one task are drawn alike for all models, so that differences between models c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -38,8 +37,8 @@ def _matthews(columns: Columns) -> float:
     return float(matthews_corrcoef(columns["label"], columns["predicted"]))
 
 
-def correlation(kind: str, first: str, second: str) -> Callable[[Columns], float]:
-    """Makes what computes the correlation of two columns: `pearson` or `spearman`; 0 where one of them is constant."""
+def correlation(kind: str, first: str, second: str) -> Metric:
+    """Makes the correlation of two columns, `pearson` or `spearman`; it is 0 where one of them is constant."""
 
     def compute(columns: Columns) -> float:
         from scipy import stats
@@ -49,7 +48,7 @@ def correlation(kind: str, first: str, second: str) -> Callable[[Columns], float
             return 0.0
         return float(getattr(stats, f"{kind}r")(a, b).statistic)
 
-    return compute
+    return Metric(kind, compute, is_share=False)
 
 
 F1 = Metric("f1", _f1)

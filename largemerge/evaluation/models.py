@@ -159,7 +159,6 @@ def as_tower(
     whole = files.checkpoint.config
     config = dict(whole.get(part, whole))
     if part in whole and "projection_dim" in whole:
-        config.setdefault("projection_dim", whole["projection_dim"])
         config["projection_dim"] = whole["projection_dim"]
     config["architectures"] = [class_name]
     borrowed: dict[str, TensorInfo] = {}

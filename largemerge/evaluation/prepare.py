@@ -40,7 +40,6 @@ from largemerge.evaluation.results import EvaluatedModel
 from largemerge.evaluation.task import Prepared, Samples
 from largemerge.model.fake_forward import placeholder_tokens
 from largemerge.model.signature import forward_signature, id_problems
-from largemerge.model.skeleton import build_skeleton
 from largemerge.progress import stage
 
 
@@ -268,7 +267,7 @@ def _prepared(
 ) -> Prepared:
     if isinstance(task, ZeroShotTask):
         return zero_shot(task, config, files, lender, shared)
-    skeleton = build_skeleton(files.checkpoint, trust_remote_code=files.trust_remote_code)
+    skeleton = shared.open_view(files).skeleton  # built once for all tasks
     signature = forward_signature(skeleton)
     if isinstance(task, LanguageModelTask | MultipleChoiceTask | GenerationTask):
         _check_writes(task, files, skeleton.model, signature)

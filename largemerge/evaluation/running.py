@@ -10,7 +10,6 @@ depend on the number of blocks, and each weight is read once, however many batch
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -281,11 +280,6 @@ def working_bytes(model: OpenedModel, batches: Sequence[Batch]) -> int:
     return largest * (8 * int(width) + int(vocabulary or 0)) * model.files.compute_dtype.itemsize
 
 
-def scratch() -> Path:
-    """Folder for temporary files."""
-    return Path(tempfile.gettempdir())
-
-
 def write_answers(
     run: RunningModel, samples: Samples, generating: Generating, device: torch.device
 ) -> Iterator[list[list[int]]]:
@@ -314,7 +308,7 @@ def write_answers(
         if not going:
             break
         batches = [_extended(samples.groups[number], written[number], generating.pad) for number in going]
-        for number, batch, output in zip(going, batches, run.outputs(batches), strict=True):
+        for number, output in zip(going, run.outputs(batches), strict=True):
             for row, (own, sample) in enumerate(zip(written[number], samples.groups[number], strict=True)):
                 if over[number][row]:
                     continue
@@ -325,7 +319,6 @@ def write_answers(
                     continue
                 own.append(token)
                 over[number][row] = generating.is_over(own)
-            del batch
     yield from written
 
 
@@ -343,14 +336,13 @@ def _generate(run: Whole, batch: Batch, generating: Generating, device: torch.de
     """Writes answers with a whole model, by Transformers."""
     import transformers
 
-    generation_config: Any = transformers.GenerationConfig
-
+    make_settings: Any = transformers.GenerationConfig
     length = batch.inputs["input_ids"].shape[1]
 
     def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.tensor([generating.is_over(row[length:].tolist()) for row in ids], device=ids.device)
 
-    settings: Any = generation_config(
+    settings = make_settings(
         max_new_tokens=generating.max_new_tokens,
         do_sample=False,
         eos_token_id=list(generating.ends) or None,

@@ -26,7 +26,6 @@ from largemerge.evaluation.config import EvaluationConfig, TaskData
 from largemerge.evaluation.models import ModelFiles
 from largemerge.text_files import brief
 
-NO_FIELDS = Fields(None, None, None, None, None, None)
 _TRUE_AND_FALSE = 2
 _FEWEST_CORRELATED = 2
 _SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev"))
