@@ -13,8 +13,9 @@ tensors are read for their forward passes anyway, so the averages are made along
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -30,7 +31,11 @@ AVERAGE_CHUNK_BYTES = 8 << 20
 
 
 def merge_non_block(
-    plans: Sequence[TensorPlan], weights: Weights, shares: Sequence[float], step: Callable[[str], None]
+    plans: Sequence[TensorPlan],
+    weights: Weights,
+    shares: Sequence[float],
+    step: Callable[[str], None],
+    others: Mapping[str, Callable[[TensorPlan], None]] = MappingProxyType({}),
 ) -> None:
     """Writes every tensor of no block: averaged, copied, taken from the base or from one candidate.
 
@@ -41,9 +46,12 @@ def merge_non_block(
         weights: Reads candidates and base, writes the output.
         shares: c_i / Σ c, by candidate.
         step: Called with a tensor's name when it is written.
+        others: Name of a tensor that is made in another way → what writes it.
     """
     for plan in plans:
-        if plan.name in weights.inputs.reference_mapping.unmapped:
+        if plan.name in others:
+            others[plan.name](plan)
+        elif plan.name in weights.inputs.reference_mapping.unmapped:
             _merge_unmapped(plan, weights, shares)
         else:
             _merge_mapped(plan, weights, shares)

@@ -96,7 +96,10 @@ class MethodParameters(Strict):
     """Pull towards the anchor, as a fraction of the mean diagonal of the summed Gram (see `solve.py`); with Frobenius
     norms, of the mean norm."""
     solve: tuple[Part, ...] | None = Field(None, min_length=1)
-    """What is solved: `blocks`, `head`; everything else is averaged."""
+    """What is solved: `blocks`, `head`, and rows of the input `embeddings` by how often their tokens occur; everything
+    else is averaged."""
+    embedding_prior: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """κ: the number of tokens that the average of the embeddings counts for, beside those of the data."""
     include: tuple[Regex, ...] = ()
     """Regexes on names of parameters that are solved; all linears of the blocks if empty."""
     excluded: Literal["average", "base"] = "average"

@@ -239,11 +239,12 @@ def _name_problems(config: MergeConfig) -> Iterator[str]:
 def _alone(config: MergeConfig, candidate: CandidateConfig) -> MergeConfig:
     """A configuration of one model, without what decides only how models are merged."""
     given = config.parameters
+    solved = tuple(part for part in given.solve or () if part != "embeddings")  # counts tokens, and has no sums
     return config.model_copy(
         update={
             "models": (candidate,),
             "merge_method": "regmean",
-            "parameters": MethodParameters(solve=given.solve, include=given.include, exclude=given.exclude),
+            "parameters": MethodParameters(solve=solved or None, include=given.include, exclude=given.exclude),
             "output": OutputConfig(),
             "dtype": None,
             "tokenizer_source": None,

@@ -60,6 +60,7 @@ from largemerge.progress import Clock, RunProgress, stage
 from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
+from largemerge.regression.embeddings import TokenCounts, average_by_token, count_tokens
 from largemerge.regression.engine import Engine
 from largemerge.regression.gram_files import GramReader, check_grams, from_grams, gram_files
 from largemerge.regression.inputs import Inputs, open_inputs
@@ -78,7 +79,7 @@ from largemerge.regression.samples import (
     partition_samples,
     read_all,
 )
-from largemerge.regression.tensor_plan import HEAD, MergeRule
+from largemerge.regression.tensor_plan import HEAD, MergeRule, TensorPlan
 from largemerge.regression.tokens import ArrangedReader
 from largemerge.regression.weights import Weights
 
@@ -167,7 +168,17 @@ def merge_by_regression(
             stage("opening the output folder")
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
                 drop_damaged(folder, ranks, [_part_kind(prepared.planned.plan, (*shards, *sums), folder.working)])
-                job = Job(prepared.planned, prepared.samples, shards, sums, folder, ranks, quiet, Clock(start))
+                job = Job(
+                    planned=prepared.planned,
+                    samples=prepared.samples,
+                    token_counts=prepared.token_counts,
+                    shards=shards,
+                    sums=sums,
+                    folder=folder,
+                    ranks=ranks,
+                    quiet=quiet,
+                    clock=Clock(start),
+                )
                 job.run()
                 stage("measuring what of every model is in the output, and finishing it")
                 job.clock.begin("")
@@ -196,12 +207,14 @@ class _Prepared:
     Attributes:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
+        token_counts: How often tokens occur in all data; `None` where nobody asked.
         calibration: Number of samples and fingerprint of every candidate's data, by name.
         input_paths: Paths that must not be written to.
     """
 
     planned: PlannedMerge
     samples: RankSamples
+    token_counts: TokenCounts | None
     calibration: Mapping[str, Any]
     input_paths: list[Path]
 
@@ -241,7 +254,11 @@ def _prepare(
     }
     for name, record in config.grams.items():
         seen[name] |= {"num_samples": record.num_samples, "data": record.data, "data_sha256": record.data_sha256}
-    return _Prepared(planned, samples, seen, input_paths)
+    counts = None
+    if planned.plan.embedding is not None:
+        embedding = planned.inputs.skeleton.model.get_parameter(planned.plan.embedding.name)
+        counts = count_tokens(calibration, config.shares, embedding.shape[0])
+    return _Prepared(planned, samples, counts, seen, input_paths)
 
 
 def samples_of_rank(planned: PlannedMerge, calibration: Sequence[CalibrationSet], ranks: Ranks) -> RankSamples:
@@ -447,6 +464,7 @@ class Job:
     Attributes:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
+        token_counts: How often tokens occur in all data; `None` where nobody asked.
         shards: Layout of the output's files.
         sums: Layout of the files of sums that are kept beside them.
         folder: The output folder, with the journal of finished parts.
@@ -464,6 +482,7 @@ class Job:
 
     planned: PlannedMerge
     samples: RankSamples
+    token_counts: TokenCounts | None
     shards: tuple[Shard, ...]
     sums: tuple[Shard, ...]
     folder: OutputFolder
@@ -608,13 +627,28 @@ class Job:
         self.clock.begin("")
         averaged = [tensor for tensor in plan.non_block if tensor.rule is not MergeRule.SOLVED]
         with self.clock.stage(NON_BLOCK):
-            merge_non_block(averaged, weights, plan.config.shares, lambda name: progress.step(name, NON_BLOCK))
+            others = self._others(weights)
+            merge_non_block(averaged, weights, plan.config.shares, lambda name: progress.step(name, NON_BLOCK), others)
             with self.ranks.blocked():
                 weights.own_writer.flush()
         errors = weights.quantization_errors(tensor.name for tensor in averaged)
         entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}
         self._record(NON_BLOCK, entry | {"seconds": self.clock.seconds()}, weights)
+
+    def _others(self, weights: Weights) -> dict[str, Callable[[TensorPlan], None]]:
+        """What writes tensors that are not plainly averaged: an embedding whose tokens are counted."""
+        plan = self.planned.plan
+        if plan.embedding is None or self.token_counts is None:
+            return {}
+        write = partial(
+            average_by_token,
+            weights=weights,
+            shares=plan.config.shares,
+            counts=self.token_counts,
+            prior=plan.config.method.embedding_prior,
+        )
+        return {plan.embedding.name: write}
 
     def _record(self, part: str, entry: Mapping[str, Any], weights: Weights) -> None:
         """Notes a finished part in the journal, with the digests of all that was written since the last one."""

@@ -30,10 +30,12 @@ Stream = Literal["candidate", "merged"]
 Granularity = Literal["block", "average", "linear"]
 Normalization = Literal["tokens", "frobenius"]
 Anchor = Literal["average", "base", "task_arithmetic"]
-Part = Literal["blocks", "head"]
+Part = Literal["blocks", "head", "embeddings"]
 """What is solved; everything else is averaged."""
 
-_SUMS = frozenset({"anchor", "anchor_scale", "normalization", "off_diagonal_scale", "ridge", "solve"})
+_SUMS = frozenset(
+    {"anchor", "anchor_scale", "embedding_prior", "normalization", "off_diagonal_scale", "ridge", "solve"}
+)
 _ALL = _SUMS | {"drift", "granularity", "inputs", "shrinkage", "target"}
 
 
@@ -57,7 +59,9 @@ class RegressionMethod:
             so that candidates with small activations count as much as the others.
         off_diagonal_scale: The factor s on a Gram's off-diagonal.
         ridge: λ as a fraction of the mean diagonal; with Frobenius norms, of the mean norm, which is 1/K.
-        solve: What is solved: linears of the blocks; the head, with the embedding where they are tied.
+        solve: What is solved: linears of the blocks; the head, with the embedding where they are tied; the rows of
+            input embeddings, each for itself (see `embeddings.py`).
+        embedding_prior: κ, the number of tokens that the average of the embeddings counts for.
         parameters: Names of the settings under `parameters` that the method takes, beside `include` and `exclude`.
     """
 
@@ -74,6 +78,7 @@ class RegressionMethod:
     off_diagonal_scale: float = 0.95
     ridge: float = 1.0e-6
     solve: tuple[Part, ...] = ("blocks",)
+    embedding_prior: float = 1.0
     parameters: frozenset[str] = _ALL
 
     @property
@@ -115,6 +120,11 @@ class RegressionMethod:
     def solves_head(self) -> bool:
         """Whether the head is solved."""
         return "head" in self.solve
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether rows of the input embeddings are averaged by how often their tokens occur."""
+        return "embeddings" in self.solve
 
     def anchor_step(self, num_models: int) -> float:
         """How far the anchor lies from the base, in steps to the average: W_0 + α·Σ Δ_i is α·K of them."""

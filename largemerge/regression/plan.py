@@ -45,6 +45,7 @@ from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
+from largemerge.regression.embeddings import embedding_problems
 from largemerge.regression.gram_files import from_grams, gram_bytes, gram_notes, gram_problems
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_sums import kept_tensors, previous_bytes, previous_problems, sequence_notes
@@ -71,6 +72,7 @@ from largemerge.regression.tensor_plan import (
     check_tensors,
     output_tensors,
     plan_blocks,
+    plan_embedding,
     plan_head,
     plan_non_block,
     quantize_output,
@@ -128,6 +130,7 @@ class MergePlan:
     blocks: tuple[BlockPlan, ...]
     non_block: tuple[TensorPlan, ...]
     head: HeadPlan
+    embedding: TensorPlan | None
     output: Mapping[str, OutputTensor]
     kept_sums: Mapping[str, OutputTensor]
     num_samples: Mapping[str, int]
@@ -375,10 +378,12 @@ def make_plan(
     trace = trace_model(inputs.skeleton, outline, first.examples, first.where, inside=inside)
     blocks = plan_blocks(config, inputs, trace)
     head, non_block = plan_head(config, inputs, trace, plan_non_block(config, inputs, trace))
+    embedding, non_block = plan_embedding(config, inputs, non_block)
     tensors = (*(plan for block in blocks for plan in block.tensors), *non_block)
     shapes = batch_shapes(outlines, calibration)
     problems = check_tensors(inputs, tensors) + check_anchor(config, inputs, tensors)
     problems += [*previous_problems(config, blocks, head), *gram_problems(config, blocks, head)]
+    problems += embedding_problems(config, head, embedding)
     kept_sums = kept_tensors(blocks, head) if config.keeps_sums else {}
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
@@ -418,6 +423,7 @@ def make_plan(
         blocks=blocks,
         non_block=non_block,
         head=head,
+        embedding=embedding,
         output=output,
         kept_sums=kept_sums,
         num_samples=num_samples,

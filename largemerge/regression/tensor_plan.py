@@ -240,6 +240,23 @@ def plan_head(
     return head, tuple(solved.get(plan.name, plan) for plan in non_block)
 
 
+def plan_embedding(
+    config: MergeConfig, inputs: Inputs, non_block: Sequence[TensorPlan]
+) -> tuple[TensorPlan | None, tuple[TensorPlan, ...]]:
+    """Plans the input embedding, where its rows are averaged by how often their tokens occur.
+
+    Returns:
+        Its plan, `None` where there is no such embedding, or nobody asked; and the plans of all tensors outside the
+        blocks, this one among them.
+    """
+    _, name = token_parameters(inputs.skeleton.model)
+    found = next((plan for plan in non_block if plan.name == name), None)
+    if not config.method.counts_tokens or found is None or not _is_averaged_everywhere(config, inputs, found):
+        return None, tuple(non_block)
+    planned = replace(found, reason=f"{found.reason}; rows averaged by how often their tokens occur in the data")
+    return planned, tuple(planned if plan is found else plan for plan in non_block)
+
+
 def _is_averaged_everywhere(config: MergeConfig, inputs: Inputs, plan: TensorPlan) -> bool:
     """Whether all candidates have a tensor, and the user leaves it to the method."""
     labels, parameters = tensor_labels(inputs.reference_mapping, plan.name), config.parameters

@@ -159,7 +159,7 @@ class Tokens:
                         f"candidate {data.name!r}: {name} holds token ids from {int(ids.min())} to {int(ids.max())}; "
                         f"expected 0 to {len(table) - 1}, for its embeddings have {len(table)} rows"
                     )
-                missing = ids[(table[ids] < 0) & _counts(batch.inputs, name)]
+                missing = ids[(table[ids] < 0) & not_padding(batch.inputs, name)]
                 total, count = total + ids.numel(), count + missing.numel()
                 unknown += [number for number in sorted(set(missing.tolist())) if number not in unknown]
         if unknown and not takes_unknown:
@@ -246,8 +246,8 @@ class Tokens:
         return "\n".join([*lines, *(rule_labels(widest) if widest is not None else ())])
 
 
-def _counts(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """Where token ids are no padding."""
+def not_padding(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Where the token ids called `name` are no padding, in the shape of theirs."""
     mask = inputs.get(name.removesuffix("input_ids") + "attention_mask")
     return torch.ones_like(inputs[name], dtype=torch.bool) if mask is None else mask.bool()
 
