@@ -6,9 +6,10 @@
 
 The experts, samples and held-out data are those of `quality.py`, and so is what counts: the share of the gap between
 the average of all experts and the experts that is closed. A sequence begins with the first two experts, keeps its sums,
-and adds one expert with every merge; what is told of quality is its end. Beside it stands the same without sums, but
-with the samples of all tasks so far: the merge so far is a model like any other there, that weighs as much as what is
-in it. A step's time and memory are those of its process. Ends with one line of JSON.
+and adds one expert with every merge; what is told of quality is its end. Beside it stands the same with samples kept in
+place of the sums, as many as one task has, of all tasks so far together; and with all samples of all tasks so far: the
+merge so far is a model like any other there, that weighs as much as what is in it. A step's time and memory are those
+of its process. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Row:
     at_once: float
     """Share of the gap that is closed."""
     in_sequence: float
+    kept_samples: float
     with_samples: float
     whole: Step
     steps: tuple[Step, ...]
@@ -113,19 +115,20 @@ def _row(family: str, seed: int, method: str, samples: int, case: Case, folder: 
         shutil.rmtree(outputs[-1])
         outputs[0].rename(outputs[-1])
     with_samples = _loss(case, outputs[-1])
-    for number in range(2, len(models) + 1):
-        new, sequence = models[number - 1 : number], {"previous": str(outputs[number - 3]), "name": "before"}
-        if number == 2:
-            new, sequence = models[:2], {}
-        done = _merge(
-            {**config, "models": new, "sequence": {**sequence, "keep_sums": True}}, outputs[number - 2], folder
-        )
-        steps.append(_step(number, done, outputs[number - 2]))
-        print(f"{family}, seed {seed}, {method}: {number} experts, {done.seconds:.1f} s", flush=True)
-    in_sequence = _loss(case, outputs[len(models) - 2])
-    for output in outputs:
-        shutil.rmtree(output, ignore_errors=True)
-    shares = [(worst - loss) / (worst - best) for loss in (at_once, in_sequence, with_samples)]
+    losses = {}
+    for kept, setting in {"samples": {"keep_samples": samples}, "sums": {"keep_sums": True}}.items():
+        for number in range(2, len(models) + 1):
+            new, sequence = models[number - 1 : number], {"previous": str(outputs[number - 3]), "name": "before"}
+            if number == 2:
+                new, sequence = models[:2], {}
+            done = _merge({**config, "models": new, "sequence": {**sequence, **setting}}, outputs[number - 2], folder)
+            if kept == "sums":
+                steps.append(_step(number, done, outputs[number - 2]))
+            print(f"{family}, seed {seed}, {method}, {kept}: {number} experts, {done.seconds:.1f} s", flush=True)
+        losses[kept] = _loss(case, outputs[len(models) - 2])
+        for output in outputs:
+            shutil.rmtree(output, ignore_errors=True)
+    shares = [(worst - loss) / (worst - best) for loss in (at_once, losses["sums"], losses["samples"], with_samples)]
     return Row(family, seed, method, *shares, whole, tuple(steps))
 
 
@@ -162,8 +165,9 @@ def _table(rows: Sequence[Row]) -> str:
     titles = [
         "method",
         "all at once",
-        "in sequence",
-        "with the earlier samples",
+        "in sequence, sums kept",
+        "as many samples kept as one task has",
+        "with all samples",
         "cost of all at once",
         "of the steps, from two experts on",
         "sums",
@@ -177,6 +181,7 @@ def _table(rows: Sequence[Row]) -> str:
             method,
             f"{mean(row.at_once for row in own):.1%}",
             f"{mean(row.in_sequence for row in own):.1%}",
+            f"{mean(row.kept_samples for row in own):.1%}",
             f"{mean(row.with_samples for row in own):.1%}",
             f"{first.whole.seconds:.0f} s {first.whole.peak_bytes / GIB:.2f} GiB",
             steps,

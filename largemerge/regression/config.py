@@ -20,6 +20,7 @@ from pydantic import Field
 from largemerge.calibration.config import CalibrationConfig, CalibrationDefaults
 from largemerge.checkpoint.locate import Reference, absolute_reference
 from largemerge.config_file import (
+    LARGEST_COUNT,
     DtypeName,
     Regex,
     Size,
@@ -38,7 +39,7 @@ from largemerge.errors import ConfigError
 from largemerge.regression.gram_record import GramRecord
 from largemerge.regression.gram_record import read_record as read_gram_record
 from largemerge.regression.methods import METHODS, Anchor, Granularity, Normalization, Part, RegressionMethod, Stream
-from largemerge.regression.sequence import SequenceRecord, read_record
+from largemerge.regression.sequence import SAMPLES_FILE, SequenceRecord, read_record
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
 
 
@@ -146,8 +147,11 @@ class SequenceConfig(Strict):
     """Folder of the merge so far, with its sums; it is a candidate that needs no data."""
     name: str | None = Field(None, min_length=1)
     """Unique name of the merge so far, as a candidate; default: the last part of `previous`."""
-    keep_sums: Truth = True
-    """Whether the sums are kept beside the output, so that models can be added later."""
+    keep_sums: Truth | None = None
+    """Whether the sums are kept beside the output, so that models can be added later; default: yes, unless samples
+    are."""
+    keep_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    """Number of calibration samples of all models so far together that are kept in place of the sums; default: none."""
 
 
 _METHOD_SETTINGS = frozenset(MethodParameters.model_fields) - {"include", "excluded", "exclude"}
@@ -234,7 +238,19 @@ class MergeConfig(Strict):
     @property
     def keeps_sums(self) -> bool:
         """Whether the sums are kept beside the output."""
-        return self.sequence is not None and self.sequence.keep_sums
+        return self.sequence is not None and (
+            self.sequence.keep_samples is None if self.sequence.keep_sums is None else self.sequence.keep_sums
+        )
+
+    @property
+    def keeps_samples(self) -> int:
+        """Number of calibration samples that are kept beside the output, in place of the sums."""
+        return (self.sequence.keep_samples or 0) if self.sequence is not None else 0
+
+    @property
+    def sums_before(self) -> SequenceRecord | None:
+        """What the merge that this one goes on from has noted, where it has kept its sums."""
+        return self._merged_before if self._merged_before is not None and not self._merged_before.samples else None
 
     @property
     def candidates(self) -> tuple[CandidateConfig, ...]:
@@ -243,8 +259,13 @@ class MergeConfig(Strict):
             return self.models
         weight = self._merged_before.weight if self._merged_before is not None else 1.0
         parameters = CandidateParameters.model_construct(weight=weight)  # which many models may bring out of range
+        calibration = None
+        if self._merged_before is not None and self._merged_before.samples:
+            file = str(Path(self.sequence.previous) / SAMPLES_FILE)
+            kept = CalibrationConfig(data=file, num_samples=self._merged_before.samples)
+            calibration = kept.with_defaults(self.calibration)
         before = CandidateConfig.model_construct(
-            model=self.sequence.previous, name=self.sequence.name, calibration=None, parameters=parameters
+            model=self.sequence.previous, name=self.sequence.name, calibration=calibration, parameters=parameters
         )
         return before, *self.models
 
@@ -327,10 +348,23 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
     elif len(config.candidates) < 2:
         yield "models: found 1; expected 2 or more where 'sequence' has no 'previous' merge that this one is added to"
     if config.sequence is not None and config.sequence.previous is None:
-        if not config.sequence.keep_sums:
-            yield "sequence: neither goes on from a 'previous' merge nor keeps sums for a later one; leave it out"
+        if not config.keeps_sums and not config.keeps_samples:
+            yield "sequence: neither goes on from a 'previous' merge nor keeps anything for a later one; leave it out"
         if config.sequence.name is not None:
             yield "sequence.name: is the name of the 'previous' merge, and there is none"
+    if config.sequence is not None and config.sequence.keep_sums and config.keeps_samples:
+        yield "sequence.keep_samples: stands in place of the sums; expected it, or 'keep_sums'"
+    unseen = [each.label for each in config.candidates if each.calibration is None or each.grams is not None]
+    if config.keeps_samples and unseen and all(each.calibration is not None for each in config.models):
+        yield (
+            f"sequence.keep_samples: there are no samples of {', '.join(unseen)} here, but sums; expected 'keep_sums', "
+            "or samples of all models"
+        )
+    if 0 < config.keeps_samples < len(config.candidates):
+        yield (
+            f"sequence.keep_samples: {config.keeps_samples} of {len(config.candidates)} models together; expected one "
+            "of each, or more"
+        )
     if config.method.anchor != "average" and config.base_model is None:
         own = "" if config.parameters.anchor is not None else f", which is {config.merge_method}'s own choice,"
         found = f"parameters.anchor: {config.method.anchor!r}{own}"

@@ -33,7 +33,15 @@ from largemerge.machine import versions
 from largemerge.output import REPORT_FILE
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.gram import GRAM_DTYPE, Gram, triangle
-from largemerge.regression.sequence import RECORD_FILE, SUMS_FOLDER, KeptGroup, MergedModel, SequenceRecord
+from largemerge.regression.sequence import (
+    RECORD_FILE,
+    SAMPLES,
+    SAMPLES_FILE,
+    SUMS_FOLDER,
+    KeptGroup,
+    MergedModel,
+    SequenceRecord,
+)
 from largemerge.regression.tensor_plan import HEAD, BlockPlan, HeadPlan, LinearGroup
 
 _MAX_SHOWN = 5  # groups, in a message
@@ -73,10 +81,12 @@ def _name(folder: str, part: str, leader: str) -> str:
 
 
 def sum_files(config: MergeConfig) -> list[Path]:
-    """Lists the files of the earlier sums, with the record; none where there is no earlier merge."""
+    """Lists the files of the earlier sums, or samples, with the record; none where there is no earlier merge."""
     folder, record = _previous(config)
     if folder is None or record is None:
         return []
+    if record.samples:
+        return [folder / RECORD_FILE, folder / SAMPLES_FILE]
     return [folder / RECORD_FILE, *(folder / sums_file(part) for part in record.groups)]
 
 
@@ -89,7 +99,7 @@ def previous_fingerprint(config: MergeConfig) -> str:
 
 def previous_bytes(config: MergeConfig) -> int:
     """Bytes of the earlier sums; 0 where there are none."""
-    record = config.merged_before
+    record = config.sums_before
     parts = record.groups.values() if record is not None else ()
     return sum(GRAM_DTYPE.itemsize * triangle(group.inputs) for groups in parts for group in groups.values())
 
@@ -115,13 +125,15 @@ def check_previous(config: MergeConfig, *, contents: bool) -> None:
     problems = find_damage_of(folder, (RECORD_FILE, "config.json"), contents=contents) if folder is not None else []
     if problems:
         told = [f"sequence.previous: {folder}: {problem}" for problem in problems]
-        advice = "its sums are good for the weights that were written with them alone: put these back, or merge again"
+        advice = (
+            "what it has kept is good for the weights that were written with it alone: put these back, or merge again"
+        )
         raise CheckpointError(*advised(told, advice))
 
 
 def previous_problems(config: MergeConfig, blocks: Sequence[BlockPlan], head: HeadPlan) -> Iterator[str]:
     """Yields groups of linears that are to be solved, and of which the earlier merge has no sums, or of other shape."""
-    folder, record = _previous(config)
+    (folder, _), record = _previous(config), config.sums_before
     if record is None:
         return
     wanted = [(part, group) for part, groups in groups_by_part(blocks, head).items() for group in groups]
@@ -187,8 +199,22 @@ def sequence_notes(config: MergeConfig, blocks: Sequence[BlockPlan], head: HeadP
     folder, record = _previous(config)
     if folder is None or record is None:
         return
+    if not record.samples:
+        yield from _notes_on_sums(config, folder, record, groups_by_part(blocks, head))
+    if (folder / HEADS_FOLDER).is_dir():
+        yield f"sequence: the heads of the models in {folder} stay in its folder {HEADS_FOLDER}/, and are not copied"
+    before = {model.model for model in record.models}
+    for candidate in config.models:
+        if candidate.model in before:
+            yield f"sequence: {candidate.label} ({candidate.model}) was merged before, and counts once more"
+
+
+def _notes_on_sums(
+    config: MergeConfig, folder: Path, record: SequenceRecord, parts: Mapping[str, Sequence[LinearGroup]]
+) -> Iterator[str]:
+    """Notes on earlier sums that are of no use, and on what cannot be done with sums alone."""
     used = set()
-    for part, groups in groups_by_part(blocks, head).items():
+    for part, groups in parts.items():
         for group in groups:
             found = _find(record, part, group.leader)
             solved = found.linears if found is not None else ()
@@ -203,14 +229,8 @@ def sequence_notes(config: MergeConfig, blocks: Sequence[BlockPlan], head: HeadP
     if config.method.compares:
         yield (
             f"sequence: {config.merge_method} corrects what the new models need; what {folder} has corrected for the "
-            "models in it is mostly lost: where you have their samples, give it under 'models' with these instead"
+            "models in it is mostly lost: merge them with 'sequence: {keep_samples: 256}' in place of sums"
         )
-    if (folder / HEADS_FOLDER).is_dir():
-        yield f"sequence: the heads of the models in {folder} stay in its folder {HEADS_FOLDER}/, and are not copied"
-    before = {model.model for model in record.models}
-    for candidate in config.models:
-        if candidate.model in before:
-            yield f"sequence: {candidate.label} ({candidate.model}) was merged before, and counts once more"
 
 
 def some(names: Sequence[str]) -> str:
@@ -225,8 +245,9 @@ def make_record(
     head: HeadPlan,
     models: Sequence[MergedModel],
     linears: Mapping[str, Any],
+    samples: int,
 ) -> SequenceRecord:
-    """Makes the record of a merge that keeps its sums.
+    """Makes the record of a merge that keeps its sums, or samples.
 
     Args:
         config: The configuration.
@@ -234,6 +255,7 @@ def make_record(
         head: What is solved outside of them.
         models: All models merged so far.
         linears: Reports of all solved linears, by parameter name.
+        samples: Number of samples that are kept; 0 where there are sums.
     """
     method = config.method
     return SequenceRecord(
@@ -244,6 +266,7 @@ def make_record(
         normalization=method.normalization,
         off_diagonal_scale=method.off_diagonal_scale,
         models=tuple(models),
+        samples=samples,
         groups={
             part: {
                 group.leader: KeptGroup(
@@ -253,7 +276,7 @@ def make_record(
                 )
                 for group in groups
             }
-            for part, groups in groups_by_part(blocks, head).items()
+            for part, groups in (groups_by_part(blocks, head).items() if not samples else ())
         },
     )
 
@@ -360,7 +383,7 @@ class SequenceSums:
     @classmethod
     def of(cls, config: MergeConfig, writer: SumWriter | None) -> SequenceSums:
         """Makes what a configuration asks for."""
-        folder, record = _previous(config)
+        (folder, _), record = _previous(config), config.sums_before
         return cls(folder, record, config.shares[0] if record is not None else 0.0, config.keeps_sums, writer)
 
     def tokens(self, part: str, leader: str) -> int:
@@ -385,6 +408,13 @@ class SequenceSums:
         """Writes Σ G̃_i of a group, before it is solved, on rank 0 of a merge that keeps sums."""
         if self.writer is not None:
             self.writer.write(part, leader, gram.sum_rows())
+
+    def keep_samples(self, samples: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Writes the samples that are kept in place of the sums, on rank 0; see `SumWriter.finish`."""
+        for name, tensor in samples.items():
+            assert self.writer is not None
+            self.writer.write(Path(SAMPLES).name, name, [tensor])
+        return self.finish(Path(SAMPLES).name)
 
     def finish(self, part: str) -> dict[str, Any]:
         """Finishes what is kept of a block, or of the head; see `SumWriter.finish`."""

@@ -172,6 +172,7 @@ def merge_by_regression(
                     planned=prepared.planned,
                     samples=prepared.samples,
                     token_counts=prepared.token_counts,
+                    kept_samples=prepared.kept_samples,
                     shards=shards,
                     sums=sums,
                     folder=folder,
@@ -208,6 +209,7 @@ class _Prepared:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
         token_counts: How often tokens occur in all data; `None` where nobody asked.
+        kept_samples: What is kept of the data for a later merge of the sequence, by forward argument; on rank 0.
         calibration: Number of samples and fingerprint of every candidate's data, by name.
         input_paths: Paths that must not be written to.
     """
@@ -215,6 +217,7 @@ class _Prepared:
     planned: PlannedMerge
     samples: RankSamples
     token_counts: TokenCounts | None
+    kept_samples: Mapping[str, torch.Tensor]
     calibration: Mapping[str, Any]
     input_paths: list[Path]
 
@@ -258,7 +261,9 @@ def _prepare(
     if planned.plan.embedding is not None:
         embedding = planned.inputs.skeleton.model.get_parameter(planned.plan.embedding.name)
         counts = count_tokens(calibration, config.shares, embedding.shape[0])
-    return _Prepared(planned, samples, counts, seen, input_paths)
+    kept = planned.plan.kept_samples
+    kept_samples = kept.gather(calibration) if kept is not None and ranks.is_first else {}
+    return _Prepared(planned, samples, counts, kept_samples, seen, input_paths)
 
 
 def samples_of_rank(planned: PlannedMerge, calibration: Sequence[CalibrationSet], ranks: Ranks) -> RankSamples:
@@ -465,6 +470,7 @@ class Job:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
         token_counts: How often tokens occur in all data; `None` where nobody asked.
+        kept_samples: What is kept of the data for a later merge of the sequence, by forward argument; on rank 0.
         shards: Layout of the output's files.
         sums: Layout of the files of sums that are kept beside them.
         folder: The output folder, with the journal of finished parts.
@@ -483,6 +489,7 @@ class Job:
     planned: PlannedMerge
     samples: RankSamples
     token_counts: TokenCounts | None
+    kept_samples: Mapping[str, torch.Tensor]
     shards: tuple[Shard, ...]
     sums: tuple[Shard, ...]
     folder: OutputFolder
@@ -514,8 +521,9 @@ class Job:
             )
             for note in (*plan.notes, *self.folder.redone):
                 progress.tell(f"note: {note}")
+            sequence, grams = self._open_sums(stack), GramReader.of(plan.config)
             if NON_BLOCK not in finished and self.ranks.is_first:
-                self._merge_non_block(weights, progress)
+                self._merge_non_block(weights, progress, sequence)
             hidden_states = stack.enter_context(hidden_states_of(plan, self.folder.working))
             if self.ranks.size > 1:
                 self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)
@@ -525,7 +533,6 @@ class Job:
             first = 0 if plan.config.method.by_norm else 1
             rank_groups = self.samples.partition.rank_groups[first:]
             collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
-            sequence, grams = self._open_sums(stack), GramReader.of(plan.config)
             self._engine(weights, hidden_states, progress, collectives, sequence, grams).run(
                 finished, lambda part, entry: self._record(part, entry, weights)
             )
@@ -621,8 +628,8 @@ class Job:
             grams=grams,
         )
 
-    def _merge_non_block(self, weights: Weights, progress: RunProgress) -> None:
-        """Writes all tensors outside the blocks, and notes it in the journal."""
+    def _merge_non_block(self, weights: Weights, progress: RunProgress, sequence: SequenceSums) -> None:
+        """Writes all tensors outside the blocks, and samples that are kept, and notes it in the journal."""
         plan = self.planned.plan
         self.clock.begin("")
         averaged = [tensor for tensor in plan.non_block if tensor.rule is not MergeRule.SOLVED]
@@ -634,6 +641,7 @@ class Job:
         errors = weights.quantization_errors(tensor.name for tensor in averaged)
         entry: dict[str, Any] = {"bytes_read": weights.bytes_read, "bytes_written": weights.own_writer.bytes_written}
         entry |= {"quantization_errors": errors} if errors else {}
+        entry |= sequence.keep_samples(self.kept_samples)
         self._record(NON_BLOCK, entry | {"seconds": self.clock.seconds()}, weights)
 
     def _others(self, weights: Weights) -> dict[str, Callable[[TensorPlan], None]]:

@@ -48,6 +48,7 @@ from largemerge.regression.config import MergeConfig
 from largemerge.regression.embeddings import embedding_problems
 from largemerge.regression.gram_files import from_grams, gram_bytes, gram_notes, gram_problems
 from largemerge.regression.inputs import Inputs
+from largemerge.regression.kept_samples import KeptSamples, choose_samples
 from largemerge.regression.kept_sums import kept_tensors, previous_bytes, previous_problems, sequence_notes
 from largemerge.regression.passes import goes_by_linear
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
@@ -102,7 +103,8 @@ class MergePlan:
         non_block: Plans of the tensors of no block.
         head: What of these is solved.
         output: Tensors of the output, by name on disk.
-        kept_sums: Sums that are kept beside them, by group of linears.
+        kept_sums: Sums that are kept beside them, by group of linears, or samples in their place, by forward argument.
+        kept_samples: Which samples these are; `None` for none.
         num_samples: Number of calibration samples by candidate.
         num_tokens: Number of tokens, or patches, of these samples that count, by candidate; of an earlier merge, and of
             Gram matrices in place of data, those that the sums are of.
@@ -133,6 +135,7 @@ class MergePlan:
     embedding: TensorPlan | None
     output: Mapping[str, OutputTensor]
     kept_sums: Mapping[str, OutputTensor]
+    kept_samples: KeptSamples | None
     num_samples: Mapping[str, int]
     num_tokens: Mapping[str, int]
     quantized: Mapping[str, Mapping[str, int]]
@@ -251,14 +254,16 @@ class MergePlan:
             table.add_row("candidate", f"{name}: {of_data}, {tokens}{kept}")
         if self.config.merged_before is not None:
             merged = ", ".join(f"{model.name} {model.weight:g}" for model in self.config.merged_before.models)
-            table.add_row("in sequence", f"{self.config.names[0]} has {merged} in it; its sums stand for their data")
+            what = "its sums stand" if self.config.sums_before is not None else "some samples, which it has kept, stand"
+            table.add_row("in sequence", f"{self.config.names[0]} has {merged} in it; {what} for their data")
         table.add_row("stacks", ", ".join(f"{name} ({counted(count, 'block')})" for name, count in self.stacks))
         for group in self.blocks[0].groups if self.blocks else ():
             table.add_row("solved together", f"{', '.join(group.outputs)}: {counted(group.num_inputs, 'input')}")
         table.add_row("tensors", "\n".join(f"{count} {what}" for what, count in self.counts().items()))
         for label, text in input_rows(self):
             table.add_row(label, text)
-        kept = f", of which {gib(self.sums_bytes)} of sums for a later merge" if self.kept_sums else ""
+        what = "sums" if self.config.keeps_sums else counted(self.config.keeps_samples, "sample")
+        kept = f", of which {gib(self.sums_bytes)} of {what} for a later merge" if self.kept_sums else ""
         table.add_row("disk", f"{gib(self.bytes_read)} to read, {gib(self.bytes_written)} to write{kept}")
         table.add_row("forward passes", f"{str(self.compute_dtype).removeprefix('torch.')} on {self.device}")
         table.add_row("placement", str(self.placement))
@@ -384,7 +389,13 @@ def make_plan(
     problems = check_tensors(inputs, tensors) + check_anchor(config, inputs, tensors)
     problems += [*previous_problems(config, blocks, head), *gram_problems(config, blocks, head)]
     problems += embedding_problems(config, head, embedding)
+    kept_samples, misfits = None, list[str]()
+    if config.keeps_samples and calibration is not None:
+        signature = forward_signature(inputs.skeleton)
+        kept_samples, misfits = choose_samples(calibration, config.weights, config.keeps_samples, signature)
+        problems += misfits
     kept_sums = kept_tensors(blocks, head) if config.keeps_sums else {}
+    kept_sums |= kept_samples.tensors if kept_samples is not None else {}
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
     findings = _check_loads(config, inputs, output) if not problems else Findings()
@@ -426,6 +437,7 @@ def make_plan(
         embedding=embedding,
         output=output,
         kept_sums=kept_sums,
+        kept_samples=kept_samples,
         num_samples=num_samples,
         num_tokens=_num_tokens(config, inputs, trace, shapes, calibration),
         quantized=inputs.quantized(),
@@ -558,8 +570,8 @@ def _num_tokens(
             counts = ([count_valid_rows(batch, stack, masked) for stack in trace.stacks] for batch in data.batches)
             rows[number] = [sum(of_stack) for of_stack in zip(*counts, strict=True)]
     counted_rows = [max(own, default=0) for own in rows]
-    if config.merged_before is not None:
-        counted_rows[0] = config.merged_before.tokens
+    if config.sums_before is not None:
+        counted_rows[0] = config.sums_before.tokens
     for number in from_grams(config):
         counted_rows[number] = config.grams[config.names[number]].tokens
     return {candidate.name: count for candidate, count in zip(inputs.candidates, counted_rows, strict=True)}

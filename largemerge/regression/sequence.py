@@ -32,6 +32,9 @@ from largemerge.text_files import read_json
 SUMS_FOLDER = "sums"
 """Folder in the output for what the next merge of a sequence needs."""
 RECORD_FILE = f"{SUMS_FOLDER}/sequence.json"
+SAMPLES = f"{SUMS_FOLDER}/samples"
+SAMPLES_FILE = f"{SAMPLES}.safetensors"
+"""Calibration samples that stand in place of the sums."""
 _CHOICES = ("inputs", "granularity", "normalization", "off_diagonal_scale")
 """Settings of the method that decide what the Gram matrices are."""
 
@@ -69,6 +72,8 @@ class SequenceRecord(Strict):
     off_diagonal_scale: float = Field(ge=0, le=1)
     models: tuple[MergedModel, ...] = Field(min_length=1)
     """All models merged so far, in order."""
+    samples: int = Field(0, ge=0)
+    """Number of calibration samples of all models that are kept in place of the sums; 0 where there are sums."""
     groups: dict[Annotated[str, Field(pattern=r"^[^/]+$")], dict[str, KeptGroup]]
     """Block, or `head` → first linear of a group → its Gram matrix."""
 
@@ -90,7 +95,7 @@ class SequenceRecord(Strict):
             method: The method, as the user has set it.
             folder: Folder of the merge that the record is about.
         """
-        for name in _CHOICES:
+        for name in _CHOICES if not self.samples else ():
             before, now = getattr(self, name), getattr(method, name)
             if before != now:
                 yield (
@@ -112,7 +117,7 @@ def read_record(folder: Path) -> SequenceRecord:
     Raises:
         ConfigError: If there is no such folder, no sums, or a broken record.
     """
-    expected = "expected the output of a merge with 'sequence: {keep_sums: true}'"
+    expected = "expected the output of a merge with 'sequence: {keep_sums: true}', or 'keep_samples'"
     if not os.path.isdir(folder):
         raise ConfigError(f"sequence.previous: {folder} is no folder here; {expected}")
     path = folder / RECORD_FILE
@@ -137,19 +142,21 @@ def models_so_far(record: SequenceRecord | None, models: Mapping[str, tuple[str,
     return [*(record.models if record is not None else ()), *now]
 
 
-def sequence_section(models: Sequence[MergedModel], num_before: int, *, keeps_sums: bool) -> str:
+def sequence_section(models: Sequence[MergedModel], num_before: int, *, keeps_sums: bool, num_samples: int) -> str:
     """Makes the part of a model card that says what a sequence has merged, `num_before` models in earlier merges."""
     rows = [
         f"| {number} | {model.name} | `{Path(model.model).name}` | {model.weight:g} | {model.tokens:,} | "
         f"{'before' if number <= num_before else 'in this merge'} |"
         for number, model in enumerate(models, start=1)
     ]
-    kept = f"""The sums of all these models lie in `{SUMS_FOLDER}/`: more can be added without them and their data, with
+    what = f"Samples of the calibration data ({num_samples} in all)" if num_samples else "The sums"
+    data = "the rest of their data" if num_samples else "their data"
+    kept = f"""{what} of all these models lie in `{SUMS_FOLDER}/`: more can be added without them and {data}, with
 `sequence: {{previous: path/to/this/folder}}`."""
     return f"""
 ## Merged in sequence
 
-{kept if keeps_sums else "The sums of these models were not kept, so that this merge ends the sequence."}
+{kept if keeps_sums or num_samples else "The sums of these models were not kept, so that this merge ends the sequence."}
 
 | | name | model | weight | tokens | merged |
 |---:|---|---|---:|---:|---|

@@ -385,7 +385,7 @@ def test_damage_is_noticed_before_the_work(merged: tuple[Case, Path], damage: st
     case, out = merged
     spoil, told = DAMAGES[damage]
     spoil(out)
-    advice = "its sums are good for the weights that were written with them alone"
+    advice = "what it has kept is good for the weights that were written with it alone"
     refused(step(case, [3], out), f"sequence.previous: {out}: ", told, advice)
     assert exit_code("verify", out) == 2
 

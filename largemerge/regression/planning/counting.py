@@ -117,9 +117,9 @@ def measure_workload(
         trace=trace,
         dtype=dtype,
         num_candidates=len(inputs.candidates),
-        tokens_before=(config.merged_before.tokens if config.merged_before is not None else 0)
+        tokens_before=(config.sums_before.tokens if config.sums_before is not None else 0)
         + sum(record.tokens for record in config.grams.values()),
-        num_sums_read=int(config.merged_before is not None) + len(summed),
+        num_sums_read=int(config.sums_before is not None) + len(summed),
         keeps_sums=config.keeps_sums,
         summed=summed,
         rows=rows,
