@@ -451,7 +451,7 @@ def test_models_of_other_shapes_are_refused(merged: tuple[Case, Path], tmp_path:
 @pytest.mark.parametrize(
     ("sequence", "mentions"),
     [
-        ({"keep_sums": False}, "sequence: neither goes on from a 'previous' merge nor keeps sums"),
+        ({"keep_sums": False}, "sequence: neither goes on from a 'previous' merge nor keeps anything"),
         ({"name": "x"}, "sequence.name: is the name of the 'previous' merge, and there is none"),
         ({"keep_sums": "maybe"}, "sequence.keep_sums: expected true or false"),
         ({"previous": 5}, "sequence.previous: expected a text"),
