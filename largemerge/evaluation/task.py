@@ -74,6 +74,8 @@ class Samples:
         padding: Padding values by forward argument.
         pixels: How images become pixels; `None` where there are none.
         left: Whether padding stands on the left, as for generation.
+        notes: What a user should know of how they were made, such as how many texts were cut.
+        lent: What another model has lent to make them; empty where the model's own files were enough.
     """
 
     groups: tuple[tuple[Sample, ...], ...]
@@ -81,6 +83,8 @@ class Samples:
     padding: Mapping[str, int] = field(default_factory=dict)
     pixels: Pixels | None = None
     left: bool = False
+    notes: tuple[str, ...] = ()
+    lent: str = ""
 
     @classmethod
     def of(
@@ -92,10 +96,12 @@ class Samples:
         pixels: Pixels | None = None,
         *,
         left: bool = False,
+        notes: tuple[str, ...] = (),
+        lent: str = "",
     ) -> Samples:
         """Groups sequences of similar length into batches, longest first."""
         groups = tuple(map(tuple, group_samples(samples, batch_size)))
-        return cls(groups, where, padding or {}, pixels, left)
+        return cls(groups, where, padding or {}, pixels, left, notes, lent)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -182,6 +188,7 @@ class Prepared:
         metrics: What is computed from columns; the first is the one that counts.
         first: The pass that has to come first.
         generating: How answers are written; `None` where nothing is.
+        remark: Says what a user should know of columns; an empty text where that is nothing.
     """
 
     view: ModelFiles
@@ -191,6 +198,7 @@ class Prepared:
     metrics: tuple[Metric, ...]
     first: FirstPass | None = None
     generating: Generating | None = None
+    remark: Callable[[Columns], str] = lambda _: ""
 
 
 def columns_of(records: Mapping[int, Record]) -> Columns:
