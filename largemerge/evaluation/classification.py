@@ -184,8 +184,8 @@ def text_classification(
         "accuracy": ACCURACY,
         "f1": F1,
         "matthews": MATTHEWS,
-        "pearson": correlation("pearson", "label", "predicted"),
-        "spearman": correlation("spearman", "label", "predicted"),
+        "pearson": correlation("pearson", "predicted", "label"),
+        "spearman": correlation("spearman", "predicted", "label"),
     }[task.metric]
     return Prepared(
         view=files,

@@ -308,6 +308,9 @@ class _Run:
             lacking = f"; its files have no {', '.join(sorted(job.opened.lacking))}" if job.opened.lacking else ""
             dtype = dtype_name(job.files.compute_dtype)
             return replace(score, error=f"outputs are not finite, computed in {dtype}{lacking}")
+        undefined = next((why for metric in job.prepared.metrics if (why := metric.undefined(columns))), "")
+        if undefined:
+            return replace(score, error=undefined)
         remark = job.prepared.remark(columns)
         self.notes += [f"task {job.task.name!r}, {job.model.name}: {remark}"] if remark else []
         metrics = {metric.name: metric.compute(columns) for metric in job.prepared.metrics}

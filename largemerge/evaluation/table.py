@@ -240,7 +240,7 @@ def numbers_of(table: Table, column: str) -> list[float]:
     """Numbers of a column that others are correlated with.
 
     Raises:
-        CalibrationError: If values are no finite numbers, or there is one sample only.
+        CalibrationError: If values are no finite numbers, there is one sample only, or all values are equal.
     """
     values = [float(value) for value in table.column(column, (int, float), "a number")]
     problems = [
@@ -252,6 +252,11 @@ def numbers_of(table: Table, column: str) -> list[float]:
         raise CalibrationError(*problems[:MAX_PROBLEMS])
     if len(values) < _FEWEST_CORRELATED:
         raise CalibrationError(f"{table.where}: has one sample; expected two or more for a correlation")
+    if len(set(values)) == 1:
+        raise CalibrationError(
+            f"{table.where}: {column!r} is {values[0]:g} in all {len(values):,} samples, with which nothing can be "
+            "correlated; expected values that differ"
+        )
     return values
 
 

@@ -38,12 +38,14 @@ class Metric:
         compute: Computes it from columns.
         better: Whether higher or lower is better.
         is_share: Whether it is a share, shown in percent.
+        undefined: Says why it cannot be computed from columns; an empty text where it can.
     """
 
     name: str
     compute: Callable[[Columns], float]
     better: Literal["higher", "lower"] = "higher"
     is_share: bool = True
+    undefined: Callable[[Columns], str] = lambda _: ""
 
 
 @dataclass(frozen=True)
