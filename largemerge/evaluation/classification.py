@@ -22,6 +22,7 @@ from largemerge.evaluation.config import (
     TextClassificationTask,
     ZeroShotTask,
 )
+from largemerge.evaluation.corruption import corrupted
 from largemerge.evaluation.metrics import ACCURACY, F1, MATTHEWS, correlation
 from largemerge.evaluation.models import ModelFiles, OpenedModel, as_tower
 from largemerge.evaluation.prompts import Prompts, load_prompts
@@ -120,9 +121,24 @@ def _image_samples(
     images = table.source.select((column,))
     samples = [Sample(number, {}) for number in range(len(table.rows))]
     assert table.settings.batch_size is not None
-    pixels = Pixels(processor, table.source.folder, signature, lambda number: images[table.numbers[number]][column])
+    pixels = Pixels(
+        processor,
+        table.source.folder,
+        signature,
+        lambda number: images[table.numbers[number]][column],
+        _corrupter(task, table),
+    )
     lent = f"no image processor; that of {files.image_lender} is used" if files.image_lender is not None else ""
     return Samples.of(samples, table.settings.batch_size, table.where, pixels=pixels, lent=lent)
+
+
+def _corrupter(task: ImageClassificationTask | ZeroShotTask, table: Table) -> Callable[[int, Any], Any] | None:
+    """What corrupts the image of a sample; `None` where images stay as they are."""
+    corruption, seed = task.corruption, table.settings.seed
+    if corruption is None:
+        return None
+    assert seed is not None
+    return lambda number, image: corrupted(image, corruption, seed, table.numbers[number])
 
 
 def _by_logits(labels: Sequence[float], *, one_output: bool = False) -> Score:

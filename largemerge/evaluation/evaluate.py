@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from largemerge.evaluation.config import (
     HarnessTask,
     Task,
 )
+from largemerge.evaluation.corruption import PACKAGE, with_corruption
 from largemerge.evaluation.harness import run_harness
 from largemerge.evaluation.metrics import interval
 from largemerge.evaluation.models import OpenedModel
@@ -85,7 +87,7 @@ def evaluate_models(
             models=everyone,
             scores=tuple(held_against(scores, tasks, base)),
             settings=config.model_dump(mode="json"),
-            versions=versions(),
+            versions=versions() | ({PACKAGE: metadata.version(PACKAGE)} if with_corruption(config.tasks) else {}),
             machine=machine(target),
             seconds=time.perf_counter() - start,
             notes=(*prepared.notes, *run.notes),

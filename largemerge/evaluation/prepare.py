@@ -32,6 +32,7 @@ from largemerge.evaluation.config import (
     TextClassificationTask,
     ZeroShotTask,
 )
+from largemerge.evaluation.corruption import check_corruptions, with_corruption
 from largemerge.evaluation.embeddings import retrieval, similarity
 from largemerge.evaluation.harness import check_harness
 from largemerge.evaluation.language import generation, language_model, multiple_choice
@@ -139,6 +140,8 @@ def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> Prepa
                 lenders[reference] = found
     if any(isinstance(task, HarnessTask) for task in config.tasks):
         attempt(check_harness, [task for task in config.tasks if isinstance(task, HarnessTask)])
+    if with_corruption(config.tasks):
+        attempt(check_corruptions, config.tasks)
     stage("reading the data of all tasks")
     base = next((files.get(model.name) for model, _ in wanted if model.role == "base"), None)
     jobs: list[Job] = []

@@ -58,12 +58,14 @@ class Pixels:
         signature: Inputs of the model's forward.
         image: Reads the image of a sample by its number: whole test splits do not fit into memory, least of all once
             for each model.
+        change: Changes an opened image, given the number of its sample; `None` where images stay as they are.
     """
 
     processor: Any
     folder: Path | None
     signature: ForwardSignature
     image: Callable[[int], Any]
+    change: Callable[[int, Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ class Samples:
         if self.pixels is not None:
             pixels = self.pixels
             shown = [replace(sample, image=pixels.image(sample.row)) for sample in group]
-            (more,) = read_images([shown], pixels.processor, pixels.folder, pixels.signature, self.where)
+            (more,) = read_images(
+                [shown], pixels.processor, pixels.folder, pixels.signature, self.where, change=pixels.change
+            )
             batch = replace(batch, inputs=batch.inputs | more)
         return batch
 
