@@ -131,7 +131,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "intermediate_dir": (lambda value: value is None or _is_path(value), "a folder"),
     "device": (lambda value: isinstance(value, str), "auto, cpu or cuda:0"),
     "memory": (lambda value: value is None or isinstance(value, Memory), "largemerge.Memory(host=…, device=…)"),
-    "planned": (lambda value: value is None or callable(value), "a function"),
+    **dict.fromkeys(("planned", "written"), (lambda value: value is None or callable(value), "a function")),
     "cluster": (lambda value: value is None or hasattr(value, "num_ranks"), "largemerge.cluster(num_nodes=…)"),
     "limit": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
     "num_ranks": _RANKS,
@@ -241,6 +241,7 @@ def merge(
     memory: Memory | None = None,
     strict: bool = False,
     planned: Callable[[Plan], None] | None = None,
+    written: Callable[[], None] | None = None,
     evaluate: EvaluationSource | None = None,
     evaluated: Callable[[Evaluation], None] | None = None,
     limit: int | None = None,
@@ -261,6 +262,7 @@ def merge(
         memory: Limits that override those of the configuration.
         strict: Make warnings errors.
         planned: Called with the plan before the long work.
+        written: Called once the output is whole, before it is evaluated.
         evaluate: An evaluation: the path of an EVAL.yaml, a mapping like it, or one that has been read. All models of
             the merge and its output are measured in its tasks, and `evaluation.json`, `.csv` and `.html` are written to
             `out`.
@@ -275,7 +277,14 @@ def merge(
     """
     options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
     options |= {"planned": planned, "verify": verify}
-    more = {"out": out, "intermediate_dir": intermediate_dir, "memory": memory, "strict": strict, "limit": limit}
+    more = {
+        "out": out,
+        "written": written,
+        "intermediate_dir": intermediate_dir,
+        "memory": memory,
+        "strict": strict,
+        "limit": limit,
+    }
     problems: list[str] = []
     if limit is not None and evaluate is None:
         problems.append("--limit: limits what --evaluate measures; expected --evaluate with it")
@@ -292,6 +301,8 @@ def merge(
         raise ConfigError("--intermediate-dir is for files of several merges, separated by '---'")
     tasks = _checked_evaluation(evaluate, resolved, memory, limit) if evaluate is not None else None
     report = _merge(resolved, Path(out), intermediate_dir, memory, options)
+    if written is not None:
+        written()
     if tasks is not None:
         from largemerge.evaluation.evaluate import evaluate_models
         from largemerge.evaluation.page import write_evaluation
@@ -437,6 +448,7 @@ def evaluate(
     limit: int | None = None,
     memory: Memory | None = None,
     quiet: bool = True,
+    base: str | Path | None = None,
 ) -> Evaluation:
     """Measures models in the tasks of an evaluation.
 
@@ -448,6 +460,7 @@ def evaluate(
         limit: Samples of each task, at most, for a quick try.
         memory: Limits that override those of the configuration.
         quiet: Show no progress.
+        base: The model that all were tuned from, where the evaluation names none.
 
     Returns:
         The scores. A task that fails says so in its score, and loses no other's.
@@ -466,8 +479,12 @@ def evaluate(
         resolved = load_evaluation(config)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
+    if base is not None and resolved.base is not None:
+        problems.append(f"--base {shown(str(base))}: the evaluation has the base {resolved.base}; expected one of them")
     if problems:
         raise ConfigError(*problems)
+    if base is not None:
+        resolved = resolved.model_copy(update={"base": str(base)})
     memory = memory or Memory()
     evaluation = evaluate_models(
         resolved.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk),

@@ -28,6 +28,7 @@ from largemerge.errors import (
     ConfigError,
     LargemergeError,
     RankAborted,
+    advised,
     explain_failures,
 )
 from largemerge.installed import check_installed
@@ -104,6 +105,7 @@ def _merge(options: argparse.Namespace) -> int:
         max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
         api.check_apart(options.config, options.out)
         config = _read(options)
+    measuring: list[str] = []  # how to go on, once the output is whole and is being measured
     try:
         from largemerge.machine import reuse_freed_memory
 
@@ -112,9 +114,14 @@ def _merge(options: argparse.Namespace) -> int:
             if options.quiet:  # else the merge tells all notes
                 _print_warnings(made)
 
+        def written() -> None:
+            if options.evaluate is not None:
+                measuring.append(_evaluate_command(config, options))
+                interrupts.is_safe(_how_to_measure(options, measuring[0]))
+
         reuse_freed_memory(sparingly=True)
         found: list[Evaluation] = []
-        with output_kept(own_process=options.own_process):
+        with output_kept(own_process=options.own_process), _told_if_whole(options, measuring):
             report: Report = api.merge(
                 config,
                 options.out,
@@ -127,12 +134,13 @@ def _merge(options: argparse.Namespace) -> int:
                 intermediate_dir=options.intermediate_dir,
                 memory=memory,
                 planned=planned,
+                written=written,
                 evaluate=options.evaluate,
                 evaluated=found.append,
                 limit=options.limit,
             )
     except KeyboardInterrupt as error:
-        return _interrupted(options, error)
+        return _measuring_interrupted(options, measuring[0], error) if measuring else _interrupted(options, error)
     stage("")
     if launch.rank == 0:
         _show_report(report, options)
@@ -241,6 +249,52 @@ def _interrupted(options: argparse.Namespace, error: KeyboardInterrupt) -> int:
     return interrupts.exit_code(error)
 
 
+def _evaluate_command(config: Config, options: argparse.Namespace) -> str:
+    """Writes the command that measures a finished merge as `merge --evaluate` would have."""
+    from largemerge import api
+    from largemerge.evaluation.config import load_evaluation
+
+    models, base = api.models_of(config)
+    own_base = [] if base is None or load_evaluation(options.evaluate).base is not None else ["--base", base]
+    given = {"--limit": options.limit, "--device": options.device if options.device != "auto" else None}
+    given |= {f"--memory-{key}": getattr(options, f"memory_{key}") for key in ("device", "host", "disk")}
+    more = [str(part) for name, value in given.items() if value is not None for part in (name, value)]
+    references = dict.fromkeys(model.reference for model in models)
+    command = ["largemerge", "evaluate", str(options.evaluate), *references, str(options.out)]
+    return shlex.join([*command, *own_base, "--out", str(options.out), *more])
+
+
+def _how_to_measure(options: argparse.Namespace, command: str) -> str:
+    """Says that a merge is whole although measuring it was broken off, and how to go on."""
+    launcher = " under the same launcher" if several_processes() else ""
+    return f"the merge in {options.out} is whole; measure it{launcher} by: {command}"
+
+
+@contextmanager
+def _told_if_whole(options: argparse.Namespace, measuring: Sequence[str]) -> Iterator[None]:
+    """Adds to what fails that the merge is whole, and how to go on, where only measuring it has failed."""
+    try:
+        yield
+    except LargemergeError as error:
+        if not measuring or not error.problems:
+            raise
+        raise type(error)(*advised(error.problems, _how_to_measure(options, measuring[0]))) from error
+    except Exception:  # a mistake of ours, which is told as one
+        if measuring:
+            tell(_how_to_measure(options, measuring[0]))
+        raise
+
+
+def _measuring_interrupted(options: argparse.Namespace, command: str, error: KeyboardInterrupt) -> int:
+    """Says how to go on where the merge is finished, and was being measured."""
+    if own_rank() != 0:
+        raise error
+    said = str(error) or "interrupted"
+    LOGGER.info(said)
+    print(f"\nlargemerge: {said}; {_how_to_measure(options, command)}", file=sys.stderr)
+    return interrupts.exit_code(error)
+
+
 def _plan(options: argparse.Namespace) -> int:
     if read_launch().rank != 0:
         return 0  # rank 0 plans and prints
@@ -324,6 +378,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             limit=options.limit,
             memory=memory,
             quiet=options.quiet,
+            base=options.base,
         )
     return _show_once(found, launch, options)
 
@@ -628,6 +683,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure models in tasks: losses, accuracies, a page")
     evaluate.add_argument("config", type=Path, metavar="EVAL", help="a YAML file of tasks")
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="a folder or Hub id, with +adapter if wanted")
+    evaluate.add_argument("--base", metavar="MODEL", help="what all were tuned from, where EVAL names no base")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="write evaluation.json, .csv and .html there")
     evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
     evaluate.add_argument("--limit", type=_whole, metavar="N", help="at most N samples of each task, for a quick try")

@@ -65,6 +65,7 @@ class _State:
     taken: tuple[signal.Signals, ...] = ()
     first: int | None = None  # the signal that came first
     repeats = 0  # signals that are no new ones
+    safe = "what is finished is safe: go on with --resume"
 
 
 def install() -> None:
@@ -87,6 +88,11 @@ def install() -> None:
 def raising() -> None:
     """From now on a signal raises `Interrupted` in the main thread."""
     _State.raises = True
+
+
+def is_safe(text: str) -> None:
+    """Sets what a process that ends at once says of what it leaves, and how to go on."""
+    _State.safe = text
 
 
 def ending() -> None:
@@ -116,15 +122,12 @@ def _watch(reading: int, taken: tuple[signal.Signals, ...]) -> None:
                 first = number
                 threading.Thread(target=_end_late, args=(number,), name="largemerge-signals", daemon=True).start()
             elif number == first:  # of a launcher that sends others after the terminal's, one is enough
-                _end(number, f"{describe_signal(number)} again, and ended at once; {_SAFE}")
-
-
-_SAFE = "what is finished is safe: go on with --resume"
+                _end(number, f"{describe_signal(number)} again, and ended at once; {_State.safe}")
 
 
 def _end_late(number: int) -> None:
     time.sleep(_GRACE_SECONDS)
-    _end(number, f"{describe_signal(number)}; {_SAFE}")
+    _end(number, f"{describe_signal(number)}; {_State.safe}")
 
 
 def _end(number: int, text: str) -> None:

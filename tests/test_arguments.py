@@ -32,7 +32,7 @@ MERGE_NONSENSE: list[tuple[str, Any, str]] = [
     *(("force", value, "True or False") for value in ("yes", 1, None)),
     *(("quiet", value, "True or False") for value in ("yes", 1)),
     *(("verify", value, "True or False") for value in ("yes", 1)),
-    *(("planned", value, "a function") for value in (5, "x")),
+    *((name, value, "a function") for name in ("planned", "written") for value in (5, "x")),
 ]
 
 
@@ -44,7 +44,7 @@ def problems_of(function: Any, *arguments: Any, **named: Any) -> tuple[str, ...]
 
 
 def name_of(argument: str) -> str:
-    only_python = ("out", "memory", "planned", "probe", "cluster", "quiet", "verify")
+    only_python = ("out", "memory", "planned", "written", "probe", "cluster", "quiet", "verify")
     return f"{argument}:" if argument in only_python else f"--{argument.replace('_', '-')}"
 
 

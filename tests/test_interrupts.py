@@ -132,6 +132,18 @@ def test_a_second_ctrl_c_ends_what_never_returns() -> None:
     assert "interrupted again, and ended at once" in errors and "--resume" in errors and "Traceback" not in errors
 
 
+def test_what_a_process_leaves_is_told_by_what_it_was_doing() -> None:
+    text = "the merge in out is whole"
+    with start("-c", NEVER_RETURNS.replace("mutex =", f"interrupts.is_safe({text!r})\nmutex =")) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=5)
+    assert errors == f"\nlargemerge: interrupted again, and ended at once; {text}\n"
+
+
 @pytest.mark.slow
 def test_one_ctrl_c_ends_what_never_returns_after_some_seconds() -> None:
     with start("-c", NEVER_RETURNS) as process:

@@ -19,6 +19,7 @@ CLIP = sorted(PAPER.glob("clip-*.yaml"))
 EVALUATIONS = sorted((PAPER / "evaluation").glob("*.yaml"))
 EIGHT = ["sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd"]
 LANGUAGE = sorted(PAPER.glob("*-five-experts.yaml"))
+CORRUPTED = ("made-corruptions", "corruptions")
 NUM_TASKS = {"two": 2, "four": 4, "eight": 8, "twelve": 12, "sixteen": 16, "twenty": 20}
 BASES = {
     "clip-vit-b-32": "openai/clip-vit-base-patch32",
@@ -156,6 +157,15 @@ def test_corruptions_are_splits() -> None:
     for name, split in splits(evaluation).items():
         task, kind = name.split(" ")
         assert task in merge.names and (split or "clean") == kind
+
+
+def test_corruptions_are_made_of_the_same_images_as_those_that_are_splits() -> None:
+    made, split = (load_evaluation(PAPER / "evaluation" / f"clip-vit-b-32-{name}.yaml") for name in CORRUPTED)
+    assert made.names == split.names and made.base == split.base
+    for task, other in zip(made.tasks, split.tasks, strict=True):
+        assert isinstance(task, ZeroShotTask) and isinstance(other, ZeroShotTask)
+        assert (task.corruption.kind if task.corruption is not None else None) == other.split
+        assert task.model_copy(update={"corruption": None, "split": other.split}) == other
 
 
 @pytest.mark.parametrize("path", LANGUAGE, ids=[path.stem for path in LANGUAGE])

@@ -153,6 +153,14 @@ def test_corrupted_images_are_splits_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_corrupted_images_are_made_of_clean_ones(tmp_path: Path) -> None:
+    merge, evaluation = "corruptions/clip-vit-b-32-four-tasks.yaml", "evaluation/clip-vit-b-32-made-corruptions.yaml"
+    config, tasks = read(tmp_path, merge, evaluation)
+    assert {num_rows(task) for task in tasks.tasks} == {2}
+    check(run(tmp_path, merge, evaluation), config, tasks)
+
+
+@pytest.mark.slow
 def test_images_of_one_class_are_enough_to_merge(tmp_path: Path) -> None:
     """The stand-ins have one image of label 0 in every split."""
     config, tasks = read(tmp_path, "data/one-class.yaml", EIGHT)

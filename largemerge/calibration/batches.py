@@ -129,12 +129,14 @@ class Sample:
         sequences: Numbers for each token, by forward argument; empty for a sample without text.
         loss_mask: 0 or 1 for each token of `input_ids`, or of `decoder_input_ids` where there is a decoder.
         image: A path, bytes, or a dataset's dictionary of both; opened only when its batch is made.
+        num_cut: Tokens that are left out because the text is too long; of packed texts, those after the last sample.
     """
 
     row: int
     sequences: dict[str, list[int]]
     loss_mask: list[int] | None = None
     image: Any = None
+    num_cut: int = 0
 
 
 def counting_tokens(batch: Batch, signature: ForwardSignature) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,13 @@ def load_image_processor(checkpoint: Path, where: str, *, trust_remote_code: boo
 
 
 def read_images(
-    groups: Sequence[Sequence[Sample]], processor: Any, folder: Path | None, signature: ForwardSignature, where: str
+    groups: Sequence[Sequence[Sample]],
+    processor: Any,
+    folder: Path | None,
+    signature: ForwardSignature,
+    where: str,
+    *,
+    change: Callable[[int, Any], Any] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Opens and processes the images of all batches.
 
@@ -70,6 +76,7 @@ def read_images(
         folder: Folder that relative paths start from; `None` where there is no such folder.
         signature: Inputs of the model's forward.
         where: Candidate and data, for messages.
+        change: Changes an opened image, given the row of its sample, before it is processed.
 
     Returns:
         Tensors of each batch: `pixel_values` `[B, ...]`, and what else the processor gives that the forward takes.
@@ -83,7 +90,8 @@ def read_images(
         images = []
         for sample in samples:
             try:
-                images.append(_open_image(sample.image, folder, processor))
+                image = _open_image(sample.image, folder, processor)
+                images.append(image if change is None else change(sample.row, image))
             except CalibrationError as error:
                 problems += [f"{where}: row {sample.row}: {problem}" for problem in error.problems]
         if len(problems) >= MAX_PROBLEMS:

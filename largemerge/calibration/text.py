@@ -13,6 +13,7 @@ position 0 holds `decoder_start_token_id`. A loss mask goes with what is predict
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from largemerge.calibration.batches import Sample
 from largemerge.calibration.columns import MAX_PROBLEMS, Row, takes_target
@@ -61,7 +62,7 @@ def tokenise(rows: Sequence[Row], reader: TextReader, *, whole_target: bool = Fa
 def pack(rows: Iterable[Row], reader: TextReader, num_samples: int) -> list[Sample]:
     """Joins texts and cuts them into samples of exactly `max_length` tokens, until there are enough.
 
-    What is left at the end is dropped, unless it is all there is.
+    What is left at the end is dropped, unless it is all there is; the last sample says how many tokens that are.
 
     Raises:
         CalibrationError: If the chat template rejects a conversation.
@@ -94,6 +95,8 @@ def pack(rows: Iterable[Row], reader: TextReader, num_samples: int) -> list[Samp
         tokens = {name: values[part] for name, values in stream.items()}
         sequences, mask = _with_attention_mask(tokens, stream_mask[part] if has_mask else None, "", reader)
         samples.append(Sample(index, sequences, mask))
+    if samples and num_cut < num_samples:  # else there are as many as were asked for
+        samples[-1] = replace(samples[-1], num_cut=max(0, num_tokens - num_cut * length))
     return samples
 
 
@@ -104,13 +107,17 @@ def _in_row(row: Row, reader: TextReader, error: CalibrationError) -> list[str]:
 def _sample(row: Row, reader: TextReader, whole_target: bool) -> Sample:
     sequences: Tokens = {}
     mask: Mask = None
+    num_cut = 0
     if row.text is not None or row.messages is not None:
         whole, mask = _encode(row, reader)
         sequences, mask = _with_attention_mask(*_truncate(row, whole, mask, reader), "", reader)
+        num_cut = len(whole["input_ids"]) - len(sequences["input_ids"])
     if takes_target(reader.signature):
-        decoder, mask = _with_attention_mask(*_decoder_tokens(row, reader, whole_target), "decoder_", reader)
+        tokens, mask, num_cut_there = _decoder_tokens(row, reader, whole_target)
+        decoder, mask = _with_attention_mask(tokens, mask, "decoder_", reader)
         sequences |= decoder
-    return Sample(row.index, sequences, mask, row.image)
+        num_cut += num_cut_there
+    return Sample(row.index, sequences, mask, row.image, num_cut)
 
 
 def _encode(row: Row, reader: TextReader) -> tuple[Tokens, Mask]:
@@ -141,7 +148,8 @@ def _truncate(row: Row, whole: Tokens, mask: Mask, reader: TextReader) -> tuple[
     return short, None if mask is None else _mask_of_kept(mask, whole["input_ids"], short["input_ids"])
 
 
-def _decoder_tokens(row: Row, reader: TextReader, whole_target: bool) -> tuple[Tokens, Mask]:
+def _decoder_tokens(row: Row, reader: TextReader, whole_target: bool) -> tuple[Tokens, Mask, int]:
+    """Encodes the target; returns the decoder's tokens, the mask over them, and how many are cut off."""
     start = reader.signature.decoder_start_token_id
     assert start is not None and row.target is not None, "checked when the columns were chosen"
     whole: list[int] = list(encode_text(reader.tokenizer, text_target=row.target)["input_ids"])
@@ -152,9 +160,10 @@ def _decoder_tokens(row: Row, reader: TextReader, whole_target: bool) -> tuple[T
         encoded = encode_text(reader.tokenizer, text_target=row.target, truncation=True, max_length=reader.max_length)
         target = list(encoded["input_ids"])
         mask = None if mask is None else _mask_of_kept(mask, whole, target)
+    num_cut = len(whole) - len(target)
     if whole_target and target:
-        return {"decoder_input_ids": [start, *target]}, None if mask is None else [0, *mask]
-    return {"decoder_input_ids": [start, *target[:-1]] if target else []}, mask
+        return {"decoder_input_ids": [start, *target]}, None if mask is None else [0, *mask], num_cut
+    return {"decoder_input_ids": [start, *target[:-1]] if target else []}, mask, num_cut
 
 
 def _check_lengths(mask: list[int], ids: list[int]) -> None:

@@ -15,7 +15,6 @@ import torch
 
 from largemerge.calibration.batches import Batch, ForwardSignature, Sample
 from largemerge.calibration.images import load_image_processor
-from largemerge.calibration.tokenizer import encode_text
 from largemerge.errors import CalibrationError, ConfigError
 from largemerge.evaluation.config import (
     EvaluationConfig,
@@ -23,10 +22,19 @@ from largemerge.evaluation.config import (
     TextClassificationTask,
     ZeroShotTask,
 )
+from largemerge.evaluation.corruption import corrupted
 from largemerge.evaluation.metrics import ACCURACY, F1, MATTHEWS, correlation
 from largemerge.evaluation.models import ModelFiles, OpenedModel, as_tower
 from largemerge.evaluation.prompts import Prompts, load_prompts
-from largemerge.evaluation.table import Table, as_sample, label_numbers, numbers_of, open_table, open_texts
+from largemerge.evaluation.table import (
+    Table,
+    label_numbers,
+    numbers_of,
+    open_table,
+    open_texts,
+    text_sample,
+    text_samples,
+)
 from largemerge.evaluation.task import (
     FirstPass,
     Pixels,
@@ -113,8 +121,24 @@ def _image_samples(
     images = table.source.select((column,))
     samples = [Sample(number, {}) for number in range(len(table.rows))]
     assert table.settings.batch_size is not None
-    pixels = Pixels(processor, table.source.folder, signature, lambda number: images[table.numbers[number]][column])
-    return Samples.of(samples, table.settings.batch_size, table.where, pixels=pixels)
+    pixels = Pixels(
+        processor,
+        table.source.folder,
+        signature,
+        lambda number: images[table.numbers[number]][column],
+        _corrupter(task, table),
+    )
+    lent = f"no image processor; that of {files.image_lender} is used" if files.image_lender is not None else ""
+    return Samples.of(samples, table.settings.batch_size, table.where, pixels=pixels, lent=lent)
+
+
+def _corrupter(task: ImageClassificationTask | ZeroShotTask, table: Table) -> Callable[[int, Any], Any] | None:
+    """What corrupts the image of a sample; `None` where images stay as they are."""
+    corruption, seed = task.corruption, table.settings.seed
+    if corruption is None:
+        return None
+    assert seed is not None
+    return lambda number, image: corrupted(image, corruption, seed, table.numbers[number])
 
 
 def _by_logits(labels: Sequence[float], *, one_output: bool = False) -> Score:
@@ -167,27 +191,28 @@ def text_classification(
         labels = label_numbers(table, task.label_field, classes, f"{files.name}'s labels")
     texts = table.column(first, str, "a text")
     pairs = table.column(task.pair_field, str, "a text") if task.pair_field is not None else [None] * len(texts)
-    options = {"truncation": True, "max_length": reader.max_length}
     samples = [
-        as_sample(
-            number,
-            encode_text(reader.tokenizer, text, **options, **({"text_pair": pair} if pair else {})),
-            None,
-            reader,
-        )
+        text_sample(number, text, reader, pair=pair)
         for number, (text, pair) in enumerate(zip(texts, pairs, strict=True))
     ]
+    are_pairs = task.pair_field is not None
     metric = {
         "accuracy": ACCURACY,
         "f1": F1,
         "matthews": MATTHEWS,
-        "pearson": correlation("pearson", "label", "predicted"),
-        "spearman": correlation("spearman", "label", "predicted"),
+        "pearson": correlation("pearson", "predicted", "label"),
+        "spearman": correlation("spearman", "predicted", "label"),
     }[task.metric]
-    assert table.settings.batch_size is not None
     return Prepared(
         view=files,
-        samples=Samples.of(samples, table.settings.batch_size, table.where, reader.padding),
+        samples=text_samples(
+            samples,
+            files,
+            reader,
+            table.settings,
+            what="pairs of texts" if are_pairs else "texts",
+            kept="the ends of the longer texts are left out" if are_pairs else "their ends are left out",
+        ),
         score=lambda _: _by_logits(labels, one_output=one_output),
         finish=columns_of,
         metrics=(metric,) if metric is ACCURACY or one_output else (metric, ACCURACY),
@@ -272,11 +297,9 @@ def _prototypes(prompts: Prompts, view: ModelFiles, table: Table, shared: Shared
     signature = shared.signature(view)
     reader = open_texts(view, table, signature)
     texts = [text for own in prompts.texts() for text in own]
-    options = {"truncation": True, "max_length": min(reader.max_length, _text_length(view))}
-    samples = [
-        as_sample(number, encode_text(reader.tokenizer, text, **options), None, reader)
-        for number, text in enumerate(texts)
-    ]
+    tower = _text_length(view)
+    length = min(reader.max_length, tower)
+    samples = [text_sample(number, text, reader, max_length=length) for number, text in enumerate(texts)]
 
     def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
         return [{"vector": vector.cpu()} for vector in _embeds(output, "text_embeds").float()]
@@ -287,7 +310,14 @@ def _prototypes(prompts: Prompts, view: ModelFiles, table: Table, shared: Shared
         return torch.nn.functional.normalize(means_CD, dim=-1)
 
     assert table.settings.batch_size is not None
-    batches = Samples.of(samples, 8 * table.settings.batch_size, table.where, reader.padding)
+    batches = text_samples(
+        samples,
+        view,
+        reader,
+        table.settings.model_copy(update={"batch_size": 8 * table.settings.batch_size}),
+        what="texts that name classes",
+        limit=f"the {tower:,} tokens that the text tower takes" if tower < reader.max_length else "",
+    )
     shared.firsts[key] = FirstPass(key=key, view=view, samples=batches, score=score, finish=finish)
     return shared.firsts[key]
 

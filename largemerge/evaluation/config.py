@@ -153,11 +153,32 @@ class GenerationTask(TaskData):
     ignore_case: bool = False
 
 
+class Corruption(Strict):
+    """How clean images are corrupted; see `corruption.py`."""
+
+    kind: Literal[
+        "contrast", "gaussian_noise", "impulse_noise", "jpeg_compression", "motion_blur", "pixelate", "spatter"
+    ]
+    severity: int = Field(5, ge=1, le=5)
+    """From 1, hardly to be seen, to 5."""
+
+
+def _named_corruption(value: object) -> object:
+    """A corruption that is given by its kind alone."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+CorruptionKey = Annotated[Corruption | None, pydantic.BeforeValidator(_named_corruption)]
+"""A corruption, by its kind or with its severity."""
+
+
 class ImageClassificationTask(TaskData):
     """The label that a model's own head gives to an image."""
 
     kind: Literal["image_classification"]
     image_field: str | None = None
+    corruption: CorruptionKey = None
+    """Corruption of the images, which are clean in the data."""
     label_field: str = "label"
     """Column with the label: a number, or a name of the model's; images in folders have those of their folders."""
     head: str | None = Field(None, min_length=1)
@@ -169,6 +190,8 @@ class ZeroShotTask(TaskData):
 
     kind: Literal["zero_shot"]
     image_field: str | None = None
+    corruption: CorruptionKey = None
+    """Corruption of the images, which are clean in the data."""
     label_field: str = "label"
     classes: str = Field(min_length=1)
     """Class names and templates: the name of a packaged file, such as `mnist`, or a YAML file of your own."""

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from largemerge.calibration.batches import Batch, ForwardSignature, Sample
-from largemerge.calibration.tokenizer import TextReader, encode_text
+from largemerge.calibration.tokenizer import TextReader
 from largemerge.checkpoint.index import read_json
 from largemerge.checkpoint.sentence_modules import read_modules
 from largemerge.errors import CalibrationError, ConfigError
 from largemerge.evaluation.config import EvaluationConfig, Pooling, RetrievalTask, SimilarityTask
 from largemerge.evaluation.metrics import correlation
 from largemerge.evaluation.models import ModelFiles
-from largemerge.evaluation.table import Table, as_sample, numbers_of, open_table, open_texts
-from largemerge.evaluation.task import Columns, Metric, Prepared, Record, Samples, mean_of
+from largemerge.evaluation.table import Table, numbers_of, open_table, open_texts, text_sample, text_samples
+from largemerge.evaluation.task import Columns, Metric, Prepared, Record, mean_of
 
 MRR = Metric("mrr@10", mean_of("reciprocal_rank"))
 RECALL_1 = Metric("recall@1", mean_of("first"))
@@ -103,11 +103,7 @@ def _prepared(
     metrics: tuple[Metric, ...],
 ) -> Prepared:
     how = pooling_of(files, table.where) if pooling == "auto" else pooling
-    options = {"truncation": True, "max_length": reader.max_length}
-    samples = [
-        as_sample(number, encode_text(reader.tokenizer, text, **options), None, reader)
-        for number, text in enumerate(texts)
-    ]
+    samples = [text_sample(number, text, reader) for number, text in enumerate(texts)]
 
     def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
         states_NTD = getattr(output, "last_hidden_state", None)
@@ -120,10 +116,9 @@ def _prepared(
         mask_NT = torch.ones(states_NTD.shape[:2]) if mask is None else mask
         return [{"vector": vector.cpu()} for vector in pooled(states_NTD, mask_NT.to(states_NTD.device), how)]
 
-    assert table.settings.batch_size is not None
     return Prepared(
         view=files,
-        samples=Samples.of(samples, table.settings.batch_size, table.where, reader.padding),
+        samples=text_samples(samples, files, reader, table.settings),
         score=lambda _: score,
         finish=finish,
         metrics=metrics,

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from largemerge.evaluation.config import (
     HarnessTask,
     Task,
 )
+from largemerge.evaluation.corruption import PACKAGE, with_corruption
 from largemerge.evaluation.harness import run_harness
 from largemerge.evaluation.metrics import interval
 from largemerge.evaluation.models import OpenedModel
@@ -75,7 +77,8 @@ def evaluate_models(
         if unmeasured:
             raise ConfigError(*(f"task {name!r}: no model has the head that it names" for name in unmeasured))
         limits = _limits(config, target, ranks)
-        scores = _Run(config, limits, ranks, quiet=quiet or not ranks.is_first).run(jobs)
+        run = _Run(config, limits, ranks, quiet=quiet or not ranks.is_first)
+        scores = run.run(jobs)
         everyone = tuple(dict.fromkeys(job.model for job in jobs))
         tasks = tuple(_described(task, jobs, everyone) for task in config.tasks)
         base = next((model.name for model in everyone if model.role == "base"), None)
@@ -84,10 +87,10 @@ def evaluate_models(
             models=everyone,
             scores=tuple(held_against(scores, tasks, base)),
             settings=config.model_dump(mode="json"),
-            versions=versions(),
+            versions=versions() | ({PACKAGE: metadata.version(PACKAGE)} if with_corruption(config.tasks) else {}),
             machine=machine(target),
             seconds=time.perf_counter() - start,
-            notes=prepared.notes,
+            notes=(*prepared.notes, *run.notes),
         )
 
 
@@ -112,12 +115,14 @@ class _Run:
         limits: Device and memory.
         ranks: The ranks; each runs a part of the batches.
         quiet: Whether no progress is shown.
+        notes: What a user should know of what has come out.
     """
 
     config: EvaluationConfig
     limits: Limits
     ranks: Ranks
     quiet: bool
+    notes: list[str] = field(init=False, default_factory=list)
     _made: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
 
     def run(self, jobs: Sequence[Job]) -> list[Score]:
@@ -305,6 +310,11 @@ class _Run:
             lacking = f"; its files have no {', '.join(sorted(job.opened.lacking))}" if job.opened.lacking else ""
             dtype = dtype_name(job.files.compute_dtype)
             return replace(score, error=f"outputs are not finite, computed in {dtype}{lacking}")
+        undefined = next((why for metric in job.prepared.metrics if (why := metric.undefined(columns))), "")
+        if undefined:
+            return replace(score, error=undefined)
+        remark = job.prepared.remark(columns)
+        self.notes += [f"task {job.task.name!r}, {job.model.name}: {remark}"] if remark else []
         metrics = {metric.name: metric.compute(columns) for metric in job.prepared.metrics}
         return replace(
             score,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,9 @@ import torch
 
 from largemerge.calibration.batches import Batch, ForwardSignature, Sample
 from largemerge.calibration.columns import MAX_PROBLEMS, choose_fields, message_problem
+from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.load import read_samples
+from largemerge.calibration.sources import Source
 from largemerge.calibration.tokenizer import TextReader, encode_text, has_chat_template, open_text_reader
 from largemerge.errors import CalibrationError
 from largemerge.evaluation.config import EvaluationConfig, GenerationTask, LanguageModelTask, MultipleChoiceTask
@@ -28,10 +29,12 @@ from largemerge.evaluation.table import (
     Table,
     all_skipped,
     as_sample,
+    length_limit,
     open_source_of,
     open_table,
     open_texts,
     read_tensors_of,
+    text_samples,
 )
 from largemerge.evaluation.task import Columns, Generating, Metric, Prepared, Record, Samples, columns_of, mean_of
 from largemerge.text_files import brief
@@ -87,7 +90,8 @@ def language_model(
     settings = {name: getattr(task, name) for name in (*names, "assistant_only", "one_per", "pack")}
     tensors = read_tensors_of(task, config, signature, **settings)
     if tensors is not None:
-        return _prepared(files, *tensors)
+        ready, batch_size, where = tensors
+        return _prepared(files, Samples.of(_numbered(ready), batch_size, where))
     source, calibration = open_source_of(task, config, **settings)
     fields = replace(choose_fields(calibration, source.columns, signature, source.where), image=None)
     if not fields.has_text:
@@ -100,26 +104,49 @@ def language_model(
         raise CalibrationError(all_skipped(source, task))
     if not samples:
         raise CalibrationError(f"{source.where}: all texts are empty; expected at least one with words")
-    assert calibration.batch_size is not None
-    return _prepared(files, samples, calibration.batch_size, source.where, reader.padding)
+    return _prepared(files, _batches_of_texts(samples, task, files, reader, source, calibration))
 
 
-def _prepared(
-    files: ModelFiles,
+def _batches_of_texts(
     samples: Sequence[Sample],
-    batch_size: int,
-    where: str,
-    padding: Mapping[str, int] = MappingProxyType({}),
-) -> Prepared:
-    counted = sum(sum(_counting(sample)[1:]) for sample in samples)
+    task: LanguageModelTask,
+    files: ModelFiles,
+    reader: TextReader,
+    source: Source,
+    calibration: CalibrationConfig,
+) -> Samples:
+    """Groups texts into batches, and notes what of the data is not measured."""
+    if task.pack:
+        left_over = samples[-1].num_cut
+        notes = [f"{left_over:,} tokens at the end of the texts fill no sample, and are left out"] if left_over else []
+        whole = [replace(sample, num_cut=0) for sample in samples]
+        return text_samples(_numbered(whole), files, reader, calibration, more_notes=notes)
+    assert calibration.num_samples is not None
+    wanted = min(source.num_rows, calibration.num_samples) - task.skip
+    fewer = f"{len(samples):,} texts are measured in place of {wanted:,}, as others are empty"
+    return text_samples(
+        _numbered(samples),
+        files,
+        reader,
+        calibration,
+        what="texts or targets" if task.target_field is not None else "texts",
+        more_notes=[fewer] if len(samples) < wanted else [],
+    )
+
+
+def _numbered(samples: Sequence[Sample]) -> list[Sample]:
+    return [replace(sample, row=number) for number, sample in enumerate(samples)]
+
+
+def _prepared(files: ModelFiles, samples: Samples) -> Prepared:
+    counted = sum(sum(_counting(sample)[1:]) for group in samples.groups for sample in group)
     if not counted:
         raise CalibrationError(
-            f"{where}: no token is left to predict: texts have one token each, or the loss mask keeps all out"
+            f"{samples.where}: no token is left to predict: texts have one token each, or the loss mask keeps all out"
         )
-    numbered = [replace(sample, row=number) for number, sample in enumerate(samples)]
     return Prepared(
         view=files,
-        samples=Samples.of(numbered, batch_size, where, padding),
+        samples=samples,
         score=lambda _: token_scores,
         finish=columns_of,
         metrics=(LOSS, PERPLEXITY, TOKEN_ACCURACY),
@@ -149,13 +176,13 @@ def multiple_choice(
     problems: list[str] = []
     for question, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
         for number, choice in enumerate(own):
-            tokens, mask = _continued(prompt.rstrip(), task.separator + choice, reader)
+            tokens, mask, num_cut = _continued(prompt.rstrip(), task.separator + choice, reader)
             if len(mask) - sum(mask) < 1:
                 problems.append(
                     f"{table.where}: row {table.numbers[question]}: answer {brief(choice)} leaves no room for the "
                     f"prompt in {reader.max_length} tokens; raise 'max_length'"
                 )
-            samples.append(as_sample(len(samples), tokens, mask, reader))
+            samples.append(as_sample(len(samples), tokens, mask, reader, num_cut))
             owner.append((question, number))
     if problems:
         raise CalibrationError(*problems[:MAX_PROBLEMS])
@@ -172,10 +199,16 @@ def multiple_choice(
         normed = [int(np.argmax(own)) == answer for own, answer in zip(by_length, answers, strict=True)]
         return {"correct": np.array(right, dtype=float), "correct_by_length": np.array(normed, dtype=float)}
 
-    assert table.settings.batch_size is not None
     return Prepared(
         view=files,
-        samples=Samples.of(samples, table.settings.batch_size, table.where, reader.padding),
+        samples=text_samples(
+            samples,
+            files,
+            reader,
+            table.settings,
+            what="prompts with their answers",
+            kept="the beginnings of the prompts are left out",
+        ),
         score=lambda _: token_scores,
         finish=finish,
         metrics=(ACCURACY, ACCURACY_BY_LENGTH),
@@ -240,10 +273,13 @@ def _answers(task: MultipleChoiceTask, table: Table, choices: Sequence[Sequence[
     return numbers
 
 
-def _continued(prompt: str, continuation: str, reader: TextReader) -> tuple[dict[str, list[int]], list[int]]:
-    """Tokens of a prompt and what follows, the prompt's beginning cut off where all is too long; and the latter's mask.
+def _continued(prompt: str, continuation: str, reader: TextReader) -> tuple[dict[str, list[int]], list[int], int]:
+    """Encodes a prompt and what follows, the prompt's beginning cut off where all is too long.
 
     Both are tokenised as one text; what follows is what comes after as many tokens as the prompt alone has.
+
+    Returns:
+        The tokens, the mask of what follows, and how many tokens are cut off.
     """
     first = encode_text(reader.tokenizer, prompt, add_special_tokens=True)["input_ids"]
     whole = encode_text(reader.tokenizer, prompt + continuation, add_special_tokens=True)
@@ -253,7 +289,8 @@ def _continued(prompt: str, continuation: str, reader: TextReader) -> tuple[dict
     if ends:
         tokens = {name: values[:-ends] for name, values in tokens.items()}
     mask = [0] * start + [1] * (len(tokens["input_ids"]) - start)
-    return {name: values[-reader.max_length :] for name, values in tokens.items()}, mask[-reader.max_length :]
+    num_cut = max(0, len(mask) - reader.max_length)
+    return {name: values[num_cut:] for name, values in tokens.items()}, mask[num_cut:], num_cut
 
 
 def _special_at_end(reader: TextReader) -> int:
@@ -298,10 +335,8 @@ def generation(
     ]
     if problems:
         raise CalibrationError(*problems[:MAX_PROBLEMS])
-    samples = [
-        as_sample(number, _prompt_tokens(prompt, reader, task), None, reader)
-        for number, prompt in enumerate(_prompts(task, table, reader))
-    ]
+    room = max(1, reader.max_length - task.max_new_tokens)
+    samples = [_prompt(number, text, reader, room) for number, text in enumerate(_prompts(task, table, reader))]
     tokenizer = reader.tokenizer
 
     def written(tokens: Sequence[int]) -> str:
@@ -309,14 +344,39 @@ def generation(
         cuts = [place for stop in task.stop if (place := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
-    def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
-        texts = [_extracted(written(row), task) for row in output]
-        return [{"correct": float(text in wanted[each.row])} for text, each in zip(texts, group, strict=True)]
+    def is_over(tokens: Sequence[int]) -> bool:
+        if not task.stop:
+            return False
+        text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return any(stop in text for stop in task.stop)
 
-    assert table.settings.batch_size is not None
+    def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
+        return [
+            {
+                "correct": float(_extracted(written(row), task) in wanted[each.row]),
+                "cut_off": float(len(row) >= task.max_new_tokens and not is_over(row)),
+            }
+            for row, each in zip(output, group, strict=True)
+        ]
+
+    def remark(columns: Columns) -> str:
+        num_cut = int(columns["cut_off"].sum())
+        told = f"{num_cut:,} of {len(samples):,} answers have not ended after max_new_tokens ({task.max_new_tokens:,})"
+        return told if num_cut else ""
+
+    limit = f"{room:,} tokens, which is {length_limit(reader, table.settings)} less max_new_tokens"
     return Prepared(
         view=files,
-        samples=Samples.of(samples, table.settings.batch_size, table.where, reader.padding, left=True),
+        samples=text_samples(
+            samples,
+            files,
+            reader,
+            table.settings,
+            what="prompts",
+            limit=limit,
+            kept="their beginnings are left out",
+            left=True,
+        ),
         score=lambda _: score,
         finish=columns_of,
         metrics=(EXACT_MATCH,),
@@ -324,11 +384,9 @@ def generation(
             max_new_tokens=task.max_new_tokens,
             ends=_end_tokens(files, tokenizer),
             pad=reader.padding["input_ids"],
-            is_over=lambda tokens: (
-                bool(task.stop)
-                and any(stop in tokenizer.decode(list(tokens), skip_special_tokens=True) for stop in task.stop)
-            ),
+            is_over=is_over,
         ),
+        remark=remark,
     )
 
 
@@ -351,8 +409,8 @@ def _prompts(task: GenerationTask, table: Table, reader: TextReader) -> list[Any
     return conversations
 
 
-def _prompt_tokens(prompt: Any, reader: TextReader, task: GenerationTask) -> dict[str, list[int]]:
-    """Tokens of a prompt, its beginning cut off where it is too long."""
+def _prompt(number: int, prompt: Any, reader: TextReader, room: int) -> Sample:
+    """Makes a sample of a prompt, its beginning cut off where it has more tokens than there is room for."""
     if isinstance(prompt, str):
         encoded = encode_text(reader.tokenizer, prompt)
         ends = _special_at_end(reader)
@@ -363,8 +421,8 @@ def _prompt_tokens(prompt: Any, reader: TextReader, task: GenerationTask) -> dic
             reader.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
         )
         tokens = {name: list(encoded[name]) for name in reader.token_arguments}
-    room = max(1, reader.max_length - task.max_new_tokens)
-    return {name: values[-room:] for name, values in tokens.items()}
+    num_cut = max(0, len(tokens["input_ids"]) - room)
+    return as_sample(number, {name: values[num_cut:] for name, values in tokens.items()}, None, reader, num_cut)
 
 
 def _extracted(text: str, task: GenerationTask) -> str | None:

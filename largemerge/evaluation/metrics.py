@@ -37,18 +37,39 @@ def _matthews(columns: Columns) -> float:
     return float(matthews_corrcoef(columns["label"], columns["predicted"]))
 
 
-def correlation(kind: str, first: str, second: str) -> Metric:
-    """Makes the correlation of two columns, `pearson` or `spearman`; it is 0 where one of them is constant."""
+_ROUNDING = 1e-6
+"""Share of their size by which numbers of float32 differ that would be equal but for the order of sums."""
+
+
+def correlation(kind: str, found: str, given: str) -> Metric:
+    """Makes the correlation of what a model finds with what the data gives; there is none where either is constant.
+
+    Args:
+        kind: `pearson` or `spearman`.
+        found: Column of the model's scores.
+        given: Column of the data's; `numbers_of` refuses constant ones.
+    """
+
+    def is_constant(values_N: np.ndarray) -> bool:
+        return float(np.ptp(values_N)) <= _ROUNDING * float(np.abs(values_N).max())
 
     def compute(columns: Columns) -> float:
         from scipy import stats
 
-        a, b = columns[first], columns[second]
-        if np.ptp(a) == 0 or np.ptp(b) == 0:
-            return 0.0
-        return float(getattr(stats, f"{kind}r")(a, b).statistic)
+        if is_constant(columns[found]) or np.ptp(columns[given]) == 0:  # as of some draws for an interval
+            return math.nan
+        return float(getattr(stats, f"{kind}r")(columns[found], columns[given]).statistic)
 
-    return Metric(kind, compute, is_share=False)
+    def undefined(columns: Columns) -> str:
+        values_N = columns[found]
+        if not is_constant(values_N):
+            return ""
+        return (
+            f"there is no {kind} correlation: the model's scores are constant, {values_N[0]:.6g} for all "
+            f"{len(values_N):,} samples"
+        )
+
+    return Metric(kind, compute, is_share=False, undefined=undefined)
 
 
 F1 = Metric("f1", _f1)
@@ -76,7 +97,8 @@ def interval(
     draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
     with np.errstate(invalid="ignore", divide="ignore"):
         values = np.array([metric.compute({name: column[draw] for name, column in columns.items()}) for draw in draws])
-    values = values[np.isfinite(values)]  # a draw of samples without any token that counts has no loss
+    # A draw of samples without any token that counts has no loss, one of constant scores no correlation.
+    values = values[np.isfinite(values)]
     if not len(values):
         return None
     tail = (1 - confidence) / 2

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ class ModelFiles:
         adapter: Its adapters; `None` if it has none.
         compute_dtype: Dtype of the forward passes.
         trust_remote_code: Whether its own Python code may be run.
-        fallbacks: Folders whose tokenizer or image processor is used where its own has none, such as the base's.
+        fallbacks: Folders whose tokenizer or image processor is used where its own has none, such as the base's; by the
+            names of their models.
     """
 
     name: str
@@ -55,17 +56,32 @@ class ModelFiles:
     adapter: Adapter | None
     compute_dtype: torch.dtype
     trust_remote_code: bool
-    fallbacks: tuple[Path, ...] = ()
+    fallbacks: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def text_folder(self) -> Path:
         """Folder of its tokenizer."""
-        return find_tokenizer(tokenizer_folder(self.checkpoint, self.adapter), *self.fallbacks)
+        return find_tokenizer(tokenizer_folder(self.checkpoint, self.adapter), *self.fallbacks.values())
 
     @property
     def image_folder(self) -> Path:
         """Folder of its image processor."""
-        return find_processor(self.checkpoint.folder, *self.fallbacks)
+        return find_processor(self.checkpoint.folder, *self.fallbacks.values())
+
+    @property
+    def text_lender(self) -> str | None:
+        """Name of the model whose tokenizer is used; `None` where it is its own."""
+        return self._lender(self.text_folder, tokenizer_folder(self.checkpoint, self.adapter))
+
+    @property
+    def image_lender(self) -> str | None:
+        """Name of the model whose image processor is used; `None` where it is its own."""
+        return self._lender(self.image_folder, self.checkpoint.folder)
+
+    def _lender(self, folder: Path, own: Path) -> str | None:
+        if folder == own:
+            return None
+        return next(name for name, each in self.fallbacks.items() if each == folder)
 
 
 def open_files(

@@ -32,6 +32,7 @@ from largemerge.evaluation.config import (
     TextClassificationTask,
     ZeroShotTask,
 )
+from largemerge.evaluation.corruption import check_corruptions, with_corruption
 from largemerge.evaluation.embeddings import retrieval, similarity
 from largemerge.evaluation.harness import check_harness
 from largemerge.evaluation.language import generation, language_model, multiple_choice
@@ -139,6 +140,8 @@ def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> Prepa
                 lenders[reference] = found
     if any(isinstance(task, HarnessTask) for task in config.tasks):
         attempt(check_harness, [task for task in config.tasks if isinstance(task, HarnessTask)])
+    if with_corruption(config.tasks):
+        attempt(check_corruptions, config.tasks)
     stage("reading the data of all tasks")
     base = next((files.get(model.name) for model, _ in wanted if model.role == "base"), None)
     jobs: list[Job] = []
@@ -149,7 +152,7 @@ def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> Prepa
         if model.name not in files:
             continue  # what is wrong with it is told with all else
         own = files[model.name]
-        own = replace(own, fallbacks=() if base is None else (base.checkpoint.folder,))
+        own = replace(own, fallbacks={} if base is None else {base.name: base.checkpoint.folder})
         for task in tasks:
             if _has_another_head(task, own):
                 if expert_among(task, [each for each, _ in wanted]) is not model:
@@ -169,7 +172,28 @@ def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> Prepa
         )
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    return Preparation(tuple(jobs), tuple(notes))
+    return Preparation(tuple(jobs), (*notes, *_notes_of(jobs)))
+
+
+def _notes_of(jobs: Sequence[Job]) -> list[str]:
+    """Gathers what is to be known of samples; what holds for several models is said once."""
+    measured = Counter(job.task.name for job in jobs)
+    lent: dict[str, list[str]] = {}
+    cut: dict[tuple[str, str], list[str]] = {}
+    for job in jobs:
+        if job.prepared is None:
+            continue
+        first = job.prepared.first
+        for samples in (job.prepared.samples, *([first.samples] if first is not None else [])):
+            if samples.lent and job.model.name not in lent.setdefault(samples.lent, []):
+                lent[samples.lent].append(job.model.name)
+            for note in samples.notes:
+                cut.setdefault((job.task.name, note), []).append(job.model.name)
+    notes = [f"{', '.join(names)}: {note}" for note, names in lent.items()]
+    for (task, note), names in cut.items():
+        whose = f", {', '.join(names)}" if len(names) < measured[task] else ""
+        notes.append(f"task {task!r}{whose}: {note}")
+    return notes
 
 
 def _has_another_head(task: Task, files: ModelFiles) -> bool:
@@ -251,7 +275,7 @@ def _job(
     if text_model is not None and lender is None:
         raise ConfigError(f"task {task.name!r}: its text_model cannot be opened")
     if lender is not None:
-        files = replace(files, fallbacks=(*files.fallbacks, lender.checkpoint.folder))
+        files = replace(files, fallbacks={**files.fallbacks, lender.name: lender.checkpoint.folder})
     prepared = _prepared(config, task, files, lender, shared)
     view = shared.open_view(prepared.view)
     _check_ids(view, prepared.samples)

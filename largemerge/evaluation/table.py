@@ -1,7 +1,8 @@
 """The rows of a task's data, and the readers of its texts and images.
 
 data ──► open_table ──► Table: the drawn rows of the columns that the task names
-                    └─► label_numbers: labels as numbers of the classes that they name
+                    ├─► label_numbers: labels as numbers of the classes that they name
+                    └─► text_sample ──► text_samples: tokens in batches, and a note of what was cut
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from largemerge.calibration.columns import MAX_PROBLEMS, Fields, sample_order
 from largemerge.calibration.config import CalibrationConfig, template_columns
 from largemerge.calibration.pretokenized import read_tensors
 from largemerge.calibration.sources import Source, locate_data, open_source
-from largemerge.calibration.tokenizer import TextReader, open_text_reader
+from largemerge.calibration.tokenizer import TextReader, encode_text, open_text_reader
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError, ConfigError, shorten
 from largemerge.evaluation.config import EvaluationConfig, TaskData
 from largemerge.evaluation.models import ModelFiles
+from largemerge.evaluation.task import Samples
 from largemerge.text_files import brief
 
 _TRUE_AND_FALSE = 2
@@ -238,7 +240,7 @@ def numbers_of(table: Table, column: str) -> list[float]:
     """Numbers of a column that others are correlated with.
 
     Raises:
-        CalibrationError: If values are no finite numbers, or there is one sample only.
+        CalibrationError: If values are no finite numbers, there is one sample only, or all values are equal.
     """
     values = [float(value) for value in table.column(column, (int, float), "a number")]
     problems = [
@@ -250,6 +252,11 @@ def numbers_of(table: Table, column: str) -> list[float]:
         raise CalibrationError(*problems[:MAX_PROBLEMS])
     if len(values) < _FEWEST_CORRELATED:
         raise CalibrationError(f"{table.where}: has one sample; expected two or more for a correlation")
+    if len(set(values)) == 1:
+        raise CalibrationError(
+            f"{table.where}: {column!r} is {values[0]:g} in all {len(values):,} samples, with which nothing can be "
+            "correlated; expected values that differ"
+        )
     return values
 
 
@@ -291,9 +298,78 @@ def open_texts(files: ModelFiles, table: Table, signature: ForwardSignature) -> 
     )
 
 
-def as_sample(number: int, tokens: Mapping[str, Sequence[int]], mask: list[int] | None, reader: TextReader) -> Sample:
+def as_sample(
+    number: int, tokens: Mapping[str, Sequence[int]], mask: list[int] | None, reader: TextReader, num_cut: int = 0
+) -> Sample:
     """Makes a sample of tokens, with the attention mask that the model takes."""
     sequences = {name: list(tokens[name]) for name in reader.token_arguments}
     if "attention_mask" in reader.signature.forward_arguments:
         sequences["attention_mask"] = [1] * len(sequences["input_ids"])
-    return Sample(number, sequences, mask)
+    return Sample(number, sequences, mask, num_cut=num_cut)
+
+
+def text_sample(
+    number: int, text: str, reader: TextReader, *, pair: str | None = None, max_length: int | None = None
+) -> Sample:
+    """Makes a sample of a text, or of a pair of texts, whose end is cut off where it is too long.
+
+    Args:
+        number: Number of the sample.
+        text: The text.
+        reader: The tokenizer.
+        pair: The second text of a pair; of a pair the longer text is cut.
+        max_length: Tokens that are kept; default: the reader's.
+    """
+    length = max_length or reader.max_length
+    more = {"text_pair": pair} if pair else {}
+    tokens = encode_text(reader.tokenizer, text, **more)
+    num_tokens = len(tokens["input_ids"])
+    if num_tokens > length:
+        tokens = encode_text(reader.tokenizer, text, truncation=True, max_length=length, **more)
+    return as_sample(number, tokens, None, reader, num_tokens - len(tokens["input_ids"]))
+
+
+def text_samples(
+    samples: Sequence[Sample],
+    files: ModelFiles,
+    reader: TextReader,
+    settings: CalibrationConfig,
+    *,
+    what: str = "texts",
+    limit: str = "",
+    kept: str = "their ends are left out",
+    more_notes: Sequence[str] = (),
+    left: bool = False,
+) -> Samples:
+    """Groups tokenised texts into batches, and notes what of them was cut off, and whose tokenizer it was.
+
+    Args:
+        samples: The texts.
+        files: The model.
+        reader: Its tokenizer.
+        settings: How the data is read.
+        what: Words for the texts.
+        limit: Words for the limit that they are held to; default: that of the reader.
+        kept: Words for what becomes of texts that are too long.
+        more_notes: What else is to be told.
+        left: Whether padding stands on the left.
+    """
+    assert settings.batch_size is not None
+    notes = [*cut_notes(samples, what, limit or length_limit(reader, settings), kept), *more_notes]
+    lent = f"no tokenizer; that of {files.text_lender} is used" if files.text_lender is not None else ""
+    return Samples.of(
+        samples, settings.batch_size, reader.where, reader.padding, left=left, notes=tuple(notes), lent=lent
+    )
+
+
+def cut_notes(samples: Sequence[Sample], what: str, limit: str, kept: str) -> list[str]:
+    """Says how many texts are longer than what is kept of them; nothing where none is."""
+    num_cut = sum(sample.num_cut > 0 for sample in samples)
+    return [f"{num_cut:,} of {len(samples):,} {what} are longer than {limit}; {kept}"] if num_cut else []
+
+
+def length_limit(reader: TextReader, settings: CalibrationConfig) -> str:
+    """Words for the number of tokens that a reader keeps, and for whose limit that is."""
+    if reader.max_length == settings.max_length:
+        return f"max_length ({reader.max_length:,} tokens)"
+    return f"the {reader.max_length:,} tokens that the tokenizer allows"

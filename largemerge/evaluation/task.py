@@ -38,12 +38,14 @@ class Metric:
         compute: Computes it from columns.
         better: Whether higher or lower is better.
         is_share: Whether it is a share, shown in percent.
+        undefined: Says why it cannot be computed from columns; an empty text where it can.
     """
 
     name: str
     compute: Callable[[Columns], float]
     better: Literal["higher", "lower"] = "higher"
     is_share: bool = True
+    undefined: Callable[[Columns], str] = lambda _: ""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Pixels:
         signature: Inputs of the model's forward.
         image: Reads the image of a sample by its number: whole test splits do not fit into memory, least of all once
             for each model.
+        change: Changes an opened image, given the number of its sample; `None` where images stay as they are.
     """
 
     processor: Any
     folder: Path | None
     signature: ForwardSignature
     image: Callable[[int], Any]
+    change: Callable[[int, Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Samples:
         padding: Padding values by forward argument.
         pixels: How images become pixels; `None` where there are none.
         left: Whether padding stands on the left, as for generation.
+        notes: What a user should know of how they were made, such as how many texts were cut.
+        lent: What another model has lent to make them; empty where the model's own files were enough.
     """
 
     groups: tuple[tuple[Sample, ...], ...]
@@ -81,6 +87,8 @@ class Samples:
     padding: Mapping[str, int] = field(default_factory=dict)
     pixels: Pixels | None = None
     left: bool = False
+    notes: tuple[str, ...] = ()
+    lent: str = ""
 
     @classmethod
     def of(
@@ -92,10 +100,12 @@ class Samples:
         pixels: Pixels | None = None,
         *,
         left: bool = False,
+        notes: tuple[str, ...] = (),
+        lent: str = "",
     ) -> Samples:
         """Groups sequences of similar length into batches, longest first."""
         groups = tuple(map(tuple, group_samples(samples, batch_size)))
-        return cls(groups, where, padding or {}, pixels, left)
+        return cls(groups, where, padding or {}, pixels, left, notes, lent)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -114,7 +124,9 @@ class Samples:
         if self.pixels is not None:
             pixels = self.pixels
             shown = [replace(sample, image=pixels.image(sample.row)) for sample in group]
-            (more,) = read_images([shown], pixels.processor, pixels.folder, pixels.signature, self.where)
+            (more,) = read_images(
+                [shown], pixels.processor, pixels.folder, pixels.signature, self.where, change=pixels.change
+            )
             batch = replace(batch, inputs=batch.inputs | more)
         return batch
 
@@ -182,6 +194,7 @@ class Prepared:
         metrics: What is computed from columns; the first is the one that counts.
         first: The pass that has to come first.
         generating: How answers are written; `None` where nothing is.
+        remark: Says what a user should know of columns; an empty text where that is nothing.
     """
 
     view: ModelFiles
@@ -191,6 +204,7 @@ class Prepared:
     metrics: tuple[Metric, ...]
     first: FirstPass | None = None
     generating: Generating | None = None
+    remark: Callable[[Columns], str] = lambda _: ""
 
 
 def columns_of(records: Mapping[int, Record]) -> Columns:

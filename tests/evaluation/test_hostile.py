@@ -264,3 +264,50 @@ def test_scores_must_be_numbers_and_several(tmp_path: Path) -> None:
         evaluate(task, tmp_path / "bert")
     with pytest.raises(largemerge.LargemergeError, match="has one sample"):
         evaluate(task | {"num_samples": 1, "data": write_jsonl(tmp_path / "e.jsonl", rows[:1])}, tmp_path / "bert")
+
+
+def test_a_correlation_with_constant_scores_fails_alone(tmp_path: Path) -> None:
+    for name in ("fine", "flat"):
+        model = write_bert(tmp_path / name, 1)
+        if name == "flat":
+            with torch.no_grad():
+                model.classifier.weight.zero_()
+                model.classifier.bias.fill_(0.25)
+            model.save_pretrained(tmp_path / name)
+    rows = [{"text": text, "label": float(number)} for number, text in enumerate(TEXTS)]
+    common = {"kind": "text_classification", "data": write_jsonl(tmp_path / "d.jsonl", rows)}
+    tasks = [common | {"name": metric, "metric": metric} for metric in ("pearson", "spearman")]
+    pairs = [{"sentence1": text, "sentence2": text, "score": number} for number, text in enumerate(TEXTS)]
+    data = write_jsonl(tmp_path / "p.jsonl", pairs)
+    tasks.append({"name": "same", "kind": "similarity", "pooling": "mean", "data": data})
+    found = largemerge.evaluate({"tasks": tasks}, [tmp_path / "fine", tmp_path / "flat"])
+    count = len(TEXTS)
+    for metric in ("pearson", "spearman"):
+        score = found.score("flat", metric)
+        assert score.value is None and score.interval is None
+        assert score.error == (
+            f"there is no {metric} correlation: the model's scores are constant, 0.25 for all {count} samples"
+        )
+        assert found.score("fine", metric).value != 0
+    for name in ("fine", "flat"):  # the cosine of a text and itself
+        assert found.score(name, "same").error.endswith(f"are constant, 1 for all {count} samples")
+    assert len(found.problems) == 4
+
+
+def test_draws_without_a_correlation_are_left_out_of_its_interval(tmp_path: Path) -> None:
+    write_bert(tmp_path / "bert", 1)
+    rows = [{"text": text, "label": number} for number, text in enumerate(TEXTS[:2])]
+    task = {"kind": "text_classification", "metric": "pearson", "data": write_jsonl(tmp_path / "d.jsonl", rows)}
+    score = evaluate(task, tmp_path / "bert").score("bert", "task")
+    assert abs(score.value) == pytest.approx(1)
+    assert score.interval == pytest.approx((score.value, score.value)), "a draw of one sample twice has none"
+
+
+@pytest.mark.parametrize("kind", ["text_classification", "similarity"])
+def test_constant_labels_are_told_before_any_model_is_read(tmp_path: Path, kind: str) -> None:
+    write_bert(tmp_path / "bert", 1)
+    rows = [{"text": text, "sentence1": text, "sentence2": "a", "label": 2, "score": 2} for text in TEXTS]
+    task = {"kind": kind, "data": write_jsonl(tmp_path / "d.jsonl", rows)}
+    task |= {"metric": "pearson"} if kind == "text_classification" else {"pooling": "mean"}
+    with pytest.raises(largemerge.ConfigError, match=f"is 2 in all {len(TEXTS)} samples.*values that differ"):
+        evaluate(task, tmp_path / "bert")
