@@ -107,7 +107,8 @@ def sources(config: MergeConfig) -> dict[str, tuple[str | None, str | None, str 
 def test_evaluations_are_of_the_merges_experts_data_and_classes(path: Path) -> None:
     evaluation = load_evaluation(path)
     if path.stem.endswith("-five-experts"):
-        experts = {candidate.label: candidate.model for candidate in read(PAPER / path.name).models}
+        merge = PAPER / path.name.replace("-code-of-", "-")
+        experts = {candidate.label: candidate.model for candidate in read(merge).models}
         assert {task.name: task.expert for task in evaluation.tasks}.items() <= experts.items()
         assert all(isinstance(task, HarnessTask) for task in evaluation.tasks)
         return

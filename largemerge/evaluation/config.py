@@ -256,6 +256,8 @@ class HarnessTask(Strict):
     limit: int | None = Field(None, ge=1)
     """Samples of each task, at most."""
     batch_size: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    run_code: Truth = False
+    """Allow tasks that run what a model writes on this machine, such as HumanEval and MBPP."""
     expert: Reference | None = None
 
 

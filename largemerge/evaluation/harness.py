@@ -7,6 +7,7 @@ standard error, and all others.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,8 +42,27 @@ def check_harness(tasks: Sequence[HarnessTask]) -> None:
         for each in task.tasks
         if _name(each) not in known
     ]
+    unknown += [
+        f"task {task.name!r}: {each} runs what a model writes, as code on this machine; expected 'run_code: true', where "
+        "you want that"
+        for task in tasks
+        for each in task.tasks
+        if not task.run_code and _name(each) in known and runs_code(manager, _name(each))
+    ]
     if unknown:
         raise ConfigError(*unknown)
+
+
+def runs_code(manager: Any, task: str) -> bool:
+    """Whether a task's file, or one that it includes, says `unsafe_code: true`."""
+    path = getattr(manager.task_index.get(task), "yaml_path", None)
+    while path is not None and Path(path).is_file():
+        text = Path(path).read_text(encoding="utf-8")
+        if re.search(r"^unsafe_code:\s*[Tt]rue", text, re.MULTILINE):
+            return True
+        included = re.search(r"^include:\s*['\"]?([^'\"\s#]+)", text, re.MULTILINE)
+        path = Path(path).parent / included[1] if included is not None else None
+    return False
 
 
 def _manager(tasks: Sequence[HarnessTask]) -> Any:
@@ -82,12 +102,15 @@ def run_harness(
     if files.adapter is not None:
         options["peft"] = str(files.adapter.folders[0])
     names = [_name(each) for each in task.tasks]
+    if task.run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # which the metric that runs code asks for, beside lm-eval itself
     results = lm_eval.simple_evaluate(
         model=HFLM(**options),
         tasks=names,
         task_manager=_manager([task]),
         num_fewshot=task.num_fewshot,
         limit=task.limit,
+        confirm_run_unsafe_code=task.run_code,
         random_seed=config.seed,
         numpy_random_seed=config.seed,
         torch_random_seed=config.seed,

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import processes
@@ -26,6 +27,7 @@ from task_models import (
 )
 
 import largemerge
+from largemerge.evaluation.harness import runs_code
 from largemerge.evaluation.results import Evaluation
 
 
@@ -309,3 +311,18 @@ def test_two_ranks_find_what_one_finds(family: Path, tmp_path: Path) -> None:
     for left, right in zip(one, two, strict=True):
         assert left["metrics"] == pytest.approx(right["metrics"], rel=1e-6)
         assert left["num_samples"] == right["num_samples"] == 4
+
+
+def test_tasks_that_run_what_models_write_are_known_by_their_files(tmp_path: Path) -> None:
+    files = {
+        "plain": "task: plain\n",
+        "code": "task: code\nunsafe_code: true\n",
+        "kin": "include: code.yaml\ntask: kin\n",
+        "commented": "task: commented\n# unsafe_code: true\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    index = {name: SimpleNamespace(yaml_path=tmp_path / f"{name}.yaml") for name in files}
+    manager = SimpleNamespace(task_index={**index, "group": SimpleNamespace(yaml_path=None)})
+    found = {name: runs_code(manager, name) for name in [*files, "group", "nothing"]}
+    assert {name for name, runs in found.items() if runs} == {"code", "kin"}
