@@ -43,7 +43,7 @@ def check_harness(tasks: Sequence[HarnessTask]) -> None:
         if _name(each) not in known
     ]
     unknown += [
-        f"task {task.name!r}: {each} runs what a model writes, as code on this machine; expected 'run_code: true', where "
+        f"task {task.name!r}: {each} runs what a model writes, as code on this machine; expected 'run_code: true', if "
         "you want that"
         for task in tasks
         for each in task.tasks
