@@ -137,7 +137,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_ranks": _RANKS,
     "num_nodes": _RANKS,
     "gpus_per_node": _RANKS,
-    **dict.fromkeys(("resume", "force", "quiet", "verify", "strict", "probe", "from_config"), _FLAG),
+    **dict.fromkeys(("resume", "force", "quiet", "verify", "strict", "probe", "from_config", "keep_all"), _FLAG),
 }
 """What arguments of the public functions may be: a check, and words for it."""
 _OPTIONS = frozenset(
@@ -152,12 +152,13 @@ _OPTIONS = frozenset(
         "force",
         "strict",
         "from_config",
+        "keep_all",
     )
 )
 """Arguments that the command line has under the same names."""
 
 
-def _argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
+def argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is wrong with arguments, by the names of the command line's options where it has them."""
     for name, value in arguments.items():
         is_right, expected = _ARGUMENTS[name]
@@ -170,7 +171,7 @@ def _argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
 
 def _checked(config: Source, problems: list[str], to_gram: bool = False, /, **arguments: Any) -> Config:
     """Reads a configuration, and checks the other arguments of a call; all that is wrong is told at once."""
-    problems += _argument_problems(arguments)
+    problems += argument_problems(arguments)
     try:
         resolved = read_config(config, strict=arguments["strict"] is True, to_gram=to_gram)
     except ConfigError as error:
@@ -212,6 +213,20 @@ def read_config(source: Source, *, strict: bool = False, to_gram: bool = False) 
         if len(documents) > 1:
             return Documents(path, tuple(documents), strict)
         raw, folder = documents[0], path.resolve().parent
+    return read_mapping(raw, folder, strict=strict, to_gram=to_gram)
+
+
+def read_mapping(
+    raw: Mapping[str, Any], folder: Path | None, *, strict: bool = False, to_gram: bool = False
+) -> MergeConfig | DataFreeConfig:
+    """Reads and checks the mapping of one merge; other arguments and errors as in `read_config`.
+
+    Args:
+        raw: The mapping.
+        folder: Folder in which its relative paths are looked up first; `None` for the working directory alone.
+        strict: Make warnings errors when the merge is planned.
+        to_gram: Whether Gram matrices are to be written.
+    """
     method = raw.get("merge_method")
     if not isinstance(method, str) or method not in REGRESSION_METHODS:
         return load_data_free(raw, folder, other_methods=tuple(REGRESSION_METHODS), strict=strict)
@@ -459,7 +474,7 @@ def evaluate(
     from largemerge.evaluation.evaluate import evaluate_models
     from largemerge.evaluation.prepare import name_models
 
-    problems = list(_argument_problems({"device": device, "quiet": quiet, "memory": memory, "limit": limit}))
+    problems = list(argument_problems({"device": device, "quiet": quiet, "memory": memory, "limit": limit}))
     if out is not None and (not _is_path(out) or (Path(out).exists() and not Path(out).is_dir())):
         problems.append(f"--out {shown(str(out))}: expected a folder, new or not")
     try:
@@ -611,7 +626,7 @@ def cluster(
     """
     from largemerge.regression.planning.rates import Cluster, find_gpu, parse_rate
 
-    problems = list(_argument_problems({"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}))
+    problems = list(argument_problems({"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}))
     if not problems and num_nodes * gpus_per_node > _MAX_RANKS:
         problems.append(
             f"--num-nodes {num_nodes}, --gpus-per-node {gpus_per_node}: expected up to {_MAX_RANKS} GPUs together"

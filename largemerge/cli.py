@@ -335,9 +335,7 @@ def _compare(options: argparse.Namespace) -> int:
         _quiet_libraries()
         stage("importing torch and Transformers")
         with _importing(options):
-            from largemerge.trials.make import swept
             from largemerge.trials.run import compare
-        sweep = swept(options.sweep)
         if options.own_process:
             interrupts.raising()
     with output_kept(own_process=options.own_process):
@@ -346,7 +344,7 @@ def _compare(options: argparse.Namespace) -> int:
             options.evaluation,
             out=options.out,
             methods=[name.strip() for name in options.methods.split(",") if name.strip()],
-            sweep=sweep,
+            sweep=options.sweep,
             device=options.device,
             limit=options.limit,
             memory=memory,

@@ -15,16 +15,20 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from largemerge import api
 from largemerge.api import EvaluationSource, Memory
+from largemerge.data_free.config import DataFreeConfig
+from largemerge.data_free.methods.table import METHODS as DATA_FREE_METHODS
+from largemerge.devices import choose_device
 from largemerge.distributed.launcher import own_rank, several_processes
 from largemerge.distributed.ranks import start_ranks, stay_together
-from largemerge.errors import ConfigError, LargemergeError, OutputError, SystemFailure, explain_failures
+from largemerge.errors import ConfigError, LargemergeError, SystemFailure, explain_failures
 from largemerge.evaluation.config import EvaluationConfig, load_evaluation
 from largemerge.evaluation.evaluate import evaluate_models
 from largemerge.evaluation.prepare import Job, prepare
@@ -35,10 +39,22 @@ from largemerge.regression.config import MergeConfig
 from largemerge.text_files import json_text
 from largemerge.trials.folder import ComparisonFolder, fingerprint, safe_name
 from largemerge.trials.held_out import held_out_tasks, in_words_of_calibration
-from largemerge.trials.make import Trial, make_trials, most_samples, read_raw, with_other_names
+from largemerge.trials.make import (
+    Compared,
+    Trial,
+    check_compared,
+    choose_methods,
+    known_settings,
+    make_trials,
+    most_samples,
+    read_source,
+    right_values,
+    with_other_names,
+)
 from largemerge.trials.objective import Objective, choose_objective
 from largemerge.trials.page import write_comparison
 from largemerge.trials.results import CompareReport, TrialResult, best_of
+from largemerge.trials.settings import read_sweeps
 
 Value = TypeVar("Value")
 _FEWEST_SHARING = 2
@@ -52,7 +68,7 @@ def compare(
     *,
     out: str | Path,
     methods: Sequence[str] = (),
-    sweep: Mapping[str, Sequence[Any]] | None = None,
+    sweep: Mapping[str, Sequence[Any]] | Sequence[str] | None = None,
     device: str = "auto",
     limit: int | None = None,
     memory: Memory | None = None,
@@ -67,7 +83,8 @@ def compare(
         out: Folder for the trials' results, `best.yaml`, the best merge in `best`, and the pages. What an earlier run
             has finished there is not done again, unless models or data have changed since.
         methods: Names of methods; empty for the configuration's own.
-        sweep: Values by setting; every combination is tried, for methods that have the setting.
+        sweep: Values by setting, or texts as on the command line, `ridge=1e-4,1e-2`; every combination is tried, for
+            methods that have the setting.
         device: `auto`, `cpu`, `cuda:0`, ….
         limit: Samples of each task, at most.
         memory: Limits that override those of the configuration.
@@ -81,29 +98,133 @@ def compare(
         LargemergeError: If anything is wrong with config, evaluation, methods, settings or folder, before the first
             model is measured; or if an expert, by whose score trials are compared, has none, before the first merge.
     """
-    start, memory = time.perf_counter(), memory or Memory()
-    folder = ComparisonFolder(Path(out))
-    occupied = folder.problem()
-    try:
-        raw = read_raw(config)
-        trials = make_trials(raw, methods, sweep or {})
-        tasks = _tasks(raw, evaluation, trials, limit, memory)
-        models, base = api.models_of(api.read_config(raw))
-        if base is not None and tasks.base is None:
-            tasks = tasks.model_copy(update={"base": base})
-        jobs = _jobs(tasks, models, held_out=evaluation is None)
-        objective = choose_objective(tasks, jobs)
-    except LargemergeError as error:
-        if occupied is None or isinstance(error, SystemFailure):
-            raise
-        raise ConfigError(*error.problems, occupied) from None
-    if occupied is not None:
-        raise OutputError(occupied)
-    trials = with_other_names(trials, {job.model.name for job in jobs})
-    depends_on = fingerprint(tasks.model_dump(mode="json", exclude={"memory"}), raw, folder.path)
-    run = _Run(folder, tasks, objective, device, memory, quiet, keep_all, depends_on)
+    start = time.perf_counter()
+    checked = _check(
+        config, evaluation, out, methods, sweep or {}, limit, memory, device=device, flags=(keep_all, quiet)
+    )
+    compared, tasks, folder = checked.compared, checked.tasks, checked.folder
+    depends_on = fingerprint(tasks.model_dump(mode="json", exclude={"memory"}), compared.raw, folder.path)
+    run = _Run(folder, tasks, checked.objective, device, memory or Memory(), quiet, keep_all, depends_on)
     with stay_together():
-        return run.all_trials(trials, models, start)
+        return run.all_trials(checked.trials, checked.models, start)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A comparison in which nothing is wrong, as far as can be known before the first weight is read.
+
+    Attributes:
+        compared: The configuration.
+        folder: The folder of the comparison.
+        trials: The trials, in order.
+        tasks: The evaluation.
+        models: The models that are merged.
+        objective: What trials are compared by.
+    """
+
+    compared: Compared
+    folder: ComparisonFolder
+    trials: tuple[Trial, ...]
+    tasks: EvaluationConfig
+    models: Sequence[EvaluatedModel]
+    objective: Objective
+
+
+@dataclass
+class _Mistakes:
+    """Everything that is wrong, noted so that what comes after is looked at, too."""
+
+    problems: list[str] = field(default_factory=list)
+    _only: LargemergeError | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Notes what is wrong inside in place of raising it, unless the system itself fails."""
+        try:
+            yield
+        except SystemFailure:
+            raise
+        except LargemergeError as error:
+            self._only = error if not self.problems else None
+            self.problems += error.problems
+
+    def tell(self) -> None:
+        """Raises an error with all that is wrong, if anything is."""
+        if self._only is not None and self._only.problems == tuple(self.problems):
+            raise self._only
+        if self.problems:
+            raise ConfigError(*dict.fromkeys(self.problems))
+
+
+def _check(
+    source: str | Path | Mapping[str, Any],
+    evaluation: EvaluationSource | None,
+    out: str | Path,
+    methods: Sequence[str],
+    sweep: Mapping[str, Sequence[Any]] | Sequence[str],
+    limit: int | None,
+    memory: Memory | None,
+    *,
+    device: str,
+    flags: tuple[bool, bool],
+) -> _Checked:
+    """Checks all arguments of `compare`, each as far as the mistakes of others allow.
+
+    Raises:
+        LargemergeError: With everything that is wrong.
+    """
+    mistakes = _Mistakes()
+    problems = mistakes.problems
+    arguments = {"out": out, "device": device, "limit": limit, "memory": memory}
+    problems += api.argument_problems({**arguments, "keep_all": flags[0], "quiet": flags[1]})
+    limit, memory = (limit, memory or Memory()) if not problems else (None, Memory())
+    if isinstance(device, str) and not several_processes():  # a rank chooses its own GPU later
+        with mistakes.noted():
+            choose_device(device)
+    mapping: Mapping[str, Any] = {}
+    compared = tasks = loaded = objective = None
+    models: list[EvaluatedModel] = []
+    trials: tuple[Trial, ...] = ()
+    with mistakes.noted():
+        mapping, beside = read_source(source)
+        compared = check_compared(mapping, beside)
+    own = mapping.get("merge_method")
+    chosen = choose_methods(own if isinstance(own, str) else None, methods, problems)
+    sweeps = read_sweeps(sweep, problems)
+    known = known_settings(sweeps, chosen, methods, "--sweep", problems)
+    right = {key: right_values(key, sweeps[key], chosen, problems) for key in known}
+    right = {key: values for key, values in right.items() if values}
+    if compared is not None:
+        trials = make_trials(compared, chosen, right, problems)
+    with mistakes.noted():
+        if evaluation is not None:
+            loaded = load_evaluation(evaluation)
+        elif compared is not None or own in DATA_FREE_METHODS:
+            loaded = _held_out(compared.config if compared is not None else None, most_samples(right))
+    if compared is not None and loaded is not None:
+        with mistakes.noted():
+            models, base = api.models_of(compared.config)
+            tasks = loaded.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
+            if base is not None and tasks.base is None:
+                tasks = tasks.model_copy(update={"base": base})
+            jobs = _jobs(tasks, models, held_out=evaluation is None)
+            trials = with_other_names(trials, {job.model.name for job in jobs})
+            objective = choose_objective(tasks, jobs)
+    folder = ComparisonFolder(Path(out) if isinstance(out, str | Path) else Path())
+    with mistakes.noted():
+        folder.check()
+    mistakes.tell()
+    assert compared is not None and tasks is not None and objective is not None
+    return _Checked(compared, folder, trials, tasks, models, objective)
+
+
+def _held_out(config: MergeConfig | DataFreeConfig | None, largest: int | None) -> EvaluationConfig:
+    """The evaluation where there is no EVAL.yaml: held-out texts of the calibration data."""
+    if not isinstance(config, MergeConfig):
+        raise ConfigError(
+            "no evaluation: a configuration without calibration data has nothing to hold out; expected an EVAL.yaml"
+        )
+    return held_out_tasks(config, largest=largest)
 
 
 def _jobs(tasks: EvaluationConfig, models: Sequence[EvaluatedModel], *, held_out: bool) -> Sequence[Job]:
@@ -112,26 +233,6 @@ def _jobs(tasks: EvaluationConfig, models: Sequence[EvaluatedModel], *, held_out
         return prepare(tasks, models).jobs
     except ConfigError as error:
         raise ConfigError(*(in_words_of_calibration(error.problems, tasks) if held_out else error.problems)) from None
-
-
-def _tasks(
-    raw: Mapping[str, Any],
-    source: EvaluationSource | None,
-    trials: Sequence[Trial],
-    limit: int | None,
-    memory: Memory,
-) -> EvaluationConfig:
-    """The evaluation: that of the user, or held-out texts of the calibration data."""
-    if source is not None:
-        loaded = load_evaluation(source)
-    else:
-        own = api.read_config(raw)
-        if not isinstance(own, MergeConfig):
-            raise ConfigError(
-                "no evaluation: a configuration without calibration data has nothing to hold out; expected an EVAL.yaml"
-            )
-        loaded = held_out_tasks(own, largest=most_samples(trials))
-    return loaded.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from largemerge.evaluation.results import EvaluatedModel
 from largemerge.model.signature import forward_signature
 from largemerge.regression.config import load_config
 from largemerge.trials.held_out import held_out_tasks
-from largemerge.trials.make import make_trials, read_raw, swept
+from largemerge.trials.make import Trial, check_compared, choose_methods, make_trials
 from largemerge.trials.objective import Objective
+from largemerge.trials.settings import read_sweeps
 
 
 @pytest.fixture
@@ -67,6 +68,17 @@ def evaluation(folder: Path) -> dict[str, Any]:
     return {"tasks": tasks, "resamples": 20}
 
 
+def trials_of(
+    config: dict[str, Any], methods: Sequence[str] = (), sweep: dict[str, list[Any]] | None = None
+) -> tuple[Trial, ...]:
+    """The trials of a comparison in which nothing is wrong."""
+    problems: list[str] = []
+    compared = check_compared(config, None)
+    trials = make_trials(compared, choose_methods(compared.method, methods, problems), sweep or {}, problems)
+    assert not problems, problems
+    return trials
+
+
 def kept_trial(out: Path) -> str:
     """The trial whose merge is in `best`, as the folder notes it; `best.yaml` must be its configuration."""
     name = str(json.loads((out / "best.json").read_text())["found"]["trial"])
@@ -79,7 +91,7 @@ def kept_trial(out: Path) -> str:
 
 def test_methods_and_settings_become_trials(config: dict[str, Any]) -> None:
     sweep = {"ridge": [1e-4, 1e-2], "density": [0.5], "off_diagonal_scale": [0.5, 1.0]}
-    trials = make_trials(read_raw(config), ["regmean", "ties", "linear", "task_arithmetic"], sweep)
+    trials = trials_of(config, ["regmean", "ties", "linear", "task_arithmetic"], sweep)
     assert [trial.name for trial in trials] == [
         "regmean ridge=0.0001 off_diagonal_scale=0.5",
         "regmean ridge=0.0001 off_diagonal_scale=1",
@@ -96,33 +108,18 @@ def test_methods_and_settings_become_trials(config: dict[str, Any]) -> None:
     assert weights == {"ties density=0.5": 1.0, "linear": 1.0, "task_arithmetic density=0.5": 0.5}
 
 
-def test_values_are_read_as_yaml() -> None:
-    assert swept(["ridge=1e-4,0.01", "shrinkage=true,false", "anchor=base", "k=3"]) == {
-        "ridge": [1e-4, 0.01],
-        "shrinkage": [True, False],
-        "anchor": ["base"],
-        "k": [3],
-    }
-
-
-@pytest.mark.parametrize("text", ["ridge=1e-6,", "ridge=,1e-6", "ridge=1e-6,,1e-2", "ridge=1e-6, "])
-def test_an_empty_value_is_a_mistake(text: str) -> None:
-    with pytest.raises(largemerge.ConfigError, match="a value is empty; expected one on each side of every comma"):
-        swept([text])
-
-
 def test_other_values_have_other_names(config: dict[str, Any]) -> None:
-    trials = make_trials(read_raw(config), [], {"ridge": [1e-3, 1.0000001e-3]})
+    trials = trials_of(config, [], {"ridge": [1e-3, 1.0000001e-3]})
     assert [trial.name for trial in trials] == ["regmean ridge=0.001", "regmean ridge=0.0010000001"]
 
 
 MISTAKES: dict[str, tuple[list[str], dict[str, list[Any]], str]] = {
     "no method": (["regmaen"], {}, "did you mean 'regmean'"),
-    "no setting": (["regmean"], {"rigde": [1.0]}, "have no such setting; did you mean 'ridge'"),
-    "a value out of range": (["regmean"], {"ridge": [7.0]}, "regmean ridge=7: parameters.ridge"),
+    "no setting": (["regmean"], {"rigde": [1.0]}, "regmean has no such setting; did you mean 'ridge'"),
+    "a value out of range": (["regmean"], {"ridge": [7.0]}, "--sweep ridge=7: expected a number up to 1, found 7.0"),
     "twice": (["regmean"], {"ridge": [0.1, 0.1]}, "a value stands twice"),
     "twice, as whole numbers, too": (["regmean"], {"ridge": [1, 1.0]}, "a value stands twice"),
-    "a weight": (["regmean"], {"weight": [0.1]}, "have no such setting"),
+    "a weight": (["regmean"], {"weight": [0.1]}, "has no such setting"),
     "missing": (["slerp"], {}, "slerp: parameters.t: slerp needs it"),
 }
 
@@ -135,13 +132,13 @@ def test_mistakes_are_told_before_the_first_merge(config: dict[str, Any], tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_merge_without_data_cannot_become_a_regression(config: dict[str, Any]) -> None:
+def test_a_merge_without_data_cannot_become_a_regression(config: dict[str, Any], tmp_path: Path) -> None:
     raw = {
         "merge_method": "linear",
         "models": [{"model": each["model"], "parameters": {"weight": 1}} for each in config["models"]],
     }
     with pytest.raises(largemerge.ConfigError, match="regmean: needs calibration data"):
-        make_trials(read_raw(raw), ["linear", "regmean"], {})
+        largemerge.compare(raw, evaluation(tmp_path), out="nowhere", methods=["linear", "regmean"])
     with pytest.raises(largemerge.ConfigError, match="without calibration data has nothing to hold out"):
         largemerge.compare(raw, out="nowhere")
 
@@ -229,14 +226,14 @@ def test_the_number_of_samples_is_swept(config: dict[str, Any], tmp_path: Path) 
         drawn.append({name: each["num_samples"] for name, each in found.items()})
     assert drawn == [{"math": 16, "code": 16}, {"math": 2, "code": 2}]
     assert {task["skip"] for task in report.evaluation.settings["tasks"]} == {16}
-    (best,) = (trial for trial in make_trials(read_raw(config), [], sweep) if trial.name == names[1])
+    (best,) = (trial for trial in trials_of(config, [], sweep) if trial.name == names[1])
     assert yaml.safe_load(best.yaml)["calibration"]["num_samples"] == 16
 
 
 def test_lists_are_swept_in_yaml(config: dict[str, Any], tmp_path: Path) -> None:
-    ((key, values),) = swept(["include=['layers.0'],['layers.1']"]).items()
-    assert (key, values) == ("include", [["layers.0"], ["layers.1"]])
-    report = largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", sweep={key: values})
+    sweep = ["include=['layers.0'],['layers.1']"]
+    assert read_sweeps(sweep, []) == {"include": [["layers.0"], ["layers.1"]]}
+    report = largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", sweep=sweep)
     assert not report.problems and len(report.trials) == 2
     assert "layers.0" in (tmp_path / "out" / "comparison.html").read_text()
 
@@ -248,7 +245,9 @@ def test_gram_matrices_have_no_samples_to_sweep(config: dict[str, Any], tmp_path
     with pytest.raises(
         largemerge.LargemergeError, match=r"calibration.num_samples: .*math has 'grams' in place of data"
     ):
-        make_trials(read_raw(config), [], {"calibration.num_samples": [1, 2]})
+        largemerge.compare(
+            config, evaluation(tmp_path), out=tmp_path / "out", sweep={"calibration.num_samples": [1, 2]}
+        )
 
 
 def test_without_an_evaluation_texts_are_held_out(config: dict[str, Any], tmp_path: Path) -> None:
