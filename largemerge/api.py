@@ -134,6 +134,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "planned": (lambda value: value is None or callable(value), "a function"),
     "cluster": (lambda value: value is None or hasattr(value, "num_ranks"), "largemerge.cluster(num_nodes=…)"),
     "limit": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
+    "num_trials": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
     "num_ranks": _RANKS,
     "num_nodes": _RANKS,
     "gpus_per_node": _RANKS,
@@ -153,6 +154,7 @@ _OPTIONS = frozenset(
         "strict",
         "from_config",
         "keep_all",
+        "num_trials",
     )
 )
 """Arguments that the command line has under the same names."""

@@ -345,6 +345,8 @@ def _compare(options: argparse.Namespace) -> int:
             out=options.out,
             methods=[name.strip() for name in options.methods.split(",") if name.strip()],
             sweep=options.sweep,
+            search=options.search,
+            num_trials=options.num_trials,
             device=options.device,
             limit=options.limit,
             memory=memory,
@@ -648,6 +650,16 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=V,V",
         help="values of a setting, such as ridge=1e-4,1e-2; may be given several times",
+    )
+    compare.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        metavar="KEY=LOW:HIGH[:log]",
+        help="a range in which optuna proposes values of a setting; may be given several times",
+    )
+    compare.add_argument(
+        "--num-trials", type=_whole, metavar="N", help="with --search: trials of each method (default: 20)"
     )
     compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
     compare.add_argument("--keep-all", action="store_true", help="keep the weights of all trials, not only of the best")

@@ -186,7 +186,9 @@ def lines(
     title: str,
     x_label: str,
     y_label: str,
+    log_x: bool = False,
     log_y: bool = False,
+    joined: bool = True,
     x_names: Sequence[str] = (),
 ) -> Chart:
     """Draws a line for each series; it breaks where a value is not finite.
@@ -196,7 +198,9 @@ def lines(
         title: What the chart shows.
         x_label: Name and unit of x.
         y_label: Name and unit of y.
+        log_x: Whether x, all above 0, is on a logarithmic scale.
         log_y: Whether y is on a logarithmic scale, which leaves out what is not above 0.
+        joined: Whether points are joined by lines, or stand alone.
         x_names: Names for x = 0, 1, 2, …, in place of numbers.
 
     Raises:
@@ -214,8 +218,12 @@ def lines(
             colour, mark, stroke = _look(number)
             many = len(points) > 40
             x, y = [x for x, _ in points], [y for _, y in points]
-            size = 0 if many else 4
+            size = 0 if many and joined else 4
+            stroke = stroke if joined else ""
             axes.plot(x, y, stroke, marker=mark, markersize=size, linewidth=1.6, color=colour, label=_label(name))
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(_plain_numbers())
         if log_y:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_plain_numbers())

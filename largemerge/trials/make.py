@@ -1,11 +1,13 @@
 """Trials of a comparison: one configuration for every method and every combination of settings.
 
-    config, methods, sweeps ──► Trial: name, settings, configuration
+    config, methods, sweeps, ranges ──► Trial: name, settings, configuration
+                                    └─► Search: where the settings of later trials are looked for
 
 A configuration of a regression method is turned into one of a method without data by leaving out what only the former
 has, and the other way round it cannot be: there is no data in it. Settings that a method does not have are not swept
 for it; a setting that no method has is a mistake. Beside what stands under `parameters`, the number of calibration
-samples may be swept.
+samples may be swept. Where settings are searched, the method's trials are made as they are proposed; what is known
+before are the ends of the ranges.
 """
 
 from __future__ import annotations
@@ -35,16 +37,19 @@ from largemerge.config_file import (
 )
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.methods.base import REQUIRED, Base
+from largemerge.data_free.methods.base import Range as NumberKind
 from largemerge.data_free.methods.table import METHODS as DATA_FREE_METHODS
 from largemerge.errors import ConfigError
 from largemerge.regression.config import CandidateParameters, MergeConfig, MethodParameters
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
-from largemerge.trials.settings import text_of
+from largemerge.trials.settings import Range, text_of
 
 _SAMPLES = "calibration.num_samples"
 _ANY_METHOD = frozenset(("include", "excluded", "exclude"))
 _KNOWN_METHODS = (*REGRESSION_METHODS, *DATA_FREE_METHODS)
-_MOST_TRIALS = 10_000
+_MOST_RANGES = 6  # of which all combinations of ends are looked at
+MOST_TRIALS = 10_000
+"""Trials of a comparison, at most."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,14 @@ class Trial:
     raw: Mapping[str, Any]
     config: Config
 
+    def other(self, settings: Mapping[str, Any]) -> Trial:
+        """Makes the trial with other values of some of its settings.
+
+        Raises:
+            ConfigError: If its configuration has mistakes.
+        """
+        return make_trial(self.raw, self.method, {**self.settings, **settings})
+
     @property
     def draws_its_own(self) -> bool:
         """Whether its calibration samples are not those of the configuration that is compared."""
@@ -74,6 +87,31 @@ class Trial:
     def yaml(self) -> str:
         """The configuration as a YAML file."""
         return yaml.safe_dump(dict(self.raw), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Trials of one method, some of whose settings are proposed from what the trials before have come to.
+
+    Attributes:
+        name: The method, and what is swept: the same for all of its trials.
+        ranges: Where to look, by setting; of whole numbers where the setting is one.
+        num_trials: Number of trials.
+        ends: Trials at the ends of the ranges, right as all between them; the first two are the lowest and the highest.
+    """
+
+    name: str
+    ranges: Mapping[str, Range]
+    num_trials: int
+    ends: tuple[Trial, ...]
+
+    def trial(self, proposed: Mapping[str, int | float]) -> Trial:
+        """Makes a trial of what is proposed.
+
+        Raises:
+            ConfigError: If settings contradict each other there, and did not at the ends.
+        """
+        return self.ends[0].other(proposed)
 
 
 @dataclass(frozen=True)
@@ -174,14 +212,17 @@ def known_settings(
     return [key for key in settings if key in known]
 
 
-def right_values(key: str, values: Sequence[Any], methods: Sequence[str], problems: list[str]) -> list[Any]:
+def right_values(
+    key: str, values: Sequence[Any], methods: Sequence[str], problems: list[str], option: str = "--sweep"
+) -> list[Any]:
     """Returns the values that a setting may have with each method that has it; notes the others.
 
     Args:
         key: The setting.
-        values: What is swept.
+        values: What is swept, or the ends of a range.
         methods: The methods that are tried; empty where none is known: then a value is wrong that is so with any.
         problems: Gets what is wrong.
+        option: What the values were given by, for messages.
     """
     those = [method for method in methods or _KNOWN_METHODS if key in _parameters(method)]
     right = []
@@ -194,9 +235,30 @@ def right_values(key: str, values: Sequence[Any], methods: Sequence[str], proble
             told = [f"{problem}, with {', '.join(who)}" for problem, who in found.items()]
         else:
             told = list(found)[:1] if sum(map(len, found.values())) >= len(those) else []
-        problems += [f"--sweep {key}={text_of(value)}: {problem}" for problem in told]
+        problems += [f"{option} {key}={text_of(value)}: {problem}" for problem in told]
         right += [] if told else [value]
     return right
+
+
+def is_right_range(key: str, limits: Range, methods: Sequence[str], problems: list[str]) -> bool:
+    """Whether each method that has a setting can have all numbers of a range; notes why not. Arguments as above."""
+    those = [method for method in methods or _KNOWN_METHODS if key in _parameters(method)]
+    texts = [method for method in those if _number_kind(method, key) is None]
+    if texts and (methods or texts == those):
+        who = f", with {', '.join(texts)}" if methods else ""
+        problems.append(f"--search {key}: is no number{who}; expected --sweep {key}=…")
+        return False
+    return len(right_values(key, [limits.low, limits.high], methods, problems, "--search")) > 1
+
+
+def _number_kind(method: str, key: str) -> type[int] | type[float] | None:
+    """Whether a setting of a method is a whole number, a number, or none."""
+    if method in DATA_FREE_METHODS:
+        kind = DATA_FREE_METHODS[method].kinds.get(key)
+        return None if not isinstance(kind, NumberKind) else int if kind.whole else float
+    if key == _SAMPLES:
+        return int
+    return float if MethodParameters.model_fields[key].annotation == (float | None) else None
 
 
 def value_problems(method: str, key: str, value: Any) -> list[str]:
@@ -219,33 +281,64 @@ def value_problems(method: str, key: str, value: Any) -> list[str]:
 
 
 def make_trials(
-    compared: Compared, methods: Sequence[str], sweeps: Mapping[str, Sequence[Any]], problems: list[str]
-) -> tuple[Trial, ...]:
-    """Makes the trials of a comparison.
+    compared: Compared,
+    methods: Sequence[str],
+    sweeps: Mapping[str, Sequence[Any]],
+    ranges: Mapping[str, Range],
+    num_trials: int,
+    problems: list[str],
+) -> tuple[Trial | Search, ...]:
+    """Makes the trials of a comparison, and a search for each method, and each combination of values, that has one.
 
     Args:
         compared: The configuration.
         methods: Names of methods, from `choose_methods`.
         sweeps: Values by setting, right by themselves.
+        ranges: Ranges by setting, likewise.
+        num_trials: Number of trials of each search.
         problems: Gets what is wrong with configurations as a whole.
     """
-    trials: list[Trial] = []
+    made: list[Trial | Search] = []
     found: list[str] = []
+    count = 0
     for method in methods:
         if method in REGRESSION_METHODS and compared.method not in REGRESSION_METHODS:
             continue
         swept = {key: values for key, values in sweeps.items() if key in _parameters(method)}
-        if len(trials) + math.prod(map(len, swept.values())) > _MOST_TRIALS:
-            problems.append(f"--sweep: more than {_MOST_TRIALS} trials; expected fewer values")
+        searched = {key: _of_kind(method, key, limits) for key, limits in ranges.items() if key in _parameters(method)}
+        count += math.prod(map(len, swept.values())) * (num_trials if searched else 1)
+        if count > MOST_TRIALS:
+            problems.append(f"--sweep, --search: more than {MOST_TRIALS} trials; expected fewer values or trials")
             return ()
         for values in itertools.product(*swept.values()):
             settings = dict(zip(swept, values, strict=True))
-            try:
-                trials.append(make_trial(compared.raw, method, settings))
-            except ConfigError as error:
-                found += [f"{trial_name(method, settings)}: {problem}" for problem in error.problems]
+            trials: list[Trial] = []
+            for ends in _ends(searched):
+                try:
+                    trials.append(make_trial(compared.raw, method, {**settings, **ends}))
+                except ConfigError as error:
+                    found += [f"{trial_name(method, {**settings, **ends})}: {problem}" for problem in error.problems]
+            made += [Search(trial_name(method, settings), searched, num_trials, tuple(trials))] if searched else trials
     problems += grouped(found)
-    return tuple(trials)
+    return tuple(made)
+
+
+def _of_kind(method: str, key: str, limits: Range) -> Range:
+    """A range as a method's setting has it, which `is_right_range` has checked."""
+    whole = limits.whole() if _number_kind(method, key) is int else None
+    return whole if whole is not None else limits.real()
+
+
+def _ends(ranges: Mapping[str, Range]) -> list[dict[str, Any]]:
+    """The lowest and the highest numbers of all ranges, then all other combinations, unless there are very many."""
+    lowest, highest = ({key: getattr(limits, end) for key, limits in ranges.items()} for end in ("low", "high"))
+    if not ranges:
+        return [{}]
+    if len(ranges) > _MOST_RANGES:
+        return [lowest, highest]
+    corners = itertools.product(*((each.low, each.high) for each in ranges.values()))
+    mixed = [dict(zip(ranges, corner, strict=True)) for corner in corners]
+    return [lowest, highest, *(each for each in mixed if each not in (lowest, highest))]
 
 
 def make_trial(raw: Mapping[str, Any], method: str, settings: Mapping[str, Any]) -> Trial:
@@ -288,9 +381,10 @@ def _with_samples(made: Mapping[str, Any], num_samples: Any) -> dict[str, Any]:
     return {**made, "models": models, "calibration": {**made.get("calibration", {}), "num_samples": num_samples}}
 
 
-def most_samples(sweeps: Mapping[str, Sequence[Any]]) -> int | None:
-    """The largest number of calibration samples that trials are made with; `None` where it is not swept."""
-    return max((value for value in sweeps.get(_SAMPLES, ()) if type(value) is int), default=None)
+def most_samples(sweeps: Mapping[str, Sequence[Any]], ranges: Mapping[str, Range]) -> int | None:
+    """The largest number of calibration samples that trials are made with; `None` where it is not set for them."""
+    searched = [int(ranges[_SAMPLES].high)] if _SAMPLES in ranges else []
+    return max([*(value for value in sweeps.get(_SAMPLES, ()) if type(value) is int), *searched], default=None)
 
 
 def trial_name(method: str, settings: Mapping[str, Any]) -> str:
@@ -298,15 +392,12 @@ def trial_name(method: str, settings: Mapping[str, Any]) -> str:
     return " ".join([method, *(f"{key}={text_of(value)}" for key, value in settings.items())])
 
 
-def with_other_names(trials: Sequence[Trial], taken: Collection[str]) -> tuple[Trial, ...]:
-    """Renames trials that are called like a model, whose scores stand beside theirs."""
-    renamed = []
-    for trial in trials:
-        name = trial.name
-        while name in taken:
-            name += " (trial)"
-        renamed.append(replace(trial, name=name))
-    return tuple(renamed)
+def with_other_name(trial: Trial, taken: Collection[str]) -> Trial:
+    """Renames a trial that is called like a model, whose scores stand beside its own."""
+    name = trial.name
+    while name in taken:
+        name += " (trial)"
+    return replace(trial, name=name)
 
 
 def _parameters(method: str) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """A comparison as a list of steps.
 
     config, EVAL.yaml ──► trials, checked ──► models measured ──► Gram matrices collected, if trials share them
-                      ──► trial after trial: merged, measured, noted, weights deleted unless the best
+                      ──► trial after trial: proposed, merged, measured, noted, weights deleted unless the best
                       ──► the best in `best` ──► CompareReport
 
 What is finished is noted in the folder, and is not done again by a later run. RegMean's Gram matrices are those of the
@@ -41,22 +41,28 @@ from largemerge.trials.folder import ComparisonFolder, fingerprint, safe_name
 from largemerge.trials.held_out import held_out_tasks, in_words_of_calibration
 from largemerge.trials.make import (
     Compared,
+    Search,
     Trial,
     check_compared,
     choose_methods,
+    is_right_range,
     known_settings,
     make_trials,
     most_samples,
     read_source,
     right_values,
-    with_other_names,
+    trial_name,
+    with_other_name,
 )
 from largemerge.trials.objective import Objective, choose_objective
 from largemerge.trials.page import write_comparison
 from largemerge.trials.results import CompareReport, TrialResult, best_of
-from largemerge.trials.settings import read_sweeps
+from largemerge.trials.search import Proposals, optuna_problem
+from largemerge.trials.settings import Range, read_ranges, read_sweeps
 
 Value = TypeVar("Value")
+DEFAULT_NUM_TRIALS = 20
+"""Trials of each study of a search, unless set."""
 _FEWEST_SHARING = 2
 _ONLY_MERGED = ("tokenizer_source", "tokenizer", "head")  # of no matter to Gram matrices; they name models
 
@@ -69,6 +75,8 @@ def compare(
     out: str | Path,
     methods: Sequence[str] = (),
     sweep: Mapping[str, Sequence[Any]] | Sequence[str] | None = None,
+    search: Mapping[str, Range | tuple[Any, ...]] | Sequence[str] | None = None,
+    num_trials: int | None = None,
     device: str = "auto",
     limit: int | None = None,
     memory: Memory | None = None,
@@ -85,6 +93,10 @@ def compare(
         methods: Names of methods; empty for the configuration's own.
         sweep: Values by setting, or texts as on the command line, `ridge=1e-4,1e-2`; every combination is tried, for
             methods that have the setting.
+        search: Ranges by setting, a `Range` or `(low, high)` or `(low, high, "log")`, or texts as on the command line,
+            `ridge=1e-6:1e-1:log`. optuna proposes trial after trial, with a study for each method that has one of the
+            settings, and for each combination of swept values. The same arguments propose the same trials.
+        num_trials: Number of trials of each study; `None` for 20.
         device: `auto`, `cpu`, `cuda:0`, ….
         limit: Samples of each task, at most.
         memory: Limits that override those of the configuration.
@@ -99,14 +111,25 @@ def compare(
             model is measured; or if an expert, by whose score trials are compared, has none, before the first merge.
     """
     start = time.perf_counter()
-    checked = _check(
-        config, evaluation, out, methods, sweep or {}, limit, memory, device=device, flags=(keep_all, quiet)
-    )
+    options = {"device": device, "limit": limit, "memory": memory, "num_trials": num_trials}
+    flags = {"keep_all": keep_all, "quiet": quiet}
+    asked = _Asked(methods, sweep or {}, search or {}, DEFAULT_NUM_TRIALS if num_trials is None else num_trials)
+    checked = _check(config, evaluation, asked, {"out": out, **options, **flags})
     compared, tasks, folder = checked.compared, checked.tasks, checked.folder
     depends_on = fingerprint(tasks.model_dump(mode="json", exclude={"memory"}), compared.raw, folder.path)
     run = _Run(folder, tasks, checked.objective, device, memory or Memory(), quiet, keep_all, depends_on)
     with stay_together():
-        return run.all_trials(checked.trials, checked.models, start)
+        return run.all_trials(checked, start)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a user wants to be tried, as in `compare`."""
+
+    methods: Sequence[str]
+    sweep: Mapping[str, Sequence[Any]] | Sequence[str]
+    search: Mapping[str, Range | tuple[Any, ...]] | Sequence[str]
+    num_trials: int
 
 
 @dataclass(frozen=True)
@@ -116,17 +139,19 @@ class _Checked:
     Attributes:
         compared: The configuration.
         folder: The folder of the comparison.
-        trials: The trials, in order.
+        trials: The trials and searches, in order.
         tasks: The evaluation.
         models: The models that are merged.
+        taken: Names of all models that are measured, which no trial may have.
         objective: What trials are compared by.
     """
 
     compared: Compared
     folder: ComparisonFolder
-    trials: tuple[Trial, ...]
+    trials: tuple[Trial | Search, ...]
     tasks: EvaluationConfig
     models: Sequence[EvaluatedModel]
+    taken: frozenset[str]
     objective: Objective
 
 
@@ -159,48 +184,49 @@ class _Mistakes:
 def _check(
     source: str | Path | Mapping[str, Any],
     evaluation: EvaluationSource | None,
-    out: str | Path,
-    methods: Sequence[str],
-    sweep: Mapping[str, Sequence[Any]] | Sequence[str],
-    limit: int | None,
-    memory: Memory | None,
-    *,
-    device: str,
-    flags: tuple[bool, bool],
+    asked: _Asked,
+    arguments: Mapping[str, Any],
 ) -> _Checked:
     """Checks all arguments of `compare`, each as far as the mistakes of others allow.
+
+    Args:
+        source: The configuration.
+        evaluation: The evaluation.
+        asked: What is to be tried.
+        arguments: The other arguments, by name.
 
     Raises:
         LargemergeError: With everything that is wrong.
     """
     mistakes = _Mistakes()
     problems = mistakes.problems
-    arguments = {"out": out, "device": device, "limit": limit, "memory": memory}
-    problems += api.argument_problems({**arguments, "keep_all": flags[0], "quiet": flags[1]})
-    limit, memory = (limit, memory or Memory()) if not problems else (None, Memory())
+    problems += api.argument_problems(arguments)
+    limit, memory = (arguments["limit"], arguments["memory"] or Memory()) if not problems else (None, Memory())
+    out, device = arguments["out"], arguments["device"]
+    folder = ComparisonFolder(Path(out) if isinstance(out, str | Path) else Path())
     if isinstance(device, str) and not several_processes():  # a rank chooses its own GPU later
         with mistakes.noted():
             choose_device(device)
     mapping: Mapping[str, Any] = {}
     compared = tasks = loaded = objective = None
     models: list[EvaluatedModel] = []
-    trials: tuple[Trial, ...] = ()
+    taken: frozenset[str] = frozenset()
     with mistakes.noted():
         mapping, beside = read_source(source)
         compared = check_compared(mapping, beside)
     own = mapping.get("merge_method")
-    chosen = choose_methods(own if isinstance(own, str) else None, methods, problems)
-    sweeps = read_sweeps(sweep, problems)
-    known = known_settings(sweeps, chosen, methods, "--sweep", problems)
-    right = {key: right_values(key, sweeps[key], chosen, problems) for key in known}
-    right = {key: values for key, values in right.items() if values}
-    if compared is not None:
-        trials = make_trials(compared, chosen, right, problems)
+    methods = choose_methods(own if isinstance(own, str) else None, asked.methods, problems)
+    sweeps, ranges = _right_settings(asked, methods, given=arguments["num_trials"] is not None, problems=problems)
+    trials = (
+        make_trials(compared, methods, sweeps, ranges, asked.num_trials, problems)
+        if compared is not None and type(asked.num_trials) is int
+        else ()
+    )
     with mistakes.noted():
         if evaluation is not None:
             loaded = load_evaluation(evaluation)
         elif compared is not None or own in DATA_FREE_METHODS:
-            loaded = _held_out(compared.config if compared is not None else None, most_samples(right))
+            loaded = _held_out(compared.config if compared is not None else None, most_samples(sweeps, ranges))
     if compared is not None and loaded is not None:
         with mistakes.noted():
             models, base = api.models_of(compared.config)
@@ -208,14 +234,37 @@ def _check(
             if base is not None and tasks.base is None:
                 tasks = tasks.model_copy(update={"base": base})
             jobs = _jobs(tasks, models, held_out=evaluation is None)
-            trials = with_other_names(trials, {job.model.name for job in jobs})
+            taken = frozenset(job.model.name for job in jobs)
             objective = choose_objective(tasks, jobs)
-    folder = ComparisonFolder(Path(out) if isinstance(out, str | Path) else Path())
     with mistakes.noted():
         folder.check()
     mistakes.tell()
     assert compared is not None and tasks is not None and objective is not None
-    return _Checked(compared, folder, trials, tasks, models, objective)
+    return _Checked(compared, folder, trials, tasks, models, taken, objective)
+
+
+def _right_settings(
+    asked: _Asked, methods: Sequence[str], *, given: bool, problems: list[str]
+) -> tuple[dict[str, list[Any]], dict[str, Range]]:
+    """Reads what is swept and searched; returns what is right by itself, and notes the rest.
+
+    Args:
+        asked: What is to be tried.
+        methods: The methods that are tried, as far as they are known.
+        given: Whether the user has set the number of trials.
+        problems: Gets what is wrong.
+    """
+    sweeps, ranges = read_sweeps(asked.sweep, problems), read_ranges(asked.search, problems)
+    swept = known_settings(sweeps, methods, asked.methods, "--sweep", problems)
+    searched = known_settings(ranges, methods, asked.methods, "--search", problems)
+    if asked.search and (problem := optuna_problem()) is not None:
+        problems.append(problem)
+    if given and not asked.search:
+        problems.append("--num-trials: is the number of trials of a search; expected --search with it")
+    problems += [f"--search {key}: is swept, too; expected one of both" for key in searched if key in sweeps]
+    values = {key: right_values(key, sweeps[key], methods, problems) for key in swept}
+    right = {key: ranges[key] for key in searched if is_right_range(key, ranges[key], methods, problems)}
+    return {key: some for key, some in values.items() if some}, {k: r for k, r in right.items() if k not in sweeps}
 
 
 def _held_out(config: MergeConfig | DataFreeConfig | None, largest: int | None) -> EvaluationConfig:
@@ -236,6 +285,40 @@ def _jobs(tasks: EvaluationConfig, models: Sequence[EvaluatedModel], *, held_out
 
 
 @dataclass
+class _Tried:
+    """What has been tried so far.
+
+    Attributes:
+        measured: Scores of the models that are merged.
+        grams: Folders of Gram matrices that trials share, by candidate.
+        taken: Names that no trial may have.
+        num_trials: Number of trials in all.
+        trials: The trials that were made, in order.
+        results: What each came to, and those that could not be made.
+        evaluations: Their scores.
+    """
+
+    measured: Evaluation
+    grams: Mapping[str, Path]
+    taken: frozenset[str]
+    num_trials: int
+    trials: list[Trial] = field(default_factory=list)
+    results: list[TrialResult] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def result_of(self, trial: Trial) -> TrialResult | None:
+        """What the same trial has come to; `None` if it has not been tried."""
+        name = with_other_name(trial, self.taken).name
+        return next((result for result in self.results if result.name == name), None)
+
+    def failed(self, method: str, settings: Mapping[str, Any], error: LargemergeError) -> None:
+        """Notes a trial that could not be made."""
+        name = trial_name(method, settings)
+        if all(result.name != name for result in self.results):
+            self.results.append(TrialResult(name, method, settings, None, 0.0, 0.0, "; ".join(error.problems)))
+
+
+@dataclass
 class _Run:
     """The long work of a comparison; attributes as in `compare`."""
 
@@ -248,39 +331,72 @@ class _Run:
     keep_all: bool
     fingerprint: str
 
-    def all_trials(self, trials: Sequence[Trial], models: Sequence[EvaluatedModel], start: float) -> CompareReport:
+    def all_trials(self, checked: _Checked, start: float) -> CompareReport:
         """Measures the models, then merges and measures trial after trial."""
         _by_first(self.folder.open)
-        measured = self._models(models)
+        measured = self._models(checked.models)
         self.objective.check_experts(measured)
         began = time.perf_counter()
-        grams, notes = self._grams(trials)
+        grams, notes = self._grams(checked.trials)
+        tried = _Tried(measured, grams, checked.taken, sum(map(_num_trials, checked.trials)))
         shared = time.perf_counter() - began
-        results: list[TrialResult] = []
-        found: list[Evaluation] = []
-        for number, trial in enumerate(trials, 1):
-            stage(f"trial {number} of {len(trials)}: {trial.name}")
-            result, evaluation = self._trial(trial, grams, measured)
-            results.append(result)
-            found += [evaluation] if evaluation is not None else []
-            self._drop_all_but_best(results)
-        best = best_of(results, self.objective.higher_is_better)
-        chosen = next((trial for trial in trials if best is not None and trial.name == best.name), None)
+        for each in checked.trials:
+            if isinstance(each, Trial):
+                self._try(each, tried)
+            else:
+                notes += self._search(each, tried)
+        searches = [each for each in checked.trials if isinstance(each, Search)]
+        best = best_of(tried.results, self.objective.higher_is_better)
+        chosen = next((trial for trial in tried.trials if best is not None and trial.name == best.name), None)
         if chosen is not None:
             notes += self._keep_best(chosen, grams)
         report = CompareReport(
-            trials=tuple(results),
-            evaluation=_joined(measured, found),
+            trials=tuple(tried.results),
+            evaluation=_joined(measured, tried.evaluations),
             objective=self.objective.name,
             higher_is_better=self.objective.higher_is_better,
             best_config=chosen.yaml if chosen is not None else "",
             shared_seconds=shared,
             seconds=time.perf_counter() - start,
+            searched=dict(item for each in searches for item in each.ranges.items()),
             notes=tuple(notes),
         )
         if own_rank() == 0:
             write_comparison(report, self.folder.path)
         return report
+
+    def _search(self, search: Search, tried: _Tried) -> list[str]:
+        """Tries what is proposed, each told what came of those before; returns notes."""
+        proposals = Proposals(search.ranges, self.objective.higher_is_better) if own_rank() == 0 else None
+        repeated = 0
+        for _ in range(search.num_trials):
+            proposed = _by_first(lambda: proposals.ask() if proposals is not None else {})
+            try:
+                trial = search.trial(proposed)
+            except ConfigError as error:
+                settings = {**search.ends[0].settings, **proposed}
+                tried.failed(search.ends[0].method, settings, error)
+                result = None
+            else:
+                known = tried.result_of(trial)
+                repeated += known is not None
+                result = known if known is not None else self._try(trial, tried)
+            if proposals is not None:
+                proposals.tell(result.objective if result is not None else None)
+        if not repeated:
+            return []
+        return [f"{search.name}: {repeated} of {search.num_trials} proposals were no others than some before"]
+
+    def _try(self, trial: Trial, tried: _Tried) -> TrialResult:
+        """Merges and measures one trial, and keeps its weights if it is the best so far."""
+        named = with_other_name(trial, tried.taken)
+        stage(f"trial {len(tried.results) + 1} of {tried.num_trials}: {named.name}")
+        result, evaluation = self._trial(named, tried.grams, tried.measured)
+        tried.trials.append(named)
+        tried.results.append(result)
+        tried.evaluations += [evaluation] if evaluation is not None else []
+        self._drop_all_but_best(tried.results)
+        return result
 
     def _note(self, path: Path, key: str, found: Any) -> None:
         if own_rank() == 0:
@@ -298,10 +414,12 @@ class _Run:
             self._note(self.folder.models, key, found.to_json())
         return found
 
-    def _grams(self, trials: Sequence[Trial]) -> tuple[dict[str, Path], list[str]]:
+    def _grams(self, trials: Sequence[Trial | Search]) -> tuple[dict[str, Path], list[str]]:
         """Collects Gram matrices once, where several trials use the same; returns their folders by candidate."""
-        sharing = [trial for trial in trials if _shares_grams(trial)]
-        if len(sharing) < _FEWEST_SHARING:
+        known = [(each, each if isinstance(each, Trial) else each.ends[0]) for each in trials]
+        sharing = [trial for _, trial in known if _shares_grams(trial)]
+        num_sharing = sum(_num_trials(each) for each, trial in known if _shares_grams(trial))
+        if num_sharing < _FEWEST_SHARING:
             return {}, []
         if several_processes():
             return {}, ["trials by RegMean share no Gram matrices under a launcher: one process collects them"]
@@ -346,7 +464,7 @@ class _Run:
             )
             self._note(noted, key, True)
         return {label: folder / name for label, name in inside.items()}, [
-            f"{len(sharing)} trials by RegMean share the Gram matrices in {folder}"
+            f"{num_sharing} trials by RegMean share the Gram matrices in {folder}"
         ]
 
     def _trial(
@@ -472,6 +590,11 @@ def _joined(measured: Evaluation, trials: Sequence[Evaluation]) -> Evaluation:
     base = next((model.name for model in measured.models if model.role == "base"), None)
     seconds = measured.seconds + sum(each.seconds for each in trials)
     return replace(measured, models=models, scores=tuple(held_against(scores, measured.tasks, base)), seconds=seconds)
+
+
+def _num_trials(planned: Trial | Search) -> int:
+    """Number of trials of what is planned, with those that are proposed twice."""
+    return planned.num_trials if isinstance(planned, Search) else 1
 
 
 def _shares_grams(trial: Trial) -> bool:

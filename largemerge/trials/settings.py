@@ -1,14 +1,17 @@
-"""Settings that are tried, as a user writes them: values to sweep.
+"""Settings that are tried, as a user writes them: values to sweep, ranges to search.
 
-    --sweep KEY=V,V ──► read_sweeps ──► values by setting
+    --sweep KEY=V,V             ──► read_sweeps ──► values by setting
+    --search KEY=LOW:HIGH[:log] ──► read_ranges ──► Range by setting
 
 What is wrong is noted, and the rest is read, so that all mistakes can be told at once.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -19,6 +22,87 @@ from largemerge.errors import ConfigError
 _SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)?")
 _OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 _CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a search may try, both ends included.
+
+    Attributes:
+        low: The lowest.
+        high: The highest.
+        log: Whether orders of magnitude count alike, so that 1e-6 to 1e-5 is looked at as much as 1e-2 to 1e-1.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+    def problem(self) -> str | None:
+        """Says what is wrong with the range; `None` if nothing is."""
+        for end in (self.low, self.high):
+            if isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end):
+                return f"expected two numbers, found {shown(end)}"
+        if not isinstance(self.log, bool):
+            return f"expected true or false for log, found {shown(self.log)}"
+        if self.low >= self.high:
+            return f"{self.low:g} is not below {self.high:g}; expected the lower end first"
+        if self.log and self.low <= 0:
+            return f"a logarithmic range begins above 0, found {self.low:g}"
+        return None
+
+    def whole(self) -> Range | None:
+        """The same range of whole numbers; `None` where an end is none."""
+        if self.low != int(self.low) or self.high != int(self.high):
+            return None
+        return Range(int(self.low), int(self.high), self.log)
+
+    def real(self) -> Range:
+        """The same range of numbers in floating point."""
+        return Range(float(self.low), float(self.high), self.log)
+
+
+def read_ranges(source: Mapping[str, Any] | Sequence[str], problems: list[str]) -> dict[str, Range]:
+    """Reads what is searched.
+
+    Args:
+        source: By setting a `Range`, `(low, high)` or `(low, high, "log")`; or texts, `KEY=LOW:HIGH` or
+            `KEY=LOW:HIGH:log`.
+        problems: Gets what is wrong; such a setting is left out.
+    """
+    found: dict[str, Range] = {}
+    for key, said in _by_setting(source, "--search", "ridge=1e-6:1e-1:log", "its range", problems):
+        where = f"--search {shown(f'{key}={said}') if isinstance(said, str) else key}"
+        limits = _range(said)
+        if limits is None:
+            example = "0.1:1 or 1e-6:1e-1:log" if isinstance(said, str) else "(0.1, 1) or Range(1e-6, 1e-1, log=True)"
+            problems.append(f"{where}: expected the lower and the upper end, such as {example}")
+        elif (problem := limits.problem()) is not None:
+            problems.append(f"{where}: {problem}")
+        else:
+            found[key] = limits
+    return found
+
+
+def _range(said: Any) -> Range | None:
+    """Reads one range; `None` where it is none."""
+    if isinstance(said, Range):
+        return said
+    parts = said.split(":") if isinstance(said, str) else said
+    if not isinstance(parts, list | tuple) or len(parts) not in (2, 3) or list(parts[2:]) not in ([], ["log"]):
+        return None
+    try:
+        low, high = (_number(part) if isinstance(part, str) else part for part in parts[:2])
+    except ValueError:
+        return None
+    return Range(low, high, len(parts) > 2)
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def read_sweeps(source: Mapping[str, Sequence[Any]] | Sequence[str], problems: list[str]) -> dict[str, list[Any]]:

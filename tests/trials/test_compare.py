@@ -16,7 +16,8 @@ import torch
 import transformers as tf
 import yaml
 from cases import weights_in
-from task_models import TEXTS, write_jsonl, write_language_model, write_texts
+from comparisons import evaluation
+from task_models import TEXTS, write_jsonl, write_texts
 
 import largemerge
 from largemerge.calibration import load_calibration
@@ -30,51 +31,13 @@ from largemerge.trials.objective import Objective
 from largemerge.trials.settings import read_sweeps
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> dict[str, Any]:
-    """A regression merge of two experts with a base, and calibration texts of which some are left over."""
-    write_language_model(tmp_path / "base")
-    models = []
-    for number, name in enumerate(("math", "code")):
-        torch.manual_seed(number)
-        expert = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        with torch.no_grad():
-            for parameter in expert.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        expert.save_pretrained(tmp_path / name)
-        tf.AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / name)
-        data = write_texts(tmp_path / f"{name}.jsonl", [f"{text} {word}" for text in TEXTS for word in TEXTS])
-        models.append({"model": str(tmp_path / name), "calibration": {"data": data}})
-    return {
-        "merge_method": "regmean",
-        "base_model": str(tmp_path / "base"),
-        "models": models,
-        "calibration": {"num_samples": 8, "batch_size": 4},
-    }
-
-
-def evaluation(folder: Path) -> dict[str, Any]:
-    """The loss on texts of both kinds, beside the experts."""
-    tasks = [
-        {
-            "name": name,
-            "kind": "language_model",
-            "data": str(folder / f"{name}.jsonl"),
-            "num_samples": 6,
-            "expert": str(folder / name),
-        }
-        for name in ("math", "code")
-    ]
-    return {"tasks": tasks, "resamples": 20}
-
-
 def trials_of(
     config: dict[str, Any], methods: Sequence[str] = (), sweep: dict[str, list[Any]] | None = None
 ) -> tuple[Trial, ...]:
     """The trials of a comparison in which nothing is wrong."""
     problems: list[str] = []
     compared = check_compared(config, None)
-    trials = make_trials(compared, choose_methods(compared.method, methods, problems), sweep or {}, problems)
+    trials = make_trials(compared, choose_methods(compared.method, methods, problems), sweep or {}, {}, 1, problems)
     assert not problems, problems
     return trials
 
