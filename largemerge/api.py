@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from largemerge.config_file import check_source, read_documents, shown, size_in_bytes
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
-from largemerge.distributed.launcher import own_rank
+from largemerge.distributed.launcher import own_rank, several_processes
 from largemerge.errors import ConfigError, OutputError, explain_failures
 from largemerge.regression.config import MergeConfig, load_config
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
@@ -329,7 +329,7 @@ def _merge(
     if isinstance(config, MergeConfig):
         from largemerge.regression.merge import merge_by_regression
 
-        return merge_by_regression(_limited(config, memory), out, **options)
+        return merge_by_regression(limited(config, memory), out, **options)
     options["limits"] = _budget(memory)
     from largemerge.data_free.merge import merge_data_free
     from largemerge.data_free.multi import merge_series
@@ -426,7 +426,7 @@ def plan(
         from largemerge.regression.merge import plan_regression
 
         return plan_regression(
-            _limited(resolved, memory),
+            limited(resolved, memory),
             device=device,
             probe=probe,
             num_ranks=num_ranks,
@@ -537,9 +537,11 @@ def gram(
         raise ConfigError(
             "merge_method: gram is for 'regmean', one merge in a file; data-free methods have no such sums"
         )
+    if several_processes():
+        raise ConfigError("gram is for one process; start it without a launcher")
     from largemerge.regression.gram_run import write_grams
 
-    return write_grams(_limited(resolved, memory or Memory()), Path(out), **options)
+    return write_grams(limited(resolved, memory or Memory()), Path(out), **options)
 
 
 def check_apart(config: Path, out: Path) -> None:
@@ -652,7 +654,7 @@ def cluster(
     return Cluster(num_nodes=num_nodes, gpus_per_node=gpus_per_node, **parts)
 
 
-def _limited(config: MergeConfig, memory: Memory) -> MergeConfig:
+def limited(config: MergeConfig, memory: Memory) -> MergeConfig:
     """Returns the configuration with other limits in place of its own."""
     limits: dict[str, Any] = {"device": _size(memory.device), "host": _size(memory.host)}
     if memory.disk is not None:

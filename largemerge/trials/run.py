@@ -6,8 +6,8 @@
 
 What is finished is noted in the folder, and is not done again by a later run. RegMean's Gram matrices are those of the
 candidates on their own data, the same for every `off_diagonal_scale`, `ridge` and weight: with more than one such trial
-they are collected once, and every trial only solves. RegMean++ and its kin collect theirs from what is merged before,
-which differs with every setting, so that trials share nothing but what is measured of the models.
+they are collected once, by one process, and every trial only solves. RegMean++ and its kin collect theirs from what is
+merged before, which differs with every setting, so that trials share nothing but what is measured of the models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from largemerge.api import EvaluationSource, Memory
 from largemerge.data_free.config import DataFreeConfig
 from largemerge.data_free.methods.table import METHODS as DATA_FREE_METHODS
 from largemerge.devices import choose_device
-from largemerge.distributed.launcher import own_rank, several_processes
+from largemerge.distributed.launcher import own_rank, read_launch, several_processes
 from largemerge.distributed.ranks import start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, SystemFailure, explain_failures
 from largemerge.evaluation.config import EvaluationConfig, load_evaluation
@@ -35,7 +35,8 @@ from largemerge.evaluation.prepare import Job, prepare
 from largemerge.evaluation.results import EvaluatedModel, Evaluation, held_against
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
-from largemerge.regression.config import MergeConfig
+from largemerge.regression.config import MergeConfig, load_config
+from largemerge.regression.gram_run import write_grams
 from largemerge.text_files import json_text
 from largemerge.trials.folder import ComparisonFolder, fingerprint, safe_name
 from largemerge.trials.held_out import held_out_tasks, in_words_of_calibration
@@ -421,8 +422,9 @@ class _Run:
         num_sharing = sum(_num_trials(each) for each, trial in known if _shares_grams(trial))
         if num_sharing < _FEWEST_SHARING:
             return {}, []
-        if several_processes():
-            return {}, ["trials by RegMean share no Gram matrices under a launcher: one process collects them"]
+        if num_sharing < (size := read_launch().size):  # of whom all but one would wait
+            together = f"{size} processes collect them for each trial in less time than one does for all"
+            return {}, [f"{num_sharing} trials by RegMean share no Gram matrices: {together}"]
         config = sharing[0].config
         assert isinstance(config, MergeConfig)
         inside = {label: _folder_name(label) for label in config.names}
@@ -449,20 +451,24 @@ class _Run:
             self.fingerprint, {"models": raw["models"], "calibration": raw.get("calibration"), "solved": solved}
         )
         noted = self.folder.note_of("grams")
-        if self.folder.known(noted, key) is None or not folder.is_dir():
+
+        def collect() -> None:
+            if self.folder.known(noted, key) is not None and folder.is_dir():
+                return
             stage("collecting Gram matrices, once for all trials by RegMean")
             working = (folder / WORKING_FOLDER).exists() and self.folder.begun(noted, key)
-            self._note(noted, key, None)
-            api.gram(
-                raw,
+            self.folder.write(noted, key, None)
+            write_grams(
+                api.limited(load_config(raw, to_gram=True), self.memory),
                 folder,
                 device=self.device,
-                memory=self.memory,
                 quiet=self.quiet,
                 resume=working,
                 force=folder.exists() and not working,
             )
-            self._note(noted, key, True)
+            self.folder.write(noted, key, True)
+
+        _by_first(collect)
         return {label: folder / name for label, name in inside.items()}, [
             f"{num_sharing} trials by RegMean share the Gram matrices in {folder}"
         ]
@@ -560,8 +566,7 @@ class _Run:
 def _by_first(step: Callable[[], Value]) -> Value:
     """Runs a step on rank 0 alone (collective); what it returns, or that it failed, holds for all."""
     with start_ranks() as ranks:
-        found = ranks.agree(lambda: step() if ranks.is_first else None)
-        return ranks.from_first(found)  # type: ignore[return-value]
+        return ranks.by_first(step)
 
 
 def _read_evaluation(noted: Any) -> Evaluation | None:

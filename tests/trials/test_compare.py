@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import transformers as tf
@@ -173,6 +174,36 @@ def test_regmean_collects_its_gram_matrices_once(config: dict[str, Any], tmp_pat
     shared, alone = weights_in(folder), weights_in(tmp_path / "alone")
     for name, weight in alone.items():
         assert torch.allclose(shared[name], weight, atol=1e-6), name
+
+
+@pytest.mark.slow
+def test_two_ranks_share_gram_matrices_too(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(evaluation(tmp_path)))
+    found = []
+    for size in (1, 2):
+        out = tmp_path / f"by{size}"
+        command = ["compare", tmp_path / "merge.yaml", tmp_path / "eval.yaml", "--out", out, "--keep-all"]
+        processes.run_ranks([*command, "--sweep", "ridge=1e-6,1e-2"], tmp_path, size)
+        found.append(json.loads((out / "comparison.json").read_text()))
+    assert [each["notes"][0].partition(" in ")[0] for each in found] == [
+        "2 trials by RegMean share the Gram matrices"
+    ] * 2
+    one, two = (
+        {path.relative_to(out): path.read_bytes() for path in (out / "grams").rglob("*.safetensors")}
+        for out in (tmp_path / "by1", tmp_path / "by2")
+    )
+    assert one and one == two
+    for alone in (tmp_path / "by1" / "trials").glob("*/"):
+        together = weights_in(tmp_path / "by2" / "trials" / alone.name)
+        assert all(torch.allclose(together[name], weight, atol=1e-6) for name, weight in weights_in(alone).items())
+    # Three ranks collect them for each of two trials faster than one does for both.
+    command = ["compare", tmp_path / "merge.yaml", tmp_path / "eval.yaml", "--out", tmp_path / "by3"]
+    processes.run_ranks([*command, "--sweep", "ridge=1e-6,1e-2"], tmp_path, 3)
+    three = json.loads((tmp_path / "by3" / "comparison.json").read_text())
+    assert "share no Gram matrices: 3 processes" in three["notes"][0] and not (tmp_path / "by3" / "grams").exists()
+    for alone, together in zip(found[0]["trials"], three["trials"], strict=True):
+        assert together["objective"] == pytest.approx(alone["objective"], rel=1e-4)
 
 
 def test_the_number_of_samples_is_swept(config: dict[str, Any], tmp_path: Path) -> None:
