@@ -331,7 +331,6 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     launch = read_launch()
     with _told_to_all(launch, options):
-        memory = _memory(options)
         _quiet_libraries()
         stage("importing torch and Transformers")
         with _importing(options):
@@ -349,7 +348,7 @@ def _compare(options: argparse.Namespace) -> int:
             num_trials=options.num_trials,
             device=options.device,
             limit=options.limit,
-            memory=memory,
+            memory={key: getattr(options, f"memory_{key}") for key in ("host", "device", "disk")},
             keep_all=options.keep_all,
             quiet=options.quiet,
         )

@@ -15,51 +15,37 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from largemerge import api
 from largemerge.api import EvaluationSource, Memory
-from largemerge.data_free.config import DataFreeConfig
-from largemerge.data_free.methods.table import METHODS as DATA_FREE_METHODS
-from largemerge.devices import choose_device
-from largemerge.distributed.launcher import own_rank, read_launch, several_processes
+from largemerge.distributed.launcher import own_rank, read_launch
 from largemerge.distributed.ranks import start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, SystemFailure, explain_failures
-from largemerge.evaluation.config import EvaluationConfig, load_evaluation
+from largemerge.evaluation.config import EvaluationConfig
 from largemerge.evaluation.evaluate import evaluate_models
-from largemerge.evaluation.prepare import Job, prepare
 from largemerge.evaluation.results import EvaluatedModel, Evaluation, held_against
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig, load_config
 from largemerge.regression.gram_run import write_grams
 from largemerge.text_files import json_text
+from largemerge.trials.check import Asked, Checked, check_comparison
 from largemerge.trials.folder import ComparisonFolder, fingerprint, safe_name
-from largemerge.trials.held_out import held_out_tasks, in_words_of_calibration
 from largemerge.trials.make import (
-    Compared,
     Search,
     Trial,
-    check_compared,
-    choose_methods,
-    is_right_range,
-    known_settings,
-    make_trials,
-    most_samples,
-    read_source,
-    right_values,
     trial_name,
     with_other_name,
 )
-from largemerge.trials.objective import Objective, choose_objective
+from largemerge.trials.objective import Objective
 from largemerge.trials.page import write_comparison
 from largemerge.trials.results import CompareReport, TrialResult, best_of
-from largemerge.trials.search import Proposals, optuna_problem
-from largemerge.trials.settings import Range, read_ranges, read_sweeps
+from largemerge.trials.search import Proposals
+from largemerge.trials.settings import Range
 
 Value = TypeVar("Value")
 DEFAULT_NUM_TRIALS = 20
@@ -80,7 +66,7 @@ def compare(
     num_trials: int | None = None,
     device: str = "auto",
     limit: int | None = None,
-    memory: Memory | None = None,
+    memory: Memory | Mapping[str, Any] | None = None,
     keep_all: bool = False,
     quiet: bool = True,
 ) -> CompareReport:
@@ -100,7 +86,7 @@ def compare(
         num_trials: Number of trials of each study; `None` for 20.
         device: `auto`, `cpu`, `cuda:0`, ….
         limit: Samples of each task, at most.
-        memory: Limits that override those of the configuration.
+        memory: Limits that override those of the configuration; or a mapping of its attributes.
         keep_all: Keep the weights of all trials, not only those of the best; then `best` is a link to its trial's.
         quiet: Show no progress.
 
@@ -114,175 +100,13 @@ def compare(
     start = time.perf_counter()
     options = {"device": device, "limit": limit, "memory": memory, "num_trials": num_trials}
     flags = {"keep_all": keep_all, "quiet": quiet}
-    asked = _Asked(methods, sweep or {}, search or {}, DEFAULT_NUM_TRIALS if num_trials is None else num_trials)
-    checked = _check(config, evaluation, asked, {"out": out, **options, **flags})
+    asked = Asked(methods, sweep or {}, search or {}, DEFAULT_NUM_TRIALS if num_trials is None else num_trials)
+    checked = check_comparison(config, evaluation, asked, {"out": out, **options, **flags})
     compared, tasks, folder = checked.compared, checked.tasks, checked.folder
     depends_on = fingerprint(tasks.model_dump(mode="json", exclude={"memory"}), compared.raw, folder.path)
-    run = _Run(folder, tasks, checked.objective, device, memory or Memory(), quiet, keep_all, depends_on)
+    run = _Run(folder, tasks, checked.objective, device, checked.memory, quiet, keep_all, depends_on)
     with stay_together():
         return run.all_trials(checked, start)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a user wants to be tried, as in `compare`."""
-
-    methods: Sequence[str]
-    sweep: Mapping[str, Sequence[Any]] | Sequence[str]
-    search: Mapping[str, Range | tuple[Any, ...]] | Sequence[str]
-    num_trials: int
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A comparison in which nothing is wrong, as far as can be known before the first weight is read.
-
-    Attributes:
-        compared: The configuration.
-        folder: The folder of the comparison.
-        trials: The trials and searches, in order.
-        tasks: The evaluation.
-        models: The models that are merged.
-        taken: Names of all models that are measured, which no trial may have.
-        objective: What trials are compared by.
-    """
-
-    compared: Compared
-    folder: ComparisonFolder
-    trials: tuple[Trial | Search, ...]
-    tasks: EvaluationConfig
-    models: Sequence[EvaluatedModel]
-    taken: frozenset[str]
-    objective: Objective
-
-
-@dataclass
-class _Mistakes:
-    """Everything that is wrong, noted so that what comes after is looked at, too."""
-
-    problems: list[str] = field(default_factory=list)
-    _only: LargemergeError | None = None
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Notes what is wrong inside in place of raising it, unless the system itself fails."""
-        try:
-            yield
-        except SystemFailure:
-            raise
-        except LargemergeError as error:
-            self._only = error if not self.problems else None
-            self.problems += error.problems
-
-    def tell(self) -> None:
-        """Raises an error with all that is wrong, if anything is."""
-        if self._only is not None and self._only.problems == tuple(self.problems):
-            raise self._only
-        if self.problems:
-            raise ConfigError(*dict.fromkeys(self.problems))
-
-
-def _check(
-    source: str | Path | Mapping[str, Any],
-    evaluation: EvaluationSource | None,
-    asked: _Asked,
-    arguments: Mapping[str, Any],
-) -> _Checked:
-    """Checks all arguments of `compare`, each as far as the mistakes of others allow.
-
-    Args:
-        source: The configuration.
-        evaluation: The evaluation.
-        asked: What is to be tried.
-        arguments: The other arguments, by name.
-
-    Raises:
-        LargemergeError: With everything that is wrong.
-    """
-    mistakes = _Mistakes()
-    problems = mistakes.problems
-    problems += api.argument_problems(arguments)
-    limit, memory = (arguments["limit"], arguments["memory"] or Memory()) if not problems else (None, Memory())
-    out, device = arguments["out"], arguments["device"]
-    folder = ComparisonFolder(Path(out) if isinstance(out, str | Path) else Path())
-    if isinstance(device, str) and not several_processes():  # a rank chooses its own GPU later
-        with mistakes.noted():
-            choose_device(device)
-    mapping: Mapping[str, Any] = {}
-    compared = tasks = loaded = objective = None
-    models: list[EvaluatedModel] = []
-    taken: frozenset[str] = frozenset()
-    with mistakes.noted():
-        mapping, beside = read_source(source)
-        compared = check_compared(mapping, beside)
-    own = mapping.get("merge_method")
-    methods = choose_methods(own if isinstance(own, str) else None, asked.methods, problems)
-    sweeps, ranges = _right_settings(asked, methods, given=arguments["num_trials"] is not None, problems=problems)
-    trials = (
-        make_trials(compared, methods, sweeps, ranges, asked.num_trials, problems)
-        if compared is not None and type(asked.num_trials) is int
-        else ()
-    )
-    with mistakes.noted():
-        if evaluation is not None:
-            loaded = load_evaluation(evaluation)
-        elif compared is not None or own in DATA_FREE_METHODS:
-            loaded = _held_out(compared.config if compared is not None else None, most_samples(sweeps, ranges))
-    if compared is not None and loaded is not None:
-        with mistakes.noted():
-            models, base = api.models_of(compared.config)
-            tasks = loaded.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
-            if base is not None and tasks.base is None:
-                tasks = tasks.model_copy(update={"base": base})
-            jobs = _jobs(tasks, models, held_out=evaluation is None)
-            taken = frozenset(job.model.name for job in jobs)
-            objective = choose_objective(tasks, jobs)
-    with mistakes.noted():
-        folder.check()
-    mistakes.tell()
-    assert compared is not None and tasks is not None and objective is not None
-    return _Checked(compared, folder, trials, tasks, models, taken, objective)
-
-
-def _right_settings(
-    asked: _Asked, methods: Sequence[str], *, given: bool, problems: list[str]
-) -> tuple[dict[str, list[Any]], dict[str, Range]]:
-    """Reads what is swept and searched; returns what is right by itself, and notes the rest.
-
-    Args:
-        asked: What is to be tried.
-        methods: The methods that are tried, as far as they are known.
-        given: Whether the user has set the number of trials.
-        problems: Gets what is wrong.
-    """
-    sweeps, ranges = read_sweeps(asked.sweep, problems), read_ranges(asked.search, problems)
-    swept = known_settings(sweeps, methods, asked.methods, "--sweep", problems)
-    searched = known_settings(ranges, methods, asked.methods, "--search", problems)
-    if asked.search and (problem := optuna_problem()) is not None:
-        problems.append(problem)
-    if given and not asked.search:
-        problems.append("--num-trials: is the number of trials of a search; expected --search with it")
-    problems += [f"--search {key}: is swept, too; expected one of both" for key in searched if key in sweeps]
-    values = {key: right_values(key, sweeps[key], methods, problems) for key in swept}
-    right = {key: ranges[key] for key in searched if is_right_range(key, ranges[key], methods, problems)}
-    return {key: some for key, some in values.items() if some}, {k: r for k, r in right.items() if k not in sweeps}
-
-
-def _held_out(config: MergeConfig | DataFreeConfig | None, largest: int | None) -> EvaluationConfig:
-    """The evaluation where there is no EVAL.yaml: held-out texts of the calibration data."""
-    if not isinstance(config, MergeConfig):
-        raise ConfigError(
-            "no evaluation: a configuration without calibration data has nothing to hold out; expected an EVAL.yaml"
-        )
-    return held_out_tasks(config, largest=largest)
-
-
-def _jobs(tasks: EvaluationConfig, models: Sequence[EvaluatedModel], *, held_out: bool) -> Sequence[Job]:
-    """Prepares all tasks; problems with what is held out are told in words of what a user has set."""
-    try:
-        return prepare(tasks, models).jobs
-    except ConfigError as error:
-        raise ConfigError(*(in_words_of_calibration(error.problems, tasks) if held_out else error.problems)) from None
 
 
 @dataclass
@@ -332,7 +156,7 @@ class _Run:
     keep_all: bool
     fingerprint: str
 
-    def all_trials(self, checked: _Checked, start: float) -> CompareReport:
+    def all_trials(self, checked: Checked, start: float) -> CompareReport:
         """Measures the models, then merges and measures trial after trial."""
         _by_first(self.folder.open)
         measured = self._models(checked.models)

@@ -128,8 +128,11 @@ def _by_setting(
     if isinstance(source, Mapping):
         yield from source.items()
         return
+    if not isinstance(source, Sequence):
+        problems.append(f"{option.removeprefix('--')}: expected a mapping of settings, found {shown(source)}")
+        return
     seen: set[str] = set()
-    for text in [source] if isinstance(source, str) else source:
+    for text in [source] if isinstance(source, str) else map(str, source):
         key, equals, said = (part.strip() for part in text.partition("="))
         if not equals or not _SETTING.fullmatch(key) or not said:
             problems.append(f"{option} {shown(text)}: expected a setting and {what}, such as {example}")

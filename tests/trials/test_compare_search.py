@@ -206,6 +206,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"num_trials": 0, "search": {"ridge": (0, 1)}},
         ["--num-trials 0: expected a whole number from 1 on"],
     ),
+    "things of other kinds": (
+        {"sweep": 3, "search": {"ridge": "0:1:log"}, "num_trials": "x", "memory": "4GiB", "limit": 1.5},
+        ["memory: '4GiB'", "--limit 1.5", "--num-trials 'x'", "sweep: expected a mapping of", "begins above 0"],
+    ),
     "many trials": (
         {"num_trials": 10_001, "search": {"ridge": (0, 1)}},
         ["--sweep, --search: more than 10000 trials; expected fewer values or trials"],
@@ -220,7 +224,7 @@ def test_mistakes_are_told_before_the_first_merge(config: dict[str, Any], tmp_pa
         largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", **arguments)
     found = caught.value.problems
     assert len(found) == len(expected), found
-    assert all(said in problem for problem, said in zip(found, expected, strict=True)), found
+    assert all(any(said in problem for problem in found) for said in expected), found
     assert not (tmp_path / "out").exists()
 
 
@@ -237,6 +241,7 @@ def test_a_missing_optuna_is_told_with_the_other_mistakes(
         largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "occupied", sweep=["ridge=7"])
 
 
+@pytest.mark.slow
 def test_optuna_is_imported_for_searches_alone(tmp_path: Path) -> None:
     code = "import sys, largemerge.trials.run; print('optuna' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
