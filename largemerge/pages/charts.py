@@ -189,6 +189,7 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
     joined: bool = True,
+    from_zero: bool = True,
     x_names: Sequence[str] = (),
 ) -> Chart:
     """Draws a line for each series; it breaks where a value is not finite.
@@ -201,6 +202,7 @@ def lines(
         log_x: Whether x, all above 0, is on a logarithmic scale.
         log_y: Whether y is on a logarithmic scale, which leaves out what is not above 0.
         joined: Whether points are joined by lines, or stand alone.
+        from_zero: Whether y begins at 0 where nothing is below it, and not where the values do.
         x_names: Names for x = 0, 1, 2, …, in place of numbers.
 
     Raises:
@@ -219,15 +221,17 @@ def lines(
             many = len(points) > 40
             x, y = [x for x, _ in points], [y for _, y in points]
             size = 0 if many and joined else 4
-            stroke = stroke if joined else ""
-            axes.plot(x, y, stroke, marker=mark, markersize=size, linewidth=1.6, color=colour, label=_label(name))
+            stroke = stroke if joined else "none"
+            axes.plot(
+                x, y, linestyle=stroke, marker=mark, markersize=size, linewidth=1.6, color=colour, label=_label(name)
+            )
         if log_x:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(_plain_numbers())
         if log_y:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_plain_numbers())
-        elif min(y for points in seen.values() for _, y in points if _known(y)) >= 0:
+        elif from_zero and min(y for points in seen.values() for _, y in points if _known(y)) >= 0:
             axes.set_ylim(bottom=0)
         if x_names:
             step = -(-len(x_names) // 16)

@@ -88,7 +88,7 @@ def _progress(report: CompareReport) -> Iterator[ChartPart]:
         best = itertools.accumulate((y for _, y in found), max if report.higher_is_better else min)
         series = {"the best so far": list(zip((x for x, _ in found), best, strict=True))}
         yield ChartPart(
-            lines(series, title="the best so far", x_label="trial", y_label=report.objective),
+            lines(series, title="the best so far", x_label="trial", y_label=report.objective, from_zero=False),
             f"{report.objective} of the best trial so far.",
         )
 
@@ -103,5 +103,6 @@ def _points(report: CompareReport, key: str) -> Iterator[ChartPart]:
             series.setdefault(" ".join([trial.method, *others]), []).append(point)
     if series:
         log = report.searched[key].log
-        chart = lines(series, title=key, x_label=key, y_label=report.objective, log_x=log, joined=False)
+        name = report.objective
+        chart = lines(series, title=key, x_label=key, y_label=name, log_x=log, joined=False, from_zero=False)
         yield ChartPart(chart, f"{report.objective} by {key}, a point for every trial.")
