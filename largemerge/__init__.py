@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from largemerge.regression.report import MergeReport
     from largemerge.trials.results import CompareReport
     from largemerge.trials.run import compare
+    from largemerge.trials.settings import Range
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "MergePlan",
     "MergeReport",
     "OutputError",
+    "Range",
     "SystemFailure",
     "__version__",
     "cluster",
@@ -91,6 +93,7 @@ _LAZY = {
     "MergePlan": "largemerge.regression.plan",
     "MergeReport": "largemerge.regression.report",
     "OutputError": _ERRORS,
+    "Range": "largemerge.trials.settings",
     "SystemFailure": _ERRORS,
     "cluster": "largemerge.api",
     "compare": "largemerge.trials.run",

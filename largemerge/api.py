@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from largemerge.config_file import check_source, read_documents, shown, size_in_bytes
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
-from largemerge.distributed.launcher import own_rank
+from largemerge.distributed.launcher import own_rank, several_processes
 from largemerge.errors import ConfigError, OutputError, explain_failures
 from largemerge.regression.config import MergeConfig, load_config
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
@@ -134,10 +134,11 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("planned", "written"), (lambda value: value is None or callable(value), "a function")),
     "cluster": (lambda value: value is None or hasattr(value, "num_ranks"), "largemerge.cluster(num_nodes=…)"),
     "limit": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
+    "num_trials": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
     "num_ranks": _RANKS,
     "num_nodes": _RANKS,
     "gpus_per_node": _RANKS,
-    **dict.fromkeys(("resume", "force", "quiet", "verify", "strict", "probe", "from_config"), _FLAG),
+    **dict.fromkeys(("resume", "force", "quiet", "verify", "strict", "probe", "from_config", "keep_all"), _FLAG),
 }
 """What arguments of the public functions may be: a check, and words for it."""
 _OPTIONS = frozenset(
@@ -152,12 +153,14 @@ _OPTIONS = frozenset(
         "force",
         "strict",
         "from_config",
+        "keep_all",
+        "num_trials",
     )
 )
 """Arguments that the command line has under the same names."""
 
 
-def _argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
+def argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is wrong with arguments, by the names of the command line's options where it has them."""
     for name, value in arguments.items():
         is_right, expected = _ARGUMENTS[name]
@@ -170,7 +173,7 @@ def _argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
 
 def _checked(config: Source, problems: list[str], to_gram: bool = False, /, **arguments: Any) -> Config:
     """Reads a configuration, and checks the other arguments of a call; all that is wrong is told at once."""
-    problems += _argument_problems(arguments)
+    problems += argument_problems(arguments)
     try:
         resolved = read_config(config, strict=arguments["strict"] is True, to_gram=to_gram)
     except ConfigError as error:
@@ -212,6 +215,20 @@ def read_config(source: Source, *, strict: bool = False, to_gram: bool = False) 
         if len(documents) > 1:
             return Documents(path, tuple(documents), strict)
         raw, folder = documents[0], path.resolve().parent
+    return read_mapping(raw, folder, strict=strict, to_gram=to_gram)
+
+
+def read_mapping(
+    raw: Mapping[str, Any], folder: Path | None, *, strict: bool = False, to_gram: bool = False
+) -> MergeConfig | DataFreeConfig:
+    """Reads and checks the mapping of one merge; other arguments and errors as in `read_config`.
+
+    Args:
+        raw: The mapping.
+        folder: Folder in which its relative paths are looked up first; `None` for the working directory alone.
+        strict: Make warnings errors when the merge is planned.
+        to_gram: Whether Gram matrices are to be written.
+    """
     method = raw.get("merge_method")
     if not isinstance(method, str) or method not in REGRESSION_METHODS:
         return load_data_free(raw, folder, other_methods=tuple(REGRESSION_METHODS), strict=strict)
@@ -323,7 +340,7 @@ def _merge(
     if isinstance(config, MergeConfig):
         from largemerge.regression.merge import merge_by_regression
 
-        return merge_by_regression(_limited(config, memory), out, **options)
+        return merge_by_regression(limited(config, memory), out, **options)
     options["limits"] = _budget(memory)
     from largemerge.data_free.merge import merge_data_free
     from largemerge.data_free.multi import merge_series
@@ -420,7 +437,7 @@ def plan(
         from largemerge.regression.merge import plan_regression
 
         return plan_regression(
-            _limited(resolved, memory),
+            limited(resolved, memory),
             device=device,
             probe=probe,
             num_ranks=num_ranks,
@@ -472,7 +489,7 @@ def evaluate(
     from largemerge.evaluation.evaluate import evaluate_models
     from largemerge.evaluation.prepare import name_models
 
-    problems = list(_argument_problems({"device": device, "quiet": quiet, "memory": memory, "limit": limit}))
+    problems = list(argument_problems({"device": device, "quiet": quiet, "memory": memory, "limit": limit}))
     if out is not None and (not _is_path(out) or (Path(out).exists() and not Path(out).is_dir())):
         problems.append(f"--out {shown(str(out))}: expected a folder, new or not")
     try:
@@ -537,9 +554,11 @@ def gram(
         raise ConfigError(
             "merge_method: gram is for 'regmean', one merge in a file; data-free methods have no such sums"
         )
+    if several_processes():
+        raise ConfigError("gram is for one process; start it without a launcher")
     from largemerge.regression.gram_run import write_grams
 
-    return write_grams(_limited(resolved, memory or Memory()), Path(out), **options)
+    return write_grams(limited(resolved, memory or Memory()), Path(out), **options)
 
 
 def check_apart(config: Path, out: Path) -> None:
@@ -628,7 +647,7 @@ def cluster(
     """
     from largemerge.regression.planning.rates import Cluster, find_gpu, parse_rate
 
-    problems = list(_argument_problems({"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}))
+    problems = list(argument_problems({"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}))
     if not problems and num_nodes * gpus_per_node > _MAX_RANKS:
         problems.append(
             f"--num-nodes {num_nodes}, --gpus-per-node {gpus_per_node}: expected up to {_MAX_RANKS} GPUs together"
@@ -652,7 +671,7 @@ def cluster(
     return Cluster(num_nodes=num_nodes, gpus_per_node=gpus_per_node, **parts)
 
 
-def _limited(config: MergeConfig, memory: Memory) -> MergeConfig:
+def limited(config: MergeConfig, memory: Memory) -> MergeConfig:
     """Returns the configuration with other limits in place of its own."""
     limits: dict[str, Any] = {"device": _size(memory.device), "host": _size(memory.host)}
     if memory.disk is not None:

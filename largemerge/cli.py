@@ -386,13 +386,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     launch = read_launch()
     with _told_to_all(launch, options):
-        memory = _memory(options)
         _quiet_libraries()
         stage("importing torch and Transformers")
         with _importing(options):
-            from largemerge.trials.make import swept
             from largemerge.trials.run import compare
-        sweep = swept(options.sweep)
         if options.own_process:
             interrupts.raising()
     with output_kept(own_process=options.own_process):
@@ -401,10 +398,12 @@ def _compare(options: argparse.Namespace) -> int:
             options.evaluation,
             out=options.out,
             methods=[name.strip() for name in options.methods.split(",") if name.strip()],
-            sweep=sweep,
+            sweep=options.sweep,
+            search=options.search,
+            num_trials=options.num_trials,
             device=options.device,
             limit=options.limit,
-            memory=memory,
+            memory={key: getattr(options, f"memory_{key}") for key in ("host", "device", "disk")},
             keep_all=options.keep_all,
             quiet=options.quiet,
         )
@@ -706,6 +705,16 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=V,V",
         help="values of a setting, such as ridge=1e-4,1e-2; may be given several times",
+    )
+    compare.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        metavar="KEY=LOW:HIGH[:log]",
+        help="a range in which optuna proposes values of a setting; may be given several times",
+    )
+    compare.add_argument(
+        "--num-trials", type=_whole, metavar="N", help="with --search: trials of each method (default: 20)"
     )
     compare.add_argument("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
     compare.add_argument("--keep-all", action="store_true", help="keep the weights of all trials, not only of the best")

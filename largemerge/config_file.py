@@ -274,6 +274,21 @@ def _load_all(text: str) -> Iterator[Any]:
         loader.dispose()
 
 
+def read_flow(text: str) -> list[Any]:
+    """Reads values as YAML reads those between the brackets of a list, such as `a, [b, c]`.
+
+    Raises:
+        yaml.YAMLError: If the text is no YAML.
+    """
+    try:
+        (values,) = _load_all(f"[{text}]")
+    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+    if not isinstance(values, list):
+        raise yaml.YAMLError("closes a bracket that it has not opened")
+    return values
+
+
 class _YamlLoader(yaml.SafeLoader):
     """Loads YAML as people write it: `1e-6` is a number, a date a text; a key is a text, and given once."""
 

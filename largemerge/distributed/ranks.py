@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from largemerge.errors import LargemergeError, MergeError, RankAborted, explain_
 Value = TypeVar("Value")
 
 _TIMEOUT = timedelta(minutes=30)  # of one collective call: ranks wait there for the slowest
-_POLL_SECONDS = 0.02
+_POLL_SECONDS, _MAX_POLL_SECONDS = 0.02, 0.5
 _SILENT_SECONDS = 3.0
 _MAX_SHOWN = 8
 _distributed: Any = torch.distributed  # much of it carries no types
@@ -122,6 +123,34 @@ class Ranks:
         if not self.is_first:
             raise RankAborted(*gathered[self.rank])
         raise LargemergeError(*join_problems(gathered))
+
+    def by_first(self, step: Callable[[], Value]) -> Value:
+        """Runs `step` on rank 0 alone, however long it takes; what it returns, or that it fails, holds for all.
+
+        The others do not wait in a collective call, which would end them after `_TIMEOUT`. It is itself collective.
+
+        Raises:
+            LargemergeError: As `agree` does.
+        """
+        if self.size == 1:
+            return step()
+        store = _distributed.distributed_c10d._get_default_store()
+        ended = self.from_first(f"largemerge-ended-{uuid.uuid4().hex}")
+
+        def alone() -> Value | None:
+            if self.is_first:
+                try:
+                    return step()
+                finally:
+                    store.set(ended, "")
+            pause = _POLL_SECONDS
+            with self.blocked(), self.timed():
+                while not store.check([ended]):
+                    time.sleep(pause)
+                    pause = min(2 * pause, _MAX_POLL_SECONDS)
+            return None
+
+        return self.from_first(self.agree(alone))  # type: ignore[return-value]
 
     @contextmanager
     def busy(self) -> Iterator[None]:

@@ -186,7 +186,10 @@ def lines(
     title: str,
     x_label: str,
     y_label: str,
+    log_x: bool = False,
     log_y: bool = False,
+    joined: bool = True,
+    from_zero: bool = True,
     x_names: Sequence[str] = (),
 ) -> Chart:
     """Draws a line for each series; it breaks where a value is not finite.
@@ -196,7 +199,10 @@ def lines(
         title: What the chart shows.
         x_label: Name and unit of x.
         y_label: Name and unit of y.
+        log_x: Whether x, all above 0, is on a logarithmic scale.
         log_y: Whether y is on a logarithmic scale, which leaves out what is not above 0.
+        joined: Whether points are joined by lines, or stand alone.
+        from_zero: Whether y begins at 0 where nothing is below it, and not where the values do.
         x_names: Names for x = 0, 1, 2, …, in place of numbers.
 
     Raises:
@@ -214,12 +220,18 @@ def lines(
             colour, mark, stroke = _look(number)
             many = len(points) > 40
             x, y = [x for x, _ in points], [y for _, y in points]
-            size = 0 if many else 4
-            axes.plot(x, y, stroke, marker=mark, markersize=size, linewidth=1.6, color=colour, label=_label(name))
+            size = 0 if many and joined else 4
+            stroke = stroke if joined else "none"
+            axes.plot(
+                x, y, linestyle=stroke, marker=mark, markersize=size, linewidth=1.6, color=colour, label=_label(name)
+            )
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(_plain_numbers())
         if log_y:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_plain_numbers())
-        elif min(y for points in seen.values() for _, y in points if _known(y)) >= 0:
+        elif from_zero and min(y for points in seen.values() for _, y in points if _known(y)) >= 0:
             axes.set_ylim(bottom=0)
         if x_names:
             step = -(-len(x_names) // 16)

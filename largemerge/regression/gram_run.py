@@ -31,9 +31,8 @@ from largemerge.checkpoint.room import Need, room_problems
 from largemerge.checkpoint.tensor_info import OutputTensor, Tensors, dtype_name
 from largemerge.checkpoint.writer import Shard, stored_sizes
 from largemerge.devices import Transfer, choose_device
-from largemerge.distributed.launcher import read_launch
 from largemerge.distributed.ranks import Ranks
-from largemerge.errors import ConfigError, LargemergeError, MergeError
+from largemerge.errors import LargemergeError, MergeError
 from largemerge.machine import MemoryUse, MemoryWatch, versions
 from largemerge.model.fake_forward import placeholder_tokens
 from largemerge.output import WORKING_FOLDER, InputWatch, OutputFolder, PartKind, check_output, open_output
@@ -164,10 +163,11 @@ class _Candidate:
 
 
 def write_grams(config: MergeConfig, out: Path, *, device: str, resume: bool, force: bool, quiet: bool) -> GramReport:
-    """Writes the Gram matrices of every model of a configuration; arguments as in `largemerge.gram`."""
+    """Writes the Gram matrices of every model of a configuration; arguments as in `largemerge.gram`.
+
+    One process does it all: of several, one calls it.
+    """
     start = time.perf_counter()
-    if read_launch().size > 1:
-        raise ConfigError("gram is for one process; start it without a launcher")
     with MemoryWatch(choose_device(device)) as memory:
         candidates = _prepare_all(config, out, memory.device, resume=resume, force=force)
         shards = tuple(shard for each in candidates for shard in each.shards)

@@ -1,6 +1,9 @@
 """Compares methods and settings: merges are made, measured, and the best of them kept.
 
-make.py        methods and swept settings → one configuration for each trial
+settings.py    what is swept and searched, as a user writes it
+check.py       everything that a user gives, looked at before the work; all mistakes at once
+make.py        methods and settings → one configuration for each trial
+search.py      settings that are proposed, by optuna
 held_out.py    tasks of calibration texts, where there is no EVAL.yaml
 objective.py   what trials are compared by
 folder.py      whose the folder is, and what an earlier run has noted in it

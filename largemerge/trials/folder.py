@@ -79,15 +79,23 @@ class ComparisonFolder:
             "what lies in its folder: expected --out with a new or an empty one"
         )
 
+    def check(self) -> None:
+        """Checks that a comparison can be made here.
+
+        Raises:
+            OutputError: If the folder holds something else.
+        """
+        problem = self.problem()
+        if problem is not None:
+            raise OutputError(problem)
+
     def open(self) -> None:
         """Makes the folder, and marks it.
 
         Raises:
             OutputError: If it holds something else.
         """
-        problem = self.problem()
-        if problem is not None:
-            raise OutputError(problem)
+        self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / MARK, _MARK_TEXT)
         (self.path / "trials").mkdir(exist_ok=True)

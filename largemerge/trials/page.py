@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def _sections(report: CompareReport) -> Iterator[Section]:
     notes += [NotePart("Note", note) for note in report.notes]
     heads = [column.replace("\n", ", ") for column in columns]
     yield Section("Trials", f"The best first. {direction} is better.", (TablePart(heads, rows), *notes))
+    charts = [part for key in report.searched for part in _points(report, key)]
+    if charts:
+        ranges = ", ".join(f"{key} from {each.low:g} to {each.high:g}" for key, each in report.searched.items())
+        how = "optuna proposes each trial from what those before have come to."
+        yield Section("Search", f"{ranges}. {how}", (*_progress(report), *charts))
     charts = [part for key in _numbers(report) for part in _curves(report, key)]
     if charts:
         yield Section("Settings", "What each setting does, all others as they were in the same trial.", tuple(charts))
@@ -45,8 +51,8 @@ def _sections(report: CompareReport) -> Iterator[Section]:
 
 
 def _numbers(report: CompareReport) -> list[str]:
-    """Settings that are numbers, and have more than one value."""
-    keys = dict.fromkeys(key for trial in report.trials for key in trial.settings)
+    """Settings that are swept, are numbers, and have more than one value."""
+    keys = dict.fromkeys(key for trial in report.trials for key in trial.settings if key not in report.searched)
     found = []
     for key in keys:
         values = [trial.settings[key] for trial in report.trials if key in trial.settings]
@@ -69,3 +75,34 @@ def _curves(report: CompareReport, key: str) -> Iterator[ChartPart]:
     if series:
         chart = lines(series, title=key, x_label=key, y_label=report.objective)
         yield ChartPart(chart, f"{report.objective} by {key}.")
+
+
+def _progress(report: CompareReport) -> Iterator[ChartPart]:
+    """Yields the chart of the objective, trial after trial."""
+    found = [
+        (float(number), trial.objective)
+        for number, trial in enumerate(report.trials, 1)
+        if trial.objective is not None and any(key in report.searched for key in trial.settings)
+    ]
+    if found:
+        best = itertools.accumulate((y for _, y in found), max if report.higher_is_better else min)
+        series = {"the best so far": list(zip((x for x, _ in found), best, strict=True))}
+        yield ChartPart(
+            lines(series, title="the best so far", x_label="trial", y_label=report.objective, from_zero=False),
+            f"{report.objective} of the best trial so far.",
+        )
+
+
+def _points(report: CompareReport, key: str) -> Iterator[ChartPart]:
+    """Yields the chart of one setting that was searched: a point for every trial, whatever its other settings."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for trial in report.trials:
+        if key in trial.settings and trial.objective is not None:
+            others = [f"{name}={value}" for name, value in trial.settings.items() if name not in report.searched]
+            point = (float(trial.settings[key]), trial.objective)
+            series.setdefault(" ".join([trial.method, *others]), []).append(point)
+    if series:
+        log = report.searched[key].log
+        name = report.objective
+        chart = lines(series, title=key, x_label=key, y_label=name, log_x=log, joined=False, from_zero=False)
+        yield ChartPart(chart, f"{report.objective} by {key}, a point for every trial.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from largemerge.evaluation.results import Evaluation, number_text
+from largemerge.trials.settings import Range
 from largemerge.units import duration
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class CompareReport:
         best_config: The best trial's configuration, as a YAML file; empty where all have failed.
         shared_seconds: Seconds of what was done once for several trials, such as collecting Gram matrices.
         seconds: Seconds in all.
+        searched: Ranges that were searched, by setting.
         notes: What a user should know.
     """
 
@@ -60,6 +62,7 @@ class CompareReport:
     best_config: str
     shared_seconds: float
     seconds: float
+    searched: Mapping[str, Range] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,6 +83,7 @@ class CompareReport:
             "objective": self.objective,
             "higher_is_better": self.higher_is_better,
             "best": best.name if best is not None else None,
+            "searched": {key: vars(limits) for key, limits in self.searched.items()},
             "trials": [vars(trial) for trial in self.trials],
             "shared_seconds": round(self.shared_seconds, 3),
             "seconds": round(self.seconds, 3),

@@ -1,13 +1,13 @@
 """A comparison as a list of steps.
 
     config, EVAL.yaml ──► trials, checked ──► models measured ──► Gram matrices collected, if trials share them
-                      ──► trial after trial: merged, measured, noted, weights deleted unless the best
+                      ──► trial after trial: proposed, merged, measured, noted, weights deleted unless the best
                       ──► the best in `best` ──► CompareReport
 
 What is finished is noted in the folder, and is not done again by a later run. RegMean's Gram matrices are those of the
 candidates on their own data, the same for every `off_diagonal_scale`, `ridge` and weight: with more than one such trial
-they are collected once, and every trial only solves. RegMean++ and its kin collect theirs from what is merged before,
-which differs with every setting, so that trials share nothing but what is measured of the models.
+they are collected once, by one process, and every trial only solves. RegMean++ and its kin collect theirs from what is
+merged before, which differs with every setting, so that trials share nothing but what is measured of the models.
 """
 
 from __future__ import annotations
@@ -16,31 +16,40 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from largemerge import api
 from largemerge.api import EvaluationSource, Memory
-from largemerge.distributed.launcher import own_rank, several_processes
+from largemerge.distributed.launcher import own_rank, read_launch
 from largemerge.distributed.ranks import start_ranks, stay_together
-from largemerge.errors import ConfigError, LargemergeError, OutputError, SystemFailure, explain_failures
-from largemerge.evaluation.config import EvaluationConfig, load_evaluation
+from largemerge.errors import ConfigError, LargemergeError, SystemFailure, explain_failures
+from largemerge.evaluation.config import EvaluationConfig
 from largemerge.evaluation.evaluate import evaluate_models
-from largemerge.evaluation.prepare import Job, prepare
 from largemerge.evaluation.results import EvaluatedModel, Evaluation, held_against
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
-from largemerge.regression.config import MergeConfig
+from largemerge.regression.config import MergeConfig, load_config
+from largemerge.regression.gram_run import write_grams
 from largemerge.text_files import json_text
+from largemerge.trials.check import Asked, Checked, check_comparison
 from largemerge.trials.folder import ComparisonFolder, fingerprint, safe_name
-from largemerge.trials.held_out import held_out_tasks, in_words_of_calibration
-from largemerge.trials.make import Trial, make_trials, most_samples, read_raw, with_other_names
-from largemerge.trials.objective import Objective, choose_objective
+from largemerge.trials.make import (
+    Search,
+    Trial,
+    trial_name,
+    with_other_name,
+)
+from largemerge.trials.objective import Objective
 from largemerge.trials.page import write_comparison
 from largemerge.trials.results import CompareReport, TrialResult, best_of
+from largemerge.trials.search import Proposals
+from largemerge.trials.settings import Range
 
 Value = TypeVar("Value")
+DEFAULT_NUM_TRIALS = 20
+"""Trials of each study of a search, unless set."""
 _FEWEST_SHARING = 2
 _ONLY_MERGED = ("tokenizer_source", "tokenizer", "head")  # of no matter to Gram matrices; they name models
 
@@ -52,10 +61,12 @@ def compare(
     *,
     out: str | Path,
     methods: Sequence[str] = (),
-    sweep: Mapping[str, Sequence[Any]] | None = None,
+    sweep: Mapping[str, Sequence[Any]] | Sequence[str] | None = None,
+    search: Mapping[str, Range | tuple[Any, ...]] | Sequence[str] | None = None,
+    num_trials: int | None = None,
     device: str = "auto",
     limit: int | None = None,
-    memory: Memory | None = None,
+    memory: Memory | Mapping[str, Any] | None = None,
     keep_all: bool = False,
     quiet: bool = True,
 ) -> CompareReport:
@@ -67,10 +78,15 @@ def compare(
         out: Folder for the trials' results, `best.yaml`, the best merge in `best`, and the pages. What an earlier run
             has finished there is not done again, unless models or data have changed since.
         methods: Names of methods; empty for the configuration's own.
-        sweep: Values by setting; every combination is tried, for methods that have the setting.
+        sweep: Values by setting, or texts as on the command line, `ridge=1e-4,1e-2`; every combination is tried, for
+            methods that have the setting.
+        search: Ranges by setting, a `Range` or `(low, high)` or `(low, high, "log")`, or texts as on the command line,
+            `ridge=1e-6:1e-1:log`. optuna proposes trial after trial, with a study for each method that has one of the
+            settings, and for each combination of swept values. The same arguments propose the same trials.
+        num_trials: Number of trials of each study; `None` for 20.
         device: `auto`, `cpu`, `cuda:0`, ….
         limit: Samples of each task, at most.
-        memory: Limits that override those of the configuration.
+        memory: Limits that override those of the configuration; or a mapping of its attributes.
         keep_all: Keep the weights of all trials, not only those of the best; then `best` is a link to its trial's.
         quiet: Show no progress.
 
@@ -81,57 +97,50 @@ def compare(
         LargemergeError: If anything is wrong with config, evaluation, methods, settings or folder, before the first
             model is measured; or if an expert, by whose score trials are compared, has none, before the first merge.
     """
-    start, memory = time.perf_counter(), memory or Memory()
-    folder = ComparisonFolder(Path(out))
-    occupied = folder.problem()
-    try:
-        raw = read_raw(config)
-        trials = make_trials(raw, methods, sweep or {})
-        tasks = _tasks(raw, evaluation, trials, limit, memory)
-        models, base = api.models_of(api.read_config(raw))
-        if base is not None and tasks.base is None:
-            tasks = tasks.model_copy(update={"base": base})
-        jobs = _jobs(tasks, models, held_out=evaluation is None)
-        objective = choose_objective(tasks, jobs)
-    except LargemergeError as error:
-        if occupied is None or isinstance(error, SystemFailure):
-            raise
-        raise ConfigError(*error.problems, occupied) from None
-    if occupied is not None:
-        raise OutputError(occupied)
-    trials = with_other_names(trials, {job.model.name for job in jobs})
-    depends_on = fingerprint(tasks.model_dump(mode="json", exclude={"memory"}), raw, folder.path)
-    run = _Run(folder, tasks, objective, device, memory, quiet, keep_all, depends_on)
+    start = time.perf_counter()
+    options = {"device": device, "limit": limit, "memory": memory, "num_trials": num_trials}
+    flags = {"keep_all": keep_all, "quiet": quiet}
+    asked = Asked(methods, sweep or {}, search or {}, DEFAULT_NUM_TRIALS if num_trials is None else num_trials)
+    checked = check_comparison(config, evaluation, asked, {"out": out, **options, **flags})
+    compared, tasks, folder = checked.compared, checked.tasks, checked.folder
+    depends_on = fingerprint(tasks.model_dump(mode="json", exclude={"memory"}), compared.raw, folder.path)
+    run = _Run(folder, tasks, checked.objective, device, checked.memory, quiet, keep_all, depends_on)
     with stay_together():
-        return run.all_trials(trials, models, start)
+        return run.all_trials(checked, start)
 
 
-def _jobs(tasks: EvaluationConfig, models: Sequence[EvaluatedModel], *, held_out: bool) -> Sequence[Job]:
-    """Prepares all tasks; problems with what is held out are told in words of what a user has set."""
-    try:
-        return prepare(tasks, models).jobs
-    except ConfigError as error:
-        raise ConfigError(*(in_words_of_calibration(error.problems, tasks) if held_out else error.problems)) from None
+@dataclass
+class _Tried:
+    """What has been tried so far.
 
+    Attributes:
+        measured: Scores of the models that are merged.
+        grams: Folders of Gram matrices that trials share, by candidate.
+        taken: Names that no trial may have.
+        num_trials: Number of trials in all.
+        trials: The trials that were made, in order.
+        results: What each came to, and those that could not be made.
+        evaluations: Their scores.
+    """
 
-def _tasks(
-    raw: Mapping[str, Any],
-    source: EvaluationSource | None,
-    trials: Sequence[Trial],
-    limit: int | None,
-    memory: Memory,
-) -> EvaluationConfig:
-    """The evaluation: that of the user, or held-out texts of the calibration data."""
-    if source is not None:
-        loaded = load_evaluation(source)
-    else:
-        own = api.read_config(raw)
-        if not isinstance(own, MergeConfig):
-            raise ConfigError(
-                "no evaluation: a configuration without calibration data has nothing to hold out; expected an EVAL.yaml"
-            )
-        loaded = held_out_tasks(own, largest=most_samples(trials))
-    return loaded.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
+    measured: Evaluation
+    grams: Mapping[str, Path]
+    taken: frozenset[str]
+    num_trials: int
+    trials: list[Trial] = field(default_factory=list)
+    results: list[TrialResult] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def result_of(self, trial: Trial) -> TrialResult | None:
+        """What the same trial has come to; `None` if it has not been tried."""
+        name = with_other_name(trial, self.taken).name
+        return next((result for result in self.results if result.name == name), None)
+
+    def failed(self, method: str, settings: Mapping[str, Any], error: LargemergeError) -> None:
+        """Notes a trial that could not be made."""
+        name = trial_name(method, settings)
+        if all(result.name != name for result in self.results):
+            self.results.append(TrialResult(name, method, settings, None, 0.0, 0.0, "; ".join(error.problems)))
 
 
 @dataclass
@@ -147,39 +156,72 @@ class _Run:
     keep_all: bool
     fingerprint: str
 
-    def all_trials(self, trials: Sequence[Trial], models: Sequence[EvaluatedModel], start: float) -> CompareReport:
+    def all_trials(self, checked: Checked, start: float) -> CompareReport:
         """Measures the models, then merges and measures trial after trial."""
         _by_first(self.folder.open)
-        measured = self._models(models)
+        measured = self._models(checked.models)
         self.objective.check_experts(measured)
         began = time.perf_counter()
-        grams, notes = self._grams(trials)
+        grams, notes = self._grams(checked.trials)
+        tried = _Tried(measured, grams, checked.taken, sum(map(_num_trials, checked.trials)))
         shared = time.perf_counter() - began
-        results: list[TrialResult] = []
-        found: list[Evaluation] = []
-        for number, trial in enumerate(trials, 1):
-            stage(f"trial {number} of {len(trials)}: {trial.name}")
-            result, evaluation = self._trial(trial, grams, measured)
-            results.append(result)
-            found += [evaluation] if evaluation is not None else []
-            self._drop_all_but_best(results)
-        best = best_of(results, self.objective.higher_is_better)
-        chosen = next((trial for trial in trials if best is not None and trial.name == best.name), None)
+        for each in checked.trials:
+            if isinstance(each, Trial):
+                self._try(each, tried)
+            else:
+                notes += self._search(each, tried)
+        searches = [each for each in checked.trials if isinstance(each, Search)]
+        best = best_of(tried.results, self.objective.higher_is_better)
+        chosen = next((trial for trial in tried.trials if best is not None and trial.name == best.name), None)
         if chosen is not None:
             notes += self._keep_best(chosen, grams)
         report = CompareReport(
-            trials=tuple(results),
-            evaluation=_joined(measured, found),
+            trials=tuple(tried.results),
+            evaluation=_joined(measured, tried.evaluations),
             objective=self.objective.name,
             higher_is_better=self.objective.higher_is_better,
             best_config=chosen.yaml if chosen is not None else "",
             shared_seconds=shared,
             seconds=time.perf_counter() - start,
+            searched=dict(item for each in searches for item in each.ranges.items()),
             notes=tuple(notes),
         )
         if own_rank() == 0:
             write_comparison(report, self.folder.path)
         return report
+
+    def _search(self, search: Search, tried: _Tried) -> list[str]:
+        """Tries what is proposed, each told what came of those before; returns notes."""
+        proposals = Proposals(search.ranges, self.objective.higher_is_better) if own_rank() == 0 else None
+        repeated = 0
+        for _ in range(search.num_trials):
+            proposed = _by_first(lambda: proposals.ask() if proposals is not None else {})
+            try:
+                trial = search.trial(proposed)
+            except ConfigError as error:
+                settings = {**search.ends[0].settings, **proposed}
+                tried.failed(search.ends[0].method, settings, error)
+                result = None
+            else:
+                known = tried.result_of(trial)
+                repeated += known is not None
+                result = known if known is not None else self._try(trial, tried)
+            if proposals is not None:
+                proposals.tell(result.objective if result is not None else None)
+        if not repeated:
+            return []
+        return [f"{search.name}: {repeated} of {search.num_trials} proposals were no others than some before"]
+
+    def _try(self, trial: Trial, tried: _Tried) -> TrialResult:
+        """Merges and measures one trial, and keeps its weights if it is the best so far."""
+        named = with_other_name(trial, tried.taken)
+        stage(f"trial {len(tried.results) + 1} of {tried.num_trials}: {named.name}")
+        result, evaluation = self._trial(named, tried.grams, tried.measured)
+        tried.trials.append(named)
+        tried.results.append(result)
+        tried.evaluations += [evaluation] if evaluation is not None else []
+        self._drop_all_but_best(tried.results)
+        return result
 
     def _note(self, path: Path, key: str, found: Any) -> None:
         if own_rank() == 0:
@@ -197,13 +239,16 @@ class _Run:
             self._note(self.folder.models, key, found.to_json())
         return found
 
-    def _grams(self, trials: Sequence[Trial]) -> tuple[dict[str, Path], list[str]]:
+    def _grams(self, trials: Sequence[Trial | Search]) -> tuple[dict[str, Path], list[str]]:
         """Collects Gram matrices once, where several trials use the same; returns their folders by candidate."""
-        sharing = [trial for trial in trials if _shares_grams(trial)]
-        if len(sharing) < _FEWEST_SHARING:
+        known = [(each, each if isinstance(each, Trial) else each.ends[0]) for each in trials]
+        sharing = [trial for _, trial in known if _shares_grams(trial)]
+        num_sharing = sum(_num_trials(each) for each, trial in known if _shares_grams(trial))
+        if num_sharing < _FEWEST_SHARING:
             return {}, []
-        if several_processes():
-            return {}, ["trials by RegMean share no Gram matrices under a launcher: one process collects them"]
+        if num_sharing < (size := read_launch().size):  # of whom all but one would wait
+            together = f"{size} processes collect them for each trial in less time than one does for all"
+            return {}, [f"{num_sharing} trials by RegMean share no Gram matrices: {together}"]
         config = sharing[0].config
         assert isinstance(config, MergeConfig)
         inside = {label: _folder_name(label) for label in config.names}
@@ -230,22 +275,26 @@ class _Run:
             self.fingerprint, {"models": raw["models"], "calibration": raw.get("calibration"), "solved": solved}
         )
         noted = self.folder.note_of("grams")
-        if self.folder.known(noted, key) is None or not folder.is_dir():
+
+        def collect() -> None:
+            if self.folder.known(noted, key) is not None and folder.is_dir():
+                return
             stage("collecting Gram matrices, once for all trials by RegMean")
             working = (folder / WORKING_FOLDER).exists() and self.folder.begun(noted, key)
-            self._note(noted, key, None)
-            api.gram(
-                raw,
+            self.folder.write(noted, key, None)
+            write_grams(
+                api.limited(load_config(raw, to_gram=True), self.memory),
                 folder,
                 device=self.device,
-                memory=self.memory,
                 quiet=self.quiet,
                 resume=working,
                 force=folder.exists() and not working,
             )
-            self._note(noted, key, True)
+            self.folder.write(noted, key, True)
+
+        _by_first(collect)
         return {label: folder / name for label, name in inside.items()}, [
-            f"{len(sharing)} trials by RegMean share the Gram matrices in {folder}"
+            f"{num_sharing} trials by RegMean share the Gram matrices in {folder}"
         ]
 
     def _trial(
@@ -341,8 +390,7 @@ class _Run:
 def _by_first(step: Callable[[], Value]) -> Value:
     """Runs a step on rank 0 alone (collective); what it returns, or that it failed, holds for all."""
     with start_ranks() as ranks:
-        found = ranks.agree(lambda: step() if ranks.is_first else None)
-        return ranks.from_first(found)  # type: ignore[return-value]
+        return ranks.by_first(step)
 
 
 def _read_evaluation(noted: Any) -> Evaluation | None:
@@ -373,15 +421,19 @@ def _joined(measured: Evaluation, trials: Sequence[Evaluation]) -> Evaluation:
     return replace(measured, models=models, scores=tuple(held_against(scores, measured.tasks, base)), seconds=seconds)
 
 
+def _num_trials(planned: Trial | Search) -> int:
+    """Number of trials of what is planned, with those that are proposed twice."""
+    return planned.num_trials if isinstance(planned, Search) else 1
+
+
 def _shares_grams(trial: Trial) -> bool:
     """Whether a trial's Gram matrices depend on the candidates alone, and may come from files."""
     config = trial.config
     return (
         isinstance(config, MergeConfig)
         and config.merge_method == "regmean"
-        and config.method.inputs == "candidate"
-        and not config.method.compares
-        and config.method.granularity == "block"
+        and config.method.sums_stand_alone
+        and not config.method.counts_tokens
         and config.sequence is None
         and not trial.draws_its_own
     )

@@ -163,3 +163,15 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
     code = "import sys; from largemerge.pages import charts; assert 'matplotlib' not in sys.modules; "
     code += "charts.bars({'a': {'x': 1}}, title='t').svg; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_points_stand_alone_and_close_numbers_apart() -> None:
+    series = {"a": [(1e-6, 0.99), (1e-3, 1.0), (1e-1, 1.01)]}
+    labels = {"title": "t", "x_label": "x", "y_label": "y"}
+    points = charts.lines(series, **labels, log_x=True, joined=False, from_zero=False)
+    (axes,) = points.figure.axes
+    (line,) = axes.lines
+    assert line.get_linestyle() == "None" and line.get_markersize() > 0
+    assert axes.get_xscale() == "log" and axes.get_ylim()[0] > 0.98
+    (axes,) = charts.lines(series, **labels).figure.axes
+    assert axes.lines[0].get_linestyle() == "-" and axes.get_xscale() == "linear" and axes.get_ylim()[0] == 0

@@ -6,17 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import transformers as tf
 import yaml
 from cases import weights_in
-from task_models import TEXTS, write_jsonl, write_language_model, write_texts
+from comparisons import evaluation
+from task_models import TEXTS, write_jsonl, write_texts
 
 import largemerge
 from largemerge.calibration import load_calibration
@@ -25,46 +27,20 @@ from largemerge.evaluation.results import EvaluatedModel
 from largemerge.model.signature import forward_signature
 from largemerge.regression.config import load_config
 from largemerge.trials.held_out import held_out_tasks
-from largemerge.trials.make import make_trials, read_raw, swept
+from largemerge.trials.make import Trial, check_compared, choose_methods, make_trials
 from largemerge.trials.objective import Objective
+from largemerge.trials.settings import read_sweeps
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> dict[str, Any]:
-    """A regression merge of two experts with a base, and calibration texts of which some are left over."""
-    write_language_model(tmp_path / "base")
-    models = []
-    for number, name in enumerate(("math", "code")):
-        torch.manual_seed(number)
-        expert = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        with torch.no_grad():
-            for parameter in expert.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        expert.save_pretrained(tmp_path / name)
-        tf.AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / name)
-        data = write_texts(tmp_path / f"{name}.jsonl", [f"{text} {word}" for text in TEXTS for word in TEXTS])
-        models.append({"model": str(tmp_path / name), "calibration": {"data": data}})
-    return {
-        "merge_method": "regmean",
-        "base_model": str(tmp_path / "base"),
-        "models": models,
-        "calibration": {"num_samples": 8, "batch_size": 4},
-    }
-
-
-def evaluation(folder: Path) -> dict[str, Any]:
-    """The loss on texts of both kinds, beside the experts."""
-    tasks = [
-        {
-            "name": name,
-            "kind": "language_model",
-            "data": str(folder / f"{name}.jsonl"),
-            "num_samples": 6,
-            "expert": str(folder / name),
-        }
-        for name in ("math", "code")
-    ]
-    return {"tasks": tasks, "resamples": 20}
+def trials_of(
+    config: dict[str, Any], methods: Sequence[str] = (), sweep: dict[str, list[Any]] | None = None
+) -> tuple[Trial, ...]:
+    """The trials of a comparison in which nothing is wrong."""
+    problems: list[str] = []
+    compared = check_compared(config, None)
+    trials = make_trials(compared, choose_methods(compared.method, methods, problems), sweep or {}, {}, 1, problems)
+    assert not problems, problems
+    return trials
 
 
 def kept_trial(out: Path) -> str:
@@ -79,7 +55,7 @@ def kept_trial(out: Path) -> str:
 
 def test_methods_and_settings_become_trials(config: dict[str, Any]) -> None:
     sweep = {"ridge": [1e-4, 1e-2], "density": [0.5], "off_diagonal_scale": [0.5, 1.0]}
-    trials = make_trials(read_raw(config), ["regmean", "ties", "linear", "task_arithmetic"], sweep)
+    trials = trials_of(config, ["regmean", "ties", "linear", "task_arithmetic"], sweep)
     assert [trial.name for trial in trials] == [
         "regmean ridge=0.0001 off_diagonal_scale=0.5",
         "regmean ridge=0.0001 off_diagonal_scale=1",
@@ -96,33 +72,18 @@ def test_methods_and_settings_become_trials(config: dict[str, Any]) -> None:
     assert weights == {"ties density=0.5": 1.0, "linear": 1.0, "task_arithmetic density=0.5": 0.5}
 
 
-def test_values_are_read_as_yaml() -> None:
-    assert swept(["ridge=1e-4,0.01", "shrinkage=true,false", "anchor=base", "k=3"]) == {
-        "ridge": [1e-4, 0.01],
-        "shrinkage": [True, False],
-        "anchor": ["base"],
-        "k": [3],
-    }
-
-
-@pytest.mark.parametrize("text", ["ridge=1e-6,", "ridge=,1e-6", "ridge=1e-6,,1e-2", "ridge=1e-6, "])
-def test_an_empty_value_is_a_mistake(text: str) -> None:
-    with pytest.raises(largemerge.ConfigError, match="a value is empty; expected one on each side of every comma"):
-        swept([text])
-
-
 def test_other_values_have_other_names(config: dict[str, Any]) -> None:
-    trials = make_trials(read_raw(config), [], {"ridge": [1e-3, 1.0000001e-3]})
+    trials = trials_of(config, [], {"ridge": [1e-3, 1.0000001e-3]})
     assert [trial.name for trial in trials] == ["regmean ridge=0.001", "regmean ridge=0.0010000001"]
 
 
 MISTAKES: dict[str, tuple[list[str], dict[str, list[Any]], str]] = {
     "no method": (["regmaen"], {}, "did you mean 'regmean'"),
-    "no setting": (["regmean"], {"rigde": [1.0]}, "have no such setting; did you mean 'ridge'"),
-    "a value out of range": (["regmean"], {"ridge": [7.0]}, "regmean ridge=7: parameters.ridge"),
+    "no setting": (["regmean"], {"rigde": [1.0]}, "regmean has no such setting; did you mean 'ridge'"),
+    "a value out of range": (["regmean"], {"ridge": [7.0]}, "--sweep ridge=7: expected a number up to 1, found 7.0"),
     "twice": (["regmean"], {"ridge": [0.1, 0.1]}, "a value stands twice"),
     "twice, as whole numbers, too": (["regmean"], {"ridge": [1, 1.0]}, "a value stands twice"),
-    "a weight": (["regmean"], {"weight": [0.1]}, "have no such setting"),
+    "a weight": (["regmean"], {"weight": [0.1]}, "has no such setting"),
     "missing": (["slerp"], {}, "slerp: parameters.t: slerp needs it"),
 }
 
@@ -135,13 +96,13 @@ def test_mistakes_are_told_before_the_first_merge(config: dict[str, Any], tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_merge_without_data_cannot_become_a_regression(config: dict[str, Any]) -> None:
+def test_a_merge_without_data_cannot_become_a_regression(config: dict[str, Any], tmp_path: Path) -> None:
     raw = {
         "merge_method": "linear",
         "models": [{"model": each["model"], "parameters": {"weight": 1}} for each in config["models"]],
     }
     with pytest.raises(largemerge.ConfigError, match="regmean: needs calibration data"):
-        make_trials(read_raw(raw), ["linear", "regmean"], {})
+        largemerge.compare(raw, evaluation(tmp_path), out="nowhere", methods=["linear", "regmean"])
     with pytest.raises(largemerge.ConfigError, match="without calibration data has nothing to hold out"):
         largemerge.compare(raw, out="nowhere")
 
@@ -215,6 +176,36 @@ def test_regmean_collects_its_gram_matrices_once(config: dict[str, Any], tmp_pat
         assert torch.allclose(shared[name], weight, atol=1e-6), name
 
 
+@pytest.mark.slow
+def test_two_ranks_share_gram_matrices_too(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(evaluation(tmp_path)))
+    found = []
+    for size in (1, 2):
+        out = tmp_path / f"by{size}"
+        command = ["compare", tmp_path / "merge.yaml", tmp_path / "eval.yaml", "--out", out, "--keep-all"]
+        processes.run_ranks([*command, "--sweep", "ridge=1e-6,1e-2"], tmp_path, size)
+        found.append(json.loads((out / "comparison.json").read_text()))
+    assert [each["notes"][0].partition(" in ")[0] for each in found] == [
+        "2 trials by RegMean share the Gram matrices"
+    ] * 2
+    one, two = (
+        {path.relative_to(out): path.read_bytes() for path in (out / "grams").rglob("*.safetensors")}
+        for out in (tmp_path / "by1", tmp_path / "by2")
+    )
+    assert one and one == two
+    for alone in (tmp_path / "by1" / "trials").glob("*/"):
+        together = weights_in(tmp_path / "by2" / "trials" / alone.name)
+        assert all(torch.allclose(together[name], weight, atol=1e-6) for name, weight in weights_in(alone).items())
+    # Three ranks collect them for each of two trials faster than one does for both.
+    command = ["compare", tmp_path / "merge.yaml", tmp_path / "eval.yaml", "--out", tmp_path / "by3"]
+    processes.run_ranks([*command, "--sweep", "ridge=1e-6,1e-2"], tmp_path, 3)
+    three = json.loads((tmp_path / "by3" / "comparison.json").read_text())
+    assert "share no Gram matrices: 3 processes" in three["notes"][0] and not (tmp_path / "by3" / "grams").exists()
+    for alone, together in zip(found[0]["trials"], three["trials"], strict=True):
+        assert together["objective"] == pytest.approx(alone["objective"], rel=1e-4)
+
+
 def test_the_number_of_samples_is_swept(config: dict[str, Any], tmp_path: Path) -> None:
     """Every trial collects its own Gram matrices, and what is held out is what none of them draws."""
     config["models"][1]["calibration"]["num_samples"] = 4  # which gives way, as what models set for themselves does
@@ -229,14 +220,14 @@ def test_the_number_of_samples_is_swept(config: dict[str, Any], tmp_path: Path) 
         drawn.append({name: each["num_samples"] for name, each in found.items()})
     assert drawn == [{"math": 16, "code": 16}, {"math": 2, "code": 2}]
     assert {task["skip"] for task in report.evaluation.settings["tasks"]} == {16}
-    (best,) = (trial for trial in make_trials(read_raw(config), [], sweep) if trial.name == names[1])
+    (best,) = (trial for trial in trials_of(config, [], sweep) if trial.name == names[1])
     assert yaml.safe_load(best.yaml)["calibration"]["num_samples"] == 16
 
 
 def test_lists_are_swept_in_yaml(config: dict[str, Any], tmp_path: Path) -> None:
-    ((key, values),) = swept(["include=['layers.0'],['layers.1']"]).items()
-    assert (key, values) == ("include", [["layers.0"], ["layers.1"]])
-    report = largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", sweep={key: values})
+    sweep = ["include=['layers.0'],['layers.1']"]
+    assert read_sweeps(sweep, []) == {"include": [["layers.0"], ["layers.1"]]}
+    report = largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", sweep=sweep)
     assert not report.problems and len(report.trials) == 2
     assert "layers.0" in (tmp_path / "out" / "comparison.html").read_text()
 
@@ -248,7 +239,9 @@ def test_gram_matrices_have_no_samples_to_sweep(config: dict[str, Any], tmp_path
     with pytest.raises(
         largemerge.LargemergeError, match=r"calibration.num_samples: .*math has 'grams' in place of data"
     ):
-        make_trials(read_raw(config), [], {"calibration.num_samples": [1, 2]})
+        largemerge.compare(
+            config, evaluation(tmp_path), out=tmp_path / "out", sweep={"calibration.num_samples": [1, 2]}
+        )
 
 
 def test_without_an_evaluation_texts_are_held_out(config: dict[str, Any], tmp_path: Path) -> None:
