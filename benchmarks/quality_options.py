@@ -11,6 +11,7 @@ linear as `calibrated` solves them, without shrinkage, and
               arXiv 2605.13030), towards the outputs of the candidates' own
     patches   the convolution over patches, as a linear with its bias
     twice     a second sweep over all blocks, whose inputs have changed
+    shares    not solved, but chosen: of every linear, each task counts by 1 / (what the average leaves of its targets)
 
 What counts is the share of the gap between average and experts that is closed, on held-out images. Ends with one line
 of JSON.
@@ -38,7 +39,7 @@ from measure import machine
 from quality_cases import Case
 
 RIDGE = 1e-2
-OPTIONS = ("", "biases", "norms", "patches", "biases norms patches", "twice")
+OPTIONS = ("", "biases", "norms", "patches", "biases norms patches", "twice", "shares")
 
 
 @dataclass
@@ -49,9 +50,10 @@ class Merge:
     pixels: Sequence[torch.Tensor]
     average: ViTForImageClassification
     merged: ViTForImageClassification
+    chooses_shares: bool = False
 
     @classmethod
-    def begin(cls, case: Case) -> Merge:
+    def begin(cls, case: Case, *, chooses_shares: bool) -> Merge:
         """Starts from the average."""
         experts = [ViTForImageClassification.from_pretrained(path).double().eval() for path in case.experts.values()]
         pixels = [load_file(path)["pixel_values"].double() for path in case.calibration.values()]
@@ -59,7 +61,7 @@ class Merge:
         with torch.no_grad():
             for name, parameter in average.named_parameters():
                 parameter.copy_(sum(expert.get_parameter(name) for expert in experts) / len(experts))
-        return cls(experts, pixels, average, copy.deepcopy(average))
+        return cls(experts, pixels, average, copy.deepcopy(average), chooses_shares)
 
     def solve(self, names: Sequence[str], residual: str | None = None, *, biases: bool = False) -> None:
         """Solves linears that read the same tensor.
@@ -90,8 +92,11 @@ class Merge:
         if biases:
             rows = [F.pad(x, (0, 1), value=1.0) for x in rows]
             anchor = torch.cat([anchor, kept.bias[:, None]], 1)
-        gram = sum(x.T @ x / len(x) for x in rows) / len(rows)
-        right = sum((t - x @ anchor.T).T @ x / len(x) for x, t in zip(rows, targets, strict=True)) / len(rows)
+        left = [(t - x @ anchor.T, x) for x, t in zip(rows, targets, strict=True)]
+        wanted = [1 / float(rest.square().mean()) if self.chooses_shares else 1.0 for rest, _ in left]
+        shares = [each / sum(wanted) for each in wanted]
+        gram = sum(share * x.T @ x / len(x) for share, x in zip(shares, rows, strict=True))
+        right = sum(share * rest.T @ x / len(x) for share, (rest, x) in zip(shares, left, strict=True))
         ridges = torch.full((len(gram),), RIDGE * float(gram.diagonal()[: kept.weight[0].numel()].mean())).double()
         if biases:
             ridges[-1] = RIDGE
@@ -167,8 +172,8 @@ def _is_norm(module: nn.Module) -> bool:
 @torch.no_grad()
 def closed(case: Case, options: str, folder: Path) -> float:
     """The share of the gap that a merge with some options closes."""
-    merge = Merge.begin(case)
     chosen = options.split()
+    merge = Merge.begin(case, chooses_shares="shares" in chosen)
     if "patches" in chosen:
         merge.solve_patches()
     for _ in range(2 if "twice" in chosen else 1):
@@ -191,11 +196,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What else has a closed form; see the top of this file.")
     default = Path(__file__).parent / "runs" / "quality"
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--options", nargs="+", default=OPTIONS, metavar="OPTION", help="(default: all)")
     parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--work", type=Path, default=default, metavar="DIR", help="folder for all files (%(default)s)")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
-    shares: dict[str, list[float]] = {options: [] for options in OPTIONS}
+    shares: dict[str, list[float]] = {options: [] for options in arguments.options}
     for seed in arguments.seeds:
         folder = arguments.work.resolve() / ("quick" if arguments.quick else "") / "images" / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)

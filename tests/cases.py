@@ -58,11 +58,15 @@ def write_case(
     /,
     *,
     method: str = "regmean_plusplus",
-    batch_size: int = 7,
+    batch_size: int | None = None,
     weights: list[float] | None = None,
     **parameters: Any,
 ) -> Case:
-    """Writes candidates and their calibration data into a folder; more keywords go under `parameters`."""
+    """Writes candidates and their calibration data into a folder; more keywords go under `parameters`.
+
+    Batches are two of each candidate's samples, unlike each other, unless a test says how large they are.
+    """
+    batch_size = batch_size or max(len(next(iter(tensors.values()))) for tensors in inputs) // 2 + 1
     entries = []
     for index, (model, tensors) in enumerate(zip(models, inputs, strict=True)):
         model.save_pretrained(folder / f"model{index}")

@@ -172,7 +172,7 @@ class BlockRunner:
         """Loads tensors outside the blocks in the place of those that were there; all others become NaN."""
         self._non_block = (None, {})  # frees what was there before anything else comes
         fill_with_nan(self.skeleton, self.device, but=wanted)
-        parameters = dict(self.skeleton.model.named_parameters())
+        parameters = self.skeleton.non_block_parameters()
         buffers = [name for name in self.skeleton.non_block_tensors() if name not in parameters]
         loaded = self.load_non_block(owner, sorted(wanted), buffers)
         tensors = {name: self.cast(loaded.pop(name)) for name in list(loaded)}

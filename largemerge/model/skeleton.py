@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,14 +109,24 @@ class Skeleton:
 
     def non_block_tensors(self) -> list[str]:
         """Names of the parameters and persistent buffers of no block, tied ones once."""
+        return list(self._outside)
+
+    def non_block_parameters(self) -> dict[str, torch.Size]:
+        """Names and shapes of the parameters among them."""
+        return {name: shape for name, (shape, is_parameter) in self._outside.items() if is_parameter}
+
+    @cached_property
+    def _outside(self) -> dict[str, tuple[torch.Size, bool]]:
+        """Tensors of no block: name → shape, and whether it is a parameter; other tensors may take its place later."""
         prefixes = tuple(stack.name + "." for stack in self.stacks)
+        parameters = {name for name, _ in self.model.named_parameters()}
         seen: set[int] = set()
-        names = []
+        found = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if not name.startswith(prefixes) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                names.append(name)
-        return names
+                found[name] = (tensor.shape, name in parameters)
+        return found
 
 
 def _holds_samples(name: str, argument: inspect.Parameter) -> bool:
@@ -519,11 +530,9 @@ def fill_with_nan(skeleton: Skeleton, device: torch.device, but: Collection[str]
         device: Device of the NaNs.
         but: Names of parameters that are left alone.
     """
-    parameters = dict(skeleton.model.named_parameters())
-    for name in skeleton.non_block_tensors():
-        if name in parameters and name not in but:
-            nan = torch.full((), float("nan"), dtype=skeleton.dtype, device=device)
-            assign_tensors(skeleton, {name: nan.expand(parameters[name].shape)})
+    nan = torch.full((), float("nan"), dtype=skeleton.dtype, device=device)
+    shapes = skeleton.non_block_parameters()
+    assign_tensors(skeleton, {name: nan.expand(shape) for name, shape in shapes.items() if name not in but})
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:

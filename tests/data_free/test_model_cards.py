@@ -659,8 +659,8 @@ def test_cards_are_planned_as_they_are(hub: Path, card: str) -> None:
     assert len(told) == len(warnings), told
     for warning in warnings:
         assert sum(warning in note for note in told) == 1, (warning, told)
-    strict = largemerge.plan(path, probe=False, strict=True)
-    assert len(strict.problems) == len(warnings)
+    if warnings:
+        assert len(largemerge.plan(path, probe=False, strict=True).problems) == len(warnings)
 
 
 def planned(hub: Path, text: str) -> DataFreePlan:

@@ -45,8 +45,15 @@ def adapted_case(make_case: MakeCase, architecture: str, **more: Any) -> tuple[A
     return case, copies
 
 
-@pytest.mark.parametrize("method", ["regmean", "regmean_plusplus", "calibrated"])
-@pytest.mark.parametrize("architecture", sorted(LINEARS))
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        *((architecture, "regmean") for architecture in sorted(LINEARS)),
+        *(pytest.param(architecture, "regmean_plusplus", marks=pytest.mark.slow) for architecture in sorted(LINEARS)),
+        *((architecture, "calibrated") for architecture in sorted(LINEARS)[::2]),
+        *(pytest.param(architecture, "calibrated", marks=pytest.mark.slow) for architecture in sorted(LINEARS)[1::2]),
+    ],
+)
 def test_adapters_merge_as_their_merged_copies(make_case: MakeCase, architecture: str, method: str) -> None:
     case, copies = adapted_case(make_case, architecture, method=method)
     report = largemerge.merge(case.config, case.folder / "merged")
