@@ -148,10 +148,11 @@ class SequenceConfig(Strict):
     name: str | None = Field(None, min_length=1)
     """Unique name of the merge so far, as a candidate; default: the last part of `previous`."""
     keep_sums: Truth | None = None
-    """Whether the sums are kept beside the output, so that models can be added later; default: yes, unless samples
-    are."""
+    """Whether the sums are kept beside the output, so that models can be added later; default: as the merge before,
+    else yes, unless samples are."""
     keep_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
-    """Number of calibration samples of all models so far together that are kept in place of the sums; default: none."""
+    """Number of calibration samples of all models so far together that are kept in place of the sums; default: as many
+    as the merge before has kept."""
 
 
 _METHOD_SETTINGS = frozenset(MethodParameters.model_fields) - {"include", "excluded", "exclude"}
@@ -238,14 +239,19 @@ class MergeConfig(Strict):
     @property
     def keeps_sums(self) -> bool:
         """Whether the sums are kept beside the output."""
-        return self.sequence is not None and (
-            self.sequence.keep_samples is None if self.sequence.keep_sums is None else self.sequence.keep_sums
-        )
+        if self.sequence is None:
+            return False
+        return not self.keeps_samples if self.sequence.keep_sums is None else self.sequence.keep_sums
 
     @property
     def keeps_samples(self) -> int:
-        """Number of calibration samples that are kept beside the output, in place of the sums."""
-        return (self.sequence.keep_samples or 0) if self.sequence is not None else 0
+        """Number of calibration samples that are kept beside the output, in place of the sums; as many as before."""
+        sequence, before = self.sequence, self._merged_before
+        if sequence is None:
+            return 0
+        if sequence.keep_samples is None and sequence.keep_sums is None and before is not None:
+            return before.samples
+        return sequence.keep_samples or 0
 
     @property
     def sums_before(self) -> SequenceRecord | None:
@@ -371,6 +377,8 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
         yield f"{found} needs a 'base_model'; expected one, or 'anchor: average'"
     if config.parameters.shrinkage and not config.method.compares:
         yield "parameters.shrinkage: scales what 'target' and 'drift' add; set one of them above 0, or exclude it"
+    if config.parameters.embedding_prior is not None and not config.method.counts_tokens:
+        yield "parameters.embedding_prior: is for 'solve: [blocks, embeddings]'; expected both, or neither"
     if config.parameters.anchor_scale is not None and config.method.anchor != "task_arithmetic":
         yield "parameters.anchor_scale: is for 'anchor: task_arithmetic'"
     if config.parameters.excluded == "base" and not config.parameters.include:
@@ -488,6 +496,7 @@ def _with_previous(config: MergeConfig, folders: Sequence[Path]) -> tuple[MergeC
 def _with_settings(config: MergeConfig) -> MergeConfig:
     """A copy in which every setting that the method takes is set, so that reports and resumed runs know it."""
     without = set() if config.method.anchor == "task_arithmetic" else {"anchor_scale"}
+    without |= set() if config.method.counts_tokens else {"embedding_prior"}
     taken = METHODS[config.merge_method].parameters - without
     settings = {name: getattr(config.method, name) for name in sorted(taken)}
     return config.model_copy(update={"parameters": config.parameters.model_copy(update=settings)})

@@ -12,12 +12,13 @@ candidate's data, so that who has more of it counts no more than c_i says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from largemerge.calibration import CalibrationSet
+from largemerge.model.skeleton import Skeleton
 from largemerge.regression.averages import AVERAGE_CHUNK_BYTES, rows_of_models
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.gram import GRAM_DTYPE
@@ -44,18 +45,21 @@ class TokenCounts:
         return self.tokens[first:last] - rows.start, self.counts_KT[:, first:last]
 
 
-def count_tokens(calibration: Sequence[CalibrationSet], shares: Sequence[float], num_rows: int) -> TokenCounts:
+def count_tokens(
+    calibration: Sequence[CalibrationSet], shares: Sequence[float], num_rows: int, arguments: Collection[str]
+) -> TokenCounts:
     """Counts the tokens of all candidates' data, padding left out.
 
     Args:
         calibration: The data of all candidates, in ids of the output.
         shares: c_i / Σ c, by candidate.
         num_rows: Number of rows of the embedding; ids beyond stand for tokens that the output lacks.
+        arguments: Forward arguments whose tokens are looked up in it.
     """
     counts_KV = torch.zeros(len(calibration), num_rows, dtype=torch.float64)
     for data, counts_V in zip(calibration, counts_KV, strict=True):
         for batch in data.batches:
-            for name in (name for name in batch.inputs if name.endswith("input_ids")):
+            for name in (name for name in batch.inputs if name in arguments):
                 ids = batch.inputs[name][not_padding(batch.inputs, name)]
                 counts_V += torch.bincount(ids[ids < num_rows], minlength=num_rows)
     totals_K = counts_KV.sum(1)
@@ -63,6 +67,22 @@ def count_tokens(calibration: Sequence[CalibrationSet], shares: Sequence[float],
     counts_KV *= scales_K[:, None]
     tokens = counts_KV.sum(0).nonzero()[:, 0]
     return TokenCounts(tokens, counts_KV[:, tokens].to(GRAM_DTYPE))
+
+
+def arguments_of(skeleton: Skeleton, name: str) -> tuple[str, ...]:
+    """Lists the forward arguments whose tokens are looked up in an input embedding: a decoder may have its own."""
+    decoder = any("decoder" in alias.split(".")[:-1] for alias in skeleton.aliases.get(name, (name,)))
+    return ("input_ids", "decoder_input_ids") if decoder else ("input_ids",)
+
+
+def embedding_notes(config: MergeConfig, skeleton: Skeleton, embedding: TensorPlan | None) -> Iterator[str]:
+    """Yields a note where a decoder has an embedding of its own, which is averaged."""
+    encodes_too = skeleton.model.config.is_encoder_decoder
+    if embedding is not None and encodes_too and len(arguments_of(skeleton, embedding.name)) == 1:
+        yield (
+            f"solve: embeddings: {embedding.name} is averaged by its tokens; the decoder's own embedding is averaged "
+            "plainly"
+        )
 
 
 def average_by_token(
@@ -108,8 +128,8 @@ def embedding_problems(config: MergeConfig, head: HeadPlan, embedding: TensorPla
         return
     if embedding is None:
         yield (
-            "parameters.solve: embeddings: expected a model with an embedding of tokens that all candidates have, and "
-            "that include and exclude leave; found none"
+            "parameters.solve: embeddings: expected a model with one embedding of tokens (get_input_embeddings of its "
+            "class), which all candidates have, and which include and exclude leave; found none"
         )
     if head.tied is not None:
         yield (

@@ -409,11 +409,11 @@ class SequenceSums:
         if self.writer is not None:
             self.writer.write(part, leader, gram.sum_rows())
 
-    def keep_samples(self, samples: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def keep_samples(self, samples: Mapping[str, Iterable[torch.Tensor]]) -> dict[str, Any]:
         """Writes the samples that are kept in place of the sums, on rank 0; see `SumWriter.finish`."""
-        for name, tensor in samples.items():
+        for name, parts in samples.items():
             assert self.writer is not None
-            self.writer.write(Path(SAMPLES).name, name, [tensor])
+            self.writer.write(Path(SAMPLES).name, name, parts)
         return self.finish(Path(SAMPLES).name)
 
     def finish(self, part: str) -> dict[str, Any]:

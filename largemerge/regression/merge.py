@@ -60,7 +60,7 @@ from largemerge.progress import Clock, RunProgress, stage
 from largemerge.regression.averages import merge_non_block
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.config import MergeConfig
-from largemerge.regression.embeddings import TokenCounts, average_by_token, count_tokens
+from largemerge.regression.embeddings import TokenCounts, arguments_of, average_by_token, count_tokens
 from largemerge.regression.engine import Engine
 from largemerge.regression.gram_files import GramReader, check_grams, from_grams, gram_files
 from largemerge.regression.inputs import Inputs, open_inputs
@@ -209,7 +209,8 @@ class _Prepared:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
         token_counts: How often tokens occur in all data; `None` where nobody asked.
-        kept_samples: What is kept of the data for a later merge of the sequence, by forward argument; on rank 0.
+        kept_samples: What is kept of the data for a later merge of the sequence, by forward argument, some samples at a
+            time; on rank 0.
         calibration: Number of samples and fingerprint of every candidate's data, by name.
         input_paths: Paths that must not be written to.
     """
@@ -217,7 +218,7 @@ class _Prepared:
     planned: PlannedMerge
     samples: RankSamples
     token_counts: TokenCounts | None
-    kept_samples: Mapping[str, torch.Tensor]
+    kept_samples: Mapping[str, Iterator[torch.Tensor]]
     calibration: Mapping[str, Any]
     input_paths: list[Path]
 
@@ -259,10 +260,11 @@ def _prepare(
         seen[name] |= {"num_samples": record.num_samples, "data": record.data, "data_sha256": record.data_sha256}
     counts = None
     if planned.plan.embedding is not None:
-        embedding = planned.inputs.skeleton.model.get_parameter(planned.plan.embedding.name)
-        counts = count_tokens(calibration, config.shares, embedding.shape[0])
+        skeleton, name = planned.inputs.skeleton, planned.plan.embedding.name
+        num_rows = skeleton.model.get_parameter(name).shape[0]
+        counts = count_tokens(calibration, config.shares, num_rows, arguments_of(skeleton, name))
     kept = planned.plan.kept_samples
-    kept_samples = kept.gather(calibration) if kept is not None and ranks.is_first else {}
+    kept_samples = kept.read(calibration) if kept is not None and ranks.is_first else {}
     return _Prepared(planned, samples, counts, kept_samples, seen, input_paths)
 
 
@@ -470,7 +472,8 @@ class Job:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
         token_counts: How often tokens occur in all data; `None` where nobody asked.
-        kept_samples: What is kept of the data for a later merge of the sequence, by forward argument; on rank 0.
+        kept_samples: What is kept of the data for a later merge of the sequence, by forward argument, some samples at a
+            time; on rank 0, until it is written.
         shards: Layout of the output's files.
         sums: Layout of the files of sums that are kept beside them.
         folder: The output folder, with the journal of finished parts.
@@ -489,7 +492,7 @@ class Job:
     planned: PlannedMerge
     samples: RankSamples
     token_counts: TokenCounts | None
-    kept_samples: Mapping[str, torch.Tensor]
+    kept_samples: Mapping[str, Iterator[torch.Tensor]]
     shards: tuple[Shard, ...]
     sums: tuple[Shard, ...]
     folder: OutputFolder
@@ -524,6 +527,7 @@ class Job:
             sequence, grams = self._open_sums(stack), GramReader.of(plan.config)
             if NON_BLOCK not in finished and self.ranks.is_first:
                 self._merge_non_block(weights, progress, sequence)
+            self.kept_samples = {}  # other ranks' data is let go of
             hidden_states = stack.enter_context(hidden_states_of(plan, self.folder.working))
             if self.ranks.size > 1:
                 self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)

@@ -45,7 +45,7 @@ from largemerge.model.trace import ModelTrace, trace_model
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
-from largemerge.regression.embeddings import embedding_problems
+from largemerge.regression.embeddings import embedding_notes, embedding_problems
 from largemerge.regression.gram_files import from_grams, gram_bytes, gram_notes, gram_problems
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_samples import KeptSamples, choose_samples
@@ -392,7 +392,8 @@ def make_plan(
     kept_samples, misfits = None, list[str]()
     if config.keeps_samples and calibration is not None:
         signature = forward_signature(inputs.skeleton)
-        kept_samples, misfits = choose_samples(calibration, config.weights, config.keeps_samples, signature)
+        num_tokens = inputs.tokens.num_rows if inputs.tokens is not None else None
+        kept_samples, misfits = choose_samples(calibration, config.weights, config.keeps_samples, signature, num_tokens)
         problems += misfits
     kept_sums = kept_tensors(blocks, head) if config.keeps_sums else {}
     kept_sums |= kept_samples.tensors if kept_samples is not None else {}
@@ -455,6 +456,7 @@ def make_plan(
             *_unreached(inputs, trace),
             *_unused_masks(inputs, trace, outline),
             *_method_notes(config, inputs, trace, blocks, head),
+            *embedding_notes(config, inputs.skeleton, embedding),
             *sequence_notes(config, blocks, head),
             *gram_notes(config, inputs.skeleton.dtype),
             *_notes(config, inputs, tensors),

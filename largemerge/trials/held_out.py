@@ -31,13 +31,13 @@ def held_out_tasks(config: MergeConfig, num_samples: int = 64, largest: int | No
     """
     problems = [
         f"{candidate.label}: has no calibration texts to hold some out of; expected an EVAL.yaml"
-        for candidate in config.candidates
+        for candidate in config.models
         if candidate.calibration is None or candidate.calibration.data is None
     ]
     if problems:
         raise ConfigError(*problems)
     tasks = []
-    for candidate in config.candidates:
+    for candidate in config.models:
         assert candidate.calibration is not None
         calibration = candidate.calibration.model_copy(update={} if largest is None else {"num_samples": largest})
         tasks.append(_task(candidate.label, candidate.model, calibration, num_samples))

@@ -157,7 +157,7 @@ def check_compared(mapping: Mapping[str, Any], folder: Path | None) -> Compared:
     checked = api.read_mapping(mapping, folder)
     raw = copy.deepcopy(without_helpers(mapping, type(checked).model_fields))
     resolved = checked.model_dump(mode="json", exclude_unset=True)
-    for key in ("base_model", "models", "memory"):  # their paths are absolute now
+    for key in ("base_model", "models", "memory", "sequence"):  # their paths are absolute now
         if key in raw:
             raw[key] = resolved[key]
     for key in ("models", "slices", "modules"):
