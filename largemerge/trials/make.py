@@ -16,7 +16,7 @@ import copy
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from largemerge.config_file import (
     without_helpers,
 )
 from largemerge.data_free.config import DataFreeConfig
+from largemerge.data_free.inputs import short_names
 from largemerge.data_free.methods.base import REQUIRED, Base
 from largemerge.data_free.methods.base import Range as NumberKind
 from largemerge.data_free.methods.table import METHODS as DATA_FREE_METHODS
@@ -62,6 +63,8 @@ class Trial:
         settings: What was set, by name.
         raw: The configuration, as a YAML file would hold it, paths absolute.
         config: The same, read and checked.
+        heads: Name of a model in the configuration that is compared → what a head of its own is called beside this
+            trial's merge, where that is another.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Trial:
     settings: Mapping[str, Any]
     raw: Mapping[str, Any]
     config: Config
+    heads: Mapping[str, str] = field(default_factory=dict)
 
     def other(self, settings: Mapping[str, Any]) -> Trial:
         """Makes the trial with other values of some of its settings.
@@ -76,7 +80,7 @@ class Trial:
         Raises:
             ConfigError: If its configuration has mistakes.
         """
-        return make_trial(self.raw, self.method, {**self.settings, **settings})
+        return replace(make_trial(self.raw, self.method, {**self.settings, **settings}), heads=self.heads)
 
     @property
     def draws_its_own(self) -> bool:
@@ -213,7 +217,7 @@ def known_settings(
 
 
 def right_values(
-    key: str, values: Sequence[Any], methods: Sequence[str], problems: list[str], option: str = "--sweep"
+    key: str, values: Sequence[Any], methods: Sequence[str], problems: list[str], given: str = ""
 ) -> list[Any]:
     """Returns the values that a setting may have with each method that has it; notes the others.
 
@@ -222,7 +226,7 @@ def right_values(
         values: What is swept, or the ends of a range.
         methods: The methods that are tried; empty where none is known: then a value is wrong that is so with any.
         problems: Gets what is wrong.
-        option: What the values were given by, for messages.
+        given: What the user has written, for messages; default: the sweep of the value.
     """
     those = [method for method in methods or _KNOWN_METHODS if key in _parameters(method)]
     right = []
@@ -235,7 +239,8 @@ def right_values(
             told = [f"{problem}, with {', '.join(who)}" for problem, who in found.items()]
         else:
             told = list(found)[:1] if sum(map(len, found.values())) >= len(those) else []
-        problems += [f"{option} {key}={text_of(value)}: {problem}" for problem in told]
+        what = given or f"--sweep {key}={text_of(value)}"
+        problems += [f"{what}: {problem}" for problem in told if f"{what}: {problem}" not in problems]
         right += [] if told else [value]
     return right
 
@@ -248,7 +253,8 @@ def is_right_range(key: str, limits: Range, methods: Sequence[str], problems: li
         who = f", with {', '.join(texts)}" if methods else ""
         problems.append(f"--search {key}: is no number{who}; expected --sweep {key}=…")
         return False
-    return len(right_values(key, [limits.low, limits.high], methods, problems, "--search")) > 1
+    given = f"--search {key}={text_of(limits.low)}:{text_of(limits.high)}{':log' if limits.log else ''}"
+    return len(right_values(key, [limits.low, limits.high], methods, problems, given)) > 1
 
 
 def _number_kind(method: str, key: str) -> type[int] | type[float] | None:
@@ -301,6 +307,13 @@ def make_trials(
     made: list[Trial | Search] = []
     found: list[str] = []
     count = 0
+    before = dict(compared.raw.get("sequence") or {}).get("previous")
+    problems += [
+        f"--methods {method}: would leave out {before}, which sequence.previous merges with the models; expected a "
+        "regression method, or a configuration that has it under 'models'"
+        for method in methods
+        if before is not None and method in DATA_FREE_METHODS
+    ]
     for method in methods:
         if method in REGRESSION_METHODS and compared.method not in REGRESSION_METHODS:
             continue
@@ -360,7 +373,14 @@ def make_trial(raw: Mapping[str, Any], method: str, settings: Mapping[str, Any])
         model.pop("parameters", None)
         if own:
             model["parameters"] = own
-    return Trial(trial_name(method, settings), method, dict(settings), made, api.read_config(made))
+    heads = _names_of_heads(raw["models"]) if method in DATA_FREE_METHODS and "models" in raw else {}
+    return Trial(trial_name(method, settings), method, dict(settings), made, api.read_config(made), heads)
+
+
+def _names_of_heads(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Names that a user has given models → those that merges without data have for their heads."""
+    short = short_names([model["model"] for model in models])
+    return {model["name"]: short[model["model"]] for model in models if model.get("name") is not None}
 
 
 def _with_samples(made: Mapping[str, Any], num_samples: Any) -> dict[str, Any]:

@@ -311,10 +311,7 @@ class _Run:
             self._merge(trial, grams)
             merged = time.perf_counter()
             model = EvaluatedModel(trial.name, str(self.folder.trial(trial.name)), "merge")
-            alone = self.tasks.model_copy(
-                update={"base": None, "tasks": tuple(t.model_copy(update={"expert": None}) for t in self.tasks.tasks)}
-            )
-            evaluation = evaluate_models(alone, [model], device=self.device, quiet=self.quiet)
+            evaluation = evaluate_models(self._tasks_of(trial), [model], device=self.device, quiet=self.quiet)
         except SystemFailure:
             raise
         except LargemergeError as error:
@@ -330,6 +327,15 @@ class _Run:
         if not evaluation.problems:
             self._note(noted, key, {"trial": vars(result), "evaluation": evaluation.to_json()})
         return result, evaluation
+
+    def _tasks_of(self, trial: Trial) -> EvaluationConfig:
+        """The tasks for a trial's merge alone, with the names that heads have beside it."""
+        tasks = []
+        for task in self.tasks.tasks:
+            head: str = getattr(task, "head", None) or ""
+            renamed = {"head": trial.heads[head]} if head in trial.heads else {}
+            tasks.append(task.model_copy(update={"expert": None, **renamed}))
+        return self.tasks.model_copy(update={"base": None, "tasks": tuple(tasks)})
 
     def _key(self, trial: Trial) -> str:
         return _digest(self.fingerprint, trial.raw)

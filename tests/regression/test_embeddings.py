@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from cases import Case, MakeCase, load_merged, report_of, weights_in
+import transformers as tf
+from cases import Case, MakeCase, load_merged, report_of, weights_in, write_case
 from processes import assert_agree, make_uneven_case, merging, run_ranks
 from tokenized import CODE, ENGLISH, train, write_model
 from transformers import AutoTokenizer
@@ -127,3 +128,38 @@ def test_two_ranks_count_the_same_tokens(tmp_path: Path) -> None:
     assert_agree(tmp_path / "two", tmp_path / "one")
     rows = [weights_in(tmp_path / name)["model.embed_tokens.weight"] for name in ("one", "two")]
     assert torch.equal(*rows)
+
+
+def test_a_decoders_own_embedding_is_another_and_is_averaged(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    made = tf.MarianConfig(
+        **sizes,
+        decoder_vocab_size=40,
+        decoder_start_token_id=0,
+        eos_token_id=1,
+        share_encoder_decoder_embeddings=False,
+        tie_word_embeddings=False,
+    )
+    models, inputs = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(tf.MarianMTModel(made))
+        ids, targets = torch.randint(6, 40, (4, 6)), torch.randint(6, 40, (4, 6))
+        (ids if seed == 0 else targets)[:, 0] = 5  # read by the encoder in one, in the other by the decoder
+        inputs.append({"input_ids": ids, "decoder_input_ids": targets})
+    case = write_case(tmp_path, models, inputs, method="regmean", solve=SOLVE, embedding_prior=1e-6)
+    report = largemerge.merge(case.config, tmp_path / "merged")
+    merged = load_merged(case, tmp_path / "merged").state_dict()
+    rows = [model.state_dict() for model in models]
+    name = "model.encoder.embed_tokens.weight"
+    assert torch.allclose(merged[name][5], rows[0][name][5], atol=1e-5)
+    name = "model.decoder.embed_tokens.weight"
+    assert torch.allclose(merged[name], (rows[0][name] + rows[1][name]) / 2, atol=1e-6)
+    assert any("the decoder's own embedding is averaged plainly" in note for note in report.plan.notes)
+
+
+def test_a_prior_without_embeddings_is_refused(make_case: MakeCase) -> None:
+    case = make_case("llama", method="regmean", embedding_prior=5.0)
+    with pytest.raises(LargemergeError, match="embedding_prior: is for 'solve"):
+        largemerge.plan(case.config)

@@ -13,12 +13,13 @@ import tiny_models
 import torch
 from cases import Case, MakeCase, load_merged, report_of, weights_in, write_case
 from processes import assert_agree, merging, run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenized import CODE, ENGLISH, train, write_model
 
 import largemerge
 from largemerge import LargemergeError
-from largemerge.regression.kept_samples import share_out
+from largemerge.calibration.batches import Batch, CalibrationSet, ForwardSignature
+from largemerge.regression.kept_samples import choose_samples, share_out
 
 SAMPLES = Path("sums") / "samples.safetensors"
 
@@ -138,13 +139,17 @@ def test_what_cannot_be_kept_is_told_first(make_case: MakeCase) -> None:
     refused(step(case, [2], case.folder / "sums"), "no samples of sums here, but sums; expected 'keep_sums'")
 
 
-def test_images_of_unlike_dtype_cannot_lie_in_one_file(tmp_path: Path) -> None:
-    models = [tiny_models.perturbed("vit", seed) for seed in range(2)]
-    inputs = [tiny_models.inputs(tiny_models.ARCHITECTURES["vit"].kind, 4, seed) for seed in range(2)]
-    inputs[1] = {name: tensor.half() for name, tensor in inputs[1].items()}
-    case = write_case(tmp_path, models, inputs, method="regmean")
-    with pytest.raises(LargemergeError, match=r"model0 and model1 are torch\.float32 and torch\.float16; expected"):
-        largemerge.merge(step(case, [0, 1]), tmp_path / "out")
+def test_images_of_unlike_size_cannot_lie_in_one_file() -> None:
+    signature = ForwardSignature(frozenset(["pixel_values"]), False, None, None)
+    sets = [
+        CalibrationSet(name, (Batch({"pixel_values": torch.zeros(2, 3, size, size)}, None),), "known")
+        for name, size in (("small", 4), ("large", 8))
+    ]
+    kept, problems = choose_samples(sets, [1.0, 1.0], 2, signature)
+    assert kept is None
+    (problem,) = problems
+    assert "samples of small and large have 'pixel_values' of unlike shapes, [3, 4, 4] and [3, 8, 8]" in problem
+    assert choose_samples(sets[:1], [1.0], 2, signature)[0] is not None
 
 
 def test_spoiled_samples_are_written_again_and_noticed_later(make_case: MakeCase, tmp_path: Path) -> None:
@@ -182,3 +187,58 @@ def test_two_ranks_keep_the_same_samples(tmp_path: Path) -> None:
     run_ranks(merging(case, tmp_path / "then-two"), tmp_path, 2)
     largemerge.merge(case.config, tmp_path / "then-one")
     assert_agree(tmp_path / "then-two", tmp_path / "then-one")
+
+
+def test_samples_are_kept_where_the_merge_before_has_kept_some(make_case: MakeCase) -> None:
+    case = make_case("llama", method="calibrated", num_candidates=3, num_samples=9)
+    first, then = case.folder / "first", case.folder / "then"
+    largemerge.merge(step(case, [0, 1]), first)
+    largemerge.merge(step(case, [2], first, keep=None), then)
+    assert sorted(path.name for path in (then / "sums").iterdir()) == ["samples.safetensors", "sequence.json"]
+    assert load_file(then / SAMPLES)["input_ids"].shape[0] == 12
+    sums = step(case, [2], first, keep=None)
+    sums["sequence"]["keep_sums"] = True
+    assert largemerge.plan(sums, probe=False).config.keeps_sums
+
+
+def test_samples_that_would_add_nothing_are_passed_over(make_case: MakeCase) -> None:
+    case = make_case("llama", method="regmean", num_samples=6)
+    for index, inputs in enumerate(case.inputs):
+        mask = torch.zeros_like(inputs["input_ids"])
+        mask[index] = inputs["attention_mask"][index]  # of all samples one
+        save_file({**inputs, "loss_mask": mask}, case.folder / f"data{index}.safetensors")
+    largemerge.merge(step(case, [0, 1], keep=4), case.folder / "first")
+    kept = load_file(case.folder / "first" / SAMPLES)
+    assert (kept["loss_mask"].sum(1) > 0).all()
+    rows = [case.inputs[index]["input_ids"][index].tolist() for index in range(2)]
+    assert kept["input_ids"].tolist() == rows
+
+
+def test_masks_and_ids_of_unlike_dtype_lie_in_one_file(make_case: MakeCase) -> None:
+    case = make_case("llama", method="regmean", num_samples=6)
+    odd = {"input_ids": case.inputs[1]["input_ids"].int(), "attention_mask": case.inputs[1]["attention_mask"].bool()}
+    save_file(odd, case.folder / "data1.safetensors")
+    whole = {"input_ids": case.inputs[0]["input_ids"][:, :5].contiguous()}  # without a mask, and shorter
+    save_file(whole, case.folder / "data0.safetensors")
+    largemerge.merge(step(case, [0, 1], keep=4), case.folder / "first")
+    kept = load_file(case.folder / "first" / SAMPLES)
+    assert kept["attention_mask"].sum(1).tolist()[:2] == [5, 5]
+    assert kept["input_ids"].dtype == torch.int64
+    assert kept["input_ids"][:2, :5].tolist() == whole["input_ids"][[1, 4]].tolist()
+
+
+def test_tokens_that_the_output_lacks_are_not_kept(tmp_path: Path) -> None:
+    english = train("BPE", ENGLISH)
+    models = []
+    for seed, (name, texts, tokenizer) in enumerate([("a", ENGLISH, english), ("b", CODE, train("BPE", CODE, 320))]):
+        write_model(tmp_path / name, seed, tokenizer)
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[:8]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        models.append({"model": str(tmp_path / name), "calibration": {"data": str(tmp_path / f"{name}.jsonl")}})
+    config = {"merge_method": "regmean", "models": models, "tokenizer_source": "a", "calibration": {"max_length": 24}}
+    try:
+        largemerge.merge({**config, "sequence": {"keep_samples": 4}}, tmp_path / "out")
+    except LargemergeError as error:
+        assert "no sample of b is of use later" in str(error) and not (tmp_path / "out").exists()
+    else:
+        assert int(load_file(tmp_path / "out" / SAMPLES)["input_ids"].max()) < english.get_vocab_size()

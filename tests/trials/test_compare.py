@@ -493,3 +493,23 @@ def test_packed_texts_are_held_out_behind_those_of_calibration(config: dict[str,
     before = words_in(row for batch in drawn.batches for row in batch.inputs["input_ids"])
     after = words_in(each.sequences["input_ids"] for group in job.prepared.samples.groups for each in group)
     assert len(before) > 4 and len(after) > 4 and len(before & after) <= 1
+
+
+def test_what_a_sequence_has_merged_is_never_left_out(config: dict[str, Any], tmp_path: Path) -> None:
+    largemerge.merge({**config, "sequence": {}}, tmp_path / "before")
+    path = tmp_path / "next.yaml"
+    path.write_text(yaml.safe_dump({**config, "models": config["models"][:1], "sequence": {"previous": "before"}}))
+    compared = check_compared(yaml.safe_load(path.read_text()), tmp_path)
+    assert compared.raw["sequence"]["previous"] == str(tmp_path / "before")
+    problems: list[str] = []
+    make_trials(compared, ["linear", "regmean"], {}, {}, 1, problems)
+    (problem,) = problems
+    assert problem.startswith("--methods linear: would leave out ") and str(tmp_path / "before") in problem
+
+
+def test_heads_are_called_as_trials_without_data_call_them(config: dict[str, Any]) -> None:
+    for number, model in enumerate(config["models"]):
+        model["name"] = f"own{number}"
+    by_method = {trial.method: trial.heads for trial in trials_of(config, ["regmean", "linear"])}
+    folders = [Path(model["model"]).name for model in config["models"]]
+    assert by_method == {"regmean": {}, "linear": dict(zip(["own0", "own1"], folders, strict=False))}
