@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from largemerge.calibration.batches import CalibrationSet, ForwardSignature
 from largemerge.checkpoint.side_files import HEADS_FOLDER
 from largemerge.checkpoint.tensor_info import torch_dtype
+from largemerge.config_file import shown
 from largemerge.errors import ConfigError, LargemergeError
 from largemerge.evaluation.classification import Shared, image_classification, text_classification, zero_shot
 from largemerge.evaluation.config import (
@@ -44,15 +45,25 @@ from largemerge.model.signature import forward_signature, id_problems
 from largemerge.progress import stage
 
 
-def name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> list[EvaluatedModel]:
+def name_models(models: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> list[EvaluatedModel]:
     """Names models by the last part of what they are called, with as much before it as tells them apart.
 
     Args:
-        models: Folders or Hub ids; or those by names.
+        models: Folders or Hub ids, or one; or those by names.
 
     Raises:
-        ConfigError: If there is none, or one stands twice.
+        ConfigError: If there is none, or one stands twice, or is no folder or Hub id.
     """
+    if isinstance(models, str | Path):
+        models = [models]
+    if not isinstance(models, Mapping | Iterable):
+        raise ConfigError(f"models: expected folders or Hub ids, found {shown(models)}")
+    if not isinstance(models, Mapping):
+        models = list(models)
+    given = models.values() if isinstance(models, Mapping) else models
+    wrong = [each for each in given if not isinstance(each, str | Path) or not str(each)]
+    if wrong:
+        raise ConfigError(*(f"models: expected a folder or Hub id, found {shown(each)}" for each in wrong))
     if isinstance(models, Mapping):
         return [EvaluatedModel(name, str(reference), "model") for name, reference in models.items()]
     references = [str(model).rstrip("/") or str(model) for model in models]
