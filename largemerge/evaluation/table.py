@@ -63,7 +63,7 @@ class Table:
             if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in _as_tuple(kinds))
         ]
         if problems:
-            raise CalibrationError(*problems[:MAX_PROBLEMS])
+            raise CalibrationError(*first_problems(problems))
         return [row[name] for row in self.rows]
 
     def texts(self, template: str) -> list[str]:
@@ -72,6 +72,13 @@ class Table:
         for name in names:
             self.column(name, (str, int, float), "text")
         return [template.format_map(row) for row in self.rows]
+
+
+def first_problems(problems: Sequence[str]) -> list[str]:
+    """The first of many problems of one kind, the last of them with how many more there are."""
+    *some, last = problems[:MAX_PROBLEMS]
+    more = len(problems) - MAX_PROBLEMS
+    return [*some, f"{last} (and {more:,} more like it)" if more > 0 else last]
 
 
 def _as_tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:
@@ -232,7 +239,7 @@ def label_numbers(table: Table, column: str, classes: Sequence[str], of: str) ->
         else:
             numbers.append(number)
     if problems:
-        raise ConfigError(*problems[:MAX_PROBLEMS])
+        raise ConfigError(*first_problems(problems))
     return numbers
 
 
@@ -249,7 +256,7 @@ def numbers_of(table: Table, column: str) -> list[float]:
         if not math.isfinite(value)
     ]
     if problems:
-        raise CalibrationError(*problems[:MAX_PROBLEMS])
+        raise CalibrationError(*first_problems(problems))
     if len(values) < _FEWEST_CORRELATED:
         raise CalibrationError(f"{table.where}: has one sample; expected two or more for a correlation")
     if len(set(values)) == 1:

@@ -96,9 +96,7 @@ def test_scores_stand_beside_those_of_experts_and_base(family: Path) -> None:
     for wrong in (lambda: found.average("nope"), lambda: found.mean("nope")):
         with pytest.raises(largemerge.LargemergeError, match="no model 'nope'; the models are base, math, code"):
             wrong()
-    with pytest.raises(
-        largemerge.LargemergeError, match=r"no task 'math text'; .*math texts, code texts; did you mean"
-    ):
+    with pytest.raises(largemerge.LargemergeError, match=r"no task 'math text'; .*math texts, code texts; did you"):
         found.score("math", "math text")
 
 
@@ -305,6 +303,10 @@ def test_labels_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
     task = {"name": "t", "kind": "text_classification", "data": data}
     with pytest.raises(largemerge.LargemergeError, match=r"'label' is 2; expected 0 to 1, or one of bert's labels"):
         largemerge.evaluate({"tasks": [task]}, [tmp_path / "bert"])
+    many = write_jsonl(tmp_path / "m.jsonl", [{"text": "the end", "label": number} for number in range(-1, 1203)])
+    with pytest.raises(largemerge.LargemergeError) as raised:
+        largemerge.evaluate({"tasks": [task | {"data": many}]}, tmp_path / "bert")
+    assert [problem.rpartition("(")[2] for problem in raised.value.problems[4:]] == ["and 1,197 more like it)"]
     with pytest.raises(largemerge.LargemergeError, match="metric 'spearman' does not fit bert, whose head has 2"):
         largemerge.evaluate({"tasks": [task | {"metric": "spearman"}]}, [tmp_path / "bert"])
 
