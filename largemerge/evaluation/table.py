@@ -7,7 +7,6 @@ data ──► open_table ──► Table: the drawn rows of the columns that th
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +42,7 @@ class Table:
         numbers: Their numbers in the data.
         source: The whole table.
         settings: How it is read.
+        notes: What a user should know of rows that are left out.
     """
 
     where: str
@@ -50,6 +50,7 @@ class Table:
     numbers: Sequence[int]
     source: Source
     settings: CalibrationConfig
+    notes: tuple[str, ...] = ()
 
     def column(self, name: str, kinds: type | tuple[type, ...], expected: str) -> list[Any]:
         """Returns the values of a column.
@@ -150,6 +151,7 @@ def open_table(
     wanted: Iterable[tuple[str, str]],
     *,
     later: Sequence[str] = (),
+    texts: Sequence[str] = (),
     **fields: Any,
 ) -> Table:
     """Reads the rows that a task draws.
@@ -159,10 +161,11 @@ def open_table(
         config: The evaluation.
         wanted: The setting that names a column, and the column.
         later: Settings of columns that must be there, but are read by whoever needs them.
+        texts: Settings of columns with texts; rows in which one is empty are passed over, as calibration does.
         fields: As in `TaskData.calibration`.
 
     Raises:
-        CalibrationError: If columns are missing, with all of them, or the data cannot be read.
+        CalibrationError: If columns are missing, with all of them, the data cannot be read, or all texts are empty.
     """
     source, settings = open_source_of(task, config, **fields)
     wanted = list(wanted)
@@ -177,11 +180,26 @@ def open_table(
     columns = list(dict.fromkeys(column for setting, column in wanted if setting not in later))
     table = source.select(columns)
     assert settings.num_samples is not None
-    order = sample_order(source.num_rows, settings, task.skip)
-    numbers = list(itertools.islice(order, task.skip, settings.num_samples))
-    if not numbers:
+    order = iter(sample_order(source.num_rows, settings, task.skip))
+    filled = [column for setting, column in wanted if setting in texts]
+    rows: dict[int, Mapping[str, Any]] = {}
+    passed = 0
+    while len(rows) + passed < settings.num_samples and (number := next(order, None)) is not None:
+        row = table[number] if filled or passed >= task.skip else {}
+        if any(isinstance(row[column], str) and not row[column].strip() for column in filled):
+            continue
+        if passed < task.skip:
+            passed += 1
+        else:
+            rows[number] = row
+    if not rows and not passed:
+        raise CalibrationError(f"{source.where}: all rows have an empty text; expected at least one with words")
+    if not rows:
         raise CalibrationError(all_skipped(source, task))
-    return Table(source.where, [table[number] for number in numbers], numbers, source, settings)
+    num_wanted = min(source.num_rows, settings.num_samples) - task.skip
+    fewer = f"{len(rows):,} rows are measured in place of {num_wanted:,}, as others have an empty text"
+    notes = (fewer,) if len(rows) < num_wanted else ()
+    return Table(source.where, list(rows.values()), list(rows), source, settings, notes)
 
 
 def all_skipped(source: Source, task: TaskData) -> str:
