@@ -22,14 +22,13 @@ from largemerge.calibration.sources import Source, locate_data, open_source
 from largemerge.calibration.tokenizer import TextReader, encode_text, open_text_reader
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError, ConfigError, shorten
-from largemerge.evaluation.config import EvaluationConfig, TaskData
+from largemerge.evaluation.config import SPLITS, EvaluationConfig, TaskData
 from largemerge.evaluation.models import ModelFiles
 from largemerge.evaluation.task import Samples
 from largemerge.text_files import brief
 
 _TRUE_AND_FALSE = 2
 _FEWEST_CORRELATED = 2
-_SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev"))
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,11 @@ def open_source_of(task: TaskData, config: EvaluationConfig, **fields: Any) -> t
         raise CalibrationError(f"{where}: ready-made tensors have no labels or texts; expected a table, or images")
     source = open_source(settings, where, path)
     if source.columns == ("image",) and source.folder is not None:
-        splits = sorted(each.name for each in source.folder.iterdir() if each.is_dir() and each.name in _SPLITS)
+        splits = sorted(each.name for each in source.folder.iterdir() if each.is_dir() and each.name in SPLITS)
         if splits:
             raise CalibrationError(
                 f"{source.where}: holds {' and '.join(splits)}, of which all images would be taken; expected one of "
-                f"them, such as {source.folder / splits[0]}"
+                f"them, such as {source.folder / splits[0]}, or 'split: {splits[0]}'"
             )
         source = _with_folder_labels(source)
     return source, settings

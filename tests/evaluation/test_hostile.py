@@ -206,8 +206,15 @@ def test_splits_are_found_or_asked_for(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_images(tmp_path / "images" / split, ["0", "1"], 1)
     task = {"kind": "zero_shot", "data": str(tmp_path / "images"), "classes": "cifar10"}
-    with pytest.raises(largemerge.LargemergeError, match="holds test and train, of which all images would be taken"):
+    with pytest.raises(largemerge.LargemergeError, match=r"holds test and train, of which .*, or 'split: test'"):
         evaluate(task, tmp_path / "clip")
+    (tmp_path / "images" / "train" / "extra.png").write_bytes(b"no image, but of another split")
+    found = evaluate({**task, "split": "test"}, tmp_path / "clip")
+    assert not found.problems and found.score("clip", "task").num_samples == 2
+    (tmp_path / "images" / "extra").mkdir()
+    for split, said in {"extra": f"and name the folder {tmp_path / 'images' / 'extra'}", "val": "remove it$"}.items():
+        with pytest.raises(largemerge.LargemergeError, match=f"split: '{split}', but only datasets have .*{said}"):
+            evaluate({**task, "split": split}, tmp_path / "clip")
 
 
 def test_shares_are_of_experts_alone_and_above_zero(tmp_path: Path) -> None:
