@@ -458,7 +458,7 @@ def plan(
 @explain_failures()
 def evaluate(
     config: EvaluationSource,
-    models: Sequence[str | Path] | Mapping[str, str | Path],
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     out: str | Path | None = None,
     device: str = "auto",
@@ -471,7 +471,7 @@ def evaluate(
 
     Args:
         config: The path of an EVAL.yaml, a mapping like it, or one that has been read.
-        models: Folders or Hub ids, with `+adapter` if wanted; or those by names.
+        models: Folders or Hub ids, with `+adapter` if wanted, or one alone; or those by names.
         out: Folder to write `evaluation.json`, `.csv` and `.html` to; `None` to write nothing.
         device: `auto`, `cpu`, `cuda:0`, ….
         limit: Samples of each task, at most, for a quick try.

@@ -236,7 +236,9 @@ def _settings_without_effect(config: CalibrationConfig, path: Path | None) -> It
     if config.subset is not None and not is_dataset:
         yield "subset: only datasets have subsets; remove it"
     if config.split != "train" and not is_dataset and suffix not in TABLE_BUILDERS:
-        yield f"split: {config.split!r}, but only datasets have splits; remove it"
+        inside = path / str(config.split) if path is not None else None
+        instead = f", and name the folder {inside}" if inside is not None and inside.is_dir() else ""
+        yield f"split: {config.split!r}, but only datasets have splits; remove it{instead}"
     if config.only is not None and suffix == ".safetensors":
         yield "only: ready-made tensors have no columns; remove it"
     if config.one_per != "document" and suffix != ".txt":

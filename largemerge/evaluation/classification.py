@@ -174,7 +174,7 @@ def text_classification(
     first = task.text_field or "text"
     named = [("text_field", first), ("label_field", task.label_field)]
     named += [("pair_field", task.pair_field)] if task.pair_field is not None else []
-    table = open_table(task, config, named, max_length=task.max_length)
+    table = open_table(task, config, named, texts=("text_field", "pair_field"), max_length=task.max_length)
     reader = open_texts(files, table, forward_signature(skeleton))
     classes = _labels_of(skeleton, files, table)
     one_output = len(classes) == 1
@@ -212,6 +212,7 @@ def text_classification(
             table.settings,
             what="pairs of texts" if are_pairs else "texts",
             kept="the ends of the longer texts are left out" if are_pairs else "their ends are left out",
+            more_notes=table.notes,
         ),
         score=lambda _: _by_logits(labels, one_output=one_output),
         finish=columns_of,

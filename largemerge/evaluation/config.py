@@ -45,6 +45,10 @@ _TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.IGNORECASE)
 """Matches names of files and folders that `datasets` takes for a test split."""
 
 
+SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev"))
+"""Names of folders that are splits of a folder of images, not one of its labels."""
+
+
 class TaskData(Strict):
     """What every task has that reads data: where it lies, and how many samples of it are taken."""
 
@@ -55,7 +59,7 @@ class TaskData(Strict):
     subset: str | None = None
     """Configuration name of a Hub dataset."""
     split: str | None = Field(None, min_length=1)
-    """Split of a dataset; default: `test` of a dataset, all of a file."""
+    """Split of a dataset, or a folder of this name in one of images; default: `test` of a dataset, all of a file."""
     only: dict[str, str | int | bool] | None = Field(None, min_length=1)
     """Rows that are drawn from: those whose columns have these values; default: all."""
     num_samples: int | None = Field(None, ge=1, le=LARGEST_COUNT)
@@ -75,9 +79,10 @@ class TaskData(Strict):
             defaults: The evaluation, whose numbers stand for those that the task does not set.
             fields: Names of columns, and what else is said of texts.
         """
-        split = self.split or _default_split(self.data)
+        inside = _folder_of_split(self.data, self.split)
+        data, split = (self.data, self.split or _default_split(self.data)) if inside is None else (inside, "train")
         return CalibrationConfig(
-            data=self.data,
+            data=data,
             subset=self.subset,
             split=split,
             only=self.only,
@@ -87,6 +92,16 @@ class TaskData(Strict):
             seed=defaults.seed if self.seed is None else self.seed,
             **fields,
         )
+
+
+def _folder_of_split(data: str, split: str | None) -> str | None:
+    """The folder that is a split of a folder of images; `None` where no split is named, or there is no such folder."""
+    from largemerge.calibration.folders import is_image_folder
+
+    folder = Path(data)
+    if split not in SPLITS or not is_image_folder(folder) or not is_image_folder(folder / split):
+        return None
+    return str(folder / split)
 
 
 def _default_split(data: str) -> str:

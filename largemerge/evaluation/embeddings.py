@@ -40,7 +40,7 @@ def retrieval(
         LargemergeError: If the data cannot be read, or the model makes no vectors of sentences.
     """
     named = [("query_field", task.query_field), ("passage_field", task.passage_field)]
-    table = open_table(task, config, named, max_length=task.max_length)
+    table = open_table(task, config, named, texts=[setting for setting, _ in named], max_length=task.max_length)
     reader = open_texts(files, table, signature)
     queries = [task.query_prefix + text for text in table.column(task.query_field, str, "a text")]
     passages = [task.passage_prefix + text for text in table.column(task.passage_field, str, "a text")]
@@ -74,7 +74,7 @@ def similarity(
         LargemergeError: If the data cannot be read, or the model makes no vectors of sentences.
     """
     fields = (("first_field", task.first_field), ("second_field", task.second_field), ("score_field", task.score_field))
-    table = open_table(task, config, fields, max_length=task.max_length)
+    table = open_table(task, config, fields, texts=("first_field", "second_field"), max_length=task.max_length)
     reader = open_texts(files, table, signature)
     scores = np.array(numbers_of(table, task.score_field))
     texts = [text for field in (task.first_field, task.second_field) for text in table.column(field, str, "a text")]
@@ -118,7 +118,7 @@ def _prepared(
 
     return Prepared(
         view=files,
-        samples=text_samples(samples, files, reader, table.settings),
+        samples=text_samples(samples, files, reader, table.settings, more_notes=table.notes),
         score=lambda _: score,
         finish=finish,
         metrics=metrics,

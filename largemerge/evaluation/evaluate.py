@@ -73,9 +73,12 @@ def evaluate_models(
         target = ranks.agree(lambda: device_of_rank(device, ranks))
         prepared = ranks.agree(lambda: prepare(config, models))
         jobs = prepared.jobs
-        unmeasured = [task.name for task in config.tasks if task.name not in {job.task.name for job in jobs}]
+        measured = {job.task.name for job in jobs}
+        unmeasured = [task for task in config.tasks if task.name not in measured]
         if unmeasured:
-            raise ConfigError(*(f"task {name!r}: no model has the head that it names" for name in unmeasured))
+            expected = "expected a merge that has kept it, the path of its file, or a classifier as the task's 'expert'"
+            heads = [(task.name, getattr(task, "head", "")) for task in unmeasured]
+            raise ConfigError(*(f"task {name!r}: no model has the head {head!r}; {expected}" for name, head in heads))
         limits = _limits(config, target, ranks)
         run = _Run(config, limits, ranks, quiet=quiet or not ranks.is_first)
         scores = run.run(jobs)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from largemerge.calibration.batches import Batch, ForwardSignature, Sample
-from largemerge.calibration.columns import MAX_PROBLEMS, choose_fields, message_problem
+from largemerge.calibration.columns import choose_fields, message_problem
 from largemerge.calibration.config import CalibrationConfig
 from largemerge.calibration.load import read_samples
 from largemerge.calibration.sources import Source
@@ -29,6 +29,7 @@ from largemerge.evaluation.table import (
     Table,
     all_skipped,
     as_sample,
+    first_problems,
     length_limit,
     open_source_of,
     open_table,
@@ -185,7 +186,7 @@ def multiple_choice(
             samples.append(as_sample(len(samples), tokens, mask, reader, num_cut))
             owner.append((question, number))
     if problems:
-        raise CalibrationError(*problems[:MAX_PROBLEMS])
+        raise CalibrationError(*first_problems(problems))
     lengths = [len((task.separator + choices[question][number]).encode()) for question, number in owner]
 
     def finish(records: Mapping[int, Record]) -> Columns:
@@ -241,7 +242,7 @@ def _choices(task: MultipleChoiceTask, table: Table) -> list[list[str]]:
         if not isinstance(value, list) or len(value) < 2 or not all(isinstance(each, str) and each for each in value)
     ]
     if problems:
-        raise CalibrationError(*problems[:MAX_PROBLEMS])
+        raise CalibrationError(*first_problems(problems))
     return lists
 
 
@@ -269,7 +270,7 @@ def _answers(task: MultipleChoiceTask, table: Table, choices: Sequence[Sequence[
             )
         numbers.append(number)
     if problems:
-        raise CalibrationError(*problems[:MAX_PROBLEMS])
+        raise CalibrationError(*first_problems(problems))
     return numbers
 
 
@@ -334,7 +335,7 @@ def generation(
         if task.extract is not None and None in texts
     ]
     if problems:
-        raise CalibrationError(*problems[:MAX_PROBLEMS])
+        raise CalibrationError(*first_problems(problems))
     room = max(1, reader.max_length - task.max_new_tokens)
     samples = [_prompt(number, text, reader, room) for number, text in enumerate(_prompts(task, table, reader))]
     tokenizer = reader.tokenizer
@@ -405,7 +406,7 @@ def _prompts(task: GenerationTask, table: Table, reader: TextReader) -> list[Any
         if not messages or message_problem(messages) is not None
     ]
     if problems:
-        raise CalibrationError(*problems[:MAX_PROBLEMS])
+        raise CalibrationError(*first_problems(problems))
     return conversations
 
 

@@ -121,8 +121,11 @@ def with_head(files: ModelFiles, head: str) -> ModelFiles:
     if not path.is_file():
         folder = files.checkpoint.root / HEADS_FOLDER
         known = sorted(each.stem for each in folder.glob("*.safetensors")) if folder.is_dir() else []
-        there = f"{folder} holds {', '.join(known)}" if known else f"there are no heads in {folder}"
-        raise CheckpointError(f"{files.name}: no head {head!r}: neither a file, and {there}")
+        there = f"{folder} holds {', '.join(known)}" if known else "no merge has kept heads there"
+        raise CheckpointError(
+            f"{files.name}: no head {head!r}: it is not the path of a file, and {files.checkpoint.root} has no "
+            f"{head_file(head)} ({there}); expected the path of a head's file, or a merge that has kept this head"
+        )
     tensors = SafetensorsFile(path).tensors()
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from largemerge.calibration.batches import CalibrationSet, ForwardSignature
 from largemerge.checkpoint.side_files import HEADS_FOLDER
 from largemerge.checkpoint.tensor_info import torch_dtype
+from largemerge.config_file import shown
 from largemerge.errors import ConfigError, LargemergeError
 from largemerge.evaluation.classification import Shared, image_classification, text_classification, zero_shot
 from largemerge.evaluation.config import (
@@ -39,20 +40,31 @@ from largemerge.evaluation.language import generation, language_model, multiple_
 from largemerge.evaluation.models import ModelFiles, OpenedModel, as_body, open_files, with_head
 from largemerge.evaluation.results import EvaluatedModel
 from largemerge.evaluation.task import Prepared, Samples
+from largemerge.heads import head_file
 from largemerge.model.fake_forward import placeholder_tokens
 from largemerge.model.signature import forward_signature, id_problems
 from largemerge.progress import stage
 
 
-def name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> list[EvaluatedModel]:
+def name_models(models: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> list[EvaluatedModel]:
     """Names models by the last part of what they are called, with as much before it as tells them apart.
 
     Args:
-        models: Folders or Hub ids; or those by names.
+        models: Folders or Hub ids, or one; or those by names.
 
     Raises:
-        ConfigError: If there is none, or one stands twice.
+        ConfigError: If there is none, or one stands twice, or is no folder or Hub id.
     """
+    if isinstance(models, str | Path):
+        models = [models]
+    if not isinstance(models, Mapping | Iterable):
+        raise ConfigError(f"models: expected folders or Hub ids, found {shown(models)}")
+    if not isinstance(models, Mapping):
+        models = list(models)
+    given = models.values() if isinstance(models, Mapping) else models
+    wrong = [each for each in given if not isinstance(each, str | Path) or not str(each)]
+    if wrong:
+        raise ConfigError(*(f"models: expected a folder or Hub id, found {shown(each)}" for each in wrong))
     if isinstance(models, Mapping):
         return [EvaluatedModel(name, str(reference), "model") for name, reference in models.items()]
     references = [str(model).rstrip("/") or str(model) for model in models]
@@ -154,14 +166,12 @@ def prepare(config: EvaluationConfig, models: Sequence[EvaluatedModel]) -> Prepa
         own = files[model.name]
         own = replace(own, fallbacks={} if base is None else {base.name: base.checkpoint.folder})
         for task in tasks:
-            if _has_another_head(task, own):
+            if (lacking := _without_the_head(task, own, model)) is not None:
                 if expert_among(task, [each for each, _ in wanted]) is not model:
-                    notes.append(
-                        f"task {task.name!r}: {model.name} has a head of its own, not the one that is named; "
-                        "it is not measured there"
-                    )
+                    notes.append(f"task {task.name!r}: {model.name} {lacking}; it is not measured there")
                     continue
-                task = task.model_copy(update={"head": None})
+                if _is_classifier(own):
+                    task = task.model_copy(update={"head": None})
             job = attempt(_job, config, model, task, own, lenders, shared)
             jobs += [job] if job is not None else []
     metrics = sorted({headline_metric(job) for job in jobs})
@@ -196,11 +206,22 @@ def _notes_of(jobs: Sequence[Job]) -> list[str]:
     return notes
 
 
-def _has_another_head(task: Task, files: ModelFiles) -> bool:
-    """Whether a task names a head that a merge has kept, and a model is no merge but a classifier with its own head."""
+def _without_the_head(task: Task, files: ModelFiles, model: EvaluatedModel) -> str | None:
+    """Says what a model has in place of a kept head that a task names.
+
+    Returns:
+        What it has; `None` where the model has the head, any model can be given it, or it is a merge that was named to
+        be measured, of which the head is expected.
+    """
     head = getattr(task, "head", None)
-    if head is None or Path(head).is_file() or (files.checkpoint.root / HEADS_FOLDER).is_dir():
-        return False
+    if head is None or Path(head).is_file() or (files.checkpoint.root / head_file(head)).is_file():
+        return None
+    if (files.checkpoint.root / HEADS_FOLDER).is_dir() and model.role not in ("base", "candidate", "expert"):
+        return None
+    return "has a head of its own, not the one that is named" if _is_classifier(files) else f"has no head {head!r}"
+
+
+def _is_classifier(files: ModelFiles) -> bool:
     return any("Classification" in name for name in files.checkpoint.config.get("architectures") or ())
 
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from largemerge.config_file import nearest
+from largemerge.errors import LargemergeError
 from largemerge.units import duration
 
 if TYPE_CHECKING:
@@ -128,7 +130,12 @@ class Evaluation:
         return tuple(f"task {score.task!r}, {score.model}: {score.error}" for score in self.scores if score.error)
 
     def score(self, model: str, task: str) -> Score | None:
-        """What a model reached in a task; `None` if it was not measured there."""
+        """What a model reached in a task; `None` if it was not measured there.
+
+        Raises:
+            LargemergeError: If there is no such task.
+        """
+        _check_known("task", task, [each.name for each in self.tasks])
         return next((each for each in self.scores if (each.model, each.task) == (model, task)), None)
 
     def average(self, model: str) -> float | None:
@@ -136,7 +143,11 @@ class Evaluation:
 
         Returns:
             The mean; `None` where the model lacks a task, or tasks have no common scale.
+
+        Raises:
+            LargemergeError: If there is no such model.
         """
+        _check_known("model", model, [each.name for each in self.models])
         if not any(task.expert is not None for task in self.tasks):
             return self.mean(model)
         scores = [self.score(model, task.name) for task in self.tasks]
@@ -148,7 +159,12 @@ class Evaluation:
 
         Returns:
             The mean; `None` where a score is missing, or tasks have no common scale.
+
+        Raises:
+            LargemergeError: If there is no such model.
         """
+        if model is not None:
+            _check_known("model", model, [each.name for each in self.models])
         scores = [self.score(model or task.expert or "", task.name) for task in self.tasks]
         values = [each.value if each is not None else None for each in scores]
         if len({(task.metric, task.better) for task in self.tasks}) > 1 or any(value is None for value in values):
@@ -287,6 +303,15 @@ class Evaluation:
             shown += f" ±{number_text((high - low) / 2, task)}"
         return shown
 
+    def __str__(self) -> str:
+        """The table as plain text, as the command prints it."""
+        from rich.console import Console
+
+        text = io.StringIO()
+        plain: dict[str, Any] = {"force_terminal": False, "force_jupyter": False, "color_system": None}
+        self.print(Console(file=text, markup=False, emoji=False, **plain))
+        return text.getvalue().rstrip("\n")
+
     def print(self, console: Console) -> None:
         """Shows the scores as a table."""
         from rich.table import Table
@@ -302,7 +327,7 @@ class Evaluation:
                 f"{cell} ←"
                 if model is not None
                 and 0 < number <= len(self.tasks)
-                and best.get(self.tasks[number - 1].name) == model.name
+                and model.name in best[self.tasks[number - 1].name]
                 else cell
                 for number, cell in enumerate(row)
             ]
@@ -313,19 +338,19 @@ class Evaluation:
         for note in self.notes:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
-    def _best(self) -> dict[str, str]:
-        """Names of the best models that are neither a task's expert nor the base, by task."""
-        special = {model.name for model in self.models if model.role in ("base", "expert")}
-        found = {}
+    def _best(self) -> dict[str, set[str]]:
+        """Names of the best models but a task's own expert, by task: all that are shown alike, none where all are."""
+        shown = {model.name for model in self.models}
+        found: dict[str, set[str]] = {}
         for task in self.tasks:
-            own = [
-                score
+            values = {
+                score.model: score.value
                 for score in self.scores
-                if score.task == task.name and score.value is not None and score.model not in {*special, task.expert}
-            ]
-            sign = 1 if task.better == "higher" else -1
-            if len(own) > 1:
-                found[task.name] = max(own, key=lambda score: sign * (score.value or 0.0)).model
+                if score.task == task.name and score.value is not None and score.model in shown - {task.expert}
+            }
+            best = (max if task.better == "higher" else min)(values.values(), default=0.0)
+            names = {name for name, value in values.items() if number_text(value, task) == number_text(best, task)}
+            found[task.name] = names if len(names) < len(values) else set()
         return found
 
     def _caption(self) -> str:
@@ -333,7 +358,7 @@ class Evaluation:
         lower = [task.name for task in self.tasks if task.better == "lower"]
         parts = [f"± half of the {confidence:.0%} bootstrap interval"] if any(s.interval for s in self.scores) else []
         parts += [f"less is better in {', '.join(lower)}"] if lower else []
-        parts += ["← the best that is not the task's expert"] if self._best() else []
+        parts += ["← the best that is not the task's expert"] if any(self._best().values()) else []
         parts += ["published: as others have measured it"] if self.published else []
         return "; ".join([*parts, duration(self.seconds)])
 
@@ -346,6 +371,16 @@ class Evaluation:
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         failed = "".join(f"<p>failed: {escape(problem)}</p>" for problem in self.problems)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{failed}"
+
+
+def _check_known(what: str, name: str, known: Sequence[str]) -> None:
+    """Refuses names that nothing in an evaluation has.
+
+    Raises:
+        LargemergeError: If the name is none of those that are known.
+    """
+    if name not in known:
+        raise LargemergeError(f"no {what} {name!r}; the {what}s are {', '.join(known)}{nearest(name, known)}")
 
 
 def number_text(value: float, task: EvaluatedTask) -> str:

@@ -7,7 +7,6 @@ data ──► open_table ──► Table: the drawn rows of the columns that th
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,14 +22,13 @@ from largemerge.calibration.sources import Source, locate_data, open_source
 from largemerge.calibration.tokenizer import TextReader, encode_text, open_text_reader
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError, ConfigError, shorten
-from largemerge.evaluation.config import EvaluationConfig, TaskData
+from largemerge.evaluation.config import SPLITS, EvaluationConfig, TaskData
 from largemerge.evaluation.models import ModelFiles
 from largemerge.evaluation.task import Samples
 from largemerge.text_files import brief
 
 _TRUE_AND_FALSE = 2
 _FEWEST_CORRELATED = 2
-_SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev"))
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Table:
         numbers: Their numbers in the data.
         source: The whole table.
         settings: How it is read.
+        notes: What a user should know of rows that are left out.
     """
 
     where: str
@@ -50,6 +49,7 @@ class Table:
     numbers: Sequence[int]
     source: Source
     settings: CalibrationConfig
+    notes: tuple[str, ...] = ()
 
     def column(self, name: str, kinds: type | tuple[type, ...], expected: str) -> list[Any]:
         """Returns the values of a column.
@@ -63,7 +63,7 @@ class Table:
             if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in _as_tuple(kinds))
         ]
         if problems:
-            raise CalibrationError(*problems[:MAX_PROBLEMS])
+            raise CalibrationError(*first_problems(problems))
         return [row[name] for row in self.rows]
 
     def texts(self, template: str) -> list[str]:
@@ -72,6 +72,13 @@ class Table:
         for name in names:
             self.column(name, (str, int, float), "text")
         return [template.format_map(row) for row in self.rows]
+
+
+def first_problems(problems: Sequence[str]) -> list[str]:
+    """The first of many problems of one kind, the last of them with how many more there are."""
+    *some, last = problems[:MAX_PROBLEMS]
+    more = len(problems) - MAX_PROBLEMS
+    return [*some, f"{last} (and {more:,} more like it)" if more > 0 else last]
 
 
 def _as_tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:
@@ -90,11 +97,11 @@ def open_source_of(task: TaskData, config: EvaluationConfig, **fields: Any) -> t
         raise CalibrationError(f"{where}: ready-made tensors have no labels or texts; expected a table, or images")
     source = open_source(settings, where, path)
     if source.columns == ("image",) and source.folder is not None:
-        splits = sorted(each.name for each in source.folder.iterdir() if each.is_dir() and each.name in _SPLITS)
+        splits = sorted(each.name for each in source.folder.iterdir() if each.is_dir() and each.name in SPLITS)
         if splits:
             raise CalibrationError(
                 f"{source.where}: holds {' and '.join(splits)}, of which all images would be taken; expected one of "
-                f"them, such as {source.folder / splits[0]}"
+                f"them, such as {source.folder / splits[0]}, or 'split: {splits[0]}'"
             )
         source = _with_folder_labels(source)
     return source, settings
@@ -143,6 +150,7 @@ def open_table(
     wanted: Iterable[tuple[str, str]],
     *,
     later: Sequence[str] = (),
+    texts: Sequence[str] = (),
     **fields: Any,
 ) -> Table:
     """Reads the rows that a task draws.
@@ -152,10 +160,11 @@ def open_table(
         config: The evaluation.
         wanted: The setting that names a column, and the column.
         later: Settings of columns that must be there, but are read by whoever needs them.
+        texts: Settings of columns with texts; rows in which one is empty are passed over, as calibration does.
         fields: As in `TaskData.calibration`.
 
     Raises:
-        CalibrationError: If columns are missing, with all of them, or the data cannot be read.
+        CalibrationError: If columns are missing, with all of them, the data cannot be read, or all texts are empty.
     """
     source, settings = open_source_of(task, config, **fields)
     wanted = list(wanted)
@@ -170,11 +179,26 @@ def open_table(
     columns = list(dict.fromkeys(column for setting, column in wanted if setting not in later))
     table = source.select(columns)
     assert settings.num_samples is not None
-    order = sample_order(source.num_rows, settings, task.skip)
-    numbers = list(itertools.islice(order, task.skip, settings.num_samples))
-    if not numbers:
+    order = iter(sample_order(source.num_rows, settings, task.skip))
+    filled = [column for setting, column in wanted if setting in texts]
+    rows: dict[int, Mapping[str, Any]] = {}
+    passed = 0
+    while len(rows) + passed < settings.num_samples and (number := next(order, None)) is not None:
+        row = table[number] if filled or passed >= task.skip else {}
+        if any(isinstance(row[column], str) and not row[column].strip() for column in filled):
+            continue
+        if passed < task.skip:
+            passed += 1
+        else:
+            rows[number] = row
+    if not rows and not passed:
+        raise CalibrationError(f"{source.where}: all rows have an empty text; expected at least one with words")
+    if not rows:
         raise CalibrationError(all_skipped(source, task))
-    return Table(source.where, [table[number] for number in numbers], numbers, source, settings)
+    num_wanted = min(source.num_rows, settings.num_samples) - task.skip
+    fewer = f"{len(rows):,} rows are measured in place of {num_wanted:,}, as others have an empty text"
+    notes = (fewer,) if len(rows) < num_wanted else ()
+    return Table(source.where, list(rows.values()), list(rows), source, settings, notes)
 
 
 def all_skipped(source: Source, task: TaskData) -> str:
@@ -232,7 +256,7 @@ def label_numbers(table: Table, column: str, classes: Sequence[str], of: str) ->
         else:
             numbers.append(number)
     if problems:
-        raise ConfigError(*problems[:MAX_PROBLEMS])
+        raise ConfigError(*first_problems(problems))
     return numbers
 
 
@@ -249,7 +273,7 @@ def numbers_of(table: Table, column: str) -> list[float]:
         if not math.isfinite(value)
     ]
     if problems:
-        raise CalibrationError(*problems[:MAX_PROBLEMS])
+        raise CalibrationError(*first_problems(problems))
     if len(values) < _FEWEST_CORRELATED:
         raise CalibrationError(f"{table.where}: has one sample; expected two or more for a correlation")
     if len(set(values)) == 1:

@@ -88,6 +88,7 @@ def test_a_head_is_left_out_where_vectors_are_made(tmp_path: Path) -> None:
 
 def test_heads_are_measured_with_the_models_that_have_them(tmp_path: Path) -> None:
     tasks = []
+    write_bert(tmp_path / "body", 2, tf.BertModel)
     for name, count in {"sst2": 2, "mnli": 3}.items():
         write_bert(tmp_path / name, count)
         rows = [{"text": text, "label": number % count} for number, text in enumerate(TEXTS)]
@@ -102,7 +103,9 @@ def test_heads_are_measured_with_the_models_that_have_them(tmp_path: Path) -> No
         )
     models = [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in ("sst2", "mnli")]
     seen: list[Any] = []
-    config = {"merge_method": "linear", "models": models}
+    config = {"merge_method": "task_arithmetic", "models": models, "base_model": str(tmp_path / "body")}
+    pairs = write_jsonl(tmp_path / "p.jsonl", [{"query": text, "passage": text} for text in TEXTS])
+    tasks.append({"name": "vectors", "kind": "retrieval", "data": pairs, "pooling": "mean"})
     (tmp_path / "eval.json.yaml").write_text(json.dumps({"tasks": tasks}))  # beside folders called like the heads
     largemerge.merge(config, tmp_path / "merged", evaluate=tmp_path / "eval.json.yaml", evaluated=seen.append)
     (found,) = seen
@@ -112,9 +115,26 @@ def test_heads_are_measured_with_the_models_that_have_them(tmp_path: Path) -> No
         ("mnli", "mnli task"),
         ("merged", "sst2 task"),
         ("merged", "mnli task"),
+        *((model, "vectors") for model in ("base", "sst2", "mnli", "merged")),
     }
-    assert len(found.notes) == 2 and "has a head of its own" in found.notes[0]
+    assert set(found.notes) == {
+        "task 'sst2 task': base has no head 'sst2'; it is not measured there",
+        "task 'mnli task': base has no head 'mnli'; it is not measured there",
+        "task 'mnli task': sst2 has a head of its own, not the one that is named; it is not measured there",
+        "task 'sst2 task': mnli has a head of its own, not the one that is named; it is not measured there",
+    }
+    assert found.rows()[1][0][:3] == ["base (base)", "", ""]
     assert found.score("merged", "mnli task").normalized is not None
+    evaluation = {"tasks": tasks[:1], "base": str(tmp_path / "merged")}  # a base that has heads, but not this one
+    (tmp_path / "merged" / "heads" / "sst2.safetensors").unlink()
+    found = largemerge.evaluate(evaluation, tmp_path / "sst2")
+    assert found.notes == ("task 'sst2 task': base has no head 'sst2'; it is not measured there",)
+    alone = {"tasks": [{**tasks[0], "expert": None}]}
+    with pytest.raises(largemerge.LargemergeError, match=r"no model has the head 'sst2'; expected a merge that has"):
+        largemerge.evaluate(alone, tmp_path / "body")
+    alone["tasks"][0]["expert"] = str(tmp_path / "body")
+    with pytest.raises(largemerge.LargemergeError, match=r"body: no head 'sst2': it is not .*no merge has kept heads"):
+        largemerge.evaluate(alone, tmp_path / "body")
 
 
 @pytest.mark.parametrize("kind", ["language_model", "generation"])
@@ -186,8 +206,15 @@ def test_splits_are_found_or_asked_for(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_images(tmp_path / "images" / split, ["0", "1"], 1)
     task = {"kind": "zero_shot", "data": str(tmp_path / "images"), "classes": "cifar10"}
-    with pytest.raises(largemerge.LargemergeError, match="holds test and train, of which all images would be taken"):
+    with pytest.raises(largemerge.LargemergeError, match=r"holds test and train, of which .*, or 'split: test'"):
         evaluate(task, tmp_path / "clip")
+    (tmp_path / "images" / "train" / "extra.png").write_bytes(b"no image, but of another split")
+    found = evaluate({**task, "split": "test"}, tmp_path / "clip")
+    assert not found.problems and found.score("clip", "task").num_samples == 2
+    (tmp_path / "images" / "extra").mkdir()
+    for split, said in {"extra": f"and name the folder {tmp_path / 'images' / 'extra'}", "val": "remove it$"}.items():
+        with pytest.raises(largemerge.LargemergeError, match=f"split: '{split}', but only datasets have .*{said}"):
+            evaluate({**task, "split": split}, tmp_path / "clip")
 
 
 def test_shares_are_of_experts_alone_and_above_zero(tmp_path: Path) -> None:

@@ -96,6 +96,36 @@ def test_texts_that_are_empty_are_told(tmp_path: Path, model: Path) -> None:
     assert notes({"kind": "language_model", "data": data, "num_samples": 3}, model) == ()
 
 
+def test_rows_with_an_empty_text_are_left_out(tmp_path: Path, bert: Path) -> None:
+    pairs = list(zip(TEXTS[:4], TEXTS[4:], strict=True))
+    holed = [("", "the end"), *pairs[:2], ("the end", " \n"), *pairs[2:]]
+    columns = {
+        "retrieval": ("query", "passage", {"pooling": "mean"}),
+        "similarity": ("sentence1", "sentence2", {"pooling": "mean"}),
+        "text_classification": ("text", "other", {"pair_field": "other"}),
+    }
+    for kind, (first, second, more) in columns.items():
+        found = []
+        for rows in (pairs, holed):
+            table = [{first: a, second: b, "score": len(a), "label": len(a) % 2} for a, b in rows]
+            data = write_jsonl(tmp_path / f"{kind} {len(rows)}.jsonl", table)
+            task = {"name": "task", "kind": kind, "data": data, **more}
+            found.append(largemerge.evaluate({"tasks": [task]}, bert))
+        whole, rest = found
+        said = "task 'task': 4 rows are measured in place of 6, as others have an empty text"
+        assert whole.notes == () and rest.notes == (said,), kind
+        assert rest.score("bert", "task").metrics == whole.score("bert", "task").metrics, kind
+        assert rest.score("bert", "task").num_samples == 4
+        assert notes({**task, "num_samples": 4}, bert) == (), "as many as were asked for"
+        (note,) = notes({**task, "skip": 2}, bert)
+        assert "2 rows are measured in place of 4," in note
+        with pytest.raises(largemerge.LargemergeError, match="'skip: 4' passes over all of them"):
+            notes({**task, "skip": 4}, bert)
+    empty = write_jsonl(tmp_path / "e.jsonl", [{"query": "", "passage": "the end"}])
+    with pytest.raises(largemerge.LargemergeError, match="all rows have an empty text; expected at least one with"):
+        notes({"kind": "retrieval", "data": empty, "pooling": "mean"}, bert)
+
+
 def test_prompts_lose_their_beginnings(tmp_path: Path, model: Path) -> None:
     rows = [{"text": text, "choices": ["a", "the end"], "answer": 0} for text in TEXTS]
     data = write_jsonl(tmp_path / "d.jsonl", rows)

@@ -28,7 +28,8 @@ from task_models import (
 
 import largemerge
 from largemerge.evaluation.harness import runs_code
-from largemerge.evaluation.results import Evaluation
+from largemerge.evaluation.prepare import name_models
+from largemerge.evaluation.results import EvaluatedModel, EvaluatedTask, Evaluation, Score
 
 
 @pytest.fixture
@@ -90,6 +91,13 @@ def test_scores_stand_beside_those_of_experts_and_base(family: Path) -> None:
     assert len(rows) == 3 * 2 * 3  # models, tasks, metrics
     assert "<script" not in (family / "found" / "evaluation.html").read_text()
     assert "math texts" in found._repr_html_()
+    assert all(words in str(found) for words in ("Evaluation", "base (base)", " │ ", "less is better in"))
+    assert "\x1b" not in str(found)
+    for wrong in (lambda: found.average("nope"), lambda: found.mean("nope")):
+        with pytest.raises(largemerge.LargemergeError, match="no model 'nope'; the models are base, math, code"):
+            wrong()
+    with pytest.raises(largemerge.LargemergeError, match=r"no task 'math text'; .*math texts, code texts; did you"):
+        found.score("math", "math text")
 
 
 def test_an_expert_that_is_not_named_among_the_models_is_measured_in_its_own_task(family: Path) -> None:
@@ -118,6 +126,34 @@ def test_the_command_prints_a_table_and_writes_files(family: Path) -> None:
     assert "math" in done.stdout and "code (expert)" in done.stdout
     found = json.loads((family / "out" / "evaluation.json").read_text())
     assert {score["num_samples"] for score in found["scores"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ({"base": 0.0, "one": 0.0, "merged": 0.0}, ""),
+        ({"base": 0.5, "one": 0.4, "merged": 0.5}, "base merged"),
+        ({"base": 0.4, "one": 0.5, "merged": 0.50001}, "one merged"),
+        ({"base": 0.4, "one": 0.3, "merged": 0.5}, "merged"),
+        ({"merged": 0.5}, ""),
+        ({"one": None, "merged": None}, ""),
+    ],
+)
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_all_that_tie_are_marked_or_none(values: dict[str, float | None], best: str, better: Any) -> None:
+    sign = 1 if better == "higher" else -1
+    roles: dict[str, Any] = {"base": "base", "one": "candidate", "merged": "merge", "own": "expert"}
+    found = Evaluation(
+        tasks=(EvaluatedTask("names", "text_classification", "accuracy", better, True, "own"),),
+        models=tuple(EvaluatedModel(name, name, roles[name]) for name in [*values, "own"]),
+        scores=tuple(
+            Score("names", name, {} if value is None else {"accuracy": sign * value})
+            for name, value in [*values.items(), ("own", 0.9)]
+        ),
+    )
+    marked = [line.split()[1] for line in str(found).splitlines() if "← │" in line]
+    assert marked == best.split()
+    assert ("← the best" in " ".join(str(found).split())) == bool(best)
 
 
 LINEAR: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 0.5}}
@@ -241,6 +277,14 @@ def test_mistakes_are_told_before_any_weight_is_read(family: Path, mistake: str)
         largemerge.evaluate({"tasks": [good, bad]}, [family / "math"])
 
 
+def test_models_are_named_by_what_they_lie_in(family: Path) -> None:
+    assert [each.name for each in name_models(family / "math")] == ["math"]
+    assert [each.name for each in name_models("demo/base")] == ["base"]
+    for models in (None, 5, ["math", None], {"math": 5}, [""], ""):
+        with pytest.raises(largemerge.LargemergeError, match=r"models: expected (a folder|folders) or Hub id"):
+            name_models(models)  # type: ignore[arg-type]
+
+
 def test_all_mistakes_are_told_at_once(family: Path) -> None:
     config = tasks(family)
     config["tasks"][0]["data"] = str(family / "one.jsonl")
@@ -259,6 +303,10 @@ def test_labels_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
     task = {"name": "t", "kind": "text_classification", "data": data}
     with pytest.raises(largemerge.LargemergeError, match=r"'label' is 2; expected 0 to 1, or one of bert's labels"):
         largemerge.evaluate({"tasks": [task]}, [tmp_path / "bert"])
+    many = write_jsonl(tmp_path / "m.jsonl", [{"text": "the end", "label": number} for number in range(-1, 1203)])
+    with pytest.raises(largemerge.LargemergeError) as raised:
+        largemerge.evaluate({"tasks": [task | {"data": many}]}, tmp_path / "bert")
+    assert [problem.rpartition("(")[2] for problem in raised.value.problems[4:]] == ["and 1,197 more like it)"]
     with pytest.raises(largemerge.LargemergeError, match="metric 'spearman' does not fit bert, whose head has 2"):
         largemerge.evaluate({"tasks": [task | {"metric": "spearman"}]}, [tmp_path / "bert"])
 
@@ -297,7 +345,8 @@ def test_what_is_not_finite_is_no_score(family: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(family / "math")
-    found = largemerge.evaluate(tasks(family), [family / "math"])
+    found = largemerge.evaluate(tasks(family), str(family / "math"))
+    assert [model.name for model in found.models] == ["base", "math", "code"], "one model needs no list"
     assert "not finite" in found.score("math", "code texts").error
     assert found.score("code", "code texts").value > 0
 
