@@ -84,6 +84,12 @@ def choose_objective(tasks: EvaluationConfig, jobs: Sequence[Job]) -> Objective:
     if all(task.expert is not None for task in tasks.tasks):
         return Objective("of the experts", higher_is_better=True, of_experts=True)
     metrics = {job.task.name: (headline_metric(job), _better(job)) for job in jobs}
+    unmeasured = [task.name for task in tasks.tasks if task.name not in metrics]
+    if unmeasured:
+        raise ConfigError(
+            f"tasks: {', '.join(unmeasured)}: no model has the head that it names, so that it is not known how trials "
+            "compare in it; expected 'expert' with the model whose head it is"
+        )
     if len(set(metrics.values())) > 1:
         names = ", ".join(f"{task.name} ({metrics[task.name][0]})" for task in tasks.tasks if task.expert is None)
         raise ConfigError(

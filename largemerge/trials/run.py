@@ -77,7 +77,7 @@ def compare(
         evaluation: An evaluation; `None` for the loss on texts of the calibration data that calibration does not draw.
         out: Folder for the trials' results, `best.yaml`, the best merge in `best`, and the pages. What an earlier run
             has finished there is not done again, unless models or data have changed since.
-        methods: Names of methods; empty for the configuration's own.
+        methods: Names of methods, or one name; empty for the configuration's own.
         sweep: Values by setting, or texts as on the command line, `ridge=1e-4,1e-2`; every combination is tried, for
             methods that have the setting.
         search: Ranges by setting, a `Range` or `(low, high)` or `(low, high, "log")`, or texts as on the command line,
@@ -100,6 +100,7 @@ def compare(
     start = time.perf_counter()
     options = {"device": device, "limit": limit, "memory": memory, "num_trials": num_trials}
     flags = {"keep_all": keep_all, "quiet": quiet}
+    methods = [methods] if isinstance(methods, str) else methods
     asked = Asked(methods, sweep or {}, search or {}, DEFAULT_NUM_TRIALS if num_trials is None else num_trials)
     checked = check_comparison(config, evaluation, asked, {"out": out, **options, **flags})
     compared, tasks, folder = checked.compared, checked.tasks, checked.folder

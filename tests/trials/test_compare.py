@@ -21,14 +21,16 @@ from comparisons import evaluation
 from task_models import TEXTS, write_jsonl, write_texts
 
 import largemerge
+from largemerge import ConfigError
 from largemerge.calibration import load_calibration
+from largemerge.evaluation.config import load_evaluation
 from largemerge.evaluation.prepare import prepare
 from largemerge.evaluation.results import EvaluatedModel
 from largemerge.model.signature import forward_signature
 from largemerge.regression.config import load_config
 from largemerge.trials.held_out import held_out_tasks
 from largemerge.trials.make import Trial, check_compared, choose_methods, make_trials
-from largemerge.trials.objective import Objective
+from largemerge.trials.objective import Objective, choose_objective
 from largemerge.trials.settings import read_sweeps
 
 
@@ -513,3 +515,15 @@ def test_heads_are_called_as_trials_without_data_call_them(config: dict[str, Any
     by_method = {trial.method: trial.heads for trial in trials_of(config, ["regmean", "linear"])}
     folders = [Path(model["model"]).name for model in config["models"]]
     assert by_method == {"regmean": {}, "linear": dict(zip(["own0", "own1"], folders, strict=False))}
+
+
+def test_a_task_that_no_model_is_measured_in_needs_its_expert() -> None:
+    task = {"name": "mood", "kind": "text_classification", "data": "mood.csv", "head": "mood"}
+    tasks = load_evaluation({"tasks": [task]})
+    with pytest.raises(ConfigError, match=r"tasks: mood: no model has the head .* expected 'expert'"):
+        choose_objective(tasks, [])
+
+
+def test_one_method_needs_no_list(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--methods lineal: no method; did you mean 'linear'"):
+        largemerge.compare(config, out=tmp_path / "out", methods="lineal")
