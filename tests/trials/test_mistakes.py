@@ -30,7 +30,7 @@ MISTAKES: dict[str, str] = {
     "nobody's setting": "--sweep rigde: ",
     "a text that is no range": "--search 't=1': expected the lower and the upper end",
     "a range upside down": "--search 'drift=1:0': 1 is not below 0",
-    "a range out of bounds": "--search anchor_scale=99: expected a number up to 10",
+    "a range out of bounds": "--search anchor_scale=1:99: expected a number up to 10",
     "no number to search": "--search excluded: is no number",
     "a folder": "out: holds mine.txt, and is no folder of an earlier comparison",
     "a limit": "--limit 0: expected a whole number from 1 on",
