@@ -111,13 +111,13 @@ class Skeleton:
         """Names of the parameters and persistent buffers of no block, tied ones once."""
         return list(self._outside)
 
-    def non_block_parameters(self) -> dict[str, torch.Size]:
-        """Names and shapes of the parameters among them."""
-        return {name: shape for name, (shape, is_parameter) in self._outside.items() if is_parameter}
+    def non_block_parameters(self) -> list[str]:
+        """Names of the parameters among them."""
+        return [name for name, is_parameter in self._outside.items() if is_parameter]
 
     @cached_property
-    def _outside(self) -> dict[str, tuple[torch.Size, bool]]:
-        """Tensors of no block: name → shape, and whether it is a parameter; other tensors may take its place later."""
+    def _outside(self) -> dict[str, bool]:
+        """Tensors of no block: name → whether it is a parameter."""
         prefixes = tuple(stack.name + "." for stack in self.stacks)
         parameters = {name for name, _ in self.model.named_parameters()}
         seen: set[int] = set()
@@ -125,7 +125,7 @@ class Skeleton:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if not name.startswith(prefixes) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                found[name] = (tensor.shape, name in parameters)
+                found[name] = name in parameters
         return found
 
 
@@ -531,8 +531,9 @@ def fill_with_nan(skeleton: Skeleton, device: torch.device, but: Collection[str]
         but: Names of parameters that are left alone.
     """
     nan = torch.full((), float("nan"), dtype=skeleton.dtype, device=device)
-    shapes = skeleton.non_block_parameters()
-    assign_tensors(skeleton, {name: nan.expand(shape) for name, shape in shapes.items() if name not in but})
+    names = [name for name in skeleton.non_block_parameters() if name not in but]
+    # As large as they are now: an embedding may have more rows than the class made, for tokens that the output lacks.
+    assign_tensors(skeleton, {name: nan.expand(skeleton.model.get_parameter(name).shape) for name in names})
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:

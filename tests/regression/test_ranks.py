@@ -38,9 +38,9 @@ from largemerge.distributed.shared_memory import SHARED_MEMORY
         ("llama", "regmean_plusplus", 2),
         ("llama", "regmean", 3),
         ("t5", "regmean_plusplus", 2),
-        ("bert", "regmean", 2),
-        ("gpt2", "regmean_plusplus", 4),
-        ("clip_vision", "regmean_plusplus", 2),
+        pytest.param("bert", "regmean", 2, marks=pytest.mark.slow),
+        pytest.param("gpt2", "regmean_plusplus", 4, marks=pytest.mark.slow),
+        pytest.param("clip_vision", "regmean_plusplus", 2, marks=pytest.mark.slow),
         ("mixtral", "regmean_plusplus", 2),
     ],
 )

@@ -81,7 +81,7 @@ def refused(case: Case, out: Path, *mentions: str, **changes: Any) -> None:
     ("changes", "mentions"),
     [
         ({"parameters__ridge": 0.5}, ("config → parameters → ridge was", "0.5")),
-        ({"calibration__batch_size": 3}, ("batch_size was 13 and is 3",)),
+        ({"calibration__batch_size": 3}, ("batch_size was 21 and is 3",)),
         ({"dtype": "bfloat16"}, ("config → dtype was None and is 'bfloat16'",)),
         ({"compute_dtype": "bfloat16"}, ("compute_dtype",)),
         ({"merge_method": "regmean"}, ("merge_method was 'regmean_plusplus' and is 'regmean'",)),

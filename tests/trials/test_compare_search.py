@@ -169,16 +169,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "out of bounds": (
         {"search": {"off_diagonal_scale": (0.1, 2), "ridge": (-1, 7)}},
         [
-            "--search off_diagonal_scale=2: expected a number up to 1, found 2, with regmean",
-            "--search ridge=-1: expected a number from 0 on, found -1, with regmean",
-            "--search ridge=7: expected a number up to 1, found 7, with regmean",
+            "--search off_diagonal_scale=0.1:2: expected a number up to 1, found 2, with regmean",
+            "--search ridge=-1:7: expected a number from 0 on, found -1, with regmean",
+            "--search ridge=-1:7: expected a number up to 1, found 7, with regmean",
         ],
     ),
     "bounds of each method": (
         {"methods": ["ties", "karcher"], "search": {"density": (0.5, 1.5), "max_iter": (0.5, 3)}},
         [
-            "--search density=1.5: expected a number from 0 to 1, found 1.5, with ties",
-            "--search max_iter=0.5: expected a whole number from 1 to 10000, found 0.5, with karcher",
+            "--search density=0.5:1.5: expected a number from 0 to 1, found 1.5, with ties",
+            "--search max_iter=0.5:3: expected a whole number from 1 to 10000, found 0.5, with karcher",
         ],
     ),
     "no number": (

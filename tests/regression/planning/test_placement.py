@@ -43,7 +43,17 @@ def assert_same_bits(case: Case, left: str, right: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("architecture", ["llama", "bert", "t5", "clip_vision", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "llama",
+        "t5",
+        "clip_vision",
+        "mixtral",
+        pytest.param("bert", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.slow),
+    ],
+)
 def test_the_placement_changes_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, architecture: str
 ) -> None:
