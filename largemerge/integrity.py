@@ -26,6 +26,7 @@ from largemerge.checkpoint.tensor_files import SafetensorsFile
 from largemerge.errors import CheckpointError, LargemergeError, OutputError
 from largemerge.model.output_check import try_loading
 from largemerge.output import REPORT_FILE, WORKING_FOLDER, check_finished
+from largemerge.streams import plain_text
 from largemerge.text_files import leads_out, read_json
 from largemerge.units import gib
 
@@ -67,6 +68,10 @@ class FolderCheck:
             "bytes": self.num_bytes,
             "class_name": self.class_name,
         }
+
+    def __str__(self) -> str:
+        """What is shown, as plain text."""
+        return plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Shows the findings as a table."""

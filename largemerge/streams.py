@@ -12,8 +12,11 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
-from typing import TextIO, cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TextIO, cast
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _STANDARD = (0, 1, 2)
 
@@ -152,3 +155,16 @@ def leave(code: int) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(code)
+
+
+def plain_text(show: Callable[[Console], None]) -> str:
+    """Returns what is shown on a console as plain text, without colours.
+
+    Args:
+        show: Shows it.
+    """
+    from rich.console import Console
+
+    text = io.StringIO()
+    show(Console(file=text, markup=False, emoji=False, color_system=None, force_terminal=False, force_jupyter=False))
+    return text.getvalue().rstrip("\n")

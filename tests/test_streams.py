@@ -12,7 +12,7 @@ import pytest
 from cases import Case, MakeCase, exit_code, write_pair
 from processes import ENVIRONMENT
 
-from largemerge.streams import SafeStream
+from largemerge.streams import SafeStream, plain_text
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +109,8 @@ def test_lines_begin_with_the_rank(tmp_path: Path) -> None:
     assert stream.isatty() is False
     stream.write("lost")  # the file is closed
     stream.flush()
+
+
+def test_what_is_shown_is_plain_text_too() -> None:
+    text = plain_text(lambda console: console.print("[bold]a :smile:", "b", style="red"))
+    assert text == "[bold]a :smile: b"

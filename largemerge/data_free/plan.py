@@ -48,6 +48,7 @@ from largemerge.model.alignment import Alignment, align
 from largemerge.model.skeleton import build_model
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
+from largemerge.streams import plain_text
 from largemerge.tokenizer.chat_templates import choose_template
 from largemerge.tokenizer.output_files import OutputFiles, find_output_files
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
@@ -203,6 +204,10 @@ class DataFreePlan:
             "problems": self.problems,
         }
 
+    def __str__(self) -> str:
+        """What is shown, as plain text."""
+        return plain_text(self.print)
+
     def print(self, console: Console) -> None:
         """Shows the plan as a table."""
         table = Table(
@@ -251,6 +256,10 @@ class SeriesPlan:
     def to_json(self) -> dict[str, Any]:
         """The plans as plain JSON values."""
         return {"documents": {label: plan.to_json() for label, plan in self.plans.items()}}
+
+    def __str__(self) -> str:
+        """What is shown, as plain text."""
+        return plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Shows a table for every document."""

@@ -30,6 +30,7 @@ from largemerge.data_free.tasks import Task
 from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
+from largemerge.streams import plain_text
 from largemerge.units import counted, duration, gib
 
 
@@ -94,6 +95,10 @@ class DataFreeReport:
             **self.written,
             "tensors": {task.name: self._described(task) for task in self.plan.tasks},
         }
+
+    def __str__(self) -> str:
+        """What is shown, as plain text."""
+        return plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Shows the closing table on the terminal."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from largemerge.config_file import nearest
 from largemerge.errors import LargemergeError
+from largemerge.streams import plain_text
 from largemerge.units import duration
 
 if TYPE_CHECKING:
@@ -305,12 +306,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         """The table as plain text, as the command prints it."""
-        from rich.console import Console
-
-        text = io.StringIO()
-        plain: dict[str, Any] = {"force_terminal": False, "force_jupyter": False, "color_system": None}
-        self.print(Console(file=text, markup=False, emoji=False, **plain))
-        return text.getvalue().rstrip("\n")
+        return plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Shows the scores as a table."""

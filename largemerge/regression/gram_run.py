@@ -60,6 +60,7 @@ from largemerge.regression.samples import RankSamples
 from largemerge.regression.sequence import SUMS_FOLDER
 from largemerge.regression.tensor_plan import HEAD, BlockPlan
 from largemerge.regression.weights import Weights
+from largemerge.streams import plain_text
 from largemerge.units import counted, duration, gib
 
 
@@ -102,6 +103,10 @@ class GramReport:
             "bytes_written": self.bytes_written,
             "peak_bytes": {"host_anonymous": self.peak.host_anonymous, "device": self.peak.device},
         }
+
+    def __str__(self) -> str:
+        """What is shown, as plain text."""
+        return plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Shows the report as a table."""

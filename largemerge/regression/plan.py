@@ -80,6 +80,7 @@ from largemerge.regression.tensor_plan import (
     tensor_labels,
 )
 from largemerge.regression.tokens import Tokens
+from largemerge.streams import plain_text
 from largemerge.tokenizer.output_files import OutputFiles, find_output_files
 from largemerge.units import counted, duration, gib, operations
 
@@ -238,6 +239,10 @@ class MergePlan:
             "notes": list(self.notes),
             "problems": list(self.problems),
         }
+
+    def __str__(self) -> str:
+        """What is shown, as plain text."""
+        return plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Prints the plan as a table."""

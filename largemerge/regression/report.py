@@ -30,6 +30,7 @@ from largemerge.regression.kept_sums import make_record
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
 from largemerge.regression.sequence import RECORD_FILE, MergedModel, models_so_far, sequence_section
 from largemerge.regression.tensor_plan import HEAD, quantization_settings
+from largemerge.streams import plain_text
 from largemerge.units import counted, duration, gib
 
 
@@ -202,6 +203,10 @@ class MergeReport:
             **({HEAD: self.head} if self.head else {}),
             "blocks": self.blocks,
         }
+
+    def __str__(self) -> str:
+        """What is shown, as plain text."""
+        return plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Prints the closing table."""

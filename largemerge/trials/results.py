@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from largemerge.evaluation.results import Evaluation, number_text
+from largemerge.streams import plain_text
 from largemerge.trials.settings import Range
 from largemerge.units import duration
 
@@ -125,6 +126,10 @@ class CompareReport:
             times = [round(trial.merge_seconds, 3), round(trial.evaluate_seconds, 3)]
             writer.writerow([trial.name, trial.method, *own, objective, *values, *times, trial.error])
         return text.getvalue()
+
+    def __str__(self) -> str:
+        """What is shown, as plain text."""
+        return plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Shows the models, then the trials, the best first."""

@@ -146,7 +146,7 @@ class _Tried:
 
 @dataclass
 class _Run:
-    """The long work of a comparison; attributes as in `compare`."""
+    """The long work of a comparison; attributes as in `compare`, and how many trials an earlier run had done."""
 
     folder: ComparisonFolder
     tasks: EvaluationConfig
@@ -156,6 +156,7 @@ class _Run:
     quiet: bool
     keep_all: bool
     fingerprint: str
+    reused: int = field(init=False, default=0)
 
     def all_trials(self, checked: Checked, start: float) -> CompareReport:
         """Measures the models, then merges and measures trial after trial."""
@@ -176,6 +177,10 @@ class _Run:
         chosen = next((trial for trial in tried.trials if best is not None and trial.name == best.name), None)
         if chosen is not None:
             notes += self._keep_best(chosen, grams)
+        if self.reused:
+            notes.append(
+                f"{self.reused} of {len(tried.results)} trials had been measured before, and were not done again"
+            )
         report = CompareReport(
             trials=tuple(tried.results),
             evaluation=_joined(measured, tried.evaluations),
@@ -305,6 +310,7 @@ class _Run:
         key, noted = self._key(trial), self.folder.note_of(trial.name)
         known = _read_trial(self.folder.known(noted, key))
         if known is not None and (not self.keep_all or self.folder.trial(trial.name).is_dir()):
+            self.reused += 1
             return known
         began = time.perf_counter()
         result = TrialResult(trial.name, trial.method, trial.settings, None, 0.0, 0.0)

@@ -156,6 +156,9 @@ def test_what_is_finished_is_not_done_again(config: dict[str, Any], tmp_path: Pa
     notes = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").iterdir()}
     second = largemerge.compare(config, evaluation(tmp_path), **arguments | {"methods": ["linear", "ties", "sce"]})
     assert second.trials[:2] == first.trials
+    assert "2 of 3 trials had been measured before, and were not done again" in second.notes
+    assert not any("measured before" in note for note in first.notes)
+    assert "Trials" in str(second) and "sce" in str(second)
     assert {path: path.stat().st_mtime_ns for path in notes} == notes
     changed = config | {"models": list(reversed(config["models"]))}
     third = largemerge.compare(changed, evaluation(tmp_path), **arguments)
