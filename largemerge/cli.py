@@ -15,6 +15,7 @@ import gc
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,7 @@ def _merge(options: argparse.Namespace) -> int:
         api.check_apart(options.config, options.out)
         config = _read(options)
     measuring: list[str] = []  # how to go on, once the output is whole and is being measured
+    started = time.time()
     try:
         from largemerge.machine import reuse_freed_memory
 
@@ -140,7 +142,11 @@ def _merge(options: argparse.Namespace) -> int:
                 limit=options.limit,
             )
     except KeyboardInterrupt as error:
-        return _measuring_interrupted(options, measuring[0], error) if measuring else _interrupted(options, error)
+        if not measuring and not _is_whole(options.out, started):
+            return _interrupted(options, error)
+        if not measuring and options.evaluate is not None:
+            measuring.append(_evaluate_command(config, options))
+        return _interrupted_when_whole(options, measuring, error)
     stage("")
     if launch.rank == 0:
         _show_report(report, options)
@@ -285,13 +291,24 @@ def _told_if_whole(options: argparse.Namespace, measuring: Sequence[str]) -> Ite
         raise
 
 
-def _measuring_interrupted(options: argparse.Namespace, command: str, error: KeyboardInterrupt) -> int:
-    """Says how to go on where the merge is finished, and was being measured."""
+def _is_whole(out: Path, since: float) -> bool:
+    """Whether a merge that began at a time, in seconds since the epoch, has finished its folder."""
+    from largemerge.output import REPORT_FILE, WORKING_FOLDER
+
+    try:
+        return (out / REPORT_FILE).stat().st_mtime >= since and not (out / WORKING_FOLDER).exists()
+    except OSError:
+        return False
+
+
+def _interrupted_when_whole(options: argparse.Namespace, measuring: Sequence[str], error: KeyboardInterrupt) -> int:
+    """Says that the merge is finished, and how to go on where it was being measured, or about to be."""
     if own_rank() != 0:
         raise error
     said = str(error) or "interrupted"
     LOGGER.info(said)
-    print(f"\nlargemerge: {said}; {_how_to_measure(options, command)}", file=sys.stderr)
+    what = _how_to_measure(options, measuring[0]) if measuring else f"the merge in {options.out} is whole"
+    print(f"\nlargemerge: {said}; {what}", file=sys.stderr)
     return interrupts.exit_code(error)
 
 

@@ -20,6 +20,7 @@ from task_models import TEXTS, write_language_model, write_texts
 
 import largemerge
 from largemerge.evaluation import evaluate
+from largemerge.output import OutputFolder
 
 
 @pytest.fixture
@@ -125,3 +126,22 @@ def test_the_base_is_named_once(folder: Path) -> None:
     config = evaluation(2) | {"base": "base"}
     with pytest.raises(largemerge.LargemergeError, match=r"--base 'code': the evaluation has the base .*base"):
         largemerge.evaluate(config, ["math"], base="code")
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_merge_that_is_whole_is_said_to_be_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], evaluated: bool
+) -> None:
+    finish = OutputFolder.finish
+
+    def finish_and_be_interrupted(self: OutputFolder, *args: Any, **kwargs: Any) -> Any:
+        finish(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OutputFolder, "finish", finish_and_be_interrupted)
+    more = ["--evaluate", str(folder / "eval.yaml")] if evaluated else []
+    assert exit_code("merge", folder / "merge.yaml", folder / "whole", "--quiet", *more) == 130
+    told = capsys.readouterr().err
+    assert f"the merge in {folder / 'whole'} is whole" in told and "--resume" not in told
+    assert ("largemerge evaluate" in told) == evaluated
+    assert (folder / "whole" / "config.json").is_file()
