@@ -35,22 +35,22 @@ def check_harness(tasks: Sequence[HarnessTask]) -> None:
         raise ConfigError(f"task {names}: kind lm_eval needs EleutherAI's lm-eval; pip install 'largemerge[lm-eval]'")
     manager = _manager(tasks)
     known = set(manager.all_tasks)
-    unknown = [
+    problems = [
         f"task {task.name!r}: lm-eval has no task {each!r}{nearest(each, known)}; expected one of its own, or the path "
         "of a YAML file"
         for task in tasks
         for each in task.tasks
         if _name(each) not in known
     ]
-    unknown += [
+    problems += [
         f"task {task.name!r}: {each} runs what a model writes, as code on this machine; expected 'run_code: true', if "
         "you want that"
         for task in tasks
         for each in task.tasks
         if not task.run_code and _name(each) in known and runs_code(manager, _name(each))
     ]
-    if unknown:
-        raise ConfigError(*unknown)
+    if problems:
+        raise ConfigError(*problems)
 
 
 def runs_code(manager: Any, task: str) -> bool:

@@ -13,7 +13,7 @@ tensors are read for their forward passes anyway, so the averages are made along
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -116,6 +116,12 @@ class RowsOfModels:
     by_rows: bool
     read: Callable[[slice], list[torch.Tensor]]
     write: Callable[[torch.Tensor, slice], None]
+
+    def panels(self, rows_at_once: int) -> Iterator[slice]:
+        """Yields panels of at most so many rows; one of all where they are read and written as a whole only."""
+        step = max(1, rows_at_once) if self.by_rows else self.num_rows
+        for start in range(0, self.num_rows, step):
+            yield slice(start, min(start + step, self.num_rows))
 
 
 def rows_of_models(name: str, dtype: torch.dtype, weights: Weights, *, with_base: bool) -> RowsOfModels:

@@ -70,6 +70,11 @@ class CandidateConfig(Strict):
         """Folder of Gram matrices that stand for the candidate's data; `None` where there is data."""
         return self.calibration.grams if self.calibration is not None else None
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether there are samples of its own: neither an earlier merge's sums, nor Gram matrices, stand for them."""
+        return self.calibration is not None and self.grams is None
+
 
 class MethodParameters(Strict):
     """Settings of the regression methods; what is not set is as the method's row in the table says."""
@@ -360,7 +365,7 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
             yield "sequence.name: is the name of the 'previous' merge, and there is none"
     if config.sequence is not None and config.sequence.keep_sums and config.keeps_samples:
         yield "sequence.keep_samples: stands in place of the sums; expected it, or 'keep_sums'"
-    unseen = [each.label for each in config.candidates if each.calibration is None or each.grams is not None]
+    unseen = [each.label for each in config.candidates if not each.has_samples]
     if config.keeps_samples and unseen and all(each.calibration is not None for each in config.models):
         yield (
             f"sequence.keep_samples: there are no samples of {', '.join(unseen)} here, but sums; expected 'keep_sums', "

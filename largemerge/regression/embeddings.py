@@ -99,9 +99,7 @@ def average_by_token(
     """
     rows = rows_of_models(plan.name, plan.dtype, weights, with_base=False)
     num_columns = weights.inputs.skeleton.model.get_parameter(plan.name).shape[1]
-    step = max(1, AVERAGE_CHUNK_BYTES // (GRAM_DTYPE.itemsize * num_columns)) if rows.by_rows else rows.num_rows
-    for start in range(0, rows.num_rows, step):
-        panel = slice(start, min(start + step, rows.num_rows))
+    for panel in rows.panels(AVERAGE_CHUNK_BYTES // (GRAM_DTYPE.itemsize * num_columns)):
         first_RD, *others = (tensor.to("cpu", GRAM_DTYPE) for tensor in rows.read(panel))
         places_T, counts_KT = counts.of_rows(panel)
         factors_KT = counts_KT / (counts_KT.sum(0) + prior)
@@ -136,7 +134,7 @@ def embedding_problems(config: MergeConfig, head: HeadPlan, embedding: TensorPla
             "parameters.solve: names 'head' and 'embeddings', which are one matrix here (they are tied); expected one "
             "of them"
         )
-    without = [each.label for each in config.candidates if each.calibration is None or each.grams is not None]
+    without = [each.label for each in config.candidates if not each.has_samples]
     if without:
         yield (
             f"parameters.solve: embeddings: counts the tokens of every model's data, which {', '.join(without)} "

@@ -28,7 +28,7 @@ from largemerge.errors import MergeError
 from largemerge.heads import Heads
 from largemerge.matmul import add_product_
 from largemerge.progress import Clock, Watcher
-from largemerge.regression.averages import RowsOfModels, rows_of_models
+from largemerge.regression.averages import rows_of_models
 from largemerge.regression.collect import EngineSettings, SampleRunner
 from largemerge.regression.gram import GRAM_DTYPE, Gram, Scratch
 from largemerge.regression.gram_files import GramReader
@@ -283,7 +283,8 @@ class HeadSolver:
             gram, alphas = self._total(group, sums)
             ridge = relative_ridge(gram, method.ridge, self.settings.num_merged, by_norm=method.by_norm)
             shrinkage = sums.shrinkage(alphas, partial(self._solve_alone, gram, ridge, sum(sums.tokens)))
-            for panel in _panels(rows, group.num_inputs):
+            rows_at_once = panel_bytes(group.num_inputs) // (GRAM_DTYPE.itemsize * group.num_inputs)
+            for panel in rows.panels(rows_at_once):
                 tensors = [tensor.to(self.samples.runner.device, GRAM_DTYPE) for tensor in rows.read(panel)]
                 solved_OI, mean_OI, solution = self._solve_panel(gram, sums, tensors, alphas, ridge, shrinkage)
                 rows.write(solved_OI.to(linear.dtype), panel)
@@ -399,13 +400,6 @@ def _unread(plan: HeadPlan, group: LinearGroup, heads: Heads | None) -> list[str
     tied = () if plan.tied is None else (plan.tied,)
     others = heads.parameters if heads is not None else ()  # which not all models may have
     return [*(linear.name for each in (*later, *tied) for linear in each.linears), *sorted(others)]
-
-
-def _panels(rows: RowsOfModels, num_inputs: int) -> Iterator[slice]:
-    """Panels of rows; one of all of them where they are read and written as a whole only."""
-    step = max(1, panel_bytes(num_inputs) // (GRAM_DTYPE.itemsize * num_inputs)) if rows.by_rows else rows.num_rows
-    for start in range(0, rows.num_rows, step):
-        yield slice(start, min(start + step, rows.num_rows))
 
 
 @dataclass

@@ -208,7 +208,7 @@ class _Prepared:
     Attributes:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
-        token_counts: How often tokens occur in all data; `None` where nobody asked.
+        token_counts: How often tokens occur in all data; `None` where nobody asked, and on other ranks than 0.
         kept_samples: What is kept of the data for a later merge of the sequence, by forward argument, some samples at a
             time; on rank 0.
         calibration: Number of samples and fingerprint of every candidate's data, by name.
@@ -259,7 +259,7 @@ def _prepare(
     for name, record in config.grams.items():
         seen[name] |= {"num_samples": record.num_samples, "data": record.data, "data_sha256": record.data_sha256}
     counts = None
-    if planned.plan.embedding is not None:
+    if planned.plan.embedding is not None and ranks.is_first:
         skeleton, name = planned.inputs.skeleton, planned.plan.embedding.name
         num_rows = skeleton.model.get_parameter(name).shape[0]
         counts = count_tokens(calibration, config.shares, num_rows, arguments_of(skeleton, name))
@@ -471,7 +471,7 @@ class Job:
     Attributes:
         planned: The plan, with the inputs and the trace that it was made from.
         samples: This rank's part of the calibration data.
-        token_counts: How often tokens occur in all data; `None` where nobody asked.
+        token_counts: How often tokens occur in all data; `None` where nobody asked, and on other ranks than 0.
         kept_samples: What is kept of the data for a later merge of the sequence, by forward argument, some samples at a
             time; on rank 0, until it is written.
         shards: Layout of the output's files.

@@ -170,6 +170,11 @@ class MergePlan:
         return sum(tensor.num_bytes for tensor in self.kept_sums.values())
 
     @property
+    def num_kept_samples(self) -> int:
+        """Number of samples that are kept for a later merge."""
+        return len(self.kept_samples.rows) if self.kept_samples is not None else 0
+
+    @property
     def output_dtype(self) -> torch.dtype:
         """The floating-point dtype in which most bytes of the output are written."""
         num_bytes: Counter[torch.dtype] = Counter()

@@ -243,8 +243,8 @@ class MergeReport:
         if self._in_sequence:
             merged = ", ".join(f"{model.name} {model.weight:g}" for model in merged_models(self.plan))
             kept = f"; sums kept: {gib(self.plan.sums_bytes)}" if self.config.keeps_sums else "; no sums kept"
-            if self.plan.kept_samples is not None:
-                kept = f"; {counted(len(self.plan.kept_samples.rows), 'sample')} kept: {gib(self.plan.sums_bytes)}"
+            if self.plan.num_kept_samples:
+                kept = f"; {counted(self.plan.num_kept_samples, 'sample')} kept: {gib(self.plan.sums_bytes)}"
             table.add_row("in sequence", merged + kept)
         seen = (f"{name} {entry['tokens']:,}" for name, entry in self.calibration.items())
         table.add_row("tokens seen", ", ".join(seen))
@@ -365,16 +365,10 @@ def write_side_files(
         ),
         encoding="utf-8",
     )
-    kept = planned.plan.kept_samples
-    if report is not None and (config.keeps_sums or kept is not None):
-        record = make_record(
-            config,
-            planned.plan.blocks,
-            planned.plan.head,
-            merged_models(planned.plan),
-            report.linears,
-            len(kept.rows) if kept is not None else 0,
-        )
+    plan = planned.plan
+    if report is not None and (config.keeps_sums or plan.num_kept_samples):
+        models, linears = merged_models(plan), report.linears
+        record = make_record(config, plan.blocks, plan.head, models, linears, plan.num_kept_samples)
         (path / RECORD_FILE).parent.mkdir()
         (path / RECORD_FILE).write_text(record.to_text(), encoding="utf-8")
 
@@ -395,10 +389,5 @@ def _card_sections(planned: PlannedMerge, report: MergeReport | None) -> str:
     if config.sequence is None:
         return sections
     num_before = len(config.merged_before.models) if config.merged_before is not None else 0
-    kept = planned.plan.kept_samples
-    return sections + sequence_section(
-        merged_models(planned.plan),
-        num_before,
-        keeps_sums=config.keeps_sums,
-        num_samples=len(kept.rows) if kept is not None else 0,
-    )
+    models, num_samples = merged_models(planned.plan), planned.plan.num_kept_samples
+    return sections + sequence_section(models, num_before, keeps_sums=config.keeps_sums, num_samples=num_samples)

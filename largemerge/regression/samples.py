@@ -85,9 +85,10 @@ def read_all(
     tokens = inputs.tokens
     with shared_tokenizers():
         for candidate, checkpoint in zip(config.candidates, inputs.candidates, strict=True):
-            if candidate.calibration is None or candidate.grams is not None:  # an earlier merge, or kept sums
+            if not candidate.has_samples:
                 results.append(nothing(checkpoint.name))
                 continue
+            assert candidate.calibration is not None
             of_candidate = signature
             if tokens is not None:
                 stored = inputs.stored[checkpoint.name]
