@@ -161,11 +161,8 @@ def check_compared(mapping: Mapping[str, Any], folder: Path | None) -> Compared:
     checked = api.read_mapping(mapping, folder)
     raw = copy.deepcopy(without_helpers(mapping, type(checked).model_fields))
     resolved = checked.model_dump(mode="json", exclude_unset=True)
-    for key in ("base_model", "models", "memory", "sequence"):  # their paths are absolute now
-        if key in raw:
-            raw[key] = resolved[key]
-    for key in ("models", "slices", "modules"):
-        if key in raw and key in resolved:
+    for key in ("base_model", "models", "memory", "sequence", "slices", "modules", "tokenizer_source", "tokenizer"):
+        if key in raw and key in resolved:  # paths are absolute there, and models that settings name have their names
             raw[key] = resolved[key]
     return Compared(raw, checked)
 
@@ -448,7 +445,20 @@ def _of_method(raw: Mapping[str, Any], method: str) -> dict[str, Any]:
         made.pop("base_model", None)  # it was no model to be merged before
     models = list(made.get("models", ()))
     made["models"] = [_without_data(model, method, len(models)) for model in models]
+    references = {model["name"]: model["model"] for model in models if "name" in model}
+    made |= {key: _by_reference(made[key], references) for key in ("tokenizer_source", "tokenizer") if key in made}
     return made
+
+
+def _by_reference(settings: Any, references: Mapping[str, str]) -> Any:
+    """Settings of the tokenizer with models by reference, as merges without data call them, in place of names."""
+    if isinstance(settings, str):
+        return references.get(settings, settings)
+    if not isinstance(settings, Mapping):
+        return settings
+    tokens = {token: _by_reference(each, references) for token, each in dict(settings.get("tokens") or {}).items()}
+    named = {key: _by_reference(settings[key], references) for key in ("source", "model") if key in settings}
+    return {**settings, **named, **({"tokens": tokens} if tokens else {})}
 
 
 def _without_data(model: Mapping[str, Any], method: str, count: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -530,3 +530,27 @@ def test_a_task_that_no_model_is_measured_in_needs_its_expert() -> None:
 def test_one_method_needs_no_list(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--methods lineal: no method; did you mean 'linear'"):
         largemerge.compare(config, out=tmp_path / "out", methods="lineal")
+
+
+@pytest.mark.parametrize("settings", [{"tokenizer_source": "./{}"}, {"tokenizer": {"source": "./{}"}}], ids=str)
+def test_the_tokenizers_model_is_found_from_anywhere(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    model = Path(config["models"][1]["model"])
+    given = json.loads(json.dumps(settings).replace("{}", model.name))
+    config["models"] = [{**each, "model": f"./{Path(each['model']).name}"} for each in config["models"]]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    compared = check_compared(config | given, model.parent)
+    problems: list[str] = []
+    trials = make_trials(compared, ["regmean", "linear"], {}, {}, 1, problems)
+    assert not problems and all(isinstance(trial, Trial) for trial in trials)
+    named, referenced = (trial.raw for trial in trials if isinstance(trial, Trial))
+    (key,) = given
+
+    def source(raw: Mapping[str, Any]) -> Any:
+        return raw[key] if key == "tokenizer_source" else raw[key]["source"]
+
+    assert (source(named), source(referenced)) == (compared.raw["models"][1]["name"], str(model))
+    assert source(check_compared({**referenced, key: given[key]}, model.parent).raw) == str(model)
