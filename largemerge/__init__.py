@@ -17,7 +17,8 @@ TYPE_CHECKING = False  # that of `typing`, whose import would take longer than a
 if TYPE_CHECKING:
     from typing import Any
 
-    from largemerge.api import Memory, cluster, evaluate, gram, merge, plan, report, verify
+    from largemerge.adapter_tools.report import ExtractReport
+    from largemerge.api import Memory, cluster, evaluate, extract_lora, gram, merge, plan, report, verify
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.errors import (
@@ -51,6 +52,7 @@ __all__ = [
     "DataFreePlan",
     "DataFreeReport",
     "Evaluation",
+    "ExtractReport",
     "GramReport",
     "InstallationError",
     "LargemergeError",
@@ -66,6 +68,7 @@ __all__ = [
     "cluster",
     "compare",
     "evaluate",
+    "extract_lora",
     "gram",
     "load_config",
     "merge",
@@ -84,6 +87,7 @@ _LAZY = {
     "DataFreePlan": "largemerge.data_free.plan",
     "DataFreeReport": "largemerge.data_free.report",
     "Evaluation": "largemerge.evaluation.results",
+    "ExtractReport": "largemerge.adapter_tools.report",
     "GramReport": "largemerge.regression.gram_run",
     "InstallationError": _ERRORS,
     "LargemergeError": _ERRORS,
@@ -98,6 +102,7 @@ _LAZY = {
     "cluster": "largemerge.api",
     "compare": "largemerge.trials.run",
     "evaluate": "largemerge.api",
+    "extract_lora": "largemerge.api",
     "gram": "largemerge.api",
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",
