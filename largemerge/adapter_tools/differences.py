@@ -239,7 +239,8 @@ def _config_notes(models: Mapping[str, ClassifiedModel]) -> list[str]:
         for name, each in models.items()
     }
     found = compare_configs(configs, BASE)
-    return [f"warning: {crime}; the adapter does not change the base's config" for crime in found.crimes]
+    told = [*found.crimes, *(note.partition("; the output takes")[0] for note in found.notes)]
+    return [f"warning: {each}; an adapter does not change the base's config" for each in told]
 
 
 def _paired(

@@ -107,7 +107,7 @@ def test_a_lower_rank_is_the_truncated_svd(name: str, rank: int, tmp_path: Path)
         values = torch.linalg.svdvals(delta).square()
         for own, share in each.kept.items():
             assert share == pytest.approx((values[:own].sum() / values.sum()).item(), rel=1e-5)
-        assert each.relative_error == pytest.approx(((delta - best).norm() / delta.norm()).item(), rel=1e-4)
+        assert each.relative_error == pytest.approx(((delta - best).norm() / delta.norm()).item(), rel=1e-4, abs=1e-6)
         total, kept = total + values.sum().item(), kept + values[:rank].sum().item()
     assert report.kept[rank] == pytest.approx(kept / total, rel=1e-5)
     assert list(report.kept) == ranks_shown(rank)
@@ -380,7 +380,7 @@ def test_models_that_give_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="have the same weights"):
         largemerge.extract_lora(tmp_path / "base", tmp_path / "base", tmp_path / "out")
     tiny_models.build("gpt2").save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="is a 'gpt2' model, and .* a 'llama' model"):
+    with pytest.raises(CheckpointError, match=r"is a 'gpt2' model, and .* a 'llama' model"):
         largemerge.extract_lora(tmp_path / "other", tmp_path / "base", tmp_path / "out")
     with pytest.raises(CheckpointError) as caught:
         largemerge.extract_lora("./nowhere", "./nothing", tmp_path / "out")
@@ -447,7 +447,7 @@ def test_names_mean_just_the_modules_that_are_meant() -> None:
     assert names_to_save(["a.0.norm", "a.1.norm"], modules) == (["a.0.norm", "a.1.norm"], ["a.0.norm", "a.1.norm"])
     names, taken = names_to_save(["norm"], modules)
     assert names == ["norm"] and taken == ["a.0.norm", "a.1.norm", "norm", "b.final_norm"]
-    assert names_to_save(["a", "a.0.norm"], modules)[1] == ["a"]
+    assert names_to_save(["b", "b.norm"], ["b", "b.norm", "b.q"]) == (["b"], ["b"])
     assert rank_pattern({"a.0.q": 4, "a.1.q": 4, "b.k": 8}, 8) == {"q": 4}
     assert rank_pattern({"a.0.q": 4, "a.1.q": 8}, 8) == {r"a\.0\.q": 4}
     assert [ranks_shown(rank) for rank in (1, 2, 3, 32)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8, 16, 32]]
