@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ from largemerge.adapter_tools.differences import (
     open_pair,
     stored_dtype,
 )
+from largemerge.adapter_tools.folder import (
+    CARD_FILE,
+    REPORT_FILES,
+    check_out,
+    check_room,
+    finish_part,
+    remove_earlier,
+    tell,
+)
 from largemerge.adapter_tools.peft_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -52,22 +61,20 @@ from largemerge.adapter_tools.peft_files import (
 from largemerge.adapter_tools.report import ExtractReport, LeftOut, MatrixReport, model_card, ranks_shown
 from largemerge.checkpoint.adapter_targets import timed_match
 from largemerge.checkpoint.locate import split_reference
-from largemerge.checkpoint.room import Need, room_problems
-from largemerge.checkpoint.side_files import strangers
 from largemerge.checkpoint.tensor_info import LAYER_NUMBER, OutputTensor
 from largemerge.checkpoint.writer import NotFiniteError, Shard, ShardWriter, layout_file, stored_sizes
 from largemerge.config_file import nearest, shown
 from largemerge.data_free.methods.svd import singular_vectors, sum_of_squares
 from largemerge.devices import choose_device
-from largemerge.errors import CheckpointError, ConfigError, MergeError, OutputError
+from largemerge.errors import CheckpointError, ConfigError, MergeError
 from largemerge.log import LOGGER
 from largemerge.machine import MemoryWatch
-from largemerge.output import WORKING_FOLDER, InputWatch, OutputFolder, PartKind, check_output, open_output
+from largemerge.output import InputWatch, OutputFolder, PartKind, open_output
 from largemerge.progress import StepBar, stage
 from largemerge.text_files import json_text
 from largemerge.units import counted, gib
 
-REPORT_FILE, CARD_FILE = "extract_report.json", "README.md"
+REPORT_FILE = REPORT_FILES[0]
 _ROWS_AT_ONCE = 1024
 _EIGH_COPIES = 5  # of a float64 Gram matrix: itself, its eigenvectors, and LAPACK's workspace of two and more
 _PATTERN_SECONDS = 2.0
@@ -237,7 +244,7 @@ def extract(
         models = open_pair(options.fine_tuned, options.base, trust_remote_code=options.trust_remote_code)
         _check_targets(models, options.targets)
         inputs = _folders(models)
-        _check_out(out, inputs, resume=resume, force=force)
+        check_out(out, inputs, resume=resume, force=force)
         watch = InputWatch(_checkpoints(models), {})
         with models.reading() as reader:
             with StepBar(len(models.pairs), console) as bar:
@@ -246,10 +253,10 @@ def extract(
             tensors = _tensors(models, contents, options.dtype)
             shard = layout_file(WEIGHTS_FILE, tensors)
             plan = _plan(models, contents, options, shard)
-            _check_room(out, shard)
-            _tell(console, str(plan))
+            check_room(out, shard)
+            tell(console, str(plan))
             for note in plan.notes:
-                _tell(console, f"{'' if note.startswith('warning: ') else 'note: '}{note}")
+                tell(console, f"{'' if note.startswith('warning: ') else 'note: '}{note}")
             if planned is not None:
                 planned(plan)
             manifest = _manifest(models, options, shard)
@@ -287,7 +294,7 @@ def extract(
                     REPORT_FILE: json_text({**report.to_json(), "digests": digests}, indent=2) + "\n",
                     CONFIG_FILE: json.dumps(_config(models, contents, options), indent=2) + "\n",
                 }
-                folder.finish_records((shard,), records, _remove_earlier)
+                folder.finish_records((shard,), records, remove_earlier)
         return report
 
 
@@ -452,30 +459,6 @@ def _checkpoints(models: ModelPair) -> list[Any]:
     return [*own, *(each.checkpoint for each in models.adapters.values())]
 
 
-def _check_out(out: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
-    """Refuses an output folder that is in the way, before the long work.
-
-    Raises:
-        OutputError: If it is, or holds what peft or Transformers would load and no adapter is made of.
-    """
-    if (out / "config.json").exists():
-        raise OutputError(f"{out} holds a checkpoint, and --force would not replace it; choose another folder")
-    check_output(out, inputs, resume=resume, force=force)
-    if force and out.is_dir():
-        others = [name for name in strangers(out, [CONFIG_FILE, WEIGHTS_FILE]) if not name.startswith("adapter_model")]
-        if others:
-            raise OutputError(
-                f"{out} holds {', '.join(others[:5])}, which would be loaded with the adapter, and which --force would "
-                "not replace; choose another folder"
-            )
-
-
-def _check_room(out: Path, shard: Shard) -> None:
-    problems = room_problems([Need(out, shard.num_bytes, "the adapter", reuses=out / WORKING_FOLDER)])
-    if problems:
-        raise OutputError(*problems)
-
-
 def _tensors(models: ModelPair, contents: Contents, dtype: torch.dtype) -> dict[str, OutputTensor]:
     """Lists the tensors of the adapter's file."""
     tensors: dict[str, OutputTensor] = {}
@@ -567,12 +550,12 @@ def _write_all(
         if matrix.path in folder.entries:
             continue
         measured = _write_matrix(reader, matrix, options, device, writer)
-        _finish_part(matrix.path, factor_names(matrix.path), measured, folder, writer)
+        finish_part(matrix.path, factor_names(matrix.path), measured, folder, writer)
         yield matrix.path
     for name, source in contents.whole.sources.items():
         if name not in folder.entries:
             writer.write(name, reader.fine_tuned(source).contiguous())
-            _finish_part(name, (name,), {}, folder, writer)
+            finish_part(name, (name,), {}, folder, writer)
             yield name
 
 
@@ -598,13 +581,6 @@ def _error(delta_OI: torch.Tensor, factors: Factors) -> float:
         rows = slice(start, start + _ROWS_AT_ONCE)
         delta_OI[rows].sub_(up[rows] @ down)
     return sum_of_squares(delta_OI)
-
-
-def _finish_part(
-    part: str, names: Collection[str], measured: Mapping[str, Any], folder: OutputFolder, writer: ShardWriter
-) -> None:
-    writer.flush()
-    folder.record(part, {"digests": writer.take_digests(names), **measured})
 
 
 # What is said of it
@@ -652,15 +628,3 @@ def _config(models: ModelPair, contents: Contents, options: ExtractOptions) -> d
         biases=contents.whole.biases,
         ties=contents.whole.ties,
     )
-
-
-def _tell(console: Console, text: str) -> None:
-    LOGGER.debug("%s", text)
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def _remove_earlier(out: Path, kept: Collection[Path]) -> None:
-    """Removes an adapter that lies in a folder: what makes it one first."""
-    for path in (out / CONFIG_FILE, out / REPORT_FILE, *sorted(out.glob("adapter_model*"))):
-        if path not in kept and path.is_file():
-            path.unlink()
