@@ -17,8 +17,20 @@ TYPE_CHECKING = False  # that of `typing`, whose import would take longer than a
 if TYPE_CHECKING:
     from typing import Any
 
+    from largemerge.adapter_tools.merge import AdapterMergeReport
     from largemerge.adapter_tools.report import ExtractReport
-    from largemerge.api import Memory, cluster, evaluate, extract_lora, gram, merge, plan, report, verify
+    from largemerge.api import (
+        Memory,
+        cluster,
+        evaluate,
+        extract_lora,
+        gram,
+        merge,
+        merge_adapters,
+        plan,
+        report,
+        verify,
+    )
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.errors import (
@@ -44,6 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterMergeReport",
     "ArchitectureError",
     "CalibrationError",
     "CheckpointError",
@@ -72,6 +85,7 @@ __all__ = [
     "gram",
     "load_config",
     "merge",
+    "merge_adapters",
     "plan",
     "report",
     "verify",
@@ -79,6 +93,7 @@ __all__ = [
 
 _ERRORS = "largemerge.errors"
 _LAZY = {
+    "AdapterMergeReport": "largemerge.adapter_tools.merge",
     "ArchitectureError": _ERRORS,
     "CalibrationError": _ERRORS,
     "CheckpointError": _ERRORS,
@@ -106,6 +121,7 @@ _LAZY = {
     "gram": "largemerge.api",
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",
+    "merge_adapters": "largemerge.api",
     "plan": "largemerge.api",
     "report": "largemerge.api",
     "verify": "largemerge.api",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from largemerge.adapter_tools.extract import ExtractPlan
+    from largemerge.adapter_tools.merge import AdapterMergeReport
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
@@ -646,6 +647,50 @@ def extract_lora(
     asked["targets"] = tuple(targets) if targets is not None else None
     chosen = ExtractOptions(str(fine_tuned), str(base), dtype=torch_dtype(dtype), **asked)
     return extract(chosen, Path(out), **options)
+
+
+@explain_failures()
+def merge_adapters(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+) -> AdapterMergeReport:
+    """Merges LoRA adapters of one base into one adapter, by their factors: the base is not opened.
+
+    Args:
+        config: The path of a YAML file, or a mapping like it: `merge_method` (`cat`, `svd`, `linear`, `ties`), `models`
+            that are adapters, and `parameters`.
+        out: The output folder; new or empty unless `resume` or `force`.
+        resume: Go on with an interrupted run.
+        force: Replace the adapter that is in `out`, once the new one is finished.
+        quiet: Show no progress.
+
+    Returns:
+        The report; the same is in `out/merge_adapters_report.json`.
+
+    Raises:
+        LargemergeError: If anything is wrong with config, adapters or output.
+    """
+    from largemerge.adapter_tools.merge_config import load_adapter_merge
+
+    options: dict[str, Any] = {"resume": resume, "force": force, "quiet": quiet}
+    problems = list(argument_problems({"out": out, **options}))
+    try:
+        loaded = load_adapter_merge(config)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    if problems:
+        raise ConfigError(*problems)
+    if several_processes():
+        raise ConfigError("merge-adapters is for one process; start it without a launcher")
+    if isinstance(config, str | Path):
+        check_apart(Path(config), Path(out))
+    from largemerge.adapter_tools.merge import merge_adapters as merge_them
+
+    return merge_them(loaded, Path(out), **options)
 
 
 def check_apart(config: Path, out: Path) -> None:

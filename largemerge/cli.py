@@ -39,6 +39,7 @@ from largemerge.text_files import json_text
 
 if TYPE_CHECKING:
     from largemerge.adapter_tools.extract import ExtractPlan
+    from largemerge.adapter_tools.merge import AdapterMergeReport
     from largemerge.api import Cluster, Config, Memory, Plan, Report
     from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
@@ -229,6 +230,33 @@ def _extract_lora(options: argparse.Namespace) -> int:
     return 0
 
 
+def _merge_adapters(options: argparse.Namespace) -> int:
+    if read_launch().size > 1:
+        raise ConfigError("merge-adapters is for one process; start it without a launcher")
+    from largemerge import api
+    from largemerge.adapter_tools.merge_config import load_adapter_merge
+
+    load_adapter_merge(options.config)  # before torch and Transformers are imported, which takes seconds
+    _quiet_libraries()
+    stage("importing torch")
+    with _importing(options):
+        import largemerge.adapter_tools.merge  # noqa: F401
+    if options.own_process:
+        interrupts.raising()
+    try:
+        with output_kept(own_process=options.own_process):
+            report = api.merge_adapters(
+                options.config, options.out, resume=options.resume, force=options.force, quiet=options.quiet
+            )
+    except KeyboardInterrupt as error:
+        return _interrupted(options, error)
+    stage("")
+    if options.quiet:
+        _print_warnings(report)
+    _show_report(report, options)
+    return 0
+
+
 def _show_report(report: Report, options: argparse.Namespace) -> None:
     """Shows the report of a finished merge: as JSON, or as a table unless all is to be quiet."""
     LOGGER.debug("report: %s", json_text(report.to_json()))
@@ -265,13 +293,13 @@ def _told_to_all(launch: Launch, options: argparse.Namespace) -> Iterator[None]:
 
 def _check_log_file(options: argparse.Namespace) -> None:
     """Refuses a log in the output folder, which would be found not to be empty."""
-    if options.log_file is not None and options.command in ("merge", "gram", "extract-lora"):
+    if options.log_file is not None and options.command in ("merge", "gram", "extract-lora", "merge-adapters"):
         out, log = os.path.realpath(options.out), os.path.realpath(options.log_file)
         if os.path.commonpath([out, log]) == out:
             raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
 
 
-def _print_warnings(plan: Plan | GramReport | ExtractPlan) -> None:
+def _print_warnings(plan: Plan | GramReport | ExtractPlan | AdapterMergeReport) -> None:
     """Prints the warnings of a plan before the long work, or of a report that has no plan after it."""
     from largemerge.config_file import WARNING
 
@@ -514,6 +542,7 @@ COMMANDS = {
     "plan": _plan,
     "gram": _gram,
     "extract-lora": _extract_lora,
+    "merge-adapters": _merge_adapters,
     "verify": _verify,
     "evaluate": _evaluate,
     "compare": _compare,
@@ -763,6 +792,14 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
     _add_log_options(extract).add_argument("--quiet", action="store_true", help="no progress, no closing table")
     extract.set_defaults(intermediate_dir=None)
+    adapters = commands.add_parser("merge-adapters", help="merge LoRA adapters of one base into one adapter")
+    adapters.add_argument("config", type=Path, help="a YAML file whose models are adapters")
+    adapters.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    adapters.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    adapters.add_argument("--force", action="store_true", help="replace the adapter in OUT, once all is written")
+    adapters.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
+    _add_log_options(adapters).add_argument("--quiet", action="store_true", help="no progress, no closing table")
+    adapters.set_defaults(intermediate_dir=None)
     verify = commands.add_parser("verify", help="check that a finished merge is as it was written, and loads")
     verify.add_argument("out", type=Path, metavar="OUT", help="the output folder")
     verify.add_argument("--trust-remote-code", action="store_true", help="allow the folder's own Python code")
