@@ -17,7 +17,20 @@ TYPE_CHECKING = False  # that of `typing`, whose import would take longer than a
 if TYPE_CHECKING:
     from typing import Any
 
-    from largemerge.api import Memory, cluster, evaluate, gram, merge, plan, report, verify
+    from largemerge.adapter_tools.merge import AdapterMergeReport
+    from largemerge.adapter_tools.report import ExtractReport
+    from largemerge.api import (
+        Memory,
+        cluster,
+        evaluate,
+        extract_lora,
+        gram,
+        merge,
+        merge_adapters,
+        plan,
+        report,
+        verify,
+    )
     from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.errors import (
@@ -43,6 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterMergeReport",
     "ArchitectureError",
     "CalibrationError",
     "CheckpointError",
@@ -51,6 +65,7 @@ __all__ = [
     "DataFreePlan",
     "DataFreeReport",
     "Evaluation",
+    "ExtractReport",
     "GramReport",
     "InstallationError",
     "LargemergeError",
@@ -66,9 +81,11 @@ __all__ = [
     "cluster",
     "compare",
     "evaluate",
+    "extract_lora",
     "gram",
     "load_config",
     "merge",
+    "merge_adapters",
     "plan",
     "report",
     "verify",
@@ -76,6 +93,7 @@ __all__ = [
 
 _ERRORS = "largemerge.errors"
 _LAZY = {
+    "AdapterMergeReport": "largemerge.adapter_tools.merge",
     "ArchitectureError": _ERRORS,
     "CalibrationError": _ERRORS,
     "CheckpointError": _ERRORS,
@@ -84,6 +102,7 @@ _LAZY = {
     "DataFreePlan": "largemerge.data_free.plan",
     "DataFreeReport": "largemerge.data_free.report",
     "Evaluation": "largemerge.evaluation.results",
+    "ExtractReport": "largemerge.adapter_tools.report",
     "GramReport": "largemerge.regression.gram_run",
     "InstallationError": _ERRORS,
     "LargemergeError": _ERRORS,
@@ -98,9 +117,11 @@ _LAZY = {
     "cluster": "largemerge.api",
     "compare": "largemerge.trials.run",
     "evaluate": "largemerge.api",
+    "extract_lora": "largemerge.api",
     "gram": "largemerge.api",
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",
+    "merge_adapters": "largemerge.api",
     "plan": "largemerge.api",
     "report": "largemerge.api",
     "verify": "largemerge.api",

@@ -9,10 +9,11 @@ Plans and reports of both kinds follow the same protocol, so that the command li
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from largemerge.config_file import check_source, read_documents, shown, size_in_bytes
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
@@ -25,6 +26,9 @@ from largemerge.regression.methods import METHODS as REGRESSION_METHODS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from largemerge.adapter_tools.extract import ExtractPlan
+    from largemerge.adapter_tools.merge import AdapterMergeReport
+    from largemerge.adapter_tools.report import ExtractReport
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.data_free.resources import MemoryBudget
@@ -123,8 +127,15 @@ def _is_path(value: object) -> bool:
         return False
 
 
-_MAX_NAME_BYTES = 255
+def _is_text(value: object) -> bool:
+    """Whether a value is some text, short enough to be the name or pattern of a module."""
+    return isinstance(value, str) and bool(value.strip()) and len(value) <= _MAX_PATTERN
+
+
+_MAX_NAME_BYTES, _MAX_PATTERN = 255, 10_000
 _MAX_RANKS = 4096
+_MAX_RANK = 1 << 16  # of an adapter
+_DTYPES = Literal["float32", "bfloat16", "float16"]
 _FLAG = (lambda value: isinstance(value, bool), "True or False")
 _RANKS = (lambda value: type(value) is int and 1 <= value <= _MAX_RANKS, f"a whole number from 1 to {_MAX_RANKS}")
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -136,10 +147,18 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cluster": (lambda value: value is None or hasattr(value, "num_ranks"), "largemerge.cluster(num_nodes=…)"),
     "limit": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
     "num_trials": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
+    **dict.fromkeys(("fine_tuned", "base"), (_is_path, "a folder or a Hub id")),
+    "rank": (lambda value: type(value) is int and 1 <= value <= _MAX_RANK, f"a whole number from 1 to {_MAX_RANK}"),
+    "targets": (
+        lambda value: value is None or (isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))),
+        "names of modules, or patterns of their paths",
+    ),
+    "dtype": (lambda value: value in typing.get_args(_DTYPES), f"one of {', '.join(typing.get_args(_DTYPES))}"),
     "num_ranks": _RANKS,
     "num_nodes": _RANKS,
     "gpus_per_node": _RANKS,
     **dict.fromkeys(("resume", "force", "quiet", "verify", "strict", "probe", "from_config", "keep_all"), _FLAG),
+    **dict.fromkeys(("save_others", "trust_remote_code"), _FLAG),
 }
 """What arguments of the public functions may be: a check, and words for it."""
 _OPTIONS = frozenset(
@@ -156,6 +175,11 @@ _OPTIONS = frozenset(
         "from_config",
         "keep_all",
         "num_trials",
+        "rank",
+        "targets",
+        "save_others",
+        "dtype",
+        "trust_remote_code",
     )
 )
 """Arguments that the command line has under the same names."""
@@ -559,6 +583,114 @@ def gram(
     from largemerge.regression.gram_run import write_grams
 
     return write_grams(limited(resolved, memory or Memory()), Path(out), **options)
+
+
+@explain_failures()
+def extract_lora(
+    fine_tuned: str | Path,
+    base: str | Path,
+    out: str | Path,
+    *,
+    rank: int = 32,
+    targets: str | Sequence[str] | None = None,
+    save_others: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+    trust_remote_code: bool = False,
+    planned: Callable[[ExtractPlan], None] | None = None,
+) -> ExtractReport:
+    """Writes the difference of two models as a LoRA adapter, which peft loads as it is.
+
+    Args:
+        fine_tuned: The fine-tuned model: a folder or Hub id, with `@revision` and `+adapter` if wanted.
+        base: The model that it was tuned from.
+        out: The output folder; new or empty unless `resume` or `force`.
+        rank: Rank of the adapter. Matrices that are smaller get all of theirs.
+        targets: Names of modules such as `q_proj`, or regular expressions of whole paths; by default all linears that
+            differ.
+        save_others: Write what differs and is no linear's weight as whole tensors (`modules_to_save`, biases).
+        dtype: Dtype of the factors.
+        device: `auto`, `cpu`, `cuda:0`, …, on which matrices are decomposed.
+        resume: Go on with an interrupted run.
+        force: Replace the adapter that is in `out`, once the new one is finished.
+        quiet: Show no progress.
+        trust_remote_code: Allow the checkpoints' own Python code.
+        planned: Called with the plan before the long work.
+
+    Returns:
+        The report; the same is in `out/extract_report.json`.
+
+    Raises:
+        LargemergeError: If anything is wrong with arguments, models or output.
+    """
+    targets = (targets,) if isinstance(targets, str) else targets
+    options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet, "planned": planned}
+    asked: dict[str, Any] = {
+        "rank": rank,
+        "targets": targets,
+        "save_others": save_others,
+        "trust_remote_code": trust_remote_code,
+    }
+    problems = list(
+        argument_problems({"fine_tuned": fine_tuned, "base": base, "out": out, "dtype": dtype, **options, **asked})
+    )
+    if problems:
+        raise ConfigError(*problems)
+    if several_processes():
+        raise ConfigError("extract-lora is for one process; start it without a launcher")
+    from largemerge.adapter_tools.extract import ExtractOptions, extract
+    from largemerge.checkpoint.tensor_info import torch_dtype
+
+    asked["targets"] = tuple(targets) if targets is not None else None
+    chosen = ExtractOptions(str(fine_tuned), str(base), dtype=torch_dtype(dtype), **asked)
+    return extract(chosen, Path(out), **options)
+
+
+@explain_failures()
+def merge_adapters(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+) -> AdapterMergeReport:
+    """Merges LoRA adapters of one base into one adapter, by their factors: the base is not opened.
+
+    Args:
+        config: The path of a YAML file, or a mapping like it: `merge_method` (`cat`, `svd`, `linear`, `ties`), `models`
+            that are adapters, and `parameters`.
+        out: The output folder; new or empty unless `resume` or `force`.
+        resume: Go on with an interrupted run.
+        force: Replace the adapter that is in `out`, once the new one is finished.
+        quiet: Show no progress.
+
+    Returns:
+        The report; the same is in `out/merge_adapters_report.json`.
+
+    Raises:
+        LargemergeError: If anything is wrong with config, adapters or output.
+    """
+    from largemerge.adapter_tools.merge_config import load_adapter_merge
+
+    options: dict[str, Any] = {"resume": resume, "force": force, "quiet": quiet}
+    problems = list(argument_problems({"out": out, **options}))
+    try:
+        loaded = load_adapter_merge(config)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    if problems:
+        raise ConfigError(*problems)
+    if several_processes():
+        raise ConfigError("merge-adapters is for one process; start it without a launcher")
+    if isinstance(config, str | Path):
+        check_apart(Path(config), Path(out))
+    from largemerge.adapter_tools.merge import merge_adapters as merge_them
+
+    return merge_them(loaded, Path(out), **options)
 
 
 def check_apart(config: Path, out: Path) -> None:

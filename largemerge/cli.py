@@ -38,6 +38,8 @@ from largemerge.streams import leave, output_kept, safe_streams
 from largemerge.text_files import json_text
 
 if TYPE_CHECKING:
+    from largemerge.adapter_tools.extract import ExtractPlan
+    from largemerge.adapter_tools.merge import AdapterMergeReport
     from largemerge.api import Cluster, Config, Memory, Plan, Report
     from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
@@ -186,6 +188,75 @@ def _gram(options: argparse.Namespace) -> int:
     return 0
 
 
+def _extract_lora(options: argparse.Namespace) -> int:
+    if read_launch().size > 1:
+        raise ConfigError("extract-lora is for one process; start it without a launcher")
+    _quiet_libraries()
+    from largemerge import api
+
+    stage("importing torch and Transformers")
+    with _importing(options):
+        import largemerge.adapter_tools.extract  # noqa: F401
+    if options.own_process:
+        interrupts.raising()
+    from largemerge.machine import reuse_freed_memory
+
+    def planned(plan: ExtractPlan) -> None:
+        if options.quiet:
+            _print_warnings(plan)
+
+    reuse_freed_memory(sparingly=True)
+    try:
+        with output_kept(own_process=options.own_process):
+            report = api.extract_lora(
+                options.fine_tuned,
+                options.base,
+                options.out,
+                rank=options.rank,
+                targets=options.targets,
+                save_others=options.save_others,
+                dtype=options.dtype,
+                device=options.device,
+                resume=options.resume,
+                force=options.force,
+                quiet=options.quiet,
+                trust_remote_code=options.trust_remote_code,
+                planned=planned,
+            )
+    except KeyboardInterrupt as error:
+        return _interrupted(options, error)
+    stage("")
+    _show_report(report, options)
+    return 0
+
+
+def _merge_adapters(options: argparse.Namespace) -> int:
+    if read_launch().size > 1:
+        raise ConfigError("merge-adapters is for one process; start it without a launcher")
+    from largemerge import api
+    from largemerge.adapter_tools.merge_config import load_adapter_merge
+
+    load_adapter_merge(options.config)  # before torch and Transformers are imported, which takes seconds
+    _quiet_libraries()
+    stage("importing torch")
+    with _importing(options):
+        import largemerge.adapter_tools.merge  # noqa: F401
+    if options.own_process:
+        interrupts.raising()
+    try:
+        with output_kept(own_process=options.own_process):
+            report = api.merge_adapters(
+                options.config, options.out, resume=options.resume, force=options.force, quiet=options.quiet
+            )
+    except KeyboardInterrupt as error:
+        return _interrupted(options, error)
+    stage("")
+    if options.quiet:
+        _print_warnings(report)
+    _show_report(report, options)
+    return 0
+
+
 def _show_report(report: Report, options: argparse.Namespace) -> None:
     """Shows the report of a finished merge: as JSON, or as a table unless all is to be quiet."""
     LOGGER.debug("report: %s", json_text(report.to_json()))
@@ -222,13 +293,13 @@ def _told_to_all(launch: Launch, options: argparse.Namespace) -> Iterator[None]:
 
 def _check_log_file(options: argparse.Namespace) -> None:
     """Refuses a log in the output folder, which would be found not to be empty."""
-    if options.log_file is not None and options.command in ("merge", "gram"):
+    if options.log_file is not None and options.command in ("merge", "gram", "extract-lora", "merge-adapters"):
         out, log = os.path.realpath(options.out), os.path.realpath(options.log_file)
         if os.path.commonpath([out, log]) == out:
             raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
 
 
-def _print_warnings(plan: Plan | GramReport) -> None:
+def _print_warnings(plan: Plan | GramReport | ExtractPlan | AdapterMergeReport) -> None:
     """Prints the warnings of a plan before the long work, or of a report that has no plan after it."""
     from largemerge.config_file import WARNING
 
@@ -470,6 +541,8 @@ COMMANDS = {
     "merge": _merge,
     "plan": _plan,
     "gram": _gram,
+    "extract-lora": _extract_lora,
+    "merge-adapters": _merge_adapters,
     "verify": _verify,
     "evaluate": _evaluate,
     "compare": _compare,
@@ -691,6 +764,42 @@ def _parser() -> argparse.ArgumentParser:
     gram.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
     _add_log_options(gram).add_argument("--quiet", action="store_true", help="no progress, no closing table")
     gram.set_defaults(intermediate_dir=None)
+    extract = commands.add_parser(
+        "extract-lora", help="write the difference of two models as a LoRA adapter, which peft loads"
+    )
+    extract.add_argument("fine_tuned", metavar="FINE_TUNED", help="a folder or Hub id, with +adapter if wanted")
+    extract.add_argument("base", metavar="BASE", help="the model that it was tuned from")
+    extract.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    extract.add_argument("--rank", type=_whole, default=32, metavar="R", help="of the adapter (default: 32)")
+    extract.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="modules such as q_proj, or regular expressions of whole paths (default: all linears that differ)",
+    )
+    extract.add_argument(
+        "--save-others",
+        action="store_true",
+        help="write norms, biases, embeddings and tied heads that differ as whole tensors",
+    )
+    extract.add_argument("--dtype", default="float32", help="of the factors: float32 (default), bfloat16 or float16")
+    extract.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
+    extract.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    extract.add_argument(
+        "--force", action="store_true", help="replace the adapter in OUT, once the new one is finished"
+    )
+    extract.add_argument("--trust-remote-code", action="store_true", help="allow the folders' own Python code")
+    extract.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
+    _add_log_options(extract).add_argument("--quiet", action="store_true", help="no progress, no closing table")
+    extract.set_defaults(intermediate_dir=None)
+    adapters = commands.add_parser("merge-adapters", help="merge LoRA adapters of one base into one adapter")
+    adapters.add_argument("config", type=Path, help="a YAML file whose models are adapters")
+    adapters.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    adapters.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    adapters.add_argument("--force", action="store_true", help="replace the adapter in OUT, once all is written")
+    adapters.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
+    _add_log_options(adapters).add_argument("--quiet", action="store_true", help="no progress, no closing table")
+    adapters.set_defaults(intermediate_dir=None)
     verify = commands.add_parser("verify", help="check that a finished merge is as it was written, and loads")
     verify.add_argument("out", type=Path, metavar="OUT", help="the output folder")
     verify.add_argument("--trust-remote-code", action="store_true", help="allow the folder's own Python code")

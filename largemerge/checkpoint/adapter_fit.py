@@ -16,7 +16,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import regex
@@ -759,6 +759,61 @@ def _features(module: nn.Module) -> tuple[int, int]:
     """The numbers of inputs and outputs of a module, or of the sides of its weight."""
     weight: Any = module.weight
     return int(weight.shape[-1]), int(weight.shape[0])
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """The factors of one module in a LoRA's file.
+
+    Attributes:
+        down: Name of A `[r, in]` there.
+        up: Name of B `[out, r]`.
+        rank: r.
+        scale: Factor of B A: alpha / r, or alpha / √r for rsLoRA.
+        embedding: Whether they adapt embeddings, whose delta is the transpose of B A.
+    """
+
+    down: str
+    up: str
+    rank: int
+    scale: float
+    embedding: bool
+
+
+def read_factors(own: Checkpoint) -> tuple[dict[str, FactorPair], list[str]]:
+    """Reads which modules a LoRA's file has factors of, by names and config alone, without its model.
+
+    Args:
+        own: The adapter's checkpoint.
+
+    Returns:
+        Path of a module → its factors; and names of all tensors that are none, or none of a pair.
+
+    Raises:
+        ValueError: If a pattern of the config takes too long.
+    """
+    patterns, config = _Patterns(own.config), own.config
+    parts: dict[str, dict[str, str]] = {}
+    others: list[str] = []
+    for key in own.tensors:
+        part = _LORA_PART.match(key.removeprefix(_PREFIX))
+        if part is None or part["leaf"] == "bias" or part["part"] == "lora_magnitude_vector":
+            others.append(key)
+        else:
+            parts.setdefault(part["path"], {})[part["part"]] = key
+    found: dict[str, FactorPair] = {}
+    for path, keys in parts.items():
+        embedding = "lora_embedding_A" in keys
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        if set(keys) != set(names):
+            others.extend(keys.values())
+            continue
+        own_rank, own_alpha = (patterns.find(f"{key}_pattern", path) for key in ("rank", "alpha"))
+        rank = int(config["r"] if own_rank is None else own_rank)
+        alpha = config["lora_alpha"] if own_alpha is None else own_alpha
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        found[path] = FactorPair(keys[names[0]], keys[names[1]], rank, scale, embedding)
+    return found, others
 
 
 def _same_ending(first: str, second: str) -> bool:

@@ -120,7 +120,7 @@ def open_adapter(
     Raises:
         CheckpointError: If something in the adapter is not supported or does not fit; it names all of that.
     """
-    own = _open_own(folder, name)
+    own = open_own(folder, name)
     fitting = Fitting(own, model, find_places(model, own.config))
     fitting.fit()
     if fitting.problems:
@@ -131,11 +131,11 @@ def open_adapter(
             told = f"; the adapter was made for {made_for!r}" if isinstance(made_for, str) and made_for else ""
             shown.append(f"and {len(problems) - len(shown)} more{told}")
         raise CheckpointError(*(f"{name}: {problem}" for problem in shown))
-    _check_finite(own)
+    check_finite(own)
     return _put_together(own, model, fitting, below)
 
 
-def _check_finite(own: Checkpoint) -> None:
+def check_finite(own: Checkpoint) -> None:
     """Checks all numbers of an adapter, which are few, before the long work.
 
     Raises:
@@ -154,8 +154,12 @@ def _check_finite(own: Checkpoint) -> None:
         raise CheckpointError(*group_alike(problems)[:_MAX_PROBLEMS])
 
 
-def _open_own(folder: Path, name: str) -> Checkpoint:
-    """Reads an adapter's own files."""
+def open_own(folder: Path, name: str) -> Checkpoint:
+    """Reads an adapter's config and headers, without its model.
+
+    Raises:
+        CheckpointError: If there is no adapter, its config has mistakes or is not supported, or its file is broken.
+    """
     if not os.path.lexists(folder / "adapter_config.json"):
         what = "a model's" if (folder / "config.json").exists() else "no adapter's"
         raise CheckpointError(f"{name}: {folder} is {what} folder; expected an adapter, with adapter_config.json")

@@ -1,0 +1,119 @@
+"""The configuration of `largemerge merge-adapters`: which adapters, how much of each, and how.
+
+    merge_method: svd
+    models: [{model: ./math-lora, parameters: {weight: 0.5}}, {model: ./code-lora}]
+    parameters: {rank: 16}
+
+The shape is that of a merge of models, and every `model` is an adapter alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from largemerge.adapter_tools.factor_methods import METHODS
+from largemerge.checkpoint.locate import Reference
+from largemerge.config_file import (
+    DtypeName,
+    Strict,
+    check_source,
+    explain,
+    read_yaml,
+    to_json,
+    without_helpers,
+)
+from largemerge.errors import ConfigError
+
+MethodName = Literal["cat", "svd", "linear", "ties"]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class AdapterParameters(Strict):
+    """What is set for one adapter."""
+
+    weight: _Finite = 1.0
+    """Factor of its ΔW."""
+
+
+class AdapterEntry(Strict):
+    """One adapter."""
+
+    model: Reference
+    """Its folder, or its Hub id."""
+    parameters: AdapterParameters = AdapterParameters()
+    """What is set for it."""
+
+
+class SharedParameters(Strict):
+    """What is set for the method."""
+
+    rank: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    """Rank of the result, of `svd`; by default the largest of the adapters'."""
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of elements that `ties` keeps of each factor; by default 0.5."""
+
+
+class AdapterMergeConfig(Strict):
+    """Adapters of one base that become one."""
+
+    merge_method: MethodName
+    """How."""
+    models: Annotated[tuple[AdapterEntry, ...], Field(min_length=1)]
+    """The adapters."""
+    parameters: SharedParameters = SharedParameters()
+    """What is set for the method."""
+    dtype: DtypeName | None = None
+    """Dtype of the factors; by default the widest of the adapters'."""
+
+
+def load_adapter_merge(source: str | Path | Mapping[str, Any]) -> AdapterMergeConfig:
+    """Reads and checks a configuration.
+
+    Args:
+        source: The path of a YAML file, or a mapping like it; relative paths are looked up beside the file first, then
+            in the working directory.
+
+    Raises:
+        ConfigError: If there are mistakes; it names all of them.
+    """
+    check_source(source)
+    raw = source if isinstance(source, Mapping) else read_yaml(Path(source))
+    raw = without_helpers(raw, AdapterMergeConfig.model_fields)
+    method = raw.get("merge_method")
+    if isinstance(method, str) and method not in METHODS:
+        raise ConfigError(
+            f"merge_method: expected one of {', '.join(METHODS)}, found {method!r}; other methods merge models: "
+            "largemerge merge, with model+adapter"
+        )
+    try:
+        config = AdapterMergeConfig.model_validate_json(to_json(raw))
+    except pydantic.ValidationError as error:
+        raise ConfigError(*explain(error, AdapterMergeConfig)) from None
+    problems = list(_misfits(config))
+    if problems:
+        raise ConfigError(*problems)
+    folders = [Path.cwd()] if isinstance(source, Mapping) else [Path(source).resolve().parent, Path.cwd()]
+    entries = [each.model_copy(update={"model": _absolute(each.model, folders)}) for each in config.models]
+    return config.model_copy(update={"models": tuple(entries)})
+
+
+def _misfits(config: AdapterMergeConfig) -> Iterator[str]:
+    """Yields parameters that the method does not take."""
+    for name in ("rank", "density"):
+        if getattr(config.parameters, name) is not None and name not in METHODS[config.merge_method].parameters:
+            takers = [method for method, each in METHODS.items() if name in each.parameters]
+            yield f"parameters.{name}: {config.merge_method} has none; expected with {', '.join(takers)}"
+
+
+def _absolute(reference: str, folders: list[Path]) -> str:
+    for folder in folders:
+        found = folder / os.path.expanduser(reference)
+        if os.path.isdir(found):
+            return str(found.resolve())
+    return reference
