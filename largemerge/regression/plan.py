@@ -390,7 +390,8 @@ def make_plan(
     outline = _joint_outline(with_data)
     inside = config.method.granularity == "linear"
     first = next((each for each in with_data if each.examples), with_data[0])
-    trace = trace_model(inputs.skeleton, outline, first.examples, first.where, inside=inside)
+    norms = config.method.solves_norms
+    trace = trace_model(inputs.skeleton, outline, first.examples, first.where, inside=inside, norms=norms)
     blocks = plan_blocks(config, inputs, trace)
     head, non_block = plan_head(config, inputs, trace, plan_non_block(config, inputs, trace))
     embedding, non_block = plan_embedding(config, inputs, non_block)
