@@ -37,7 +37,6 @@ from transformers.pytorch_utils import Conv1D
 
 import largemerge
 from largemerge import ConfigError
-from largemerge.model.norms import is_norm, may_be_norms, normalized
 from largemerge.regression import passes
 from largemerge.regression.averages import RunningScales
 
@@ -335,42 +334,7 @@ def test_grams_are_written_of_linears_alone(make_case: MakeCase) -> None:
         largemerge.gram(case.config, case.folder / "grams")
 
 
-# Norms
-
-
-def test_what_is_a_norm() -> None:
-    block = tiny_models.build("gemma3_text").model.layers[0]
-    found = {name for name, module in may_be_norms(block).items() if is_norm(module)}
-    assert found == {
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-        "self_attn.q_norm",
-        "self_attn.k_norm",
-    }
-    assert is_norm(nn.LayerNorm(8)) and is_norm(nn.LayerNorm(8, bias=False))
-    assert (
-        not may_be_norms(nn.Linear(3, 3))
-        and not may_be_norms(nn.BatchNorm1d(3))
-        and not may_be_norms(nn.LayerNorm((2, 3)))
-    )
-
-    class Squared(nn.LayerNorm):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.weight**2
-
-    assert may_be_norms(Squared(8)) and not is_norm(Squared(8))
-
-
-def test_what_a_norm_multiplies_does_not_depend_on_its_weights() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for architecture in ("gemma3_text", "llama", "bert"):
-        model = tiny_models.build(architecture)
-        name = norms_of(model)[0]
-        module = model.get_submodule(name)
-        x_NI = torch.randn(5, module.weight.shape[0], generator=generator)
-        torch.testing.assert_close(normalized(module, x_NI), normalised(module, x_NI), rtol=1e-5, atol=1e-6)
+# Scales
 
 
 def test_an_element_that_no_data_has_is_averaged() -> None:
