@@ -238,6 +238,19 @@ def test_other_methods_may_weigh_norms_too(make_case: MakeCase, method: str) -> 
     assert base is not None
 
 
+def test_the_plan_counts_what_is_read_of_the_base(make_case: MakeCase) -> None:
+    case = make_case("llama", method="lot", num_samples=4)
+    base = with_base(case, "llama")
+    read = largemerge.plan(case.config, probe=False).bytes_read
+    case.config["parameters"] = {"anchor": "average"}
+    linears = [linear for block in reference.blocks_of(base) for linear in reference.linears_of(*block).values()]
+    of_base = sum(linear.weight.nbytes for linear in linears)
+    assert read - largemerge.plan(case.config, probe=False).bytes_read == of_base
+    report = largemerge.merge(case.config, case.folder / "average")
+    case.config["parameters"] = {}
+    assert largemerge.merge(case.config, case.folder / "base").bytes_read - report.bytes_read == of_base
+
+
 def test_without_norms_they_are_averaged(make_case: MakeCase) -> None:
     case = make_case("llama", method="lot", solve=["blocks"])
     with_base(case, "llama")
