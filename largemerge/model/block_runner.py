@@ -68,7 +68,7 @@ class Beside:
     Attributes:
         module: Path of a module in the block.
         of: Its first `input`, or its `output`.
-        rows_of: Path of a linear whose rows the tensor has.
+        rows_of: Path of a linear, or a norm, whose rows the tensor has.
     """
 
     module: str
@@ -298,7 +298,8 @@ class RunningBlock:
         self._runner, self._block, self._non_block = runner, block, non_block
         self._name = skeleton.stacks[block.stack].block_name(block.index)
         self._module = skeleton.stacks[block.stack].blocks[block.index]
-        self._roles = {role.name: role for role in stack.roles[block.index]}
+        norms = stack.norms[block.index] if stack.norms else {}
+        self._roles = {role.name: role for role in stack.roles[block.index]} | dict(norms)
         self._runs, self._kept = stack.runs[block.index], stack.kept
         self._unused_inputs = stack.unused_inputs if block.index > 0 else frozenset[str]()
         self._tensors: Mapping[str, torch.Tensor] = tensors

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 
 from largemerge.errors import ArchitectureError
 from largemerge.model.forward import KeptOutputs, Output, call_model, hand_on, replaced_forwards, resumed_at, run_block
+from largemerge.model.norms import may_be_norms
 from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
 from largemerge.text_files import first_line
 
@@ -51,11 +52,13 @@ class BlockRecord:
         arguments: Arguments that the model gave the block, positional and by name, for each of its runs.
         output: What the block returned from its last run.
         linears: Path in the block and input of every call of a linear, in order.
+        norms: The same of modules that may be norms; with `None` where one is given more than a tensor.
     """
 
     arguments: Any
     output: Output
     linears: list[tuple[str, torch.Tensor]]
+    norms: list[tuple[str, torch.Tensor | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -319,10 +322,12 @@ def _plain_pass(
             if index not in chosen[stack]:
                 return hand_on(before, args, kwargs)
             arguments = _clone_tensors((args, kwargs))
-            with _recorded_linears(block) as linears:
+            with _recorded_linears(block) as linears, _recorded_norms(block) as norms:
                 output = run_block(block, args, kwargs, before)
             earlier = known.get(index, BlockRecord([], None, []))
-            known[index] = BlockRecord([*earlier.arguments, arguments], output, [*earlier.linears, *linears])
+            known[index] = BlockRecord(
+                [*earlier.arguments, arguments], output, [*earlier.linears, *linears], [*earlier.norms, *norms]
+            )
             return hand_on(output, args, kwargs)
 
         return forward
@@ -408,6 +413,26 @@ def _recorded_linears(block: nn.Module) -> Iterator[list[tuple[str, torch.Tensor
     handles = [
         linear.register_forward_pre_hook(lambda _, args, name=name: record.append((name, args[0])))
         for name, linear in linears_in(block).items()
+    ]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _recorded_norms(block: nn.Module) -> Iterator[list[tuple[str, torch.Tensor | None]]]:
+    """Yields a list that fills with path and input of every call of a module that may be a norm."""
+    record: list[tuple[str, torch.Tensor | None]] = []
+
+    def note(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        alone = len(args) == 1 and isinstance(args[0], torch.Tensor) and not kwargs
+        record.append((name, args[0] if alone else None))
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True)
+        for name, module in may_be_norms(block).items()
     ]
     try:
         yield record

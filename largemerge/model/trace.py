@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +50,7 @@ from largemerge.model.forward import (
     run_to_end,
 )
 from largemerge.model.inside_block import Residual, ResumePoint, find_residuals, find_resume_points
+from largemerge.model.norms import is_norm, may_be_norms
 from largemerge.model.skeleton import Skeleton, assign_tensors, linears_in
 
 _Found = TypeVar("_Found", bound=Mapping[str, Any])
@@ -57,7 +58,7 @@ _Found = TypeVar("_Found", bound=Mapping[str, Any])
 
 @dataclass(frozen=True)
 class LinearRole:
-    """What one linear reads.
+    """What one linear reads, or one norm.
 
     Attributes:
         name: Path of the linear in its block.
@@ -95,6 +96,7 @@ class StackTrace:
         residuals: Of each block, linear → the tensor to which its output is added; empty where nobody asked.
         resume_points: Of each block, first linear of those that read one tensor → how a run is taken up there.
         runs: How often each block runs in one forward pass: 0 where the calibration data does not reach it.
+        norms: Of each block, path of a norm → what it reads; empty where nobody asked.
     """
 
     token_input: str | None
@@ -110,6 +112,7 @@ class StackTrace:
     kept: frozenset[int] = frozenset()
     residuals: tuple[Mapping[str, Residual], ...] = ()
     resume_points: tuple[Mapping[str, ResumePoint], ...] = ()
+    norms: tuple[Mapping[str, LinearRole], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def trace_model(
     where: str = "",
     *,
     inside: bool = False,
+    norms: bool = False,
 ) -> ModelTrace:
     """Proves that the model can be run block by block, and learns what the run needs to know.
 
@@ -157,6 +161,7 @@ def trace_model(
         examples: Integers of the first samples, where images or sounds stand beside tokens.
         where: Candidate and data that the outline is of, for messages.
         inside: Whether to look into the blocks, too, for runs from linear to linear.
+        norms: Whether to find the norms in the blocks, and what they read.
 
     Raises:
         ArchitectureError: If the model cannot be run on such input, or not block by block.
@@ -167,7 +172,7 @@ def trace_model(
             _compare_resumed(fake)
             depending = _depending_on_tokens(fake)
             stacks = tuple(
-                _trace_stack(fake, index, depending, inside=inside)
+                _trace_stack(fake, index, depending, inside=inside, norms=norms)
                 if index in fake.order
                 else _unused_stack(len(stack.blocks))
                 for index, stack in enumerate(skeleton.stacks)
@@ -229,7 +234,7 @@ def _unused_stack(num_blocks: int) -> StackTrace:
     return StackTrace(None, False, nothing, nothing, nothing, nothing, ((),) * num_blocks, (), 0, (0,) * num_blocks)
 
 
-def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int], *, inside: bool) -> StackTrace:
+def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int], *, inside: bool, norms: bool) -> StackTrace:
     blocks = fake.skeleton.stacks[stack].blocks
     records = fake.records[stack]
     assert 0 in records, "the first block of a stack runs first"
@@ -243,6 +248,7 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int], *, insi
     looked_into = [index for index in records if inside and runs[index] == 1]
     residuals = {index: find_residuals(fake, stack, index) for index in looked_into}
     resume_points = {index: _resume_points(fake, stack, index, roles[index], residuals[index]) for index in looked_into}
+    found_norms = {index: _norms(blocks[index], entry, rows, stack) for index, entry in records.items() if norms}
     leaves = [tree_flatten(entry.output)[0] for entry in records.values()]
     outputs = [[leaf for leaf in own if isinstance(leaf, torch.Tensor)] for own in leaves]
     output = max(outputs, key=lambda own: sum(leaf.numel() for leaf in own))
@@ -261,6 +267,7 @@ def _trace_stack(fake: FakeModel, stack: int, depending: frozenset[int], *, insi
         kept=fake.kept.get(stack, frozenset()),
         residuals=_of_like_blocks(blocks, residuals) if inside else (),
         resume_points=_of_like_blocks(blocks, resume_points) if inside else (),
+        norms=_of_like_blocks(blocks, found_norms) if norms else (),
     )
 
 
@@ -414,6 +421,27 @@ def _roles(entry: BlockRecord, rows: Mapping[int, tuple[int, int]], own: int) ->
         token_stack, tokens_first = stacks.pop() if len(stacks) == 1 else (None, False)
         roles.append(LinearRole(name, leader or name, token_stack, len(tensors), tokens_first))
     return tuple(roles)
+
+
+def _norms(
+    block: nn.Module, entry: BlockRecord, rows: Mapping[int, tuple[int, int]], own: int
+) -> dict[str, LinearRole]:
+    """Says what each norm of a block of stack `own` reads; those that are given more than one tensor are left out."""
+    alone = [(name, read) for name, read in entry.norms if read is not None]
+    several = {name for name, read in entry.norms if read is None}
+    unclear = {name for name, read in alone if read.dim() > 3 and read.shape[1] == read.shape[2]}  # heads, or tokens
+    modules = may_be_norms(block)
+    reads: dict[str, list[torch.Tensor]] = {}
+    for name, read in alone:
+        reads.setdefault(name, []).append(read)
+    roles = _roles(BlockRecord([], None, alone), rows, own)
+    return {
+        role.name: replace(role, group=role.name, token_stack=None if role.name in unclear else role.token_stack)
+        for role in roles
+        if role.name not in several
+        and all(read.shape[-1] == modules[role.name].get_parameter("weight").shape[0] for read in reads[role.name])
+        and is_norm(modules[role.name])
+    }
 
 
 def _all_same_memory(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:

@@ -14,7 +14,7 @@ tensors are read for their forward passes anyway, so the averages are made along
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -232,6 +232,70 @@ def weighted_average(tensors: Iterable[torch.Tensor], shares: Sequence[float], d
         total.add_(tensor.to(torch.float32, copy=True).sub_(anchor), alpha=share)
         del tensor
     return first.to(dtype) if total is None else total.add_(anchor).to(dtype)
+
+
+@dataclass
+class RunningScales:
+    """Averages of the scales of norms, weighted element by element by the squares of what they multiply.
+
+        minimise over t   Σ_i α_i ‖ x̂_i ∘ t − x̂_i ∘ w_i ‖²        α_i = c_i / (Σ c · N_i)
+
+        t_j  =  w_1j + Σ_i α_i s_ij (w_ij − w_1j) / Σ_i α_i s_ij        s_ij = Σ_n x̂_inj²
+
+    x̂_i are the normalised inputs on candidate i's data (LOT Merging, arXiv 2505.23859). The sums are linear in the
+    rows, so that ranks add up their parts. An element that no data has anything to say of, s = 0, is averaged.
+
+    Attributes:
+        names: Parameter names of the scales.
+    """
+
+    names: tuple[str, ...]
+    _squares: dict[str, torch.Tensor] = field(default_factory=dict)
+    _weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    _moved: dict[str, torch.Tensor] = field(default_factory=dict)
+    _anchors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def start(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Begins with the first candidate's scales, which all ranks have."""
+        for name in self.names:
+            self._anchors[name] = tensors[name].to(torch.float64)
+            for sums in (self._squares, self._weights, self._moved):
+                sums[name] = torch.zeros_like(self._anchors[name])
+
+    def add_rows(self, name: str, normalized_NI: torch.Tensor) -> None:
+        """Adds normalised inputs x̂ of the present candidate, one row per token."""
+        self._squares[name].add_(normalized_NI.square().sum(0, dtype=torch.float64))
+
+    def finish_candidate(self, tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> None:
+        """Adds the present candidate to the sums.
+
+        Args:
+            tensors: The candidate's scales.
+            alphas: Name of a scale → α_i, with the number of rows of all ranks.
+
+        Raises:
+            FloatingPointError: If what was read is not finite.
+        """
+        for name, squares_I in self._squares.items():
+            if not torch.isfinite(squares_I).all():
+                raise FloatingPointError(f"what {name} multiplies is not finite")
+            self._weights[name].add_(squares_I, alpha=alphas[name])
+            self._moved[name].add_(squares_I * (tensors[name] - self._anchors[name]), alpha=alphas[name])
+            squares_I.zero_()
+
+    def views(self) -> list[torch.Tensor]:
+        """The sums over candidates, which ranks add up."""
+        return [*self._weights.values(), *self._moved.values()]
+
+    def finish(self, averages: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the scales by parameter name, in the dtypes of their plain `averages`."""
+        found = {}
+        for name in self.names:
+            weights_I = self._weights[name]
+            seen_I = weights_I > 0
+            moved_I = self._anchors[name] + self._moved[name] / torch.where(seen_I, weights_I, 1.0)
+            found[name] = torch.where(seen_I, moved_I.to(averages[name].dtype), averages[name])
+        return found
 
 
 class RunningAverages:

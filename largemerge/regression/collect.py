@@ -31,8 +31,9 @@ from largemerge.model.block_runner import Beside, BlockId, BlockRunner, NonBlock
 from largemerge.model.forward import Output
 from largemerge.model.hidden_states import HiddenStates
 from largemerge.model.inside_block import ResumePoint
+from largemerge.model.norms import normalized
 from largemerge.progress import Clock, Watcher
-from largemerge.regression.averages import RunningAverages
+from largemerge.regression.averages import RunningAverages, RunningScales
 from largemerge.regression.gram import GRAM_DTYPE, Scratch
 from largemerge.regression.gram_files import GramReader
 from largemerge.regression.group_sums import Features, GroupSums, differences, features_by_rows, new_sums
@@ -75,12 +76,14 @@ class Collected:
     Attributes:
         sums: Leader of a group → its sums, which are being reduced to their owner.
         averages: Averages of the tensors that are not solved.
+        scales: Averages of the scales of norms, weighted by what they multiply.
         anchor: Weights of the first candidate, which the sums are anchored to, by parameter name.
         bytes_read: Bytes that this rank read from candidates.
     """
 
     sums: dict[str, GroupSums]
     averages: RunningAverages
+    scales: RunningScales
     anchor: Tensors
     bytes_read: int
 
@@ -121,6 +124,7 @@ class Collector:
             advance: Whether the candidates' hidden states move on.
         """
         averages = RunningAverages(_averaged(block, block_pass), self.settings.shares)
+        scales = RunningScales(tuple(norm.name for norm in block_pass.norms))
         method, device = self.settings.method, self.samples.runner.device
         sums = {group.leader: new_sums(group, method, device, self._scratch) for group in block_pass.groups}
         for leader, own in sums.items():
@@ -137,16 +141,18 @@ class Collector:
                     tensors = next(blocks_of_candidates)
             if index == 0:
                 anchor = {name: tensor for name, tensor in tensors.items() if name in solved}
+                scales.start(tensors)
             if tensors and self.rank_exchange.reads_from_disk(index):
                 bytes_read += self.weights.stored_bytes(index, block_pass.tensor_names)
             if index == 0 or self.rank_exchange.is_primary(index):
                 averages.add(index, tensors)
-            if self.rank_exchange.has_data(index) and (block_pass.groups or advance):
+            if self.rank_exchange.has_data(index) and (block_pass.groups or block_pass.norms or advance):
                 self._start_candidate(block, block_pass, index, tensors, anchor, sums)
                 if self.grams.has(index):
                     self._read_grams(block, block_pass, index, sums)
                 else:
-                    self._run(block, block_pass, index, tensors, merged, sums, advance=advance)
+                    self._run(block, block_pass, index, tensors, merged, sums, scales, advance=advance)
+                    self._finish_scales(block, block_pass, index, tensors, scales)
                 for group in pass_exchange.groups:
                     if sums[group.leader].needs_all_reduce:
                         pass_exchange.all_reduce_gram(group.leader, sums[group.leader])
@@ -159,8 +165,8 @@ class Collector:
                     pass_exchange.reduce_sums(group.leader, sums[group.leader])
             if index == self.rank_exchange.last_candidate:
                 break
-        pass_exchange.reduce_averages(averages)
-        return Collected(sums, averages, anchor, bytes_read)
+        pass_exchange.reduce_averages(averages, scales)
+        return Collected(sums, averages, scales, anchor, bytes_read)
 
     def _start_candidate(
         self,
@@ -210,6 +216,7 @@ class Collector:
         tensors: Tensors,
         merged: Tensors,
         sums: Mapping[str, GroupSums],
+        scales: RunningScales,
         *,
         advance: bool,
     ) -> None:
@@ -226,6 +233,8 @@ class Collector:
         inside = {"start": block_pass.start, "keep": block_pass.keep}
         alone = not method.compares and not (block_pass.runs_merged and method.inputs == "candidate" and advance)
         watched = Watched(leaders, paired.add, beside)
+        if block_pass.norms:
+            watched = self._with_norms(block, block_pass, watched, scales)
         runs = []
         if not alone:
             own = Watched(leaders, paired.note, beside) if method.compares else Watched()
@@ -240,7 +249,7 @@ class Collector:
                     inside=Inside("candidate", **inside) if method.compares else Inside("candidate"),
                 )
             )
-        if leaders or alone:
+        if leaders or block_pass.norms or alone:
             where = Inside("merged", **inside) if block_pass.runs_merged else Inside("merged")
             runs.append(
                 self.samples.run(
@@ -251,6 +260,36 @@ class Collector:
             for _ in zip(*runs, strict=True):
                 paired.end_batch()
                 self.watcher.step(block.name, "collect", self.names[index])
+
+    def _with_norms(self, block: BlockPlan, block_pass: BlockPass, watched: Watched, scales: RunningScales) -> Watched:
+        """Watches the inputs of norms, too, to the end of the block, and adds the squares of what they multiply."""
+        module = self.samples.runner.skeleton.stacks[block.stack].blocks[block.index]
+        seen = {Beside(norm.path, "input", norm.path): norm for norm in block_pass.norms}
+        norms = {beside.name: norm for beside, norm in seen.items()}
+
+        def add(name: str, x_NI: torch.Tensor) -> None:
+            if name not in norms:
+                assert watched.on_input is not None
+                watched.on_input(name, x_NI)
+                return
+            with self.clock.stage("gram"):
+                scales.add_rows(norms[name].name, normalized(module.get_submodule(norms[name].path), x_NI))
+
+        return Watched(watched.leaders, add, (*watched.beside, *seen), whole=True)
+
+    def _finish_scales(
+        self, block: BlockPlan, block_pass: BlockPass, index: int, tensors: Tensors, scales: RunningScales
+    ) -> None:
+        """Adds one candidate to the sums of the norms."""
+        share = self.settings.shares[index]
+        alphas = {
+            norm.name: share / max(1, self.samples.num_rows(index, block.stack_of(norm))) for norm in block_pass.norms
+        }
+        try:
+            scales.finish_candidate(tensors, alphas)
+        except FloatingPointError as error:
+            where = f"{block.name}: {error} on the data of {self.names[index]}"
+            raise MergeError(self.why_not_finite(block, where)) from None
 
     def _folds(self, block: BlockPlan, block_pass: BlockPass, index: int) -> dict[str, _RowsInFolds]:
         """What tells the folds of a candidate's rows, by group."""
@@ -393,11 +432,15 @@ class _Pairs:
 
 @dataclass(frozen=True)
 class Watched:
-    """What is watched in a run of a block: leaders of groups, tensors beside, and what is called with their rows."""
+    """What is watched in a run of a block: leaders of groups, tensors beside, and what is called with their rows.
+
+    The block is run to its end if it is to be `whole`.
+    """
 
     leaders: Sequence[str] = ()
     on_input: OnInput | None = None
     beside: Sequence[Beside] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -499,7 +542,7 @@ class SampleRunner:
                     outputs,
                     watch=watched.leaders,
                     on_input=watched.on_input,
-                    whole=advance,
+                    whole=advance or watched.whole,
                     beside=watched.beside,
                     start=resume,
                     keep=keep,

@@ -102,8 +102,8 @@ class MethodParameters(Strict):
     """Pull towards the anchor, as a fraction of the mean diagonal of the summed Gram (see `solve.py`); with Frobenius
     norms, of the mean norm."""
     solve: tuple[Part, ...] | None = Field(None, min_length=1)
-    """What is solved: `blocks`, `head`, and rows of the input `embeddings` by how often their tokens occur; everything
-    else is averaged."""
+    """What is solved: `blocks`, the scales of their `norms`, `head`, and rows of the input `embeddings` by how often
+    their tokens occur; everything else is averaged."""
     embedding_prior: float | None = Field(None, gt=0, allow_inf_nan=False)
     """κ: the number of tokens that the average of the embeddings counts for, beside those of the data."""
     include: tuple[Regex, ...] = ()
@@ -376,6 +376,11 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
             f"sequence.keep_samples: {config.keeps_samples} of {len(config.candidates)} models together; expected one "
             "of each, or more"
         )
+    if config.method.solves_norms and (config.keeps_sums or config.sums_before is not None):
+        yield (
+            "sequence: sums of an earlier merge say nothing of what 'norms' multiply; expected 'keep_samples' in their "
+            "place, or 'solve: [blocks]'"
+        )
     if config.method.anchor != "average" and config.base_model is None:
         own = "" if config.parameters.anchor is not None else f", which is {config.merge_method}'s own choice,"
         found = f"parameters.anchor: {config.method.anchor!r}{own}"
@@ -435,7 +440,9 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
 
 def _gram_mistakes(config: MergeConfig) -> Iterator[str]:
     """Mistakes in a configuration whose models' Gram matrices are to be written."""
-    if not config.method.sums_stand_alone:
+    if config.method.solves_norms:
+        yield f"parameters.solve: {_WHY_NO_NORMS}, so there are none to be written; expected 'solve: [blocks]'"
+    elif not config.method.sums_stand_alone:
         yield (
             f"merge_method: {config.merge_method} {_WHY_NO_GRAMS}, so there are none to be written for later; expected "
             "'merge_method: regmean'"
@@ -450,9 +457,14 @@ def _gram_mistakes(config: MergeConfig) -> Iterator[str]:
 _WHY_NO_GRAMS = "runs merged blocks on each model's data, so that its Gram matrices depend on all models"
 
 
+_WHY_NO_NORMS = "Gram matrices of linears say nothing of what 'norms' multiply"
+
+
 def _mistakes_with_grams(config: MergeConfig, calibration: CalibrationConfig, where: str) -> Iterator[str]:
     """Mistakes where Gram matrices stand in place of data."""
-    if not config.method.sums_stand_alone:
+    if config.method.solves_norms:
+        yield f"{where}.grams: {_WHY_NO_NORMS}; expected 'data' in their place, or 'solve: [blocks]'"
+    elif not config.method.sums_stand_alone:
         yield (
             f"{where}.grams: {config.merge_method} {_WHY_NO_GRAMS}; expected 'data' in its place, or 'merge_method: "
             "regmean'"

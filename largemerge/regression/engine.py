@@ -283,7 +283,8 @@ class Engine:
             self.watcher.step(block.name, "solve")
         with self.clock.stage("communicate"):
             pass_exchange.wait_for_broadcasts()
-        made |= collected.averages.finish()
+        averages = collected.averages.finish()
+        made |= averages | collected.scales.finish(averages)
         return linears
 
     def _keep_sums(self, block: BlockPlan, pass_exchange: PassExchange, sums: Mapping[str, GroupSums]) -> None:

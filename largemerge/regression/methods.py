@@ -30,7 +30,7 @@ Stream = Literal["candidate", "merged"]
 Granularity = Literal["block", "average", "linear"]
 Normalization = Literal["tokens", "frobenius"]
 Anchor = Literal["average", "base", "task_arithmetic"]
-Part = Literal["blocks", "head", "embeddings"]
+Part = Literal["blocks", "norms", "head", "embeddings"]
 """What is solved; everything else is averaged."""
 
 _SUMS = frozenset(
@@ -59,8 +59,9 @@ class RegressionMethod:
             so that candidates with small activations count as much as the others.
         off_diagonal_scale: The factor s on a Gram's off-diagonal.
         ridge: λ as a fraction of the mean diagonal; with Frobenius norms, of the mean norm, which is 1/K.
-        solve: What is solved: linears of the blocks; the head, with the embedding where they are tied; the rows of
-            input embeddings, each for itself (see `embeddings.py`).
+        solve: What is solved: linears of the blocks; the scales of the norms in them, each element for itself (see
+            `RunningScales` in `averages.py`); the head, with the embedding where they are tied; the rows of input
+            embeddings, each for itself (see `embeddings.py`).
         embedding_prior: κ, the number of tokens that the average of the embeddings counts for.
         parameters: Names of the settings under `parameters` that the method takes, beside `include` and `exclude`.
     """
@@ -88,8 +89,12 @@ class RegressionMethod:
 
     @property
     def sums_stand_alone(self) -> bool:
-        """Whether a candidate's Gram matrices depend on itself alone: nothing that is merged is run on its data."""
-        return self.inputs == "candidate" and self.granularity == "block" and not self.compares
+        """Whether a candidate's Gram matrices depend on itself alone, and tell all that the method asks of its data.
+
+        Nothing that is merged is run on the data, and nothing is asked of norms.
+        """
+        alone = self.inputs == "candidate" and self.granularity == "block" and not self.compares
+        return alone and not self.solves_norms
 
     @property
     def compares(self) -> bool:
@@ -122,6 +127,11 @@ class RegressionMethod:
         return "head" in self.solve
 
     @property
+    def solves_norms(self) -> bool:
+        """Whether the scales of the norms in the blocks are solved."""
+        return "norms" in self.solve
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether rows of the input embeddings are averaged by how often their tokens occur."""
         return "embeddings" in self.solve
@@ -142,6 +152,12 @@ class RegressionMethod:
                 "target: changes nothing where the inputs are the candidate's own; expected 'inputs: merged' or "
                 "another granularity than 'block' with it, or 'target: 0'"
             )
+        if self.solves_norms and (self.granularity != "block" or self.by_norm):
+            found = f"granularity: {self.granularity}" if self.granularity != "block" else "normalization: frobenius"
+            yield (
+                f"solve: norms are averaged while the candidates' own blocks run, and not with '{found}'; expected "
+                "'granularity: block' and 'normalization: tokens' with them, or no 'norms'"
+            )
         for part in sorted(set(self.solve)):
             if self.solve.count(part) > 1:
                 yield f"solve: names {part!r} twice"
@@ -152,6 +168,16 @@ METHODS: dict[str, RegressionMethod] = {
         title="RegMean",
         source="Jin et al., arXiv 2212.09849",
         inputs="candidate",
+        parameters=_SUMS,
+    ),
+    "lot": RegressionMethod(
+        title="LOT Merging",
+        source="Sun et al., arXiv 2505.23859: RegMean of task vectors by pseudoinverse, and scales of norms",
+        inputs="candidate",
+        anchor="base",
+        off_diagonal_scale=1.0,
+        ridge=0.0,
+        solve=("blocks", "norms"),
         parameters=_SUMS,
     ),
     "regmean_plusplus": RegressionMethod(

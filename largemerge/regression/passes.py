@@ -30,7 +30,7 @@ from largemerge.model.inside_block import ResumePoint
 from largemerge.model.trace import LinearRole, ModelTrace
 from largemerge.regression.group_sums import sums_bytes
 from largemerge.regression.methods import RegressionMethod
-from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, LinearPlan, MergeRule, TensorPlan
+from largemerge.regression.tensor_plan import BlockPlan, LinearGroup, LinearPlan, MergeRule, NormPlan, TensorPlan
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class BlockPass:
         runs_merged: Whether inputs come from weights merged so far, or averaged, and not from the candidates'.
         start: Where the runs are taken up; `None` for the beginning of the block.
         keep: Where they stop, and keep what the next pass needs; `None` where it starts at the beginning.
+        norms: Norms whose inputs are wanted, for which the block is run to its end.
     """
 
     groups: tuple[LinearGroup, ...]
@@ -56,6 +57,7 @@ class BlockPass:
     runs_merged: bool = False
     start: ResumePoint | None = None
     keep: ResumePoint | None = None
+    norms: tuple[NormPlan, ...] = ()
 
     @property
     def beside(self) -> tuple[Beside, ...]:
@@ -164,9 +166,11 @@ def block_passes(
     passes = []
     for number, (start, stop) in enumerate(cuts):
         groups, last = block.groups[start:stop], number == len(cuts) - 1
-        whole, averages = advances and last, number == 0
+        averages = number == 0
+        norms = block.norms if averages else ()
+        whole = (advances and last) or bool(norms)
         names = [plan.name for plan in block.tensors if whole or _is_read(block, plan, roles, groups, averages)]
-        passes.append(BlockPass(groups, tuple(names), averages, last))
+        passes.append(BlockPass(groups, tuple(names), averages, last, norms=norms))
     return tuple(passes)
 
 

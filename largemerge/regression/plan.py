@@ -390,7 +390,8 @@ def make_plan(
     outline = _joint_outline(with_data)
     inside = config.method.granularity == "linear"
     first = next((each for each in with_data if each.examples), with_data[0])
-    trace = trace_model(inputs.skeleton, outline, first.examples, first.where, inside=inside)
+    norms = config.method.solves_norms
+    trace = trace_model(inputs.skeleton, outline, first.examples, first.where, inside=inside, norms=norms)
     blocks = plan_blocks(config, inputs, trace)
     head, non_block = plan_head(config, inputs, trace, plan_non_block(config, inputs, trace))
     embedding, non_block = plan_embedding(config, inputs, non_block)
@@ -455,7 +456,7 @@ def make_plan(
         adapters=_adapter_summaries(inputs),
         heads=inputs.heads,
         tokens=inputs.tokens,
-        bytes_read=_bytes_read(inputs, tensors) + previous_bytes(config) + gram_bytes(config, blocks, head),
+        bytes_read=_bytes_read(config, inputs, tensors) + previous_bytes(config) + gram_bytes(config, blocks, head),
         placement=choice.placement,
         reasons=choice.reasons,
         footprint=choice.footprint,
@@ -710,8 +711,9 @@ def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tu
     return {name: value for name, value in outlines[0].inputs.items() if name in common}
 
 
-def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
-    """Bytes that making the tensors reads from checkpoints."""
+def _bytes_read(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
+    """Bytes that making the tensors reads from checkpoints, of the base where the method pulls to it."""
+    by_base = config.method.anchor != "average"
 
     def size(checkpoint: Checkpoint, names: KeyMapping, plan: TensorPlan) -> int:
         if plan.name in inputs.reference_mapping.unmapped:
@@ -730,6 +732,8 @@ def _bytes_read(inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
             total += size(inputs.candidates[0], inputs.candidate_mappings[0], plan)
         else:
             total += sum(size(c, n, plan) for c, n in zip(inputs.candidates, inputs.candidate_mappings, strict=True))
+        if by_base and plan.rule is MergeRule.SOLVED and inputs.base is not None and inputs.base_mapping is not None:
+            total += size(inputs.base, inputs.base_mapping, plan)
     return total
 
 

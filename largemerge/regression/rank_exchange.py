@@ -25,7 +25,7 @@ from largemerge.distributed.collectives import AsyncCollectives
 from largemerge.distributed.partition import Partition, choose_owners
 from largemerge.distributed.ranks import Ranks
 from largemerge.distributed.shared_memory import Node
-from largemerge.regression.averages import RunningAverages
+from largemerge.regression.averages import RunningAverages, RunningScales
 from largemerge.regression.group_sums import GroupSums, RankPart
 from largemerge.regression.tensor_plan import LinearGroup
 
@@ -171,9 +171,9 @@ class PassExchange:
         if self.collectives is not None:
             self._reducing[leader] = self.collectives.reduce(sums.views(), self.owners[leader])
 
-    def reduce_averages(self, averages: RunningAverages) -> None:
+    def reduce_averages(self, averages: RunningAverages, scales: RunningScales) -> None:
         """Collective: starts to add up the averages over all ranks; all of them get the result."""
-        views = averages.views()
+        views = [*averages.views(), *scales.views()]
         if self.collectives is not None and views:
             self.collectives.reduce(views, 0)
             self._broadcasting.append(self.collectives.broadcast(views, 0))

@@ -152,7 +152,9 @@ def solve_anchored_(
         ("eigenvalues_float64", lambda: _by_eigenvalues(system)),
     ]
     if max_rank is not None and max_rank < gram.num_inputs:
-        fallbacks.append(f"{max_rank} tokens for {gram.num_inputs} inputs: directions that they leave out are averaged")
+        fallbacks.append(
+            f"{max_rank} tokens for {gram.num_inputs} inputs: directions that they leave out keep the anchor"
+        )
         attempts = attempts[2:]
     for name, attempt in attempts:
         try:

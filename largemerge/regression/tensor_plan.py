@@ -46,6 +46,7 @@ from largemerge.checkpoint.tensor_info import (
 from largemerge.config_file import matches
 from largemerge.errors import LargemergeError
 from largemerge.heads import BASE
+from largemerge.model.block_runner import BlockId
 from largemerge.model.classes import token_parameters
 from largemerge.model.inside_block import Residual
 from largemerge.model.key_mapping import KeyMapping
@@ -58,6 +59,7 @@ from largemerge.regression.tokens import Tokens
 
 HEAD = "head"
 """Name of the part that holds the head, in journal, report and progress."""
+_UNMATCHED_ROWS = "rows of its input cannot be matched to the padding mask"
 _QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -150,6 +152,23 @@ class LinearGroup:
 
 
 @dataclass(frozen=True)
+class NormPlan:
+    """A norm whose scale is averaged element by element, weighted by what it multiplies.
+
+    Attributes:
+        path: Path of the norm in its block, such as `input_layernorm`.
+        name: Parameter name of the scale in the module.
+        token_stack: Stack whose tokens the rows of the input are; `None` if they are no stack's.
+        size: Number of elements of the scale.
+    """
+
+    path: str
+    name: str
+    token_stack: int | None
+    size: int
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """One block: its tensors, and which of its linears are solved together.
 
@@ -159,6 +178,7 @@ class BlockPlan:
         name: Module path of the block.
         tensors: Plans of the block's tensors.
         groups: Groups of linears in the order in which the forward reaches them.
+        norms: Norms whose scales are solved.
     """
 
     stack: int
@@ -166,10 +186,11 @@ class BlockPlan:
     name: str
     tensors: tuple[TensorPlan, ...]
     groups: tuple[LinearGroup, ...]
+    norms: tuple[NormPlan, ...] = ()
 
-    def stack_of(self, group: LinearGroup) -> int:
-        """The stack whose tokens the rows of a group's input are, else the block's own stack."""
-        return self.stack if group.token_stack is None else group.token_stack
+    def stack_of(self, part: LinearGroup | NormPlan) -> int:
+        """The stack whose tokens the rows of the input of a group or a norm are, else the block's own stack."""
+        return self.stack if part.token_stack is None else part.token_stack
 
 
 @dataclass(frozen=True)
@@ -286,9 +307,10 @@ def plan_blocks(config: MergeConfig, inputs: Inputs, trace: ModelTrace) -> tuple
             }
             of_base = _left_to_base(config, inputs, reasons, [prefix + path for path in linears])
             tensors = [_plan_tensor(config, inputs, name, reasons[name], of_base=name in of_base) for name in names]
+            norms, tensors = _plan_norms(config, inputs, tensors, prefix, trace, BlockId(stack_index, index), shared)
             residuals = trace.stacks[stack_index].residuals[index] if trace.stacks[stack_index].residuals else {}
             groups = _plan_groups(stack.blocks[index], tensors, prefix, roles, residuals)
-            blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups))
+            blocks.append(BlockPlan(stack_index, index, prefix.rstrip("."), tuple(tensors), groups, norms))
     return tuple(blocks)
 
 
@@ -534,11 +556,42 @@ def _why_not_solvable(
         return "not a linear's weight"
     if module not in roles:
         return "the calibration data does not run its linear"
-    token_stack = roles[module].token_stack
-    rows = trace.stacks[stack if token_stack is None else token_stack]
-    if rows.unmatched or (token_stack is None and rows.token_input is not None):
-        return "rows of its input cannot be matched to the padding mask"
-    return None
+    return None if _rows_are_known(trace, stack, roles[module]) else _UNMATCHED_ROWS
+
+
+def _rows_are_known(trace: ModelTrace, stack: int, role: LinearRole) -> bool:
+    """Whether it is known which rows of what a linear or a norm of a stack reads are padding."""
+    rows = trace.stacks[stack if role.token_stack is None else role.token_stack]
+    return not rows.unmatched and (role.token_stack is not None or rows.token_input is None)
+
+
+def _plan_norms(
+    config: MergeConfig,
+    inputs: Inputs,
+    tensors: list[TensorPlan],
+    prefix: str,
+    trace: ModelTrace,
+    block: BlockId,
+    shared: frozenset[str],
+) -> tuple[tuple[NormPlan, ...], list[TensorPlan]]:
+    """Plans the norms of a block, where the method solves them; returns the plans of its tensors with their reasons."""
+    if not config.method.solves_norms:
+        return (), tensors
+    stack = trace.stacks[block.stack]
+    roles = stack.norms[block.index] if stack.norms else {}
+    norms, plans = [], []
+    for plan in tensors:
+        path, _, leaf = plan.name.removeprefix(prefix).rpartition(".")
+        role = roles.get(path) if leaf == "weight" else None
+        if role is None or plan.name in shared or not _is_averaged_everywhere(config, inputs, plan):
+            plans.append(plan)
+        elif not _rows_are_known(trace, block.stack, role):
+            plans.append(replace(plan, reason=f"{plan.reason}, and {_UNMATCHED_ROWS}"))
+        else:
+            size = inputs.skeleton.model.get_parameter(plan.name).shape[0]
+            norms.append(NormPlan(role.name, plan.name, role.token_stack, size))
+            plans.append(replace(plan, reason="the scale of a norm: weighted by the squares of what it multiplies"))
+    return tuple(norms), plans
 
 
 def _plan_groups(

@@ -60,6 +60,7 @@ from largemerge.regression.shrinkage import fold_operations, fold_sums_bytes
 from largemerge.regression.solve import may_need_float64, solve_operations
 from largemerge.regression.tensor_plan import BlockPlan, HeadPlan, LinearGroup, MergeRule, TensorPlan
 
+_SCALE_BYTES = 4 * torch.float64.itemsize  # held of each element of a norm's scale
 _MEMORY_TRIPS = 6  # a value that a linear computes is read or written this often, by activations, norms, additions
 
 
@@ -291,7 +292,9 @@ class _BlockCounter:
         all_solved = {linear.name for group in kind.block.groups for linear in group.linears}
         unaveraged = set() if block_pass.starts else all_solved
         averaged = sum(kind.sizes[n] for n in kind.names if n not in unaveraged) * 4 if block_pass.averages else 0
-        until = None if advances else (block_pass.groups[-1].leader if block_pass.groups else "")
+        whole = advances or bool(block_pass.norms)
+        until = None if whole else (block_pass.groups[-1].leader if block_pass.groups else "")
+        scales = _SCALE_BYTES * sum(norm.size for norm in block_pass.norms)
         merged = kind.names if block_pass.runs_merged else []
         largest_group = max((4 * group.num_inputs * group.num_outputs for group in block_pass.groups), default=0)
         stacks = [(group, kind.block.stack_of(group)) for group in block_pass.groups]
@@ -302,13 +305,16 @@ class _BlockCounter:
             merged_bytes=kind.bytes_of(merged) + kind.cast_bytes(merged, self.dtype),
             solved_bytes=kind.bytes_of(solved),
             largest_solved_bytes=max((kind.bytes_of([name]) for name in solved), default=0),
-            sums_bytes=averaged + sum(map(sums_bytes, block_pass.groups)) + self._cross_bytes(kind, block_pass),
+            sums_bytes=averaged
+            + scales
+            + sum(map(sums_bytes, block_pass.groups))
+            + self._cross_bytes(kind, block_pass),
             chunk_bytes=max(
                 3 * min(DIFFERENCE_CHUNK_BYTES, largest_group),
                 triangle_buffer_bytes(widest) if self.num_sums_read or self.keeps_sums else 0,
             ),
             fallback_bytes=self._fallback_bytes(widest),
-            runs=bool(block_pass.groups) or advances,
+            runs=bool(block_pass.groups) or whole,
             forward=self._forwards(kind, block_pass, until),
             gram_operations=sum(rows[stack] * group.num_inputs**2 for group, stack in stacks for rows in self.rows),
             right_hand_side_operations=sum(
@@ -410,6 +416,7 @@ class _BlockCounter:
         """Bytes of sums, solved weights and averages of one block that ranks exchange."""
         averaged = [plan.name for plan in kind.block.tensors if plan.rule is MergeRule.AVERAGED]
         total = 2 * kind.bytes_of(averaged, GRAM_DTYPE)  # reduced to one rank, broadcast to all
+        total += _SCALE_BYTES * sum(norm.size for norm in kind.block.norms)  # two sums, likewise
         for group in kind.block.groups:
             size, outputs = group.num_inputs, group.num_outputs
             total += (
