@@ -29,7 +29,7 @@ from largemerge.data_free.matrices import (
     why_not_a_matrix,
 )
 from largemerge.data_free.methods.base import REQUIRED, Base, Range
-from largemerge.data_free.methods.post import POST_STEPS, Step
+from largemerge.data_free.methods.post import EQUAL_VALUES, POST_STEPS, Step
 from largemerge.data_free.methods.table import METHODS, no_sum_of_weights
 from largemerge.data_free.modules import module_of_tensor, stacks_of_modules
 from largemerge.heads import Heads
@@ -325,6 +325,14 @@ def _post_notes(config: DataFreeConfig, tasks: Sequence[Task]) -> Iterator[str]:
     for why, names in idle.items():
         which = f" ({list_kinds(names)})" if len(names) < len(posted) else ""
         yield f"{WARNING}post: {why}: changes nothing{which}"
+    order = [config.merge_method, *(name for entry in config.post for name in entry)]
+    for number, name in enumerate(order):
+        equal = [each for each in order[:number] if each in EQUAL_VALUES]
+        if name == "svc" and equal:
+            yield (
+                f"post: svc after {equal[-1]}, which makes singular values equal: which directions it calibrates is "
+                "left to the library that factors them"
+            )
     lacking: dict[str, list[str]] = {}
     for task in posted:
         for model in config.candidates:

@@ -29,6 +29,9 @@ from largemerge.data_free.methods.svd import FACTOR_DTYPE, singular_vectors
 Candidates = Callable[[], Iterator[torch.Tensor]]
 """Yields the task vectors of the candidates, `[O, I]`, float32, one after the other; may be called again."""
 
+EQUAL_VALUES = ("iso_c", "iso_cts", "subspace_boosting")
+"""Methods and steps after which many singular values are equal, so that the directions `svc` sees are not unique."""
+
 _SMALLEST_RESPONSE = 1e-5  # of a task vector's norm: a smaller one is what rounding in float32 leaves
 _ROUNDING = 1 + 1e-12  # so that `beta: 1` is all of the singular values
 _SINGLE, _DOUBLE = 4, 8
