@@ -168,7 +168,7 @@ def choose_resources(
     fitting = (one for one in choices if one.peak_bytes <= allowed and one.device_bytes <= accelerator.max_bytes)
     smallest = min(choices, key=lambda one: one.peak_bytes)
     chosen = next(fitting, smallest)
-    if chosen == choices[0] and METHODS[method].matrix_formula is None:
+    if chosen == choices[0] and METHODS[method].matrix_formula is None and not accelerator.is_gpu:
         # As many as take little: the disk keeps a few cores busy, not all of a large machine's.
         numbers = range(_WORKERS_PER_CORE * threads, min(threads, _MIN_WORKERS) - 1, -1)
         wanted = [with_workers(workers, chosen.kept_bytes) for workers in numbers]
