@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from largemerge.api import read_config
+from largemerge.data_free.methods.post import POST_STEPS
 from largemerge.data_free.methods.table import METHODS
 from largemerge.errors import ConfigError
 
@@ -127,6 +128,13 @@ DATA_FREE: dict[str, Any] = {
     "seed": 1,
     "memory": {"device": 1, "host": 1},
     "variant": "x",
+    "post": [
+        "svc",
+        {"svc": {"alpha": 0.5}},
+        {"subspace_boosting": {"beta": [{"filter": "mlp", "value": 0.5}, {"value": [0, 1]}]}},
+        {"rescale": {"match_norm": True, "factor": 1.5}},
+    ],
+    "candidates": ["o/b", "o/c"],
 }
 
 WRONG: list[Any] = [
@@ -176,12 +184,15 @@ def with_value(raw: Any, place: Place, value: Any) -> Any:
 
 
 def with_parameters() -> Iterator[tuple[Any, Place]]:
-    """Yields a configuration for every parameter of every data-free method, and the parameter's place."""
+    """Yields a configuration for every parameter of every data-free method and step, and the parameter's place."""
     for method, row in METHODS.items():
         models = [{"model": f"o/{name}", "parameters": {}} for name in "ab"]
         raw = {"merge_method": method, "models": models, "base_model": "o/base", "parameters": {}}
         yield from ((raw, ("parameters", name)) for name in row.shared)
         yield from ((raw, ("models", 0, "parameters", name)) for name in row.per_model)
+    for step, post in POST_STEPS.items():
+        raw = {"merge_method": "tsv_m", "models": [{"model": "o/a"}], "base_model": "o/base", "post": [{step: {}}]}
+        yield from ((raw, ("post", 0, step, name)) for name in post.parameters)
 
 
 PLACES = [(raw, place) for raw in (REGRESSION, DATA_FREE) for place in places(raw)] + list(with_parameters())

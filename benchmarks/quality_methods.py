@@ -1,7 +1,8 @@
 """The methods that the quality benchmark compares, the settings of each, and the YAML that a merge is started from.
 
 A method is written `name`, or `name:key=value,key=value` with other settings than those below, so that one method can
-have several rows. Parameters that each model has (`weight`, `density`, …) are the same for all of them.
+have several rows. Parameters that each model has (`weight`, `density`, …) are the same for all of them. Steps after a
+merge without data are its setting `post`: `"tsv_m:post=[{svc: {alpha: 1}}, rescale]"`.
 """
 
 from __future__ import annotations
@@ -97,9 +98,11 @@ def write_config(merge: Merge, case: Case, seed: int) -> str:
     changed = {key: yaml.safe_load(value) for key, value in merge.parameters}
     parameters = {**SETTINGS.get(merge.method, {}), **changed}
     if merge.samples is None:
-        row = DATA_FREE[merge.method]
-        # A mean of models on the sphere takes the base for one of them.
-        config |= {"base_model": str(case.base)} if row.base in (Base.REQUIRED, Base.OPTIONAL) else {}
+        row, steps = DATA_FREE[merge.method], parameters.pop("post", None)
+        # A mean of models on the sphere takes the base for one of them. Steps after any merge measure from it.
+        takes_base = row.base in (Base.REQUIRED, Base.OPTIONAL) or steps
+        config |= {"base_model": str(case.base)} if takes_base else {}
+        config |= {"post": steps} if steps else {}
         config |= {"dtype": "float32", "out_dtype": case.dtype, "seed": seed}
         each = {key: parameters.pop(key) for key in list(parameters) if key in row.per_model}
         own = {"parameters": each} if each else {}

@@ -124,3 +124,36 @@ def consensus_ta(deltas: Deltas, limit: float, votes: int) -> torch.Tensor:
     total = sum(deltas)
     masks = sum((delta.abs() > limit * (total - delta).abs()).double() for delta in deltas)
     return total * (masks >= votes)
+
+
+# Steps after a merge: functions from a merged task vector, and the candidates'
+
+
+def svc(merged: torch.Tensor, deltas: Deltas, alpha: float | None = None) -> torch.Tensor:
+    """Calibrates direction by direction, as the paper writes it."""
+    alpha = 1 / len(deltas) if alpha is None else alpha
+    u, s, vh = torch.linalg.svd(merged, full_matrices=False)
+    calibrated = torch.zeros_like(merged)
+    for r in range(len(s)):
+        own = u[:, r] @ merged
+        shares = []
+        for delta in deltas:
+            response = u[:, r] @ delta
+            shares.append(float(own @ response / response.square().sum()))
+        calibrated += s[r] * len(deltas) / sum(max(alpha, share) for share in shares) * torch.outer(u[:, r], vh[r])
+    return calibrated
+
+
+def subspace_boosting(merged: torch.Tensor, beta: float = 0.01) -> torch.Tensor:
+    u, s, vh = torch.linalg.svd(merged, full_matrices=False)
+    cumulated, first = 0.0, len(s) - 1
+    for number, value in enumerate(s.tolist()):
+        cumulated += value
+        if cumulated >= beta * s.sum().item() * (1 - 1e-12):
+            first = number
+            break
+    return u @ torch.diag(torch.maximum(s, s[first])) @ vh
+
+
+def rescale(merged: torch.Tensor, deltas: Deltas, factor: float = 1.0) -> torch.Tensor:
+    return factor * merged * sum(delta.norm() for delta in deltas) / len(deltas) / merged.norm()

@@ -108,6 +108,25 @@ class Module(Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
+def _read_steps(value: object) -> object:
+    """Returns a list of steps, each its name with its parameters; raises where there is anything else."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list of steps, such as [{{svc: {{alpha: 0.25}}}}], found {shown(value)}")
+    steps = []
+    for entry in value:
+        step = {entry: {}} if isinstance(entry, str) else entry
+        if not isinstance(step, Mapping) or len(step) != 1 or not isinstance(next(iter(step)), str):
+            raise ValueError(
+                f"expected every step to be its name and its parameters, such as svc: {{alpha: 0.25}}, "
+                f"found {shown(entry)}"
+            )
+        ((name, parameters),) = step.items()
+        if not isinstance(parameters, Mapping | None):
+            raise ValueError(f"expected parameters of {shown(name)} by name, found {shown(parameters)}")
+        steps.append({name: dict(parameters or {})})
+    return tuple(steps)
+
+
 class MemoryLimits(Strict):
     """How much memory a merge may use, in bytes."""
 
@@ -151,6 +170,10 @@ class DataFreeConfig(Strict):
     """Limits of memory; mergekit does not have this key."""
     variant: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$")
     """Variant of the models' weights, such as `fp16` for `model.fp16.safetensors`."""
+    post: Annotated[tuple[dict[str, Parameters], ...], pydantic.BeforeValidator(_read_steps)] = ()
+    """Steps after the merge, in order: each its name, with its parameters; mergekit does not have this key."""
+    candidates: tuple[Reference, ...] = ()
+    """The models that the steps of `post` hold the merge against; default: all models but the base."""
     _warnings: tuple[str, ...] = pydantic.PrivateAttr(())
     _strict: bool = pydantic.PrivateAttr(False)
 
@@ -187,14 +210,38 @@ class DataFreeConfig(Strict):
         return self.tokenizer
 
     @property
-    def references(self) -> tuple[str, ...]:
-        """References of all models, in the order of the file, the base last if it is named nowhere else."""
+    def listed(self) -> tuple[str, ...]:
+        """References of all models that are listed as parts of the merge, in the order of the file."""
         sources: list[str] = [entry.model for entry in self.models]
         for module in (Module(slices=self.slices), *self.modules.values()):
             sources += [entry.model for entry in module.models]
             sources += [source.model for slice_ in module.slices for source in slice_.sources]
-            sources += [slice_.base_model for slice_ in module.slices if slice_.base_model is not None]
-        return tuple(dict.fromkeys([*sources, *([self.base_model] if self.base_model is not None else [])]))
+        return tuple(dict.fromkeys(sources))
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """References of all models, in the order of the file, the base last if it is named nowhere else."""
+        slices = (*self.slices, *(slice_ for module in self.modules.values() for slice_ in module.slices))
+        bases = [slice_.base_model for slice_ in slices if slice_.base_model is not None]
+        bases += [self.base_model] if self.base_model is not None else []
+        return tuple(dict.fromkeys([*self.listed, *self.candidates, *bases]))
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """The models that only the steps of `post` look at, and that are not merged.
+
+        These are candidates that are not listed as parts of the merge; and the base, where the method has none and it
+        is not listed either.
+        """
+        from largemerge.data_free.methods.base import Base
+        from largemerge.data_free.methods.table import METHODS
+
+        if not self.post:
+            return frozenset()
+        base = {self.base_model} if self.base_model is not None else set()
+        is_origin_only = METHODS[self.merge_method].base is Base.NONE
+        looked_at = {*self.candidates} - base | (base if is_origin_only else set())
+        return frozenset(looked_at - set(self.listed))
 
 
 @dataclass(frozen=True)
@@ -244,6 +291,8 @@ def load_data_free(
     _check_method(raw.get("merge_method"), other_methods)
     reader = _mergekit_reader(raw["merge_method"])
     raw = reader.read(raw)
+    if isinstance(raw.get("post"), list | tuple):
+        raw["post"] = [_with_parameters(entry) for entry in raw["post"]]
     problems, warnings = reader.problems, reader.warnings
     if raw.pop("sequence", None) is not None:
         named = f" ({', '.join(other_methods)})" if other_methods else ""
@@ -259,6 +308,7 @@ def load_data_free(
         values = _absolute(config.model_dump(), folders, {UNION, BASE, *names}, unversioned)
         warnings += [f"{reference}: the revision does nothing: this is a folder here" for reference in unversioned]
         read_parameters(values, problems, warnings)
+        read_steps(values, problems)
         config = DataFreeConfig.model_validate(values)
         problems += _problems(config)
         warnings += _idle_bases(config)
@@ -297,6 +347,11 @@ def _without_nulls(raw: Any) -> Any:
     if isinstance(raw, Mapping):
         return {key: _without_nulls(value) for key, value in raw.items() if value is not None}
     return [_without_nulls(entry) for entry in raw] if isinstance(raw, list | tuple) else raw
+
+
+def _with_parameters(step: Any) -> Any:
+    """Returns a step of `post` that has no parameters (`- svc:`) with an empty mapping of them."""
+    return {name: {} if each is None else each for name, each in step.items()} if isinstance(step, Mapping) else step
 
 
 def _check_method(name: object, other_methods: Sequence[str]) -> None:
@@ -357,6 +412,32 @@ def read_parameters(values: dict[str, Any], problems: list[str], warnings: list[
         holder["parameters"] = kept
     for reason, places in idle.items():
         warnings.append(f"{listed_places(places)}: {reason}")
+
+
+def read_steps(values: dict[str, Any], problems: list[str]) -> None:
+    """Reads the parameters of all steps of `post` as what the steps take them for, in place.
+
+    Args:
+        values: The configuration as plain values, whose steps' parameters are replaced.
+        problems: Mistakes are added here, with their places in the file.
+    """
+    from largemerge.data_free.methods.post import POST_STEPS
+
+    for number, entry in enumerate(values["post"]):
+        for name, parameters in entry.items():
+            place = f"post[{number}]"
+            if name not in POST_STEPS:
+                hint = nearest(name.lower(), POST_STEPS) or f"; expected one of {sorted(POST_STEPS)}"
+                problems.append(f"{place}: {shown(name)} is no step that is known{hint}")
+                continue
+            known = POST_STEPS[name].kinds
+            for parameter, setting in parameters.items():
+                where = f"{place}.{name}.{parameter}"
+                if parameter not in known:
+                    hint = nearest(parameter, known) or f"; {name} has {sorted(known)}"
+                    problems.append(f"{where}: unknown parameter{hint}")
+                else:
+                    parameters[parameter] = read_setting(known[parameter], setting, where, problems)
 
 
 def _holders(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str | None]]:
@@ -445,6 +526,7 @@ class _Scope:
 
 def _scopes(config: DataFreeConfig) -> Iterator[_Scope]:
     """Yields all parts of a configuration that are made of one list of models."""
+    beside = config.beside
     whole = Module(models=config.models, slices=config.slices)
     modules = [("", whole), *((f"modules.{name}.", module) for name, module in config.modules.items())]
     for prefix, module in modules:
@@ -454,7 +536,8 @@ def _scopes(config: DataFreeConfig) -> Iterator[_Scope]:
                 (f"{prefix}models[{number}]", entry.model, entry.parameters)
                 for number, entry in enumerate(module.models)
             ]
-            if config.base_model is not None and config.base_model not in [model for _, model, _ in entries]:
+            is_merged = config.base_model not in (*(model for _, model, _ in entries), *beside)
+            if config.base_model is not None and is_merged:
                 entries.append(("base_model", config.base_model, {}))
             yield _Scope(prefix, tuple(entries), shared, config.base_model, is_slice=False)
         for index, output_slice in enumerate(module.slices):
@@ -498,6 +581,39 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
                 f"with as many layers as the others; found {models}"
             )
     yield from _missing_parameters(config.merge_method, method, scopes)
+    yield from _post_problems(config, scopes)
+
+
+def _post_problems(config: DataFreeConfig, scopes: Sequence[_Scope]) -> Iterator[str]:
+    """Yields what the steps of `post` lack: a base, and models that they could hold the merge against."""
+    from largemerge.data_free.methods.post import POST_STEPS
+
+    if not config.post:
+        if config.candidates:
+            yield "candidates: are for the steps of 'post', which are held against them; there are none: leave it out"
+        return
+    steps = [(name, parameters) for entry in config.post for name, parameters in entry.items()]
+    if config.base_model is None and not all(scope.base_model for scope in scopes):
+        yield (
+            f"post: {', '.join(dict.fromkeys(name for name, _ in steps))}: needs a 'base_model', from which the task "
+            "vectors of the merge and of the models are measured"
+        )
+    for scope in scopes:
+        if scope.is_slice and scope.base_model is not None and scope.base_model not in [m for _, m, _ in scope.entries]:
+            yield f"{scope.where}sources: post needs the base among them, {scope.base_model}"
+    if config.base_model is not None and config.base_model in config.candidates:
+        yield f"candidates: {config.base_model} is the base, which has no task vector; leave it out"
+    if config.candidates and (config.slices or any(module.slices for module in config.modules.values())):
+        yield "candidates: with 'slices', the steps of post hold a merge against its sources; leave it out"
+    if config.candidates and config.vocabulary is not None:
+        key = "tokenizer_source" if config.tokenizer is None else "tokenizer"
+        yield f"candidates: cannot go with '{key}', whose vocabulary is that of all models; expected one of both"
+    if not (config.candidates or set(config.listed) - {config.base_model}) and any(
+        POST_STEPS[name].reads_candidates({**POST_STEPS[name].parameters, **parameters})
+        for name, parameters in steps
+        if name in POST_STEPS
+    ):
+        yield "post: there is no model beside the base that the merge could be held against; name some in 'candidates'"
 
 
 def _depths(config: DataFreeConfig) -> dict[str, int]:
@@ -578,19 +694,30 @@ def _absolute(value: Any, folders: list[Path], names: Collection[str], unversion
     if isinstance(value, str) and key in _AUXILIARY_PARAMETERS:
         paths = (folder / os.path.expanduser(value) for folder in folders)
         return next((str(path.resolve()) for path in paths if os.path.exists(path)), value)
-    if isinstance(value, str) and key in ("model", "base_model", "tokenizer_source", "source"):
+    if isinstance(value, str) and key in ("model", "base_model", "candidates", "tokenizer_source", "source"):
         return absolute_reference(value, folders, names, unversioned)
     return value
 
 
 def filters_of(config: DataFreeConfig) -> Iterator[tuple[str, str]]:
     """Yields the filters of all parameters, after their places in the file."""
-    for where, holder, _ in _holders(config.model_dump()):
-        for name, setting in holder["parameters"].items():
-            entries = [setting] if isinstance(setting, Mapping) else setting if isinstance(setting, tuple) else ()
-            for number, entry in enumerate(entries):
-                if isinstance(entry, Mapping) and entry.get("filter") not in (None, "*"):
-                    yield f"{where}parameters.{name}[{number}]", entry["filter"]
+    values = config.model_dump()
+    settings = [
+        (f"{where}parameters.{name}", setting)
+        for where, holder, _ in _holders(values)
+        for name, setting in holder["parameters"].items()
+    ]
+    settings += [
+        (f"post[{number}].{step}.{name}", setting)
+        for number, entry in enumerate(values["post"])
+        for step, parameters in entry.items()
+        for name, setting in parameters.items()
+    ]
+    for place, setting in settings:
+        entries = [setting] if isinstance(setting, Mapping) else setting if isinstance(setting, tuple) else ()
+        for number, entry in enumerate(entries):
+            if isinstance(entry, Mapping) and entry.get("filter") not in (None, "*"):
+                yield f"{place}[{number}]", entry["filter"]
 
 
 def evaluate(setting: Setting, tensor: str, t: float) -> Any:

@@ -27,7 +27,7 @@ from largemerge.text_files import read_json
 CURRICULUM = "curriculum"
 """What `merge_method` says."""
 _OF_THE_WHOLE = ("merge_method", "name", "models", "parameters")
-_OF_THE_LAST = ("out_dtype", "chat_template")
+_OF_THE_LAST = ("out_dtype", "chat_template", "post", "candidates")
 _SLERP = "slerp"
 
 
@@ -205,6 +205,8 @@ def _documents(raw: Mapping[str, Any], curriculum: _Curriculum, entries: list[_E
         weight = parameters.weight if entry.parameters.weight is None else entry.parameters.weight
         document = {key: value for key, value in shared.items() if is_last or key not in _OF_THE_LAST}
         document["merge_method"] = step
+        if is_last and document.get("post"):
+            document.setdefault("candidates", [entry.model for entry in entries])
         if step == _SLERP:
             document |= {"base_model": so_far, "models": [{"model": entry.model}]}
             document["parameters"] = {**more, "t": weight}

@@ -13,6 +13,12 @@ A method with a factor that only the whole model knows goes over all tensors twi
     second   every tensor: the base's + factor · what the scratch file has, to the output
 
 The scratch files lie in the working folder, and go with it when the merge is done.
+
+Steps after the merge (`AfterMerge`) get every weight matrix as a whole, before it is rounded and written:
+
+    worker: merged pieces → the whole matrix → minus the base → steps, each with the candidates at hand → plus the base
+
+The norms of its task vector before and after every step go to the journal, so that a resumed merge reports them, too.
 """
 
 from __future__ import annotations
@@ -46,9 +52,10 @@ from largemerge.checkpoint.writer import (
     why_unmergeable,
 )
 from largemerge.comparison import ComparedTensor, Comparison, Verification
-from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, release_slot
+from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, merges_by_formula, release_slot
 from largemerge.data_free.matrices import LAYER
 from largemerge.data_free.methods.base import Access, Cut, select_formula
+from largemerge.data_free.methods.post import apply_steps
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.plan import DataFreePlan, initial_values
 from largemerge.data_free.resources import Accelerator
@@ -71,6 +78,8 @@ _DIGESTS = {_DELTAS: "scratch_digests", _OUTPUT: "digests"}  # and the digests o
 
 Squares = dict[str, list[float]]
 """Sums of `UnscaledDelta.squares` over a tensor, by its name."""
+Norms = dict[str, list[float]]
+"""Norms of a matrix's merged task vector, before the steps after the merge and after every one of them, by its name."""
 
 
 def split_into_parts(tasks: Sequence[Task]) -> list[list[Task]]:
@@ -129,6 +138,7 @@ class Merger:
         writer: Writer of the output.
         kept_bytes: The most bytes of all models' tensors that are kept between two passes.
         accelerator: The GPU that weight matrices are merged on, if there is one.
+        after: The steps after the merge.
         new: Tensors that no model has, by name in the output.
     """
 
@@ -140,11 +150,12 @@ class Merger:
         writer: ShardWriter,
         kept_bytes: int,
         accelerator: Accelerator,
+        after: AfterMerge,
         new: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         self._name, self._seed = method, seed
         self._readers, self._writer, self._kept_bytes = readers, writer, kept_bytes
-        self._accelerator, self._new = accelerator, new
+        self._accelerator, self._after, self._new = accelerator, after, new
 
     def __call__(self, task: Task) -> None:
         """Reads, merges and writes one tensor."""
@@ -154,10 +165,13 @@ class Merger:
                 return
             method = METHODS[task.instead or self._name]
             access, prepare = select_formula(method, task.shared, falls_back=bool(task.fallback_reason))
-            device = self._accelerator.device_of(self._name, task)
+            device = self._accelerator.device_of(self._name, task) if merges_by_formula(self._name, task) else CPU
             load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device)
             with self._accelerator.stream():
                 merge = prepare(access.first_pass(load.pieces) if access.first_pass is not None else None)
+                if task.post is not None:
+                    self._after.finish(task, (merge(piece) for piece in load.pieces()))
+                    return
                 for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                     write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
 
@@ -227,6 +241,74 @@ def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tens
         writer.write(task.name, merged.reshape(shape), first_row=rows.start)
 
 
+class AfterMerge:
+    """Runs the steps after the merge on single weight matrices, and writes them.
+
+    Args:
+        method: Name of the method in the table.
+        readers: A reader for every model.
+        writer: Writer of the output.
+        accelerator: The GPU that weight matrices are merged on, if there is one.
+    """
+
+    def __init__(
+        self, method: str, readers: Mapping[str, TensorReader], writer: ShardWriter, accelerator: Accelerator
+    ) -> None:
+        self._name, self._readers, self._writer, self._accelerator = method, readers, writer, accelerator
+        self._norms: Norms = {}
+        self._lock = threading.Lock()
+
+    def finish(self, task: Task, pieces: Iterable[torch.Tensor]) -> None:
+        """Puts the merged pieces of a matrix together, changes it by the steps, and writes it.
+
+        Args:
+            task: The task, with steps.
+            pieces: Its merged pieces, in order; the transposed matrix as a whole where the task has its inputs first.
+        """
+        assert task.post is not None, "asked only for tasks with steps"
+        work, device = task.post, self._accelerator.device_of(self._name, task)
+        merged = self._whole(task, pieces).to(device)
+        merged = merged.T if work.inputs_first and not task.inputs_first else merged
+        origin = self._read(task, work.origin, device)
+
+        def candidates() -> Iterator[torch.Tensor]:
+            yield from (self._read(task, source, device).sub_(origin) for source in work.candidates)
+
+        delta, norms = apply_steps(merged.sub_(origin), work.steps, candidates)
+        as_seen = replace(task, inputs_first=work.inputs_first)
+        write_piece(self._writer, as_seen, slice(0, task.shape[0]), delta.add_(origin), task.out_dtype)
+        with self._lock:
+            self._norms[task.name] = norms
+
+    def take_norms(self, tasks: Iterable[Task]) -> Norms:
+        """Returns the norms that were found for some tasks, and forgets them."""
+        with self._lock:
+            return {task.name: self._norms.pop(task.name) for task in tasks if task.name in self._norms}
+
+    @staticmethod
+    def _whole(task: Task, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Returns the merged matrix as the method sees it, float32, in memory of its own."""
+        shape = torch.Size(reversed(task.shape) if task.inputs_first else task.shape)
+        found, row = None, 0
+        for piece in pieces:
+            if piece.shape == shape and piece.dtype is torch.float32:
+                return piece  # methods of matrices make a new one
+            found = torch.empty(shape) if found is None else found
+            found[row : row + len(piece)] = piece
+            row += len(piece)
+        assert found is not None and row == shape[0], "all pieces make a matrix"
+        return found
+
+    def _read(self, task: Task, source: tuple[str, str], device: torch.device) -> torch.Tensor:
+        """Reads a whole matrix, `[outputs, inputs]`, float32, in memory of its own."""
+        assert task.post is not None
+        model, key = source
+        with release_slot():
+            tensor = self._readers[model].read(key, again=True)
+        tensor = tensor.to(device).to(torch.float32)
+        return tensor.T if task.post.inputs_first else tensor
+
+
 class TwoPassMerge:
     """Both passes of a merge with a factor of the whole model, task by task. A context manager.
 
@@ -291,12 +373,13 @@ class TwoPassMerge:
         """Computes the factor from the squares of all tensors; the same in whatever order they were made."""
         return self._global_scale.factor([math.fsum(column) for column in zip(*squares.values(), strict=True)])
 
-    def scale_by(self, factor: float, copy: Callable[[Task], None]) -> Callable[[Task], None]:
+    def scale_by(self, factor: float, copy: Callable[[Task], None], after: AfterMerge) -> Callable[[Task], None]:
         """Makes the second pass: a function that writes the output of one task.
 
         Args:
             factor: Factor of every merged task vector.
             copy: Does a task without one, whose tensor is copied, or merged by another method.
+            after: The steps after the merge.
         """
 
         def work(task: Task) -> None:
@@ -305,10 +388,18 @@ class TwoPassMerge:
                 return
             as_stored = replace(task, inputs_first=False)
             load = PieceLoader(as_stored, Access(Cut.ELEMENTS, lazy=True), self._readers, self._seed)
-            with as_merge_error(task, self._name, self._readers):
+
+            def scaled() -> Iterator[torch.Tensor]:
                 for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                     delta = self.scratch.read(task.name, rows if task.shape else None)
-                    write_piece(self._writer, as_stored, rows, delta.mul_(factor).add_(piece.origin), task.out_dtype)
+                    yield delta.mul_(factor).add_(piece.origin)
+
+            with as_merge_error(task, self._name, self._readers), self._accelerator.stream():
+                if task.post is not None:
+                    after.finish(as_stored, scaled())
+                    return
+                for rows, merged in zip(load.cuts, scaled(), strict=True):
+                    write_piece(self._writer, as_stored, rows, merged, task.out_dtype)
 
         return work
 
@@ -339,7 +430,10 @@ def run(
         kept_bytes, accelerator = plan.resources.kept_bytes, plan.resources.accelerator
         trusted, any_new = plan.config.trust_remote_code, any(not task.sources for task in plan.tasks)
         new = initial_values(plan.alignment, trust_remote_code=trusted) if any_new else {}
-        merge: Callable[[Task], None] = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator, new)
+        after = AfterMerge(method, readers, writer, accelerator)
+        merge: Callable[[Task], None] = Merger(
+            method, plan.config.seed, readers, writer, kept_bytes, accelerator, after, new
+        )
         kinds = [_OUTPUT] if METHODS[method].global_scale is None else [_DELTAS, _OUTPUT]
         num_tasks = sum(len(part) for kind in kinds for part in parts.own(kind))
         progress = stack.enter_context(RunProgress(num_tasks, num_tasks, plan.device, quiet=quiet))
@@ -352,10 +446,18 @@ def run(
             squares: Squares = {}
             for name in parts.journal_names(_DELTAS):
                 squares |= folder.entries[name]["notes"]
-            merge = two_pass.scale_by(two_pass.factor(squares), merge)
-        parts.run(_OUTPUT, merge, writer, progress)
+            merge = two_pass.scale_by(two_pass.factor(squares), merge, after)
+        parts.run(_OUTPUT, merge, writer, progress, after.take_norms if plan.config.post else None)
         past_cache = writer.bytes_past_cache + sum(reader.bytes_past_cache for reader in readers.values())
         return sum(reader.bytes_read for reader in readers.values()), past_cache
+
+
+def norms_after_steps(plan: DataFreePlan, folder: OutputFolder) -> Norms:
+    """Collects from the journal what the steps after the merge have made of the norms of task vectors."""
+    found: Norms = {}
+    for name in _names(_OUTPUT, range(len(split_into_parts(plan.tasks)))):
+        found |= folder.entries[name].get("notes", {})
+    return {task.name: found[task.name] for task in plan.tasks if task.name in found}
 
 
 @contextmanager

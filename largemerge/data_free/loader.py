@@ -23,6 +23,7 @@ import torch
 
 from largemerge.checkpoint.reader import TensorReader
 from largemerge.data_free.methods.base import Access, Cut, Piece, rows_of_pieces
+from largemerge.data_free.methods.post import post_bytes
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.tasks import Task
 from largemerge.devices import CPU
@@ -147,6 +148,7 @@ class PieceLoader:
         model, key = source
         whole = not self._task.shape or rows == slice(0, self._task.shape[0])
         again = self._access.reads_twice and not (whole and self._keeps)
+        again = again or (self._task.post is not None and source in self._task.post.read_candidates)
         with release_slot():
             tensor = self._readers[model].read(key, None if whole else rows, again=again)
         tensor = tensor.to(self._device).to(dtype or self._task.dtype)
@@ -172,9 +174,14 @@ class _LazyTensors(Sequence[torch.Tensor]):
         return _LazyTensors(self._read[index]) if isinstance(index, slice) else self._read[index]()
 
 
-def is_factored(method: str, task: Task) -> bool:
+def merges_by_formula(method: str, task: Task) -> bool:
     """Whether a task is merged by a formula of weight matrices, which factors it."""
     return METHODS[task.instead or method].matrix_formula is not None and task.is_matrix
+
+
+def is_factored(method: str, task: Task) -> bool:
+    """Whether a task's matrix is factored, by the method or by steps after the merge."""
+    return merges_by_formula(method, task) or task.post is not None
 
 
 def spans(task: Task, cuts: Sequence[slice], *, whole: bool) -> list[slice]:
@@ -192,11 +199,31 @@ def spans(task: Task, cuts: Sequence[slice], *, whole: bool) -> list[slice]:
 
 def worker_bytes(method: str, task: Task, kept_bytes: int) -> int:
     """Computes the peak bytes of a worker while it merges a task; `kept_bytes` as for the `PieceLoader`."""
+    if task.post is None:
+        return _merging_bytes(method, task, kept_bytes)
+    rows, columns = task.shape
+    merged = task.num_elements * torch.float32.itemsize
+    kept = _kept_bytes(task, _access(method, task), kept_bytes)
+    steps = kept + 2 * task.num_elements * _MAX_ITEM_BYTES + post_bytes(rows, columns)
+    return merged + max(_merging_bytes(method, task, kept_bytes), steps)
+
+
+def host_bytes_beside_gpu(method: str, task: Task, kept_bytes: int) -> int:
+    """Computes the peak bytes of a worker's tensors on the host while a GPU factors a task's matrix."""
+    moved = 2 * task.num_elements * max(task.dtype.itemsize, task.out_dtype.itemsize)
+    if task.post is None or merges_by_formula(method, task):
+        return moved
+    return task.num_elements * torch.float32.itemsize + max(moved, _merging_bytes(method, task, kept_bytes))
+
+
+def _merging_bytes(method: str, task: Task, kept_bytes: int) -> int:
+    """Computes the peak bytes of a worker while it merges a task, before any steps after that."""
     row = METHODS[task.instead or method]
-    held = read_bytes(method, task, kept_bytes)
+    held = _merging_read_bytes(method, task, kept_bytes)
     if task.copied:
         return held
-    if row.matrix_formula is not None and task.is_matrix:
+    if merges_by_formula(method, task):
+        assert row.matrix_formula is not None
         rows, columns = reversed(task.shape) if task.inputs_first else task.shape
         kept = _kept_bytes(task, row.access(task.shared), kept_bytes)
         return kept + 2 * task.num_elements * task.dtype.itemsize + row.matrix_formula.work_bytes(rows, columns)
@@ -207,12 +234,18 @@ def worker_bytes(method: str, task: Task, kept_bytes: int) -> int:
 
 def read_bytes(method: str, task: Task, kept_bytes: int) -> int:
     """Computes the part of `worker_bytes` that tensors are read into."""
+    merging = _merging_read_bytes(method, task, kept_bytes)
+    return merging if task.post is None else max(merging, 2 * task.num_elements * task.dtype.itemsize)
+
+
+def _merging_read_bytes(method: str, task: Task, kept_bytes: int) -> int:
+    """Computes the part of `_merging_bytes` that tensors are read into."""
     tensor = task.num_elements * task.dtype.itemsize
     if task.copied:
         return tensor
     access = _access(method, task)
     kept = _kept_bytes(task, access, kept_bytes)
-    if kept or is_factored(method, task):
+    if kept or merges_by_formula(method, task):
         return kept or 2 * tensor
     span = _max_elements(task, spans(task, rows_of_pieces(task.shape, access.cut), whole=False))
     # The next one is read while the last piece of the one before is still in use.

@@ -17,7 +17,7 @@ from typing import Any
 from largemerge.checkpoint.room import room_problems
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
-from largemerge.data_free.engine import part_kinds, run, verify_merge
+from largemerge.data_free.engine import norms_after_steps, part_kinds, run, verify_merge
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
@@ -94,6 +94,7 @@ def merge_data_free(
                 bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
                 stage("measuring what of every model is in the output, and finishing it")
                 merged = time.perf_counter() - start
+                norms = norms_after_steps(plan, folder)
                 verified = verify_merge(plan, shards, folder) if verify and ranks.is_first else None
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(memory.peak()))
@@ -107,13 +108,15 @@ def merge_data_free(
                     timeline=((prepared, "merge"), (merged, "verify_and_finish")),
                     memory_over_time=tuple(memory.over_time(start)),
                     out=out,
+                    norms=norms,
                     verified=verified,
                 )
                 written: dict[str, Any] = {}
                 if ranks.is_first:
                     watch.check()
                     text = config_text(plan)
-                    written = folder.finish(shards, write, text, report.to_json(), side_files.inner)
+                    finish = partial(write, norms=norms)
+                    written = folder.finish(shards, finish, text, report.to_json(), side_files.inner)
         written = ranks.from_first(written)  # nobody says that the merge is done before it is
     return replace(report, written=written)
 

@@ -12,9 +12,11 @@ Time comes from a probe of the disk, and of the method itself on one piece:
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,9 @@ from largemerge.checkpoint.writer import write_rate
 from largemerge.config_file import strict_problems
 from largemerge.data_free.config import DataFreeConfig, filters_of
 from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
-from largemerge.data_free.loader import cost, is_factored
+from largemerge.data_free.loader import cost, is_factored, merges_by_formula
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
+from largemerge.data_free.methods.post import POST_STEPS, apply_steps
 from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.output_config import make_output_config
 from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_device, choose_resources
@@ -118,7 +121,7 @@ class DataFreePlan:
     def bytes_read(self) -> int:
         """Bytes read from models, adapters and auxiliary tensors, each tensor counted once."""
         views = self.alignment.views
-        wanted = dict.fromkeys(source for task in self.tasks for source in task.inputs)
+        wanted = dict.fromkeys(source for task in self.tasks for source in task.reads)
         plain = sum(
             self.checkpoints[model].tensors[key].num_bytes for model, key in wanted if key not in views[model].relayouts
         )
@@ -189,6 +192,7 @@ class DataFreePlan:
             "tensors": len(self.tasks),
             "copied": {task.name: task.copied for task in self.tasks if task.copied},
             "merged_otherwise": {task.name: task.fallback_reason for task in self.tasks if task.fallback_reason},
+            **({"post": self.post_json()} if self.config.post else {}),
             "scratch_bytes": self.scratch_bytes,
             "layers": self.layers,
             "bytes_read": self.bytes_read,
@@ -202,6 +206,14 @@ class DataFreePlan:
             "vocabulary": self.vocabulary.to_json() if self.vocabulary is not None else None,
             "notes": self.notes,
             "problems": self.problems,
+        }
+
+    def post_json(self) -> dict[str, Any]:
+        """The steps after the merge as plain JSON values: what they are, and which tensors they leave as they are."""
+        return {
+            "steps": [{name: dict(parameters)} for entry in self.config.post for name, parameters in entry.items()],
+            "matrices": sum(task.post is not None for task in self.tasks),
+            "left": {task.name: task.left_by_post for task in self.tasks if task.left_by_post},
         }
 
     def __str__(self) -> str:
@@ -279,6 +291,11 @@ def add_common_rows(table: Table, plan: DataFreePlan) -> None:
     by_fallback = sum(bool(task.fallback_reason) for task in plan.tasks)
     counts += f", {by_fallback} of them otherwise (see the notes)" if by_fallback else ""
     table.add_row("tensors", counts + (f", {len(copied)} copied: {copied[0].copied}" if copied else ""))
+    if plan.config.post:
+        posted = plan.post_json()
+        steps = "; ".join(describe_step(name, given) for entry in plan.config.post for name, given in entry.items())
+        left = f", {len(posted['left'])} other tensors stay as merged (see the notes)" if posted["left"] else ""
+        table.add_row("after the merge", f"{steps}: {counted(posted['matrices'], 'matrix', 'matrices')}{left}")
     scratch = f", {gib(plan.scratch_bytes)} beside it for the time being" if plan.scratch_bytes else ""
     table.add_row("disk", f"{gib(plan.bytes_read)} to read, {gib(plan.bytes_written)} to write" + scratch)
     for name, adapter in plan.adapters.items():
@@ -288,6 +305,20 @@ def add_common_rows(table: Table, plan: DataFreePlan) -> None:
         table.add_row("vocabulary", plan.vocabulary.summary())
     for note in plan.notes:
         table.add_row("note", note)
+
+
+def describe_step(name: str, given: Mapping[str, Any]) -> str:
+    """Describes a step after the merge by its name, and its parameters as the file has them, else by default."""
+    values = {**POST_STEPS[name].parameters, **given}
+    texts = [f"{key} {plain_value(value)}" for key, value in values.items() if value is not None]
+    return f"{name} ({', '.join(texts)})" if texts else name
+
+
+def plain_value(value: Any) -> str:
+    """Writes a parameter's value in a line: a number, a truth value, or a list of some with filters."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, int | float) else json.dumps(value)
 
 
 def plan_data_free(
@@ -315,7 +346,7 @@ def plan_data_free(
     """
     prior, ranks = prior or PriorMerges(), ranks or Ranks()
     method = config.merge_method
-    computes_on = accelerated_device(method, device, ranks)
+    computes_on = accelerated_device(method, device, ranks, has_steps=bool(config.post))
     stage("reading the headers of all models")
     inputs = open_inputs(config, prior)
     stage("matching tensors through the model's class")
@@ -536,14 +567,23 @@ def _seconds_per_cost(method: str, tasks: Sequence[Task], device: torch.device) 
         columns = min(task.num_elements // task.shape[0], _PROBE_COLUMNS)
         shape = (max(1, min(task.shape[0], PIECE_ELEMENTS // columns)), columns)
     generator = torch.Generator().manual_seed(0)
-    base = torch.randn(shape, generator=generator).to(device)
-    tensors = [(base + 0.1 * torch.randn(shape, generator=generator).to(device)).to(task.dtype) for _ in task.sources]
+    merges_on = device if merges_by_formula(method, task) else CPU
+    base = torch.randn(shape, generator=generator).to(merges_on)
+    tensors = [
+        (base + 0.1 * torch.randn(shape, generator=generator).to(merges_on)).to(task.dtype) for _ in task.sources
+    ]
     auxiliary = [torch.rand(shape, generator=generator) for _ in task.auxiliary]
     origin = base.to(task.dtype) if task.base is not None else None
     times = []
     with one_thread_each(), torch.inference_mode():
         for _ in range(2 if device.type == "cpu" else 1):
             start = time.perf_counter()
-            merge_tensors(method, tensors, origin, per_model=task.per_model, auxiliary=auxiliary, **task.shared).to(CPU)
+            options = {"per_model": task.per_model, "auxiliary": auxiliary, **task.shared}
+            merged = merge_tensors(method, tensors, origin, **options)
+            if task.post is not None:
+                deltas = [(tensor - base).to(device).float() for tensor in tensors]
+                held = [deltas[number % len(deltas)] for number in range(len(task.post.candidates))]
+                merged, _ = apply_steps((merged - base).to(device).float(), task.post.steps, partial(iter, held))
+            merged.to(CPU)
             times.append(time.perf_counter() - start)
     return min(times) / (base.numel() * (min(shape) if is_factored(method, task) else 1))

@@ -8,9 +8,11 @@ write_side_files → tokenizer, processor, generation config, largemerge_config.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -24,8 +26,9 @@ from largemerge.checkpoint.side_files import (
 )
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.comparison import Verification
+from largemerge.data_free.methods.post import POST_STEPS
 from largemerge.data_free.methods.table import METHODS
-from largemerge.data_free.plan import DataFreePlan, add_common_rows
+from largemerge.data_free.plan import DataFreePlan, add_common_rows, describe_step
 from largemerge.data_free.tasks import Task
 from largemerge.errors import MergeError
 from largemerge.heads import card_section, write_heads
@@ -48,6 +51,7 @@ class DataFreeReport:
         timeline: Seconds since the start, and the stage that began then.
         memory_over_time: Seconds since the start, and the most bytes on host and device from then on, of rank 0.
         out: The output folder, as the user named it.
+        norms: What the steps after the merge have made of the norms of task vectors, see `engine.Norms`.
         verified: How much of every model is in the output; `None` where that was not measured.
         written: Digests of the files, and why parts were done again, once the merge is finished.
     """
@@ -61,6 +65,7 @@ class DataFreeReport:
     timeline: tuple[tuple[float, str], ...]
     memory_over_time: tuple[Sequence[float], ...]
     out: Path
+    norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     verified: Verification | None = None
     written: Mapping[str, Any] = field(default_factory=dict)
 
@@ -91,6 +96,7 @@ class DataFreeReport:
             "memory_over_time": [list(point) for point in self.memory_over_time],
             "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
             "before": dict(self.plan.prior.reports),
+            **({"post": post_changes(self.plan, self.norms)} if self.plan.config.post else {}),
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             **self.written,
             "tensors": {task.name: self._described(task) for task in self.plan.tasks},
@@ -110,6 +116,8 @@ class DataFreeReport:
         table.add_column()
         table.add_column(overflow="fold")
         add_common_rows(table, plan)
+        for text in describe_changes(self.plan, self.norms):
+            table.add_row("each step", text)
         for title, text in self.verified.rows(short_name) if self.verified is not None else ():
             table.add_row(title, text)
         total = self.seconds["total"]
@@ -131,7 +139,51 @@ class DataFreeReport:
         if task.inputs_first:
             described |= {"stored_as": "[inputs, outputs]"}
         each = {name: list(values) for name, values in task.per_model.items()}
+        if task.post is not None:
+            described |= {"post": [{step.name: dict(step.parameters)} for step in task.post.steps]}
+            described |= {"post_norms": list(self.norms.get(task.name, ()))}
+        elif task.left_by_post:
+            described |= {"left_by_post": task.left_by_post}
         return described | {"each": each, **dict(task.shared)}
+
+
+def post_changes(plan: DataFreePlan, norms: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Says of every step after the merge how many matrices it got, and by how much it changed their norms.
+
+    Args:
+        plan: The plan of the merge.
+        norms: Norms of task vectors, see `engine.Norms`.
+    """
+    found = []
+    for number, (name, given) in enumerate(step for entry in plan.config.post for step in entry.items()):
+        pairs = [(each[number], each[number + 1]) for each in norms.values()]
+        ratios = [after / before for before, after in pairs if before > 0]
+        changed = {"lowest": min(ratios), "median": median(ratios), "highest": max(ratios)} if ratios else {}
+        found.append({"step": name, "parameters": dict(given), "matrices": len(pairs), "norms_times": changed})
+    return found
+
+
+def describe_changes(plan: DataFreePlan, norms: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """Yields a line on every step after the merge."""
+    for change in post_changes(plan, norms):
+        text = describe_step(change["step"], change["parameters"])
+        if times := change["norms_times"]:
+            spread = f"{times['lowest']:.3g} to {times['highest']:.3g}"
+            text += f": norms of task vectors × {times['median']:.3g} in the median ({spread})"
+        yield text
+
+
+def _post_section(plan: DataFreePlan, norms: Mapping[str, Sequence[float]]) -> str:
+    """Makes the model card's section on the steps after the merge; empty where there are none."""
+    if not plan.config.post:
+        return ""
+    names = dict.fromkeys(name for entry in plan.config.post for name in entry)
+    named = ", ".join(f"{POST_STEPS[name].title} ({POST_STEPS[name].source})" for name in names)
+    left = sum(bool(task.left_by_post) for task in plan.tasks)
+    rest = f"; {counted(left, 'other tensor')} stayed as merged" if left else ""
+    listed = "\n".join(f"- {text}" for text in describe_changes(plan, norms))
+    matrices = counted(plan.post_json()["matrices"], "weight matrix", "weight matrices")
+    return f"\n## After the merge\n\n{named}, on {matrices}{rest}.\n\n{listed}\n"
 
 
 def config_text(plan: DataFreePlan) -> str:
@@ -139,19 +191,26 @@ def config_text(plan: DataFreePlan) -> str:
     return json.dumps(plan.out_config, indent=2) + "\n"
 
 
-def write_side_files(path: Path, plan: DataFreePlan, *, rehearsal: bool = False) -> None:
+def write_side_files(
+    path: Path,
+    plan: DataFreePlan,
+    norms: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    *,
+    rehearsal: bool = False,
+) -> None:
     """Writes everything but weights, index, `config.json` and the report into a folder.
 
     Args:
         path: The folder.
         plan: The plan of the merge.
+        norms: What the steps after the merge have made of the norms of task vectors, once that is known.
         rehearsal: Whether this is only to see, before the long work, that all of it can be written.
 
     Raises:
         LargemergeError: If anything of it cannot be read, is not what it should be, or would not load.
     """
     config = plan.config
-    folders = {name: checkpoint.folder for name, checkpoint in plan.checkpoints.items()}
+    merged = [name for name in plan.checkpoints if name not in config.beside]
     plan.files.write(path)
     problems = [] if rehearsal else plan.files.check(path)[0]  # the plan has tried it already
     if problems:
@@ -172,11 +231,11 @@ def write_side_files(path: Path, plan: DataFreePlan, *, rehearsal: bool = False)
         method=METHODS[config.merge_method].title,
         class_name=(plan.alignment.config.get("architectures") or ["AutoModel"])[0],
         models=[
-            {"name": short_name(name), "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in folders
+            {"name": short_name(name), "model": name, "weight": numbers.get(name, 1.0), "data": ""} for name in merged
         ],
         base=config.base_model,
         config_yaml=text,
         version=versions()["largemerge"],
-        more=card_section(plan.heads) if plan.heads is not None else "",
+        more=(card_section(plan.heads) if plan.heads is not None else "") + _post_section(plan, norms),
     )
     (path / "README.md").write_text(card, encoding="utf-8")

@@ -28,6 +28,7 @@ from largemerge.checkpoint.tensor_info import kinds_of_names
 from largemerge.data_free import loader
 from largemerge.data_free.config import MemoryLimits
 from largemerge.data_free.loader import KEPT_BYTES, is_factored, worker_bytes
+from largemerge.data_free.methods.svd import singular_vectors
 from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.tasks import OutputTasks, Task
 from largemerge.devices import CPU, choose_device, warm_up
@@ -167,7 +168,7 @@ def choose_resources(
     fitting = (one for one in choices if one.peak_bytes <= allowed and one.device_bytes <= accelerator.max_bytes)
     smallest = min(choices, key=lambda one: one.peak_bytes)
     chosen = next(fitting, smallest)
-    if chosen == choices[0] and METHODS[method].matrix_formula is None:
+    if chosen == choices[0] and METHODS[method].matrix_formula is None and not accelerator.is_gpu:
         # As many as take little: the disk keeps a few cores busy, not all of a large machine's.
         numbers = range(_WORKERS_PER_CORE * threads, min(threads, _MIN_WORKERS) - 1, -1)
         wanted = [with_workers(workers, chosen.kept_bytes) for workers in numbers]
@@ -210,7 +211,7 @@ def _descending(numbers: Iterable[int]) -> list[int]:
 def _host_bytes(method: str, task: Task, kept_bytes: int, accelerator: Accelerator) -> int:
     """Computes the peak host memory of a worker while it merges a task."""
     if accelerator.computes(method, task):
-        return 2 * task.num_elements * max(task.dtype.itemsize, task.out_dtype.itemsize) + _HANDLES_BYTES
+        return loader.host_bytes_beside_gpu(method, task, kept_bytes) + _HANDLES_BYTES
     return loader.worker_bytes(method, task, kept_bytes)
 
 
@@ -223,13 +224,19 @@ def _free_streams(device: torch.device) -> list[Any]:
     return []
 
 
-def accelerated_device(method: str, device: str, ranks: Ranks) -> torch.device:
-    """Chooses the device of a method's weight matrices: with `auto` a GPU, if there is one and the method factors them.
+def accelerated_device(method: str, device: str, ranks: Ranks, *, has_steps: bool = False) -> torch.device:
+    """Chooses the device of weight matrices: with `auto` a GPU, if there is one and anything factors them.
+
+    Args:
+        method: Name of the method in the table.
+        device: The device that the user has named.
+        ranks: The ranks that share the merge.
+        has_steps: Whether steps after the merge factor matrices.
 
     Raises:
         LargemergeError: If torch knows no such device, or cannot use it.
     """
-    if METHODS[method].matrix_formula is None:
+    if METHODS[method].matrix_formula is None and not has_steps:
         if device != "auto":
             choose_device(device)
         return CPU
@@ -264,6 +271,9 @@ def _merge_small_matrix(method: str, device: torch.device) -> None:
     """Merges a small matrix on the GPU, so that its libraries are loaded and what they hold is seen."""
     base = torch.rand(_SMALL_SHAPE, device=device)
     with torch.inference_mode():
+        if METHODS[method].matrix_formula is None:
+            singular_vectors(base)[0].to(CPU)
+            return
         merge_tensors(method, [base + torch.rand(_SMALL_SHAPE, device=device) for _ in range(2)], base).to(CPU)
 
 

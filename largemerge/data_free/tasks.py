@@ -20,7 +20,7 @@ from largemerge.checkpoint.index import Checkpoint, natural_key
 from largemerge.checkpoint.sentence_modules import split_name
 from largemerge.checkpoint.tensor_info import TensorInfo, dtype_name, kinds_of_names, list_kinds, torch_dtype
 from largemerge.config_file import WARNING
-from largemerge.data_free.config import DataFreeConfig, Levels, Module, OutputSlice, SliceSource
+from largemerge.data_free.config import DataFreeConfig, Levels, Module, OutputSlice, SliceSource, evaluate
 from largemerge.data_free.matrices import (
     LAYER,
     stored_inputs_first,
@@ -29,6 +29,7 @@ from largemerge.data_free.matrices import (
     why_not_a_matrix,
 )
 from largemerge.data_free.methods.base import REQUIRED, Base, Range
+from largemerge.data_free.methods.post import EQUAL_VALUES, POST_STEPS, Step
 from largemerge.data_free.methods.table import METHODS, no_sum_of_weights
 from largemerge.data_free.modules import module_of_tensor, stacks_of_modules
 from largemerge.heads import Heads
@@ -46,6 +47,28 @@ Source = tuple[str, str]
 """A model, or a path of auxiliary tensors, and the name on disk of a tensor in it."""
 Depths = Mapping[str, Mapping[str, int]]
 """The number of layers, by model and stack."""
+
+
+@dataclass(frozen=True)
+class PostWork:
+    """What the steps after a merge do to one weight matrix, and what they look at.
+
+    Attributes:
+        steps: The steps, with their parameters for this matrix.
+        origin: The base's tensor, from which task vectors are measured.
+        candidates: The tensors that the merge is held against.
+        inputs_first: Whether the matrix is stored `[inputs, outputs]`, so that the steps see its transpose.
+    """
+
+    steps: tuple[Step, ...]
+    origin: Source
+    candidates: tuple[Source, ...]
+    inputs_first: bool = False
+
+    @property
+    def read_candidates(self) -> tuple[Source, ...]:
+        """The candidates' tensors, where any step needs them."""
+        return self.candidates if any(step.reads_candidates for step in self.steps) else ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +91,8 @@ class Task:
         auxiliary: A tensor for every source, where the method needs one.
         token_rows: The rows of the inputs that make those of the output, where these are arranged by token.
         instead: Name of the method that merges the tensor in place of the configured one, where not all models have it.
+        post: What the steps after the merge do to it; `None` where there are none, or where they leave it as it is.
+        left_by_post: Why steps after the merge leave the tensor as it is; empty where they do not, or it is copied.
     """
 
     name: str
@@ -84,6 +109,8 @@ class Task:
     auxiliary: tuple[Source, ...] = ()
     token_rows: TokenRows | None = None
     instead: str = ""
+    post: PostWork | None = None
+    left_by_post: str = ""
 
     @property
     def has_factor(self) -> bool:
@@ -99,6 +126,12 @@ class Task:
     def inputs(self) -> tuple[Source, ...]:
         """The tensors of all models, the base's last."""
         return (*self.sources, *([self.base] if self.base is not None else []))
+
+    @property
+    def reads(self) -> tuple[Source, ...]:
+        """The tensors of all models that are read, each once: those that are merged, and those that steps look at."""
+        beside = (*self.post.read_candidates, self.post.origin) if self.post is not None else ()
+        return tuple(dict.fromkeys((*self.inputs, *beside)))
 
     @property
     def is_matrix(self) -> bool:
@@ -193,6 +226,7 @@ def plan_tasks(
     output.problems.extend(_vanished(config, views, output))
     output.notes.extend([*planner.parameter_notes(), *planner.lacking_notes()])
     output.notes.extend(_notes(config.merge_method, output.tasks))
+    output.notes.extend(_post_notes(config, output.tasks))
     return output
 
 
@@ -200,9 +234,15 @@ def _vanished(config: DataFreeConfig, views: Mapping[str, ModelView], output: Ou
     """Yields the models of which nothing would be in the output, where nothing else is known to be wrong."""
     if output.problems:
         return
-    used = {model for task in output.tasks for model, _ in task.inputs}
+    used = {model for task in output.tasks for model, _ in task.reads}
+    for model in config.candidates:
+        if model not in {model for task in output.tasks if task.post is not None for model, _ in task.post.candidates}:
+            yield f"candidates: {model}: has none of the weight matrices that the steps of post change; leave it out"
+    if config.post and not output.problems and all(task.post is None for task in output.tasks):
+        yield "post: there is no weight matrix that its steps could change; leave it out"
     for model, view in views.items():
-        if model not in used and (model != config.base_model or len(views) == 1):
+        is_looked_at = model in (config.base_model, *config.beside)
+        if model not in used and (not is_looked_at or len(views) == 1):
             names = list_kinds(view.checkpoint.tensors)
             yield f"{model}: nothing of it would be in the output: its tensors ({names}) have no place there"
 
@@ -260,6 +300,49 @@ def _notes(method: str, tasks: Sequence[Task]) -> Iterator[str]:
     turned = [task.name for task in tasks if task.inputs_first]
     if turned:
         yield f"{method}: taken as [inputs, outputs], as their biases tell: {', '.join(kinds_of_names(turned))}"
+
+
+def _post_notes(config: DataFreeConfig, tasks: Sequence[Task]) -> Iterator[str]:
+    """Yields what the steps after the merge leave as it is or take otherwise, and steps that change nothing."""
+    steps = list(dict.fromkeys(name for entry in config.post for name in entry))
+    if config.base_model in config.beside:
+        yield (
+            f"{config.base_model} is not merged: {config.merge_method} has no base, and the steps of post measure task "
+            "vectors from it; name it among the models to merge it, too"
+        )
+    reasons: dict[str, list[str]] = {}
+    for task in tasks:
+        if task.left_by_post:
+            reasons.setdefault(task.left_by_post, []).append(task.name)
+    for reason, names in reasons.items():
+        yield f"post: {', '.join(steps)}: as merged stay {', '.join(kinds_of_names(names))} ({reason})"
+    posted = [task for task in tasks if task.post is not None]
+    turned = [each.name for each in posted if each.post is not None and each.post.inputs_first > each.inputs_first]
+    if turned:
+        yield f"post: taken as [inputs, outputs], as their biases tell: {', '.join(kinds_of_names(turned))}"
+    idle: dict[str, list[str]] = {}
+    for task in posted:
+        for step in task.post.steps if task.post is not None else ():
+            if (why := POST_STEPS[step.name].idle(step.parameters)) is not None:
+                idle.setdefault(f"{step.name}: {why}", []).append(task.name)
+    for why, names in idle.items():
+        which = f" ({list_kinds(names)})" if len(names) < len(posted) else ""
+        yield f"{WARNING}post: {why}: changes nothing{which}"
+    order = [config.merge_method, *(name for entry in config.post for name in entry)]
+    for number, name in enumerate(order):
+        equal = [each for each in order[:number] if each in EQUAL_VALUES]
+        if name == "svc" and equal:
+            yield (
+                f"post: svc after {equal[-1]}, which makes singular values equal: which directions it calibrates is "
+                "left to the library that factors them"
+            )
+    lacking: dict[str, list[str]] = {}
+    for task in posted:
+        for model in config.candidates:
+            if task.post is not None and model not in [each for each, _ in task.post.candidates]:
+                lacking.setdefault(model, []).append(task.name)
+    for model, names in lacking.items():
+        yield f"post: {list_kinds(names)}: not held against {model}, which lacks them, or has them in another shape"
 
 
 @dataclass(frozen=True)
@@ -320,6 +403,7 @@ class _TaskPlanner:
         self._missing: set[tuple[str, str]] = set()
         self._table_sizes = frozenset[int]().union(*map(vocabulary_sizes, checkpoints.values()))
         self._inputs_first = {model: stored_inputs_first(checkpoint) for model, checkpoint in checkpoints.items()}
+        self._beside = config.beside
         self._nothing_merged = not (config.models or config.slices or config.modules)  # a base with its adapter
         self._layers: dict[str, dict[str, list[str]]] = {}
         self._lacking: dict[str, list[str]] = {}
@@ -362,12 +446,14 @@ class _TaskPlanner:
             in_layer: Whether the tensor lies in a layer that all these models have, and so should be in all of them.
             absent: Models of the slice that have no such stack of layers, such as a text model without a vision tower.
         """
-        found = [
+        everywhere = [
             _Found(source.model, key, self.views[source.model].tensors[key], source.parameters)
             for source, key in sources
             if key in self.views[source.model].tensors
         ]
-        lacking = list(dict.fromkeys(s.model for s, key in sources if key not in self.views[s.model].tensors))
+        found = [one for one in everywhere if one.model not in self._beside]
+        merging = [(source, key) for source, key in sources if source.model not in self._beside]
+        lacking = list(dict.fromkeys(s.model for s, key in merging if key not in self.views[s.model].tensors))
         if not found:
             return
         if lacking and in_layer:
@@ -396,12 +482,14 @@ class _TaskPlanner:
             if problem := no_sum_of_weights(weights, {"normalize": True}, "normalize"):
                 self._conflicts.setdefault(problem.partition("; choose")[0], []).append(name)
             mean = Task(name, anchor.info.shape, _sources(found), None, weights, {"normalize": True}, dtype, out)
-            self.output.tasks.append(self._by_token(replace(mean, instead=_MEAN), found, base_model))
+            mean = self._with_post(replace(mean, instead=_MEAN), everywhere, base_model, t)
+            self.output.tasks.append(self._by_token(mean, found, base_model))
             return
         if lacking:
             self._note_lacking(name, merged, lacking, "merged from these")
         self._check_shapes(name, found, anchor.info)
         task = self._by_method(name, found, merged, base, levels, t, dtype, out)
+        task = self._with_post(task, everywhere, base_model, t)
         self.output.tasks.append(self._by_token(task, [*merged, *([base] if base is not None else [])], base_model))
 
     def _has_too_few(self, base: _Found | None, merged: Sequence[_Found]) -> bool:
@@ -460,6 +548,43 @@ class _TaskPlanner:
             inputs_first=inputs_first,
         )
         return replace(task, auxiliary=self._auxiliary(task))
+
+    def _with_post(self, task: Task, found: Sequence[_Found], base_model: str | None, t: float) -> Task:
+        """Returns a task that is merged with the work of the steps after it, or with why they leave the tensor.
+
+        Args:
+            task: The task.
+            found: The tensor of every model that has it, of those that are not merged, too.
+            base_model: The base.
+            t: Position of the tensor's layer in the slice, from 0 to 1.
+        """
+        if not self.config.post:
+            return task
+        wanted = self.config.candidates or [model for model, _ in task.sources if model != base_model]
+        origin = next((one for one in found if one.model == base_model), None)
+        alike = [one for one in found if one.model in wanted and one.info.shape == task.shape]
+        lacks_base = origin is None or origin.info.shape != task.shape
+        reason = why_not_a_matrix(task.name, task.shape, self._table_sizes)
+        reason = reason or ("the base lacks it, or has it in another shape" if lacks_base else "")
+        reason = reason or ("no candidate has it, or one in another shape" if not alike else "")
+        if reason or origin is None:
+            return replace(task, left_by_post=reason)
+        steps = tuple(
+            Step(step, {name: self._of_step(given, name, default, task.name, t) for name, default in defaults.items()})
+            for entry in self.config.post
+            for step, given in entry.items()
+            for defaults in (POST_STEPS[step].parameters,)
+        )
+        inputs_first = origin.info.name in self._inputs_first[origin.model]
+        work = PostWork(steps, (origin.model, origin.info.name), _sources(alike), inputs_first)
+        # Steps get the merge before it is rounded.
+        return replace(task, post=work, dtype=torch.promote_types(task.dtype, torch.float32))
+
+    @staticmethod
+    def _of_step(given: Mapping[str, Any], parameter: str, default: Any, name: str, t: float) -> Any:
+        """Evaluates one parameter of a step for a tensor; its default where no filter fits."""
+        value = evaluate(given[parameter], name, t) if parameter in given else None
+        return default if value is None else value
 
     def _is_padded(self, name: str) -> bool:
         """Whether rows of a tensor are matched by number, those beyond the tokens being padding."""
@@ -763,6 +888,8 @@ def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Modul
     sources = [(entry.model, entry.parameters) for entry in module.models]
     if config.base_model is not None and config.base_model not in [model for model, _ in sources]:
         sources.append((config.base_model, {}))
+    named = [model for model, _ in sources]
+    sources += [(model, {}) for model in config.candidates if model in config.beside and model not in named]
     # A model that lacks the stack (a text model beside one with images, too) has no part in it.
     output_slice = OutputSlice(
         sources=tuple(

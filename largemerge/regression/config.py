@@ -327,19 +327,31 @@ def load_config(
         path = Path(source)
         raw, folder = without_helpers(read_yaml(path), MergeConfig.model_fields), path.resolve().parent
     folders = [*([folder] if folder is not None else []), Path.cwd()]
+    raw, steps = _without_steps(raw)
     try:
         # Through JSON, so that lists become tuples while strictness holds for everything else.
         config = MergeConfig.model_validate_json(to_json(raw))
     except pydantic.ValidationError as error:
         missing = {"merge_method: missing": f"merge_method: missing; expected one of {sorted(METHODS)}"}
-        raise ConfigError(*(missing.get(text, text) for text in explain(error, MergeConfig))) from None
+        raise ConfigError(*steps, *(missing.get(text, text) for text in explain(error, MergeConfig))) from None
     config, problems = _with_previous(config, folders)
     config, unreadable = _with_grams(config, folders)
     config = _with_names(config)
-    problems += [*unreadable, *_cross_checks(config, to_gram=to_gram)]
+    problems += [*steps, *unreadable, *_cross_checks(config, to_gram=to_gram)]
     if problems:
         raise ConfigError(*grouped(problems))
     return _with_settings(_with_absolute_paths(config, folders))
+
+
+def _without_steps(raw: Any) -> tuple[Any, list[str]]:
+    """Leaves steps after a merge out of a configuration's values, and says how a regression merge gets them."""
+    if not isinstance(raw, Mapping) or raw.get("post") is None:
+        return raw, []
+    advice = (
+        "post: its steps follow data-free merges only; merge without them, then give the output to a file with "
+        "merge_method: passthrough, base_model, post, and these models as 'candidates'"
+    )
+    return {key: value for key, value in raw.items() if key not in ("post", "candidates")}, [advice]
 
 
 def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:

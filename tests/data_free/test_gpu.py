@@ -14,6 +14,7 @@ from processes import PART_BYTES, finish, start
 
 import largemerge
 from largemerge.data_free import resources
+from largemerge.data_free.loader import host_bytes_beside_gpu
 from largemerge.data_free.methods.table import METHODS
 from largemerge.data_free.resources import Accelerator, device_bytes
 from largemerge.errors import LargemergeError
@@ -21,6 +22,7 @@ from largemerge.errors import LargemergeError
 OF_MATRICES = [name for name, method in METHODS.items() if method.matrix_formula is not None]
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
+STEPS = {"merge_method": "linear", "parameters": {"weight": 1}, "post": ["svc", {"subspace_boosting": {"beta": 0.1}}]}
 SHARD = 2_000_000
 
 
@@ -90,6 +92,30 @@ def test_on_a_gpu_as_on_the_cpu(config: dict[str, Any], tmp_path: Path, method: 
         moved = (tensor - base[name]).norm()
         assert (found[name] - tensor).norm() <= 1e-4 * moved, name  # each is as near to the formula
         assert torch.equal(found[name], again[name]), name
+
+
+def test_steps_after_any_merge_are_planned_for_a_gpu(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config |= STEPS
+    pretend(monkeypatch, 1 << 40)
+    plan = largemerge.plan(config, device="cpu", probe=False)
+    assert plan.device == GPU and plan.num_workers == 4
+    there = sorted((device_bytes("linear", task) for task in plan.tasks), reverse=True)
+    assert plan.resources.device_bytes == sum(there[:4]) and there[-1] == 0, "vectors stay on the CPU"
+    for task in plan.tasks:
+        if task.post is not None:
+            beside = host_bytes_beside_gpu("linear", task, 0)
+            assert beside > host_bytes_beside_gpu("tsv_m", task, 0), "merged on the CPU"
+
+
+@on_a_gpu
+def test_steps_after_any_merge_on_a_gpu_as_on_the_cpu(config: dict[str, Any], tmp_path: Path) -> None:
+    config |= STEPS
+    largemerge.merge(config, tmp_path / "cpu", device="cpu")
+    report = largemerge.merge(config, tmp_path / "gpu")
+    assert report.plan.device.type == "cuda" and report.peak.device > 0
+    found, base = weights_in(tmp_path / "gpu"), weights_in(tmp_path / "base")
+    for name, tensor in weights_in(tmp_path / "cpu").items():
+        assert (found[name] - tensor).norm() <= 1e-4 * (tensor - base[name]).norm() + 1e-9, name
 
 
 @on_a_gpu
