@@ -69,8 +69,26 @@ _SCRATCH_FOLDER = "scratch"
 _DELTAS, _OUTPUT = "unscaled part", "part"  # kinds of passes over all parts, as the journal calls them
 _DIGESTS = {_DELTAS: "scratch_digests", _OUTPUT: "digests"}  # and the digests of what they write
 
-Squares = dict[str, list[float]]
-"""Sums of `UnscaledDelta.squares` over a tensor, by its name."""
+Sums = dict[str, list[float]]
+"""Numbers that add up over the pieces of a tensor, and over tensors, by its name."""
+
+
+class TensorSums:
+    """Keeps sums of tensors until the part that they belong to is finished; workers share it."""
+
+    def __init__(self) -> None:
+        self._sums: Sums = {}
+        self._lock = threading.Lock()
+
+    def put(self, name: str, of_pieces: Sequence[Sequence[float]]) -> None:
+        """Keeps the sums of a tensor, from those of its pieces."""
+        with self._lock:
+            self._sums[name] = [math.fsum(column) for column in zip(*of_pieces, strict=True)]
+
+    def take(self, tasks: Iterable[Task]) -> Sums:
+        """Returns the sums of some tasks, and forgets them."""
+        with self._lock:
+            return {task.name: self._sums.pop(task.name) for task in tasks if task.name in self._sums}
 
 
 def split_into_parts(tasks: Sequence[Task]) -> list[list[Task]]:
@@ -145,6 +163,7 @@ class Merger:
         self._name, self._seed = method, seed
         self._readers, self._writer, self._kept_bytes = readers, writer, kept_bytes
         self._accelerator, self._new = accelerator, new
+        self.measurement, self.measured = METHODS[method].measurement, TensorSums()
 
     def __call__(self, task: Task) -> None:
         """Reads, merges and writes one tensor."""
@@ -158,8 +177,14 @@ class Merger:
             load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device)
             with self._accelerator.stream():
                 merge = prepare(access.first_pass(load.pieces) if access.first_pass is not None else None)
+                measure = self.measurement.sums if self.measurement is not None and not task.instead else None
+                sums = []
                 for rows, piece in zip(load.cuts, load.pieces(), strict=True):
+                    if measure is not None:
+                        sums.append(measure(piece))
                     write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
+                if sums:
+                    self.measured.put(task.name, sums)
 
     def _copy(self, task: Task) -> None:
         """Writes a tensor as one model has it, or one that no model has."""
@@ -253,8 +278,7 @@ class TwoPassMerge:
         (working / _SCRATCH_FOLDER).mkdir(exist_ok=True)
         deltas = plan.unscaled_deltas
         self.scratch = ShardWriter(working / _SCRATCH_FOLDER, deltas, layout_shards(deltas, max_shard_bytes))
-        self._squares: Squares = {}
-        self._lock = threading.Lock()
+        self.squares = TensorSums()
 
     def __enter__(self) -> TwoPassMerge:
         self.scratch.__enter__()
@@ -279,15 +303,9 @@ class TwoPassMerge:
                 made = make(piece)
                 squares.append(made.squares)
                 write_piece(self.scratch, task, rows, made.vector, torch.float32)
-        with self._lock:
-            self._squares[task.name] = [math.fsum(column) for column in zip(*squares, strict=True)]
+        self.squares.put(task.name, squares)
 
-    def take_squares(self, tasks: Iterable[Task]) -> Squares:
-        """Returns the squares that the first pass has found for some tasks, and forgets them."""
-        with self._lock:
-            return {task.name: self._squares.pop(task.name) for task in tasks if task.name in self._squares}
-
-    def factor(self, squares: Squares) -> float:
+    def factor(self, squares: Sums) -> float:
         """Computes the factor from the squares of all tensors; the same in whatever order they were made."""
         return self._global_scale.factor([math.fsum(column) for column in zip(*squares.values(), strict=True)])
 
@@ -339,7 +357,8 @@ def run(
         kept_bytes, accelerator = plan.resources.kept_bytes, plan.resources.accelerator
         trusted, any_new = plan.config.trust_remote_code, any(not task.sources for task in plan.tasks)
         new = initial_values(plan.alignment, trust_remote_code=trusted) if any_new else {}
-        merge: Callable[[Task], None] = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator, new)
+        merger = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator, new)
+        merge: Callable[[Task], None] = merger
         kinds = [_OUTPUT] if METHODS[method].global_scale is None else [_DELTAS, _OUTPUT]
         num_tasks = sum(len(part) for kind in kinds for part in parts.own(kind))
         progress = stack.enter_context(RunProgress(num_tasks, num_tasks, plan.device, quiet=quiet))
@@ -348,14 +367,16 @@ def run(
         if _DELTAS in kinds:
             two_pass = TwoPassMerge(plan, readers, writer, folder.working, max_shard_bytes)
             stack.enter_context(two_pass)
-            parts.run(_DELTAS, two_pass.merge_deltas, two_pass.scratch, progress, two_pass.take_squares)
-            squares: Squares = {}
-            for name in parts.journal_names(_DELTAS):
-                squares |= folder.entries[name]["notes"]
-            merge = two_pass.scale_by(two_pass.factor(squares), merge)
-        parts.run(_OUTPUT, merge, writer, progress)
+            parts.run(_DELTAS, two_pass.merge_deltas, two_pass.scratch, progress, two_pass.squares.take)
+            merge = two_pass.scale_by(two_pass.factor(parts.noted(_DELTAS)), merge)
+        parts.run(_OUTPUT, merge, writer, progress, merger.measured.take if merger.measurement is not None else None)
         past_cache = writer.bytes_past_cache + sum(reader.bytes_past_cache for reader in readers.values())
         return sum(reader.bytes_read for reader in readers.values()), past_cache
+
+
+def measured_sums(plan: DataFreePlan, folder: OutputFolder, ranks: Ranks) -> Sums:
+    """Collects what the method has measured of every tensor, in earlier runs, too, once all parts are finished."""
+    return _PartRunner(plan, folder, ranks).noted(_OUTPUT)
 
 
 @contextmanager
@@ -428,6 +449,13 @@ class _PartRunner:
     def journal_names(self, kind: str) -> list[str]:
         """Lists the names that a kind of pass over every part has in the journal."""
         return _names(kind, range(len(self._parts)))
+
+    def noted(self, kind: str) -> Sums:
+        """Collects what the journal has noted of all tensors in a kind of pass."""
+        sums: Sums = {}
+        for name in self.journal_names(kind):
+            sums |= self._folder.entries[name].get("notes", {})
+        return sums
 
     def missing(self, kind: str) -> list[int]:
         """Lists the numbers of the parts that are not in the journal."""

@@ -17,7 +17,7 @@ from typing import Any
 from largemerge.checkpoint.room import room_problems
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
-from largemerge.data_free.engine import part_kinds, run, verify_merge
+from largemerge.data_free.engine import measured_sums, part_kinds, run, verify_merge
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
@@ -108,6 +108,7 @@ def merge_data_free(
                     memory_over_time=tuple(memory.over_time(start)),
                     out=out,
                     verified=verified,
+                    measured=measured_sums(plan, folder, ranks),
                 )
                 written: dict[str, Any] = {}
                 if ranks.is_first:

@@ -8,6 +8,7 @@ write_side_files → tokenizer, processor, generation config, largemerge_config.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class DataFreeReport:
         memory_over_time: Seconds since the start, and the most bytes on host and device from then on, of rank 0.
         out: The output folder, as the user named it.
         verified: How much of every model is in the output; `None` where that was not measured.
+        measured: What the method has measured of every tensor, by its name: sums, see `Measurement`.
         written: Digests of the files, and why parts were done again, once the merge is finished.
     """
 
@@ -62,6 +64,7 @@ class DataFreeReport:
     memory_over_time: tuple[Sequence[float], ...]
     out: Path
     verified: Verification | None = None
+    measured: Mapping[str, Sequence[float]] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,9 +72,24 @@ class DataFreeReport:
         """Peak memory of the rank that held most."""
         return max(self.peaks, key=lambda peak: peak.host_anonymous)
 
+    @property
+    def measured_overall(self) -> dict[str, Any]:
+        """What the method has measured of the whole model: of all tensors that have the same models, if not all have."""
+        measurement = METHODS[self.plan.config.merge_method].measurement
+        alike: dict[tuple[str, ...], list[Sequence[float]]] = {}
+        for task in self.plan.tasks:
+            if task.name in self.measured:
+                alike.setdefault(tuple(model for model, _ in task.sources), []).append(self.measured[task.name])
+        if measurement is None or not alike:
+            return {}
+        models, sums = max(alike.items(), key=lambda item: len(item[1]))
+        total = [math.fsum(column) for column in zip(*sums, strict=True)]
+        return {"models": list(models), "num_tensors": len(sums), **measurement.summary(total)}
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         checkpoints = (self.plan.checkpoints | self.plan.auxiliary).items()
+        measurement = METHODS[self.plan.config.merge_method].measurement
         return {
             "versions": versions(),
             "machine": machine(self.plan.device),
@@ -92,6 +110,7 @@ class DataFreeReport:
             "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
             "before": dict(self.plan.prior.reports),
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
+            **({measurement.name: self.measured_overall} if measurement is not None else {}),
             **self.written,
             "tensors": {task.name: self._described(task) for task in self.plan.tasks},
         }
@@ -112,6 +131,9 @@ class DataFreeReport:
         add_common_rows(table, plan)
         for title, text in self.verified.rows(short_name) if self.verified is not None else ():
             table.add_row(title, text)
+        measurement = METHODS[plan.config.merge_method].measurement
+        if measurement is not None and (overall := self.measured_overall):
+            table.add_row(measurement.title, measurement.in_words(overall))
         total = self.seconds["total"]
         table.add_row("time", f"{duration(total)}, of which preparation {duration(self.seconds['preparation'])}")
         table.add_row("peak memory", f"{gib(self.peak.host_anonymous)} anonymous (planned {gib(plan.peak_bytes)})")
@@ -130,6 +152,9 @@ class DataFreeReport:
             described |= {"merged_otherwise": f"{formula.fallback_name}: {task.fallback_reason}"}
         if task.inputs_first:
             described |= {"stored_as": "[inputs, outputs]"}
+        measurement = METHODS[self.plan.config.merge_method].measurement
+        if measurement is not None and task.name in self.measured:
+            described |= {measurement.name: measurement.summary(self.measured[task.name])}
         each = {name: list(values) for name, values in task.per_model.items()}
         return described | {"each": each, **dict(task.shared)}
 

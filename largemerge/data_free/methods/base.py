@@ -336,6 +336,25 @@ class GlobalScale:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What a method measures of the models while it merges them, for the report.
+
+    Attributes:
+        name: What it is called in the report.
+        title: The same on the terminal.
+        sums: Function from a piece to numbers that add up over the pieces of a tensor, and over tensors.
+        summary: Function from such sums to what the report has, plain JSON values.
+        in_words: Function from a summary of the whole model to a line for the terminal.
+    """
+
+    name: str
+    title: str
+    sums: Callable[[Piece], list[float]]
+    summary: Callable[[Sequence[float]], dict[str, Any]]
+    in_words: Callable[[dict[str, Any]], str]
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table.
 
@@ -358,6 +377,7 @@ class Method:
         matrix_formula: The rest of a method whose formula holds for weight matrices only.
         global_scale: The functions of a method with a factor of the whole model; its `prepare` merges a tensor as if
             it were the whole model.
+        measurement: What is measured while tensors are merged, for the report.
     """
 
     title: str
@@ -375,6 +395,7 @@ class Method:
     auxiliary_parameter: str | None = None
     matrix_formula: MatrixFormula | None = None
     global_scale: GlobalScale | None = None
+    measurement: Measurement | None = None
 
 
 def select_formula(

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 
 from largemerge.data_free.matrices import too_small, why_not_a_matrix
-from largemerge.data_free.methods import averaging, coordinates, covariance, masks, ram, slerp, svd, task_arithmetic
+from largemerge.data_free.methods import (
+    averaging,
+    coordinates,
+    covariance,
+    masks,
+    ram,
+    slerp,
+    svd,
+    task_arithmetic,
+    unlearning,
+)
 from largemerge.data_free.methods.base import (
     LARGEST,
     REQUIRED,
@@ -26,6 +36,7 @@ from largemerge.data_free.methods.base import (
     GlobalScale,
     Kind,
     MatrixFormula,
+    Measurement,
     Merge,
     Method,
     Piece,
@@ -258,6 +269,24 @@ LITERATURE: dict[str, Method] = {
         per_model={"fisher": REQUIRED, "weight": 1.0},
         kinds={"fisher": FilePath(), "weight": _POSITIVE},
         auxiliary_parameter="fisher",
+    ),
+    "task_simplex": Method(
+        "Task simplex unlearning, first order",
+        "NeurIPS 2025",
+        fixed_access(Cut.ELEMENTS),
+        without_first_pass(unlearning.task_simplex),
+        Base.REQUIRED,
+        shared={"lambda": 1.0},
+        per_model={"weight": 1.0},
+        kinds={"lambda": _FACTOR, "weight": _POSITIVE},
+        idle=_adds_nothing,
+        measurement=Measurement(
+            "spread",
+            "task vectors",
+            unlearning.spread_sums,
+            unlearning.spread,
+            unlearning.spread_in_words,
+        ),
     ),
     "tsv_m": _matrix_method("TSV-M", "arXiv 2412.00081", svd.tsv_m, {"alpha": (1.0, _FACTOR)}, scale="alpha"),
     "iso_c": _matrix_method(

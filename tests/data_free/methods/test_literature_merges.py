@@ -89,11 +89,11 @@ def test_every_tensor_is_what_the_paper_says(tmp_path: Path, method: str, archit
     otherwise = {name for name, tensor in told.items() if "merged_otherwise" in tensor}
     assert otherwise == set(deltas[0]) - matrices
     name = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
-    what = "sum" if method == "opcm" else "mean"
-    assert told[name]["merged_otherwise"] == f"{what} of task vectors: an embedding or output head"
+    what = {"opcm": "sum of task vectors", "knots": "task arithmetic"}.get(method, "mean of task vectors")
+    assert told[name]["merged_otherwise"] == f"{what}: an embedding or output head"
     assert {name for name, tensor in told.items() if "stored_as" in tensor} == (matrices if gpt2 else set())
     notes = "\n".join(plan["notes"])
-    assert f"{method}: {what} of task vectors, not its formula, for" in notes and name in notes
+    assert f"{method}: {what}, not its formula, for" in notes and name in notes
     assert ("transformer.h.*.attn.c_proj.weight" in notes) == gpt2
 
 
@@ -196,7 +196,7 @@ def test_opcm_goes_on_after_a_kill_in_either_half(
     kill_and_resume(large_config(tmp_path, "opcm"), tmp_path, kill_at, 500_000, monkeypatch)
 
 
-@pytest.mark.parametrize(("method", "size"), [("opcm", 3), ("iso_cts", 2)])
+@pytest.mark.parametrize(("method", "size"), [("opcm", 3), ("iso_cts", 2), ("knots", 2)])
 def test_ranks_share_the_tensors(tmp_path: Path, method: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = large_config(tmp_path, method)
     command = ["merge", path, tmp_path / "out", "--quiet"]
@@ -225,7 +225,7 @@ def test_fewer_workers_where_memory_is_short(tmp_path: Path, monkeypatch: pytest
     assert short.num_workers == 2 and any("workers at a time: 2" in note for note in short.notes)
 
 
-@pytest.mark.parametrize("method", ["ace", "iso_cts"])
+@pytest.mark.parametrize("method", ["ace", "iso_cts", "knots"])
 def test_small_matrices_are_read_once_by_formulas_that_want_them_twice(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
