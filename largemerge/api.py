@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from largemerge.config_file import check_source, read_documents, shown, size_in_bytes
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
+from largemerge.data_free.curriculum import expand_curricula
 from largemerge.distributed.launcher import own_rank, several_processes
 from largemerge.errors import ConfigError, OutputError, explain_failures
 from largemerge.regression.config import MergeConfig, load_config
@@ -206,16 +207,15 @@ def read_config(source: Source, *, strict: bool = False, to_gram: bool = False) 
     if isinstance(source, Documents):
         return Documents(source.path, source.raw, strict or source.strict)
     check_source(source)
-    raw: Mapping[str, Any]
     if isinstance(source, Mapping):
-        raw, folder = source, None
+        path, documents = Path("configuration.yaml"), expand_curricula([source], None)
     else:
         path = Path(source)
-        documents = read_documents(path)
-        if len(documents) > 1:
-            return Documents(path, tuple(documents), strict)
-        raw, folder = documents[0], path.resolve().parent
-    return read_mapping(raw, folder, strict=strict, to_gram=to_gram)
+        documents = expand_curricula(read_documents(path), path.resolve().parent)
+    if len(documents) > 1:
+        return Documents(path, tuple(documents), strict)
+    folder = None if isinstance(source, Mapping) else path.resolve().parent
+    return read_mapping(documents[0], folder, strict=strict, to_gram=to_gram)
 
 
 def read_mapping(

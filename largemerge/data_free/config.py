@@ -46,6 +46,7 @@ from largemerge.config_file import (
     unquoted_whole_number,
     without_helpers,
 )
+from largemerge.data_free.curriculum import CURRICULUM
 from largemerge.data_free.mergekit_words import FORMER_PARAMETERS, MergekitReader
 from largemerge.errors import ConfigError
 from largemerge.tokenizer.chat_templates import template_problem
@@ -302,7 +303,9 @@ def _check_method(name: object, other_methods: Sequence[str]) -> None:
     """Checks the method before all else, since it decides which keys are right."""
     from largemerge.data_free.methods.table import METHODS
 
-    known = sorted([*METHODS, *other_methods])
+    known = sorted([*METHODS, CURRICULUM, *other_methods])
+    if name == CURRICULUM:
+        raise ConfigError(f"merge_method: {CURRICULUM} makes several merges; expected a method of one merge here")
     if name is None:
         raise ConfigError(f"merge_method: missing; expected one of {known}")
     if not isinstance(name, str) or name not in METHODS:

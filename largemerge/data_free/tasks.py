@@ -179,8 +179,9 @@ def plan_tasks(
         number = 0
         for output_slice in module.slices:
             sources = [source for source in output_slice.sources if stack in depths[source.model]]
+            absent = [source.model for source in output_slice.sources if stack not in depths[source.model]]
             for offset in range(len(sources[0].layers) if sources else 0):
-                _add_layer(planner, stack, number, sources, output_slice, module, offset)
+                _add_layer(planner, stack, number, sources, absent, output_slice, module, offset)
                 number += 1
     dtype = max((task.out_dtype for task in output.tasks), key=lambda each: each.itemsize, default=torch.float32)
     for name, shape in new.items():
@@ -215,6 +216,7 @@ def _add_layer(
     stack: str,
     number: int,
     sources: Sequence[SliceSource],
+    absent: Sequence[str],
     output_slice: OutputSlice,
     module: Module,
     offset: int,
@@ -226,6 +228,7 @@ def _add_layer(
         stack: Name of the stack.
         number: Number of the layer in the output's stack.
         sources: The sources of the slice that have the stack.
+        absent: The models of those that do not.
         output_slice: The slice that the layer belongs to.
         module: What the configuration says of the stack.
         offset: Number of the layer in the slice.
@@ -241,7 +244,7 @@ def _add_layer(
     )
     for rest in rests:
         keyed = [(source, prefix + rest) for source, prefix in zip(sources, prefixes, strict=True)]
-        planner.add(f"{stack}.{number}.{rest}", keyed, output_slice, module, t, in_layer=True)
+        planner.add(f"{stack}.{number}.{rest}", keyed, output_slice, module, t, in_layer=True, absent=absent)
 
 
 def _notes(method: str, tasks: Sequence[Task]) -> Iterator[str]:
@@ -346,6 +349,7 @@ class _TaskPlanner:
         t: float,
         *,
         in_layer: bool = False,
+        absent: Sequence[str] = (),
     ) -> None:
         """Plans one tensor of the output.
 
@@ -356,6 +360,7 @@ class _TaskPlanner:
             module: What the configuration says of the slice's stack.
             t: Position of the tensor's layer in the slice, from 0 to 1.
             in_layer: Whether the tensor lies in a layer that all these models have, and so should be in all of them.
+            absent: Models of the slice that have no such stack of layers, such as a text model without a vision tower.
         """
         found = [
             _Found(source.model, key, self.views[source.model].tensors[key], source.parameters)
@@ -369,6 +374,7 @@ class _TaskPlanner:
             text = f"only {_listed(one.model for one in found)} and not {_listed(lacking)}"
             self._unlike.setdefault(text, []).append(name)
             return
+        lacking += [model for model in dict.fromkeys(absent) if model not in lacking]
         base_model = output_slice.base_model or self.config.base_model
         takes_base = self.method.base in (Base.REQUIRED, Base.OPTIONAL) and base_model is not None
         base = next((one for one in found if takes_base and one.model == base_model), None)
@@ -540,7 +546,8 @@ class _TaskPlanner:
     def _check_range(self, parameter: str, value: Any) -> None:
         if value is None or value is REQUIRED:
             return
-        problem = self.method.kinds[parameter].problem(value)
+        kinds = {**METHODS[_MEAN].kinds, **self.method.kinds}  # a mean has weights where the method has none
+        problem = kinds[parameter].problem(value)
         if problem is not None:
             self._problem(f"{parameter}: {problem}")
 

@@ -203,6 +203,54 @@ def test_a_tower_beside_a_whole_clip(tmp_path: Path, base: str) -> None:
         assert torch.equal(merged.text_projection.weight, whole.text_projection.weight), "the rest is the base's"
 
 
+@pytest.fixture(scope="module")
+def text_and_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text model, an expert of it, and two vision-language models whose language part was the text model, too."""
+    folder = tmp_path_factory.mktemp("text-and-vision")
+    text: Any = tiny_models.perturbed("llama", 0)
+    text.save_pretrained(folder / "base")
+    noisy(tf.LlamaForCausalLM.from_pretrained(folder / "base"), 1).save_pretrained(folder / "expert")
+    vision = tf.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=12, patch_size=4
+    )
+    for seed in (2, 3):
+        whole: Any = tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=text.config, vision_config=vision))
+        whole.model.language_model.load_state_dict(text.model.state_dict())
+        whole.lm_head.load_state_dict(text.lm_head.state_dict())
+        noisy(whole, seed).save_pretrained(folder / f"whole{seed}")
+    return folder
+
+
+@pytest.mark.parametrize("models", [("whole2", "expert"), ("expert", "whole2"), ("whole2", "expert", "whole3")])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "tsv_m", "model_stock", "karcher"])
+def test_a_text_expert_goes_into_the_language_part_of_a_vision_language_model(
+    text_and_vision: Path, tmp_path: Path, method: str, models: tuple[str, ...]
+) -> None:
+    folder = text_and_vision
+    entries: list[dict[str, Any]] = [{"model": str(folder / name)} for name in models]
+    if method in ("task_arithmetic", "ties"):
+        entries = [entry | {"parameters": {"weight": 0.5}} for entry in entries]
+    config = {"merge_method": method, "base_model": str(folder / "base"), "models": entries}
+    largemerge.merge(config, tmp_path / "out")
+    found, missing = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(missing.values()), "it loads with every tensor in its place"
+    wholes = [tf.LlavaForConditionalGeneration.from_pretrained(folder / name) for name in models if "whole" in name]
+    for name in ("model.vision_tower", "model.multi_modal_projector"):
+        own = [whole.get_submodule(name).state_dict() for whole in wholes]
+        for key, tensor in found.get_submodule(name).state_dict().items():
+            torch.testing.assert_close(tensor, torch.stack([each[key] for each in own]).mean(0))
+    base, expert = (tf.LlamaForCausalLM.from_pretrained(folder / name) for name in ("base", "expert"))
+    languages = [*(whole.model.language_model for whole in wholes), expert.model]
+    for key, origin in base.model.state_dict().items():
+        tensor = found.model.language_model.state_dict()[key]
+        own = [language.state_dict()[key] for language in languages]
+        assert all(not torch.equal(tensor, each) for each in (origin, *own)), f"{key}: nothing was merged"
+        if method == "task_arithmetic":
+            torch.testing.assert_close(tensor, origin + 0.5 * sum(each - origin for each in own))
+    told = " ".join(report_of(tmp_path / "out")["plan"]["notes"])
+    assert ("their weighted mean" if len(wholes) > 1 else "and it is copied") in told
+
+
 BUFFERS: list[tuple[str, dict[str, torch.Tensor]]] = [
     ("llama", {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.arange(2.0) for layer in range(3)}),
     ("bert", {"bert.embeddings.position_ids": torch.arange(64)[None]}),
