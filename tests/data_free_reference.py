@@ -42,6 +42,21 @@ def tsv_m(deltas: Deltas, alpha: float = 1.0) -> torch.Tensor:
     return alpha * u @ torch.diag(torch.cat([s[:rank] for _, s, _ in parts])) @ vh
 
 
+def ip_merging(
+    deltas: Deltas, scale: float = 1.0, rank: int = 1024, threshold: float = 0.4, temperature: float = 32.0
+) -> torch.Tensor:
+    """What is added to the first model."""
+    own, other = deltas
+    _, s, vh = torch.linalg.svd(own, full_matrices=False)
+    _, other_s, other_vh = torch.linalg.svd(other, full_matrices=False)
+    s, vh, other_s, other_vh = s[:rank], vh[:rank], other_s[:rank], other_vh[:rank]
+    cosines = torch.stack([(v @ w).abs() for v, w in zip(vh, other_vh, strict=True)])
+    if cosines.max() < threshold:
+        return torch.zeros_like(own)
+    q = torch.softmax(temperature * cosines, dim=0)[:, None] * vh
+    return scale * s.sum() / other_s.sum() * other @ q.T @ q
+
+
 def iso_c(deltas: Deltas, scaling_factor: float = 1.0) -> torch.Tensor:
     u, s, vh = torch.linalg.svd(sum(deltas), full_matrices=False)
     return scaling_factor * s.mean() * u @ vh

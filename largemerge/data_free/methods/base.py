@@ -378,6 +378,7 @@ class Method:
         global_scale: The functions of a method with a factor of the whole model; its `prepare` merges a tensor as if
             it were the whole model.
         measurement: What is measured while tensors are merged, for the report.
+        leads: Whether the first model is the one that is changed, so that all of the output has a place in it.
     """
 
     title: str
@@ -396,6 +397,7 @@ class Method:
     matrix_formula: MatrixFormula | None = None
     global_scale: GlobalScale | None = None
     measurement: Measurement | None = None
+    leads: bool = False
 
 
 def select_formula(

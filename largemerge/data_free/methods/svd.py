@@ -1,4 +1,4 @@
-"""Methods that merge the singular vectors of task vectors: TSV-M, Iso-C, Iso-CTS, ResMerge, OPCM.
+"""Methods that merge the singular vectors of task vectors: TSV-M, Iso-C, Iso-CTS, IP-Merging, ResMerge, OPCM.
 
     Δ_i = W_i - W_0 = U_i S_i V_iᵀ                 of a weight matrix, `[O, I]`
 
@@ -179,6 +179,36 @@ def _mean_agreement(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> flo
         for other_left, other_right in known[:i]
     ]
     return sum(max(0.0, cosine) for cosine in cosines) / len(cosines) if cosines else float(len(known) == 1)
+
+
+def ip_merging(piece: Piece) -> torch.Tensor:
+    """Merges what a second model knows into the first one's subspace, IP-Merging. Hu et al., arXiv 2510.14387.
+
+        U S Vᵀ = Δ_1        U' S' V'ᵀ = Δ_2        of the `rank` largest singular values, largest first
+        c_r = |v_rᵀ v'_r|          p = softmax(temperature · c)          Q = V diag(p)
+        W_1 + scale · (Σ S / Σ S') · Δ_2 Q Qᵀ          where max c ≥ threshold, else W_1 as it is
+
+    The first model is one that goes on from the base in another way, such as a vision-language model whose language
+    part the base was; the second is an expert of the base. The absolute value is ours: a singular vector has no sign
+    of its own.
+    """
+    first, rank = piece.tensors[0].to(torch.float32), piece.shared["rank"]
+    _, s_R, v_IR = singular_vectors(piece.task_vector(0), rank)
+    delta_OI = piece.task_vector(1)
+    _, other_R, other_IR = singular_vectors(delta_OI, rank)
+    count = min(len(s_R), len(other_R))
+    cosines_R = (v_IR[:, :count] * other_IR[:, :count]).sum(0).abs()
+    if count == 0 or cosines_R.max() < piece.shared["threshold"]:
+        return first
+    shares_R = torch.softmax(piece.shared["temperature"] * cosines_R, dim=0)
+    q_IR = v_IR[:, :count] * shares_R
+    ratio = (s_R.sum() / other_R.sum()).item()
+    return torch.addmm(first, delta_OI @ q_IR, q_IR.T, alpha=piece.shared["scale"] * ratio)
+
+
+def first_model(piece: Piece) -> torch.Tensor:
+    """Returns the first model's own tensor, float32."""
+    return piece.tensors[0].to(torch.float32)
 
 
 def opcm_matrix(piece: Piece) -> UnscaledDelta:

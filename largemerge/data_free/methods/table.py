@@ -98,7 +98,7 @@ def _adds_nothing(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, A
     return next((f"{name}: 0" for name in ("lambda", "select_topk", *_FACTORS) if shared.get(name, 1) == 0), None)
 
 
-_FACTORS = ("alpha", "scaling_factor", "scaling_coefficient")
+_FACTORS = ("alpha", "scaling_factor", "scaling_coefficient", "scale")
 
 
 def _scales_by_nothing(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
@@ -337,6 +337,24 @@ LITERATURE: dict[str, Method] = {
         idle=_adds_nothing,
         note=_undivided,
         matrix_formula=MatrixFormula(coordinates.weighted_task_vectors, "task arithmetic", _knots_bytes),
+    ),
+    "ip_merging": Method(
+        "IP-Merging",
+        "arXiv 2510.14387",
+        fixed_access(Cut.WHOLE, lazy=True, reread=True),
+        without_first_pass(svd.ip_merging),
+        Base.REQUIRED,
+        (2, 2),
+        shared={"scale": 1.0, "rank": 1024, "threshold": 0.4, "temperature": 32.0},
+        kinds={
+            "scale": _FACTOR,
+            "rank": Range(1, _MAX_FACTOR, whole=True),
+            "threshold": _SHARE,
+            "temperature": _LIMIT,
+        },
+        idle=_adds_nothing,
+        matrix_formula=MatrixFormula(svd.first_model, "the first model's own", _factors_bytes),
+        leads=True,
     ),
     "opcm": Method(
         "OPCM",

@@ -22,7 +22,9 @@ from largemerge.data_free import engine, loader
 from largemerge.data_free.methods.table import METHODS
 
 Weights = dict[str, torch.Tensor]
-MATRIX_METHODS = sorted(name for name, row in METHODS.items() if row.matrix_formula is not None)
+MATRIX_METHODS = sorted(
+    name for name, row in METHODS.items() if row.matrix_formula is not None and row.num_models[1] > 2
+)
 LINEARS = ("_proj.weight", "c_attn.weight", "c_fc.weight", "c_proj.weight")
 
 
@@ -95,6 +97,26 @@ def test_every_tensor_is_what_the_paper_says(tmp_path: Path, method: str, archit
     notes = "\n".join(plan["notes"])
     assert f"{method}: {what}, not its formula, for" in notes and name in notes
     assert ("transformer.h.*.attn.c_proj.weight" in notes) == gpt2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_ip_merging_adds_to_the_first_model(tmp_path: Path, architecture: str) -> None:
+    write_models(tmp_path, architecture, 3)
+    options = {"parameters": {"threshold": 0.05, "temperature": 2}}
+    plan = largemerge.merge(config_of(tmp_path, "ip_merging", [1, 2], **options), tmp_path / "out").to_json()["plan"]
+    deltas = read_deltas(tmp_path, [1, 2])
+    matrices = {name for name in deltas[0] if name.endswith(LINEARS)}
+    first, merged = weights_in(tmp_path / "model1"), weights_in(tmp_path / "out")
+    changed = set()
+    for name, tensor in merged.items():
+        of = [delta[name].T if architecture == "gpt2" else delta[name] for delta in deltas]
+        more = reference.ip_merging(of, **options["parameters"]) if name in matrices else torch.zeros_like(of[0])
+        more = more.T if architecture == "gpt2" else more
+        changed |= {name} if more.any() else set()
+        assert (tensor.double() - first[name].double() - more.reshape(tensor.shape)).norm() <= 1e-4 * more.norm() + 1e-6
+    assert changed and changed <= matrices, "the formula has something to say of some matrices"
+    assert set(plan["merged_otherwise"]) == set(merged) - matrices
+    assert "ip_merging: the first model's own, not its formula, for" in "\n".join(plan["notes"])
 
 
 OTHERS = {

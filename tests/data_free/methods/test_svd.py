@@ -72,6 +72,34 @@ def test_resmerge_of_one_model_of_equal_ones_and_of_the_base() -> None:
     assert (merge_tensors("resmerge", [low], base) - base).norm() <= 1e-4 * (low - base).norm(), "nothing but a head"
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ip_merging(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    base, tensors = models(2, shape)
+    tensors[1] = base + 0.6 * (tensors[0] - base) + 0.4 * (tensors[1] - base)  # directions in common
+    base, tensors = base.to(dtype), [tensor.to(dtype) for tensor in tensors]
+    deltas = task_vectors(base, tensors)
+    for options in ({}, {"scale": 0.5, "temperature": 3.0}, {"rank": 4, "threshold": 0.0}, {"threshold": 1.0}):
+        expected = reference.ip_merging(deltas, **options)
+        check(merge_tensors("ip_merging", tensors, base, **options), tensors[0], expected, 1e-4)
+        assert expected.any() == (options.get("threshold") != 1.0)
+
+
+def test_ip_merging_of_a_model_that_is_the_base_or_the_other_one() -> None:
+    base, (one, other) = models(2, (30, 20))
+    assert torch.equal(merge_tensors("ip_merging", [one, base], base), one)
+    assert torch.equal(merge_tensors("ip_merging", [base, one], base), base)
+    assert torch.equal(merge_tensors("ip_merging", [one, other], base, scale=0.0), one)
+    expected = (one - base).double() / 20**2  # the directions are the same, all of them: p = 1/20
+    check(merge_tensors("ip_merging", [one, one], base), one, expected, 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (29,), (5, 3, 4), (4, 3, 2, 2)])
+def test_ip_merging_keeps_the_first_models_vectors(shape: tuple[int, ...]) -> None:
+    base, tensors = models(2, shape)
+    assert torch.equal(merge_tensors("ip_merging", tensors, base), tensors[0])
+
+
 def test_everything_common_is_iso_c() -> None:
     base, tensors = models(3, (40, 30))
     expected = merge_tensors("iso_c", tensors, base)
