@@ -218,10 +218,10 @@ def _out_of_place(config: DataFreeConfig, output: OutputTasks) -> Iterator[str]:
         owners = [model for model, _ in task.inputs]
         if owners and models[0] not in owners:
             lacking.setdefault(_listed(owners), []).append(task.name)
-    for owners, names in lacking.items():
+    for others, names in lacking.items():
         yield (
             f"models: {config.merge_method} changes the first model, {models[0]}, which lacks {list_kinds(names)} of "
-            f"{owners}; expected the model that is to learn first, and the one that it learns from behind it"
+            f"{others}; expected the model that is to learn first, and the one that it learns from behind it"
         )
 
 
