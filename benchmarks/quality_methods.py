@@ -21,7 +21,7 @@ from quality_cases import Case
 
 AVERAGE = "linear"
 """What all others are held against."""
-NOT_FOR_MANY = ("passthrough", "slerp", "nuslerp", "nearswap", "arcee_fusion")
+NOT_FOR_MANY = ("passthrough", "slerp", "nuslerp", "nearswap", "arcee_fusion", "ip_merging")
 """They merge one model into a base, or two."""
 NEEDS_MORE = ("fisher",)
 """It needs a file for each model."""

@@ -76,10 +76,30 @@ _SCRATCH_FOLDER = "scratch"
 _DELTAS, _OUTPUT = "unscaled part", "part"  # kinds of passes over all parts, as the journal calls them
 _DIGESTS = {_DELTAS: "scratch_digests", _OUTPUT: "digests"}  # and the digests of what they write
 
-Squares = dict[str, list[float]]
-"""Sums of `UnscaledDelta.squares` over a tensor, by its name."""
+Sums = dict[str, list[float]]
+"""Numbers that add up over the pieces of a tensor, and over tensors, by its name."""
 Norms = dict[str, list[float]]
 """Norms of a matrix's merged task vector, before the steps after the merge and after every one of them, by its name."""
+
+_AFTER = "after: "  # stands before a tensor's name where the journal notes its norms, and not what was measured
+
+
+class TensorSums:
+    """Keeps sums of tensors until the part that they belong to is finished; workers share it."""
+
+    def __init__(self) -> None:
+        self._sums: Sums = {}
+        self._lock = threading.Lock()
+
+    def put(self, name: str, of_pieces: Sequence[Sequence[float]]) -> None:
+        """Keeps the sums of a tensor, from those of its pieces."""
+        with self._lock:
+            self._sums[name] = [math.fsum(column) for column in zip(*of_pieces, strict=True)]
+
+    def take(self, tasks: Iterable[Task]) -> Sums:
+        """Returns the sums of some tasks, and forgets them."""
+        with self._lock:
+            return {task.name: self._sums.pop(task.name) for task in tasks if task.name in self._sums}
 
 
 def split_into_parts(tasks: Sequence[Task]) -> list[list[Task]]:
@@ -156,6 +176,7 @@ class Merger:
         self._name, self._seed = method, seed
         self._readers, self._writer, self._kept_bytes = readers, writer, kept_bytes
         self._accelerator, self._after, self._new = accelerator, after, new
+        self._measurement, self.measured = METHODS[method].measurement, TensorSums()
 
     def __call__(self, task: Task) -> None:
         """Reads, merges and writes one tensor."""
@@ -169,11 +190,22 @@ class Merger:
             load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device)
             with self._accelerator.stream():
                 merge = prepare(access.first_pass(load.pieces) if access.first_pass is not None else None)
+                measure = self._measurement.sums if self._measurement is not None and not task.instead else None
+                sums = []
+
+                def merged() -> Iterator[torch.Tensor]:
+                    for piece in load.pieces():
+                        if measure is not None:
+                            sums.append(measure(piece))
+                        yield merge(piece)
+
                 if task.post is not None:
-                    self._after.finish(task, (merge(piece) for piece in load.pieces()))
-                    return
-                for rows, piece in zip(load.cuts, load.pieces(), strict=True):
-                    write_piece(self._writer, task, rows, merge(piece), task.out_dtype)
+                    self._after.finish(task, merged())
+                else:
+                    for rows, tensor in zip(load.cuts, merged(), strict=True):
+                        write_piece(self._writer, task, rows, tensor, task.out_dtype)
+                if sums:
+                    self.measured.put(task.name, sums)
 
     def _copy(self, task: Task) -> None:
         """Writes a tensor as one model has it, or one that no model has."""
@@ -255,8 +287,7 @@ class AfterMerge:
         self, method: str, readers: Mapping[str, TensorReader], writer: ShardWriter, accelerator: Accelerator
     ) -> None:
         self._name, self._readers, self._writer, self._accelerator = method, readers, writer, accelerator
-        self._norms: Norms = {}
-        self._lock = threading.Lock()
+        self.norms = TensorSums()
 
     def finish(self, task: Task, pieces: Iterable[torch.Tensor]) -> None:
         """Puts the merged pieces of a matrix together, changes it by the steps, and writes it.
@@ -277,13 +308,7 @@ class AfterMerge:
         delta, norms = apply_steps(merged.sub_(origin), work.steps, candidates)
         as_seen = replace(task, inputs_first=work.inputs_first)
         write_piece(self._writer, as_seen, slice(0, task.shape[0]), delta.add_(origin), task.out_dtype)
-        with self._lock:
-            self._norms[task.name] = norms
-
-    def take_norms(self, tasks: Iterable[Task]) -> Norms:
-        """Returns the norms that were found for some tasks, and forgets them."""
-        with self._lock:
-            return {task.name: self._norms.pop(task.name) for task in tasks if task.name in self._norms}
+        self.norms.put(task.name, [norms])
 
     @staticmethod
     def _whole(task: Task, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -335,8 +360,7 @@ class TwoPassMerge:
         (working / _SCRATCH_FOLDER).mkdir(exist_ok=True)
         deltas = plan.unscaled_deltas
         self.scratch = ShardWriter(working / _SCRATCH_FOLDER, deltas, layout_shards(deltas, max_shard_bytes))
-        self._squares: Squares = {}
-        self._lock = threading.Lock()
+        self.squares = TensorSums()
 
     def __enter__(self) -> TwoPassMerge:
         self.scratch.__enter__()
@@ -361,15 +385,9 @@ class TwoPassMerge:
                 made = make(piece)
                 squares.append(made.squares)
                 write_piece(self.scratch, task, rows, made.vector, torch.float32)
-        with self._lock:
-            self._squares[task.name] = [math.fsum(column) for column in zip(*squares, strict=True)]
+        self.squares.put(task.name, squares)
 
-    def take_squares(self, tasks: Iterable[Task]) -> Squares:
-        """Returns the squares that the first pass has found for some tasks, and forgets them."""
-        with self._lock:
-            return {task.name: self._squares.pop(task.name) for task in tasks if task.name in self._squares}
-
-    def factor(self, squares: Squares) -> float:
+    def factor(self, squares: Sums) -> float:
         """Computes the factor from the squares of all tensors; the same in whatever order they were made."""
         return self._global_scale.factor([math.fsum(column) for column in zip(*squares.values(), strict=True)])
 
@@ -431,9 +449,8 @@ def run(
         trusted, any_new = plan.config.trust_remote_code, any(not task.sources for task in plan.tasks)
         new = initial_values(plan.alignment, trust_remote_code=trusted) if any_new else {}
         after = AfterMerge(method, readers, writer, accelerator)
-        merge: Callable[[Task], None] = Merger(
-            method, plan.config.seed, readers, writer, kept_bytes, accelerator, after, new
-        )
+        merger = Merger(method, plan.config.seed, readers, writer, kept_bytes, accelerator, after, new)
+        merge: Callable[[Task], None] = merger
         kinds = [_OUTPUT] if METHODS[method].global_scale is None else [_DELTAS, _OUTPUT]
         num_tasks = sum(len(part) for kind in kinds for part in parts.own(kind))
         progress = stack.enter_context(RunProgress(num_tasks, num_tasks, plan.device, quiet=quiet))
@@ -442,22 +459,28 @@ def run(
         if _DELTAS in kinds:
             two_pass = TwoPassMerge(plan, readers, writer, folder.working, max_shard_bytes)
             stack.enter_context(two_pass)
-            parts.run(_DELTAS, two_pass.merge_deltas, two_pass.scratch, progress, two_pass.take_squares)
-            squares: Squares = {}
-            for name in parts.journal_names(_DELTAS):
-                squares |= folder.entries[name]["notes"]
-            merge = two_pass.scale_by(two_pass.factor(squares), merge, after)
-        parts.run(_OUTPUT, merge, writer, progress, after.take_norms if plan.config.post else None)
+            parts.run(_DELTAS, two_pass.merge_deltas, two_pass.scratch, progress, two_pass.squares.take)
+            merge = two_pass.scale_by(two_pass.factor(parts.noted(_DELTAS)), merge, after)
+
+        def notes(tasks: Sequence[Task]) -> Sums:
+            norms = {f"{_AFTER}{name}": of for name, of in after.norms.take(tasks).items()}
+            return {**merger.measured.take(tasks), **norms}
+
+        has_notes = bool(plan.config.post) or METHODS[method].measurement is not None
+        parts.run(_OUTPUT, merge, writer, progress, notes if has_notes else None)
         past_cache = writer.bytes_past_cache + sum(reader.bytes_past_cache for reader in readers.values())
         return sum(reader.bytes_read for reader in readers.values()), past_cache
 
 
-def norms_after_steps(plan: DataFreePlan, folder: OutputFolder) -> Norms:
-    """Collects from the journal what the steps after the merge have made of the norms of task vectors."""
-    found: Norms = {}
-    for name in _names(_OUTPUT, range(len(split_into_parts(plan.tasks)))):
-        found |= folder.entries[name].get("notes", {})
-    return {task.name: found[task.name] for task in plan.tasks if task.name in found}
+def measured_sums(plan: DataFreePlan, folder: OutputFolder, ranks: Ranks) -> tuple[Sums, Norms]:
+    """Collects what the journal has noted of every tensor, in earlier runs, too, once all parts are finished.
+
+    Returns:
+        What the method has measured, and what the steps after the merge have made of the norms of task vectors.
+    """
+    noted = _PartRunner(plan, folder, ranks).noted(_OUTPUT)
+    norms = {task.name: noted.pop(f"{_AFTER}{task.name}", []) for task in plan.tasks if task.post is not None}
+    return noted, norms
 
 
 @contextmanager
@@ -530,6 +553,13 @@ class _PartRunner:
     def journal_names(self, kind: str) -> list[str]:
         """Lists the names that a kind of pass over every part has in the journal."""
         return _names(kind, range(len(self._parts)))
+
+    def noted(self, kind: str) -> Sums:
+        """Collects what the journal has noted of all tensors in a kind of pass."""
+        sums: Sums = {}
+        for name in self.journal_names(kind):
+            sums |= self._folder.entries[name].get("notes", {})
+        return sums
 
     def missing(self, kind: str) -> list[int]:
         """Lists the numbers of the parts that are not in the journal."""

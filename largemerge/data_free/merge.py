@@ -17,7 +17,7 @@ from typing import Any
 from largemerge.checkpoint.room import room_problems
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
-from largemerge.data_free.engine import norms_after_steps, part_kinds, run, verify_merge
+from largemerge.data_free.engine import measured_sums, part_kinds, run, verify_merge
 from largemerge.data_free.inputs import PriorMerges
 from largemerge.data_free.plan import DataFreePlan, plan_data_free
 from largemerge.data_free.report import DataFreeReport, config_text, write_side_files
@@ -94,7 +94,7 @@ def merge_data_free(
                 bytes_read, past_cache = (sum(of_all) for of_all in zip(*ranks.gather(moved_here), strict=True))
                 stage("measuring what of every model is in the output, and finishing it")
                 merged = time.perf_counter() - start
-                norms = norms_after_steps(plan, folder)
+                measured, norms = measured_sums(plan, folder, ranks)
                 verified = verify_merge(plan, shards, folder) if verify and ranks.is_first else None
                 seconds = {"preparation": round(prepared, 3), "total": round(time.perf_counter() - start, 3)}
                 peaks = tuple(ranks.gather(memory.peak()))
@@ -110,6 +110,7 @@ def merge_data_free(
                     out=out,
                     norms=norms,
                     verified=verified,
+                    measured=measured,
                 )
                 written: dict[str, Any] = {}
                 if ranks.is_first:

@@ -8,6 +8,7 @@ write_side_files → tokenizer, processor, generation config, largemerge_config.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class DataFreeReport:
         out: The output folder, as the user named it.
         norms: What the steps after the merge have made of the norms of task vectors, see `engine.Norms`.
         verified: How much of every model is in the output; `None` where that was not measured.
+        measured: What the method has measured of every tensor, by its name: sums, see `Measurement`.
         written: Digests of the files, and why parts were done again, once the merge is finished.
     """
 
@@ -67,6 +69,7 @@ class DataFreeReport:
     out: Path
     norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     verified: Verification | None = None
+    measured: Mapping[str, Sequence[float]] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,9 +77,24 @@ class DataFreeReport:
         """Peak memory of the rank that held most."""
         return max(self.peaks, key=lambda peak: peak.host_anonymous)
 
+    @property
+    def measured_overall(self) -> dict[str, Any]:
+        """What the method has measured of all tensors, or of all those that have the same models."""
+        measurement = METHODS[self.plan.config.merge_method].measurement
+        alike: dict[tuple[str, ...], list[Sequence[float]]] = {}
+        for task in self.plan.tasks:
+            if task.name in self.measured:
+                alike.setdefault(tuple(model for model, _ in task.sources), []).append(self.measured[task.name])
+        if measurement is None or not alike:
+            return {}
+        models, sums = max(alike.items(), key=lambda item: len(item[1]))
+        total = [math.fsum(column) for column in zip(*sums, strict=True)]
+        return {"models": list(models), "num_tensors": len(sums), **measurement.summary(total)}
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         checkpoints = (self.plan.checkpoints | self.plan.auxiliary).items()
+        measurement = METHODS[self.plan.config.merge_method].measurement
         return {
             "versions": versions(),
             "machine": machine(self.plan.device),
@@ -98,6 +116,7 @@ class DataFreeReport:
             "before": dict(self.plan.prior.reports),
             **({"post": post_changes(self.plan, self.norms)} if self.plan.config.post else {}),
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
+            **({measurement.name: self.measured_overall} if measurement is not None else {}),
             **self.written,
             "tensors": {task.name: self._described(task) for task in self.plan.tasks},
         }
@@ -120,6 +139,9 @@ class DataFreeReport:
             table.add_row("each step", text)
         for title, text in self.verified.rows(short_name) if self.verified is not None else ():
             table.add_row(title, text)
+        measurement = METHODS[plan.config.merge_method].measurement
+        if measurement is not None and (overall := self.measured_overall):
+            table.add_row(measurement.title, measurement.in_words(overall))
         total = self.seconds["total"]
         table.add_row("time", f"{duration(total)}, of which preparation {duration(self.seconds['preparation'])}")
         table.add_row("peak memory", f"{gib(self.peak.host_anonymous)} anonymous (planned {gib(plan.peak_bytes)})")
@@ -138,6 +160,9 @@ class DataFreeReport:
             described |= {"merged_otherwise": f"{formula.fallback_name}: {task.fallback_reason}"}
         if task.inputs_first:
             described |= {"stored_as": "[inputs, outputs]"}
+        measurement = METHODS[self.plan.config.merge_method].measurement
+        if measurement is not None and task.name in self.measured:
+            described |= {measurement.name: measurement.summary(self.measured[task.name])}
         each = {name: list(values) for name, values in task.per_model.items()}
         if task.post is not None:
             described |= {"post": [{step.name: dict(step.parameters)} for step in task.post.steps]}

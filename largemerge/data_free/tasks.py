@@ -223,6 +223,7 @@ def plan_tasks(
         output.notes.append(f"{list_kinds(new)}: {NOT_TRAINED}; initialised as Transformers would do it")
     output.tasks.sort(key=lambda task: natural_key(task.name))
     output.problems.extend([*planner.parameter_problems(), *planner.unlike_layers()])
+    output.problems.extend(_out_of_place(config, output))
     output.problems.extend(_vanished(config, views, output))
     output.notes.extend([*planner.parameter_notes(), *planner.lacking_notes()])
     output.notes.extend(_notes(config.merge_method, output.tasks))
@@ -245,6 +246,23 @@ def _vanished(config: DataFreeConfig, views: Mapping[str, ModelView], output: Ou
         if model not in used and (not is_looked_at or len(views) == 1):
             names = list_kinds(view.checkpoint.tensors)
             yield f"{model}: nothing of it would be in the output: its tensors ({names}) have no place there"
+
+
+def _out_of_place(config: DataFreeConfig, output: OutputTasks) -> Iterator[str]:
+    """Yields what the first model lacks, where the method changes that one."""
+    models = [entry.model for entry in config.models if entry.model != config.base_model]
+    if not METHODS[config.merge_method].leads or not models:
+        return
+    lacking: dict[str, list[str]] = {}
+    for task in output.tasks:
+        owners = [model for model, _ in task.inputs]
+        if owners and models[0] not in owners:
+            lacking.setdefault(_listed(owners), []).append(task.name)
+    for others, names in lacking.items():
+        yield (
+            f"models: {config.merge_method} changes the first model, {models[0]}, which lacks {list_kinds(names)} of "
+            f"{others}; expected the model that is to learn first, and the one that it learns from behind it"
+        )
 
 
 def _lies_before(name: str) -> bool:

@@ -229,12 +229,14 @@ OF_MLP: list[dict[str, Any]] = [{"filter": "mlp", "value": 0}, {"value": 1}]
         ("passthrough", {"scale": 0}, [], "scale: 0: nothing of any model would be in the output"),
         ("consensus_ta", {"prun_thre_k": 3}, [], "prun_thre_k: expected 2 at most, the number of models, found 3"),
         ("della", {"density": [0.9, 0.5, 0.5]}, [1, 1], "density 0.9 ± epsilon 0.15 leaves the range from 0 to 1"),
+        ("knots", {"density": 0}, [1, 1], "density: 0 for every model: nothing of any model would be in the output"),
+        ("resmerge", {"src_beta_min": 2}, [], "src_beta_min: expected 1 at most, which is src_beta_max, found 2"),
     ],
 )
 def test_parameters_that_leave_no_number(
     models: Path, method: str, parameters: Config, weights: list[Any], problem: str
 ) -> None:
-    needs_base = method in ("ties", "dare_linear", "sce", "consensus_ta", "della")
+    needs_base = method in ("ties", "dare_linear", "sce", "consensus_ta", "della", "knots", "resmerge")
     base = {"base_model": str(models / "model0")} if needs_base else {}
     config = config_of(models, method, [1] if method == "passthrough" else [1, 2], parameters=parameters, **base)
     for entry, weight in zip(config["models"], weights, strict=False):
@@ -252,6 +254,9 @@ def test_parameters_that_leave_no_number(
         ("task_arithmetic", {"normalize": True}, [1, -1], "warning: weight: 1, -1 add up to 0: the sum is not divided"),
         ("nuslerp", {}, [1, -1], "warning: weight: 1, -1 add up to 0: both models count half, as in mergekit"),
         ("iso_c", {"scaling_factor": 0}, [], "warning: scaling_factor: 0: the base as it is"),
+        ("dc_merge", {"alpha": 0}, [], "warning: alpha: 0: the base as it is"),
+        ("knots", {}, [1, -1], "warning: weight: 1, -1 add up to 0: the sum is not divided by it"),
+        ("task_simplex", {"lambda": 0}, [1, 1], "warning: lambda: 0: the base as it is"),
     ],
 )
 def test_parameters_that_change_nothing_are_named(

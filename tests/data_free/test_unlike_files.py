@@ -251,6 +251,23 @@ def test_a_text_expert_goes_into_the_language_part_of_a_vision_language_model(
     assert ("their weighted mean" if len(wholes) > 1 else "and it is copied") in told
 
 
+def test_ip_merging_teaches_a_vision_language_model_what_a_text_expert_knows(
+    text_and_vision: Path, tmp_path: Path
+) -> None:
+    folder = text_and_vision
+    entries = [{"model": str(folder / name)} for name in ("whole2", "expert")]
+    parameters = {"threshold": 0.05, "temperature": 2}
+    config = {"merge_method": "ip_merging", "base_model": str(folder / "base"), "parameters": parameters}
+    largemerge.merge(config | {"models": entries}, tmp_path / "out")
+    found, whole = weights_in(tmp_path / "out"), weights_in(folder / "whole2")
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor, whole[name])}
+    assert changed and all("language_model" in name and "_proj" in name for name in changed)
+    load(tmp_path / "out", tf.LlavaForConditionalGeneration)
+    with pytest.raises(LargemergeError, match=r"which lacks .* of .*whole2; expected the model that is to learn first"):
+        largemerge.merge(config | {"models": entries[::-1]}, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
 BUFFERS: list[tuple[str, dict[str, torch.Tensor]]] = [
     ("llama", {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.arange(2.0) for layer in range(3)}),
     ("bert", {"bert.embeddings.position_ids": torch.arange(64)[None]}),

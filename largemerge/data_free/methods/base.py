@@ -149,12 +149,14 @@ class Range:
         high: The largest number.
         whole: Whether only whole numbers are allowed.
         above: Whether `low` itself, which is 0, is excluded, and what float32 would round to it, too.
+        word: A word that may stand in the place of a number, for what lies beyond all of them; empty for none.
     """
 
     low: float = -LARGEST
     high: float = LARGEST
     whole: bool = False
     above: bool = False
+    word: str = ""
 
     @property
     def expected(self) -> str:
@@ -165,14 +167,16 @@ class Range:
         """Describes the range; its widest bounds only if asked for."""
         low = f" {'above' if self.above else 'from'} {self.low:g}" if everything or self.low > -LARGEST else ""
         high = f"{' and up' if self.above else ''} to {self.high:g}" if everything or self.high < LARGEST else ""
-        return f"a {'whole ' if self.whole else ''}number{low}{high}"
+        return f"a {'whole ' if self.whole else ''}number{low}{high}{f', or {self.word}' if self.word else ''}"
 
     def read(self, value: Any) -> Any:
-        """Returns a value as a number, which may be quoted in the file.
+        """Returns a value as a number, which may be quoted in the file, or as the word that stands for one.
 
         Raises:
-            ValueError: If it is none, or lies outside the range.
+            ValueError: If it is neither, or lies outside the range.
         """
+        if self.word and isinstance(value, str) and value.strip() == self.word:
+            return self.word
         number = _as_number(value)
         if self.whole and isinstance(number, float) and number.is_integer():
             number = int(number)
@@ -213,6 +217,36 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The kind of a parameter that is one of some words.
+
+    Attributes:
+        words: The words.
+    """
+
+    words: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        """What the values are, in words."""
+        return f"one of {', '.join(self.words)}"
+
+    def read(self, value: Any) -> Any:
+        """Returns a value that is one of the words.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        if isinstance(value, str) and value.strip() in self.words:
+            return value.strip()
+        raise ValueError(f"expected {self.expected}, found {shown(value)}")
+
+    def problem(self, value: Any) -> str | None:
+        """Says what is wrong with a value; `None` if nothing is."""
+        return _problem(self, value)
+
+
+@dataclass(frozen=True)
 class FilePath:
     """The kind of a parameter that is the path of a file, or of a folder with some, of tensors."""
 
@@ -233,7 +267,7 @@ class FilePath:
         return _problem(self, value)
 
 
-Kind = Range | Flag | FilePath
+Kind = Range | Flag | Choice | FilePath
 """What values a parameter may have."""
 
 _TRUTHS = {word: True for word in ("true", "yes", "on", "1")} | {word: False for word in ("false", "no", "off", "0")}
@@ -302,6 +336,25 @@ class GlobalScale:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What a method measures of the models while it merges them, for the report.
+
+    Attributes:
+        name: What it is called in the report.
+        title: The same on the terminal.
+        sums: Function from a piece to numbers that add up over the pieces of a tensor, and over tensors.
+        summary: Function from such sums to what the report has, plain JSON values.
+        in_words: Function from a summary of the whole model to a line for the terminal.
+    """
+
+    name: str
+    title: str
+    sums: Callable[[Piece], list[float]]
+    summary: Callable[[Sequence[float]], dict[str, Any]]
+    in_words: Callable[[dict[str, Any]], str]
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table.
 
@@ -324,6 +377,8 @@ class Method:
         matrix_formula: The rest of a method whose formula holds for weight matrices only.
         global_scale: The functions of a method with a factor of the whole model; its `prepare` merges a tensor as if
             it were the whole model.
+        measurement: What is measured while tensors are merged, for the report.
+        leads: Whether the first model is the one that is changed, so that all of the output has a place in it.
     """
 
     title: str
@@ -341,6 +396,8 @@ class Method:
     auxiliary_parameter: str | None = None
     matrix_formula: MatrixFormula | None = None
     global_scale: GlobalScale | None = None
+    measurement: Measurement | None = None
+    leads: bool = False
 
 
 def select_formula(

@@ -11,10 +11,15 @@ Shapes: O outputs, I inputs, K models.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from largemerge.data_free.methods.base import Piece
 from largemerge.data_free.methods.svd import FACTOR_DTYPE, gram, singular_vectors, sum_of_squares
+
+UNLIMITED = "unlimited"
+"""The `exp_time` of WUDI's minimum itself."""
 
 _RIDGE = 1e-11  # of the mean diagonal element: what makes the minimum unique where it is not
 _SMALLEST_EIGENVALUE = 1e-12  # of the largest one: smaller ones count as 0
@@ -22,31 +27,70 @@ _TINY = 1e-12  # keeps divisors and arguments of logarithms from 0
 
 
 def wudi(piece: Piece) -> torch.Tensor:
-    """Merges by WUDI in closed form: W_0 + M, M = argmin Σ ‖(M - Δ_i) Δ_iᵀ‖² / ‖Δ_i‖². arXiv 2503.08099.
+    """Merges by WUDI: W_0 + M(t), where M(t) goes from Σ Δ_i towards argmin Σ ‖(M - Δ_i) Δ_iᵀ‖² / ‖Δ_i‖².
 
-    The paper approaches this minimum by Adam from Σ Δ_i, 300 steps of 1e-5 (FusionBench: 400), and stops before it is
-    reached. The loss is a square in M, so the minimum itself is
+        H_i = Δ_iᵀ Δ_i / ‖Δ_i‖²          H = Σ H_i = V Λ Vᵀ          D = Σ Δ_i H_i          M(0) = Σ Δ_i
 
-        M = ( Σ Δ_i H_i ) ( Σ H_i )⁺          H_i = Δ_iᵀ Δ_i / ‖Δ_i‖²
+    Cheng et al., arXiv 2503.08099, take 300 steps of Adam, each of 1e-5 (FusionBench: 400), and stop before the minimum
+    is reached. Half the loss has the gradient M H - D, so that descent in small steps is, after the time t,
 
-    of least norm where there are several: where no task vector lies, M is 0. Those are the directions in which
-    gradient steps from Σ Δ_i change nothing either. Task vectors that are 0 do not count.
+        M(t) = M(0) + (D - M(0) H) V g(Λ) Vᵀ          g(λ) = (1 - exp(-tλ)) / λ,  or t where λ is 0
+
+    which is SWUDI's exponential filter (Wei et al., arXiv 2606.07289, and their program): small λ, in which few rows of
+    task vectors say what the inputs are, are left where they began. t is `exp_time`. SWUDI also keeps only the largest
+    λ, a share of `truncate_rank_ratio` of all that there are, rounded up: for the others g is 0.
+
+    With `exp_time: unlimited` g(λ) is 1/λ, or 0 where λ counts as 0. Of all λ that is the minimum itself, D H⁺, of
+    least norm where there are several: where no task vector lies, M is 0. It comes from a Cholesky factor, without
+    eigenvalues. Task vectors that are 0 do not count.
     """
+    time, ratio = piece.shared["exp_time"], piece.shared["truncate_rank_ratio"]
+    filtered = time != UNLIMITED or ratio < 1
     outputs, inputs = piece.origin.shape
     sums_II = piece.origin.new_zeros(inputs, inputs, dtype=FACTOR_DTYPE)
     right_OI = piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE)
+    start_OI = torch.zeros_like(right_OI) if filtered else right_OI
     for model in range(len(piece.tensors)):
         delta = piece.task_vector(model).to(FACTOR_DTYPE)
         square = delta.square().sum()
         if square == 0:
             continue
+        if filtered:
+            start_OI += delta
         gram_II = gram(delta).div_(square)
         sums_II += gram_II
         if 2 * outputs < inputs:
             right_OI.addmm_(gram(delta.T), delta / square)
         else:
             right_OI.addmm_(delta, gram_II)
-    return _solve_symmetric(right_OI, sums_II).to(torch.float32).add_(piece.origin)
+        del delta, gram_II
+    if not filtered:
+        return _solve_symmetric(right_OI, sums_II).to(torch.float32).add_(piece.origin)
+    right_OI.addmm_(start_OI, sums_II, alpha=-1)
+    return start_OI.add_(_filtered(right_OI, sums_II, time, ratio)).to(torch.float32).add_(piece.origin)
+
+
+def _filtered(right_OI: torch.Tensor, sums_II: torch.Tensor, time: float | str, ratio: float) -> torch.Tensor:
+    """Computes B V g(Λ) Vᵀ `[O, I]`, see `wudi`, of the largest eigenvalues of V Λ Vᵀ.
+
+    Args:
+        right_OI: B.
+        sums_II: V Λ Vᵀ.
+        time: t, or `unlimited`.
+        ratio: Share of the eigenvalues whose g is not 0.
+    """
+    kept = max(1, math.ceil(round(len(sums_II) * ratio, 6)))  # 0.55 of 100 are 55, whatever the product's last bit
+    values_R, vectors_IR = (part[..., -kept:] for part in torch.linalg.eigh(sums_II))
+    values_R = values_R.clamp(min=0)
+    if time == UNLIMITED:
+        known = values_R > _SMALLEST_EIGENVALUE * values_R[-1]
+        filter_R = torch.where(known, 1 / values_R, 0.0)
+    else:
+        time = float(time)
+        # What is lost of λ where tλ is tiny changes nothing: there g is t.
+        small = values_R * time < _TINY
+        filter_R = torch.where(small, time, -torch.expm1(-time * values_R) / values_R)
+    return torch.mm(torch.mm(right_OI, vectors_IR).mul_(filter_R), vectors_IR.T)
 
 
 def _solve_symmetric(right_OI: torch.Tensor, sums_II: torch.Tensor) -> torch.Tensor:

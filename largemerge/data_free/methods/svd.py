@@ -1,9 +1,9 @@
-"""Methods that merge the singular vectors of task vectors: TSV-M, Iso-C, Iso-CTS, OPCM.
+"""Methods that merge the singular vectors of task vectors: TSV-M, Iso-C, Iso-CTS, IP-Merging, ResMerge, OPCM.
 
     Δ_i = W_i - W_0 = U_i S_i V_iᵀ                 of a weight matrix, `[O, I]`
 
-TSV-M, Iso-C and Iso-CTS merge all models at once. OPCM merges one after the other, each orthogonally to what is merged
-already; of all models together it keeps the merged task vector only, so memory does not grow with their number.
+TSV-M, Iso-C and Iso-CTS merge all models at once. ResMerge adds up parts of one after the other, and OPCM merges one
+after the other, each orthogonally to what is merged already: what they keep does not grow with the number of models.
 
 Singular vectors and polar factors come from the eigenvalues of the smaller Gram matrix:
 
@@ -31,7 +31,9 @@ from largemerge.data_free.methods.base import Piece, UnscaledDelta
 FACTOR_DTYPE = torch.float64
 """The precision of every Gram matrix here, and of its eigenvectors."""
 
-_SMALLEST_VALUE = 1e-6  # of the largest singular value: smaller ones count as 0
+SMALLEST_VALUE = 1e-6
+"""Of the largest singular value: smaller ones count as 0."""
+
 _NUM_PANELS = 4
 _ROWS_AT_ONCE = 1024
 _FLOAT32_ERROR = 1e-5  # relative; up to there X V S⁻¹ is multiplied in float32
@@ -115,6 +117,98 @@ def iso_cts(piece: Piece) -> torch.Tensor:
     mean = torch.cat(all_values).sum().item() / size
     merged = polar_factor(torch.cat(lefts, dim=1))[0] @ polar_factor(torch.cat(rights, dim=1))[0].T
     return merged.mul_(mean * piece.shared["scaling_factor"]).add_(piece.origin)
+
+
+def resmerge(piece: Piece) -> torch.Tensor:
+    """Merges residuals of task vectors, and a little of their heads, ResMerge: W_0 + A + C. arXiv 2606.02252.
+
+        Δ_i = H_i + R_i          H_i: the `rank_topk` largest singular values
+        q_i = R_i / ‖R_i‖        q = Σ q_i / ‖Σ q_i‖        c = mean <q_i, q>        s = mean <q_i, q_j> over pairs
+        A = c^β · mean ‖R_i‖ · q          β goes from `src_beta_max` down to `src_beta_min` with (s + c + 2) / 4
+        C = head_ratio_budget · p ‖A‖ · Σ H_i / ‖Σ H_i‖          p = mean max(0, cos(H_i, H_j)) over pairs
+
+    If c is 1 / √K or less, as it is of directions that have nothing in common, A is the mean of R_i. For experts from
+    reinforcement learning, whose heads are in each other's way. Names and numbers are those of the authors' program; it
+    takes (s + c + 2) / 4 for 0 in matrices that belong neither to attention nor to an MLP. A residual that is below a
+    millionth of its task vector counts as 0, and so do its cosines.
+    """
+    rank, count = piece.shared["rank_topk"], len(piece.tensors)
+    directions, residuals, heads = (torch.zeros_like(piece.origin, dtype=torch.float32) for _ in range(3))
+    norms, factors = [], []
+    for model in range(count):
+        delta = piece.task_vector(model)
+        norm = math.sqrt(sum_of_squares(delta))
+        left, values, right = singular_vectors(delta, rank)
+        factors.append((left * (values / values.norm()).to(torch.float32), right))
+        head = (left * values.to(torch.float32)) @ right.T
+        heads += head
+        delta -= head
+        del head
+        norms.append(math.sqrt(sum_of_squares(delta)))
+        if norms[-1] <= SMALLEST_VALUE * norm:
+            norms[-1] = 0.0
+            continue
+        residuals += delta
+        directions.add_(delta, alpha=1 / norms[-1])
+        del delta
+    length = math.sqrt(sum_of_squares(directions))
+    coherence = min(length / count, 1.0)
+    if coherence <= 1 / math.sqrt(count) and count > 1:
+        merged = residuals.div_(count)
+    else:
+        # Of Σ q_i the square is the sum of all <q_i, q_j>, those with themselves among them.
+        alike = (length**2 - sum(norm > 0 for norm in norms)) / (count * (count - 1)) if count > 1 else 1.0
+        low, high = piece.shared["src_beta_min"], piece.shared["src_beta_max"]
+        beta = high - (high - low) * min(max((alike + coherence + 2) / 4, 0.0), 1.0)
+        merged = directions.mul_(coherence**beta * sum(norms) / count / length if length else 0.0)
+    size, total = math.sqrt(sum_of_squares(heads)), math.sqrt(sum_of_squares(merged))
+    budget = piece.shared["head_ratio_budget"] * _mean_agreement(factors)
+    return merged.add_(heads, alpha=budget * total / size if size else 0.0).add_(piece.origin)
+
+
+def _mean_agreement(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Computes the mean of max(0, <X_i, X_j>) over pairs of matrices that are not 0; 1 of one alone, 0 of none.
+
+    Args:
+        factors: Left `[O, R]` and right `[I, R]` factors of every matrix, of norm 1; R is 0 where it is 0.
+    """
+    known = [pair for pair in factors if pair[1].shape[1]]
+    cosines = [
+        ((left.T @ other_left) * (right.T @ other_right)).sum().item()
+        for i, (left, right) in enumerate(known)
+        for other_left, other_right in known[:i]
+    ]
+    return sum(max(0.0, cosine) for cosine in cosines) / len(cosines) if cosines else float(len(known) == 1)
+
+
+def ip_merging(piece: Piece) -> torch.Tensor:
+    """Merges what a second model knows into the first one's subspace, IP-Merging. Hu et al., arXiv 2510.14387.
+
+        U S Vᵀ = Δ_1        U' S' V'ᵀ = Δ_2        of the `rank` largest singular values, largest first
+        c_r = |v_rᵀ v'_r|          p = softmax(temperature · c)          Q = V diag(p)
+        W_1 + scale · (Σ S / Σ S') · Δ_2 Q Qᵀ          where max c ≥ threshold, else W_1 as it is
+
+    The first model is one that goes on from the base in another way, such as a vision-language model whose language
+    part the base was; the second is an expert of the base. The absolute value is ours: a singular vector has no sign
+    of its own.
+    """
+    first, rank = piece.tensors[0].to(torch.float32), piece.shared["rank"]
+    _, s_R, v_IR = singular_vectors(piece.task_vector(0), rank)
+    delta_OI = piece.task_vector(1)
+    _, other_R, other_IR = singular_vectors(delta_OI, rank)
+    count = min(len(s_R), len(other_R))
+    cosines_R = (v_IR[:, :count] * other_IR[:, :count]).sum(0).abs()
+    if count == 0 or cosines_R.max() < piece.shared["threshold"]:
+        return first
+    shares_R = torch.softmax(piece.shared["temperature"] * cosines_R, dim=0)
+    q_IR = v_IR[:, :count] * shares_R
+    ratio = (s_R.sum() / other_R.sum()).item()
+    return torch.addmm(first, delta_OI @ q_IR, q_IR.T, alpha=piece.shared["scale"] * ratio)
+
+
+def first_model(piece: Piece) -> torch.Tensor:
+    """Returns the first model's own tensor, float32."""
+    return piece.tensors[0].to(torch.float32)
 
 
 def opcm_matrix(piece: Piece) -> UnscaledDelta:
@@ -229,7 +323,7 @@ def _spectrum(x_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes S, largest first, and V, float64, without what counts as 0."""
     squares_I, vectors_II = torch.linalg.eigh(lower_gram(x_OI), UPLO="L")
     s_I = squares_I.clamp_(min=0).sqrt_().flip(0)
-    count = int((s_I > _SMALLEST_VALUE * s_I[:1]).sum()) if len(s_I) else 0
+    count = int((s_I > SMALLEST_VALUE * s_I[:1]).sum()) if len(s_I) else 0
     return s_I[:count], vectors_II.flip(1)[:, :count]
 
 

@@ -13,17 +13,30 @@ from typing import Any
 import torch
 
 from largemerge.data_free.matrices import too_small, why_not_a_matrix
-from largemerge.data_free.methods import averaging, covariance, masks, ram, slerp, svd, task_arithmetic
+from largemerge.data_free.methods import (
+    averaging,
+    coordinates,
+    covariance,
+    masks,
+    ram,
+    slerp,
+    svd,
+    task_arithmetic,
+    unlearning,
+)
 from largemerge.data_free.methods.base import (
     LARGEST,
     REQUIRED,
     Access,
     Base,
+    Choice,
     Cut,
     FilePath,
     Flag,
     GlobalScale,
+    Kind,
     MatrixFormula,
+    Measurement,
     Merge,
     Method,
     Piece,
@@ -40,6 +53,9 @@ _SMALLEST_SUM = 1e-6  # of weights that something is divided by, as a share of t
 _MAX_STEPS = 10_000
 _MAX_FACTOR = 1e6  # of task vectors and the like; larger ones would leave 16 bits
 _WEIGHT, _SHARE, _POSITIVE, _FLAG = Range(), Range(0, 1), Range(0, above=True), Flag()
+Check = Callable[[Mapping[str, Sequence[Any]], Mapping[str, Any]], str | None]
+"""Says what is wrong with the parameters of every model and the shared ones together; `None` if nothing is."""
+
 _FACTOR, _LIMIT = Range(-_MAX_FACTOR, _MAX_FACTOR), Range(0, _MAX_FACTOR)
 
 
@@ -82,7 +98,7 @@ def _adds_nothing(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, A
     return next((f"{name}: 0" for name in ("lambda", "select_topk", *_FACTORS) if shared.get(name, 1) == 0), None)
 
 
-_FACTORS = ("alpha", "scaling_factor", "scaling_coefficient")
+_FACTORS = ("alpha", "scaling_factor", "scaling_coefficient", "scale")
 
 
 def _scales_by_nothing(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
@@ -149,6 +165,12 @@ def _needs_more_tasks(per_model: Mapping[str, Sequence[Any]], shared: Mapping[st
     return f"prun_thre_k: expected {count} at most, the number of models, found {needed}: no element would be merged"
 
 
+def _betas_cross(_: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
+    """Says where ResMerge's smallest exponent is above its largest."""
+    low, high = shared["src_beta_min"], shared["src_beta_max"]
+    return f"src_beta_min: expected {high:g} at most, which is src_beta_max, found {low:g}" if low > high else None
+
+
 def _nuslerp_access(shared: Mapping[str, Any]) -> Access:
     if shared["nuslerp_flatten"]:
         return Access(Cut.ELEMENTS, slerp.products_of_vectors)
@@ -165,8 +187,13 @@ def _factors_bytes(rows: int, columns: int) -> int:
 
 
 def _wudi_bytes(rows: int, columns: int) -> int:
-    """Peak bytes of WUDI: five float64 copies of the matrix and four of its inputs' Gram."""
-    return 5 * rows * columns * _DOUBLE + 4 * columns**2 * _DOUBLE
+    """Peak bytes of WUDI: five float64 copies of the matrix and five of its inputs' Gram."""
+    return 5 * rows * columns * _DOUBLE + 5 * columns**2 * _DOUBLE
+
+
+def _knots_bytes(rows: int, columns: int) -> int:
+    """Peak bytes of KnOTS: ten float32 copies of the matrix and five float64 of its outputs' Gram."""
+    return 10 * rows * columns * _SINGLE + 5 * rows**2 * _DOUBLE
 
 
 def _ace_bytes(rows: int, columns: int) -> int:
@@ -178,10 +205,12 @@ def _matrix_method(
     title: str,
     source: str,
     merge: Merge,
-    parameters: Mapping[str, tuple[float, Range]],
+    parameters: Mapping[str, tuple[float | str, Kind]],
     work_bytes: Callable[[int, int], int] = _factors_bytes,
     *,
+    scale: str | None,
     reread: bool = False,
+    conflict: Check = _no_conflict,
 ) -> Method:
     """Makes the row of a formula for weight matrices; other tensors get the mean of task vectors.
 
@@ -189,12 +218,12 @@ def _matrix_method(
         title: The method's name.
         source: The paper.
         merge: Merges a whole matrix.
-        parameters: Defaults and ranges of the shared parameters. The first one scales whatever is added to the base,
-            of tensors that are no matrices, too.
+        parameters: Defaults and kinds of the shared parameters.
         work_bytes: Peak bytes of the formula from rows and columns, see `MatrixFormula`.
+        scale: The shared parameter that scales whatever is added to the base, of tensors that are no matrices, too.
         reread: Whether the formula asks for every task vector twice, see `Access`.
+        conflict: What is wrong with the parameters together, see `Method`.
     """
-    scale = next(iter(parameters), None)
     return Method(
         title,
         source,
@@ -203,6 +232,7 @@ def _matrix_method(
         Base.REQUIRED,
         shared={name: default for name, (default, _) in parameters.items()},
         kinds={name: values for name, (_, values) in parameters.items()},
+        conflict=conflict,
         idle=_adds_nothing,
         matrix_formula=MatrixFormula(svd.mean_of_task_vectors(scale), "mean of task vectors", work_bytes),
     )
@@ -240,14 +270,91 @@ LITERATURE: dict[str, Method] = {
         kinds={"fisher": FilePath(), "weight": _POSITIVE},
         auxiliary_parameter="fisher",
     ),
-    "tsv_m": _matrix_method("TSV-M", "arXiv 2412.00081", svd.tsv_m, {"alpha": (1.0, _FACTOR)}),
-    "iso_c": _matrix_method("Iso-C", "arXiv 2502.04959", svd.iso_c, {"scaling_factor": (1.0, _FACTOR)}),
+    "task_simplex": Method(
+        "Task simplex unlearning, first order",
+        "NeurIPS 2025",
+        fixed_access(Cut.ELEMENTS),
+        without_first_pass(unlearning.task_simplex),
+        Base.REQUIRED,
+        shared={"lambda": 1.0},
+        per_model={"weight": 1.0},
+        kinds={"lambda": _FACTOR, "weight": _POSITIVE},
+        idle=_adds_nothing,
+        measurement=Measurement(
+            "spread",
+            "task vectors",
+            unlearning.spread_sums,
+            unlearning.spread,
+            unlearning.spread_in_words,
+        ),
+    ),
+    "tsv_m": _matrix_method("TSV-M", "arXiv 2412.00081", svd.tsv_m, {"alpha": (1.0, _FACTOR)}, scale="alpha"),
+    "iso_c": _matrix_method(
+        "Iso-C", "arXiv 2502.04959", svd.iso_c, {"scaling_factor": (1.0, _FACTOR)}, scale="scaling_factor"
+    ),
     "iso_cts": _matrix_method(
         "Iso-CTS",
         "arXiv 2502.04959",
         svd.iso_cts,
         {"scaling_factor": (1.0, _FACTOR), "common_space_fraction": (0.8, _SHARE)},
+        scale="scaling_factor",
         reread=True,
+    ),
+    "dc_merge": _matrix_method(
+        "DC-Merge",
+        "arXiv 2603.06242",
+        coordinates.dc_merge,
+        {
+            "alpha": (1.0, _FACTOR),
+            "select_topk": (1e-3, Range(0, 1, above=True)),
+            "smoothing": ("none", Choice(coordinates.SMOOTHING)),
+            "rho": (5.0, Range(1, _MAX_FACTOR)),
+        },
+        scale="alpha",
+    ),
+    "resmerge": _matrix_method(
+        "ResMerge",
+        "arXiv 2606.02252",
+        svd.resmerge,
+        {
+            "rank_topk": (1, Range(1, _MAX_STEPS, whole=True)),
+            "src_beta_min": (0.7, _LIMIT),
+            "src_beta_max": (1.0, _LIMIT),
+            "head_ratio_budget": (0.2, _LIMIT),
+        },
+        scale=None,
+        conflict=_betas_cross,
+    ),
+    "knots": Method(
+        "KnOTS with TIES",
+        "arXiv 2410.19735",
+        fixed_access(Cut.WHOLE, lazy=True, reread=True),
+        without_first_pass(coordinates.knots),
+        Base.REQUIRED,
+        shared={"normalize": True, "lambda": 1.0},
+        per_model={"weight": 1.0, "density": 1.0},
+        kinds={"normalize": _FLAG, "lambda": _FACTOR, "weight": _WEIGHT, "density": _SHARE},
+        idle=_adds_nothing,
+        note=_undivided,
+        matrix_formula=MatrixFormula(coordinates.weighted_task_vectors, "task arithmetic", _knots_bytes),
+    ),
+    "ip_merging": Method(
+        "IP-Merging",
+        "arXiv 2510.14387",
+        fixed_access(Cut.WHOLE, lazy=True, reread=True),
+        without_first_pass(svd.ip_merging),
+        Base.REQUIRED,
+        (2, 2),
+        shared={"scale": 1.0, "rank": 1024, "threshold": 0.4, "temperature": 32.0},
+        kinds={
+            "scale": _FACTOR,
+            "rank": Range(1, _MAX_FACTOR, whole=True),
+            "threshold": _SHARE,
+            "temperature": _LIMIT,
+        },
+        idle=_adds_nothing,
+        matrix_formula=MatrixFormula(svd.first_model, "the first model's own", _factors_bytes),
+        leads=True,
     ),
     "opcm": Method(
         "OPCM",
@@ -260,7 +367,17 @@ LITERATURE: dict[str, Method] = {
         matrix_formula=MatrixFormula(svd.opcm_alone, "sum of task vectors", _factors_bytes),
         global_scale=GlobalScale(svd.opcm_matrix, svd.opcm_fallback, svd.opcm_factor),
     ),
-    "wudi": _matrix_method("WUDI-Merging, closed form", "arXiv 2503.08099", covariance.wudi, {}, _wudi_bytes),
+    "wudi": _matrix_method(
+        "WUDI-Merging, closed form",
+        "arXiv 2503.08099, 2606.07289",
+        covariance.wudi,
+        {
+            "exp_time": (covariance.UNLIMITED, Range(0, _MAX_FACTOR, word=covariance.UNLIMITED)),
+            "truncate_rank_ratio": (1.0, Range(0, 1, above=True)),
+        },
+        _wudi_bytes,
+        scale=None,
+    ),
     "ace": _matrix_method(
         "ACE-Merging",
         "arXiv 2603.02945",
@@ -272,6 +389,7 @@ LITERATURE: dict[str, Method] = {
             "heterogeneity": (0.3, _LIMIT),
         },
         _ace_bytes,
+        scale="scaling_coefficient",
         reread=True,
     ),
 }

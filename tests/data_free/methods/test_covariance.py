@@ -12,12 +12,15 @@ from largemerge.data_free.methods.table import merge_tensors
 NARROW = (8, 48)  # with few models, inputs that no task vector knows
 
 
+MINIMUM = {"exp_time": "unlimited", "truncate_rank_ratio": 1.0}
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, NARROW])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_wudi_is_the_minimum_of_least_norm(shape: tuple[int, int], count: int) -> None:
     base, tensors = models(count, shape)
     deltas = task_vectors(base, tensors)
-    merged = merge_tensors("wudi", tensors, base)
+    merged = merge_tensors("wudi", tensors, base, **MINIMUM)
     check(merged, base, reference.wudi(deltas))
     found = (merged.double() - base.double()).requires_grad_()
     (slope,) = torch.autograd.grad(reference.wudi_loss(found, deltas), found)
@@ -33,14 +36,59 @@ def test_wudi_is_where_gradient_steps_lead() -> None:
     for _ in range(3000):
         slope = sum(2 * (merged - delta) @ delta.T @ delta / delta.square().sum() for delta in deltas)
         merged = merged - slope / (2 * curvature)
-    check(merge_tensors("wudi", tensors, base), base, merged)
+    check(merge_tensors("wudi", tensors, base, **MINIMUM), base, merged)
+
+
+@pytest.mark.parametrize("time", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("shape", [(6, 16), (16, 6)])
+def test_wudi_is_where_small_steps_have_come_after_a_time(time: float, shape: tuple[int, int]) -> None:
+    base, tensors = models(2, shape)
+    deltas = task_vectors(base, tensors)
+    merged, num_steps = sum(deltas), 10_000
+    squares = sum(delta.T @ delta / delta.square().sum() for delta in deltas)
+    right = sum(delta @ delta.T @ delta / delta.square().sum() for delta in deltas)
+    for _ in range(num_steps if time else 0):
+        merged = merged - time / num_steps * (merged @ squares - right)
+    check(merge_tensors("wudi", tensors, base, exp_time=time, truncate_rank_ratio=1.0), base, merged, 1e-3)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, NARROW])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("time", [0, 3, 300, 1e6, "unlimited"])
+def test_wudi_by_the_filter(shape: tuple[int, int], count: int, dtype: torch.dtype, time: float | str) -> None:
+    base, tensors = models(count, shape)
+    base, tensors = base.to(dtype), [tensor.to(dtype) for tensor in tensors]
+    deltas = task_vectors(base, tensors)
+    for ratio in (0.02, 0.3, 0.65, 1.0):
+        options = {"exp_time": time, "truncate_rank_ratio": ratio}
+        check(merge_tensors("wudi", tensors, base, **options), base, reference.wudi(deltas, **options))
+
+
+def test_more_time_leads_to_the_minimum_and_none_to_the_sum() -> None:
+    base, tensors = models(3, (40, 30))
+    deltas = task_vectors(base, tensors)
+    minimum = merge_tensors("wudi", tensors, base, **MINIMUM)
+    far = [
+        (merge_tensors("wudi", tensors, base, exp_time=time, truncate_rank_ratio=1.0) - minimum).norm().item()
+        for time in (0, 10, 100, 1000, 10_000, 1_000_000)
+    ]
+    assert far == sorted(far, reverse=True) and far[-1] <= 1e-5 * far[0]
+    check(merge_tensors("wudi", tensors, base, exp_time=0), base, sum(deltas))
+
+
+def test_wudi_with_a_filter_of_models_that_are_the_base() -> None:
+    base, (one,) = models(1, (30, 20))
+    for options in ({"exp_time": 300}, {"exp_time": "unlimited", "truncate_rank_ratio": 0.5}):
+        assert torch.equal(merge_tensors("wudi", [base] * 2, base, **options), base)
+        check(merge_tensors("wudi", [one, base], base, **options), base, *task_vectors(base, [one]))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, NARROW])
 def test_wudi_of_equal_models_is_the_model(shape: tuple[int, int]) -> None:
     base, (one,) = models(1, shape)
-    check(merge_tensors("wudi", [one] * 3, base), base, *task_vectors(base, [one]))
-    check(merge_tensors("wudi", [one, base], base), base, *task_vectors(base, [one]))
+    check(merge_tensors("wudi", [one] * 3, base, **MINIMUM), base, *task_vectors(base, [one]))
+    check(merge_tensors("wudi", [one, base], base, **MINIMUM), base, *task_vectors(base, [one]))
     assert torch.equal(merge_tensors("wudi", [base] * 2, base), base)
 
 

@@ -22,7 +22,9 @@ from largemerge.data_free import engine, loader
 from largemerge.data_free.methods.table import METHODS
 
 Weights = dict[str, torch.Tensor]
-MATRIX_METHODS = sorted(name for name, row in METHODS.items() if row.matrix_formula is not None)
+MATRIX_METHODS = sorted(
+    name for name, row in METHODS.items() if row.matrix_formula is not None and row.num_models[1] > 2
+)
 LINEARS = ("_proj.weight", "c_attn.weight", "c_fc.weight", "c_proj.weight")
 
 
@@ -89,12 +91,32 @@ def test_every_tensor_is_what_the_paper_says(tmp_path: Path, method: str, archit
     otherwise = {name for name, tensor in told.items() if "merged_otherwise" in tensor}
     assert otherwise == set(deltas[0]) - matrices
     name = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
-    what = "sum" if method == "opcm" else "mean"
-    assert told[name]["merged_otherwise"] == f"{what} of task vectors: an embedding or output head"
+    what = {"opcm": "sum of task vectors", "knots": "task arithmetic"}.get(method, "mean of task vectors")
+    assert told[name]["merged_otherwise"] == f"{what}: an embedding or output head"
     assert {name for name, tensor in told.items() if "stored_as" in tensor} == (matrices if gpt2 else set())
     notes = "\n".join(plan["notes"])
-    assert f"{method}: {what} of task vectors, not its formula, for" in notes and name in notes
+    assert f"{method}: {what}, not its formula, for" in notes and name in notes
     assert ("transformer.h.*.attn.c_proj.weight" in notes) == gpt2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_ip_merging_adds_to_the_first_model(tmp_path: Path, architecture: str) -> None:
+    write_models(tmp_path, architecture, 3)
+    options = {"parameters": {"threshold": 0.05, "temperature": 2}}
+    plan = largemerge.merge(config_of(tmp_path, "ip_merging", [1, 2], **options), tmp_path / "out").to_json()["plan"]
+    deltas = read_deltas(tmp_path, [1, 2])
+    matrices = {name for name in deltas[0] if name.endswith(LINEARS)}
+    first, merged = weights_in(tmp_path / "model1"), weights_in(tmp_path / "out")
+    changed = set()
+    for name, tensor in merged.items():
+        of = [delta[name].T if architecture == "gpt2" else delta[name] for delta in deltas]
+        more = reference.ip_merging(of, **options["parameters"]) if name in matrices else torch.zeros_like(of[0])
+        more = more.T if architecture == "gpt2" else more
+        changed |= {name} if more.any() else set()
+        assert (tensor.double() - first[name].double() - more.reshape(tensor.shape)).norm() <= 1e-4 * more.norm() + 1e-6
+    assert changed and changed <= matrices, "the formula has something to say of some matrices"
+    assert set(plan["merged_otherwise"]) == set(merged) - matrices
+    assert "ip_merging: the first model's own, not its formula, for" in "\n".join(plan["notes"])
 
 
 OTHERS = {
@@ -196,7 +218,7 @@ def test_opcm_goes_on_after_a_kill_in_either_half(
     kill_and_resume(large_config(tmp_path, "opcm"), tmp_path, kill_at, 500_000, monkeypatch)
 
 
-@pytest.mark.parametrize(("method", "size"), [("opcm", 3), ("iso_cts", 2)])
+@pytest.mark.parametrize(("method", "size"), [("opcm", 3), ("iso_cts", 2), ("knots", 2)])
 def test_ranks_share_the_tensors(tmp_path: Path, method: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = large_config(tmp_path, method)
     command = ["merge", path, tmp_path / "out", "--quiet"]
@@ -225,7 +247,7 @@ def test_fewer_workers_where_memory_is_short(tmp_path: Path, monkeypatch: pytest
     assert short.num_workers == 2 and any("workers at a time: 2" in note for note in short.notes)
 
 
-@pytest.mark.parametrize("method", ["ace", "iso_cts"])
+@pytest.mark.parametrize("method", ["ace", "iso_cts", "knots"])
 def test_small_matrices_are_read_once_by_formulas_that_want_them_twice(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
