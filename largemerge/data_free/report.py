@@ -74,7 +74,7 @@ class DataFreeReport:
 
     @property
     def measured_overall(self) -> dict[str, Any]:
-        """What the method has measured of the whole model: of all tensors that have the same models, if not all have."""
+        """What the method has measured of the whole model, or of most tensors, where not all have the same models."""
         measurement = METHODS[self.plan.config.merge_method].measurement
         alike: dict[tuple[str, ...], list[Sequence[float]]] = {}
         for task in self.plan.tasks:
