@@ -111,6 +111,8 @@ def _config(method: str, models: Sequence[Path], fisher: Sequence[Path]) -> dict
     config["models"] = [{"model": str(model)} for model in models[1:]]
     for entry, path in zip(config["models"], fisher, strict=False):
         entry["parameters"] = {"fisher": str(path)}
+    if method == "wudi":  # the minimum, which FusionBench's steps lead to
+        config["parameters"] = {"exp_time": "unlimited", "truncate_rank_ratio": 1}
     return config
 
 

@@ -25,6 +25,8 @@ NOT_FOR_MANY = ("passthrough", "slerp", "nuslerp", "nearswap", "arcee_fusion", "
 """They merge one model into a base, or two."""
 NEEDS_MORE = ("fisher",)
 """It needs a file for each model."""
+UNLEARNS = ("task_simplex",)
+"""It takes away what experts know."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     # Task vectors that are summed: 1/K would be the average, 1 is too much. 0.4 is the usual choice for some tasks.
     "task_arithmetic": {"weight": 0.4},
@@ -37,6 +39,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "linear": {"weight": 1.0},
     "multislerp": {"weight": 1.0},
     "ties": {"weight": 1.0, "density": 0.2},
+    "knots": {"weight": 1.0, "density": 0.2},
     "della": {"weight": 1.0, "density": 0.5},
     "sce": {"select_topk": 0.1},
 }
@@ -88,7 +91,7 @@ def parse(written: str, samples: int) -> Merge:
 
 def all_methods() -> list[str]:
     """Every method that merges any number of models from nothing but their weights, and samples; the average first."""
-    without_data = [name for name in DATA_FREE if name not in (*NOT_FOR_MANY, *NEEDS_MORE)]
+    without_data = [name for name in DATA_FREE if name not in (*NOT_FOR_MANY, *NEEDS_MORE, *UNLEARNS)]
     return [*without_data, *REGRESSION]
 
 

@@ -75,7 +75,7 @@ def iso_cts(deltas: Deltas, scaling_factor: float = 1.0, common_space_fraction: 
     return scaling_factor * torch.cat(ss).mean() * polar(torch.cat(us, dim=1)) @ polar(torch.cat(vhs))
 
 
-def wudi(deltas: Deltas, exp_time: float | str = "unlimited", truncate_rank_ratio: float = 1.0) -> torch.Tensor:
+def wudi(deltas: Deltas, exp_time: float | str = 300.0, truncate_rank_ratio: float = 0.65) -> torch.Tensor:
     """Merges as the authors' program of SWUDI does, and by the pseudoinverse where nothing is filtered."""
     sums = sum(delta.T @ delta / delta.square().sum() for delta in deltas)
     right = sum(delta @ delta.T @ delta / delta.square().sum() for delta in deltas)

@@ -79,7 +79,7 @@ class DataFreeReport:
 
     @property
     def measured_overall(self) -> dict[str, Any]:
-        """What the method has measured of all tensors, or of all those that have the same models."""
+        """What the method has measured of the whole model, or of most tensors, where not all have the same models."""
         measurement = METHODS[self.plan.config.merge_method].measurement
         alike: dict[tuple[str, ...], list[Sequence[float]]] = {}
         for task in self.plan.tasks:

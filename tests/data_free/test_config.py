@@ -8,7 +8,7 @@ import pytest
 
 from largemerge.config_file import shown
 from largemerge.data_free.config import Levels, evaluate, read_setting
-from largemerge.data_free.methods.base import REQUIRED, FilePath, Flag, Kind, Range
+from largemerge.data_free.methods.base import REQUIRED, Choice, FilePath, Flag, Kind, Range
 from largemerge.data_free.methods.table import METHODS
 
 
@@ -56,6 +56,9 @@ def test_the_narrowest_level_that_has_a_value_wins() -> None:
         (Flag(), 0, False),
         (Flag(), [1, "no", True], (True, False, True)),
         (FilePath(), "./fisher", "./fisher"),
+        (Range(0, 9, word="unlimited"), "unlimited", "unlimited"),
+        (Range(0, 9, word="unlimited"), ["3", " unlimited"], (3, "unlimited")),
+        (Choice(("none", "avg")), [{"filter": "mlp", "value": "avg"}], ({"filter": "mlp", "value": "avg"},)),
     ],
 )
 def test_values_are_read_as_their_kind(kind: Kind, setting: Any, expected: Any) -> None:
@@ -79,6 +82,13 @@ def test_values_are_read_as_their_kind(kind: Kind, setting: Any, expected: Any) 
         (Range(0, above=True), 0, "parameters.it: expected a number above 0, found 0"),
         (Range(1, whole=True), 2.5, "parameters.it: expected a whole number from 1, found 2.5"),
         (Flag(), "maybe", "parameters.it: expected true or false, found 'maybe'"),
+        (Range(0, 9, word="never"), "ever", "parameters.it: expected a number from 0 to 9, or never, found 'ever'"),
+        (Range(0, 9, word="never"), 10, "parameters.it: expected a number from 0 to 9, or never, found 10"),
+        (Range(word="never"), float("inf"), "parameters.it: expected a number, or never, found inf"),
+        (Range(), "never", "parameters.it: expected a number, found 'never'"),
+        (Choice(("none", "avg")), "mean", "parameters.it: expected one of none, avg, found 'mean'"),
+        (Choice(("none", "avg")), None, "parameters.it: expected one of none, avg, found None"),
+        (Choice(("none", "avg")), ["avg", 1], "parameters.it[1]: expected one of none, avg, found 1"),
         (Flag(), 0.5, "parameters.it: expected true or false, found 0.5"),
         (FilePath(), 3, "parameters.it: expected a .safetensors file, or a folder with some, found 3"),
         (

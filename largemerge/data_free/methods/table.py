@@ -372,8 +372,8 @@ LITERATURE: dict[str, Method] = {
         "arXiv 2503.08099, 2606.07289",
         covariance.wudi,
         {
-            "exp_time": (covariance.UNLIMITED, Range(0, _MAX_FACTOR, word=covariance.UNLIMITED)),
-            "truncate_rank_ratio": (1.0, Range(0, 1, above=True)),
+            "exp_time": (300.0, Range(0, _MAX_FACTOR, word=covariance.UNLIMITED)),
+            "truncate_rank_ratio": (0.65, Range(0, 1, above=True)),
         },
         _wudi_bytes,
         scale=None,

@@ -21,7 +21,7 @@ def test_wudi_is_the_minimum_of_least_norm(shape: tuple[int, int], count: int) -
     base, tensors = models(count, shape)
     deltas = task_vectors(base, tensors)
     merged = merge_tensors("wudi", tensors, base, **MINIMUM)
-    check(merged, base, reference.wudi(deltas))
+    check(merged, base, reference.wudi(deltas, **MINIMUM))
     found = (merged.double() - base.double()).requires_grad_()
     (slope,) = torch.autograd.grad(reference.wudi_loss(found, deltas), found)
     (before,) = torch.autograd.grad(reference.wudi_loss(start := sum(deltas).requires_grad_(), deltas), start)
