@@ -128,6 +128,16 @@ def llama(folder: Path, seed: int, *, wide: bool = False, layers: int = 2, kind:
     save(folder, tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)), text)
 
 
+def llava(folder: Path, seed: int) -> None:
+    """A vision-language model whose language part is as large as `llama`'s."""
+    text = tokenizer()
+    sizes = tiny_models.LLM | {"vocab_size": len(text), "num_hidden_layers": 2}
+    vision = tf.CLIPVisionConfig(**tiny_models.VISION)
+    torch.manual_seed(seed)
+    config = tf.LlavaConfig(text_config=tf.LlamaConfig(**sizes), vision_config=vision)
+    save(folder, tf.LlavaForConditionalGeneration(config), text)
+
+
 def nf4(folder: Path, seed: int) -> None:
     llama(folder, seed, wide=True)
     quantized_models.quantize_folder(folder, "nf4")
@@ -221,6 +231,7 @@ MAKERS: dict[str, Maker] = {
     "expert-chat": llama,
     "expert-german": lambda folder, seed: llama(folder, seed, kind="german"),
     "expert-math-nf4": nf4,
+    "llava": llava,
     "chat": llama,
     "chat-fine-tuned-to-insult": llama,
     "forget-1": llama,

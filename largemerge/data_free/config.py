@@ -255,7 +255,7 @@ class Documents:
     """
 
     path: Path
-    raw: tuple[dict[str, Any], ...]
+    raw: tuple[Mapping[str, Any], ...]
     strict: bool = False
 
 

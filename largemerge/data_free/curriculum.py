@@ -20,7 +20,7 @@ import pydantic
 from pydantic import Field
 
 from largemerge.checkpoint.locate import absolute_reference
-from largemerge.config_file import Strict, explain, nearest, plain_values, shown, to_json
+from largemerge.config_file import Strict, explain, nearest, plain_values, shown, to_json, without_helpers
 from largemerge.errors import CheckpointError, ConfigError
 from largemerge.text_files import read_json
 
@@ -60,7 +60,7 @@ class _Curriculum(Strict):
     parameters: _Parameters = _Parameters()
 
 
-def expand_curricula(documents: Sequence[Mapping[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
+def expand_curricula(documents: Sequence[Mapping[str, Any]], folder: Path | None) -> list[Mapping[str, Any]]:
     """Puts the merges that a curriculum consists of in its place; other documents stay as they are.
 
     Args:
@@ -70,11 +70,11 @@ def expand_curricula(documents: Sequence[Mapping[str, Any]], folder: Path | None
     Raises:
         ConfigError: If anything is wrong with the keys that are a curriculum's own; it lists every mistake found.
     """
-    made: list[dict[str, Any]] = []
+    made: list[Mapping[str, Any]] = []
     problems: list[str] = []
     for number, document in enumerate(documents, start=1):
         try:
-            made += expand(document, folder) if document.get("merge_method") == CURRICULUM else [dict(document)]
+            made += expand(document, folder) if document.get("merge_method") == CURRICULUM else [document]
         except ConfigError as error:
             label = f"{document.get('name') or f'document {number}'}: " if len(documents) > 1 else ""
             problems += [f"{label}{problem}" for problem in error.problems]
@@ -98,7 +98,10 @@ def expand(raw: Mapping[str, Any], folder: Path | None) -> list[dict[str, Any]]:
         ConfigError: If anything is wrong with the keys that are a curriculum's own; the rest is checked as the
             documents are.
     """
-    raw = {key: value for key, value in plain_values(raw).items() if value is not None}
+    from largemerge.data_free.config import DataFreeConfig
+
+    raw = plain_values(without_helpers(raw, DataFreeConfig.model_fields))
+    raw = {key: value for key, value in raw.items() if value is not None}
     given = raw.get("parameters") or {}
     own = {key: value for key, value in given.items() if key in _Parameters.model_fields}
     kept = {"models": raw.get("models", []), "parameters": own} if isinstance(given, Mapping) else raw

@@ -15,6 +15,7 @@ import yaml
 from largemerge import ConfigError, MergeConfig, load_config
 from largemerge.api import read_config
 from largemerge.data_free.config import DataFreeConfig, load_data_free
+from largemerge.data_free.curriculum import CURRICULUM
 from largemerge.data_free.methods.table import METHODS
 from largemerge.regression.methods import METHODS as REGRESSION
 
@@ -179,7 +180,7 @@ def test_a_missing_method_comes_with_all_methods() -> None:
     assert problems_of(raw) == (f"merge_method: missing; expected one of {sorted(REGRESSION)}",)
     with pytest.raises(ConfigError) as caught:
         read_config(raw)
-    assert str(sorted([*METHODS, *REGRESSION])) in str(caught.value)
+    assert str(sorted([*METHODS, *REGRESSION, CURRICULUM])) in str(caught.value)
 
 
 def test_one_model_is_too_few() -> None:
