@@ -437,6 +437,7 @@ def make_plan(
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
         problems.append(_nothing_to_solve(inputs, tensors))
     num_samples = _num_samples(inputs, shapes)
+    tokens_of = _num_tokens(config, inputs, trace, shapes, calibration)
     plan = MergePlan(
         config=config,
         class_name=inputs.skeleton.class_name,
@@ -451,7 +452,7 @@ def make_plan(
         kept_sums=kept_sums,
         kept_samples=kept_samples,
         num_samples=num_samples,
-        num_tokens=_num_tokens(config, inputs, trace, shapes, calibration),
+        num_tokens=tokens_of,
         quantized=inputs.quantized(),
         adapters=_adapter_summaries(inputs),
         heads=inputs.heads,
@@ -472,6 +473,7 @@ def make_plan(
             *gram_notes(config, inputs.skeleton.dtype),
             *_notes(config, inputs, tensors),
             *shortfalls(config, num_samples),
+            *_too_little_data(tokens_of, blocks),
             *(data.estimated for data in calibration or () if data.estimated),
             *(note for data in calibration or () for note in data.notes),
             *file_notes,
@@ -588,6 +590,18 @@ def _num_tokens(
     for number in from_grams(config):
         counted_rows[number] = config.grams[config.names[number]].tokens
     return {candidate.name: count for candidate, count in zip(inputs.candidates, counted_rows, strict=True)}
+
+
+def _too_little_data(num_tokens: Mapping[str, int], blocks: Sequence[BlockPlan]) -> Iterator[str]:
+    """Notes that all data together says less than what the widest linears have inputs for."""
+    total = sum(num_tokens.values())
+    widest = max((group.num_inputs for block in blocks for group in block.groups), default=0)
+    if total < widest:
+        yield (
+            f"{total:,} tokens of calibration data in all, fewer than the {widest:,} inputs of the widest linear: what "
+            "they do not say is left to the anchor, and a merge by so few may be worse than the average; more samples "
+            "keep more of each model"
+        )
 
 
 def shortfalls(config: MergeConfig, num_samples: Mapping[str, int]) -> Iterator[str]:

@@ -60,6 +60,16 @@ def test_fewer_samples_than_asked_for(texts: Case) -> None:
     assert not [note for note in largemerge.plan(texts.config, probe=False).notes if "61 samples" in note]
 
 
+@pytest.mark.parametrize(("samples", "told"), [(1, True), (24, False)])
+def test_fewer_tokens_than_a_linear_has_inputs_are_told(make_case: MakeCase, samples: int, told: bool) -> None:
+    case = make_case(num_samples=samples, padding="none")
+    plan = largemerge.plan(case.config, probe=False)
+    widest = max(group.num_inputs for block in plan.blocks for group in block.groups)
+    assert (sum(plan.num_tokens.values()) < widest) == told
+    said = f"{sum(plan.num_tokens.values())} tokens of calibration data in all, fewer than the {widest} inputs"
+    assert any(note.startswith(said) for note in plan.notes) == told
+
+
 def test_a_wrong_field_is_refused_by_the_plan(texts: Case) -> None:
     texts.config["models"][1]["calibration"]["text_field"] = "txt"
     with pytest.raises(LargemergeError, match=r"model1.*text_field: no column 'txt'; the columns are") as planned:
