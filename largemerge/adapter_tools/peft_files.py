@@ -19,17 +19,10 @@ from typing import Any
 import transformers
 
 from largemerge.checkpoint.adapter_targets import Targets
+from largemerge.model.adapter_names import CLASSES_OF_TASKS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_TASKS = {
-    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-}
-"""Transformers' table of classes for each `task_type` of peft that has a forward of its own."""
 _HEADS_OF_TASKS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -54,8 +47,10 @@ def bias_name(path: str, *, adapted: bool) -> str:
 
 
 def task_type(model: Any) -> str | None:
-    """Finds peft's name for the task of a model's class; `None` where any forward will do."""
-    for task, name in _TASKS.items():
+    """Finds peft's name for the task of a model's class; `None` where any forward will do, as of a bare body."""
+    for task, name in CLASSES_OF_TASKS.items():
+        if task == "FEATURE_EXTRACTION":
+            continue
         found = getattr(transformers, name).get(type(model.config), None)
         if type(model) in (found if isinstance(found, tuple) else (found,)):
             return task

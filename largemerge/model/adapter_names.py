@@ -31,7 +31,7 @@ from largemerge.errors import LargemergeError
 from largemerge.model.key_mapping import Conversion, KeyMapping, map_keys
 from largemerge.model.skeleton import load_config
 
-_TASKS = {
+CLASSES_OF_TASKS = {
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
@@ -77,7 +77,7 @@ class AdapterNames:
         given = config.get("auto_mapping")
         if isinstance(given, Mapping) and isinstance(given.get("base_model_class"), str):
             yield given["base_model_class"]
-        table: Any = getattr(transformers, _TASKS.get(str(config.get("task_type")), ""), None)
+        table: Any = getattr(transformers, CLASSES_OF_TASKS.get(str(config.get("task_type")), ""), None)
         if table is not None:
             try:
                 found = table.get(type(load_config(model, trust_remote_code=self._trust_remote_code)), None)
