@@ -46,7 +46,6 @@ from largemerge.config_file import (
     unquoted_whole_number,
     without_helpers,
 )
-from largemerge.data_free.curriculum import CURRICULUM
 from largemerge.data_free.mergekit_words import FORMER_PARAMETERS, MergekitReader
 from largemerge.errors import ConfigError
 from largemerge.tokenizer.chat_templates import template_problem
@@ -54,6 +53,9 @@ from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings
 
 if TYPE_CHECKING:
     from largemerge.data_free.methods.base import Kind, Method
+
+CURRICULUM = "curriculum"
+"""The `merge_method` that makes several merges."""
 
 _AUXILIARY_PARAMETERS = ("fisher",)  # parameters that are paths: see `Method.auxiliary_parameter`
 

@@ -21,11 +21,10 @@ from pydantic import Field
 
 from largemerge.checkpoint.locate import absolute_reference
 from largemerge.config_file import Strict, explain, nearest, plain_values, shown, to_json, without_helpers
+from largemerge.data_free.config import CURRICULUM, DataFreeConfig
 from largemerge.errors import CheckpointError, ConfigError
 from largemerge.text_files import read_json
 
-CURRICULUM = "curriculum"
-"""What `merge_method` says."""
 _OF_THE_WHOLE = ("merge_method", "name", "models", "parameters")
 _OF_THE_LAST = ("out_dtype", "chat_template", "post", "candidates")
 _SLERP = "slerp"
@@ -98,8 +97,6 @@ def expand(raw: Mapping[str, Any], folder: Path | None) -> list[dict[str, Any]]:
         ConfigError: If anything is wrong with the keys that are a curriculum's own; the rest is checked as the
             documents are.
     """
-    from largemerge.data_free.config import DataFreeConfig
-
     raw = plain_values(without_helpers(raw, DataFreeConfig.model_fields))
     raw = {key: value for key, value in raw.items() if value is not None}
     given = raw.get("parameters") or {}

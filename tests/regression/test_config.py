@@ -14,8 +14,7 @@ import yaml
 
 from largemerge import ConfigError, MergeConfig, load_config
 from largemerge.api import read_config
-from largemerge.data_free.config import DataFreeConfig, load_data_free
-from largemerge.data_free.curriculum import CURRICULUM
+from largemerge.data_free.config import CURRICULUM, DataFreeConfig, load_data_free
 from largemerge.data_free.methods.table import METHODS
 from largemerge.regression.methods import METHODS as REGRESSION
 
