@@ -387,7 +387,9 @@ def _checked_evaluation(
     from largemerge.evaluation.prepare import prepare
 
     if isinstance(config, Documents):
-        raise ConfigError("--evaluate is for one merge; of a file of several, evaluate the folder when it is written")
+        raise ConfigError(
+            "--evaluate is for one merge; of a file of several, or of a curriculum, evaluate the folder when it is written"
+        )
     loaded = load_evaluation(source).with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
     models, base = models_of(config)
     if base is not None and loaded.base is None:

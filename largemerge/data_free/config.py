@@ -114,18 +114,22 @@ def _read_steps(value: object) -> object:
     """Returns a list of steps, each its name with its parameters; raises where there is anything else."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"expected a list of steps, such as [{{svc: {{alpha: 0.25}}}}], found {shown(value)}")
-    steps = []
+    steps, problems = [], []
     for entry in value:
         step = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(step, Mapping) or len(step) != 1 or not isinstance(next(iter(step)), str):
-            raise ValueError(
+            problems.append(
                 f"expected every step to be its name and its parameters, such as svc: {{alpha: 0.25}}, "
                 f"found {shown(entry)}"
             )
+            continue
         ((name, parameters),) = step.items()
         if not isinstance(parameters, Mapping | None):
-            raise ValueError(f"expected parameters of {shown(name)} by name, found {shown(parameters)}")
+            problems.append(f"expected parameters of {shown(name)} by name, found {shown(parameters)}")
+            continue
         steps.append({name: dict(parameters or {})})
+    if problems:
+        raise ValueError("; ".join(problems))
     return tuple(steps)
 
 
@@ -603,6 +607,8 @@ def _post_problems(config: DataFreeConfig, scopes: Sequence[_Scope]) -> Iterator
     for scope in scopes:
         if scope.is_slice and scope.base_model is not None and scope.base_model not in [m for _, m, _ in scope.entries]:
             yield f"{scope.where}sources: post needs the base among them, {scope.base_model}"
+    for twice in sorted({model for model in config.candidates if config.candidates.count(model) > 1}):
+        yield f"candidates: {twice} is listed twice; expected it once"
     if config.base_model is not None and config.base_model in config.candidates:
         yield f"candidates: {config.base_model} is the base, which has no task vector; leave it out"
     if config.candidates and (config.slices or any(module.slices for module in config.modules.values())):

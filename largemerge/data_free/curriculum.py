@@ -12,14 +12,14 @@ holds here, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from largemerge.checkpoint.locate import absolute_reference
+from largemerge.checkpoint.locate import Reference, absolute_reference
 from largemerge.config_file import Strict, explain, nearest, plain_values, shown, to_json, without_helpers
 from largemerge.data_free.config import CURRICULUM, DataFreeConfig
 from largemerge.errors import CheckpointError, ConfigError
@@ -39,7 +39,7 @@ class _Entry(Strict):
         score: float | None = Field(None, allow_inf_nan=False)
         weight: float | None = Field(None, ge=0, le=1)
 
-    model: str
+    model: Reference
     parameters: Parameters = Parameters()
 
 
@@ -100,20 +100,30 @@ def expand(raw: Mapping[str, Any], folder: Path | None) -> list[dict[str, Any]]:
     raw = plain_values(without_helpers(raw, DataFreeConfig.model_fields))
     raw = {key: value for key, value in raw.items() if value is not None}
     given = raw.get("parameters") or {}
-    own = {key: value for key, value in given.items() if key in _Parameters.model_fields}
-    kept = {"models": raw.get("models", []), "parameters": own} if isinstance(given, Mapping) else raw
-    try:
-        curriculum = _Curriculum.model_validate_json(to_json(kept))
-    except pydantic.ValidationError as error:
-        raise ConfigError(*explain(error, _Curriculum)) from None
     problems = [
         f"{key}: a curriculum is made of whole models; expected 'models'" for key in ("slices", "modules") if key in raw
     ]
+    if not isinstance(given, Mapping):
+        raise ConfigError(*problems, f"parameters: expected parameters by name, found {shown(given)}")
+    own = {key: value for key, value in given.items() if key in _Parameters.model_fields}
+    try:
+        curriculum = _Curriculum.model_validate_json(to_json({"models": raw.get("models", []), "parameters": own}))
+    except pydantic.ValidationError as error:
+        raise ConfigError(*(problems or _explained(error))) from None
     problems += _step_problems(curriculum, raw)
     entries = _in_order(curriculum, folder, problems)
+    if not problems and entries[0].parameters.weight is not None:
+        problems.append(f"weight: {entries[0].model} comes first, and has none; leave it out")
     if problems:
         raise ConfigError(*problems)
     return _documents(raw, curriculum, entries)
+
+
+def _explained(error: pydantic.ValidationError) -> Iterator[str]:
+    """Explains mistakes; parameters of the steps, which are the same for all experts, are shown their place."""
+    for problem in explain(error, _Curriculum):
+        hint = "; a parameter of the steps belongs under the 'parameters' of all" if "unknown key" in problem else ""
+        yield f"{problem}{hint if problem.startswith('models[') and '.parameters.' in problem else ''}"
 
 
 def _step_problems(curriculum: _Curriculum, raw: Mapping[str, Any]) -> list[str]:
@@ -130,11 +140,26 @@ def _step_problems(curriculum: _Curriculum, raw: Mapping[str, Any]) -> list[str]
     problems = []
     if base is not None and base in [entry.model for entry in curriculum.models]:
         problems.append(f"models: {base} is the base; expected experts alone")
-    if step == _SLERP:
-        if base is not None:
-            problems.append("base_model: a step of slerp goes from the merge so far to the next expert; leave it out")
-    elif base is None and METHODS[step].base is Base.REQUIRED:
+    if step == _SLERP and base is not None:
+        problems.append("base_model: a step of slerp goes from the merge so far to the next expert; leave it out")
+    if step == _SLERP and raw.get("post"):
+        problems.append(
+            "post: a step of slerp begins at the merge so far, from which task vectors would be measured; expected "
+            "another step, or a passthrough of the finished merge with 'post'"
+        )
+    elif step != _SLERP and base is None and METHODS[step].base is Base.REQUIRED:
         problems.append(f"base_model: {step} needs one")
+    elif step != _SLERP and base is not None and METHODS[step].base is Base.NONE and not raw.get("post"):
+        problems.append(f"base_model: {step} has none, so that it does nothing; leave it out, or choose another step")
+    vocabulary = next((key for key in ("tokenizer_source", "tokenizer") if key in raw), None)
+    if raw.get("post") and vocabulary is not None and len(curriculum.models) > 2:
+        problems.append(
+            f"post: holds the last merge against all experts, which cannot go with '{vocabulary}'; expected one of both"
+        )
+    known = {*_Parameters.model_fields, *METHODS[step].shared, *METHODS[step].per_model}
+    for name in raw.get("parameters") or {}:
+        if name not in known and (hint := nearest(str(name), _Parameters.model_fields)):
+            problems.append(f"parameters.{name}: unknown parameter{hint}")
     return problems
 
 
@@ -195,8 +220,12 @@ def _measured_scores(entries: list[_Entry], path: Path, folder: Path | None, pro
 
 def _documents(raw: Mapping[str, Any], curriculum: _Curriculum, entries: list[_Entry]) -> list[dict[str, Any]]:
     """Writes the steps, each of the result before it and the next expert."""
+    from largemerge.data_free.methods.base import Base
+    from largemerge.data_free.methods.table import METHODS
+
     step, parameters = curriculum.parameters.step, curriculum.parameters
     shared = {key: value for key, value in raw.items() if key not in _OF_THE_WHOLE}
+    needs_base = step != _SLERP and METHODS[step].base is not Base.NONE
     more = {key: value for key, value in (raw.get("parameters") or {}).items() if key not in _Parameters.model_fields}
     name = raw.get("name")
     so_far, documents = entries[0].model, []
@@ -205,8 +234,11 @@ def _documents(raw: Mapping[str, Any], curriculum: _Curriculum, entries: list[_E
         weight = parameters.weight if entry.parameters.weight is None else entry.parameters.weight
         document = {key: value for key, value in shared.items() if is_last or key not in _OF_THE_LAST}
         document["merge_method"] = step
-        if is_last and document.get("post"):
+        after = is_last and bool(document.get("post"))
+        if after and len(entries) > 2:
             document.setdefault("candidates", [entry.model for entry in entries])
+        if not (needs_base or after):
+            document.pop("base_model", None)  # what 'post' alone measures from is not merged
         if step == _SLERP:
             document |= {"base_model": so_far, "models": [{"model": entry.model}]}
             document["parameters"] = {**more, "t": weight}

@@ -490,6 +490,7 @@ class _TaskPlanner:
             dtype = torch.float32 if dtype is torch.float64 else dtype  # as the checkpoint's notes say
         why = self._why_copied(name, found, merged, base, bool(lacking))
         if why:
+            anchor = merged[0] if merged and self.method.leads else anchor
             self._copy(name, anchor, dtype, out if anchor.info.dtype.is_floating_point else dtype, why)
             return
         levels = Levels((output_slice.parameters, module.parameters, self.config.parameters))
@@ -527,6 +528,8 @@ class _TaskPlanner:
             return "only the base has it" if lacking else "nothing is merged into the base"
         if name in self._head and len(found) == 1:
             return f"of {self._head_of}, whose head the output has"
+        if lacking and merged and self.method.leads:
+            return f"only {_listed(one.model for one in found)} has it: the first model's own"
         if lacking and len(found) == 1 and self._has_too_few(base, merged):
             return f"only {found[0].model} has it"
         return ""

@@ -104,6 +104,22 @@ def test_scores_come_from_an_evaluation(folder: Path, better: str, first: str) -
     assert all(torch.equal(out[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("step", ["linear", "task_arithmetic"])
+def test_steps_after_the_last_merge_measure_from_the_base_and_hold_it_against_all_experts(
+    folder: Path, step: str
+) -> None:
+    keys: Config = {"base_model": "model0", "models": models(model1=1, model2=2, model3=3)}
+    largemerge.merge(write(folder, **keys, parameters={"step": step}, post=["rescale"]), folder / "out")
+    base, *experts = (weights_in(folder / f"model{number}") for number in range(4))
+    for name, tensor in weights_in(folder / "out").items():
+        first, second, third = (expert[name].double() - base[name].double() for expert in experts)
+        expected = ((first + second) / 2 + third) / 2
+        if tensor.dim() == 2 and "embed" not in name and "head" not in name:
+            mean = sum(delta.norm() for delta in (first, second, third)) / 3
+            expected = expected * mean / expected.norm()
+        assert (tensor.double() - base[name].double() - expected).norm() <= 1e-4 * expected.norm(), name
+
+
 def test_one_of_several_documents_may_be_a_curriculum(folder: Path) -> None:
     last = {"merge_method": "linear", "models": [{"model": "built"}, {"model": "model0"}], "parameters": {"weight": 1}}
     path = folder / "documents.yaml"
@@ -134,7 +150,12 @@ def test_one_of_several_documents_may_be_a_curriculum(folder: Path) -> None:
         ({"parameters": {"density": 7, "step": "ties"}, "base_model": "model0"}, "density: expected"),
         ({"parameters": {"scores": "nowhere"}}, "nowhere"),
         ({"parameters": {"scores": "curriculum.yaml"}}, "parameters.scores: "),
-        ({"slices": []}, "slices: a curriculum is made of whole models"),
+        ({"slices": [], "models": []}, "slices: a curriculum is made of whole models"),
+        ({"base_model": "model0"}, "base_model: linear has none, so that it does nothing"),
+        ({"parameters": {"step": "slerp"}, "post": ["rescale"]}, "post: a step of slerp begins at the merge so far"),
+        ({"parameters": {"step": "ties", "stepp": "x"}, "base_model": "model0"}, "did you mean 'step'?"),
+        ({"models": [{"model": "model1", "parameters": {"weight": 0.4}}, {"model": "model2"}]}, "model1 comes first"),
+        ({"models": [{"model": "model1", "parameters": {"density": 0.4}}, {"model": "model2"}]}, "belongs under"),
         ({"models": [{"model": "model1"}, {"model": "model9"}]}, "model9"),
         ({"modells": []}, "modells"),
     ],

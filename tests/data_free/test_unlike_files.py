@@ -263,6 +263,10 @@ def test_ip_merging_teaches_a_vision_language_model_what_a_text_expert_knows(
     changed = {name for name, tensor in found.items() if not torch.equal(tensor, whole[name])}
     assert changed and all("language_model" in name and "_proj" in name for name in changed)
     load(tmp_path / "out", tf.LlavaForConditionalGeneration)
+    of_whole = config | {"base_model": str(folder / "whole3"), "models": entries}
+    largemerge.merge(of_whole, tmp_path / "of-whole")
+    for name, tensor in weights_in(tmp_path / "of-whole").items():
+        assert "language_model" in name or torch.equal(tensor, whole[name]), f"{name}: the first model's own"
     with pytest.raises(LargemergeError, match=r"which lacks .* of .*whole2; expected the model that is to learn first"):
         largemerge.merge(config | {"models": entries[::-1]}, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
