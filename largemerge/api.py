@@ -388,7 +388,7 @@ def _checked_evaluation(
 
     if isinstance(config, Documents):
         raise ConfigError(
-            "--evaluate is for one merge; of a file of several, or of a curriculum, evaluate the folder when it is written"
+            "--evaluate is for one merge; of a file of several, or a curriculum, evaluate the folder when it is written"
         )
     loaded = load_evaluation(source).with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk)
     models, base = models_of(config)

@@ -21,7 +21,7 @@ from torch import nn
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter, open_model, open_reader
-from largemerge.checkpoint.reader import TensorReader
+from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.tensor_info import dtype_name, list_kinds
 from largemerge.errors import CheckpointError, LargemergeError
 from largemerge.model.adapter_names import AdapterNames
@@ -277,6 +277,7 @@ def _paired(
     if lacking:
         notes.append(f"the fine-tuned model's files lack {list_kinds(lacking)}: left as in the base")
     unknown = [key for key in fine_tuned.mapping.unmapped if key not in fine_tuned.remade_buffers()]
+    unknown = _that_differ(fine_tuned.checkpoint, base.checkpoint, unknown)
     if unknown:
         notes.append(
             f"warning: of the fine-tuned model, {list_kinds(unknown)} has no place in its class "
@@ -292,6 +293,18 @@ def _paired(
             base_shape=_shape(base, other) if other is not None else None,
             tied=other is not None and len(behind[other]) > 1,
         )
+
+
+def _that_differ(fine_tuned: Checkpoint, base: Checkpoint, keys: Sequence[str]) -> list[str]:
+    """Returns the names of tensors that the base's files do not hold in the same way."""
+    with CheckpointReader(fine_tuned) as ours, CheckpointReader(base) as theirs:
+        return [
+            key
+            for key in keys
+            if key not in base.tensors
+            or base.tensors[key].shape != fine_tuned.tensors[key].shape
+            or not torch.equal(ours.read(key), theirs.read(key).to(ours.read(key).dtype))
+        ]
 
 
 def _shape(model: ClassifiedModel, source: str) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ from largemerge.adapter_tools.peft_files import (
     factor_names,
     head_of,
     names_to_save,
+    needs_head,
     target_names,
     task_type,
     whole_name,
@@ -64,7 +65,7 @@ from largemerge.checkpoint.locate import split_reference
 from largemerge.checkpoint.tensor_info import LAYER_NUMBER, OutputTensor
 from largemerge.checkpoint.writer import NotFiniteError, Shard, ShardWriter, layout_file, stored_sizes
 from largemerge.config_file import nearest, shown
-from largemerge.data_free.methods.svd import singular_vectors, sum_of_squares
+from largemerge.data_free.methods.svd import singular_vectors
 from largemerge.devices import choose_device
 from largemerge.errors import CheckpointError, ConfigError, MergeError
 from largemerge.log import LOGGER
@@ -571,7 +572,10 @@ def _write_matrix(
             writer.write(name, tensor)
         except NotFiniteError as error:
             raise MergeError(f"{name} {error}; --dtype float32 holds larger numbers") from None
-    return {"squares": list(factors.squares), "square": sum_of_squares(delta), "error": _error(delta, factors)}
+    square = _square(delta)
+    if not math.isfinite(square):
+        raise MergeError(f"{matrix.pair.name}: the difference of the two models is too large for float32")
+    return {"squares": list(factors.squares), "square": square, "error": _error(delta, factors)}
 
 
 def _error(delta_OI: torch.Tensor, factors: Factors) -> float:
@@ -580,7 +584,12 @@ def _error(delta_OI: torch.Tensor, factors: Factors) -> float:
     for start in range(0, len(delta_OI), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         delta_OI[rows].sub_(up[rows] @ down)
-    return sum_of_squares(delta_OI)
+    return _square(delta_OI)
+
+
+def _square(matrix: torch.Tensor) -> float:
+    """Computes ‖X‖² in float64, in which the squares of the smallest numbers of float32 are not 0."""
+    return math.fsum(rows.to(torch.float64).square().sum().item() for rows in torch.split(matrix, _ROWS_AT_ONCE))
 
 
 # What is said of it
@@ -588,7 +597,7 @@ def _error(delta_OI: torch.Tensor, factors: Factors) -> float:
 
 def _matrix_report(matrix: Matrix, entry: Mapping[str, Any]) -> MatrixReport:
     squares, square = entry["squares"], entry["square"]
-    kept = {rank: min(1.0, math.fsum(squares[:rank]) / square) for rank in ranks_shown(matrix.rank)}
+    kept = {rank: min(1.0, math.fsum(squares[:rank]) / square) if square else 1.0 for rank in ranks_shown(matrix.rank)}
     return MatrixReport(
         name=matrix.pair.name,
         outputs=matrix.outputs,
@@ -598,7 +607,7 @@ def _matrix_report(matrix: Matrix, entry: Mapping[str, Any]) -> MatrixReport:
         square=square,
         relative_norm=matrix.difference.relative_norm,
         kept=kept,
-        relative_error=math.sqrt(entry["error"] / square),
+        relative_error=math.sqrt(entry["error"] / square) if square else 0.0,
     )
 
 
@@ -616,10 +625,13 @@ def _base_name(models: ModelPair, options: ExtractOptions) -> tuple[str | None, 
 def _config(models: ModelPair, contents: Contents, options: ExtractOptions) -> dict[str, Any]:
     base, revision = _base_name(models, options)
     paths = [matrix.path for matrix in contents.matrices]
+    task = task_type(models.fine_tuned.model)
+    if needs_head(task) and not any(head_of(source, task) is not None for source in contents.whole.sources.values()):
+        task = None  # without a head in the file peft cannot load it as what it is; without a task it loads
     return adapter_config(
         base=base,
         revision=revision,
-        task=task_type(models.fine_tuned.model),
+        task=task,
         rank=options.rank,
         ranks={matrix.path: matrix.rank for matrix in contents.matrices},
         targets=target_names(paths, models.modules),

@@ -37,11 +37,12 @@ from largemerge.adapter_tools.folder import (
 from largemerge.adapter_tools.merge_config import AdapterMergeConfig
 from largemerge.adapter_tools.peft_files import CONFIG_FILE, WEIGHTS_FILE, adapter_config
 from largemerge.checkpoint.adapter_fit import FactorPair, read_factors
+from largemerge.checkpoint.adapter_targets import Targets
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.lora import check_finite, open_own
 from largemerge.checkpoint.reader import CheckpointReader
-from largemerge.checkpoint.tensor_info import OutputTensor, list_kinds, torch_dtype
+from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name, list_kinds, torch_dtype
 from largemerge.checkpoint.writer import NotFiniteError, ShardWriter, layout_file, stored_sizes
 from largemerge.errors import CheckpointError, ConfigError, LargemergeError, MergeError, shorten
 from largemerge.machine import versions
@@ -274,6 +275,11 @@ def _refusals(own: Checkpoint, others: Sequence[str]) -> Iterator[str]:
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora")):
         yield f"init_lora_weights is {start!r}, which changes the model's own weights, too; {instead}"
         return
+    halves = [name for name in others if name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if halves:
+        names = [name.removeprefix(_PREFIX) for name in halves]
+        yield f"holds {shorten(list_kinds(names), 300)} without the other factor; fetch or save the adapter once more"
+    others = [name for name in others if name not in halves]
     if others:
         names = [name.removeprefix(_PREFIX) for name in others]
         yield (
@@ -285,8 +291,19 @@ def _refusals(own: Checkpoint, others: Sequence[str]) -> Iterator[str]:
 def _shape_problems(own: Checkpoint, factors: Mapping[str, FactorPair]) -> Iterator[str]:
     if not factors:
         yield f"{own.folder.name} has no lora_A and lora_B of any module; expected the weights of a LoRA"
+    targets = Targets(own.config)
     for path, pair in factors.items():
         down, up = own.tensors[pair.down], own.tensors[pair.up]
+        if not (down.dtype.is_floating_point and up.dtype.is_floating_point):
+            yield f"{path}: A is {dtype_name(down.dtype)} and B {dtype_name(up.dtype)}; expected floating-point numbers"
+            continue
+        setting = targets.left_out_by(path, is_linear=True)
+        if setting is not None and not targets.is_out_of_time:
+            yield (
+                f"{path}: the file has its factors, and {setting} in adapter_config.json leaves it out, so that peft "
+                "does not load them; expected a config that names what the file has"
+            )
+            continue
         if len(down.shape) != 2 or len(up.shape) != 2:
             yield f"{path}: A {list(down.shape)} and B {list(up.shape)}; expected matrices: convolutions are not merged"
         elif not down.shape[0] == up.shape[1] == pair.rank:
@@ -302,7 +319,7 @@ def plan_modules(config: AdapterMergeConfig, adapters: Sequence[OpenAdapter]) ->
         CheckpointError: If factors do not fit each other.
         ConfigError: If the method needs the same ranks and they are not.
     """
-    modules, problems, unlike = [], [], []
+    modules, problems, unlike = [], list(_other_names(adapters)), []
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.factors):
         having = [(adapter, adapter.factors[path]) for adapter in adapters if path in adapter.factors]
         sides = {
@@ -330,9 +347,23 @@ def plan_modules(config: AdapterMergeConfig, adapters: Sequence[OpenAdapter]) ->
     return modules
 
 
+def _other_names(adapters: Sequence[OpenAdapter]) -> Iterator[str]:
+    """Yields the adapters that name the same modules otherwise, as those of a bare body and of a whole model do."""
+    for adapter in adapters:
+        path = next(iter(adapter.factors))
+        for other in adapters:
+            longer = next((each for each in other.factors if each.endswith(f".{path}")), None)
+            if longer is not None and adapter.factors.keys().isdisjoint(other.factors):
+                yield (
+                    f"{adapter.name} has {path} where {other.name} has {longer}: adapters of other classes, of "
+                    "which peft finds only one in a model; expected adapters of one class"
+                )
+
+
 def _widest(adapters: Sequence[OpenAdapter]) -> torch.dtype:
-    dtypes = [adapter.own.tensors[pair.up].dtype for adapter in adapters for pair in adapter.factors.values()]
-    return reduce(torch.promote_types, dtypes)
+    """Finds the dtype that holds all factors, of 16 bits at least."""
+    dtypes = {adapter.own.tensors[pair.up].dtype for adapter in adapters for pair in adapter.factors.values()}
+    return reduce(torch.promote_types, {dtype if dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes})
 
 
 def _notes(adapters: Sequence[OpenAdapter], modules: Sequence[Module]) -> Iterator[str]:
@@ -341,6 +372,10 @@ def _notes(adapters: Sequence[OpenAdapter], modules: Sequence[Module]) -> Iterat
         lacking = [module.path for module in modules if module.path not in adapter.factors]
         if lacking:
             yield f"{adapter.name} has no factors of {list_kinds(lacking)}: they count as zero"
+        names = Targets(adapter.own.config).names
+        unheld = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in adapter.factors)]
+        if unheld:
+            yield f"warning: {adapter.name}: target_modules names {', '.join(unheld)}, of which its file has no factors"
     bases = {name for each in adapters if (name := each.own.config.get("base_model_name_or_path"))}
     if len(bases) > 1:
         yield (

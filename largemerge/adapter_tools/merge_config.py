@@ -25,6 +25,7 @@ from largemerge.config_file import (
     check_source,
     explain,
     read_yaml,
+    shown,
     to_json,
     without_helpers,
 )
@@ -100,6 +101,19 @@ def load_adapter_merge(source: str | Path | Mapping[str, Any]) -> AdapterMergeCo
         raise ConfigError(*problems)
     folders = [Path.cwd()] if isinstance(source, Mapping) else [Path(source).resolve().parent, Path.cwd()]
     entries = [each.model_copy(update={"model": _absolute(each.model, folders)}) for each in config.models]
+    names = [each.model for each in entries]
+    problems = [
+        f"models: {name} is listed {names.count(name)} times; expected it once, with the sum of its weights"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    problems += [
+        f"models: {shown(name)} has a model before the adapter; expected {shown(name.rpartition('+')[2])} alone"
+        for name in names
+        if "+" in name and not os.path.isdir(name)
+    ]
+    if problems:
+        raise ConfigError(*problems)
     return config.model_copy(update={"models": tuple(entries)})
 
 

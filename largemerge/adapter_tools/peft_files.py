@@ -57,6 +57,11 @@ def task_type(model: Any) -> str | None:
     return None
 
 
+def needs_head(task: str | None) -> bool:
+    """Whether peft expects the head of a model in the file of every adapter for this task."""
+    return task in _HEADS_OF_TASKS
+
+
 def head_of(path: str, task: str | None) -> str | None:
     """Returns the path of the task's head that a module is, or lies in; `None` if it does not."""
     parts = path.split(".")
@@ -106,7 +111,8 @@ def names_to_save(paths: Collection[str], modules: Iterable[str]) -> tuple[list[
         modules: Paths of all modules of the class.
 
     Returns:
-        The names; and the paths of the outermost modules whose tensors the file must have.
+        The names; and the paths of the outermost modules whose tensors the file must have. A module that no name means
+        alone, since one inside it ends in all of its path (`embeddings.patch_embeddings`), is in neither.
     """
     everything = [path for path in modules if path]
     outermost = [path for path in paths if not any(_is_below(path, other) for other in paths)]
@@ -115,6 +121,8 @@ def names_to_save(paths: Collection[str], modules: Iterable[str]) -> tuple[list[
         short = path.rpartition(".")[2]
         alike = {each for each in everything if each.endswith(short)}
         name = short if alike <= set(outermost) else path
+        if any(_is_below(each, path) for each in everything if each.endswith(name)):
+            continue  # peft would take the module, and one inside it, for two
         if name not in names:
             names.append(name)
     taken = [path for path in everything if any(path.endswith(name) for name in names)]

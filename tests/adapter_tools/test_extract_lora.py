@@ -92,6 +92,57 @@ def test_what_no_lora_holds_is_left_and_named(name: str, tmp_path: Path) -> None
     assert "It is not all of the difference" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("save_others", [True, False])
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForTokenClassification"])
+def test_a_classifier_loads_with_its_head_in_the_file_or_without(name: str, save_others: bool, tmp_path: Path) -> None:
+    """peft wants the head of a classifier in every file that is said to be a classifier's."""
+    kind = getattr(tf, name)
+    start = tiny_models.build("bert" if "Bert" in name else "llama")
+    base = kind(kind.config_class(**start.config.to_dict() | {"num_labels": 3}))
+    base.save_pretrained(tmp_path / "base")
+    tuned = kind.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for key, tensor in tuned.named_parameters():
+            if "q_proj" in key or "query.weight" in key:
+                tensor.add_(torch.randn_like(tensor))
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = extract(tmp_path, rank=64, save_others=save_others)
+    assert report.is_whole and unlike(applied(tmp_path, base), tuned) == []
+    with torch.no_grad():
+        (tuned.classifier if "Bert" in name else tuned.score).weight.add_(1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = extract(tmp_path, rank=64, save_others=save_others, force=True)
+    left = unlike(applied(tmp_path, base), tuned)
+    assert len(left) == (0 if save_others else 1) and report.is_whole == save_others
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_a_module_that_no_name_means_alone_is_left_and_named(name: str, tmp_path: Path) -> None:
+    write_pair(tmp_path, name)
+    bare = {"vit": tf.ViTModel, "dinov2": tf.Dinov2Model}[name]
+    for folder in ("base", "tuned"):
+        bare.from_pretrained(tmp_path / folder).save_pretrained(tmp_path / folder)
+    report = extract(tmp_path, rank=64, save_others=True)
+    made = merged_by_peft(bare.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    left = unlike(made, bare.from_pretrained(tmp_path / "tuned"))
+    assert set(left) == set(report.left_out) and report.is_whole == (not left)
+
+
+@pytest.mark.parametrize("value", [1e-24, 1e-30, 1e18])
+def test_differences_whose_squares_leave_float32(value: float, tmp_path: Path) -> None:
+    base, _ = write_pair(tmp_path, "llama")
+    tuned = type(base).from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for model in (base, tuned):
+            model.model.layers[0].self_attn.q_proj.weight[0, 0] = 0
+        tuned.model.layers[0].self_attn.q_proj.weight[0, 0] = value
+        tuned.model.layers[1].self_attn.q_proj.weight.add_(1)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = extract(tmp_path, rank=4)
+    assert len(report.matrices) == 2 and all(each.relative_error < 1e-5 for each in report.matrices)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_a_lower_rank_is_the_truncated_svd(name: str, rank: int, tmp_path: Path) -> None:

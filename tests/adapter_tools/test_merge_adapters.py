@@ -202,6 +202,8 @@ def test_kinds_that_factors_do_not_tell_are_refused_by_name(tmp_path: Path) -> N
         ({"models": [{"model": "./nowhere"}]}, "./nowhere does not exist"),
         ({"model": 3}, "did you mean 'models'?"),
         ({"dtype": "int8"}, "dtype"),
+        ({"models": [{"model": "./0"}, {"model": "./0"}]}, "is listed 2 times; expected it once"),
+        ({"models": [{"model": "base+0"}, {"model": "./1"}]}, "expected '0' alone"),
     ],
 )
 def test_mistakes(change: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,3 +238,44 @@ def test_adapters_of_other_shapes_are_refused(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="expected adapters of one base"):
         largemerge.merge_adapters(config_of(tmp_path, "cat", [1, 1]), tmp_path / "out")
+
+
+def changed(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -> None:
+    """Changes the config of an adapter, or all of its tensors by a function, or their names."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    weights = folder / "adapter_model.safetensors"
+    rename, change = tensors.get("rename", lambda key: key), tensors.get("change", lambda tensor: tensor)
+    save_file({rename(key): change(tensor) for key, tensor in load_file(weights).items() if rename(key)}, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"config": {"target_modules": ["k_proj"]}}, "and target_modules in adapter_config.json leaves it out"),
+        ({"config": {"layers_to_transform": [0]}}, "and layers_to_transform in adapter_config.json leaves it out"),
+        ({"change": lambda tensor: tensor.to(torch.int8)}, "expected floating-point numbers"),
+        ({"rename": lambda key: "" if "layers.0.self_attn.q_proj.lora_B" in key else key}, "without the other factor"),
+        ({"rename": lambda key: key.replace("model.model.layers", "model.layers")}, "adapters of other classes"),
+    ],
+)
+def test_adapters_that_peft_would_not_load_as_they_are(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    write_adapters(tmp_path, "plain", "plain")
+    changed(tmp_path / "1", **change)
+    with pytest.raises(CheckpointError) as caught:
+        largemerge.merge_adapters(config_of(tmp_path, "cat", [1, 1]), tmp_path / "out")
+    assert expected in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_eight_bits_beside_others_and_names_without_factors(tmp_path: Path) -> None:
+    base = write_adapters(tmp_path, "plain", "plain")
+    changed(tmp_path / "1", change=lambda tensor: tensor.to(torch.float8_e4m3fn))
+    config = json.loads((tmp_path / "0" / "adapter_config.json").read_text())
+    changed(tmp_path / "0", config={"target_modules": [*config["target_modules"], "k_proj"]})
+    report = largemerge.merge_adapters(config_of(tmp_path, "cat", [1, 0]), tmp_path / "out")
+    assert any("target_modules names k_proj, of which its file has no factors" in note for note in report.notes)
+    found, wanted = deltas(base, tmp_path / "out"), deltas(base, tmp_path / "0")
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    eight = config_of(tmp_path, "cat", [1, 1]) | {"models": [{"model": str(tmp_path / "1")}]}
+    largemerge.merge_adapters(eight, tmp_path / "alone")
+    assert {t.dtype for t in load_file(tmp_path / "alone" / "adapter_model.safetensors").values()} == {torch.bfloat16}
