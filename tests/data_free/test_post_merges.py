@@ -236,7 +236,9 @@ def large_config(folder: Path, method: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("method", "kill_at"), [("linear", 9), ("linear", 14), ("opcm", 26)])
+@pytest.mark.parametrize(
+    ("method", "kill_at"), [("linear", 9), pytest.param("linear", 14, marks=pytest.mark.slow), ("opcm", 26)]
+)
 def test_a_killed_merge_goes_on(tmp_path: Path, method: str, kill_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kill_and_resume(large_config(tmp_path, method), tmp_path, kill_at, 500_000, monkeypatch)
 
@@ -266,7 +268,7 @@ def test_finished_parts_keep_their_norms(tmp_path: Path, monkeypatch: pytest.Mon
         largemerge.merge(changed, tmp_path / "other", resume=True)
 
 
-@pytest.mark.parametrize(("method", "size"), [("linear", 3), ("opcm", 2)])
+@pytest.mark.parametrize(("method", "size"), [pytest.param("linear", 3, marks=pytest.mark.slow), ("opcm", 2)])
 def test_ranks_share_the_tensors(tmp_path: Path, method: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = large_config(tmp_path, method)
     command = ["merge", path, tmp_path / "out", "--quiet"]

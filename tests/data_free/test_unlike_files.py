@@ -222,7 +222,14 @@ def text_and_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("models", [("whole2", "expert"), ("expert", "whole2"), ("whole2", "expert", "whole3")])
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "tsv_m", "model_stock", "karcher"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "task_arithmetic",
+        "tsv_m",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ties", "model_stock", "karcher")),
+    ],
+)
 def test_a_text_expert_goes_into_the_language_part_of_a_vision_language_model(
     text_and_vision: Path, tmp_path: Path, method: str, models: tuple[str, ...]
 ) -> None:

@@ -140,10 +140,15 @@ def plan_of(case: Case) -> dict[str, Any]:
     return found
 
 
+QUICK = ("llama", "gpt2", "bert", "t5", "clip", "vit", "gemma2", "mixtral")
+"""Architectures that differ most; all others are slow tests."""
 WEIGHTED = "the scale of a norm: weighted by the squares of what it multiplies"
 
 
-@pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny_models.ARCHITECTURES],
+)
 def test_every_architecture_agrees_with_the_formulas(make_case: MakeCase, architecture: str) -> None:
     case = make_case(architecture, method="lot", weights=[1.0, 3.0])
     base = with_base(case, architecture)
@@ -154,7 +159,7 @@ def test_every_architecture_agrees_with_the_formulas(make_case: MakeCase, archit
     assert_close(merge_and_load(case), expected, tolerance=5e-4)
 
 
-@pytest.mark.parametrize("num_candidates", [3, 5])
+@pytest.mark.parametrize("num_candidates", [3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padding", ["left", "none"])
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_numbers_of_models_and_padding(
@@ -271,7 +276,7 @@ def test_norms_that_are_excluded_are_the_bases(make_case: MakeCase) -> None:
         assert (reasons[f"{name}.weight"]["reason"] == "excluded") == ("input_layernorm" in name)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "bert"])
+@pytest.mark.parametrize("architecture", [pytest.param("llama", marks=pytest.mark.slow), "bert"])
 def test_several_passes_give_the_same(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory is short a block is run for some of its linears at a time, and once for the norms."""
     case = make_uneven_case(tmp_path, architecture, "lot")
@@ -285,7 +290,10 @@ def test_several_passes_give_the_same(tmp_path: Path, architecture: str, monkeyp
     assert_agree(tmp_path / "three", tmp_path / "one", tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("architecture", "size"), [("llama", 2), ("bert", 3), ("t5", 2)])
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [pytest.param("llama", 2, marks=pytest.mark.slow), ("bert", 3), pytest.param("t5", 2, marks=pytest.mark.slow)],
+)
 def test_ranks_agree_with_one(tmp_path: Path, architecture: str, size: int) -> None:
     case = make_uneven_case(tmp_path, architecture, "lot")
     with_base(case, architecture)

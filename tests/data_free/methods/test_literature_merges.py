@@ -218,7 +218,9 @@ def test_opcm_goes_on_after_a_kill_in_either_half(
     kill_and_resume(large_config(tmp_path, "opcm"), tmp_path, kill_at, 500_000, monkeypatch)
 
 
-@pytest.mark.parametrize(("method", "size"), [("opcm", 3), ("iso_cts", 2), ("knots", 2)])
+@pytest.mark.parametrize(
+    ("method", "size"), [("opcm", 3), ("iso_cts", 2), pytest.param("knots", 2, marks=pytest.mark.slow)]
+)
 def test_ranks_share_the_tensors(tmp_path: Path, method: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = large_config(tmp_path, method)
     command = ["merge", path, tmp_path / "out", "--quiet"]
