@@ -236,14 +236,15 @@ def _vanished(config: DataFreeConfig, views: Mapping[str, ModelView], output: Ou
     if output.problems:
         return
     used = {model for task in output.tasks for model, _ in task.reads}
+    held_against = {model for task in output.tasks if task.post is not None for model, _ in task.post.candidates}
     for model in config.candidates:
-        if model not in {model for task in output.tasks if task.post is not None for model, _ in task.post.candidates}:
+        if model not in held_against:
             yield f"candidates: {model}: has none of the weight matrices that the steps of post change; leave it out"
     if config.post and not output.problems and all(task.post is None for task in output.tasks):
         yield "post: there is no weight matrix that its steps could change; leave it out"
+    looked_at = {config.base_model, *config.beside}
     for model, view in views.items():
-        is_looked_at = model in (config.base_model, *config.beside)
-        if model not in used and (not is_looked_at or len(views) == 1):
+        if model not in used and (model not in looked_at or len(views) == 1):
             names = list_kinds(view.checkpoint.tensors)
             yield f"{model}: nothing of it would be in the output: its tensors ({names}) have no place there"
 
@@ -422,6 +423,7 @@ class _TaskPlanner:
         self._table_sizes = frozenset[int]().union(*map(vocabulary_sizes, checkpoints.values()))
         self._inputs_first = {model: stored_inputs_first(checkpoint) for model, checkpoint in checkpoints.items()}
         self._beside = config.beside
+        self._kinds = {**METHODS[_MEAN].kinds, **self.method.kinds}  # a mean has weights where the method has none
         self._nothing_merged = not (config.models or config.slices or config.modules)  # a base with its adapter
         self._layers: dict[str, dict[str, list[str]]] = {}
         self._lacking: dict[str, list[str]] = {}
@@ -478,7 +480,7 @@ class _TaskPlanner:
             text = f"only {_listed(one.model for one in found)} and not {_listed(lacking)}"
             self._unlike.setdefault(text, []).append(name)
             return
-        lacking += [model for model in dict.fromkeys(absent) if model not in lacking]
+        lacking += [model for model in dict.fromkeys(absent) if model not in (*lacking, *self._beside)]
         base_model = output_slice.base_model or self.config.base_model
         takes_base = self.method.base in (Base.REQUIRED, Base.OPTIONAL) and base_model is not None
         base = next((one for one in found if takes_base and one.model == base_model), None)
@@ -692,8 +694,7 @@ class _TaskPlanner:
     def _check_range(self, parameter: str, value: Any) -> None:
         if value is None or value is REQUIRED:
             return
-        kinds = {**METHODS[_MEAN].kinds, **self.method.kinds}  # a mean has weights where the method has none
-        problem = kinds[parameter].problem(value)
+        problem = self._kinds[parameter].problem(value)
         if problem is not None:
             self._problem(f"{parameter}: {problem}")
 
@@ -909,8 +910,8 @@ def _as_slices(config: DataFreeConfig, depths: Depths, stack: str, module: Modul
     sources = [(entry.model, entry.parameters) for entry in module.models]
     if config.base_model is not None and config.base_model not in [model for model, _ in sources]:
         sources.append((config.base_model, {}))
-    named = [model for model, _ in sources]
-    sources += [(model, {}) for model in config.candidates if model in config.beside and model not in named]
+    named, beside = [model for model, _ in sources], config.beside
+    sources += [(model, {}) for model in config.candidates if model in beside and model not in named]
     # A model that lacks the stack (a text model beside one with images, too) has no part in it.
     output_slice = OutputSlice(
         sources=tuple(

@@ -258,6 +258,24 @@ def test_a_text_expert_goes_into_the_language_part_of_a_vision_language_model(
     assert ("their weighted mean" if len(wholes) > 1 else "and it is copied") in told
 
 
+def test_a_model_that_is_only_measured_from_does_not_count_as_lacking_a_stack(
+    text_and_vision: Path, tmp_path: Path
+) -> None:
+    """Of passthrough and linear, the base of `post` is not merged: what it lacks is merged all the same."""
+    folder = text_and_vision
+    config = {
+        "merge_method": "passthrough",
+        "base_model": str(folder / "base"),
+        "models": [{"model": str(folder / "whole2"), "parameters": {"scale": 0.5}}],
+        "post": [{"rescale": {"match_norm": False, "factor": 1.5}}],
+    }
+    largemerge.merge(config, tmp_path / "out")
+    found, whole = weights_in(tmp_path / "out"), weights_in(folder / "whole2")
+    vision = [name for name in found if "language_model" not in name and found[name].is_floating_point()]
+    assert any(".layers." in name for name in vision)
+    assert all(torch.allclose(found[name], 0.5 * whole[name]) for name in vision)
+
+
 def test_ip_merging_teaches_a_vision_language_model_what_a_text_expert_knows(
     text_and_vision: Path, tmp_path: Path
 ) -> None:
