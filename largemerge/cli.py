@@ -40,6 +40,7 @@ from largemerge.text_files import json_text
 if TYPE_CHECKING:
     from largemerge.adapter_tools.extract import ExtractPlan
     from largemerge.adapter_tools.merge import AdapterMergeReport
+    from largemerge.adapter_tools.report import ExtractReport
     from largemerge.api import Cluster, Config, Memory, Plan, Report
     from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
@@ -165,27 +166,22 @@ def _gram(options: argparse.Namespace) -> int:
     memory = _memory(options)
     api.check_apart(options.config, options.out)
     config = _read(options)
-    try:
+
+    def work() -> GramReport:
         from largemerge.machine import reuse_freed_memory
 
         reuse_freed_memory(sparingly=True)
-        with output_kept(own_process=options.own_process):
-            report = api.gram(
-                config,
-                options.out,
-                device=options.device,
-                resume=options.resume,
-                force=options.force,
-                quiet=options.quiet,
-                memory=memory,
-            )
-    except KeyboardInterrupt as error:
-        return _interrupted(options, error)
-    stage("")
-    if options.quiet:
-        _print_warnings(report)
-    _show_report(report, options)
-    return 0
+        return api.gram(
+            config,
+            options.out,
+            device=options.device,
+            resume=options.resume,
+            force=options.force,
+            quiet=options.quiet,
+            memory=memory,
+        )
+
+    return _reported(options, work, warns=options.quiet)
 
 
 def _extract_lora(options: argparse.Namespace) -> int:
@@ -206,28 +202,25 @@ def _extract_lora(options: argparse.Namespace) -> int:
             _print_warnings(plan)
 
     reuse_freed_memory(sparingly=True)
-    try:
-        with output_kept(own_process=options.own_process):
-            report = api.extract_lora(
-                options.fine_tuned,
-                options.base,
-                options.out,
-                rank=options.rank,
-                targets=options.targets,
-                save_others=options.save_others,
-                dtype=options.dtype,
-                device=options.device,
-                resume=options.resume,
-                force=options.force,
-                quiet=options.quiet,
-                trust_remote_code=options.trust_remote_code,
-                planned=planned,
-            )
-    except KeyboardInterrupt as error:
-        return _interrupted(options, error)
-    stage("")
-    _show_report(report, options)
-    return 0
+
+    def work() -> ExtractReport:
+        return api.extract_lora(
+            options.fine_tuned,
+            options.base,
+            options.out,
+            rank=options.rank,
+            targets=options.targets,
+            save_others=options.save_others,
+            dtype=options.dtype,
+            device=options.device,
+            resume=options.resume,
+            force=options.force,
+            quiet=options.quiet,
+            trust_remote_code=options.trust_remote_code,
+            planned=planned,
+        )
+
+    return _reported(options, work, warns=False)
 
 
 def _merge_adapters(options: argparse.Namespace) -> int:
@@ -243,15 +236,26 @@ def _merge_adapters(options: argparse.Namespace) -> int:
         import largemerge.adapter_tools.merge  # noqa: F401
     if options.own_process:
         interrupts.raising()
+
+    def work() -> AdapterMergeReport:
+        return api.merge_adapters(
+            options.config, options.out, resume=options.resume, force=options.force, quiet=options.quiet
+        )
+
+    return _reported(options, work, warns=options.quiet)
+
+
+def _reported(
+    options: argparse.Namespace, work: Callable[[], GramReport | ExtractReport | AdapterMergeReport], *, warns: bool
+) -> int:
+    """Does the long work of one process, and shows its report; `warns` prints the warnings in it first."""
     try:
         with output_kept(own_process=options.own_process):
-            report = api.merge_adapters(
-                options.config, options.out, resume=options.resume, force=options.force, quiet=options.quiet
-            )
+            report = work()
     except KeyboardInterrupt as error:
         return _interrupted(options, error)
     stage("")
-    if options.quiet:
+    if warns:
         _print_warnings(report)
     _show_report(report, options)
     return 0
@@ -299,7 +303,7 @@ def _check_log_file(options: argparse.Namespace) -> None:
             raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
 
 
-def _print_warnings(plan: Plan | GramReport | ExtractPlan | AdapterMergeReport) -> None:
+def _print_warnings(plan: Plan | GramReport | ExtractPlan | ExtractReport | AdapterMergeReport) -> None:
     """Prints the warnings of a plan before the long work, or of a report that has no plan after it."""
     from largemerge.config_file import WARNING
 

@@ -159,9 +159,7 @@ class PairReader:
     def delta(self, pair: Pair) -> torch.Tensor:
         """Computes Δ = W - W_0 of a pair of one shape, float32; in float64 before where either is float64."""
         assert pair.base_source is not None and pair.shape == pair.base_shape, pair
-        ours, theirs = self.fine_tuned(pair.source), self.base(pair.base_source)
-        wide = torch.float64 if torch.float64 in (ours.dtype, theirs.dtype) else torch.float32
-        return ours.to(wide).sub_(theirs.to(wide)).to(torch.float32)
+        return _minus_(self.fine_tuned(pair.source), self.base(pair.base_source)).to(torch.float32)
 
     def compare(self, pair: Pair) -> Difference:
         """Measures how the two tensors of a pair differ.
@@ -175,8 +173,7 @@ class PairReader:
         base_square = _square(theirs, BASE, pair.name) if theirs is not None else 0.0
         if theirs is None or ours.shape != theirs.shape:
             return Difference(square, base_square)
-        wide = torch.float64 if torch.float64 in (ours.dtype, theirs.dtype) else torch.float32
-        return Difference(_square(ours.to(wide).sub_(theirs.to(wide)), FINE_TUNED, pair.name), base_square)
+        return Difference(_square(_minus_(ours, theirs), FINE_TUNED, pair.name), base_square)
 
 
 def open_pair(fine_tuned: str, base: str, *, trust_remote_code: bool = False) -> ModelPair:
@@ -277,7 +274,7 @@ def _paired(
     if lacking:
         notes.append(f"the fine-tuned model's files lack {list_kinds(lacking)}: left as in the base")
     unknown = [key for key in fine_tuned.mapping.unmapped if key not in fine_tuned.remade_buffers()]
-    unknown = _that_differ(fine_tuned.checkpoint, base.checkpoint, unknown)
+    unknown = _that_differ(fine_tuned.checkpoint, base.checkpoint, unknown) if unknown else []
     if unknown:
         notes.append(
             f"warning: of the fine-tuned model, {list_kinds(unknown)} has no place in its class "
@@ -298,13 +295,14 @@ def _paired(
 def _that_differ(fine_tuned: Checkpoint, base: Checkpoint, keys: Sequence[str]) -> list[str]:
     """Returns the names of tensors that the base's files do not hold in the same way."""
     with CheckpointReader(fine_tuned) as ours, CheckpointReader(base) as theirs:
-        return [
-            key
-            for key in keys
-            if key not in base.tensors
-            or base.tensors[key].shape != fine_tuned.tensors[key].shape
-            or not torch.equal(ours.read(key), theirs.read(key).to(ours.read(key).dtype))
-        ]
+
+        def is_same(key: str) -> bool:
+            if key not in base.tensors or base.tensors[key].shape != fine_tuned.tensors[key].shape:
+                return False
+            tensor = ours.read(key)
+            return torch.equal(tensor, theirs.read(key).to(tensor.dtype))
+
+        return [key for key in keys if not is_same(key)]
 
 
 def _shape(model: ClassifiedModel, source: str) -> tuple[int, ...]:
@@ -323,14 +321,26 @@ def _load(model: ClassifiedModel, source: str, reader: TensorReader) -> torch.Te
     return model.mapping.load(model.model, [source], reader.read)[source]
 
 
+def _minus_(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Computes W - W_0, float64 where either is, else float32; W may be changed in place."""
+    wide = torch.float64 if torch.float64 in (ours.dtype, theirs.dtype) else torch.float32
+    return ours.to(wide).sub_(theirs.to(wide))
+
+
+def square_of(tensor: torch.Tensor) -> float:
+    """Computes Σ x² in float64, in which the squares of the smallest numbers of float32 are not 0."""
+    numbers = tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+    norm: float = torch.linalg.vector_norm(numbers, dtype=torch.float64).item()
+    return norm**2
+
+
 def _square(tensor: torch.Tensor, model: str, name: str) -> float:
-    """Computes Σ x² in float64.
+    """Computes Σ x² of a tensor that a file holds.
 
     Raises:
         CheckpointError: If it is not finite.
     """
-    numbers = tensor if tensor.is_floating_point() else tensor.to(torch.float64)
-    square: float = torch.linalg.vector_norm(numbers, dtype=torch.float64).item() ** 2
+    square = square_of(tensor)
     if not math.isfinite(square):
         raise CheckpointError(
             f"{name} of the {model} model holds NaN or infinity (as {dtype_name(tensor.dtype)}); save it once more"

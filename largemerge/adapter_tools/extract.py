@@ -35,6 +35,7 @@ from largemerge.adapter_tools.differences import (
     PairReader,
     compare_all,
     open_pair,
+    square_of,
     stored_dtype,
 )
 from largemerge.adapter_tools.folder import (
@@ -572,7 +573,7 @@ def _write_matrix(
             writer.write(name, tensor)
         except NotFiniteError as error:
             raise MergeError(f"{name} {error}; --dtype float32 holds larger numbers") from None
-    square = _square(delta)
+    square = square_of(delta)
     if not math.isfinite(square):
         raise MergeError(f"{matrix.pair.name}: the difference of the two models is too large for float32")
     return {"squares": list(factors.squares), "square": square, "error": _error(delta, factors)}
@@ -584,12 +585,7 @@ def _error(delta_OI: torch.Tensor, factors: Factors) -> float:
     for start in range(0, len(delta_OI), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         delta_OI[rows].sub_(up[rows] @ down)
-    return _square(delta_OI)
-
-
-def _square(matrix: torch.Tensor) -> float:
-    """Computes ‖X‖² in float64, in which the squares of the smallest numbers of float32 are not 0."""
-    return math.fsum(rows.to(torch.float64).square().sum().item() for rows in torch.split(matrix, _ROWS_AT_ONCE))
+    return square_of(delta_OI)
 
 
 # What is said of it

@@ -35,9 +35,9 @@ from largemerge.adapter_tools.folder import (
     tell,
 )
 from largemerge.adapter_tools.merge_config import AdapterMergeConfig
-from largemerge.adapter_tools.peft_files import CONFIG_FILE, WEIGHTS_FILE, adapter_config
+from largemerge.adapter_tools.peft_files import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_names
 from largemerge.checkpoint.adapter_fit import FactorPair, read_factors
-from largemerge.checkpoint.adapter_targets import Targets
+from largemerge.checkpoint.adapter_targets import PREFIX, Targets
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint
 from largemerge.checkpoint.lora import check_finite, open_own
@@ -56,7 +56,6 @@ REPORT_FILE = REPORT_FILES[1]
 _DEFAULT_DENSITY = 0.5
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Settings that decide which modules peft adapts."""
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ class Module:
     def names(self) -> tuple[str, str]:
         """Names of A and B in the file."""
         if self.embedding:
-            return f"{_PREFIX}{self.path}.lora_embedding_A", f"{_PREFIX}{self.path}.lora_embedding_B"
-        return f"{_PREFIX}{self.path}.lora_A.weight", f"{_PREFIX}{self.path}.lora_B.weight"
+            return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
+        return factor_names(self.path)
 
 
 @dataclass(frozen=True)
@@ -277,11 +276,11 @@ def _refusals(own: Checkpoint, others: Sequence[str]) -> Iterator[str]:
         return
     halves = [name for name in others if name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if halves:
-        names = [name.removeprefix(_PREFIX) for name in halves]
+        names = [name.removeprefix(PREFIX) for name in halves]
         yield f"holds {shorten(list_kinds(names), 300)} without the other factor; fetch or save the adapter once more"
     others = [name for name in others if name not in halves]
     if others:
-        names = [name.removeprefix(_PREFIX) for name in others]
+        names = [name.removeprefix(PREFIX) for name in others]
         yield (
             f"holds {shorten(list_kinds(names), 300)} beside its factors (modules_to_save, biases, rows of tokens), "
             f"which are not merged here; {instead}"

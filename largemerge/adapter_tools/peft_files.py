@@ -18,32 +18,25 @@ from typing import Any
 
 import transformers
 
-from largemerge.checkpoint.adapter_targets import Targets
+from largemerge.checkpoint.adapter_targets import HEADS_OF_TASKS, PREFIX, Targets
 from largemerge.model.adapter_names import CLASSES_OF_TASKS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_HEADS_OF_TASKS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Modules that peft saves as a whole whatever `modules_to_save` says."""
 
 
 def factor_names(path: str) -> tuple[str, str]:
     """Names of A and B of a module."""
-    return f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
+    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
 
 
 def whole_name(parameter: str) -> str:
     """Name of a tensor of a module to save."""
-    return _PREFIX + parameter
+    return PREFIX + parameter
 
 
 def bias_name(path: str, *, adapted: bool) -> str:
     """Name of the bias of a linear, which lies in peft's layer where the linear is adapted."""
-    return f"{_PREFIX}{path}{'.base_layer' if adapted else ''}.bias"
+    return f"{PREFIX}{path}{'.base_layer' if adapted else ''}.bias"
 
 
 def task_type(model: Any) -> str | None:
@@ -59,13 +52,13 @@ def task_type(model: Any) -> str | None:
 
 def needs_head(task: str | None) -> bool:
     """Whether peft expects the head of a model in the file of every adapter for this task."""
-    return task in _HEADS_OF_TASKS
+    return task in HEADS_OF_TASKS
 
 
 def head_of(path: str, task: str | None) -> str | None:
     """Returns the path of the task's head that a module is, or lies in; `None` if it does not."""
     parts = path.split(".")
-    heads = _HEADS_OF_TASKS.get(task or "", ())
+    heads = HEADS_OF_TASKS.get(task or "", ())
     return next((".".join(parts[: end + 1]) for end, part in enumerate(parts) if part in heads), None)
 
 

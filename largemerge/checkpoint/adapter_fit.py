@@ -24,7 +24,13 @@ import torch
 from torch import nn
 
 from largemerge.checkpoint.adapter_places import INPUT_EMBEDDINGS, Place, Places
-from largemerge.checkpoint.adapter_targets import missing_problems, pattern_problems, timed_match, unnamed_problems
+from largemerge.checkpoint.adapter_targets import (
+    PREFIX,
+    missing_problems,
+    pattern_problems,
+    timed_match,
+    unnamed_problems,
+)
 from largemerge.checkpoint.deltas import (
     Delta,
     Experts,
@@ -78,7 +84,6 @@ _BY_LAYER = frozenset(
     )
 )
 """Kinds of which peft's layer, built on one module alone, has been seen to merge as it does in the whole model."""
-_PREFIX = "base_model.model."
 _LORA_PART = re.compile(
     r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
@@ -306,7 +311,7 @@ class Fitting:
 
     def _adapted(self) -> set[str]:
         """Paths of the modules that the file has factors of, or tensors of another kind's layers."""
-        inner = [key.removeprefix(_PREFIX) for key in self._other if key.startswith(_PREFIX)]
+        inner = [key.removeprefix(PREFIX) for key in self._other if key.startswith(PREFIX)]
         adapted = {path.replace(".base_layer", "") for path in self._lora}
         return adapted | {path for path in map(self._module_path, inner) if path is not None}
 
@@ -322,10 +327,10 @@ class Fitting:
 
     def _sort(self, key: str) -> None:
         """Puts one tensor into its sort, by its name."""
-        if key.startswith("base_model.") and not key.startswith(_PREFIX):
+        if key.startswith("base_model.") and not key.startswith(PREFIX):
             self._other.append(key)
             return
-        inner = key.removeprefix(_PREFIX)
+        inner = key.removeprefix(PREFIX)
         part = _LORA_PART.match(inner) if self._own.config["peft_type"] == "LORA" else None
         tokens = _TOKENS.match(inner)
         if part is not None:
@@ -490,10 +495,7 @@ class Fitting:
             return
         config = self._own.config
         pattern_name = parameter.removesuffix(".weight") if not self._is_target(parameter) else parameter
-        own_rank, own_alpha = (self._patterns.find(f"{key}_pattern", pattern_name) for key in ("rank", "alpha"))
-        rank = int(config["r"] if own_rank is None else own_rank)
-        alpha = config["lora_alpha"] if own_alpha is None else own_alpha
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        rank, scale = _rank_and_scale(config, self._patterns, pattern_name)
         if len(place.shape) == 3:
             self._fit_experts(parameter, place, down, up, rank, scale)
             return
@@ -637,12 +639,12 @@ class Fitting:
         layers: dict[str, dict[str, str]] = defaultdict(dict)
         shared: dict[str, str] = {}
         for key in self._other:
-            if not key.startswith(_PREFIX):
+            if not key.startswith(PREFIX):
                 shared[key] = key
                 continue
-            path = self._module_path(key.removeprefix(_PREFIX))
+            path = self._module_path(key.removeprefix(PREFIX))
             if path is None:
-                self._place(f"{key.removeprefix(_PREFIX).rpartition('.')[0]}.weight", key)
+                self._place(f"{key.removeprefix(PREFIX).rpartition('.')[0]}.weight", key)
             else:
                 layers[path][key] = key
         modules: dict[str, nn.Module] = {}
@@ -682,7 +684,7 @@ class Fitting:
         """Fits one of peft's layers; the like of it is built only once to see whether it can be."""
         infos = {key: self._own.tensors[name] for key, name in (*layer.tensors.items(), *layer.shared.items())}
         shape = layer.module.weight.shape
-        prefix = f"{_PREFIX}{layer.path}."
+        prefix = f"{PREFIX}{layer.path}."
         like = (
             type(layer.module),
             shape,
@@ -761,6 +763,14 @@ def _features(module: nn.Module) -> tuple[int, int]:
     return int(weight.shape[-1]), int(weight.shape[0])
 
 
+def _rank_and_scale(config: Mapping[str, Any], patterns: _Patterns, path: str) -> tuple[int, float]:
+    """Returns the rank r of a module's factors, and what B A is multiplied by: alpha / r, or alpha / √r for rsLoRA."""
+    own_rank, own_alpha = (patterns.find(f"{key}_pattern", path) for key in ("rank", "alpha"))
+    rank = int(config["r"] if own_rank is None else own_rank)
+    alpha = config["lora_alpha"] if own_alpha is None else own_alpha
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 @dataclass(frozen=True)
 class FactorPair:
     """The factors of one module in a LoRA's file.
@@ -792,11 +802,11 @@ def read_factors(own: Checkpoint) -> tuple[dict[str, FactorPair], list[str]]:
     Raises:
         ValueError: If a pattern of the config takes too long.
     """
-    patterns, config = _Patterns(own.config), own.config
+    patterns = _Patterns(own.config)
     parts: dict[str, dict[str, str]] = {}
     others: list[str] = []
     for key in own.tensors:
-        part = _LORA_PART.match(key.removeprefix(_PREFIX))
+        part = _LORA_PART.match(key.removeprefix(PREFIX))
         if part is None or part["leaf"] == "bias" or part["part"] == "lora_magnitude_vector":
             others.append(key)
         else:
@@ -808,10 +818,7 @@ def read_factors(own: Checkpoint) -> tuple[dict[str, FactorPair], list[str]]:
         if set(keys) != set(names):
             others.extend(keys.values())
             continue
-        own_rank, own_alpha = (patterns.find(f"{key}_pattern", path) for key in ("rank", "alpha"))
-        rank = int(config["r"] if own_rank is None else own_rank)
-        alpha = config["lora_alpha"] if own_alpha is None else own_alpha
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        rank, scale = _rank_and_scale(own.config, patterns, path)
         found[path] = FactorPair(keys[names[0]], keys[names[1]], rank, scale, embedding)
     return found, others
 

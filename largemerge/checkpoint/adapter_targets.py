@@ -29,7 +29,14 @@ ALL_LINEAR = "all-linear"
 _NOT_PATTERNS = (ALL_LINEAR, "dummy-target-modules")
 _LAYER = re.compile(r"^(?P<stack>.*?\.)(?P<number>[0-9]+)\.(?P<rest>.+)$")
 _HEADS = ("lm_head", "embed_out")
-_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+PREFIX = "base_model.model."
+"""Stands before the path of a module in peft's files."""
+HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that peft saves as a whole for a `task_type`, whatever `modules_to_save` says."""
 _FETCH = "fetch or save the adapter once more"
 
 
@@ -239,10 +246,10 @@ def _unnamed_saved_problems(own: Checkpoint) -> Iterator[str]:
     """Yields the modules that the file has as a whole, under the name that says so, and the config does not name."""
     config = own.config
     named = config.get("modules_to_save") or ()
-    if config.get("ensure_weight_tying") or config.get("task_type") in _TASKS_WITH_HEADS:
+    if config.get("ensure_weight_tying") or config.get("task_type") in HEADS_OF_TASKS:
         return  # peft adds names of its own
     wrapped = (key.partition(".modules_to_save.") for key in own.tensors)
-    paths = dict.fromkeys(path.removeprefix("base_model.model.") for path, sign, _ in wrapped if sign)
+    paths = dict.fromkeys(path.removeprefix(PREFIX) for path, sign, _ in wrapped if sign)
     unnamed = [path for path in paths if not any(path.endswith(name) for name in named)]
     if unnamed:
         yield (
