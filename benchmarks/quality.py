@@ -58,10 +58,12 @@ QUICK_METHODS = (AVERAGE, "ties", "regmean_plusplus")
 
 @dataclass(frozen=True)
 class Result:
-    """A model of one family and seed: what it scores, and how long its merge took."""
+    """A model of one family and seed: what it scores, and what its merge took."""
 
     scores: Mapping[str, Score]
     seconds: float | None = None
+    peak_bytes: int | None = None
+    """Anonymous memory at its largest."""
 
     @property
     def loss(self) -> float:
@@ -176,13 +178,15 @@ def _merged(case: Case, merge: Merge, folder: Path, seed: int) -> Result:
         config, output = folder / "merge.yaml", folder / "merged"
         config.write_text(written)
         command = [sys.executable, "-m", "largemerge", "merge", str(config), str(output), "--force", "--quiet"]
-        seconds = run_measured(command, folder / "merge.log").seconds
+        took = run_measured(command, folder / "merge.log")
         scores = _measured(case, output, folder / "results").scores
         shutil.rmtree(output)
         of_tasks = {task: dataclasses.asdict(score) for task, score in scores.items()}
-        file.write_text(json.dumps({"merge": _label(merge), "seconds": seconds, "scores": of_tasks}))
+        kept = {"merge": _label(merge), "seconds": took.seconds, "peak_bytes": took.peak_anonymous_bytes}
+        file.write_text(json.dumps({**kept, "scores": of_tasks}))
     kept = json.loads(file.read_text())
-    return Result({task: Score(**score) for task, score in kept["scores"].items()}, kept["seconds"])
+    scores = {task: Score(**score) for task, score in kept["scores"].items()}
+    return Result(scores, kept["seconds"], kept["peak_bytes"])
 
 
 def _digest(case: Case, merge: Merge, written: str, folder: Path) -> str:
@@ -198,12 +202,12 @@ def _label(merge: Merge) -> str:
 
 
 def table(family: str, seeds: Mapping[int, Seed]) -> str:
-    """A Markdown table: a line for each model, means over the seeds."""
+    """A Markdown table: a line for each model, means over the seeds, the best merge first."""
     every = list(seeds.values())
     tasks = list(every[0].experts.scores)
     answers = every[0].base.accuracy is not None
     titles = [f"{family}, held-out loss", *tasks, "mean", "share of the gap", "lowest to highest"]
-    titles += [*(f"share {task}" for task in tasks), *(["accuracy"] if answers else []), "time"]
+    titles += [*(f"share {task}" for task in tasks), *(["accuracy"] if answers else []), "time", "peak"]
 
     def line(name: str, results: Sequence[Result]) -> str:
         cells = [name, *(f"{mean(one.scores[task].loss for one in results):.3f}" for task in tasks)]
@@ -214,12 +218,19 @@ def table(family: str, seeds: Mapping[int, Seed]) -> str:
             cells.append(f"{mean(seed.share(one, task) for seed, one in zip(every, results, strict=True)):.0%}")
         cells += [f"{mean(one.accuracy or 0.0 for one in results):.1%}"] if answers else []
         seconds = [one.seconds for one in results if one.seconds is not None]
-        return f"| {' | '.join([*cells, f'{mean(seconds):.1f} s' if seconds else ''])} |"
+        peaks = [one.peak_bytes for one in results if one.peak_bytes is not None]
+        cells += [f"{mean(seconds):.1f} s" if seconds else "", f"{mean(peaks) / 2**30:.2f} GiB" if peaks else ""]
+        return f"| {' | '.join(cells)} |"
 
     lines = [f"\n| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     lines.append(line("base", [seed.base for seed in every]))
     lines.append(line("each expert at its own task", [seed.experts for seed in every]))
-    lines += [line(_label(merge), [seed.merges[merge] for seed in every]) for merge in every[0].merges]
+    of_merges = {merge: [seed.merges[merge] for seed in every] for merge in every[0].merges}
+    shares = {
+        merge: mean(seed.share(one) for seed, one in zip(every, results, strict=True))
+        for merge, results in of_merges.items()
+    }
+    lines += [line(_label(merge), of_merges[merge]) for merge in sorted(of_merges, key=lambda merge: -shares[merge])]
     return "\n".join([*lines, ""])
 
 
@@ -231,7 +242,8 @@ def _rows(family: str, seeds: Mapping[int, Seed]) -> list[dict[str, Any]]:
         named += [(merge.label, merge.samples, result) for merge, result in seed.merges.items()]
         for name, samples, result in named:
             scores = {task: dataclasses.asdict(score) for task, score in result.scores.items()}
-            about = {"family": family, "seed": number, "model": name, "samples": samples, "seconds": result.seconds}
+            about = {"family": family, "seed": number, "model": name, "samples": samples}
+            about |= {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
             rows.append({**about, "loss": result.loss, "share": seed.share(result), "tasks": scores})
     return rows
 
