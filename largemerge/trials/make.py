@@ -35,7 +35,7 @@ from largemerge.config_file import (
     to_json,
     without_helpers,
 )
-from largemerge.data_free.config import DataFreeConfig
+from largemerge.data_free.config import CURRICULUM, DataFreeConfig
 from largemerge.data_free.inputs import short_names
 from largemerge.data_free.methods.base import REQUIRED, Base
 from largemerge.data_free.methods.base import Range as NumberKind
@@ -176,7 +176,9 @@ def choose_methods(own: str | None, methods: Sequence[str], problems: list[str])
         problems: Gets what is wrong.
     """
     problems += [
-        f"--methods {name}: no method{nearest(name, _KNOWN_METHODS)}; expected one of {', '.join(_KNOWN_METHODS)}"
+        f"--methods {name}: a chain of merges, which no comparison makes; merge it, and `evaluate` the result"
+        if name == CURRICULUM
+        else f"--methods {name}: no method{nearest(name, _KNOWN_METHODS)}; expected one of {', '.join(_KNOWN_METHODS)}"
         for name in dict.fromkeys(methods)
         if name not in _KNOWN_METHODS
     ]

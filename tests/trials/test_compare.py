@@ -81,6 +81,7 @@ def test_other_values_have_other_names(config: dict[str, Any]) -> None:
 
 MISTAKES: dict[str, tuple[list[str], dict[str, list[Any]], str]] = {
     "no method": (["regmaen"], {}, "did you mean 'regmean'"),
+    "a chain": (["curriculum"], {}, "--methods curriculum: a chain of merges"),
     "no setting": (["regmean"], {"rigde": [1.0]}, "regmean has no such setting; did you mean 'ridge'"),
     "a value out of range": (["regmean"], {"ridge": [7.0]}, "--sweep ridge=7: expected a number up to 1, found 7.0"),
     "twice": (["regmean"], {"ridge": [0.1, 0.1]}, "a value stands twice"),
