@@ -5,6 +5,7 @@ A server imports everything once and forks a child for every command, so that st
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -21,8 +22,10 @@ import tiny_models
 import torch
 import transformers as tf
 from cases import Case, files_in, load_merged, weights_in, write_case
-from transformers import LlamaForCausalLM  # imported late otherwise, in every child
+from transformers import LlamaForCausalLM  # imported late otherwise, in every child, as is what follows
 
+import largemerge.api
+import largemerge.data_free.multi
 import largemerge.regression.merge
 from largemerge.cli import main
 from largemerge.data_free import engine as data_free
@@ -169,6 +172,7 @@ def operations(log: Path) -> list[str]:
 def _run(
     arguments: list[str], log: str, kill_at: int | None, number: signal.Signals, environment: dict[str, str]
 ) -> None:
+    gc.freeze()  # what the server has imported is no garbage
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
