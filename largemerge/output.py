@@ -383,10 +383,8 @@ class InputWatch:
             if not file.is_file() or digest_of_file(file) != self.digests[name]:
                 changed.append(str(file))
         if changed:
-            told = [
-                f"{file} has changed, or was deleted, while it was being merged" for file in changed[:_MAX_PROBLEMS]
-            ]
-            raise MergeError(*advised(told, "what was merged may be of both; start afresh with --force"))
+            told = [f"{file} has changed, or was deleted, while it was being read" for file in changed[:_MAX_PROBLEMS]]
+            raise MergeError(*advised(told, "the output may be of both; start afresh with --force"))
 
 
 def rehearse(
@@ -536,7 +534,7 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
     if goes_on and not _read_manifest(working / "manifest.json")["replaces"]:  # an earlier checkpoint is no stranger
         _check_strangers(path, [])
     if resume and not begun and others:
-        state = "holds no merge to resume"
+        state = "holds nothing to resume"
         if (path / REPORT_FILE).exists():
             state = "holds a finished merge"
             if working.exists():
@@ -544,7 +542,7 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
                     clean_up(working)
         raise OutputError(f"{path} {state} (found {others[:5]}); choose another folder, or --force to replace it")
     if not resume and not force and begun:
-        raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
+        raise OutputError(f"{path} holds an unfinished run; --resume goes on with it, --force starts afresh")
     if not resume and not force and others:
         raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
 
@@ -627,9 +625,9 @@ def check_no_input(path: Path, inputs: list[Path], *, force: bool) -> None:
         if resolved / WORKING_FOLDER in folder.resolve().parents:
             continue  # made for this very merge
         if _is_same(resolved, folder) or (resolved in folder.resolve().parents and force):
-            raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
+            raise OutputError(f"{path} holds an input ({folder}); choose another output folder")
         if folder.resolve() in resolved.parents:
-            raise OutputError(f"{path} lies in an input of this merge ({folder}); choose an output folder outside it")
+            raise OutputError(f"{path} lies in an input ({folder}); choose an output folder outside it")
 
 
 def _is_same(path: Path, folder: Path) -> bool:
@@ -652,7 +650,7 @@ def _locked(working: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{working.parent}: another process is merging into this folder right now") from None
+            raise OutputError(f"{working.parent}: another process is writing into this folder right now") from None
         yield
 
 
