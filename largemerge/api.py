@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from largemerge.adapter_tools.extract import ExtractPlan
     from largemerge.adapter_tools.merge import AdapterMergeReport
+    from largemerge.adapter_tools.merge_config import AdapterMergeConfig
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
@@ -653,7 +654,7 @@ def extract_lora(
 
 @explain_failures()
 def merge_adapters(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, Any] | AdapterMergeConfig,
     out: str | Path,
     *,
     resume: bool = False,
@@ -663,8 +664,8 @@ def merge_adapters(
     """Merges LoRA adapters of one base into one adapter, by their factors: the base is not opened.
 
     Args:
-        config: The path of a YAML file, or a mapping like it: `merge_method` (`cat`, `svd`, `linear`, `ties`), `models`
-            that are adapters, and `parameters`.
+        config: The path of a YAML file, or a mapping like it: `merge_method` (`cat`, `svd`, `linear`, `ties`, `knots`),
+            `models` that are adapters, and `parameters`; or what was read of one.
         out: The output folder; new or empty unless `resume` or `force`.
         resume: Go on with an interrupted run.
         force: Replace the adapter that is in `out`, once the new one is finished.
@@ -676,12 +677,12 @@ def merge_adapters(
     Raises:
         LargemergeError: If anything is wrong with config, adapters or output.
     """
-    from largemerge.adapter_tools.merge_config import load_adapter_merge
+    from largemerge.adapter_tools.merge_config import AdapterMergeConfig, load_adapter_merge
 
     options: dict[str, Any] = {"resume": resume, "force": force, "quiet": quiet}
     problems = list(argument_problems({"out": out, **options}))
     try:
-        loaded = load_adapter_merge(config)
+        loaded = config if isinstance(config, AdapterMergeConfig) else load_adapter_merge(config)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     if problems:

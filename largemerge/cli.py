@@ -229,18 +229,17 @@ def _merge_adapters(options: argparse.Namespace) -> int:
     from largemerge import api
     from largemerge.adapter_tools.merge_config import load_adapter_merge
 
-    load_adapter_merge(options.config)  # before torch and Transformers are imported, which takes seconds
+    config = load_adapter_merge(options.config)  # before Transformers is imported, which takes seconds
+    api.check_apart(options.config, options.out)
     _quiet_libraries()
-    stage("importing torch")
+    stage("importing Transformers")
     with _importing(options):
         import largemerge.adapter_tools.merge  # noqa: F401
     if options.own_process:
         interrupts.raising()
 
     def work() -> AdapterMergeReport:
-        return api.merge_adapters(
-            options.config, options.out, resume=options.resume, force=options.force, quiet=options.quiet
-        )
+        return api.merge_adapters(config, options.out, resume=options.resume, force=options.force, quiet=options.quiet)
 
     return _reported(options, work, warns=options.quiet)
 
@@ -269,7 +268,7 @@ def _show_report(report: Report, options: argparse.Namespace) -> None:
             print(json_text(report.to_json(), indent=2), flush=True)
         except OSError as error:
             raise LargemergeError(
-                f"{error.filename}: {error.strerror}; the merge is finished, and its report is in {options.out}"
+                f"{error.filename}: {error.strerror}; the work is finished, and its report is in {options.out}"
             ) from error
     elif not options.quiet:
         _print_table(report, stderr=True)
