@@ -55,6 +55,8 @@ PAGE_FILE = "merge_report.html"
 """The page that shows it, if somebody has asked for one."""
 EVALUATION_FILES = ("evaluation.json", "evaluation.csv", "evaluation.html")
 """What an evaluation of the merge has found, if there was one."""
+TEMPERATURE_FILE = "temperature_report.json"
+"""What has been found of a model that was written with another temperature."""
 _SIDE_FOLDER, _FINISHING = "side", "finishing"
 _ALWAYS_WRITTEN = ("config.json", "README.md", "largemerge_config.yaml", "model.safetensors.index.json", REPORT_FILE)
 _WORKING_FILES = ("manifest.json", "journal.jsonl", "lock", _FINISHING)
@@ -270,7 +272,7 @@ class OutputFolder:
         if self.replaces:
             names = {shard.file_name for shard in shards}
             remove(self.path, {self.path / name for name in names if not (self.working / name).exists()})
-            for name in (PAGE_FILE, *EVALUATION_FILES):  # they show the earlier merge
+            for name in (PAGE_FILE, *EVALUATION_FILES, TEMPERATURE_FILE):  # they show the earlier merge
                 (self.path / name).unlink(missing_ok=True)
         for shard in shards:
             if self._place(self.working, shard) != self.path / shard.file_name:

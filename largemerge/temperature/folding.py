@@ -27,6 +27,9 @@ from largemerge.model.skeleton import all_configs, is_linear
 _CAP = re.compile(r"^(?!attn|attention).*(soft_?cap|soft_?capping)", re.IGNORECASE)
 """Matches settings by which logits pass through a tanh."""
 
+_BLOCK = ""
+"""Stands for any block in the order of what runs."""
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -66,7 +69,7 @@ def find_scaling(model: OpenedModel, batch: Batch, where: str) -> Scaling:
     if norm is None:
         raise ArchitectureError(
             f"{where}: {name}: {linear} is tied to the embedding, so that dividing it would change the model's inputs, "
-            "and no norm outside the blocks runs before it; untie the head first (tie_word_embeddings: false)"
+            "and no norm runs between the blocks and it; untie the head first (tie_word_embeddings: false)"
         )
     if not scales_by_weight(skeleton.model.get_submodule(norm)):
         raise ArchitectureError(
@@ -93,7 +96,7 @@ def _check_no_cap(model: OpenedModel, where: str) -> None:
 
 
 def _last_run(model: OpenedModel, batch: Batch, where: str) -> tuple[str | None, str | None]:
-    """Paths of the linear that runs last, and of the norm outside the blocks that runs last before it."""
+    """Paths of the linear that runs last, and of the norm that runs last between the blocks and it."""
     skeleton = model.skeleton
     stacks = tuple(f"{stack.name}." for stack in skeleton.stacks)
     norms = {path for path in may_be_norms(skeleton.model) if not path.startswith(stacks)}
@@ -107,16 +110,19 @@ def _last_run(model: OpenedModel, batch: Batch, where: str) -> tuple[str | None,
         for path, module in skeleton.model.named_modules()
         if not path.startswith(stacks) and (path in norms or is_linear(module))
     ]
+    hooks += [block.register_forward_hook(note(_BLOCK)) for stack in skeleton.stacks for block in stack.blocks]
     try:
         with fake_model(skeleton, outline_of([batch]), examples_of(model, [batch]), where):
             pass
     finally:
         for hook in hooks:
             hook.remove()
-    linears = [number for number, path in enumerate(ran) if path not in norms]
+    linears = [number for number, path in enumerate(ran) if path not in norms and path != _BLOCK]
     if not linears:
         return None, None
-    before = [path for path in ran[: linears[-1]] if path in norms and is_norm(skeleton.model.get_submodule(path))]
+    through = max((number for number, path in enumerate(ran) if path == _BLOCK), default=-1)
+    after = ran[through + 1 : linears[-1]]
+    before = [path for path in after if path in norms and is_norm(skeleton.model.get_submodule(path))]
     return ran[linears[-1]], before[-1] if before else None
 
 

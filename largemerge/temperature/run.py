@@ -36,7 +36,7 @@ from largemerge.evaluation.models import ModelFiles, OpenedModel
 from largemerge.evaluation.prepare import Job, name_models, prepare
 from largemerge.evaluation.task import Columns, Logits, Metric, Record
 from largemerge.machine import versions
-from largemerge.output import check_output
+from largemerge.output import TEMPERATURE_FILE, check_output
 from largemerge.progress import stage
 from largemerge.streams import plain_text
 from largemerge.temperature.curve import Measured, fit_temperature, joined, measure
@@ -44,7 +44,6 @@ from largemerge.temperature.folding import Scaling, find_scaling, scale_setting
 from largemerge.text_files import json_text
 from largemerge.units import duration
 
-REPORT_FILE = "temperature_report.json"
 _KINDS = ("language_model", "image_classification", "text_classification", "zero_shot")
 _LOGIT_SCALE = "logit_scale"
 _PLACEHOLDER = 0.5
@@ -219,7 +218,7 @@ def set_temperature(
         notes=notes,
         seconds=time.perf_counter() - start,
     )
-    (out / REPORT_FILE).write_text(json_text(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    (out / TEMPERATURE_FILE).write_text(json_text(report.to_json(), indent=2) + "\n", encoding="utf-8")
     return report
 
 

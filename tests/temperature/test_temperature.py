@@ -18,7 +18,16 @@ import transformers as tf
 from cases import exit_code
 from PIL import Image
 from safetensors.torch import load_file
-from task_models import LABELS, TEXTS, write_clip, write_images, write_language_model, write_processor, write_texts
+from task_models import (
+    LABELS,
+    TEXTS,
+    write_clip,
+    write_images,
+    write_jsonl,
+    write_language_model,
+    write_processor,
+    write_texts,
+)
 
 import largemerge
 from largemerge import LargemergeError
@@ -192,8 +201,8 @@ def test_what_is_left_out_is_told(unsure: Callable[[str], Path], tmp_path: Path)
         "choices": ["b", "c"],
     }
     config["tasks"].append(choice)
-    report = largemerge.fit_temperature(config, unsure("llama"), tmp_path / "out", limit=9)
-    assert list(report.tasks) == ["texts"] and report.tasks["texts"].num_samples == 9
+    report = largemerge.fit_temperature(config, unsure("llama"), tmp_path / "out", limit=7)
+    assert list(report.tasks) == ["texts"] and report.tasks["texts"].num_samples == 7
     assert any("task 'choice' is left out: multiple_choice has no likelihood" in note for note in report.notes)
     with pytest.raises(LargemergeError, match="tasks: none is left; expected one of kind language_model"):
         largemerge.fit_temperature({"tasks": [choice]}, unsure("llama"), tmp_path / "other")
@@ -207,6 +216,11 @@ def test_models_that_no_factor_tempers_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"final_logit_softcapping": None}))
     with pytest.raises(LargemergeError, match="multiplies by 1 \\+ its weight"):
         largemerge.fit_temperature(language_task(tmp_path), tmp_path / "gemma2", tmp_path / "out")
+    write_language_model(tmp_path / "bart", "bart")  # whose last norm is inside its last block
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"text": text, "target": text} for text in TEXTS])
+    task = {"name": "pairs", "kind": "language_model", "data": pairs, "target_field": "target"}
+    with pytest.raises(LargemergeError, match="no norm runs between the blocks and it; untie the head first"):
+        largemerge.fit_temperature({"tasks": [task]}, tmp_path / "bart", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
