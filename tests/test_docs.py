@@ -457,8 +457,7 @@ def test_every_method_is_explained_with_its_parameters() -> None:
 @pytest.mark.parametrize(
     "function", [largemerge.merge, largemerge.plan, largemerge.extract_lora, largemerge.fit_temperature]
 )
-def test_the_arguments_of_these_functions_are_told(name: str) -> None:
-    function: Callable[..., Any] = getattr(largemerge, name)
+def test_the_arguments_of_these_functions_are_told(function: Callable[..., Any]) -> None:
     text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
     section = text.partition(f"\n## `{function.__name__}(")[2].partition("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
