@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         cluster,
         evaluate,
         extract_lora,
+        fit_temperature,
         gram,
         merge,
         merge_adapters,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from largemerge.regression.gram_run import GramReport
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.report import MergeReport
+    from largemerge.temperature.run import TemperatureReport
     from largemerge.trials.results import CompareReport
     from largemerge.trials.run import compare
     from largemerge.trials.settings import Range
@@ -77,11 +79,13 @@ __all__ = [
     "OutputError",
     "Range",
     "SystemFailure",
+    "TemperatureReport",
     "__version__",
     "cluster",
     "compare",
     "evaluate",
     "extract_lora",
+    "fit_temperature",
     "gram",
     "load_config",
     "merge",
@@ -113,11 +117,13 @@ _LAZY = {
     "MergeReport": "largemerge.regression.report",
     "OutputError": _ERRORS,
     "Range": "largemerge.trials.settings",
+    "TemperatureReport": "largemerge.temperature.run",
     "SystemFailure": _ERRORS,
     "cluster": "largemerge.api",
     "compare": "largemerge.trials.run",
     "evaluate": "largemerge.api",
     "extract_lora": "largemerge.api",
+    "fit_temperature": "largemerge.api",
     "gram": "largemerge.api",
     "load_config": "largemerge.regression.config",
     "merge": "largemerge.api",

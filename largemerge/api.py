@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from largemerge.adapter_tools.extract import ExtractPlan
     from largemerge.adapter_tools.merge import AdapterMergeReport
+    from largemerge.adapter_tools.merge_config import AdapterMergeConfig
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from largemerge.regression.plan import MergePlan
     from largemerge.regression.planning.rates import Cluster as Cluster
     from largemerge.regression.report import MergeReport
+    from largemerge.temperature.run import TemperatureReport
 
 Source = str | Path | Mapping[str, Any] | MergeConfig | DataFreeConfig | Documents
 """A configuration: a path, a mapping, or one that has been read."""
@@ -147,7 +149,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cluster": (lambda value: value is None or hasattr(value, "num_ranks"), "largemerge.cluster(num_nodes=…)"),
     "limit": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
     "num_trials": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
-    **dict.fromkeys(("fine_tuned", "base"), (_is_path, "a folder or a Hub id")),
+    **dict.fromkeys(("fine_tuned", "base", "model"), (_is_path, "a folder or a Hub id")),
     "rank": (lambda value: type(value) is int and 1 <= value <= _MAX_RANK, f"a whole number from 1 to {_MAX_RANK}"),
     "targets": (
         lambda value: value is None or (isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))),
@@ -653,7 +655,7 @@ def extract_lora(
 
 @explain_failures()
 def merge_adapters(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, Any] | AdapterMergeConfig,
     out: str | Path,
     *,
     resume: bool = False,
@@ -663,8 +665,8 @@ def merge_adapters(
     """Merges LoRA adapters of one base into one adapter, by their factors: the base is not opened.
 
     Args:
-        config: The path of a YAML file, or a mapping like it: `merge_method` (`cat`, `svd`, `linear`, `ties`), `models`
-            that are adapters, and `parameters`.
+        config: The path of a YAML file, or a mapping like it: `merge_method` (`cat`, `svd`, `linear`, `ties`, `knots`),
+            `models` that are adapters, and `parameters`; or what was read of one.
         out: The output folder; new or empty unless `resume` or `force`.
         resume: Go on with an interrupted run.
         force: Replace the adapter that is in `out`, once the new one is finished.
@@ -676,12 +678,12 @@ def merge_adapters(
     Raises:
         LargemergeError: If anything is wrong with config, adapters or output.
     """
-    from largemerge.adapter_tools.merge_config import load_adapter_merge
+    from largemerge.adapter_tools.merge_config import AdapterMergeConfig, load_adapter_merge
 
     options: dict[str, Any] = {"resume": resume, "force": force, "quiet": quiet}
     problems = list(argument_problems({"out": out, **options}))
     try:
-        loaded = load_adapter_merge(config)
+        loaded = config if isinstance(config, AdapterMergeConfig) else load_adapter_merge(config)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     if problems:
@@ -693,6 +695,65 @@ def merge_adapters(
     from largemerge.adapter_tools.merge import merge_adapters as merge_them
 
     return merge_them(loaded, Path(out), **options)
+
+
+@explain_failures()
+def fit_temperature(
+    config: EvaluationSource,
+    model: str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    limit: int | None = None,
+    memory: Memory | None = None,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+) -> TemperatureReport:
+    """Fits one softmax temperature by likelihood on samples, and writes the model with it in its weights.
+
+    Args:
+        config: The path of an EVAL.yaml, a mapping like it, or one that has been read; its samples should be none that
+            the model was made with. Tasks without a likelihood are left out, with a note.
+        model: The model: a folder or Hub id, with `@revision` and `+adapter` if wanted.
+        out: The output folder; new or empty unless `resume` or `force`.
+        device: `auto`, `cpu`, `cuda:0`, …, on which the model is run.
+        limit: Samples of each task, at most.
+        memory: Limits that override those of the configuration.
+        resume: Fit again, and go on with an output that was interrupted.
+        force: Replace what is in `out`, once all is done.
+        quiet: Show no progress.
+
+    Returns:
+        The report; the same is in `out/temperature_report.json`.
+
+    Raises:
+        LargemergeError: If anything is wrong with tasks, model or output, or no temperature is best.
+    """
+    from largemerge.evaluation.config import load_evaluation
+
+    options: dict[str, Any] = {"device": device, "resume": resume, "force": force, "quiet": quiet}
+    problems = list(argument_problems({"model": model, "out": out, "limit": limit, "memory": memory, **options}))
+    try:
+        resolved = load_evaluation(config)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    if problems:
+        raise ConfigError(*problems)
+    if several_processes():
+        raise ConfigError("temperature is for one process; start it without a launcher")
+    if isinstance(config, str | Path):
+        check_apart(Path(config), Path(out))
+    from largemerge.temperature.run import set_temperature
+
+    memory = memory or Memory()
+    return set_temperature(
+        resolved.with_limits(limit, host=memory.host, device=memory.device, disk=memory.disk),
+        str(model),
+        Path(out),
+        max_shard_bytes=DEFAULT_MAX_SHARD_BYTES,
+        **options,
+    )
 
 
 def check_apart(config: Path, out: Path) -> None:

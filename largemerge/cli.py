@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
     from largemerge.regression.gram_run import GramReport
+    from largemerge.temperature.run import TemperatureReport
     from largemerge.trials.results import CompareReport
+
+    OneProcessReport = GramReport | ExtractReport | AdapterMergeReport | TemperatureReport
 
 
 def _size(text: str, option: str) -> int:
@@ -229,25 +232,22 @@ def _merge_adapters(options: argparse.Namespace) -> int:
     from largemerge import api
     from largemerge.adapter_tools.merge_config import load_adapter_merge
 
-    load_adapter_merge(options.config)  # before torch and Transformers are imported, which takes seconds
+    config = load_adapter_merge(options.config)  # before Transformers is imported, which takes seconds
+    api.check_apart(options.config, options.out)
     _quiet_libraries()
-    stage("importing torch")
+    stage("importing Transformers")
     with _importing(options):
         import largemerge.adapter_tools.merge  # noqa: F401
     if options.own_process:
         interrupts.raising()
 
     def work() -> AdapterMergeReport:
-        return api.merge_adapters(
-            options.config, options.out, resume=options.resume, force=options.force, quiet=options.quiet
-        )
+        return api.merge_adapters(config, options.out, resume=options.resume, force=options.force, quiet=options.quiet)
 
     return _reported(options, work, warns=options.quiet)
 
 
-def _reported(
-    options: argparse.Namespace, work: Callable[[], GramReport | ExtractReport | AdapterMergeReport], *, warns: bool
-) -> int:
+def _reported(options: argparse.Namespace, work: Callable[[], OneProcessReport], *, warns: bool) -> int:
     """Does the long work of one process, and shows its report; `warns` prints the warnings in it first."""
     try:
         with output_kept(own_process=options.own_process):
@@ -269,7 +269,7 @@ def _show_report(report: Report, options: argparse.Namespace) -> None:
             print(json_text(report.to_json(), indent=2), flush=True)
         except OSError as error:
             raise LargemergeError(
-                f"{error.filename}: {error.strerror}; the merge is finished, and its report is in {options.out}"
+                f"{error.filename}: {error.strerror}; the work is finished, and its report is in {options.out}"
             ) from error
     elif not options.quiet:
         _print_table(report, stderr=True)
@@ -297,13 +297,14 @@ def _told_to_all(launch: Launch, options: argparse.Namespace) -> Iterator[None]:
 
 def _check_log_file(options: argparse.Namespace) -> None:
     """Refuses a log in the output folder, which would be found not to be empty."""
-    if options.log_file is not None and options.command in ("merge", "gram", "extract-lora", "merge-adapters"):
+    writing = ("merge", "gram", "extract-lora", "merge-adapters", "temperature")
+    if options.log_file is not None and options.command in writing:
         out, log = os.path.realpath(options.out), os.path.realpath(options.log_file)
         if os.path.commonpath([out, log]) == out:
             raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
 
 
-def _print_warnings(plan: Plan | GramReport | ExtractPlan | ExtractReport | AdapterMergeReport) -> None:
+def _print_warnings(plan: Plan | ExtractPlan | OneProcessReport) -> None:
     """Prints the warnings of a plan before the long work, or of a report that has no plan after it."""
     from largemerge.config_file import WARNING
 
@@ -475,6 +476,37 @@ def _evaluate(options: argparse.Namespace) -> int:
     return _show_once(found, launch, options)
 
 
+def _temperature(options: argparse.Namespace) -> int:
+    if read_launch().size > 1:
+        raise ConfigError("temperature is for one process; start it without a launcher")
+    from largemerge import api
+
+    memory = _memory(options)
+    _quiet_libraries()
+    stage("importing torch and Transformers")
+    with _importing(options):
+        import largemerge.temperature.run  # noqa: F401
+        from largemerge.machine import reuse_freed_memory
+    if options.own_process:
+        interrupts.raising()
+    reuse_freed_memory(sparingly=False)
+
+    def work() -> TemperatureReport:
+        return api.fit_temperature(
+            options.config,
+            options.model,
+            options.out,
+            device=options.device,
+            limit=options.limit,
+            memory=memory,
+            resume=options.resume,
+            force=options.force,
+            quiet=options.quiet,
+        )
+
+    return _reported(options, work, warns=options.quiet)
+
+
 def _compare(options: argparse.Namespace) -> int:
     launch = read_launch()
     with _told_to_all(launch, options):
@@ -547,6 +579,7 @@ COMMANDS = {
     "gram": _gram,
     "extract-lora": _extract_lora,
     "merge-adapters": _merge_adapters,
+    "temperature": _temperature,
     "verify": _verify,
     "evaluate": _evaluate,
     "compare": _compare,
@@ -819,6 +852,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_memory_options(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print what was found as JSON")
     _add_log_options(evaluate).add_argument("--quiet", action="store_true", help="no progress")
+    temperature = commands.add_parser(
+        "temperature", help="fit one softmax temperature by likelihood, and write the model with it"
+    )
+    temperature.add_argument("config", type=Path, metavar="EVAL", help="a YAML file of tasks, of samples held out")
+    temperature.add_argument("model", metavar="MODEL", help="a folder or Hub id, with +adapter if wanted")
+    temperature.add_argument("out", type=Path, metavar="OUT", help="the output folder, new or empty")
+    temperature.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
+    temperature.add_argument("--limit", type=_whole, metavar="N", help="at most N samples of each task")
+    _add_memory_options(temperature)
+    temperature.add_argument("--resume", action="store_true", help="fit again, and go on with an interrupted output")
+    temperature.add_argument("--force", action="store_true", help="replace what is in OUT, once all is done")
+    temperature.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_log_options(temperature).add_argument("--quiet", action="store_true", help="no progress, no report")
     compare = commands.add_parser("compare", help="merge by several methods or settings, and keep the best")
     compare.add_argument("config", type=Path, help="a YAML file")
     compare.add_argument(

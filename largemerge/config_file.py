@@ -608,7 +608,7 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
         if nested is None:
             return []
         model = nested
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

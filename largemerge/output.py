@@ -55,6 +55,8 @@ PAGE_FILE = "merge_report.html"
 """The page that shows it, if somebody has asked for one."""
 EVALUATION_FILES = ("evaluation.json", "evaluation.csv", "evaluation.html")
 """What an evaluation of the merge has found, if there was one."""
+TEMPERATURE_FILE = "temperature_report.json"
+"""What has been found of a model that was written with another temperature."""
 _SIDE_FOLDER, _FINISHING = "side", "finishing"
 _ALWAYS_WRITTEN = ("config.json", "README.md", "largemerge_config.yaml", "model.safetensors.index.json", REPORT_FILE)
 _WORKING_FILES = ("manifest.json", "journal.jsonl", "lock", _FINISHING)
@@ -270,7 +272,7 @@ class OutputFolder:
         if self.replaces:
             names = {shard.file_name for shard in shards}
             remove(self.path, {self.path / name for name in names if not (self.working / name).exists()})
-            for name in (PAGE_FILE, *EVALUATION_FILES):  # they show the earlier merge
+            for name in (PAGE_FILE, *EVALUATION_FILES, TEMPERATURE_FILE):  # they show the earlier merge
                 (self.path / name).unlink(missing_ok=True)
         for shard in shards:
             if self._place(self.working, shard) != self.path / shard.file_name:
@@ -383,10 +385,8 @@ class InputWatch:
             if not file.is_file() or digest_of_file(file) != self.digests[name]:
                 changed.append(str(file))
         if changed:
-            told = [
-                f"{file} has changed, or was deleted, while it was being merged" for file in changed[:_MAX_PROBLEMS]
-            ]
-            raise MergeError(*advised(told, "what was merged may be of both; start afresh with --force"))
+            told = [f"{file} has changed, or was deleted, while it was being read" for file in changed[:_MAX_PROBLEMS]]
+            raise MergeError(*advised(told, "the output may be of both; start afresh with --force"))
 
 
 def rehearse(
@@ -536,7 +536,7 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
     if goes_on and not _read_manifest(working / "manifest.json")["replaces"]:  # an earlier checkpoint is no stranger
         _check_strangers(path, [])
     if resume and not begun and others:
-        state = "holds no merge to resume"
+        state = "holds nothing to resume"
         if (path / REPORT_FILE).exists():
             state = "holds a finished merge"
             if working.exists():
@@ -544,7 +544,7 @@ def check_output(path: Path, inputs: list[Path], *, resume: bool, force: bool) -
                     clean_up(working)
         raise OutputError(f"{path} {state} (found {others[:5]}); choose another folder, or --force to replace it")
     if not resume and not force and begun:
-        raise OutputError(f"{path} holds an unfinished merge; --resume goes on with it, --force starts afresh")
+        raise OutputError(f"{path} holds an unfinished run; --resume goes on with it, --force starts afresh")
     if not resume and not force and others:
         raise OutputError(f"{path} is not empty (found {others[:5]}); choose another folder, or --force to replace it")
 
@@ -627,9 +627,9 @@ def check_no_input(path: Path, inputs: list[Path], *, force: bool) -> None:
         if resolved / WORKING_FOLDER in folder.resolve().parents:
             continue  # made for this very merge
         if _is_same(resolved, folder) or (resolved in folder.resolve().parents and force):
-            raise OutputError(f"{path} holds an input of this merge ({folder}); choose another output folder")
+            raise OutputError(f"{path} holds an input ({folder}); choose another output folder")
         if folder.resolve() in resolved.parents:
-            raise OutputError(f"{path} lies in an input of this merge ({folder}); choose an output folder outside it")
+            raise OutputError(f"{path} lies in an input ({folder}); choose an output folder outside it")
 
 
 def _is_same(path: Path, folder: Path) -> bool:
@@ -652,7 +652,7 @@ def _locked(working: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{working.parent}: another process is merging into this folder right now") from None
+            raise OutputError(f"{working.parent}: another process is writing into this folder right now") from None
         yield
 
 

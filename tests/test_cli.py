@@ -100,7 +100,7 @@ def broken(name: str, case: Case) -> list[object]:
         ("no such device", "--device warp"),
         ("no size", "--max-shard-size '5 apples'"),
         ("output in the way", "notes.txt"),
-        ("output is an input", "holds an input of this merge"),
+        ("output is an input", "holds an input"),
     ],
 )
 def test_mistakes_exit_with_2_and_no_traceback(command: Command, case: Case, name: str, mentions: str) -> None:

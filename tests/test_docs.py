@@ -455,7 +455,9 @@ def test_every_method_is_explained_with_its_parameters() -> None:
         assert told == {key: None if value is REQUIRED else value for key, value in defaults.items()}, name
 
 
-@pytest.mark.parametrize("function", [largemerge.merge, largemerge.plan, largemerge.extract_lora])
+@pytest.mark.parametrize(
+    "function", [largemerge.merge, largemerge.plan, largemerge.extract_lora, largemerge.fit_temperature]
+)
 def test_the_arguments_of_these_functions_are_told(function: Callable[..., Any]) -> None:
     text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
     section = text.partition(f"\n## `{function.__name__}(")[2].partition("\n## ")[0]

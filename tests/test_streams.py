@@ -66,7 +66,7 @@ def test_a_report_that_cannot_be_printed_is_in_the_output(
         monkeypatch.setattr(sys, "stdout", full)
         assert exit_code("merge", case.folder / "config.yaml", case.folder / "full", "--json", "--quiet") == 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
-    assert "the merge is finished, and its report is in" in capfd.readouterr().err
+    assert "the work is finished, and its report is in" in capfd.readouterr().err
     assert (case.folder / "full" / "merge_report.json").exists()
 
 

@@ -24,7 +24,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from largemerge.adapter_tools.factor_methods import FACTOR_DTYPE, METHODS, Scaled, merged_rank, squared_error
+from largemerge.adapter_tools.factor_methods import (
+    FACTOR_DTYPE,
+    METHODS,
+    Scaled,
+    merge_factors,
+    merged_rank,
+    squared_error,
+)
 from largemerge.adapter_tools.folder import (
     CARD_FILE,
     REPORT_FILES,
@@ -53,7 +60,6 @@ from largemerge.text_files import json_text
 from largemerge.units import counted, duration, gib
 
 REPORT_FILE = REPORT_FILES[1]
-_DEFAULT_DENSITY = 0.5
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Settings that decide which modules peft adapts."""
 
@@ -109,7 +115,9 @@ class AdapterMergeReport:
         out: The output folder.
         method: Name of the method.
         weights: Weight of every adapter, by reference.
+        parameters: All parameters of the method, but for its rank.
         rank: Rank of the result.
+        kept: Share of ‖ΔW‖² of the merge that this rank keeps.
         errors: Path of a module → ‖B A - Σ w ΔW‖ / ‖Σ w ΔW‖, as written; `None` where the sum is zero.
         relative_error: The same, of all modules together.
         notes: What a user should know; warnings begin with `warning: `.
@@ -120,7 +128,9 @@ class AdapterMergeReport:
     out: Path
     method: str
     weights: Mapping[str, float]
+    parameters: Mapping[str, Any]
     rank: int
+    kept: float
     errors: Mapping[str, float | None]
     relative_error: float
     notes: Sequence[str]
@@ -133,7 +143,9 @@ class AdapterMergeReport:
             "versions": versions(),
             "merge_method": self.method,
             "weights": dict(self.weights),
+            "parameters": dict(self.parameters),
             "rank": self.rank,
+            "kept": self.kept,
             "relative_error": self.relative_error,
             "modules": {path: {"relative_error": error} for path, error in self.errors.items()},
             "notes": list(self.notes),
@@ -154,6 +166,8 @@ class AdapterMergeReport:
         table.add_row(
             "result", f"{METHODS[self.method].title}; rank {self.rank}, {counted(len(self.errors), 'module')}"
         )
+        if "rank" in METHODS[self.method].parameters:
+            table.add_row("kept", f"{self.kept:.2%} of ‖ΔW‖² of the merge, by its rank")
         table.add_row("error", f"{self.relative_error:.2g} of ‖Σ w ΔW‖, against the weighted sum, as written")
         table.add_row("disk", f"{gib(self.num_bytes)} written")
         table.add_row("time", duration(self.seconds))
@@ -181,7 +195,7 @@ def merge_adapters(
         tensors[up] = OutputTensor(dtype, (module.outputs, module.rank))
     shard = layout_file(WEIGHTS_FILE, tensors)
     check_room(out, shard)
-    notes = list(dict.fromkeys(_notes(adapters, modules)))
+    notes = list(dict.fromkeys([*_notes(adapters, modules), *_undivided(config)]))
     rank = max(module.rank for module in modules)
     tell(console, f"{counted(len(modules), 'module')} at rank {rank}: adapter of {gib(shard.num_bytes)}")
     for note in notes:
@@ -202,11 +216,14 @@ def merge_adapters(
         watch.check()
         squares = {path: (folder.entries[path]["error"], folder.entries[path]["wanted"]) for path in parts}
         total = math.fsum(wanted for _, wanted in squares.values())
+        whole = math.fsum(folder.entries[path]["square"] for path in parts)
         report = AdapterMergeReport(
             out=out,
             method=config.merge_method,
             weights={adapter.name: adapter.weight for adapter in adapters},
+            parameters={name: value for name, value in _parameters(config).items() if name != "rank"},
             rank=rank,
+            kept=math.fsum(folder.entries[path]["kept"] for path in parts) / whole if whole else 1.0,
             errors={path: math.sqrt(error / wanted) if wanted else None for path, (error, wanted) in squares.items()},
             relative_error=math.sqrt(math.fsum(error for error, _ in squares.values()) / total) if total else 0.0,
             notes=notes,
@@ -341,7 +358,7 @@ def plan_modules(config: AdapterMergeConfig, adapters: Sequence[OpenAdapter]) ->
     if unlike:
         raise ConfigError(
             f"merge_method: {config.merge_method} adds A to A and B to B, and the adapters have other ranks in "
-            f"{list_kinds(unlike)}; expected one rank, or cat or svd, which take any"
+            f"{list_kinds(unlike)}; expected one rank, or cat, svd or knots, which take any"
         )
     return modules
 
@@ -387,12 +404,25 @@ def _notes(adapters: Sequence[OpenAdapter], modules: Sequence[Module]) -> Iterat
             yield f"adapter_config.json: {key} is {' and '.join(sorted(values))}; that of {adapters[0].name} is kept"
 
 
+def _undivided(config: AdapterMergeConfig) -> Iterator[str]:
+    """Yields that weights which add up to 0 divide nothing."""
+    weights = [entry.parameters.weight for entry in config.models]
+    if _parameters(config).get("normalize") and abs(sum(weights)) < 1e-8:
+        told = ", ".join(f"{weight:g}" for weight in weights)
+        yield f"warning: weight: {told} add up to 0: where all adapters agree, the sum is not divided by it"
+
+
 def _files(adapter: OpenAdapter) -> list[Path]:
     files = {info.file for info in adapter.own.tensors.values()}
     return [adapter.own.folder / CONFIG_FILE, *sorted(files)]
 
 
 # The work
+
+
+def _parameters(config: AdapterMergeConfig) -> dict[str, Any]:
+    """All parameters of the method, those that are not given with their defaults."""
+    return {**METHODS[config.merge_method].parameters, **config.parameters.given()}
 
 
 def _write_all(
@@ -404,8 +434,7 @@ def _write_all(
     writer: ShardWriter,
 ) -> Iterator[str]:
     """Merges and writes modules, one after the other; yields their paths."""
-    method = METHODS[config.merge_method]
-    density = config.parameters.density if config.parameters.density is not None else _DEFAULT_DENSITY
+    parameters = _parameters(config)
     with ExitStack() as stack:
         readers = [stack.enter_context(CheckpointReader(adapter.own)) for adapter in adapters]
         for module in modules:
@@ -413,12 +442,14 @@ def _write_all(
                 Scaled(
                     reader.read(pair.down).to(FACTOR_DTYPE),
                     reader.read(pair.up).to(FACTOR_DTYPE),
-                    adapter.weight * pair.scale,
+                    pair.scale,
+                    adapter.weight,
                 )
                 for adapter, reader in zip(adapters, readers, strict=True)
                 if (pair := adapter.factors.get(module.path)) is not None
             ]
-            down, up = (each.to(dtype).contiguous() for each in method.merge(parts, module.rank, density))
+            merged = merge_factors(config.merge_method, parts, module.rank, parameters)
+            down, up = (each.to(dtype).contiguous() for each in (merged.down, merged.up))
             for name, tensor in zip(module.names, (down, up), strict=True):
                 try:
                     writer.write(name, tensor)
@@ -426,7 +457,8 @@ def _write_all(
                     advice = "dtype: float32 holds larger numbers" if dtype != torch.float32 else "use smaller weights"
                     raise MergeError(f"{name} {error}; {advice}") from None
             error_square, wanted = squared_error((down.to(FACTOR_DTYPE), up.to(FACTOR_DTYPE)), parts)
-            finish_part(module.path, module.names, {"error": error_square, "wanted": wanted}, folder, writer)
+            measured = {"error": error_square, "wanted": wanted, "kept": merged.kept_square, "square": merged.square}
+            finish_part(module.path, module.names, measured, folder, writer)
             yield module.path
 
 

@@ -22,6 +22,7 @@ from largemerge.checkpoint.locate import Reference
 from largemerge.config_file import (
     DtypeName,
     Strict,
+    Truth,
     check_source,
     explain,
     read_yaml,
@@ -31,7 +32,7 @@ from largemerge.config_file import (
 )
 from largemerge.errors import ConfigError
 
-MethodName = Literal["cat", "svd", "linear", "ties"]
+MethodName = Literal["cat", "svd", "linear", "ties", "knots"]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -55,9 +56,18 @@ class SharedParameters(Strict):
     """What is set for the method."""
 
     rank: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
-    """Rank of the result, of `svd`; by default the largest of the adapters'."""
+    """Rank of the result; by default the largest of the adapters' for `svd`, that of the whole merge for `knots`."""
     density: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of elements that `ties` keeps of each factor; by default 0.5."""
+    """Share of elements that are kept: of each factor by `ties`, 0.5 by default; of each adapter's coordinates by
+    `knots`, all by default."""
+    normalize: Truth | None = None
+    """Whether `knots` divides by the sum of the weights of the adapters that agree; on by default."""
+    lambda_: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None = Field(None, alias="lambda")
+    """Factor of the whole merge by `knots`; by default 1."""
+
+    def given(self) -> dict[str, Any]:
+        """The parameters that are set, by the names of the file."""
+        return {name: value for name, value in self.model_dump(by_alias=True).items() if value is not None}
 
 
 class AdapterMergeConfig(Strict):
@@ -118,11 +128,15 @@ def load_adapter_merge(source: str | Path | Mapping[str, Any]) -> AdapterMergeCo
 
 
 def _misfits(config: AdapterMergeConfig) -> Iterator[str]:
-    """Yields parameters that the method does not take."""
-    for name in ("rank", "density"):
-        if getattr(config.parameters, name) is not None and name not in METHODS[config.merge_method].parameters:
+    """Yields parameters that the method does not take, and what makes all of the result 0."""
+    for name in config.parameters.given():
+        if name not in METHODS[config.merge_method].parameters:
             takers = [method for method, each in METHODS.items() if name in each.parameters]
             yield f"parameters.{name}: {config.merge_method} has none; expected with {', '.join(takers)}"
+    if config.parameters.lambda_ == 0:
+        yield "parameters.lambda: 0: nothing of any adapter would be in the output; expected another number"
+    if not any(each.parameters.weight for each in config.models):
+        yield "models: weight: 0 for every adapter: nothing of any would be in the output; expected another number"
 
 
 def _absolute(reference: str, folders: list[Path]) -> str:

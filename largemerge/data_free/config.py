@@ -305,6 +305,8 @@ def load_data_free(
         problems.append(
             f"sequence: is for regression methods{named}; {raw['merge_method']} keeps no sums: leave it out"
         )
+    if raw.get("candidates") in ([], ()):
+        problems.append("candidates: an empty list; expected models, or no 'candidates' for all models but the base")
     try:
         config = DataFreeConfig.model_validate_json(to_json(_without_nulls(raw)))
     except pydantic.ValidationError as error:

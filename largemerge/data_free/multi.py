@@ -259,7 +259,7 @@ def _check(
             _check_target(target, out)
     inside = out / WORKING_FOLDER / INTERMEDIATE_FOLDER
     if inside.exists() and not (resume or force):
-        raise OutputError(f"{out} holds an unfinished merge; --resume goes on with it, --force starts afresh")
+        raise OutputError(f"{out} holds an unfinished run; --resume goes on with it, --force starts afresh")
     check_output(out, inputs, resume=resume, force=force)
     if inside.exists() and not resume:
         shutil.rmtree(inside)

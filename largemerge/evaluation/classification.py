@@ -7,7 +7,7 @@ by cosine. So the paper of RegMean++ (arXiv 2508.03121) evaluates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ from largemerge.evaluation.table import (
 )
 from largemerge.evaluation.task import (
     FirstPass,
+    Logits,
     Pixels,
     Prepared,
     Record,
@@ -85,6 +86,7 @@ def image_classification(
         score=lambda _: _by_logits(labels),
         finish=columns_of,
         metrics=(ACCURACY,),
+        logits=lambda _: _logits_of(labels, lambda output: output.logits),
     )
 
 
@@ -152,6 +154,16 @@ def _by_logits(labels: Sequence[float], *, one_output: bool = False) -> Score:
     return score
 
 
+def _logits_of(labels: Sequence[float], read: Callable[[Any], torch.Tensor]) -> Logits:
+    """Reads one row of logits for each sample, and its label."""
+
+    def logits(output: Any, batch: Batch, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for row, sample in zip(read(output).float(), samples, strict=True):
+            yield row[None], torch.tensor([int(labels[sample.row])], device=row.device)
+
+    return logits
+
+
 def _records(
     samples: Sequence[Sample], labels: Sequence[float], found_N: torch.Tensor, *, finite: bool
 ) -> list[Record]:
@@ -217,6 +229,7 @@ def text_classification(
         score=lambda _: _by_logits(labels, one_output=one_output),
         finish=columns_of,
         metrics=(metric,) if metric is ACCURACY or one_output else (metric, ACCURACY),
+        logits=None if one_output else lambda _: _logits_of(labels, lambda output: output.logits),
     )
 
 
@@ -272,15 +285,26 @@ def zero_shot(
     samples = _image_samples(task, table, view, shared.signature(view))
     first = _prototypes(prompts, text_view, table, shared)
 
+    def cosines(output: Any, prototypes_CD: torch.Tensor) -> torch.Tensor:
+        images_ND = _embeds(output, "image_embeds").float()
+        return images_ND @ prototypes_CD.to(images_ND.device).T
+
     def score_with(prototypes_CD: torch.Tensor) -> Score:
         def score(output: Any, batch: Batch, group: Sequence[Sample]) -> list[Record]:
-            images_ND = _embeds(output, "image_embeds").float()
-            similar_NC = images_ND @ prototypes_CD.to(images_ND.device).T
+            similar_NC = cosines(output, prototypes_CD)
             return _records(group, labels, similar_NC.argmax(dim=1), finite=bool(similar_NC.isfinite().all()))
 
         return score
 
-    return Prepared(view=view, samples=samples, score=score_with, finish=columns_of, metrics=(ACCURACY,), first=first)
+    return Prepared(
+        view=view,
+        samples=samples,
+        score=score_with,
+        finish=columns_of,
+        metrics=(ACCURACY,),
+        first=first,
+        logits=lambda prototypes: _logits_of(labels, lambda output: cosines(output, prototypes)),
+    )
 
 
 def _embeds(output: Any, name: str) -> torch.Tensor:

@@ -97,6 +97,20 @@ def evaluate_models(
         )
 
 
+def run_jobs(config: EvaluationConfig, jobs: Sequence[Job], *, device: str = "auto", quiet: bool = True) -> list[Score]:
+    """Runs jobs that are prepared, in this process.
+
+    Args:
+        config: The evaluation.
+        jobs: Tasks with their models.
+        device: `auto`, `cpu`, `cuda:0`, ….
+        quiet: Show no progress.
+    """
+    with start_ranks(on_gpus=device != "cpu") as ranks:
+        limits = _limits(config, device_of_rank(device, ranks), ranks)
+        return _Run(config, limits, ranks, quiet=quiet).run(jobs)
+
+
 def _limits(config: EvaluationConfig, device: torch.device, ranks: Ranks) -> Limits:
     """What may be held, beside what the process holds already."""
     memory, held = config.memory, memory_in_use(device).host_anonymous

@@ -8,7 +8,7 @@ generation        the likeliest token after the other; what is written, or what 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,16 +44,16 @@ ACCURACY_BY_LENGTH = Metric("accuracy_by_length", mean_of("correct_by_length"))
 EXACT_MATCH = Metric("exact_match", mean_of("correct"))
 
 
-def token_scores(output: Any, batch: Batch, samples: Sequence[Sample]) -> list[Record]:
-    """Sums the losses of each sequence over its tokens that count.
+def counted_logits(output: Any, batch: Batch, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields of each sequence the logits that predict tokens that count, and these tokens.
 
     Args:
         output: What the model's forward returns, with `logits` `[B, T, V]`.
         batch: The forward arguments, and the loss mask `[B, T]`.
         samples: The sequences.
 
-    Returns:
-        Of each sequence `loss` in nats, `tokens`, and `correct`, the number of tokens that were the likeliest.
+    Yields:
+        Logits `[N, V]`, float32, and tokens `[N]`, on the device of the logits; N may be 0.
     """
     decoder = "decoder_input_ids" in batch.inputs
     prefix = "decoder_" if decoder else ""
@@ -63,19 +63,27 @@ def token_scores(output: Any, batch: Batch, samples: Sequence[Sample]) -> list[R
     counts = counts if attention is None else attention != 0
     if batch.loss_mask is not None:
         counts = counts & batch.loss_mask
-    records: list[Record] = []
     for row in range(len(samples)):
         places = counts[row, 1:].nonzero()[:, 0]
-        if not len(places):
-            records.append({"loss": 0.0, "tokens": 0, "correct": 0})
-            continue
         logits = output.logits[row]
         # Models of images and text have more rows of logits than tokens only where places of images are written out.
-        logits_NV = logits[places.to(logits.device)].float()
-        wanted = ids[row, 1:][places].to(logits.device)
+        yield logits[places.to(logits.device)].float(), ids[row, 1:][places].to(logits.device)
+
+
+def token_scores(output: Any, batch: Batch, samples: Sequence[Sample]) -> list[Record]:
+    """Sums the losses of each sequence over its tokens that count; arguments as in `counted_logits`.
+
+    Returns:
+        Of each sequence `loss` in nats, `tokens`, and `correct`, the number of tokens that were the likeliest.
+    """
+    records: list[Record] = []
+    for logits_NV, wanted in counted_logits(output, batch, samples):
+        if not len(wanted):
+            records.append({"loss": 0.0, "tokens": 0, "correct": 0})
+            continue
         losses = torch.nn.functional.cross_entropy(logits_NV, wanted, reduction="none")
         right = logits_NV.argmax(dim=1) == wanted
-        records.append({"loss": float(losses.double().sum()), "tokens": len(places), "correct": int(right.sum())})
+        records.append({"loss": float(losses.double().sum()), "tokens": len(wanted), "correct": int(right.sum())})
     return records
 
 
@@ -151,6 +159,7 @@ def _prepared(files: ModelFiles, samples: Samples) -> Prepared:
         score=lambda _: token_scores,
         finish=columns_of,
         metrics=(LOSS, PERPLEXITY, TOKEN_ACCURACY),
+        logits=lambda _: counted_logits,
     )
 
 

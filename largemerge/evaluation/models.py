@@ -220,6 +220,7 @@ class OpenedModel:
         mapping: How its tensors map to the class's parameters.
         lacking: Parameters outside the blocks that no file has, such as a pooler that nobody trained. They are NaN, so
             that a result which needs them is not finite.
+        factors: Factors of parameters, by their own names, in their stored dtype; as if the files held them so.
     """
 
     files: ModelFiles
@@ -227,6 +228,7 @@ class OpenedModel:
     skeleton: Skeleton
     mapping: KeyMapping
     lacking: frozenset[str]
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, files: ModelFiles) -> OpenedModel:
@@ -276,6 +278,7 @@ class OpenedModel:
         canonical = {name: self.mapping.canonical(name) for name in names}
         stored = dict.fromkeys(own for own in canonical.values() if own not in self.lacking)
         loaded = self.mapping.load(self.skeleton.model, list(stored), reader.read)
+        loaded |= {own: loaded[own] * self.factors[own] for own in stored if own in self.factors}
         lacking = [own for own in canonical.values() if own in self.lacking]
         if lacking:
             shapes = self.skeleton.model.state_dict()

@@ -164,7 +164,7 @@ class ByBlock:
         """See `RunningModel`."""
         model, device = self._model, self._limits.device
         skeleton = model.skeleton
-        trace = trace_model(skeleton, outline_of(batches), _examples(model, batches), model.name)
+        trace = trace_model(skeleton, outline_of(batches), examples_of(model, batches), model.name)
         runner = BlockRunner(
             skeleton=skeleton,
             trace=trace,
@@ -248,7 +248,7 @@ def outline_of(batches: Sequence[Batch]) -> dict[str, tuple[tuple[int, ...], tor
     return outline
 
 
-def _examples(model: OpenedModel, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+def examples_of(model: OpenedModel, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
     """Integers of the first samples where images stand beside tokens: places of image tokens cannot be made up."""
     inputs = batches[0].inputs
     if not any(tensor.is_floating_point() for tensor in inputs.values()) or "input_ids" not in inputs:

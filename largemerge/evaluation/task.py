@@ -27,6 +27,8 @@ Columns = Mapping[str, np.ndarray]
 """Numbers by name, `[samples]` each."""
 Score = Callable[[Any, Batch, Sequence[Sample]], list[Record]]
 """Reads a model's output on a batch; returns a record for each of its sequences."""
+Logits = Callable[[Any, Batch, Sequence[Sample]], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+"""Reads a model's output on a batch; yields of each of its sequences logits `[N, V]` and the right classes `[N]`."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,8 @@ class Prepared:
         first: The pass that has to come first.
         generating: How answers are written; `None` where nothing is.
         remark: Says what a user should know of columns; an empty text where that is nothing.
+        logits: Reads the logits behind an output, for which the softmax is a likelihood; given the result of the first
+            pass; `None` where a task has no such thing.
     """
 
     view: ModelFiles
@@ -205,6 +209,7 @@ class Prepared:
     first: FirstPass | None = None
     generating: Generating | None = None
     remark: Callable[[Columns], str] = lambda _: ""
+    logits: Callable[[Any], Logits] | None = None
 
 
 def columns_of(records: Mapping[int, Record]) -> Columns:

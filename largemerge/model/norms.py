@@ -46,6 +46,13 @@ def is_norm(module: nn.Module) -> bool:
     return found_NI.shape == x_NI.shape and torch.allclose(found_NI, expected_NI, rtol=1e-4, atol=1e-5)
 
 
+def scales_by_weight(module: nn.Module) -> bool:
+    """Whether a norm multiplies by its weight alone, not as Gemma does by 1 + w."""
+    size = module.get_parameter("weight").shape[0]
+    x_NI = torch.randn(_PROBED_ROWS, size, generator=torch.Generator().manual_seed(size))
+    return not bool(_compute(module, x_NI, torch.zeros(size)).any())
+
+
 def normalized(module: nn.Module, x_NI: torch.Tensor) -> torch.Tensor:
     """Computes x̂ `[N, I]` in float32.
 

@@ -404,7 +404,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--targets", "("], "neither a name nor a regular expression"),
         (["--targets", "embed_tokens"], "model.embed_tokens is no linear but a Embedding"),
         (["--resume", "--force"], "expected one of them"),
-        (["--resume"], "holds no merge to resume"),
+        (["--resume"], "holds nothing to resume"),
     ],
 )
 def test_options_that_are_none(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import data_free_reference as reference
 import peft
 import pytest
 import tiny_models
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 import largemerge
 from largemerge import CheckpointError, ConfigError, OutputError
-from largemerge.adapter_tools.factor_methods import METHODS, Scaled, squared_error
+from largemerge.adapter_tools.factor_methods import METHODS, Scaled, merge_factors, squared_error
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "merge_adapters_report.json"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -127,6 +128,85 @@ def test_linear_and_ties_are_those_of_peft(method: str, options: dict[str, float
     assert report.relative_error > 0.1  # which is not the weighted sum
 
 
+def dense_knots(
+    base: PreTrainedModel, folder: Path, weights: list[float], options: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """KnOTS of the adapters' ΔW, dense and in float64, by name of the weight; zeros where no adapter has one."""
+    all_deltas = [deltas(base, folder / str(index)) for index in range(len(weights))]
+    settings = {"normalize": options.get("normalize", True), "scale": options.get("lambda", 1.0)}
+    found = {}
+    for key in all_deltas[0]:
+        having = [(each[key], weight) for each, weight in zip(all_deltas, weights, strict=True) if each[key].any()]
+        if not having:
+            found[key] = torch.zeros_like(all_deltas[0][key])
+            continue
+        some, own = zip(*having, strict=True)
+        turned = [delta.T for delta in some] if base.config.model_type == "gpt2" else list(some)
+        merged = reference.knots(turned, list(own), [options.get("density", 1.0)] * len(own), **settings)
+        found[key] = merged.T if base.config.model_type == "gpt2" else merged
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name", "weights", "options"),
+    [
+        (("plain", "rslora", "wide"), "llama", [0.7, -0.4, 1.5], {"density": 0.3, "normalize": False, "lambda": 0.6}),
+        (("patterns", "wide"), "llama", [1.0, 1.0], {"density": 0.2}),
+        (("plain", "rslora"), "gpt2", [2.0, 1.0], {}),
+    ],
+)
+def test_knots_is_that_of_whole_models(
+    kinds: tuple[str, ...], name: str, weights: list[float], options: dict[str, Any], tmp_path: Path
+) -> None:
+    base = write_adapters(tmp_path, *kinds, name=name)
+    report = largemerge.merge_adapters(config_of(tmp_path, "knots", weights, **options), tmp_path / "out")
+    found, wanted = deltas(base, tmp_path / "out"), dense_knots(base, tmp_path, weights, options)
+    assert report.kept == pytest.approx(1, abs=1e-12) and report.relative_error > 0.01
+    assert sum(bool(tensor.any()) for tensor in wanted.values()) >= 4
+    for key, tensor in wanted.items():
+        assert torch.allclose(found[key], tensor, atol=5e-6), key
+    # and of `largemerge merge`, which merges the models that the adapters make
+    base.float().save_pretrained(tmp_path / "base")
+    models = [
+        {"model": f"{tmp_path / 'base'}+{tmp_path / str(index)}", "parameters": {"weight": weight}}
+        for index, weight in enumerate(weights)
+    ]
+    whole = {"merge_method": "knots", "base_model": str(tmp_path / "base"), "models": models, "parameters": options}
+    largemerge.merge(whole, tmp_path / "whole")
+    merged, before = (type(base).from_pretrained(tmp_path / each).state_dict() for each in ("whole", "base"))
+    for key, tensor in merged.items():
+        assert torch.allclose(tensor - before[key], found[key].float(), atol=1e-4), key
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_rank_cuts_knots_to_the_best_of_it(rank: int, tmp_path: Path) -> None:
+    base, options = write_adapters(tmp_path, "plain", "wide"), {"rank": rank, "density": 0.5}
+    report = largemerge.merge_adapters(config_of(tmp_path, "knots", [1, 1], **options), tmp_path / "out")
+    found, wanted = deltas(base, tmp_path / "out"), dense_knots(base, tmp_path, [1, 1], options)
+    kept, squares = 0.0, 0.0
+    for key, tensor in wanted.items():
+        if tensor.any():
+            u, s, vh = torch.linalg.svd(tensor)
+            assert torch.allclose(found[key], (u[:, :rank] * s[:rank]) @ vh[:rank], atol=5e-6), key
+            kept, squares = kept + s[:rank].square().sum().item(), squares + s.square().sum().item()
+    assert report.kept == pytest.approx(kept / squares) and 0.1 < report.kept < 1
+    assert report.rank == rank and f"{report.kept:.2%} of ‖ΔW‖²" in str(report)
+
+
+def test_knots_where_factors_have_less_than_their_rank() -> None:
+    torch.manual_seed(1)
+    parameters = METHODS["knots"].parameters
+    low = torch.randn(7, 1).double()
+    twice = Scaled(torch.randn(3, 5).double(), low.repeat(1, 3), 0.5)
+    merged = merge_factors("knots", [twice, twice], 5, parameters)
+    assert merged.down.shape == (5, 5) and merged.up.shape == (7, 5)  # more than the outputs and inputs allow is zeros
+    assert torch.allclose(merged.up @ merged.down, 0.5 * twice.up @ twice.down)
+    row = [Scaled(torch.randn(2, 9).double(), torch.randn(1, 2).double(), 1.0) for _ in range(2)]
+    wanted = reference.knots([each.up @ each.down for each in row], density=[0.4, 0.4])
+    merged = merge_factors("knots", row, 1, {**parameters, "density": 0.4})
+    assert torch.allclose(merged.up @ merged.down, wanted)
+
+
 def test_a_module_that_an_adapter_lacks_counts_as_zero_and_is_told(tmp_path: Path) -> None:
     write_adapters(tmp_path, "plain", "wide")
     report = largemerge.merge_adapters(config_of(tmp_path, "svd", [1, 1]), tmp_path / "out")
@@ -141,18 +221,25 @@ def test_a_module_that_an_adapter_lacks_counts_as_zero_and_is_told(tmp_path: Pat
 @pytest.mark.parametrize("method", METHODS)
 def test_properties(method: str) -> None:
     torch.manual_seed(0)
-    parts = [Scaled(torch.randn(2, 5).double(), torch.randn(7, 2).double(), factor) for factor in (0.5, 2.0)]
-    merge = METHODS[method].merge
-    one = merge(parts[:1], 2, 1.0)
-    assert torch.allclose(one[1] @ one[0], 0.5 * parts[0].up @ parts[0].down)  # one adapter is itself, times its weight
-    there, back = merge(parts, 4, 1.0), merge(parts[::-1], 4, 1.0)
-    assert torch.allclose(there[1] @ there[0], back[1] @ back[0])  # order does not matter
+    parts = [Scaled(torch.randn(2, 5).double(), torch.randn(7, 2).double(), 0.5, factor) for factor in (1.0, 4.0)]
+    parameters = {**METHODS[method].parameters, **({"density": 1.0} if method == "ties" else {})}
+
+    def merge(some: list[Scaled], rank: int) -> torch.Tensor:
+        merged = merge_factors(method, some, rank, parameters)
+        return merged.up @ merged.down
+
+    alone = 0.5 * parts[0].up @ parts[0].down
+    assert torch.allclose(merge(parts[:1], 2), alone)  # one adapter is itself, times its weight
+    there = merge(parts, 4)
+    assert torch.allclose(there, merge(parts[::-1], 4))  # order does not matter
     wanted = sum(part.factor * part.up @ part.down for part in parts)
-    error, square = squared_error(there, parts)
-    assert error == pytest.approx((there[1] @ there[0] - wanted).square().sum().item(), abs=1e-12)
+    merged = merge_factors(method, parts, 4, parameters)
+    error, square = squared_error((merged.down, merged.up), parts)
+    assert error == pytest.approx((there - wanted).square().sum().item(), abs=1e-12)
     assert square == pytest.approx(wanted.square().sum().item())  # type: ignore[union-attr]
+    assert merged.square == pytest.approx(there.square().sum().item()) == pytest.approx(merged.kept_square)
     zeros = [Scaled(torch.zeros(1, 3).double(), torch.zeros(1, 1).double(), 1.0)]
-    assert not (merge(zeros, 1, 1.0)[1] @ merge(zeros, 1, 1.0)[0]).any()
+    assert not merge(zeros, 1).any()
 
 
 def test_largemerge_itself_reads_the_result(tmp_path: Path) -> None:
@@ -193,8 +280,12 @@ def test_kinds_that_factors_do_not_tell_are_refused_by_name(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"merge_method": "slerp"}, "expected one of cat, svd, linear, ties, found 'slerp'"),
-        ({"merge_method": "cat", "parameters": {"rank": 4}}, "parameters.rank: cat has none; expected with svd"),
+        ({"merge_method": "slerp"}, "expected one of cat, svd, linear, ties, knots, found 'slerp'"),
+        ({"merge_method": "cat", "parameters": {"rank": 4}}, "parameters.rank: cat has none; expected with svd, knots"),
+        ({"parameters": {"lambda": 2, "normalise": True}}, "did you mean 'normalize'?"),
+        ({"parameters": {"lambda": 2}}, "parameters.lambda: svd has none; expected with knots"),
+        ({"merge_method": "knots", "parameters": {"lambda": 0}}, "parameters.lambda: 0: nothing of any adapter"),
+        ({"models": [{"model": "./0", "parameters": {"weight": 0}}]}, "models: weight: 0 for every adapter"),
         ({"merge_method": "svd", "parameters": {"rank": 0}}, "parameters.rank"),
         ({"merge_method": "ties", "parameters": {"density": 1.5}}, "parameters.density"),
         ({"merge_method": "linear"}, "the adapters have other ranks in"),
@@ -229,6 +320,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         largemerge.merge_adapters(path, tmp_path / "0", force=True)
     with pytest.raises(ConfigError, match="out"):
         largemerge.merge_adapters(path, "")
+
+
+def test_weights_that_add_up_to_nothing_are_told(tmp_path: Path) -> None:
+    write_adapters(tmp_path, "plain", "rslora")
+    report = largemerge.merge_adapters(config_of(tmp_path, "knots", [1, -1]), tmp_path / "out")
+    assert any(note.startswith("warning: weight: 1, -1 add up to 0") for note in report.notes)
 
 
 def test_adapters_of_other_shapes_are_refused(tmp_path: Path) -> None:

@@ -341,6 +341,10 @@ MISTAKES: list[tuple[str, list[str]]] = [
         ["post: there is no model beside the base that the merge could be held against; name some in 'candidates'"],
     ),
     (
+        "{merge_method: tsv_m, base_model: BASE, models: [{model: A}], post: [svc], candidates: []}",
+        ["candidates: an empty list; expected models, or no 'candidates' for all models but the base"],
+    ),
+    (
         "{merge_method: passthrough, base_model: BASE, models: [{model: A}], candidates: [B]}",
         ["candidates: are for the steps of 'post', which are held against them; there are none: leave it out"],
     ),

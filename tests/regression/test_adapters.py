@@ -198,7 +198,7 @@ def test_what_is_wrong_with_an_adapter_is_told_before_the_work(
 
 def test_the_output_may_not_be_an_adapter(make_case: MakeCase) -> None:
     case, _ = adapted_case(make_case, "llama")
-    with pytest.raises(LargemergeError, match="holds an input of this merge"):
+    with pytest.raises(LargemergeError, match="holds an input"):
         largemerge.merge(case.config, case.folder / "lora0", force=True)
     assert (case.folder / "lora0" / "adapter_model.safetensors").exists()
 

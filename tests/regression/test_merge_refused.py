@@ -231,7 +231,7 @@ def test_a_file_in_the_place_of_a_parent_is_refused(make_case: MakeCase) -> None
 def test_an_input_is_never_written_to(base_case: Case, which: str, force: bool) -> None:
     (base_case.folder / "link").symlink_to(base_case.folder / "model0")
     before = files_in(base_case.folder)
-    with pytest.raises(OutputError, match="holds an input of this merge"):
+    with pytest.raises(OutputError, match="holds an input"):
         largemerge.merge(base_case.config, base_case.folder / which, force=force)
     assert files_in(base_case.folder) == before
 
@@ -243,7 +243,7 @@ def test_a_folder_with_calibration_data_is_never_replaced(make_case: MakeCase) -
     shutil.move(case.folder / "data1.safetensors", data)
     case.config["models"][1]["calibration"]["data"] = str(data)
     before = files_in(case.folder)
-    with pytest.raises(OutputError, match=r"holds an input of this merge \(.*data\.safetensors\)"):
+    with pytest.raises(OutputError, match=r"holds an input \(.*data\.safetensors\)"):
         largemerge.merge(case.config, case.folder / "merged", force=True)
     assert files_in(case.folder) == before
 
@@ -251,7 +251,7 @@ def test_a_folder_with_calibration_data_is_never_replaced(make_case: MakeCase) -
 def test_a_folder_above_an_input_is_never_replaced(make_case: MakeCase) -> None:
     case = make_case(num_samples=4)
     before = files_in(case.folder)
-    with pytest.raises(OutputError, match="holds an input of this merge"):
+    with pytest.raises(OutputError, match="holds an input"):
         largemerge.merge(case.config, case.folder, force=True)
     assert files_in(case.folder) == before
 
@@ -262,7 +262,7 @@ def test_nothing_is_written_inside_an_input(base_case: Case, which: str, force: 
     touch(base_case.folder / which / "1_Pooling", "config.json")
     before = files_in(base_case.folder)
     for out in ("1_Pooling", "new/merged"):
-        with pytest.raises(OutputError, match="lies in an input of this merge"):
+        with pytest.raises(OutputError, match="lies in an input"):
             largemerge.merge(base_case.config, base_case.folder / which / out, force=force)
     assert files_in(base_case.folder) == before
 

@@ -168,7 +168,7 @@ def test_a_part_that_is_not_in_the_journal_is_done_again(half_done: Case, out: P
 
 
 def test_without_resume_or_force_an_unfinished_merge_is_left_alone(half_done: Case, out: Path) -> None:
-    refused(half_done, out, "unfinished merge", "--resume", resume=False)
+    refused(half_done, out, "unfinished run", "--resume", resume=False)
 
 
 def test_force_starts_afresh(half_done: Case, out: Path) -> None:
@@ -191,7 +191,7 @@ def test_resuming_a_finished_merge_is_refused(half_done: Case, tmp_path: Path) -
 
 def test_resuming_in_a_folder_of_other_things_is_refused(half_done: Case, tmp_path: Path) -> None:
     touch(tmp_path / "other", "notes.txt")
-    refused(half_done, tmp_path / "other", "holds no merge to resume", "notes.txt")
+    refused(half_done, tmp_path / "other", "holds nothing to resume", "notes.txt")
 
 
 def test_a_second_process_is_refused(half_done: Case, out: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_second_process_is_refused(half_done: Case, out: Path, tmp_path: Path)
     try:
         processes.wait_until(lambda: log.exists() and len(processes.operations(log)) == 8, process)
         for options in ({"resume": True}, {"resume": False, "force": True}):
-            with pytest.raises(OutputError, match="another process is merging into this folder"):
+            with pytest.raises(OutputError, match="another process is writing into this folder"):
                 resume(half_done, out, **options)
         assert process.pid is not None and process.is_alive()
         os.kill(process.pid, signal.SIGCONT)

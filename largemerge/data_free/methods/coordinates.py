@@ -55,7 +55,7 @@ def knots(piece: Piece) -> torch.Tensor:
     election = Election()
     for model in models:
         coordinates_RI = left_OR.T @ piece.task_vector(model)
-        keep_largest_(coordinates_RI, _share(coordinates_RI, piece.per_model["density"][model]))
+        keep_largest_(coordinates_RI, num_kept(coordinates_RI, piece.per_model["density"][model]))
         election.add(coordinates_RI, piece.per_model["weight"][model])
         del coordinates_RI
     merged_RI = election.result(normalize=piece.shared["normalize"])
@@ -162,6 +162,6 @@ def keep_largest_(matrix: torch.Tensor, count: int) -> None:
     matrix.mul_(matrix.abs() >= smallest)
 
 
-def _share(matrix: torch.Tensor, density: float) -> int:
-    """Counts the elements that a density keeps: at least one, unless it is 0."""
+def num_kept(matrix: torch.Tensor, density: float) -> int:
+    """Counts the elements of a matrix that a density keeps: at least one, unless it is 0."""
     return max(1, int(density * matrix.numel())) if density > 0 else 0
