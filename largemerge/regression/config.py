@@ -400,7 +400,7 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
             "place, or 'solve: [blocks]'"
         )
     if config.method.merges_subspaces:
-        yield from _mistakes_of_subspaces(config)
+        yield from _mistakes_of_subspaces(config) if not to_gram else ()
     elif config.method.anchor != "average" and config.base_model is None:
         own = "" if config.parameters.anchor is not None else f", which is {config.merge_method}'s own choice,"
         found = f"parameters.anchor: {config.method.anchor!r}{own}"

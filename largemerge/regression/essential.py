@@ -446,22 +446,25 @@ def merge_bytes(group: LinearGroup, num_models: int) -> int:
         side = max(min(size, columns), min(columns, inputs))
         most = max(
             most,
-            6 * FACTOR_DTYPE.itemsize * side**2
+            5 * FACTOR_DTYPE.itemsize * side**2
             + GRAM_DTYPE.itemsize * (2 * columns * (size + inputs) + 2 * size * inputs),
         )
     return most
 
 
 def essential_operations(group: LinearGroup, num_models: int) -> float:
-    """Multiplications and additions for all models of a group, those of eigenvectors and in float64 counted as such."""
+    """Multiplications and additions for all models of a group, as float32 products that take as long."""
     inputs, total = group.num_inputs, 0.0
     for size in group.outputs.values():
         side, columns = min(size, inputs), num_models * kept_directions(size, inputs, num_models)
-        of_model = 4 * size * inputs * max(side, inputs) + _EIGEN_OPERATIONS * side**3 + 2 * size * inputs * columns
-        sides = (min(size, columns), min(columns, inputs))
-        merge = sum(_EIGEN_OPERATIONS * each**3 for each in sides) + 4 * columns * (size**2 + inputs**2)
-        total += num_models * 2 * of_model + 2 * merge
+        products = _FLOAT64 * 2 * size * inputs * (inputs + side) + 2 * size * inputs * columns / num_models
+        total += num_models * (products + _EIGENVECTORS * side**3)
+        for wide, narrow in ((max(size, columns), min(size, columns)), (max(columns, inputs), min(columns, inputs))):
+            total += _EIGENVECTORS * narrow**3 + (_FLOAT64 + 1) * 2 * wide * narrow**2
+    if max(group.outputs.values()) > inputs:
+        total += num_models * _EIGENVECTORS * inputs**3
     return total
 
 
-_EIGEN_OPERATIONS = 9  # of a symmetric matrix, for each cube of its side
+_FLOAT64 = 2  # float32 products in the time of one in float64
+_EIGENVECTORS = 25  # of a symmetric float64 matrix: so many cubes of its side, measured on a CPU

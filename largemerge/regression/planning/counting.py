@@ -322,9 +322,7 @@ class _BlockCounter:
                 triangle_buffer_bytes(widest) if self.num_sums_read or self.keeps_sums else 0,
                 *(map(candidate_bytes, block_pass.groups) if self.method.merges_subspaces else ()),
             ),
-            fallback_bytes=max(map(self._merge_bytes, block_pass.groups), default=0)
-            if self.method.merges_subspaces
-            else self._fallback_bytes(widest),
+            fallback_bytes=self._fallback_bytes(block_pass.groups),
             runs=bool(block_pass.groups) or whole,
             forward=self._forwards(kind, block_pass, until),
             gram_operations=sum(rows[stack] * group.num_inputs**2 for group, stack in stacks for rows in self.rows),
@@ -341,10 +339,6 @@ class _BlockCounter:
         if self.method.merges_subspaces:
             return essential_sums_bytes(group, self.num_candidates)
         return sums_bytes(group)
-
-    def _merge_bytes(self, group: LinearGroup) -> int:
-        """Bytes that merging the subspaces of a group takes beside its sums."""
-        return merge_bytes(group, self.num_candidates)
 
     def _right_hand_side_operations(self, kind: _BlockKind, groups: Sequence[LinearGroup]) -> float:
         """Operations of all candidates' right-hand sides; of subspaces, all that comes after the Gram matrices."""
@@ -438,8 +432,15 @@ class _BlockCounter:
             return 2 * num_inputs / groups.group_sizes[candidate] if whole else 4 * rows
         return 4 * rows if multiplies_by_rows(rows, num_inputs) else 2 * num_inputs
 
-    def _fallback_bytes(self, num_inputs: int) -> int:
-        """Bytes of a second attempt in float64; of eigenvectors, where there are fewer tokens than inputs."""
+    def _fallback_bytes(self, groups: Sequence[LinearGroup]) -> int:
+        """Bytes of a second attempt in float64; of eigenvectors, where there are fewer tokens than inputs.
+
+        Of subspaces, what merging takes beyond what each candidate has taken.
+        """
+        if self.method.merges_subspaces:
+            merging = max((merge_bytes(group, self.num_candidates) for group in groups), default=0)
+            return max(0, merging - max(map(candidate_bytes, groups), default=0))
+        num_inputs = max((group.num_inputs for group in groups), default=0)
         max_rank = self.tokens_before + sum(max(rows.values()) for rows in self.rows)
         scale = self.method.off_diagonal_scale
         if max_rank < num_inputs and solves_only_seen(self.method.ridge, scale):
