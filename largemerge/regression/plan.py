@@ -46,6 +46,7 @@ from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.embeddings import embedding_notes, embedding_problems
+from largemerge.regression.essential import num_directions
 from largemerge.regression.gram_files import from_grams, gram_bytes, gram_notes, gram_problems
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_samples import KeptSamples, choose_samples
@@ -487,7 +488,7 @@ def make_plan(
             *gram_notes(config, inputs.skeleton.dtype),
             *_notes(config, inputs, tensors),
             *shortfalls(config, num_samples),
-            *_too_little_data(tokens_of, blocks),
+            *(_few_directions if config.method.merges_subspaces else _too_little_data)(tokens_of, blocks),
             *(data.estimated for data in calibration or () if data.estimated),
             *(note for data in calibration or () for note in data.notes),
             *file_notes,
@@ -622,6 +623,23 @@ def _too_little_data(num_tokens: Mapping[str, int], blocks: Sequence[BlockPlan])
             f"{total:,} tokens of calibration data in all, fewer than the {widest:,} inputs of the widest linear: what "
             "they do not say is left to the anchor, and a merge by so few may be worse than the average; more samples "
             "keep more of each model"
+        )
+
+
+def _few_directions(num_tokens: Mapping[str, int], blocks: Sequence[BlockPlan]) -> Iterator[str]:
+    """Notes on models whose data has fewer tokens than the method takes directions of their largest task vectors."""
+    groups = [group for block in blocks for group in block.groups]
+    wanted = [
+        min(num_directions(linear.num_outputs, len(num_tokens)), group.num_inputs)
+        for group in groups
+        for linear in group.linears
+    ]
+    few = {name: count for name, count in num_tokens.items() if count < max(wanted, default=0)}
+    if few:
+        counts = ", ".join(f"{name} {count:,}" for name, count in few.items())
+        yield (
+            f"fewer tokens of calibration data than directions that would be merged of each model, {max(wanted):,} in "
+            f"the widest linear: {counts}; there are no more directions than tokens, and more samples give more"
         )
 
 

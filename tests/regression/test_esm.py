@@ -154,6 +154,10 @@ def test_few_tokens_have_few_directions(make_case: MakeCase) -> None:
         case.inputs[number] = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
         save_file(case.inputs[number], case.folder / f"data{number}.safetensors")
     report = largemerge.merge(case.config, case.folder / "merged")
+    assert (
+        "than directions that would be merged of each model, 12 in the widest linear: model0 3, model1 3"
+        in "\n".join(report.plan.notes)
+    )
     assert_close(
         load_merged(case, case.folder / "merged"),
         dense_esm(case.models, case.inputs, base),
