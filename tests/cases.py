@@ -87,6 +87,14 @@ def write_case(
     return Case(config, models, inputs, folder)
 
 
+def with_base(case: Case, architecture: str) -> PreTrainedModel:
+    """Writes a base beside a case's models, and names it."""
+    base = tiny_models.build(architecture, seed=7)
+    base.save_pretrained(case.folder / "pretrained")
+    case.config["base_model"] = str(case.folder / "pretrained")
+    return base
+
+
 def auto_device() -> str:
     """Where merges compute that are not told.
 

@@ -66,13 +66,13 @@ from largemerge.checkpoint.locate import split_reference
 from largemerge.checkpoint.tensor_info import LAYER_NUMBER, OutputTensor
 from largemerge.checkpoint.writer import NotFiniteError, Shard, ShardWriter, layout_file, stored_sizes
 from largemerge.config_file import nearest, shown
-from largemerge.data_free.methods.svd import singular_vectors
 from largemerge.devices import choose_device
 from largemerge.errors import CheckpointError, ConfigError, MergeError
 from largemerge.log import LOGGER
 from largemerge.machine import MemoryWatch
 from largemerge.output import InputWatch, OutputFolder, PartKind, open_output
 from largemerge.progress import StepBar, stage
+from largemerge.singular import singular_vectors
 from largemerge.text_files import json_text
 from largemerge.units import counted, gib
 

@@ -28,12 +28,12 @@ from largemerge.checkpoint.tensor_info import kinds_of_names
 from largemerge.data_free import loader
 from largemerge.data_free.config import MemoryLimits
 from largemerge.data_free.loader import KEPT_BYTES, is_factored, worker_bytes
-from largemerge.data_free.methods.svd import singular_vectors
 from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.tasks import OutputTasks, Task
 from largemerge.devices import CPU, choose_device, warm_up
 from largemerge.distributed.ranks import Ranks, device_of_rank
 from largemerge.machine import baseline_bytes, free_on_gpu
+from largemerge.singular import singular_vectors
 from largemerge.units import counted, gib
 
 PROCESS_BYTES = 320 << 20

@@ -57,6 +57,10 @@ class Linear(_Part):
     fallbacks: tuple[str, ...] = ()
     num_dead_features: int = 0
     shrinkage: Number = None
+    directions: dict[str, int] = {}
+    directions_wanted: int = 0
+    layer_scale: Number = None
+    merged_task_vector_norm: Number = None
     relative_distance_to_candidates: dict[str, Number] = {}
 
 

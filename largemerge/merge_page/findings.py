@@ -76,6 +76,15 @@ def _candidates(facts: Facts) -> Iterator[NotePart]:
 
 def _solves(facts: Facts) -> Iterator[NotePart]:
     linears = {name: each for name, (_, each) in facts.linears.items()}
+    dead = [name for name, each in linears.items() if each.num_dead_features]
+    if dead:
+        text = f"Inputs that no token reached are in {counted(len(dead), 'linear')}: {listed(dead)}."
+        yield NotePart("Dead features", text)
+    few = [name for name, each in linears.items() if min(each.directions.values(), default=0) < each.directions_wanted]
+    if few:
+        text = "Data or task vectors have fewer directions than the method takes"
+        yield NotePart("Directions", f"{text} in {counted(len(few), 'linear')}: {listed(few)}.")
+    linears = {name: each for name, each in linears.items() if not each.directions}
     if not linears:
         return
     otherwise = [name for name, each in linears.items() if each.fallbacks]
@@ -93,10 +102,6 @@ def _solves(facts: Facts) -> Iterator[NotePart]:
     if unknown:
         text = f"Condition or residual is not finite in {counted(len(unknown), 'linear')}: {listed(unknown)}."
         yield NotePart("Solves", text, "bad")
-    dead = [name for name, each in linears.items() if each.num_dead_features]
-    if dead:
-        text = f"Inputs that no token reached are in {counted(len(dead), 'linear')}: {listed(dead)}."
-        yield NotePart("Dead features", text)
 
 
 def _data(facts: Facts) -> Iterator[NotePart]:

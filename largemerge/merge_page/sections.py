@@ -158,9 +158,11 @@ def movement(facts: Facts) -> Section | None:
 
 
 def solves(facts: Facts) -> Section | None:
-    """Shows condition, residual, shrinkage and fallbacks of the least-squares problems."""
+    """Shows condition, residual, shrinkage and fallbacks of least-squares problems, or how subspaces were merged."""
     if not facts.linears:
         return None
+    if all(each.directions for _, each in facts.linears.values()):
+        return _subspaces(facts)
     parts: list[Part] = []
     by_kind = _by_kind(facts)
     if any(own for own in by_kind.values()):
@@ -351,6 +353,43 @@ def _linear_row(name: str, each: Linear, *, with_shrinkage: bool) -> tuple[Cell,
     inputs = each.shape[1] if len(each.shape) == 2 else None
     row = (name, *numbers, words(each.solver), "; ".join(each.fallbacks), tokens, inputs, each.num_dead_features)
     return (*row, each.shrinkage) if with_shrinkage else row
+
+
+def _subspaces(facts: Facts) -> Section:
+    """Shows the scales of layers, and the linears with the fewest directions and the largest scales."""
+    parts: list[Part] = []
+    scales: dict[str, dict[str, float]] = {}
+    for name, (block, each) in facts.linears.items():
+        if each.layer_scale is not None:
+            path = _NUMBER.sub("*", name.removesuffix(".weight").partition(f"{block}.")[2])
+            own = scales.setdefault(block, {})
+            own[path] = max(each.layer_scale, own.get(path, 0.0))
+    if any(scale not in (0, 1) for own in scales.values() for scale in own.values()):
+        chart = charts.heatmap(scales, title="Scale of the merged task vectors, by block", unit="scale", log=True)
+        caption = "The square of each norm over the mean of its kind of layer. Where there are several, the largest."
+        parts.append(ChartPart(chart, caption))
+
+    def order(item: tuple[str, Linear]) -> tuple[float, float]:
+        fewest = min(item[1].directions.values()) / max(1, item[1].directions_wanted)
+        return fewest, -(item[1].layer_scale or 0.0)
+
+    columns = ("linear", "scale", "norm of the merged task vector", "directions of each", "fewest found", "tokens")
+    linears = sorted(((name, each) for name, (_, each) in facts.linears.items()), key=order)[:_MAX_WORST]
+    rows: list[tuple[Cell, ...]] = [
+        (
+            name,
+            *(
+                f"{value:.3g}" if value is not None else None
+                for value in (each.layer_scale, each.merged_task_vector_norm)
+            ),
+            each.directions_wanted,
+            min(each.directions.values()),
+            int(sum(each.tokens.values())) if each.tokens else None,
+        )
+        for name, each in linears
+    ]
+    parts.append(TablePart(columns, rows, "Linears with the fewest directions, and with the largest scales."))
+    return Section("Essential subspaces", "", parts)
 
 
 def _spans(facts: Facts) -> dict[str, list[tuple[float, float]]]:

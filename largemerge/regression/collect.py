@@ -34,6 +34,7 @@ from largemerge.model.inside_block import ResumePoint
 from largemerge.model.norms import normalized
 from largemerge.progress import Clock, Watcher
 from largemerge.regression.averages import RunningAverages, RunningScales
+from largemerge.regression.essential import Sums, new_essential_sums
 from largemerge.regression.gram import GRAM_DTYPE, Scratch
 from largemerge.regression.gram_files import GramReader
 from largemerge.regression.group_sums import Features, GroupSums, differences, features_by_rows, new_sums
@@ -77,11 +78,11 @@ class Collected:
         sums: Leader of a group → its sums, which are being reduced to their owner.
         averages: Averages of the tensors that are not solved.
         scales: Averages of the scales of norms, weighted by what they multiply.
-        anchor: Weights of the first candidate, which the sums are anchored to, by parameter name.
+        anchor: Weights that the sums are anchored to, by parameter name: of the first candidate, or of the base.
         bytes_read: Bytes that this rank read from candidates.
     """
 
-    sums: dict[str, GroupSums]
+    sums: dict[str, Sums]
     averages: RunningAverages
     scales: RunningScales
     anchor: Tensors
@@ -125,22 +126,21 @@ class Collector:
         """
         averages = RunningAverages(_averaged(block, block_pass), self.settings.shares)
         scales = RunningScales(tuple(norm.name for norm in block_pass.norms))
-        method, device = self.settings.method, self.samples.runner.device
-        sums = {group.leader: new_sums(group, method, device, self._scratch) for group in block_pass.groups}
+        sums = {group.leader: self._new_sums(group) for group in block_pass.groups}
         for leader, own in sums.items():
-            if pass_exchange.owns(leader):  # once, on whatever rank solves it
+            if isinstance(own, GroupSums) and pass_exchange.owns(leader):  # once, on whatever rank solves it
                 with self.clock.stage("wait_for_read"):
                     self.sequence.add_previous(block.name, leader, own.gram)
         bytes_read = 0
         solved = {linear.name for group in block_pass.groups for linear in group.linears}
-        anchor: Tensors = {}
+        anchor = self._base_of(solved) if self.settings.method.merges_subspaces else Tensors()
         for index in range(len(self.names)):
             tensors: Tensors = {}
             if self.rank_exchange.wants(index):
                 with self.clock.stage("wait_for_read"):
                     tensors = next(blocks_of_candidates)
             if index == 0:
-                anchor = {name: tensor for name, tensor in tensors.items() if name in solved}
+                anchor = anchor or {name: tensor for name, tensor in tensors.items() if name in solved}
                 scales.start(tensors)
             if tensors and self.rank_exchange.reads_from_disk(index):
                 bytes_read += self.weights.stored_bytes(index, block_pass.tensor_names)
@@ -168,6 +168,19 @@ class Collector:
         pass_exchange.reduce_averages(averages, scales)
         return Collected(sums, averages, scales, anchor, bytes_read)
 
+    def _new_sums(self, group: LinearGroup) -> Sums:
+        """Makes empty sums for a group of linears."""
+        method, device = self.settings.method, self.samples.runner.device
+        if method.merges_subspaces:
+            return new_essential_sums(group, method, len(self.names), device, self._scratch)
+        return new_sums(group, method, device, self._scratch)
+
+    def _base_of(self, names: Iterable[str]) -> Tensors:
+        """Reads weights of the base, which task vectors are held against, to the device."""
+        with self.clock.stage("wait_for_read"):
+            found = self.weights.read_base(sorted(names))
+        return {name: tensor.to(self.samples.runner.device) for name, tensor in found.items()}
+
     def _start_candidate(
         self,
         block: BlockPlan,
@@ -175,7 +188,7 @@ class Collector:
         index: int,
         tensors: Tensors,
         anchor: Tensors,
-        sums: Mapping[str, GroupSums],
+        sums: Mapping[str, Sums],
     ) -> None:
         """Begins the sums of one candidate."""
         method = self.settings.method
@@ -190,7 +203,7 @@ class Collector:
             sums[group.leader].start_candidate(
                 self.settings.shares[index],
                 tokens,
-                None if index == 0 else differences(group, tensors, anchor),
+                None if index == 0 and not method.merges_subspaces else differences(group, tensors, anchor),
                 self.rank_exchange.part(index, own_tokens),
                 features,
                 has_rows=has_rows,
@@ -202,7 +215,7 @@ class Collector:
             return self.grams.tokens(index, block.name, group)
         return self.samples.num_rows(index, block.stack_of(group))
 
-    def _read_grams(self, block: BlockPlan, block_pass: BlockPass, index: int, sums: Mapping[str, GroupSums]) -> None:
+    def _read_grams(self, block: BlockPlan, block_pass: BlockPass, index: int, sums: Mapping[str, Sums]) -> None:
         """Reads the Gram matrices that stand for one candidate's data."""
         with self.clock.stage("wait_for_read"):
             for group in block_pass.groups:
@@ -215,7 +228,7 @@ class Collector:
         index: int,
         tensors: Tensors,
         merged: Tensors,
-        sums: Mapping[str, GroupSums],
+        sums: Mapping[str, Sums],
         scales: RunningScales,
         *,
         advance: bool,
@@ -297,7 +310,7 @@ class Collector:
         stacks = {group.leader: block.stack_of(group) for group in block_pass.groups}
         return {leader: _RowsInFolds([folds[stack] for folds in batches]) for leader, stack in stacks.items()}
 
-    def _finish_candidate(self, block: BlockPlan, group: LinearGroup, index: int, sums: GroupSums) -> None:
+    def _finish_candidate(self, block: BlockPlan, group: LinearGroup, index: int, sums: Sums) -> None:
         """Adds one candidate to a group's sums."""
         if not self.rank_exchange.has_data(index):
             self._skip(block, group, [index], sums)
@@ -309,7 +322,7 @@ class Collector:
                 where = f"{block.name}.{group.leader}: {error} on the data of {self.names[index]}"
                 raise MergeError(self.why_not_finite(block, where)) from None
 
-    def _skip(self, block: BlockPlan, group: LinearGroup, candidates: Iterable[int], sums: GroupSums) -> None:
+    def _skip(self, block: BlockPlan, group: LinearGroup, candidates: Iterable[int], sums: Sums) -> None:
         """Counts candidates whose data is all on other ranks, or was in an earlier merge."""
         for index in candidates:
             before = self.sequence.tokens(block.name, group.leader) if index == 0 else 0
@@ -375,7 +388,7 @@ class _Pairs:
         self,
         block_pass: BlockPass,
         method: RegressionMethod,
-        sums: Mapping[str, GroupSums],
+        sums: Mapping[str, Sums],
         clock: Clock,
         folds: Mapping[str, _RowsInFolds],
     ) -> None:
@@ -401,7 +414,9 @@ class _Pairs:
                 target_NI = self._take(self._own, name, len(x_NI)) if self._method.target > 0 else None
                 drift_NO = self._drift(self._groups[name], len(x_NI))
                 parts = self._folds[name].take(len(x_NI)) if name in self._folds else None
-                self._sums[name].add_features(x_NI, target_NI, drift_NO, parts)
+                sums = self._sums[name]
+                assert isinstance(sums, GroupSums), "nothing else is held against features"
+                sums.add_features(x_NI, target_NI, drift_NO, parts)
 
     def _drift(self, group: LinearGroup, num_rows: int) -> dict[str, torch.Tensor]:
         """Drift of the hidden states to which the group's linears add their outputs, float32, by linear."""

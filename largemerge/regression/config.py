@@ -106,6 +106,12 @@ class MethodParameters(Strict):
     their tokens occur; everything else is averaged."""
     embedding_prior: float | None = Field(None, gt=0, allow_inf_nan=False)
     """κ: the number of tokens that the average of the embeddings counts for, beside those of the data."""
+    scale: float | None = Field(None, ge=-10, le=10)
+    """The factor of merged task vectors; published: 2."""
+    power: float | None = Field(None, ge=0, le=10)
+    """The exponent of the eigenvalues by which directions of a task vector are weighted."""
+    scale_layers: Truth | None = None
+    """Whether a merged task vector is multiplied by the square of its norm, relative to its kind of layer's mean."""
     include: tuple[Regex, ...] = ()
     """Regexes on names of parameters that are solved; all linears of the blocks if empty."""
     excluded: Literal["average", "base"] = "average"
@@ -393,7 +399,9 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
             "sequence: sums of an earlier merge say nothing of what 'norms' multiply; expected 'keep_samples' in their "
             "place, or 'solve: [blocks]'"
         )
-    if config.method.anchor != "average" and config.base_model is None:
+    if config.method.merges_subspaces:
+        yield from _mistakes_of_subspaces(config) if not to_gram else ()
+    elif config.method.anchor != "average" and config.base_model is None:
         own = "" if config.parameters.anchor is not None else f", which is {config.merge_method}'s own choice,"
         found = f"parameters.anchor: {config.method.anchor!r}{own}"
         yield f"{found} needs a 'base_model'; expected one, or 'anchor: average'"
@@ -448,6 +456,24 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
             yield f"{where}.calibration: {' and '.join(map(repr, texts))} exclude each other"
         if calibration.pack and calibration.loss_mask_field is not None:
             yield f"{where}.calibration: 'pack' and 'loss_mask_field' exclude each other"
+
+
+def _mistakes_of_subspaces(config: MergeConfig) -> Iterator[str]:
+    """Mistakes where task vectors are merged in their subspaces, and nothing is regressed."""
+    method = config.merge_method
+    if config.base_model is None:
+        yield f"base_model: missing; {method} merges what each model has learned beyond it: expected the models' base"
+    if config.sequence is not None:
+        yield (
+            f"sequence: {method} merges the subspaces of all models at once, and has no sums that a later merge could "
+            "go on from; leave it out, and merge all models again"
+        )
+    given = [each.parameters.weight for each in config.models]
+    if len(set(given)) > 1:
+        yield (
+            f"models: have weights {', '.join(f'{weight:g}' for weight in given)}; {method} weighs each model by the "
+            "norm of its task vector: expected no parameters.weight, or the same for all"
+        )
 
 
 def _gram_mistakes(config: MergeConfig) -> Iterator[str]:

@@ -42,9 +42,10 @@ from largemerge.errors import MergeError
 from largemerge.progress import Clock, Watcher
 from largemerge.regression.collect import BlocksOfCandidates, Collector, EngineSettings, Inside, SampleRunner
 from largemerge.regression.drift import Drift, relative
-from largemerge.regression.gram import float32_means_float32
+from largemerge.regression.essential import EssentialSums, Sums, moved_weight
+from largemerge.regression.gram import GRAM_DTYPE, float32_means_float32
 from largemerge.regression.gram_files import GramReader
-from largemerge.regression.group_sums import GroupSums, differences, weight_from_sums
+from largemerge.regression.group_sums import GroupSums, differences, turned, weight_from_sums
 from largemerge.regression.head import HeadSolver
 from largemerge.regression.kept_sums import SequenceSums
 from largemerge.regression.passes import BlockPass
@@ -261,7 +262,8 @@ class Engine:
         made: Tensors,
     ) -> JsonObject:
         """Adds the tensors that one pass makes to `made`, given those `merged` before; returns its linears' report."""
-        pass_exchange = self.rank_exchange.begin_pass(block_pass.groups)
+        scales_layers = self.settings.method.scales_layers
+        pass_exchange = self.rank_exchange.begin_pass(block_pass.groups, GRAM_DTYPE if scales_layers else None)
         collected = self._collector.collect(
             block, block_pass, blocks_of_candidates, pass_exchange, merged, advance=self._advances(block, block_pass)
         )
@@ -287,16 +289,17 @@ class Engine:
         made |= averages | collected.scales.finish(averages)
         return linears
 
-    def _keep_sums(self, block: BlockPlan, pass_exchange: PassExchange, sums: Mapping[str, GroupSums]) -> None:
+    def _keep_sums(self, block: BlockPlan, pass_exchange: PassExchange, sums: Mapping[str, Sums]) -> None:
         """Writes Σ G̃_i of all groups of a pass on rank 0, before any of them is solved in its place."""
+        of_groups = {leader: own for leader, own in sums.items() if isinstance(own, GroupSums)}
         with self.clock.stage("communicate"):
             for group in pass_exchange.groups:
                 pass_exchange.wait_for_sums(group.leader)
-                pass_exchange.broadcast_gram(group.leader, sums[group.leader])
+                pass_exchange.broadcast_gram(group.leader, of_groups[group.leader])
             pass_exchange.wait_for_broadcasts()
         with self.clock.stage("write"), self.rank_exchange.ranks.blocked():
             for group in pass_exchange.groups:
-                self.sequence.keep(block.name, group.leader, sums[group.leader].gram)
+                self.sequence.keep(block.name, group.leader, of_groups[group.leader].gram)
 
     def _finish_sums(self, part: str) -> JsonObject:
         """Brings the sums of a part to the disk; returns what the journal notes of them."""
@@ -309,17 +312,34 @@ class Engine:
         tensors = self.weights.read_base(list(excluded)) if excluded else {}
         return {name: tensor.to(self.samples.runner.device, excluded[name]) for name, tensor in tensors.items()}
 
-    def _solve(
-        self, block: BlockPlan, group: LinearGroup, sums: GroupSums, anchor: Tensors, made: Tensors
-    ) -> JsonObject:
+    def _solve(self, block: BlockPlan, group: LinearGroup, sums: Sums, anchor: Tensors, made: Tensors) -> JsonObject:
         """Adds the weights of a group to `made`, in the place of their anchors; returns the report of its linears."""
-        self._pull_to_anchor(group, sums, anchor)
         try:
-            solution = sums.solve(self.settings.method.ridge, self.settings.num_merged)
+            if isinstance(sums, EssentialSums):
+                return self._merge_subspaces(group, sums, anchor, made)
+            return self._solve_sums(group, sums, anchor, made)
         except FloatingPointError as error:
             raise MergeError(self._collector.why_not_finite(block, f"{block.name}.{group.leader}: {error}")) from None
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise MergeError(f"{block.name}.{group.leader}: cannot be solved: {error}") from None
+
+    def _merge_subspaces(self, group: LinearGroup, sums: EssentialSums, anchor: Tensors, made: Tensors) -> JsonObject:
+        """Adds merged weights; merged task vectors, float32, where they will be scaled when those of all layers are."""
+        method, report = self.settings.method, JsonObject()
+        for linear in group.linears:
+            base = anchor.pop(linear.name)
+            found = sums.merged(linear.path, method.scale, group.leader, self.names, self.settings.shares)
+            delta = turned(found.delta_OI, group).contiguous()
+            if method.scales_layers:
+                made[linear.name], report[linear.name] = delta, found.report
+            else:
+                made[linear.name], report[linear.name] = moved_weight(base, delta, 1.0, linear.dtype, found.report)
+        return report
+
+    def _solve_sums(self, group: LinearGroup, sums: GroupSums, anchor: Tensors, made: Tensors) -> JsonObject:
+        """Adds weights that solve the group's system."""
+        self._pull_to_anchor(group, sums, anchor)
+        solution = sums.solve(self.settings.method.ridge, self.settings.num_merged)
         report: JsonObject = {}
         for linear in group.linears:
             made[linear.name], report[linear.name] = weight_from_sums(

@@ -214,6 +214,16 @@ class Gram:
                 above_IP, corner_PP = self.halves_II[: rows.start, rows], self.halves_II[rows, rows]
                 yield _packed(torch.cat([above_IP.T, corner_PP], dim=1), rows)
 
+    def candidate_matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """Copies XᵀX of the present candidate, both halves `[I, I]`."""
+        whole_II = torch.zeros_like(self.halves_II, dtype=dtype)
+        if not self._empty:
+            for rows in self._panels:
+                whole_II[rows, rows.start :] = self.halves_II[rows, rows.start :].to(dtype)
+                whole_II[rows.stop :, rows] = self.halves_II[rows, rows.stop :].T.to(dtype)
+                whole_II[rows, rows] = _symmetric(whole_II[rows, rows].T)
+        return whole_II
+
     def set_candidate(self, read: Callable[[slice], torch.Tensor]) -> None:
         """Takes XᵀX of the present candidate as it was kept, in place of its rows.
 

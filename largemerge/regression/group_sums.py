@@ -457,8 +457,8 @@ def differences(
     weights = []
     start = 0
     for linear in group.linears:
-        weight_OI = _oriented(tensors[linear.name], group)
-        anchor_OI = None if anchor is None else _oriented(anchor[linear.name], group)
+        weight_OI = turned(tensors[linear.name], group)
+        anchor_OI = None if anchor is None else turned(anchor[linear.name], group)
         weights.append((start, start + linear.num_outputs, weight_OI, anchor_OI))
         start += linear.num_outputs
 
@@ -493,7 +493,7 @@ def weight_from_sums(
         names: Names of the candidates.
     """
     rows = sums.rows_of(linear.path)
-    anchor_OI = _oriented(anchor, group)
+    anchor_OI = turned(anchor, group)
     weight_OI = torch.empty(anchor_OI.shape, dtype=linear.dtype, device=anchor.device)
     squares = 0.0
     for chunk in row_chunks(rows, group.num_inputs):
@@ -514,10 +514,10 @@ def weight_from_sums(
             name: distance / norm for name, distance in zip(names, to_candidates, strict=True)
         },
     }
-    return _oriented(weight_OI, group).contiguous(), report
+    return turned(weight_OI, group).contiguous(), report
 
 
-def _oriented(weight: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+def turned(weight: torch.Tensor, group: LinearGroup) -> torch.Tensor:
     """Turns a weight from the module's layout to `[out, in]`, or back."""
     return weight.T if group.transposed else weight
 
@@ -574,6 +574,11 @@ class Sketcher:
         """Estimates the norm of the part of a matrix that belongs to linear number `linear`."""
         own_BS = sketch_BS[linear * _BUCKETS : (linear + 1) * _BUCKETS]
         return float(own_BS.norm()) / math.sqrt(_COLUMNS)
+
+    def inner(self, sketch_BS: torch.Tensor, other_BS: torch.Tensor, linear: int) -> float:
+        """Estimates the inner product of the parts of two matrices that belong to linear number `linear`."""
+        own = slice(linear * _BUCKETS, (linear + 1) * _BUCKETS)
+        return float((sketch_BS[own] * other_BS[own]).sum(dtype=torch.float64)) / _COLUMNS
 
 
 def sketch_bytes(num_linears: int) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,13 @@ from largemerge.regression.engine import Engine
 from largemerge.regression.gram_files import GramReader, check_grams, from_grams, gram_files
 from largemerge.regression.inputs import Inputs, open_inputs
 from largemerge.regression.kept_sums import SequenceSums, SumWriter, check_previous, layout_sums, sum_files
+from largemerge.regression.layer_scales import (
+    SCRATCH_DIGESTS,
+    SCRATCH_FOLDER,
+    layer_scales,
+    unscaled_part,
+    write_scaled,
+)
 from largemerge.regression.passes import goes_by_linear, plan_passes
 from largemerge.regression.plan import MergePlan, PlannedMerge, forecast, make_plan
 from largemerge.regression.planning.rates import Cluster, Machines
@@ -167,7 +175,10 @@ def merge_by_regression(
             }
             stage("opening the output folder")
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
-                drop_damaged(folder, ranks, [_part_kind(prepared.planned.plan, (*shards, *sums), folder.working)])
+                scratch = layout_shards(prepared.planned.plan.unscaled, max_shard_bytes)
+                drop_damaged(
+                    folder, ranks, _part_kinds(prepared.planned.plan, (*shards, *sums), scratch, folder.working)
+                )
                 job = Job(
                     planned=prepared.planned,
                     samples=prepared.samples,
@@ -175,6 +186,7 @@ def merge_by_regression(
                     kept_samples=prepared.kept_samples,
                     shards=shards,
                     sums=sums,
+                    scratch=scratch,
                     folder=folder,
                     ranks=ranks,
                     quiet=quiet,
@@ -278,7 +290,7 @@ def samples_of_rank(planned: PlannedMerge, calibration: Sequence[CalibrationSet]
         planned.trace,
         loss_input(forward_signature(planned.inputs.skeleton)),
         ranks,
-        in_groups=planned.plan.config.method.by_norm,
+        in_groups=planned.plan.config.method.needs_whole_grams,
         summed=from_grams(planned.plan.config),
     )
 
@@ -320,7 +332,7 @@ def _report(
 
 def _without_digests(entry: Mapping[str, Any]) -> dict[str, Any]:
     """An entry of the journal as the report shows it: digests stand in one place for all parts."""
-    return {key: value for key, value in entry.items() if key != "digests"}
+    return {key: value for key, value in entry.items() if key not in ("digests", SCRATCH_DIGESTS)}
 
 
 def _part_names(plan: MergePlan) -> list[str]:
@@ -328,9 +340,15 @@ def _part_names(plan: MergePlan) -> list[str]:
     return [NON_BLOCK, *([HEAD] if plan.head else []), *(block.name for block in plan.blocks)]
 
 
-def _part_kind(plan: MergePlan, shards: tuple[Shard, ...], working: Path) -> PartKind:
-    """The parts that the journal may have, with their files."""
-    return PartKind(_part_names(plan), working, shards, stored_sizes({**plan.output, **plan.kept_sums}))
+def _part_kinds(
+    plan: MergePlan, shards: tuple[Shard, ...], scratch: tuple[Shard, ...], working: Path
+) -> list[PartKind]:
+    """The kinds of parts that the journal may have, with their files."""
+    kinds = [PartKind(_part_names(plan), working, shards, stored_sizes({**plan.output, **plan.kept_sums}))]
+    if plan.unscaled:
+        names, sizes = [unscaled_part(block.name) for block in plan.blocks], stored_sizes(plan.unscaled)
+        kinds.append(PartKind(names, working / SCRATCH_FOLDER, scratch, sizes, SCRATCH_DIGESTS))
+    return kinds
 
 
 def paths_read(config: MergeConfig, inputs: Inputs) -> list[Path]:
@@ -476,6 +494,7 @@ class Job:
             time; on rank 0, until it is written.
         shards: Layout of the output's files.
         sums: Layout of the files of sums that are kept beside them.
+        scratch: Layout of the files of merged task vectors that wait for the scales of their layers.
         folder: The output folder, with the journal of finished parts.
         ranks: The ranks of the merge.
         quiet: Whether no progress is shown.
@@ -495,6 +514,7 @@ class Job:
     kept_samples: Mapping[str, Iterator[torch.Tensor]]
     shards: tuple[Shard, ...]
     sums: tuple[Shard, ...]
+    scratch: tuple[Shard, ...]
     folder: OutputFolder
     ranks: Ranks
     quiet: bool
@@ -512,7 +532,7 @@ class Job:
         plan = self.planned.plan
         finished = frozenset(self.folder.entries)
         self.resumed_parts = len(finished)
-        if finished == set(_part_names(plan)):
+        if finished.issuperset(_part_names(plan)):
             return
         with ExitStack() as stack:
             stack.enter_context(self.ranks.busy())
@@ -528,28 +548,97 @@ class Job:
             if NON_BLOCK not in finished and self.ranks.is_first:
                 self._merge_non_block(weights, progress, sequence)
             self.kept_samples = {}  # other ranks' data is let go of
-            hidden_states = stack.enter_context(hidden_states_of(plan, self.folder.working))
-            if self.ranks.size > 1:
-                self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)
-                stack.callback(self.node.clean_up)
-                self.ranks.before_end(self.node.clean_up)
-            # The first candidate is the anchor: it has no right-hand side to compute together.
-            first = 0 if plan.config.method.by_norm else 1
-            rank_groups = self.samples.partition.rank_groups[first:]
-            collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
-            self._engine(weights, hidden_states, progress, collectives, sequence, grams).run(
-                finished, lambda part, entry: self._record(part, entry, weights)
-            )
+            if plan.unscaled:
+                self._merge_and_scale(weights, progress, sequence, grams, stack)
+            else:
+                done = partial(self._record, written=weights)
+                self._merge_blocks(weights, progress, sequence, grams, stack, finished, done)
             self.bytes_read = weights.bytes_read + sequence.bytes_read + grams.bytes_read
-            if plan.placement.hidden_states is OffloadTo.DISK:
-                self.hidden_bytes_on_disk = hidden_states.num_bytes
+
+    def _merge_blocks(
+        self,
+        weights: Weights,
+        progress: RunProgress,
+        sequence: SequenceSums,
+        grams: GramReader,
+        stack: ExitStack,
+        finished: frozenset[str],
+        done: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """Merges all blocks, and the head, that are not finished; `done` notes each in the journal."""
+        plan = self.planned.plan
+        hidden_states = stack.enter_context(hidden_states_of(plan, self.folder.working))
+        if self.ranks.size > 1:
+            self.node, self.not_shared = find_node(self.ranks, self._largest_block(weights), SHARED_BYTES)
+            stack.callback(self.node.clean_up)
+            self.ranks.before_end(self.node.clean_up)
+        # In a regression the first candidate is the anchor: it has no right-hand side to compute together.
+        first = 0 if plan.config.method.needs_whole_grams else 1
+        rank_groups = self.samples.partition.rank_groups[first:]
+        collectives = stack.enter_context(open_collectives(self.ranks, self.node, plan.device, rank_groups))
+        self._engine(weights, hidden_states, progress, collectives, sequence, grams).run(finished, done)
+        if plan.placement.hidden_states is OffloadTo.DISK:
+            self.hidden_bytes_on_disk = hidden_states.num_bytes
+
+    def _merge_and_scale(
+        self,
+        weights: Weights,
+        progress: RunProgress,
+        sequence: SequenceSums,
+        grams: GramReader,
+        stack: ExitStack,
+    ) -> None:
+        """Merges all blocks to scratch files, then scales their merged task vectors (see `layer_scales.py`)."""
+        plan, folder = self.planned.plan, self.folder.working / SCRATCH_FOLDER
+        scratch = None
+        if self.ranks.is_first:
+            folder.mkdir(exist_ok=True)
+            scratch = stack.enter_context(ShardWriter(folder, plan.unscaled, self.scratch))
+        unscaled = replace(weights, output=plan.unscaled, writer=scratch, writes_parameters=True)
+        finished = self._unscaled_blocks()
+
+        def done(block: str, entry: dict[str, Any]) -> None:
+            self._record(unscaled_part(block), entry, unscaled, SCRATCH_DIGESTS)
+
+        if len(finished) < len(plan.blocks):
+            self._merge_blocks(unscaled, progress, sequence, grams, stack, finished, done)
+        if scratch is None:
+            return
+        entries = self.folder.entries
+        first_steps = {block.name: entries[unscaled_part(block.name)] for block in plan.blocks}
+        reports = {name: report for entry in first_steps.values() for name, report in entry["linears"].items()}
+        scales = layer_scales(plan.blocks, {name: report["norm"] for name, report in reports.items()})
+        for block in plan.blocks:
+            if block.name in entries:
+                continue
+            self.clock.begin(block.name)
+            before, first_step = weights.own_writer.bytes_written, first_steps[block.name]
+            with self.clock.stage("scale"):
+                linears = write_scaled(block, scales, reports, scratch, weights)
+            seconds = Counter(first_step["seconds"]) + Counter(self.clock.seconds())
+            errors = weights.quantization_errors(plan.name for plan in block.tensors)
+            entry = {
+                "linears": linears,
+                "bytes_read": first_step["bytes_read"],
+                "bytes_written": weights.own_writer.bytes_written - before,
+                **({"quantization_errors": errors} if errors else {}),
+                "seconds": dict(seconds),
+            }
+            self._record(block.name, entry, weights)
+            progress.step(block.name, "scale")
+
+    def _unscaled_blocks(self) -> frozenset[str]:
+        """Names of the blocks of which the first of two steps is finished."""
+        blocks = self.planned.plan.blocks
+        return frozenset(block.name for block in blocks if unscaled_part(block.name) in self.folder.entries)
 
     def _open_weights(self, stack: ExitStack) -> Weights:
         """Opens readers of all inputs, and on rank 0 the writer."""
         plan, inputs = self.planned.plan, self.planned.inputs
         # Each tensor is read once, unless a block or the head takes several passes, ranks share a candidate, or two
         # adapters a base.
-        several = plan.config.method.granularity != "block" or bool(plan.head)
+        method = plan.config.method
+        several = method.granularity != "block" or bool(plan.head) or method.scales_layers
         read_once = plan.placement.passes == 1 and self.ranks.size == 1 and not several
         shared = shared_folders(inputs.checkpoints)
 
@@ -662,12 +751,19 @@ class Job:
         )
         return {plan.embedding.name: write}
 
-    def _record(self, part: str, entry: Mapping[str, Any], weights: Weights) -> None:
-        """Notes a finished part in the journal, with the digests of all that was written since the last one."""
+    def _record(self, part: str, entry: Mapping[str, Any], written: Weights, key: str = "digests") -> None:
+        """Notes a finished part in the journal, with the digests of all that was written since the last one.
+
+        Args:
+            part: Its name.
+            entry: What is noted.
+            written: What has written it.
+            key: What the entry calls the digests.
+        """
         kept = entry.get("kept", {"digests": {}, "bytes": 0})
-        written = {key: value for key, value in entry.items() if key != "kept"}
-        written["bytes_written"] += kept["bytes"]
-        self.folder.record(part, {**written, "digests": kept["digests"] | weights.own_writer.take_digests()})
+        noted = {name: value for name, value in entry.items() if name != "kept"}
+        noted["bytes_written"] += kept["bytes"]
+        self.folder.record(part, {**noted, key: kept["digests"] | written.own_writer.take_digests()})
 
     @contextmanager
     def _as_merge_error(self, weights: Weights) -> Iterator[None]:
@@ -680,18 +776,28 @@ class Job:
     def _why_not_finite(self, key: str, weights: Weights) -> str:
         plan, inputs = self.planned.plan, self.planned.inputs
         names = [tensor.name for tensors in (plan.non_block, *(b.tensors for b in plan.blocks)) for tensor in tensors]
-        return weights.why_not_finite([name for name in names if key in inputs.keys_by_model(name)]) or (
+        method = plan.config.method
+        other = f"a ridge above {method.ridge:g}"
+        if method.merges_subspaces:
+            other = f"a scale below {method.scale:g}" + (", or scale_layers: false" if method.scale_layers else "")
+        return weights.why_not_finite([name for name in names if key in (name, *inputs.keys_by_model(name))]) or (
             "all models hold finite numbers there; set a dtype that holds more (bfloat16, float32), compute_dtype: "
-            f"float32, or a ridge above {plan.config.method.ridge:g}"
+            f"float32, or {other}"
         )
 
     def _num_steps(self, finished: frozenset[str]) -> int:
         """Number of steps that progress will count."""
         plan = self.planned.plan
+        scaled = 0
+        if plan.unscaled:
+            scaled = sum(block.name not in finished for block in plan.blocks)
+            finished = self._unscaled_blocks() | (finished & {NON_BLOCK})
         batches = sum(len(data.batches) for data in self.samples.calibration)
         forwards = int(plan.config.method.forwards_merged)
         streams = forwards + int(plan.config.method.follows_candidates)
-        steps = 0 if NON_BLOCK in finished else sum(tensor.rule is not MergeRule.SOLVED for tensor in plan.non_block)
+        steps = scaled
+        if NON_BLOCK not in finished:
+            steps += sum(tensor.rule is not MergeRule.SOLVED for tensor in plan.non_block)
         if plan.head and HEAD not in finished:
             tied = batches * len(plan.blocks) + 1 if plan.head.tied is not None else 0
             steps += tied + len(plan.head.groups) * (batches + 1)

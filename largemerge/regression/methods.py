@@ -14,6 +14,9 @@ of the merged model have drifted from the candidate's, at the place where the li
 zero for all other linears. With β = γ = 0 a linear of the merged model imitates the candidates' linears on inputs that
 have drifted already; with β = 1 it does what they do in the candidates, and with γ = 1 it pays back the drift as well.
 
+One method takes the same Gram matrices another way: `esm` merges the task vectors in the subspaces in which they move
+the outputs of their linears (see `essential.py`).
+
 A new method is a row in `METHODS`. What a row says, the user may say otherwise, under `parameters` in the YAML, as far
 as `RegressionMethod.parameters` names it.
 """
@@ -37,6 +40,7 @@ _SUMS = frozenset(
     {"anchor", "anchor_scale", "embedding_prior", "normalization", "off_diagonal_scale", "ridge", "solve"}
 )
 _ALL = _SUMS | {"drift", "granularity", "inputs", "shrinkage", "target"}
+_SUBSPACES = frozenset({"power", "scale", "scale_layers"})
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,12 @@ class RegressionMethod:
             `RunningScales` in `averages.py`); the head, with the embedding where they are tied; the rows of input
             embeddings, each for itself (see `embeddings.py`).
         embedding_prior: κ, the number of tokens that the average of the embeddings counts for.
+        merges_subspaces: Whether linears are merged in the essential subspaces of their task vectors, and not by
+            regression.
+        scale: The factor of their merged task vectors.
+        power: The exponent of the eigenvalues by which directions are weighted.
+        scale_layers: Whether a merged task vector is multiplied by the square of its norm, relative to the mean norm of
+            all layers of its kind.
         parameters: Names of the settings under `parameters` that the method takes, beside `include` and `exclude`.
     """
 
@@ -80,6 +90,10 @@ class RegressionMethod:
     ridge: float = 1.0e-6
     solve: tuple[Part, ...] = ("blocks",)
     embedding_prior: float = 1.0
+    merges_subspaces: bool = False
+    scale: float = 2.0
+    power: float = 0.15
+    scale_layers: bool = True
     parameters: frozenset[str] = _ALL
 
     @property
@@ -110,6 +124,16 @@ class RegressionMethod:
     def by_norm(self) -> bool:
         """Whether a candidate's sums are divided by the norm of its whole Gram."""
         return self.normalization == "frobenius"
+
+    @property
+    def needs_whole_grams(self) -> bool:
+        """Whether nothing can be made of a part of a candidate's data, but only of its whole Gram."""
+        return self.by_norm or self.merges_subspaces
+
+    @property
+    def scales_layers(self) -> bool:
+        """Whether no weight is known before all blocks are merged."""
+        return self.merges_subspaces and self.scale_layers
 
     @property
     def forwards_merged(self) -> bool:
@@ -179,6 +203,14 @@ METHODS: dict[str, RegressionMethod] = {
         ridge=0.0,
         solve=("blocks", "norms"),
         parameters=_SUMS,
+    ),
+    "esm": RegressionMethod(
+        title="Essential Subspace Merging",
+        source="Li et al., arXiv 2602.20208: singular directions of what task vectors do to the outputs",
+        inputs="candidate",
+        anchor="base",
+        merges_subspaces=True,
+        parameters=_SUBSPACES,
     ),
     "regmean_plusplus": RegressionMethod(
         title="RegMean++",

@@ -46,10 +46,12 @@ from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.embeddings import embedding_notes, embedding_problems
+from largemerge.regression.essential import num_directions
 from largemerge.regression.gram_files import from_grams, gram_bytes, gram_notes, gram_problems
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_samples import KeptSamples, choose_samples
 from largemerge.regression.kept_sums import kept_tensors, previous_bytes, previous_problems, sequence_notes
+from largemerge.regression.layer_scales import unscaled_tensors
 from largemerge.regression.passes import goes_by_linear
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
 from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes, stack_rows
@@ -105,6 +107,8 @@ class MergePlan:
         head: What of these is solved.
         output: Tensors of the output, by name on disk.
         kept_sums: Sums that are kept beside them, by group of linears, or samples in their place, by forward argument.
+        unscaled: Merged task vectors and the other tensors of the blocks, by parameter name, that wait on the disk for
+            the scales of all layers; none where nothing waits.
         kept_samples: Which samples these are; `None` for none.
         num_samples: Number of calibration samples by candidate.
         num_tokens: Number of tokens, or patches, of these samples that count, by candidate; of an earlier merge, and of
@@ -136,6 +140,7 @@ class MergePlan:
     embedding: TensorPlan | None
     output: Mapping[str, OutputTensor]
     kept_sums: Mapping[str, OutputTensor]
+    unscaled: Mapping[str, OutputTensor]
     kept_samples: KeptSamples | None
     num_samples: Mapping[str, int]
     num_tokens: Mapping[str, int]
@@ -168,6 +173,11 @@ class MergePlan:
     def sums_bytes(self) -> int:
         """Bytes of the sums that are kept."""
         return sum(tensor.num_bytes for tensor in self.kept_sums.values())
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of what waits on the disk for the scales of all layers; the output comes on top."""
+        return sum(tensor.num_bytes for tensor in self.unscaled.values())
 
     @property
     def num_kept_samples(self) -> int:
@@ -229,6 +239,7 @@ class MergePlan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             **({"sums_bytes": self.sums_bytes} if self.config.sequence is not None else {}),
+            **({"scratch_bytes": self.scratch_bytes} if self.unscaled else {}),
             "placement": {**vars(self.placement), "hidden_states": self.placement.hidden_states.value},
             "reasons": list(self.reasons),
             "peak_bytes": {
@@ -274,6 +285,7 @@ class MergePlan:
             table.add_row(label, text)
         what = "sums" if self.config.keeps_sums else counted(self.config.keeps_samples, "sample")
         kept = f", of which {gib(self.sums_bytes)} of {what} for a later merge" if self.kept_sums else ""
+        kept += f"; {gib(self.scratch_bytes)} in between, of merged task vectors" if self.unscaled else ""
         table.add_row("disk", f"{gib(self.bytes_read)} to read, {gib(self.bytes_written)} to write{kept}")
         table.add_row("forward passes", f"{str(self.compute_dtype).removeprefix('torch.')} on {self.device}")
         table.add_row("placement", str(self.placement))
@@ -408,12 +420,14 @@ def make_plan(
         problems += misfits
     kept_sums = kept_tensors(blocks, head) if config.keeps_sums else {}
     kept_sums |= kept_samples.tensors if kept_samples is not None else {}
+    scales_layers, state = config.method.scales_layers, inputs.skeleton.model.state_dict()
+    unscaled = unscaled_tensors(blocks, state) if scales_layers and not problems else {}
     output, misfits = quantize_output(config.output, inputs, output_tensors(inputs, tensors) if not problems else {})
     problems += misfits
     findings = _check_loads(config, inputs, output) if not problems else Findings()
     problems += findings.problems
     workload = partial(measure_workload, config, inputs, trace, blocks, non_block, head)
-    in_groups, summed = config.method.by_norm, from_grams(config)
+    in_groups, summed = config.method.needs_whole_grams, from_grams(config)
     works = partition_work(shapes, blocks, trace, workload, machines.num_ranks, in_groups=in_groups, summed=summed)
     limits = _limits(config, machines, out)
     largest = max(works, key=lambda rank_work: rank_work.num_rows).work
@@ -432,7 +446,7 @@ def make_plan(
         problems += (
             []
             if out is None or not writes_model
-            else room_problems(_needs({**output, **kept_sums}, choice, limits, out, files.copied.num_bytes))
+            else room_problems(_needs({**output, **kept_sums}, unscaled, choice, limits, out, files.copied.num_bytes))
         )
     if not any(plan.rule is MergeRule.SOLVED for plan in tensors):
         problems.append(_nothing_to_solve(inputs, tensors))
@@ -450,6 +464,7 @@ def make_plan(
         embedding=embedding,
         output=output,
         kept_sums=kept_sums,
+        unscaled=unscaled,
         kept_samples=kept_samples,
         num_samples=num_samples,
         num_tokens=tokens_of,
@@ -473,7 +488,7 @@ def make_plan(
             *gram_notes(config, inputs.skeleton.dtype),
             *_notes(config, inputs, tensors),
             *shortfalls(config, num_samples),
-            *_too_little_data(tokens_of, blocks),
+            *(_few_directions if config.method.merges_subspaces else _too_little_data)(tokens_of, blocks),
             *(data.estimated for data in calibration or () if data.estimated),
             *(note for data in calibration or () for note in data.notes),
             *file_notes,
@@ -559,13 +574,20 @@ def _choose_placement(
 
 
 def _needs(
-    output: Mapping[str, OutputTensor], choice: Choice, limits: Limits, out: Path, side_bytes: int
+    output: Mapping[str, OutputTensor],
+    unscaled: Mapping[str, OutputTensor],
+    choice: Choice,
+    limits: Limits,
+    out: Path,
+    side_bytes: int,
 ) -> Iterator[Need]:
-    """Yields what the merge will write where: the output, and hidden states where they wait on a disk."""
+    """Yields what the merge will write where: the output, and what waits on a disk, hidden states among it."""
     bytes_written = sum(tensor.num_bytes for tensor in output.values())
     yield Need(
         out, bytes_written + side_bytes + len(output) * BYTES_OF_REPORT, "the output", reuses=out / WORKING_FOLDER
     )
+    scratch_bytes = sum(tensor.num_bytes for tensor in unscaled.values())
+    yield Need(out, scratch_bytes, "merged task vectors", reuses=out / WORKING_FOLDER)
     if choice.footprint.disk:
         yield Need(limits.scratch or out, choice.footprint.disk, "hidden states")
 
@@ -601,6 +623,23 @@ def _too_little_data(num_tokens: Mapping[str, int], blocks: Sequence[BlockPlan])
             f"{total:,} tokens of calibration data in all, fewer than the {widest:,} inputs of the widest linear: what "
             "they do not say is left to the anchor, and a merge by so few may be worse than the average; more samples "
             "keep more of each model"
+        )
+
+
+def _few_directions(num_tokens: Mapping[str, int], blocks: Sequence[BlockPlan]) -> Iterator[str]:
+    """Notes on models whose data has fewer tokens than the method takes directions of their largest task vectors."""
+    groups = [group for block in blocks for group in block.groups]
+    wanted = [
+        min(num_directions(linear.num_outputs, len(num_tokens)), group.num_inputs)
+        for group in groups
+        for linear in group.linears
+    ]
+    few = {name: count for name, count in num_tokens.items() if count < max(wanted, default=0)}
+    if few:
+        counts = ", ".join(f"{name} {count:,}" for name, count in few.items())
+        yield (
+            f"fewer tokens of calibration data than directions that would be merged of each model, {max(wanted):,} in "
+            f"the widest linear: {counts}; there are no more directions than tokens, and more samples give more"
         )
 
 
@@ -726,8 +765,8 @@ def _joint_outline(outlines: Sequence[CalibrationOutline]) -> dict[str, tuple[tu
 
 
 def _bytes_read(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPlan]) -> int:
-    """Bytes that making the tensors reads from checkpoints, of the base where the method pulls to it."""
-    by_base = config.method.anchor != "average"
+    """Bytes that making the tensors reads from checkpoints, of the base where the method needs it."""
+    by_base = int(config.method.anchor != "average") + int(config.method.scales_layers)  # how often it is read
 
     def size(checkpoint: Checkpoint, names: KeyMapping, plan: TensorPlan) -> int:
         if plan.name in inputs.reference_mapping.unmapped:
@@ -747,7 +786,7 @@ def _bytes_read(config: MergeConfig, inputs: Inputs, tensors: Sequence[TensorPla
         else:
             total += sum(size(c, n, plan) for c, n in zip(inputs.candidates, inputs.candidate_mappings, strict=True))
         if by_base and plan.rule is MergeRule.SOLVED and inputs.base is not None and inputs.base_mapping is not None:
-            total += size(inputs.base, inputs.base_mapping, plan)
+            total += by_base * size(inputs.base, inputs.base_mapping, plan)
     return total
 
 
@@ -845,7 +884,7 @@ def forecast(
         planned.trace,
         workload,
         machines.num_ranks,
-        in_groups=plan.config.method.by_norm,
+        in_groups=plan.config.method.needs_whole_grams,
         summed=from_grams(plan.config),
     )
     held = partial(

@@ -26,6 +26,7 @@ from largemerge.distributed.partition import Partition, choose_owners
 from largemerge.distributed.ranks import Ranks
 from largemerge.distributed.shared_memory import Node
 from largemerge.regression.averages import RunningAverages, RunningScales
+from largemerge.regression.essential import Sums
 from largemerge.regression.group_sums import GroupSums, RankPart
 from largemerge.regression.tensor_plan import LinearGroup
 
@@ -118,12 +119,17 @@ class RankExchange:
         """The ranks that need a candidate's tensors."""
         return range(self.ranks.size) if candidate == 0 and not replayed else self.ranks_with_data[candidate]
 
-    def begin_pass(self, groups: Sequence[LinearGroup]) -> PassExchange:
-        """Chooses the owners of the groups that are solved in one pass over a block."""
+    def begin_pass(self, groups: Sequence[LinearGroup], dtype: torch.dtype | None = None) -> PassExchange:
+        """Chooses the owners of the groups that are solved in one pass over a block.
+
+        Args:
+            groups: The groups.
+            dtype: Dtype of what is solved; default: that in which each weight is written.
+        """
         costs = {group.leader: group.solve_operations for group in groups}
         dearest_first = sorted(groups, key=lambda group: -group.solve_operations)
         owners = choose_owners(costs, self.ranks.size)
-        return PassExchange(self.ranks.rank, self.collectives, dearest_first, owners)
+        return PassExchange(self.ranks.rank, self.collectives, dearest_first, owners, dtype)
 
     def gather_reports(self, linears: Mapping[str, Any], bytes_read: int) -> tuple[dict[str, Any], int]:
         """Collective: gathers the reports of all linears, and the bytes that all ranks have read."""
@@ -142,12 +148,14 @@ class PassExchange:
         groups: The groups in the order in which they are reduced and solved, the dearest first: its owner solves it
             while others are still at the right-hand sides of the rest.
         owners: Leader of a group → the rank that solves it.
+        dtype: Dtype of what is solved; `None` for that in which each weight is written.
     """
 
     rank: int
     collectives: AsyncCollectives | None
     groups: Sequence[LinearGroup]
     owners: Mapping[str, int]
+    dtype: torch.dtype | None = None
     _reducing: dict[str, Future[Any]] = field(default_factory=dict)
     _all_reducing: dict[str, Future[Any]] = field(default_factory=dict)
     _broadcasting: list[Future[Any]] = field(default_factory=list)
@@ -156,7 +164,7 @@ class PassExchange:
         """Whether this rank solves the group."""
         return self.owners[leader] == self.rank
 
-    def all_reduce_gram(self, leader: str, sums: GroupSums) -> None:
+    def all_reduce_gram(self, leader: str, sums: Sums) -> None:
         """Collective in a group of ranks: starts to add up the present candidate's Gram over all of them."""
         if self.collectives is not None:
             self._all_reducing[leader] = self.collectives.all_reduce(sums.gram.candidate_views())
@@ -166,7 +174,7 @@ class PassExchange:
         if leader in self._all_reducing and self.collectives is not None:
             self.collectives.wait(self._all_reducing.pop(leader))
 
-    def reduce_sums(self, leader: str, sums: GroupSums) -> None:
+    def reduce_sums(self, leader: str, sums: Sums) -> None:
         """Collective: starts to reduce a group's sums to its owner, once this rank has added all that it has."""
         if self.collectives is not None:
             self._reducing[leader] = self.collectives.reduce(sums.views(), self.owners[leader])
@@ -194,7 +202,8 @@ class PassExchange:
             return
         for linear in group.linears if not self.owns(group.leader) else ():
             like = anchor.pop(linear.name)
-            merged[linear.name] = torch.empty_like(like, dtype=linear.dtype, memory_format=torch.contiguous_format)
+            dtype = self.dtype or linear.dtype
+            merged[linear.name] = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
         self._broadcasting.append(
             self.collectives.broadcast([merged[linear.name] for linear in group.linears], self.owners[group.leader])
         )

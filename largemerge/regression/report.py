@@ -25,6 +25,7 @@ from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.regression.config import CandidateConfig, MergeConfig
 from largemerge.regression.drift import DriftOfBlocks, drift_curves, drift_section
+from largemerge.regression.essential import subspace_rows
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_sums import make_record
 from largemerge.regression.plan import MergePlan, PlannedMerge, input_rows
@@ -226,9 +227,14 @@ class MergeReport:
                 "fallbacks",
                 f"{counted(len(fallbacks), 'linear')} needed more than float32 Cholesky: {', '.join(fallbacks[:3])} …",
             )
+        conditions = {name: entry["condition"] for name, entry in linears.items() if entry["condition"] is not None}
+        if conditions:
+            worst = max(conditions, key=lambda name: conditions[name])
+            table.add_row("worst condition", f"{conditions[worst]:.1e} ({worst})")
+        if self.config.method.merges_subspaces:
+            for label, text in subspace_rows(linears):
+                table.add_row(label, text)
         if linears:
-            worst = max(linears, key=lambda name: linears[name]["condition"])
-            table.add_row("worst condition", f"{linears[worst]['condition']:.1e} ({worst})")
             table.add_row("distance", _mean_distances(self))
         factors = [entry["shrinkage"] for entry in linears.values() if "shrinkage" in entry]
         if factors:

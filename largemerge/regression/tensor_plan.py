@@ -454,11 +454,15 @@ def check_anchor(config: MergeConfig, inputs: Inputs, plans: Sequence[TensorPlan
     lacking = [name for name in solved if not names.has(name)]
     if not lacking:
         return []
-    return [
-        f"{inputs.base.name}: has no {list_kinds(lacking)} as in {inputs.reference.name}, to which 'anchor: "
-        f"{config.method.anchor}' pulls; expected a base_model that has all that is solved, 'anchor: average', or less "
-        "under 'solve'"
-    ]
+    where = f"{inputs.base.name}: has no {list_kinds(lacking)} as in {inputs.reference.name}"
+    if config.method.merges_subspaces:
+        what = "of which task vectors are merged; expected a base_model that has them, or 'exclude' with their names"
+    else:
+        what = (
+            f"to which 'anchor: {config.method.anchor}' pulls; expected a base_model that has all that is solved, "
+            "'anchor: average', or less under 'solve'"
+        )
+    return [f"{where}, {what}"]
 
 
 def _base_lacks(inputs: Inputs, name: str) -> str:

@@ -38,6 +38,8 @@ class Weights:
         writer: Writer of the output; `None` on other ranks than rank 0.
         ranks: The ranks of the merge.
         device: The device that computes.
+        writes_parameters: Whether the writer's tensors are parameters as they are, by their own names, and not those of
+            a checkpoint.
     """
 
     inputs: Inputs
@@ -47,6 +49,7 @@ class Weights:
     writer: ShardWriter | None
     ranks: Ranks
     device: torch.device
+    writes_parameters: bool = False
 
     @property
     def own_writer(self) -> ShardWriter:
@@ -133,6 +136,8 @@ class Weights:
         """Brings parameters of the output to their names and layout on disk; empty on other ranks than rank 0."""
         if self.writer is None:
             return {}
+        if self.writes_parameters:
+            return dict(tensors)
         mapping = self.inputs.reference_mapping
         canonical = {mapping.canonical(name): tensor for name, tensor in tensors.items()}
         return mapping.store(self.inputs.skeleton.model, canonical)
@@ -161,6 +166,8 @@ class Weights:
 
     def _quantized_as(self, name: str) -> str | None:
         """Name on disk of a parameter that is written quantised; `None` for any other."""
+        if self.writes_parameters:
+            return None
         mapping = self.inputs.reference_mapping
         key = mapping.renamed.get(mapping.canonical(name))
         return key if key is not None and self.output[key].quantization is not None else None

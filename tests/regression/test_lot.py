@@ -17,7 +17,7 @@ import pytest
 import reference
 import tiny_models
 import torch
-from cases import Case, MakeCase, assert_close, merge_and_load, report_of, weights_in
+from cases import Case, MakeCase, assert_close, merge_and_load, report_of, weights_in, with_base
 from processes import (
     PARTS,
     assert_agree,
@@ -39,14 +39,6 @@ import largemerge
 from largemerge import ConfigError
 from largemerge.regression import passes
 from largemerge.regression.averages import RunningScales
-
-
-def with_base(case: Case, architecture: str) -> PreTrainedModel:
-    """Writes a base beside a case's models, and names it."""
-    base = tiny_models.build(architecture, seed=7)
-    base.save_pretrained(case.folder / "pretrained")
-    case.config["base_model"] = str(case.folder / "pretrained")
-    return base
 
 
 def norms_of(model: PreTrainedModel) -> list[str]:

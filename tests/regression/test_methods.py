@@ -14,13 +14,14 @@ from largemerge.regression.methods import METHODS
 
 
 def test_rows_say_what_the_methods_are() -> None:
-    assert set(METHODS) == {"regmean", "lot", "regmean_plusplus", "chain", "calibrated", "featcal"}
+    assert set(METHODS) == {"regmean", "lot", "esm", "regmean_plusplus", "chain", "calibrated", "featcal"}
     assert METHODS["regmean"].follows_candidates and not METHODS["regmean"].forwards_merged
     assert METHODS["regmean_plusplus"].forwards_merged and not METHODS["regmean_plusplus"].follows_candidates
     assert METHODS["chain"].forwards_merged and not METHODS["chain"].compares
     assert METHODS["calibrated"].compares and METHODS["calibrated"].solves_head
     assert METHODS["featcal"].by_norm and METHODS["featcal"].compares and not METHODS["featcal"].solves_head
     assert METHODS["lot"].solves_norms and not METHODS["lot"].sums_stand_alone
+    assert METHODS["esm"].sums_stand_alone and METHODS["esm"].scales_layers and METHODS["esm"].needs_whole_grams
     for row in METHODS.values():
         assert "arXiv" in row.source and not list(row.mistakes())
 

@@ -168,6 +168,7 @@ def test_the_compute_dtype_is_what_the_config_says(
         ("gpt2", "regmean_plusplus"),
         ("llama", "calibrated"),
         ("llama", "lot"),
+        ("llama", "esm"),
         pytest.param("bert", "regmean_plusplus", marks=pytest.mark.slow),
         pytest.param("opt", "regmean_plusplus", marks=pytest.mark.slow),
         pytest.param("gpt2", "featcal", marks=pytest.mark.slow),
@@ -177,7 +178,7 @@ def test_a_quantised_output_loads_and_holds_what_was_read_back(
     make: MakeQuantized, name: str, method: str, output: dict[str, Any]
 ) -> None:
     case = make(name, method=method)
-    if method in ("featcal", "lot"):
+    if method in ("featcal", "lot", "esm"):
         case.config["base_model"] = case.config["models"][1]["model"]
     case.config["output"] = output
     plan = largemerge.plan(case.config)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from largemerge.data_free.methods.base import Piece
-from largemerge.data_free.methods.svd import (
+from largemerge.singular import (
     FACTOR_DTYPE,
     SMALLEST_VALUE,
     lower_gram,

@@ -16,7 +16,7 @@ import math
 import torch
 
 from largemerge.data_free.methods.base import Piece
-from largemerge.data_free.methods.svd import FACTOR_DTYPE, gram, singular_vectors, sum_of_squares
+from largemerge.singular import FACTOR_DTYPE, gram, singular_vectors, sum_of_squares
 
 UNLIMITED = "unlimited"
 """The `exp_time` of WUDI's minimum itself."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from largemerge.data_free.methods.base import Flag, Kind, Range
-from largemerge.data_free.methods.svd import FACTOR_DTYPE, singular_vectors
+from largemerge.singular import FACTOR_DTYPE, singular_vectors
 
 Candidates = Callable[[], Iterator[torch.Tensor]]
 """Yields the task vectors of the candidates, `[O, I]`, float32, one after the other; may be called again."""

@@ -9,6 +9,7 @@ This is the only place where planning looks at blocks, linears and sums. Multipl
     right-hand side     2·I²·O, or 4·N·I·O where that is less, for all candidates but the first
     own features        2·N·I² + 2·I²·O, or 4·N·I·O where that is less, and 2·N·I·O where drift is paid back
     solve               I³/3 + 2·I²·O
+    subspaces           in place of right-hand side and solve: products and eigenvectors in float64 (essential.py)
     merged forward      like a candidate's, all linears
 
 Where two streams of hidden states run, candidate forward is the sum of both.
@@ -30,6 +31,13 @@ from largemerge.model.skeleton import linears_in, weight_is_transposed
 from largemerge.model.trace import LinearRole, ModelTrace, StackTrace
 from largemerge.regression.averages import AVERAGE_CHUNK_BYTES
 from largemerge.regression.config import MergeConfig
+from largemerge.regression.essential import (
+    candidate_bytes,
+    essential_operations,
+    essential_sums_bytes,
+    factor_elements,
+    merge_bytes,
+)
 from largemerge.regression.gram import GRAM_DTYPE, panels, triangle, triangle_buffer_bytes
 from largemerge.regression.gram_files import from_grams
 from largemerge.regression.group_sums import (
@@ -303,28 +311,48 @@ class _BlockCounter:
             read_bytes=kind.bytes_of(block_pass.tensor_names),
             cast_bytes=kind.cast_bytes(block_pass.tensor_names, self.dtype),
             merged_bytes=kind.bytes_of(merged) + kind.cast_bytes(merged, self.dtype),
-            solved_bytes=kind.bytes_of(solved),
-            largest_solved_bytes=max((kind.bytes_of([name]) for name in solved), default=0),
+            solved_bytes=self._solved_bytes(kind, solved),
+            largest_solved_bytes=max((self._solved_bytes(kind, [name]) for name in solved), default=0),
             sums_bytes=averaged
             + scales
-            + sum(map(sums_bytes, block_pass.groups))
+            + sum(map(self._sums_bytes, block_pass.groups))
             + self._cross_bytes(kind, block_pass),
             chunk_bytes=max(
                 3 * min(DIFFERENCE_CHUNK_BYTES, largest_group),
                 triangle_buffer_bytes(widest) if self.num_sums_read or self.keeps_sums else 0,
+                *(map(candidate_bytes, block_pass.groups) if self.method.merges_subspaces else ()),
             ),
-            fallback_bytes=self._fallback_bytes(widest),
+            fallback_bytes=self._fallback_bytes(block_pass.groups),
             runs=bool(block_pass.groups) or whole,
             forward=self._forwards(kind, block_pass, until),
             gram_operations=sum(rows[stack] * group.num_inputs**2 for group, stack in stacks for rows in self.rows),
-            right_hand_side_operations=sum(
-                self._right_hand_side_factor(candidate, stack, group.num_inputs) * group.num_inputs * group.num_outputs
-                for group, stack in stacks
-                for candidate in range(1, len(self.rows))
-            )
-            + sum(self._features_operations(kind.block, group) for group in block_pass.groups),
+            right_hand_side_operations=self._right_hand_side_operations(kind, block_pass.groups),
             groups=tuple(map(_group_numbers, block_pass.groups)),
         )
+
+    def _solved_bytes(self, kind: _BlockKind, names: Sequence[str]) -> int:
+        """Bytes of solved weights; of merged task vectors, float32, and the base's weights, where these wait."""
+        return kind.bytes_of(names) + (kind.bytes_of(names, GRAM_DTYPE) if self.method.scales_layers else 0)
+
+    def _sums_bytes(self, group: LinearGroup) -> int:
+        """Bytes of the sums of a group."""
+        if self.method.merges_subspaces:
+            return essential_sums_bytes(group, self.num_candidates)
+        return sums_bytes(group)
+
+    def _right_hand_side_operations(self, kind: _BlockKind, groups: Sequence[LinearGroup]) -> float:
+        """Operations of all candidates' right-hand sides; of subspaces, all that comes after the Gram matrices."""
+        if self.method.merges_subspaces:
+            present = sum(any(of.values()) for of in self.rows) + len(self.summed)
+            return sum(essential_operations(group, self.num_candidates) for group in groups) * (
+                present / max(1, self.num_candidates)
+            )
+        stacks = [(group, kind.block.stack_of(group)) for group in groups]
+        return sum(
+            self._right_hand_side_factor(candidate, stack, group.num_inputs) * group.num_inputs * group.num_outputs
+            for group, stack in stacks
+            for candidate in range(1, len(self.rows))
+        ) + sum(self._features_operations(kind.block, group) for group in groups)
 
     def _forwards(self, kind: _BlockKind, block_pass: BlockPass, until: str | None) -> ForwardNumbers:
         """Counts the runs of one pass: of the candidates, of what is merged so far, or of both in turns."""
@@ -404,8 +432,15 @@ class _BlockCounter:
             return 2 * num_inputs / groups.group_sizes[candidate] if whole else 4 * rows
         return 4 * rows if multiplies_by_rows(rows, num_inputs) else 2 * num_inputs
 
-    def _fallback_bytes(self, num_inputs: int) -> int:
-        """Bytes of a second attempt in float64; of eigenvectors, where there are fewer tokens than inputs."""
+    def _fallback_bytes(self, groups: Sequence[LinearGroup]) -> int:
+        """Bytes of a second attempt in float64; of eigenvectors, where there are fewer tokens than inputs.
+
+        Of subspaces, what merging takes beyond what each candidate has taken.
+        """
+        if self.method.merges_subspaces:
+            merging = max((merge_bytes(group, self.num_candidates) for group in groups), default=0)
+            return max(0, merging - max(map(candidate_bytes, groups), default=0))
+        num_inputs = max((group.num_inputs for group in groups), default=0)
         max_rank = self.tokens_before + sum(max(rows.values()) for rows in self.rows)
         scale = self.method.off_diagonal_scale
         if max_rank < num_inputs and solves_only_seen(self.method.ridge, scale):
@@ -419,24 +454,30 @@ class _BlockCounter:
         total += _SCALE_BYTES * sum(norm.size for norm in kind.block.norms)  # two sums, likewise
         for group in kind.block.groups:
             size, outputs = group.num_inputs, group.num_outputs
+            total += self.num_candidates * sketch_bytes(len(group.linears))
+            merged = GRAM_DTYPE if self.method.scales_layers else None
+            total += sum((merged or linear.dtype).itemsize * size * linear.num_outputs for linear in group.linears)
+            if self.method.merges_subspaces:
+                total += GRAM_DTYPE.itemsize * (factor_elements(group, self.num_candidates) + size)
+                total += 3 * GRAM_DTYPE.itemsize * self.num_candidates * len(group.linears)  # norms, directions
+                continue
             total += (
                 GRAM_DTYPE.itemsize * (_exchanged_elements(size) + size * outputs)
                 + group.mean_dtype.itemsize * size * outputs
             )
             total += GRAM_DTYPE.itemsize * _exchanged_elements(size) if self.keeps_sums else 0  # owner to writer
-            total += self.num_candidates * sketch_bytes(len(group.linears))
-            total += sum(linear.dtype.itemsize * size * linear.num_outputs for linear in group.linears)
         return total
 
     def _shared_gram_bytes(self, block: BlockPlan) -> int:
         """Bytes of Gram matrices of one block that this rank all-reduces."""
         if self.gram_groups is None:
             return 0
-        shared = [number for number, size in enumerate(self.gram_groups.group_sizes) if size > 1 and number > 0]
+        all_count = self.method.merges_subspaces
+        shared = [n for n, size in enumerate(self.gram_groups.group_sizes) if size > 1 and (n > 0 or all_count)]
         total = 0
         for group in block.groups:
             rows = [self.gram_groups.total_rows[number][block.stack_of(group)] for number in shared]
-            whole = sum(not multiplies_by_rows(count, group.num_inputs) for count in rows)
+            whole = sum(all_count or not multiplies_by_rows(count, group.num_inputs) for count in rows)
             total += 2 * whole * GRAM_DTYPE.itemsize * _exchanged_elements(group.num_inputs)
         return total
 

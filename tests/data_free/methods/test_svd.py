@@ -7,8 +7,8 @@ import pytest
 import torch
 from data_free_reference import SHAPES, check, models, task_vectors
 
-from largemerge.data_free.methods.svd import polar_factor, singular_vectors
 from largemerge.data_free.methods.table import merge_tensors
+from largemerge.singular import polar_factor, singular_vectors
 
 MATRIX_METHODS = ["tsv_m", "iso_c", "iso_cts", "dc_merge", "resmerge", "knots", "wudi", "ace"]
 SCALES = {
