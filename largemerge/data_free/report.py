@@ -114,12 +114,20 @@ class DataFreeReport:
             "memory_over_time": [list(point) for point in self.memory_over_time],
             "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
             "before": dict(self.plan.prior.reports),
+            **self._aligned(),
             **({"post": post_changes(self.plan, self.norms)} if self.plan.config.post else {}),
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             **({measurement.name: self.measured_overall} if measurement is not None else {}),
             **self.written,
             "tensors": {task.name: self._described(task) for task in self.plan.tasks},
         }
+
+    def _aligned(self) -> dict[str, Any]:
+        """What was permuted before the merge, if anything was."""
+        plan = self.plan
+        if plan.matching is None or plan.matched is None:
+            return {}
+        return {"align": plan.matched.to_json(plan.matching)}
 
     def __str__(self) -> str:
         """What is shown, as plain text."""
@@ -135,6 +143,8 @@ class DataFreeReport:
         table.add_column()
         table.add_column(overflow="fold")
         add_common_rows(table, plan)
+        for title, text in plan.matched.rows(plan.matching, short_name) if plan.matched and plan.matching else ():
+            table.add_row(title, text)
         for text in describe_changes(self.plan, self.norms):
             table.add_row("each step", text)
         for title, text in self.verified.rows(short_name) if self.verified is not None else ():
