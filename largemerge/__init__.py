@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.api import (
         Memory,
+        align,
         cluster,
         evaluate,
         extract_lora,
@@ -78,6 +79,7 @@ __all__ = [
     "Range",
     "SystemFailure",
     "__version__",
+    "align",
     "cluster",
     "compare",
     "evaluate",
@@ -114,6 +116,7 @@ _LAZY = {
     "OutputError": _ERRORS,
     "Range": "largemerge.trials.settings",
     "SystemFailure": _ERRORS,
+    "align": "largemerge.api",
     "cluster": "largemerge.api",
     "compare": "largemerge.trials.run",
     "evaluate": "largemerge.api",

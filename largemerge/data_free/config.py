@@ -55,6 +55,8 @@ from largemerge.weight_matching.config import Align
 if TYPE_CHECKING:
     from largemerge.data_free.methods.base import Kind, Method
 
+_REFERENCE_KEYS = ("model", "base_model", "candidates", "tokenizer_source", "source", "reference")
+
 CURRICULUM = "curriculum"
 """The `merge_method` that makes several merges."""
 
@@ -727,7 +729,7 @@ def _absolute(value: Any, folders: list[Path], names: Collection[str], unversion
     if isinstance(value, str) and key in _AUXILIARY_PARAMETERS:
         paths = (folder / os.path.expanduser(value) for folder in folders)
         return next((str(path.resolve()) for path in paths if os.path.exists(path)), value)
-    if isinstance(value, str) and key in ("model", "base_model", "candidates", "tokenizer_source", "source", "reference"):
+    if isinstance(value, str) and key in _REFERENCE_KEYS:
         return absolute_reference(value, folders, names, unversioned)
     return value
 

@@ -430,8 +430,10 @@ def plan_data_free(
 
 def _check_memory(plan: DataFreePlan, limits: MemoryBudget) -> None:
     """Adds to a plan's problems if one block of two models does not fit into memory while they are matched."""
-    if plan.matching is not None and limits.host is not None and plan.peak_bytes > max(
-        limits.host, plan.resources.peak_bytes
+    if (
+        plan.matching is not None
+        and limits.host is not None
+        and plan.peak_bytes > max(limits.host, plan.resources.peak_bytes)
     ):
         plan.problems.append(
             f"memory.host: {gib(limits.host)} is too little: align needs {gib(plan.peak_bytes)} for one block of two "

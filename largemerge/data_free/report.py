@@ -36,6 +36,8 @@ from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.streams import plain_text
 from largemerge.units import counted, duration, gib
+from largemerge.weight_matching.plan import card_section as aligned_section
+from largemerge.weight_matching.run import rows_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class DataFreeReport:
     verified: Verification | None = None
     measured: Mapping[str, Sequence[float]] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know; the same as in the plan."""
+        return self.plan.notes
 
     @property
     def peak(self) -> MemoryUse:
@@ -143,7 +150,7 @@ class DataFreeReport:
         table.add_column()
         table.add_column(overflow="fold")
         add_common_rows(table, plan)
-        for title, text in plan.matched.rows(plan.matching, short_name) if plan.matched and plan.matching else ():
+        for title, text in rows_of(self._aligned().get("align", {}), short_name):
             table.add_row(title, text)
         for text in describe_changes(self.plan, self.norms):
             table.add_row("each step", text)
@@ -271,6 +278,8 @@ def write_side_files(
         base=config.base_model,
         config_yaml=text,
         version=versions()["largemerge"],
-        more=(card_section(plan.heads) if plan.heads is not None else "") + _post_section(plan, norms),
+        more=(card_section(plan.heads) if plan.heads is not None else "")
+        + (aligned_section(short_name(plan.matching.reference)) if plan.matching is not None else "")
+        + _post_section(plan, norms),
     )
     (path / "README.md").write_text(card, encoding="utf-8")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -102,11 +102,9 @@ class Between:
         args, kwargs = tree_map(
             lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, self._arguments[num_samples]
         )
-        with replaced_forwards({linear: forward(name) for name, linear in self.linears.items()}):
-            try:
-                reads[RESULT] = original_forward(self.block)(*args, **kwargs)
-            except _Reached:
-                pass
+        forwards = {linear: forward(name) for name, linear in self.linears.items()}
+        with replaced_forwards(forwards), suppress(_Reached):
+            reads[RESULT] = original_forward(self.block)(*args, **kwargs)
         return reads
 
     @contextmanager

@@ -144,9 +144,7 @@ def _products(
     return found
 
 
-def match_inside(
-    inner: Sequence[Inner], products: Mapping[Slot, np.ndarray]
-) -> tuple[float, list[np.ndarray], int]:
+def match_inside(inner: Sequence[Inner], products: Mapping[Slot, np.ndarray]) -> tuple[float, list[np.ndarray], int]:
     """Finds the best permutations inside one member, one after the other until nothing improves.
 
     Args:
@@ -164,9 +162,10 @@ def match_inside(
         rounds += 1
         for number, own in enumerate(places):
             values = np.zeros((inner[number].size,) * 2)
-            clear = [slot for slot in own if all(known[k] or slot not in places[k] for k in range(len(inner)) if k != number)]
+            rest = [k for k in range(len(inner)) if k != number]
+            clear = [slot for slot in own if all(known[k] or slot not in places[k] for k in rest)]
+            others = [(places[k], chosen[k]) for k in rest]
             for slot in clear or own:
-                others = [(places[k], chosen[k]) for k in range(len(inner)) if k != number]
                 turned = products[slot][:, _inside(slot, len(products[slot]), others)]
                 values += turned[own[slot][:, None], own[slot][None]].sum(-1)
             chosen[number] = _better(values, chosen[number], keeps=known[number])
@@ -190,9 +189,7 @@ def _better(values: np.ndarray, before: np.ndarray, *, keeps: bool) -> np.ndarra
     return found
 
 
-def _inside(
-    slot: Slot, size: int, chosen: Sequence[tuple[Mapping[Slot, np.ndarray], np.ndarray]]
-) -> np.ndarray:
+def _inside(slot: Slot, size: int, chosen: Sequence[tuple[Mapping[Slot, np.ndarray], np.ndarray]]) -> np.ndarray:
     """Returns which row of the member comes to each place, by permutations that do not touch each other."""
     index = np.arange(size)
     for places, parts in chosen:

@@ -1,6 +1,6 @@
 """What is permuted in which model, before any weight is read.
 
-    models, reference: classes and headers ──► blocks run on made-up input ──► units of every block ──► their tensors
+models, reference: classes and headers ──► blocks run on made-up input ──► units of every block ──► their tensors
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from largemerge.errors import ArchitectureError, LargemergeError
 from largemerge.model.classes import ClassifiedModel, classify, translate
 from largemerge.model.fake_forward import FakeModel, InputOutline, block_kind, fake_model
 from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, weight_is_transposed
-from largemerge.units import counted
+from largemerge.units import counted, gib
 from largemerge.weight_matching.between import Between
-from largemerge.weight_matching.units import BlockUnits, Choice, Slot, find_units, follows
+from largemerge.weight_matching.finding import find_units, follows
+from largemerge.weight_matching.units import BlockUnits, Choice, Family, Slot
 
 _NUM_SAMPLES = 32  # rows of linears that are changed in one run
 _TOKENS = 7
@@ -89,9 +90,7 @@ class ModelPlan:
     def largest_bytes(self) -> int:
         """Size of the largest tensor whose rows are permuted, in bytes."""
         tensors = self.model.checkpoint.tensors
-        names = {
-            each.name for block in self.blocks for of in block.tensors.values() for each in of if each.axis == 0
-        }
+        names = {each.name for block in self.blocks for of in block.tensors.values() for each in of if each.axis == 0}
         return max(
             (math.prod(i.shape) * i.dtype.itemsize for i in (tensors[self.model.mapping.renamed[n]] for n in names)),
             default=0,
@@ -182,7 +181,18 @@ def plan_alignment(
             problems += [f"align: {name}: {problem}" for problem in error.problems]
             continue
         notes |= dict.fromkeys(f"align: {note}" for note in told)
-    return AlignPlan(reference, checkpoints[reference], plans, tuple(notes), tuple(problems))
+    found = AlignPlan(reference, checkpoints[reference], plans, tuple(notes), tuple(problems))
+    if not plans:
+        return found
+    return replace(found, notes=(*notes, f"align: a block of two models takes up to {gib(found.peak_bytes)}"))
+
+
+def card_section(reference: str) -> str:
+    """Makes the model card's section on what was done before the merge."""
+    return (
+        f"\n## Before the merge\n\nNeurons and heads were put into the order of {reference}: weight matching within "
+        "blocks ([Git Re-Basin](https://arxiv.org/abs/2209.04836)).\n"
+    )
 
 
 @dataclass(frozen=True)
@@ -233,7 +243,7 @@ def input_outlines(skeleton: Skeleton) -> Iterator[InputOutline]:
 
 
 def _units_of(fake: FakeModel) -> _ModelUnits:
-    """Finds the units of every block; blocks that compute alike are looked at once, and tried where there is a record."""
+    """Finds the units of every block; of blocks that compute alike, one is looked at, and some others are tried."""
     skeleton, notes = fake.skeleton, list[str]()
     one = {name: x[-1:] for name, x in fake.inputs.items()}
     many = {name: x[-1:].repeat(_NUM_SAMPLES, *(1,) * (x.dim() - 1)) for name, x in fake.inputs.items()}
@@ -244,7 +254,7 @@ def _units_of(fake: FakeModel) -> _ModelUnits:
             notes.append(f"{stack.name} stays as it is: tokens alone do not reach it")
             continue
         by_kind: dict[str, BlockUnits] = {}
-        for index, record in reversed(single[number].items()):
+        for index, record in reversed(list(single[number].items())):
             kind, name = block_kind(stack.blocks[index], index), stack.block_name(index)
             if len(record.arguments) != 1:
                 notes.append(f"{name} stays as it is: it runs {len(record.arguments)} times in one pass")
@@ -283,12 +293,13 @@ def _plan_model(
             own = [each.name for slot in family.places for each in tensors[slot]]
             fixed = [each for each in own if each not in model.mapping.renamed or _is_tied(model, each)]
             if fixed:
-                told.setdefault(f"{family.name} stay: {_short(fixed[0], name)} is tied or lies together with others", []).append(name)
+                why = f"{family.name} stay: {fixed[0].removeprefix(f'{name}.')} is tied, or lies together with others"
+                told.setdefault(why, []).append(name)
                 continue
             problems += _misfits(model, reference, names, own, reference_name)
             kept.append(family)
         for held in found.held:
-            told.setdefault(f"{held}", []).append(name)
+            told.setdefault(held, []).append(name)
         if found.untouched:
             told.setdefault(f"not permuted: {', '.join(found.untouched)}", []).append(name)
         if kept:
@@ -307,18 +318,18 @@ def _plan_model(
     return ModelPlan(model, reference, (None, None), names, tuple(blocks)), notes
 
 
-def _described(family: Any) -> str:
+def _described(family: Family) -> str:
+    """Says what may change places in a family."""
     inner = [f"{each.size} {each.name}" for each in family.inner]
     inside = f"{'in each ' if not family.is_free else 'and in each '}{' and '.join(inner)}" if inner else ""
     return " ".join(part for part in (f"{family.size} {family.name}", inside) if part)
 
 
 def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1].rpartition('.')[2]} ({counted(len(names), 'block')})"
-
-
-def _short(name: str, block: str) -> str:
-    return name.removeprefix(f"{block}.")
+    """Lists blocks in short."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} … {names[-1].rpartition('.')[2]} ({counted(len(names), 'block')})"
 
 
 def _in_order(units: _ModelUnits) -> list[str]:

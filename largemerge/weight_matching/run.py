@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,21 +48,18 @@ class Matched:
         """What the report of a merge says of it."""
         return {"reference": plan.reference, "models": {name: dict(blocks) for name, blocks in self.report.items()}}
 
-    def rows(self, plan: AlignPlan, short: Callable[[str], str]) -> list[tuple[str, str]]:
-        """Lines for the closing table: how alike the models were, and are."""
-        found = []
-        for name, blocks in self.report.items():
-            before, after = (_mean([block[key] for block in blocks.values()]) for key in ("before", "after"))
-            moved = sum(family["moved"] for block in blocks.values() for family in block["families"].values())
-            total = sum(family.size for block in plan.models[name].blocks for family in block.units.families)
-            found.append(
-                (
-                    f"aligned {short(name)}",
-                    f"to {short(plan.reference)}: {moved} of {total} neurons and heads change places; cosine of the "
-                    f"weights {before:.4f} before, {after:.4f} after",
-                )
-            )
-        return found
+
+def rows_of(aligned: Mapping[str, Any], short: Callable[[str], str] = str) -> Iterator[tuple[str, str]]:
+    """Yields lines for the closing table, from the report: how alike the models were, and are."""
+    for name, blocks in aligned.get("models", {}).items():
+        before, after = (_mean([block[key] for block in blocks.values()]) for key in ("before", "after"))
+        families = [family for block in blocks.values() for family in block["families"].values()]
+        moved, total = (sum(family[key] for family in families) for key in ("moved", "size"))
+        yield (
+            f"aligned {short(name)}",
+            f"to {short(aligned['reference'])}: {moved} of {total} neurons and heads change places; cosine of the "
+            f"weights {before:.4f} before, {after:.4f} after",
+        )
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -152,6 +149,7 @@ def match_block(plan: ModelPlan, block: BlockPlan, ours: TensorReader, theirs: T
         ours_square += _square(family, mine)
         theirs_square += _square(family, other)
         families[family.name] = {
+            "size": family.size,
             "moved": found.choice.num_moved,
             "rounds": found.rounds,
             "members": _encoded(found.choice.members),
@@ -176,15 +174,18 @@ def _read(family: Family, block: BlockPlan, reader: TensorReader, key: Callable[
 
     found: dict[Slot, torch.Tensor] = {}
     for slot in family.places:
-        parts = [load(each.name).movedim(each.axis, 0).reshape(block.units.sizes[slot], -1) for each in block.tensors[slot]]
+        size = block.units.sizes[slot]
+        parts = [load(each.name).movedim(each.axis, 0).reshape(size, -1) for each in block.tensors[slot]]
         found[slot] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return found
 
 
 def _square(family: Family, vectors: Vectors) -> float:
     """Computes Σ x² of all that belongs to a family."""
-    squares = [vectors[slot][places.flatten()].square().sum(dtype=torch.float64) for slot, places in family.places.items()]
-    return float(sum(squares))
+    return math.fsum(
+        float(vectors[slot][places_NR.flatten()].square().sum(dtype=torch.float64))
+        for slot, places_NR in family.places.items()
+    )
 
 
 def _encoded(numbers: torch.Tensor) -> str:

@@ -22,7 +22,9 @@ FAMILIES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) f
 
 def plan_of(*folders: Path) -> AlignPlan:
     """What is permuted in all models but the first, which they are brought close to."""
-    return plan_alignment({str(folder): open_checkpoint(folder, folder.name) for folder in folders}, {}, str(folders[0]))
+    return plan_alignment(
+        {str(folder): open_checkpoint(folder, folder.name) for folder in folders}, {}, str(folders[0])
+    )
 
 
 def write_permuted(folder: Path, out: Path, seed: int = 0) -> Path:
@@ -58,7 +60,11 @@ def outputs(model: PreTrainedModel, kind: str) -> list[torch.Tensor]:
     inputs = tiny_models.inputs(kind, 2, 7)
     inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     with torch.no_grad():
-        found = model.double()(**inputs, use_cache=False) if kind != "vision" and kind != "clip" else model.double()(**inputs)
+        found = (
+            model.double()(**inputs, use_cache=False)
+            if kind != "vision" and kind != "clip"
+            else model.double()(**inputs)
+        )
     return [x for x in found.to_tuple() if isinstance(x, torch.Tensor)]
 
 
@@ -71,11 +77,16 @@ def test_a_permuted_model_is_the_same_model_and_comes_back_bit_for_bit(architect
     expected, found = outputs(load(original), kind), outputs(load(permuted), kind)
     for a, b in zip(expected, found, strict=True):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
-    changed = [name for name, tensor in weights_in(permuted).items() if not torch.equal(tensor, weights_in(original)[name])]
+    changed = [
+        name for name, tensor in weights_in(permuted).items() if not torch.equal(tensor, weights_in(original)[name])
+    ]
     assert len(changed) > 3 * tiny_models.ARCHITECTURES[architecture].num_blocks
     config: dict[str, Any] = {
         "merge_method": "linear",
-        "models": [{"model": str(original), "parameters": {"weight": 0.5}}, {"model": str(permuted), "parameters": {"weight": 0.5}}],
+        "models": [
+            {"model": str(original), "parameters": {"weight": 0.5}},
+            {"model": str(permuted), "parameters": {"weight": 0.5}},
+        ],
         "align": "weights",
     }
     largemerge.merge(config, tmp_path / "merged")
