@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from largemerge.model.fake_forward import BlockRecord
 from largemerge.model.forward import original_forward, replaced_forwards
 from largemerge.model.skeleton import linears_in, weight_is_transposed
 
 RESULT = ""
 """Stands for the block's own output where linears are named."""
+_FEW_TOKENS = 12
 
 
 class _Reached(Exception):
@@ -42,27 +42,54 @@ class Between:
 
     Args:
         block: The block; its other parameters hold numbers.
-        record: What the model gives it, for one sample.
+        single: Arguments that the model gives it for one sample, by position and by name.
         batched: The same for several samples that are all alike.
         num_samples: How many these are.
 
     Attributes:
         linears: The linears that one pass calls once, in the order in which it does, by path in the block.
-        skipped: Those that it calls several times, or not at all.
         shapes: Shape of what each of them returns for one sample.
     """
 
-    def __init__(self, block: nn.Module, record: BlockRecord, batched: BlockRecord, num_samples: int) -> None:
+    def __init__(self, block: nn.Module, single: Any, batched: Any, num_samples: int) -> None:
         self.block, self.num_samples = block, num_samples
-        self._arguments = {1: record.arguments[0], num_samples: batched.arguments[0]}
-        called = [name for name, _ in record.linears]
+        self._arguments = {1: single, num_samples: batched}
+        shapes: dict[str, tuple[int, ...]] = {}
+        called: list[str] = []
+
+        def forward(name: str, num_outputs: int) -> Any:
+            def answer(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+                called.append(name)
+                shapes[name] = (*x.shape[:-1], num_outputs)
+                return torch.ones(shapes[name], dtype=x.dtype)
+
+            return answer
+
         modules = linears_in(block)
+        self._run(1, {linear: forward(name, linear_sizes(linear)[0]) for name, linear in modules.items()})
         self.linears = {name: modules[name] for name in called if called.count(name) == 1}
-        self.skipped = [name for name in modules if name not in self.linears]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        reads = {name: read for name, read in record.linears}
-        for name, linear in self.linears.items():
-            self.shapes[name] = (*reads[name].shape[:-1], linear_sizes(linear)[0])
+        self.shapes = {name: shapes[name] for name in self.linears}
+
+    def shortened(self) -> Between | None:
+        """The same with a few tokens of many; `None` where there are few, or the block cannot be run on fewer."""
+        states = next((leaf for leaf in leaves_of(self._arguments[1]) if leaf.dim() == 3), None)
+        if states is None or states.shape[1] <= _FEW_TOKENS:
+            return None
+        length = states.shape[1]
+
+        def cut(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            axes = [axis for axis, size in enumerate(leaf.shape) if size == length and axis > 0]
+            for axis in axes if leaf.shape[-2:] == (length, length) else axes[:1]:
+                leaf = leaf.narrow(axis, 0, _FEW_TOKENS)
+            return leaf
+
+        single, batched = (tree_map(cut, self._arguments[number]) for number in (1, self.num_samples))
+        try:
+            return Between(self.block, single, batched, self.num_samples)
+        except Exception:  # whatever a block raises that wants all of its tokens
+            return None
 
     def made_up(self, generator: torch.Generator, *, positive: bool = False) -> dict[str, torch.Tensor]:
         """Makes up outputs of all linears for one sample, float64: all positive, or normally distributed."""
@@ -99,13 +126,18 @@ class Between:
 
             return answer
 
+        forwards = {linear: forward(name) for name, linear in self.linears.items()}
+        with suppress(_Reached):
+            reads[RESULT] = self._run(num_samples, forwards)
+        return reads
+
+    def _run(self, num_samples: int, forwards: Mapping[nn.Module, Any]) -> Any:
+        """Runs the block on its arguments, with other forwards of some of its modules."""
         args, kwargs = tree_map(
             lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, self._arguments[num_samples]
         )
-        forwards = {linear: forward(name) for name, linear in self.linears.items()}
-        with replaced_forwards(forwards), suppress(_Reached):
-            reads[RESULT] = original_forward(self.block)(*args, **kwargs)
-        return reads
+        with replaced_forwards(forwards):
+            return original_forward(self.block)(*args, **kwargs)
 
     @contextmanager
     def parameters(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:

@@ -23,7 +23,7 @@ from largemerge.weight_matching.between import Between
 from largemerge.weight_matching.finding import find_units, follows
 from largemerge.weight_matching.units import BlockUnits, Choice, Family, Slot
 
-_NUM_SAMPLES = 32  # rows of linears that are changed in one run
+_NUM_SAMPLES, _NUM_IMAGES = 32, 8  # rows of linears that are changed in one run
 _TOKENS = 7
 
 
@@ -246,7 +246,8 @@ def _units_of(fake: FakeModel) -> _ModelUnits:
     """Finds the units of every block; of blocks that compute alike, one is looked at, and some others are tried."""
     skeleton, notes = fake.skeleton, list[str]()
     one = {name: x[-1:] for name, x in fake.inputs.items()}
-    many = {name: x[-1:].repeat(_NUM_SAMPLES, *(1,) * (x.dim() - 1)) for name, x in fake.inputs.items()}
+    num_samples = _NUM_IMAGES if any(x.is_floating_point() for x in one.values()) else _NUM_SAMPLES
+    many = {name: x.repeat(num_samples, *(1,) * (x.dim() - 1)) for name, x in one.items()}
     single, batched = fake.records_of(one), fake.records_of(many)
     found: dict[str, BlockUnits] = {}
     for number, stack in enumerate(skeleton.stacks):
@@ -259,15 +260,24 @@ def _units_of(fake: FakeModel) -> _ModelUnits:
             if len(record.arguments) != 1:
                 notes.append(f"{name} stays as it is: it runs {len(record.arguments)} times in one pass")
                 continue
-            between = Between(stack.blocks[index], record, batched[number][index], _NUM_SAMPLES)
+            between = Between(
+                stack.blocks[index], record.arguments[0], batched[number][index].arguments[0], num_samples
+            )
             known = by_kind.get(kind)
-            found[name] = known if known is not None and follows(between, known) else find_units(between)
+            found[name] = known if known is not None and follows(between, known) else _find(between)
             by_kind.setdefault(kind, found[name])
         for index, block in enumerate(stack.blocks):
             name, kind = stack.block_name(index), block_kind(block, index)
             if name not in found and kind in by_kind and fake.runs.get((number, index)):
                 found[name] = by_kind[kind]
     return _ModelUnits(skeleton, found, tuple(notes))
+
+
+def _find(between: Between) -> BlockUnits:
+    """Finds the units of a block, from a few of its tokens where that will do."""
+    short = between.shortened()
+    units = find_units(short) if short is not None else None
+    return units if units is not None and follows(between, units) else find_units(between)
 
 
 def _plan_model(
