@@ -439,11 +439,12 @@ def _with_vectors(
     for name, plain_grad, coded_grad in zip(held, *found, strict=True):
         if plain_grad is None or coded_grad is None or not bool((plain_grad != 0).any()):
             continue
-        code = (coded_grad / torch.where(plain_grad == 0, 1.0, plain_grad) - 1) * family.size / 2
+        reached = plain_grad != 0
+        code = (coded_grad / torch.where(reached, plain_grad, 1.0) - 1) * family.size / 2
         number = code.round()
-        if bool(((code - number).abs() > 0.1).any()) or bool((plain_grad == 0).any()):
-            continue  # shared by members, or not all of it belongs to them: it stays, and the trial decides
-        owner = member_of_code[number.long().clamp(0, family.size - 1)]
+        if bool(((code - number).abs() > 0.02)[reached].any()):
+            continue  # some elements are of several members: they stay, and the trial decides
+        owner = torch.where(reached, member_of_code[number.long().clamp(0, family.size - 1)], -1)
         elements = [torch.nonzero(owner == member)[:, 0] for member in range(family.size)]
         if len({len(each) for each in elements}) == 1 and len(elements[0]):
             all_places[Slot(name, "elements")] = torch.stack(elements)

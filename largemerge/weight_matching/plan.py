@@ -291,8 +291,9 @@ def _plan_model(
     Raises:
         LargemergeError: If the reference has other shapes, or lacks a tensor.
     """
-    places = translate(reference.model, model.model)
-    names = {place: own for own, place in places.items() if own in reference.mapping.renamed}
+    stored = reference.mapping.renamed
+    names = {place: own for own, place in translate(reference.model, model.model).items() if own in stored}
+    names |= {own: place for own, place in translate(model.model, reference.model).items() if place in stored}
     notes, problems, blocks = list(units.notes), list[str](), list[BlockPlan]()
     told: dict[str, list[str]] = {}
     for name in _in_order(units):
