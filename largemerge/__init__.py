@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.api import (
         Memory,
+        align,
         cluster,
         evaluate,
         extract_lora,
@@ -81,6 +82,7 @@ __all__ = [
     "SystemFailure",
     "TemperatureReport",
     "__version__",
+    "align",
     "cluster",
     "compare",
     "evaluate",
@@ -119,6 +121,7 @@ _LAZY = {
     "Range": "largemerge.trials.settings",
     "TemperatureReport": "largemerge.temperature.run",
     "SystemFailure": _ERRORS,
+    "align": "largemerge.api",
     "cluster": "largemerge.api",
     "compare": "largemerge.trials.run",
     "evaluate": "largemerge.api",

@@ -149,7 +149,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cluster": (lambda value: value is None or hasattr(value, "num_ranks"), "largemerge.cluster(num_nodes=…)"),
     "limit": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
     "num_trials": (lambda value: value is None or (type(value) is int and value >= 1), "a whole number from 1 on"),
-    **dict.fromkeys(("fine_tuned", "base", "model"), (_is_path, "a folder or a Hub id")),
+    **dict.fromkeys(("fine_tuned", "base", "model", "reference"), (_is_path, "a folder or a Hub id")),
     "rank": (lambda value: type(value) is int and 1 <= value <= _MAX_RANK, f"a whole number from 1 to {_MAX_RANK}"),
     "targets": (
         lambda value: value is None or (isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))),
@@ -587,6 +587,66 @@ def gram(
     from largemerge.regression.gram_run import write_grams
 
     return write_grams(limited(resolved, memory or Memory()), Path(out), **options)
+
+
+@explain_failures()
+def align(
+    model: str | Path,
+    reference: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    max_shard_bytes: int | str = DEFAULT_MAX_SHARD_BYTES,
+    quiet: bool = True,
+    memory: Memory | None = None,
+    trust_remote_code: bool = False,
+    planned: Callable[[DataFreePlan], None] | None = None,
+) -> DataFreeReport:
+    """Writes a model with its neurons and heads in the order in which they are closest to another model's.
+
+    It computes what it did before; only merges with the other model, or with others that were brought close to it, are
+    not the same any more.
+
+    Args:
+        model: The model that is written: a folder or Hub id, with `@revision` and `+adapter` if wanted.
+        reference: The model that it is brought close to.
+        out: The output folder; new or empty unless `resume` or `force`.
+        resume: Go on with an interrupted run.
+        force: Replace what is in `out`, once the new checkpoint is finished.
+        max_shard_bytes: Size of an output file in bytes, or a text such as `5GB`, unless one tensor is larger.
+        quiet: Show no progress.
+        memory: Limits of memory.
+        trust_remote_code: Allow the checkpoints' own Python code.
+        planned: Called with the plan before the long work.
+
+    Returns:
+        The report; the same is in `out/merge_report.json`, under `align` what was permuted.
+
+    Raises:
+        LargemergeError: If anything is wrong with arguments, models or output; before the long work.
+    """
+    options: dict[str, Any] = {"resume": resume, "force": force, "quiet": quiet, "planned": planned}
+    asked = {"trust_remote_code": trust_remote_code, "memory": memory}
+    problems = list(argument_problems({"model": model, "reference": reference, "out": out, **options, **asked}))
+    try:
+        shard_bytes = size_in_bytes(max_shard_bytes)
+    except ValueError as error:
+        problems.append(f"--max-shard-size {error}")
+    if problems:
+        raise ConfigError(*problems)
+    config = load_data_free(
+        {
+            "merge_method": "passthrough",
+            "models": [{"model": str(model)}],
+            "align": {"reference": str(reference)},
+            "trust_remote_code": trust_remote_code,
+        }
+    )
+    from largemerge.data_free.merge import merge_data_free
+
+    limits = _budget(memory or Memory())
+    return merge_data_free(config, Path(out), device="cpu", max_shard_bytes=shard_bytes, limits=limits, **options)
 
 
 @explain_failures()

@@ -42,13 +42,15 @@ if TYPE_CHECKING:
     from largemerge.adapter_tools.merge import AdapterMergeReport
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.api import Cluster, Config, Memory, Plan, Report
+    from largemerge.data_free.plan import DataFreePlan
+    from largemerge.data_free.report import DataFreeReport
     from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
     from largemerge.regression.gram_run import GramReport
     from largemerge.temperature.run import TemperatureReport
     from largemerge.trials.results import CompareReport
 
-    OneProcessReport = GramReport | ExtractReport | AdapterMergeReport | TemperatureReport
+    OneProcessReport = GramReport | ExtractReport | AdapterMergeReport | TemperatureReport | DataFreeReport
 
 
 def _size(text: str, option: str) -> int:
@@ -226,6 +228,43 @@ def _extract_lora(options: argparse.Namespace) -> int:
     return _reported(options, work, warns=False)
 
 
+def _align(options: argparse.Namespace) -> int:
+    launch = read_launch()
+    with _told_to_all(launch, options):
+        from largemerge import api
+
+        max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
+        _quiet_libraries()
+        stage("importing torch and Transformers")
+        with _importing(options):
+            import largemerge.data_free.multi  # noqa: F401
+        if options.own_process:
+            interrupts.raising()
+    from largemerge.machine import reuse_freed_memory
+
+    def planned(plan: DataFreePlan) -> None:
+        if options.quiet:
+            _print_warnings(plan)
+
+    reuse_freed_memory(sparingly=True)
+
+    def work() -> DataFreeReport:
+        return api.align(
+            options.model,
+            options.reference,
+            options.out,
+            resume=options.resume,
+            force=options.force,
+            max_shard_bytes=max_shard_bytes,
+            quiet=options.quiet,
+            memory=memory,
+            trust_remote_code=options.trust_remote_code,
+            planned=planned,
+        )
+
+    return _reported(options, work, warns=False)
+
+
 def _merge_adapters(options: argparse.Namespace) -> int:
     if read_launch().size > 1:
         raise ConfigError("merge-adapters is for one process; start it without a launcher")
@@ -257,7 +296,8 @@ def _reported(options: argparse.Namespace, work: Callable[[], OneProcessReport],
     stage("")
     if warns:
         _print_warnings(report)
-    _show_report(report, options)
+    if read_launch().rank == 0:
+        _show_report(report, options)
     return 0
 
 
@@ -297,7 +337,7 @@ def _told_to_all(launch: Launch, options: argparse.Namespace) -> Iterator[None]:
 
 def _check_log_file(options: argparse.Namespace) -> None:
     """Refuses a log in the output folder, which would be found not to be empty."""
-    writing = ("merge", "gram", "extract-lora", "merge-adapters", "temperature")
+    writing = ("merge", "gram", "align", "extract-lora", "merge-adapters", "temperature")
     if options.log_file is not None and options.command in writing:
         out, log = os.path.realpath(options.out), os.path.realpath(options.log_file)
         if os.path.commonpath([out, log]) == out:
@@ -577,6 +617,7 @@ COMMANDS = {
     "merge": _merge,
     "plan": _plan,
     "gram": _gram,
+    "align": _align,
     "extract-lora": _extract_lora,
     "merge-adapters": _merge_adapters,
     "temperature": _temperature,
@@ -801,6 +842,20 @@ def _parser() -> argparse.ArgumentParser:
     gram.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
     _add_log_options(gram).add_argument("--quiet", action="store_true", help="no progress, no closing table")
     gram.set_defaults(intermediate_dir=None)
+    align = commands.add_parser(
+        "align", help="write a model with its neurons and heads in the order of another's, for a later merge"
+    )
+    align.add_argument("model", metavar="MODEL", help="a folder or Hub id, with +adapter if wanted")
+    align.add_argument("reference", metavar="REFERENCE", help="the model that it is brought close to")
+    align.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    align.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    align.add_argument("--force", action="store_true", help="replace what is in OUT, once all is written")
+    align.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of an output file (default: 5GB)")
+    align.add_argument("--memory-host", metavar="SIZE", help="most memory of this process (default: what is free)")
+    align.add_argument("--trust-remote-code", action="store_true", help="allow the folders' own Python code")
+    align.add_argument("--json", action="store_true", help="print the report as JSON, in place of the closing table")
+    _add_log_options(align).add_argument("--quiet", action="store_true", help="no progress, no closing table")
+    align.set_defaults(intermediate_dir=None, device="cpu", memory_device=None, memory_disk=None)
     extract = commands.add_parser(
         "extract-lora", help="write the difference of two models as a LoRA adapter, which peft loads"
     )

@@ -50,9 +50,12 @@ from largemerge.data_free.mergekit_words import FORMER_PARAMETERS, MergekitReade
 from largemerge.errors import ConfigError
 from largemerge.tokenizer.chat_templates import template_problem
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings
+from largemerge.weight_matching.config import Align
 
 if TYPE_CHECKING:
     from largemerge.data_free.methods.base import Kind, Method
+
+_REFERENCE_KEYS = ("model", "base_model", "candidates", "tokenizer_source", "source", "reference")
 
 CURRICULUM = "curriculum"
 """The `merge_method` that makes several merges."""
@@ -180,6 +183,9 @@ class DataFreeConfig(Strict):
     """Steps after the merge, in order: each its name, with its parameters; mergekit does not have this key."""
     candidates: tuple[Reference, ...] = ()
     """The models that the steps of `post` hold the merge against; default: all models but the base."""
+    align: Align | None = None
+    """`weights`: before the merge, neurons and heads of all models are put into the order of one of them, the base or
+    the first; or a mapping with another `reference`. mergekit does not have this key."""
     _warnings: tuple[str, ...] = pydantic.PrivateAttr(())
     _strict: bool = pydantic.PrivateAttr(False)
 
@@ -231,6 +237,13 @@ class DataFreeConfig(Strict):
         bases = [slice_.base_model for slice_ in slices if slice_.base_model is not None]
         bases += [self.base_model] if self.base_model is not None else []
         return tuple(dict.fromkeys([*self.listed, *self.candidates, *bases]))
+
+    @property
+    def aligned_to(self) -> str | None:
+        """The model that the others are brought close to before the merge; `None` where they stay as they are."""
+        if self.align is None:
+            return None
+        return self.align.reference or self.base_model or self.references[0]
 
     @property
     def beside(self) -> frozenset[str]:
@@ -590,6 +603,20 @@ def _problems(config: DataFreeConfig) -> Iterator[str]:
             )
     yield from _missing_parameters(config.merge_method, method, scopes)
     yield from _post_problems(config, scopes)
+    yield from _align_problems(config, method)
+
+
+def _align_problems(config: DataFreeConfig, method: Method) -> Iterator[str]:
+    """Yields why the models cannot be aligned before the merge."""
+    if config.align is None or not config.references:
+        return
+    if method.auxiliary_parameter is not None and config.auxiliary_paths(method.auxiliary_parameter):
+        yield (
+            f"align: the tensors of {method.auxiliary_parameter} would have to be permuted with the models; align the "
+            f"models first (largemerge align), compute {method.auxiliary_parameter} for those, and leave align out"
+        )
+    if set(config.references) == {config.aligned_to}:
+        yield f"align: {config.aligned_to} is the only model; expected another one that is brought close to it"
 
 
 def _post_problems(config: DataFreeConfig, scopes: Sequence[_Scope]) -> Iterator[str]:
@@ -704,7 +731,7 @@ def _absolute(value: Any, folders: list[Path], names: Collection[str], unversion
     if isinstance(value, str) and key in _AUXILIARY_PARAMETERS:
         paths = (folder / os.path.expanduser(value) for folder in folders)
         return next((str(path.resolve()) for path in paths if os.path.exists(path)), value)
-    if isinstance(value, str) and key in ("model", "base_model", "candidates", "tokenizer_source", "source"):
+    if isinstance(value, str) and key in _REFERENCE_KEYS:
         return absolute_reference(value, folders, names, unversioned)
     return value
 

@@ -68,6 +68,8 @@ from largemerge.machine import return_freed_memory
 from largemerge.model.alignment import AlignedReader
 from largemerge.output import OutputFolder, PartKind
 from largemerge.progress import RunProgress
+from largemerge.weight_matching.permuted import PermutedReader
+from largemerge.weight_matching.run import journal_kind
 
 PART_BYTES = 256 << 20
 """The least bytes of the output between two lines of the journal."""
@@ -497,6 +499,8 @@ def open_readers(plan: DataFreePlan, buffers: Buffers | None = None) -> Iterator
             name: stack.enter_context(opened(checkpoint, plan.adapters.get(name)))
             for name, checkpoint in {**plan.checkpoints, **plan.auxiliary}.items()
         }
+        for name, axes in (plan.matched.axes if plan.matched is not None else {}).items():
+            readers[name] = PermutedReader(readers[name], axes)
         for name, view in plan.alignment.views.items():
             if view.relayouts:
                 readers[name] = AlignedReader(readers[name], view.relayouts)
@@ -535,6 +539,8 @@ def part_kinds(plan: DataFreePlan, shards: tuple[Shard, ...], working: Path, max
         scratch = layout_shards(deltas, max_shard_bytes)
         names, sizes = _names(_DELTAS, numbers), stored_sizes(deltas)
         kinds.append(PartKind(names, working / _SCRATCH_FOLDER, scratch, sizes, _DIGESTS[_DELTAS]))
+    if plan.matching is not None:
+        kinds.append(journal_kind(plan.matching, working))
     return kinds
 
 

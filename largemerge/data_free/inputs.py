@@ -23,6 +23,7 @@ from largemerge.errors import CheckpointError, ConfigError, LargemergeError
 from largemerge.heads import BASE, NONE, Heads, check_files, find_heads
 from largemerge.model.adapter_names import AdapterNames
 from largemerge.tokenizer.tokenizers import tokenizer_folder
+from largemerge.weight_matching.plan import AlignPlan, plan_alignment
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,25 @@ def open_inputs(config: DataFreeConfig, prior: PriorMerges) -> DataFreeInputs:
     if problems:
         raise CheckpointError(*problems)
     return _with_heads(config, inputs)
+
+
+def plan_matching(config: DataFreeConfig, inputs: DataFreeInputs, prior: PriorMerges) -> AlignPlan | None:
+    """Plans how all models are brought close to one of them, or to another; `None` where they stay as they are.
+
+    Raises:
+        LargemergeError: If that model cannot be opened, or the class of one cannot be had.
+    """
+    wanted = config.aligned_to
+    if wanted is None:
+        return None
+    checkpoints, adapters = dict(inputs.checkpoints), dict(inputs.adapters)
+    if wanted not in checkpoints:
+        checkpoints[wanted], adapter = open_model(
+            wanted, prior.checkpoints, variant=config.variant, find_places=AdapterNames()
+        )
+        if adapter is not None:
+            adapters[wanted] = adapter
+    return plan_alignment(checkpoints, adapters, wanted, trust_remote_code=config.trust_remote_code)
 
 
 def short_names(references: Sequence[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.room import room_problems
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
@@ -28,6 +29,7 @@ from largemerge.errors import LargemergeError
 from largemerge.machine import MemoryWatch, versions
 from largemerge.output import OutputFolder, check_output, drop_damaged, open_for_ranks, rehearse
 from largemerge.progress import stage
+from largemerge.weight_matching.run import match_models
 
 
 def merge_data_free(
@@ -78,7 +80,7 @@ def merge_data_free(
             side_files = plan.files.copied
             shards, folders = layout_shards(plan.output, max_shard_bytes, side_files.inner), input_folders(plan)
             adapters = [adapter.checkpoint for adapter in plan.adapters.values()]
-            opened = [*plan.checkpoints.values(), *plan.auxiliary.values(), *adapters]
+            opened = [*plan.checkpoints.values(), *plan.auxiliary.values(), *adapters, *_aligned_to(plan).values()]
             write = partial(write_side_files, plan=plan)
             watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks))
             manifest = _manifest(plan, shards) | {"side files": watch.digests}
@@ -88,6 +90,10 @@ def merge_data_free(
                 drop_damaged(folder, ranks, part_kinds(plan, shards, folder.working, max_shard_bytes))
                 prepared = time.perf_counter() - start
                 resumed = len(folder.entries)
+                if plan.matching is not None:
+                    told = stage if ranks.is_first and not quiet else lambda _: None
+                    plan = replace(plan, matched=match_models(plan.matching, folder, ranks, told))
+                    write = partial(write_side_files, plan=plan)
                 moved_here = run(
                     plan, shards, folder, ranks, max_shard_bytes=max_shard_bytes, quiet=quiet or not ranks.is_first
                 )
@@ -137,9 +143,17 @@ def input_folders(plan: DataFreePlan) -> list[Path]:
     folders += [Path(path).expanduser() for path in plan.auxiliary]
     folders += [folder for adapter in plan.adapters.values() for folder in adapter.folders]
     folders += [plan.files.tokenizer_source, *plan.files.copied.files.values()]
+    folders += [checkpoint.root for checkpoint in _aligned_to(plan).values()]
     if plan.config.vocabulary is not None and Path(plan.config.vocabulary.source).expanduser().is_dir():
         folders.append(Path(plan.config.vocabulary.source).expanduser())
     return list(dict.fromkeys(folders))
+
+
+def _aligned_to(plan: DataFreePlan) -> dict[str, Checkpoint]:
+    """The model that the others are brought close to, where it is not one of the merge."""
+    if plan.matching is None or plan.matching.reference in plan.checkpoints:
+        return {}
+    return {plan.matching.reference: plan.matching.checkpoint}
 
 
 def _check_shared(folder: OutputFolder) -> None:
@@ -153,7 +167,8 @@ def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
     return {
         "config": plan.config.model_dump(mode="json", exclude={"memory"}),  # memory changes no bit
         "inputs": {
-            name: dict(checkpoint.fingerprint) for name, checkpoint in (plan.checkpoints | plan.auxiliary).items()
+            name: dict(checkpoint.fingerprint)
+            for name, checkpoint in (plan.checkpoints | plan.auxiliary | _aligned_to(plan)).items()
         },
         "versions": versions(),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},

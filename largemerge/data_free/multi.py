@@ -111,6 +111,8 @@ def references_of(config: DataFreeConfig) -> list[str]:
         if config.vocabulary.source not in ("union", "base"):
             found.append(config.vocabulary.source)
         found += [model for _, model in config.vocabulary.models()]
+    if config.aligned_to is not None:
+        found.append(config.aligned_to)
     return list(dict.fromkeys(found))
 
 

@@ -35,18 +35,25 @@ from largemerge.checkpoint.tensor_info import OutputTensor
 from largemerge.checkpoint.writer import write_rate
 from largemerge.config_file import strict_problems
 from largemerge.data_free.config import DataFreeConfig, filters_of
-from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs
+from largemerge.data_free.inputs import DataFreeInputs, PriorMerges, open_inputs, plan_matching
 from largemerge.data_free.loader import cost, is_factored, merges_by_formula
 from largemerge.data_free.methods.base import PIECE_ELEMENTS
 from largemerge.data_free.methods.post import POST_STEPS, apply_steps
 from largemerge.data_free.methods.table import METHODS, merge_tensors
 from largemerge.data_free.output_config import make_output_config
-from largemerge.data_free.resources import MemoryBudget, Resources, accelerated_device, choose_resources
+from largemerge.data_free.resources import (
+    PROCESS_BYTES,
+    MemoryBudget,
+    Resources,
+    accelerated_device,
+    choose_resources,
+)
 from largemerge.data_free.tasks import OutputTasks, Task, TokenTensors, plan_tasks
 from largemerge.devices import CPU, one_thread_each
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CheckpointError
 from largemerge.heads import NONE, Heads, initial_tensors
+from largemerge.machine import baseline_bytes
 from largemerge.model.alignment import Alignment, align
 from largemerge.model.skeleton import build_model
 from largemerge.output import WORKING_FOLDER
@@ -57,6 +64,8 @@ from largemerge.tokenizer.output_files import OutputFiles, find_output_files
 from largemerge.tokenizer.token_ids import find_token_tensors, move_ids
 from largemerge.tokenizer.vocabulary import Vocabulary, build_vocabulary, compare_by_number
 from largemerge.units import counted, duration, gib
+from largemerge.weight_matching.plan import AlignPlan
+from largemerge.weight_matching.run import Matched
 
 _MAX_SIDE = {"cpu": 384, "cuda": 4096}  # the shorter side of a matrix that is factored for the probe
 _PROBE_COLUMNS = 1024  # at most, of any other tensor
@@ -86,6 +95,8 @@ class DataFreePlan:
         sparing: Whether freed host memory goes back to the system at once: where the user has set a limit, or adapters
             are kept for a while between larger tensors.
         seconds: Expected seconds of `disk`, `computing` and `total`, where the machine was probed.
+        matching: How models are brought close to one of them before the merge, if they are.
+        matched: What was found of that, once it is.
     """
 
     config: DataFreeConfig
@@ -106,6 +117,8 @@ class DataFreePlan:
     whole: Mapping[str, Checkpoint] = field(default_factory=dict)
     sparing: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
+    matching: AlignPlan | None = None
+    matched: Matched | None = None
 
     @property
     def reference(self) -> str:
@@ -175,7 +188,9 @@ class DataFreePlan:
     @property
     def peak_bytes(self) -> int:
         """Peak anonymous memory: the process as it is, libraries included, and all workers at their largest tasks."""
-        return self.resources.peak_bytes
+        if self.matching is None:
+            return self.resources.peak_bytes
+        return max(self.resources.peak_bytes, baseline_bytes(CPU, PROCESS_BYTES) + self.matching.peak_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
@@ -349,6 +364,8 @@ def plan_data_free(
     computes_on = accelerated_device(method, device, ranks, has_steps=bool(config.post))
     stage("reading the headers of all models")
     inputs = open_inputs(config, prior)
+    stage("finding neurons and heads that may change places" if config.align is not None else "")
+    matching = plan_matching(config, inputs, prior)
     stage("matching tensors through the model's class")
     alignment = align(
         inputs.checkpoints,
@@ -372,6 +389,10 @@ def plan_data_free(
     output.notes.extend(dict.fromkeys(note for adapter in inputs.adapters.values() for note in adapter.notes))
     adapter_bytes = sum(adapter.kept_bytes for adapter in inputs.adapters.values())
     adapter_bytes += sum(view.kept_bytes for view in alignment.views.values())
+    if matching is not None:
+        output.notes.extend(matching.notes)
+        output.problems.extend(matching.problems)
+        adapter_bytes += torch.get_num_threads() * matching.largest_bytes  # copies of tensors as they are read
     if device not in ("auto", "cpu") and computes_on.type == "cpu":
         output.notes.append(f"{method} goes element by element, at the speed of the disk: on the CPU")
     limits = (limits or MemoryBudget()).with_defaults(config.memory, ranks.local_size)
@@ -397,12 +418,27 @@ def plan_data_free(
         heads=inputs.heads,
         whole=inputs.whole,
         sparing=limits.host is not None or bool(inputs.adapters),
+        matching=matching,
     )
+    _check_memory(plan, limits)
     _check_folders(plan, ranks)
     if config.strict:
         plan.problems.extend(strict_problems(plan.notes))
     stage("measuring this machine" if probe else "")
     return replace(plan, seconds=estimate_seconds(plan)) if probe and not plan.problems else plan
+
+
+def _check_memory(plan: DataFreePlan, limits: MemoryBudget) -> None:
+    """Adds to a plan's problems if one block of two models does not fit into memory while they are matched."""
+    if (
+        plan.matching is not None
+        and limits.host is not None
+        and plan.peak_bytes > max(limits.host, plan.resources.peak_bytes)
+    ):
+        plan.problems.append(
+            f"memory.host: {gib(limits.host)} is too little: align needs {gib(plan.peak_bytes)} for one block of two "
+            "models; expected that much"
+        )
 
 
 def _check_folders(plan: DataFreePlan, ranks: Ranks) -> None:

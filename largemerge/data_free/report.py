@@ -36,6 +36,8 @@ from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.streams import plain_text
 from largemerge.units import counted, duration, gib
+from largemerge.weight_matching.plan import card_section as aligned_section
+from largemerge.weight_matching.run import rows_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class DataFreeReport:
     verified: Verification | None = None
     measured: Mapping[str, Sequence[float]] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know; the same as in the plan."""
+        return self.plan.notes
 
     @property
     def peak(self) -> MemoryUse:
@@ -114,12 +121,20 @@ class DataFreeReport:
             "memory_over_time": [list(point) for point in self.memory_over_time],
             "ranks": [asdict(peak) for peak in self.peaks] if len(self.peaks) > 1 else [],
             "before": dict(self.plan.prior.reports),
+            **self._aligned(),
             **({"post": post_changes(self.plan, self.norms)} if self.plan.config.post else {}),
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             **({measurement.name: self.measured_overall} if measurement is not None else {}),
             **self.written,
             "tensors": {task.name: self._described(task) for task in self.plan.tasks},
         }
+
+    def _aligned(self) -> dict[str, Any]:
+        """What was permuted before the merge, if anything was."""
+        plan = self.plan
+        if plan.matching is None or plan.matched is None:
+            return {}
+        return {"align": plan.matched.to_json(plan.matching)}
 
     def __str__(self) -> str:
         """What is shown, as plain text."""
@@ -135,6 +150,8 @@ class DataFreeReport:
         table.add_column()
         table.add_column(overflow="fold")
         add_common_rows(table, plan)
+        for title, text in rows_of(self._aligned().get("align", {}), short_name):
+            table.add_row(title, text)
         for text in describe_changes(self.plan, self.norms):
             table.add_row("each step", text)
         for title, text in self.verified.rows(short_name) if self.verified is not None else ():
@@ -261,6 +278,8 @@ def write_side_files(
         base=config.base_model,
         config_yaml=text,
         version=versions()["largemerge"],
-        more=(card_section(plan.heads) if plan.heads is not None else "") + _post_section(plan, norms),
+        more=(card_section(plan.heads) if plan.heads is not None else "")
+        + (aligned_section(short_name(plan.matching.reference)) if plan.matching is not None else "")
+        + _post_section(plan, norms),
     )
     (path / "README.md").write_text(card, encoding="utf-8")

@@ -99,11 +99,15 @@ class FakeModel:
         kept = {index: output_of(index) for index in self.kept.get(stack, ()) if index != last}
         return KeptOutputs(output_of(last), kept) if kept else output_of(last)
 
+    def records_of(self, inputs: Mapping[str, torch.Tensor]) -> Sequence[Mapping[int, BlockRecord]]:
+        """Records of the blocks, by stack and block, in a plain pass on other inputs."""
+        chosen = [_representatives(stack.blocks) for stack in self.skeleton.stacks]
+        return _plain_pass(self.skeleton, inputs, chosen)[0]
+
     def first_arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[int, Any]:
         """Arguments of the first block of every stack in a plain pass on other inputs."""
-        chosen = [_representatives(stack.blocks) for stack in self.skeleton.stacks]
-        records, order, _ = _plain_pass(self.skeleton, inputs, chosen)
-        return {stack: records[stack][0].arguments for stack in order}
+        records = self.records_of(inputs)
+        return {stack: records[stack][0].arguments for stack in self.order}
 
     def resume(
         self,

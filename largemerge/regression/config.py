@@ -41,6 +41,7 @@ from largemerge.regression.gram_record import read_record as read_gram_record
 from largemerge.regression.methods import METHODS, Anchor, Granularity, Normalization, Part, RegressionMethod, Stream
 from largemerge.regression.sequence import SAMPLES_FILE, SequenceRecord, read_record
 from largemerge.tokenizer.config import BASE, UNION, TokenizerSettings, TokenSource
+from largemerge.weight_matching.config import Align
 
 
 class CandidateParameters(Strict):
@@ -199,6 +200,9 @@ class MergeConfig(Strict):
     head: str | None = Field(None, min_length=1)
     """`none`, `base`, or the name of a candidate: the head that goes into the output. All heads that are not merged lie
     beside it; default: none, unless the base's fits all candidates."""
+    align: Align | None = None
+    """`weights`: before the merge, neurons and heads of all models are put into the order of one of them, the base or
+    the first; or a mapping with another `reference`."""
     memory: MemoryConfig = MemoryConfig()
     stacks: tuple[str, ...] = ()
     """Module paths of the block stacks (`model.layers`), when those found are wrong."""
@@ -290,6 +294,19 @@ class MergeConfig(Strict):
     def num_merged(self) -> int:
         """Number of models in the output, those that were merged before included."""
         return len(self.models) + (len(self._merged_before.models) if self._merged_before is not None else 0)
+
+    @property
+    def aligned_to(self) -> str | None:
+        """The name of the model that the others are brought close to before the merge, or the reference of another.
+
+        `None` where they stay as they are.
+        """
+        if self.align is None:
+            return None
+        named = {candidate.model: candidate.label for candidate in reversed(self.candidates)}
+        named |= {self.base_model: BASE} if self.base_model is not None else {}
+        default = BASE if self.base_model is not None else self.candidates[0].label
+        return default if self.align.reference is None else named.get(self.align.reference, self.align.reference)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -422,6 +439,8 @@ def _cross_checks(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
         yield "models: 'base' stands for base_model; give that candidate another 'name'"
     if config.output.double_quant is not None and config.output.quantization not in ("nf4", "fp4"):
         yield f"output.double_quant: is for nf4 and fp4, found quantization {config.output.quantization!r}"
+    if config.align is not None:
+        yield from _align_mistakes(config, to_gram=to_gram)
     if config.tokenizer_source is not None and config.tokenizer is not None:
         yield "tokenizer_source: exclude it or 'tokenizer', whose 'source' means the same"
     for place, source in _tokenizer_sources(config):
@@ -474,6 +493,17 @@ def _mistakes_of_subspaces(config: MergeConfig) -> Iterator[str]:
             f"models: have weights {', '.join(f'{weight:g}' for weight in given)}; {method} weighs each model by the "
             "norm of its task vector: expected no parameters.weight, or the same for all"
         )
+
+
+def _align_mistakes(config: MergeConfig, *, to_gram: bool) -> Iterator[str]:
+    """Says why the models cannot be aligned before the merge."""
+    first = "align the models first (largemerge align), and use their outputs as models here"
+    if to_gram:
+        yield f"align: is for merges, and nothing is merged here; {first}"
+    if config.sequence is not None:
+        yield f"align: not with 'sequence', whose sums and samples are of models in one order; {first}"
+    if any(candidate.grams is not None for candidate in config.candidates):
+        yield f"align: not with 'grams', which are of models as they lie on disk; {first}"
 
 
 def _gram_mistakes(config: MergeConfig) -> Iterator[str]:
@@ -613,10 +643,13 @@ def _with_absolute_paths(config: MergeConfig, folders: list[Path]) -> MergeConfi
         }
         models.append(candidate.model_copy(update=update))
     base = None if config.base_model is None else absolute_reference(_absolute(config.base_model, folders), folders)
+    align = config.align
+    if align is not None and align.reference is not None:
+        align = align.model_copy(update={"reference": absolute_reference(_absolute(align.reference, folders), folders)})
     memory = config.memory
     if memory.disk is not None:
         memory = memory.model_copy(update={"disk": str(folders[0] / os.path.expanduser(memory.disk))})
-    return config.model_copy(update={"models": tuple(models), "base_model": base, "memory": memory})
+    return config.model_copy(update={"models": tuple(models), "base_model": base, "memory": memory, "align": align})
 
 
 def _absolute(text: str, folders: Sequence[Path]) -> str:

@@ -18,6 +18,7 @@ import torch
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import locate_checkpoint, split_reference
 from largemerge.checkpoint.lora import Adapter, open_model
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.sentence_modules import module_notes
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.config_file import matches
@@ -36,9 +37,13 @@ from largemerge.model.skeleton import (
     load_config,
 )
 from largemerge.model.ties import declared_ties, is_tied, untie_config, untied_heads
+from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.tokens import Tokens, open_tokens
 from largemerge.tokenizer.tokenizers import tokenizer_folder
+from largemerge.weight_matching.permuted import PermutedReader
+from largemerge.weight_matching.plan import AlignPlan, plan_alignment
+from largemerge.weight_matching.run import Matched
 
 Layout = tuple[Any, ...]
 """Whether a model is tied; name, shape and dtype of every tensor on disk."""
@@ -63,6 +68,8 @@ class Inputs:
         stored: Name of a checkpoint → the checkpoint as it lies on disk, where something of it does not enter the
             merge as it is.
         tokens: How rows of embeddings are brought to the output's; `None` where all models have the same ones.
+        matching: How models are brought close to one of them before the merge; `None` where they stay as they are.
+        matched: What was found of that, once it is.
     """
 
     candidates: tuple[Checkpoint, ...]
@@ -77,6 +84,20 @@ class Inputs:
     heads: Heads | None = None
     stored: Mapping[str, Checkpoint] = field(default_factory=dict)
     tokens: Tokens | None = None
+    matching: AlignPlan | None = None
+    matched: Matched | None = None
+
+    @property
+    def aligned_to(self) -> dict[str, Checkpoint]:
+        """The model that the others are brought close to, where it is not one of the merge."""
+        if self.matching is None or self.matching.reference in self.by_name:
+            return {}
+        return {self.matching.reference: self.matching.checkpoint}
+
+    def permuted(self, name: str, reader: TensorReader) -> TensorReader:
+        """Returns a reader of a model with its neurons and heads where they were found to belong."""
+        axes = self.matched.axes.get(name) if self.matched is not None else None
+        return reader if axes is None else PermutedReader(reader, axes)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -221,6 +242,8 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         labels = getattr(skeleton.model.config, "id2label", None) or {}
         note = default_labels_note(skeleton.model, list(labels.values()), config.names)
         notes += [note] if note is not None else []
+    matching = _plan_matching(config, stored, adapters)
+    notes += matching.notes if matching is not None else ()
     return Inputs(
         candidates=candidates,
         base=base,
@@ -234,7 +257,28 @@ def open_inputs(config: MergeConfig, *, from_config: bool = False) -> Inputs:
         heads=heads,
         stored=stored,
         tokens=tokens,
+        matching=matching,
     )
+
+
+def _plan_matching(
+    config: MergeConfig, stored: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]
+) -> AlignPlan | None:
+    """Plans how all models are brought close to one of them, or to another; `None` where they stay as they are."""
+    wanted = config.aligned_to
+    if wanted is None:
+        return None
+    stage("finding neurons and heads that may change places")
+    checkpoints, adapters = dict(stored), dict(adapters)
+    if wanted not in checkpoints:
+        find_places = AdapterNames(trust_remote_code=config.trust_remote_code)
+        checkpoints[wanted], adapter = open_model(wanted, variant=config.variant, find_places=find_places)
+        if adapter is not None:
+            adapters[wanted] = adapter
+    plan = plan_alignment(checkpoints, adapters, wanted, trust_remote_code=config.trust_remote_code)
+    if plan.problems:
+        raise CheckpointError(*plan.problems)
+    return plan
 
 
 _Mapped = tuple[Skeleton, tuple[Checkpoint, ...], Checkpoint | None, tuple[KeyMapping, ...], KeyMapping | None]

@@ -90,6 +90,7 @@ from largemerge.regression.samples import (
 from largemerge.regression.tensor_plan import HEAD, MergeRule, TensorPlan
 from largemerge.regression.tokens import ArrangedReader
 from largemerge.regression.weights import Weights
+from largemerge.weight_matching.run import journal_kind, match_models
 
 _MAX_DATA_FILES = 10_000
 NON_BLOCK = "outside"
@@ -168,6 +169,7 @@ def merge_by_regression(
             shards = layout_shards(prepared.planned.plan.output, max_shard_bytes, side_files.inner)
             sums = layout_sums(prepared.planned.plan.kept_sums)
             opened = [*inputs.stored.values(), *(adapter.checkpoint for adapter in inputs.adapters.values())]
+            opened += inputs.aligned_to.values()
             write = partial(write_side_files, planned=prepared.planned)
             watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks, data_files(config)))
             manifest = manifest_of(prepared.planned, prepared.calibration, (*shards, *sums)) | {
@@ -176,9 +178,13 @@ def merge_by_regression(
             stage("opening the output folder")
             with open_for_ranks(out, manifest, prepared.input_paths, ranks, resume=resume, force=force) as folder:
                 scratch = layout_shards(prepared.planned.plan.unscaled, max_shard_bytes)
-                drop_damaged(
-                    folder, ranks, _part_kinds(prepared.planned.plan, (*shards, *sums), scratch, folder.working)
-                )
+                kinds = _part_kinds(prepared.planned.plan, (*shards, *sums), scratch, folder.working)
+                kinds += [journal_kind(inputs.matching, folder.working)] if inputs.matching is not None else []
+                drop_damaged(folder, ranks, kinds)
+                if inputs.matching is not None:
+                    told = stage if ranks.is_first and not quiet else lambda _: None
+                    inputs = replace(inputs, matched=match_models(inputs.matching, folder, ranks, told))
+                    prepared = replace(prepared, planned=replace(prepared.planned, inputs=inputs))
                 job = Job(
                     planned=prepared.planned,
                     samples=prepared.samples,
@@ -353,7 +359,7 @@ def _part_kinds(
 
 def paths_read(config: MergeConfig, inputs: Inputs) -> list[Path]:
     """Paths that a merge reads and must not write to."""
-    paths = [checkpoint.root for checkpoint in inputs.checkpoints]
+    paths = [checkpoint.root for checkpoint in (*inputs.checkpoints, *inputs.aligned_to.values())]
     paths += [folder for adapter in inputs.adapters.values() for folder in adapter.folders]
     return paths + _data_paths(config)
 
@@ -441,7 +447,10 @@ def manifest_of(planned: PlannedMerge, calibration: Mapping[str, Any], shards: S
     return {
         # Limits may change on the way: what they decide changes no bit, but for the samples at once.
         "config": plan.config.model_dump(mode="json", exclude={"memory": {"device", "host", "disk"}}),
-        "inputs": {checkpoint.name: dict(checkpoint.fingerprint) for checkpoint in inputs.checkpoints},
+        "inputs": {
+            **{checkpoint.name: dict(checkpoint.fingerprint) for checkpoint in inputs.checkpoints},
+            **{name: dict(checkpoint.fingerprint) for name, checkpoint in inputs.aligned_to.items()},
+        },
         "calibration data": {name: entry["sha256"] for name, entry in calibration.items()},
         "versions": versions(),
         "device": plan.device.type,
@@ -463,7 +472,9 @@ def _verify(planned: PlannedMerge, shards: tuple[Shard, ...], folder: OutputFold
         written = oriented(inputs.skeleton.model, folder.written(shards, config), None)
         output = stack.enter_context(CheckpointReader(written))
         readers = {
-            each.name: stack.enter_context(open_reader(inputs.on_disk(each), inputs.adapters.get(each.name)))
+            each.name: inputs.permuted(
+                each.name, stack.enter_context(open_reader(inputs.on_disk(each), inputs.adapters.get(each.name)))
+            )
             for each in inputs.checkpoints
         }
         by_token = inputs.tokens.parameters if inputs.tokens is not None else frozenset()
@@ -530,7 +541,7 @@ class Job:
     def run(self) -> None:
         """Writes every part that is not in the journal yet."""
         plan = self.planned.plan
-        finished = frozenset(self.folder.entries)
+        finished = frozenset(self.folder.entries) & set(_part_names(plan))
         self.resumed_parts = len(finished)
         if finished.issuperset(_part_names(plan)):
             return
@@ -646,6 +657,7 @@ class Job:
             adapter, on_disk = inputs.adapters.get(checkpoint.name), inputs.on_disk(checkpoint)
             past_cache = read_once and checkpoint.folder.resolve() not in shared
             opened = stack.enter_context(open_reader(on_disk, adapter, past_cache=past_cache))
+            opened = inputs.permuted(checkpoint.name, opened)
             return opened if inputs.tokens is None else ArrangedReader(opened, checkpoint, inputs.tokens)
 
         return Weights(

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from largemerge.checkpoint.locate import short_name
 from largemerge.checkpoint.lora import open_reader
 from largemerge.checkpoint.side_files import model_card, output_config
 from largemerge.checkpoint.tensor_info import torch_dtype
@@ -33,6 +34,8 @@ from largemerge.regression.sequence import RECORD_FILE, MergedModel, models_so_f
 from largemerge.regression.tensor_plan import HEAD, quantization_settings
 from largemerge.streams import plain_text
 from largemerge.units import counted, duration, gib
+from largemerge.weight_matching.plan import card_section as aligned_section
+from largemerge.weight_matching.run import rows_of
 
 
 def config_yaml(config: MergeConfig) -> str:
@@ -63,6 +66,7 @@ class MergeReport:
         memory_over_time: Seconds since the start, and the most bytes on host and device from then on, of rank 0.
         ranks: Memory held and bytes read and sent, by rank; empty where there was one rank.
         out: The output folder, as the user named it.
+        aligned: What was permuted before the merge; empty where nothing was.
         verified: How much of every candidate is in the output; `None` where that was not measured.
         written: Digests of the files, and why parts were done again, once the merge is finished.
     """
@@ -84,6 +88,7 @@ class MergeReport:
     memory_over_time: tuple[Sequence[float], ...]
     ranks: tuple[Mapping[str, Any], ...]
     out: Path
+    aligned: Mapping[str, Any] = field(default_factory=dict)
     verified: Verification | None = None
     written: Mapping[str, Any] = field(default_factory=dict)
 
@@ -116,6 +121,7 @@ class MergeReport:
                 for checkpoint in inputs.checkpoints
             },
             calibration=calibration,
+            aligned=inputs.matched.to_json(inputs.matching) if inputs.matched and inputs.matching else {},
             blocks={block.name: parts[block.name] for block in plan.blocks},
             non_block=parts["outside"],
             head=parts.get(HEAD, {}),
@@ -199,6 +205,7 @@ class MergeReport:
             **({"verified": self.verified.to_json()} if self.verified is not None else {}),
             **self.written,
             **({"drift": self.drift} if self.drift else {}),
+            **({"align": self.aligned} if self.aligned else {}),
             **({"sequence": [model.model_dump() for model in merged_models(self.plan)]} if self._in_sequence else {}),
             "outside": self.non_block,
             **({HEAD: self.head} if self.head else {}),
@@ -254,6 +261,8 @@ class MergeReport:
             table.add_row("in sequence", merged + kept)
         seen = (f"{name} {entry['tokens']:,}" for name, entry in self.calibration.items())
         table.add_row("tokens seen", ", ".join(seen))
+        for title, text in rows_of(self.aligned):
+            table.add_row(title, text)
         for title, text in self.verified.rows() if self.verified is not None else ():
             if title != "distance":  # which stands above already
                 table.add_row(title, text)
@@ -388,9 +397,11 @@ def _data_of(config: MergeConfig, candidate: CandidateConfig) -> str:
 
 
 def _card_sections(planned: PlannedMerge, report: MergeReport | None) -> str:
-    """Makes the sections of the model card on drift, heads, and the sequence that the merge belongs to."""
+    """Makes the sections of the model card on drift, heads, alignment, and the sequence that the merge belongs to."""
     config, heads = planned.plan.config, planned.inputs.heads
     sections = drift_section(report.drift if report is not None else {})
+    matching = planned.inputs.matching
+    sections += aligned_section(short_name(matching.reference)) if matching is not None else ""
     sections += card_section(heads) if heads is not None else ""
     if config.sequence is None:
         return sections

@@ -1,0 +1,385 @@
+"""What is permuted in which model, before any weight is read.
+
+models, reference: classes and headers ──► blocks run on made-up input ──► units of every block ──► their tensors
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from largemerge.checkpoint.index import Checkpoint
+from largemerge.checkpoint.lora import Adapter
+from largemerge.errors import ArchitectureError, LargemergeError
+from largemerge.model.classes import ClassifiedModel, classify, translate
+from largemerge.model.fake_forward import FakeModel, InputOutline, block_kind, fake_model
+from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, weight_is_transposed
+from largemerge.units import counted, gib
+from largemerge.weight_matching.between import Between
+from largemerge.weight_matching.finding import find_units, follows
+from largemerge.weight_matching.units import BlockUnits, Choice, Family, Slot
+
+_NUM_SAMPLES, _NUM_IMAGES = 32, 8  # rows of linears that are changed in one run
+_TOKENS = 7
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A parameter that belongs to a slot.
+
+    Attributes:
+        name: Its name in the class.
+        axis: The dimension that the slot is.
+    """
+
+    name: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What is permuted in one block.
+
+    Attributes:
+        name: Path of the block, such as `model.layers.3`.
+        units: Its units.
+        tensors: Slot → the parameters that it is a dimension of.
+    """
+
+    name: str
+    units: BlockUnits
+    tensors: Mapping[Slot, tuple[Tensor, ...]]
+
+    def axes(self, choices: Sequence[Choice]) -> dict[str, dict[int, torch.Tensor]]:
+        """Returns the parameters that change, with the order along their dimensions."""
+        found: dict[str, dict[int, torch.Tensor]] = {}
+        for slot, index in self.units.indices(choices).items():
+            for tensor in self.tensors[slot]:
+                found.setdefault(tensor.name, {})[tensor.axis] = index
+        return found
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What is permuted in one model.
+
+    Attributes:
+        model: The model.
+        reference: What it is brought close to.
+        adapters: Their adapters, if they have some: the model's, the reference's.
+        names: Parameter of the model → parameter of the reference.
+        blocks: Its blocks.
+    """
+
+    model: ClassifiedModel
+    reference: ClassifiedModel
+    adapters: tuple[Adapter | None, Adapter | None]
+    names: Mapping[str, str]
+    blocks: tuple[BlockPlan, ...]
+
+    def keys(self, block: BlockPlan) -> Iterator[tuple[str, str]]:
+        """Yields the names on disk of a block's parameters, in the model and in the reference."""
+        for name in dict.fromkeys(tensor.name for of in block.tensors.values() for tensor in of):
+            yield self.model.mapping.renamed[name], self.reference.mapping.renamed[self.names[name]]
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of the largest tensor whose rows are permuted, in bytes."""
+        tensors = self.model.checkpoint.tensors
+        names = {each.name for block in self.blocks for of in block.tensors.values() for each in of if each.axis == 0}
+        return max(
+            (math.prod(i.shape) * i.dtype.itemsize for i in (tensors[self.model.mapping.renamed[n]] for n in names)),
+            default=0,
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes while a block is matched: both models' tensors in float32, products, assignment."""
+        return max((self._peak_bytes(block) for block in self.blocks), default=0)
+
+    def _peak_bytes(self, block: BlockPlan) -> int:
+        tensors = self.model.checkpoint.tensors
+        worst = 0
+        for family in block.units.families:
+            names = {each.name for slot in family.places for each in block.tensors[slot]}
+            elements = sum(math.prod(tensors[self.model.mapping.renamed[name]].shape) for name in names)
+            # Both in float32, the transposed or gathered copies; A in float32, float64, and the assignment's copy.
+            worst = max(worst, 4 * 4 * elements + family.size**2 * (4 + 4 + 8 + 8))
+        return worst
+
+
+@dataclass(frozen=True)
+class AlignPlan:
+    """What is permuted in all models of a merge.
+
+    Attributes:
+        reference: Reference of the model that the others are brought close to.
+        checkpoint: Its checkpoint.
+        models: The models that are permuted, by reference.
+        notes: What a user should know.
+        problems: What makes it impossible.
+    """
+
+    reference: str
+    checkpoint: Checkpoint
+    models: Mapping[str, ModelPlan]
+    notes: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of the largest tensor whose rows are permuted, in bytes: a copy of it is made as it is read."""
+        return max((model.largest_bytes for model in self.models.values()), default=0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes while a block is matched."""
+        return max((model.peak_bytes for model in self.models.values()), default=0)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks to match, of all models."""
+        return sum(len(model.blocks) for model in self.models.values())
+
+
+def plan_alignment(
+    checkpoints: Mapping[str, Checkpoint],
+    adapters: Mapping[str, Adapter],
+    reference: str,
+    *,
+    trust_remote_code: bool = False,
+) -> AlignPlan:
+    """Finds out what is permuted in each of some models.
+
+    Args:
+        checkpoints: All models, the reference among them, by reference.
+        adapters: The adapters of those that have one.
+        reference: The model that the others are brought close to.
+        trust_remote_code: Allow the checkpoints' own Python code.
+
+    Raises:
+        LargemergeError: If the class of one cannot be had.
+    """
+    models = classify(checkpoints, adapters, trust_remote_code=trust_remote_code)
+    units: dict[int, _ModelUnits] = {}
+    plans: dict[str, ModelPlan] = {}
+    notes: dict[str, None] = {}
+    problems: list[str] = []
+    for name, model in models.items():
+        if name == reference:
+            continue
+        try:
+            if id(model.model) not in units:
+                units[id(model.model)] = _find_all(model, trust_remote_code=trust_remote_code)
+            plans[name], told = _plan_model(model, models[reference], units[id(model.model)], reference)
+            plans[name] = replace(plans[name], adapters=(adapters.get(name), adapters.get(reference)))
+        except LargemergeError as error:
+            problems += [f"align: {name}: {problem}" for problem in error.problems]
+            continue
+        notes |= dict.fromkeys(f"align: {note}" for note in told)
+    found = AlignPlan(reference, checkpoints[reference], plans, tuple(notes), tuple(problems))
+    if not plans:
+        return found
+    return replace(found, notes=(*notes, f"align: a block of two models takes up to {gib(found.peak_bytes)}"))
+
+
+def card_section(reference: str) -> str:
+    """Makes the model card's section on what was done before the merge."""
+    return (
+        f"\n## Before the merge\n\nNeurons and heads were put into the order of {reference}: weight matching within "
+        "blocks ([Git Re-Basin](https://arxiv.org/abs/2209.04836)).\n"
+    )
+
+
+@dataclass(frozen=True)
+class _ModelUnits:
+    """Units of the blocks of a class, and what was not looked at."""
+
+    skeleton: Skeleton
+    blocks: Mapping[str, BlockUnits]
+    notes: tuple[str, ...]
+
+
+def _find_all(model: ClassifiedModel, *, trust_remote_code: bool) -> _ModelUnits:
+    """Runs a model on made-up input, and finds the units of every block."""
+    skeleton = build_skeleton(model.checkpoint, dtype=torch.float64, trust_remote_code=trust_remote_code)
+    problems: list[str] = []
+    for outline in input_outlines(skeleton):
+        try:
+            with fake_model(skeleton, outline, {}) as fake:
+                return _units_of(fake)
+        except ArchitectureError as error:
+            problems += error.problems
+    raise ArchitectureError(
+        *(problems or [f"{skeleton.class_name}: its blocks cannot be run: it takes neither tokens nor images"])
+    )
+
+
+def input_outlines(skeleton: Skeleton) -> Iterator[InputOutline]:
+    """Yields inputs that a model may take: tokens and images, tokens alone, images alone."""
+    arguments, config = skeleton.forward_arguments(), skeleton.model.config
+    tokens: dict[str, Any] = {}
+    for prefix in ("", "decoder_") if config.is_encoder_decoder else ("",):
+        if f"{prefix}input_ids" in arguments:
+            tokens[f"{prefix}input_ids"] = ((_TOKENS,), torch.int64)
+        if f"{prefix}attention_mask" in arguments and f"{prefix}input_ids" in arguments:
+            tokens[f"{prefix}attention_mask"] = ((_TOKENS,), torch.int64)
+    images: dict[str, Any] = {}
+    vision = getattr(config, "vision_config", config)
+    size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
+    if "pixel_values" in arguments and size is not None:
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        images["pixel_values"] = ((channels, height, width), torch.float32)
+    if tokens and images:
+        yield {**tokens, **images}
+    if tokens:
+        yield tokens
+    if images:
+        yield images
+
+
+def _units_of(fake: FakeModel) -> _ModelUnits:
+    """Finds the units of every block; of blocks that compute alike, one is looked at, and some others are tried."""
+    skeleton, notes = fake.skeleton, list[str]()
+    one = {name: x[-1:] for name, x in fake.inputs.items()}
+    num_samples = _NUM_IMAGES if any(x.is_floating_point() for x in one.values()) else _NUM_SAMPLES
+    many = {name: x.repeat(num_samples, *(1,) * (x.dim() - 1)) for name, x in one.items()}
+    single, batched = fake.records_of(one), fake.records_of(many)
+    found: dict[str, BlockUnits] = {}
+    for number, stack in enumerate(skeleton.stacks):
+        if number not in fake.order:
+            notes.append(f"{stack.name} stays as it is: tokens alone do not reach it")
+            continue
+        by_kind: dict[str, BlockUnits] = {}
+        for index, record in reversed(list(single[number].items())):
+            kind, name = block_kind(stack.blocks[index], index), stack.block_name(index)
+            if len(record.arguments) != 1:
+                notes.append(f"{name} stays as it is: it runs {len(record.arguments)} times in one pass")
+                continue
+            between = Between(
+                stack.blocks[index], record.arguments[0], batched[number][index].arguments[0], num_samples
+            )
+            known = by_kind.get(kind)
+            found[name] = known if known is not None and follows(between, known) else _find(between)
+            by_kind.setdefault(kind, found[name])
+        for index, block in enumerate(stack.blocks):
+            name, kind = stack.block_name(index), block_kind(block, index)
+            if name not in found and kind in by_kind and fake.runs.get((number, index)):
+                found[name] = by_kind[kind]
+    return _ModelUnits(skeleton, found, tuple(notes))
+
+
+def _find(between: Between) -> BlockUnits:
+    """Finds the units of a block, from a few of its tokens where that will do."""
+    short = between.shortened()
+    units = find_units(short) if short is not None else None
+    return units if units is not None and follows(between, units) else find_units(between)
+
+
+def _plan_model(
+    model: ClassifiedModel, reference: ClassifiedModel, units: _ModelUnits, reference_name: str
+) -> tuple[ModelPlan, list[str]]:
+    """Finds the tensors of a model's units, and of the reference's.
+
+    Returns:
+        The plan, and notes.
+
+    Raises:
+        LargemergeError: If the reference has other shapes, or lacks a tensor.
+    """
+    stored = reference.mapping.renamed
+    names = {place: own for own, place in translate(reference.model, model.model).items() if own in stored}
+    names |= {own: place for own, place in translate(model.model, reference.model).items() if place in stored}
+    notes, problems, blocks = list(units.notes), list[str](), list[BlockPlan]()
+    told: dict[str, list[str]] = {}
+    for name in _in_order(units):
+        found = units.blocks[name]
+        tensors = _tensors(units.skeleton, name, found)
+        kept = []
+        for family in found.families:
+            own = [each.name for slot in family.places for each in tensors[slot]]
+            fixed = [each for each in own if each not in model.mapping.renamed or _is_tied(model, each)]
+            if fixed:
+                why = f"{family.name} stay: {fixed[0].removeprefix(f'{name}.')} is tied, or lies together with others"
+                told.setdefault(why, []).append(name)
+                continue
+            problems += _misfits(model, reference, names, own, reference_name)
+            kept.append(family)
+        for held in found.held:
+            told.setdefault(held, []).append(name)
+        if found.untouched:
+            told.setdefault(f"not permuted: {', '.join(found.untouched)}", []).append(name)
+        if kept:
+            used = {slot: tensors[slot] for family in kept for slot in family.places}
+            blocks.append(BlockPlan(name, replace(found, families=tuple(kept)), used))
+    if problems:
+        raise LargemergeError(*dict.fromkeys(problems))
+    if not blocks:
+        raise ArchitectureError(f"{model.class_name}: nothing in its blocks can change places; leave align out")
+    some: dict[str, list[str]] = {}
+    for block in blocks:
+        text = "; ".join(_described(family) for family in block.units.families)
+        some.setdefault(text, []).append(block.name)
+    notes = [f"{_listed(of)}: permuted are {text}" for text, of in some.items()] + notes
+    notes += [f"{_listed(of)}: {text}" for text, of in told.items()]
+    return ModelPlan(model, reference, (None, None), names, tuple(blocks)), notes
+
+
+def _described(family: Family) -> str:
+    """Says what may change places in a family."""
+    inner = [f"{each.size} {each.name}" for each in family.inner]
+    inside = f"{'in each ' if not family.is_free else 'and in each '}{' and '.join(inner)}" if inner else ""
+    return " ".join(part for part in (f"{family.size} {family.name}", inside) if part)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Lists blocks in short."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} … {names[-1].rpartition('.')[2]} ({counted(len(names), 'block')})"
+
+
+def _in_order(units: _ModelUnits) -> list[str]:
+    """Lists the blocks in the order of the class."""
+    stacks = units.skeleton.stacks
+    every = [stack.block_name(index) for stack in stacks for index in range(len(stack.blocks))]
+    return [name for name in every if name in units.blocks]
+
+
+def _is_tied(model: ClassifiedModel, name: str) -> bool:
+    return name in model.mapping.aliases or name in model.mapping.aliases.values()
+
+
+def _misfits(
+    model: ClassifiedModel, reference: ClassifiedModel, names: Mapping[str, str], own: Sequence[str], what: str
+) -> Iterator[str]:
+    """Yields which parameters the reference does not have in the model's shape."""
+    for name in own:
+        shape = model.checkpoint.tensors[model.mapping.renamed[name]].shape
+        if name not in names:
+            yield f"{what} has no {name}; expected a model of the same architecture to align to"
+            continue
+        other = reference.checkpoint.tensors[reference.mapping.renamed[names[name]]].shape
+        if shape != other:
+            yield f"{name} is {list(shape)}, and {list(other)} in {what}; expected the same shapes to align to"
+
+
+def _tensors(skeleton: Skeleton, block: str, units: BlockUnits) -> dict[Slot, tuple[Tensor, ...]]:
+    """Finds the parameters that every slot of a block's families is a dimension of."""
+    linears = linears_in(skeleton.model.get_submodule(block))
+    found: dict[Slot, tuple[Tensor, ...]] = {}
+    for slot in {slot for family in units.families for slot in family.places}:
+        name = f"{block}.{slot.path}"
+        if slot.side == "elements":
+            found[slot] = (Tensor(name, 0),)
+            continue
+        turned = weight_is_transposed(linears[slot.path])
+        is_outputs = slot.side == "outputs"
+        weight = Tensor(f"{name}.weight", int(turned == is_outputs))
+        has_bias = is_outputs and getattr(linears[slot.path], "bias", None) is not None
+        found[slot] = (weight, Tensor(f"{name}.bias", 0)) if has_bias else (weight,)
+    return found

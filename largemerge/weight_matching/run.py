@@ -1,0 +1,213 @@
+"""Matching models block by block: the weights of one block of two models at a time.
+
+    block ──► tensors of the reference and of the model ──► a match of every family ──► journal ──► axes of the reader
+
+What is found goes to the journal of the merge, so that a resumed one goes on with it. Ranks share the blocks.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from largemerge.checkpoint.lora import open_reader
+from largemerge.checkpoint.reader import TensorReader
+from largemerge.checkpoint.writer import why_unmergeable
+from largemerge.distributed.ranks import Ranks
+from largemerge.errors import CheckpointError
+from largemerge.output import OutputFolder, PartKind
+from largemerge.weight_matching.matching import Vectors, match_family
+from largemerge.weight_matching.permuted import Axes
+from largemerge.weight_matching.plan import AlignPlan, BlockPlan, ModelPlan
+from largemerge.weight_matching.units import Choice, Family, Slot
+
+_PART = "alignment"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What was found for all models.
+
+    Attributes:
+        axes: Model → what of it is permuted, by names on disk.
+        report: Model → block → what was found there, as plain JSON values.
+    """
+
+    axes: Mapping[str, Axes]
+    report: Mapping[str, Mapping[str, Any]]
+
+    def to_json(self, plan: AlignPlan) -> dict[str, Any]:
+        """What the report of a merge says of it."""
+        return {"reference": plan.reference, "models": {name: dict(blocks) for name, blocks in self.report.items()}}
+
+
+def rows_of(aligned: Mapping[str, Any], short: Callable[[str], str] = str) -> Iterator[tuple[str, str]]:
+    """Yields lines for the closing table, from the report: how alike the models were, and are."""
+    for name, blocks in aligned.get("models", {}).items():
+        before, after = (_mean([block[key] for block in blocks.values()]) for key in ("before", "after"))
+        families = [family for block in blocks.values() for family in block["families"].values()]
+        moved, total = (sum(family[key] for family in families) for key in ("moved", "size"))
+        yield (
+            f"aligned {short(name)}",
+            f"to {short(aligned['reference'])}: {moved} of {total} neurons and heads change places; cosine of the "
+            f"weights {before:.4f} before, {after:.4f} after",
+        )
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def part_names(plan: AlignPlan) -> list[str]:
+    """Lists what the journal calls the blocks of all models."""
+    return [f"{_PART}: {name}: {block.name}" for name, model in plan.models.items() for block in model.blocks]
+
+
+def journal_kind(plan: AlignPlan, working: Path) -> PartKind:
+    """The kind of these parts, which have no tensors in any file."""
+    return PartKind(part_names(plan), working, (), {})
+
+
+def match_models(
+    plan: AlignPlan, folder: OutputFolder, ranks: Ranks, progress: Callable[[str], None] = lambda _: None
+) -> Matched:
+    """Matches all blocks of all models that the journal does not have yet. Collective.
+
+    Args:
+        plan: What is permuted.
+        folder: The output folder, whose journal keeps what was found.
+        ranks: The ranks that share the blocks.
+        progress: Called with the name of a block that is about to be matched.
+
+    Raises:
+        CheckpointError: If a tensor holds NaN or infinity.
+    """
+    every = [(name, block) for name, model in plan.models.items() for block in model.blocks]
+    names = part_names(plan)
+    missing = [number for number, part in enumerate(names) if part not in folder.entries]
+    with ExitStack() as stack, ranks.busy():
+        readers: dict[str, tuple[TensorReader, TensorReader]] = {}
+
+        def match(number: int) -> dict[str, Any]:
+            name, block = every[number]
+            progress(f"aligning {block.name}")
+            if name not in readers:
+                model = plan.models[name]
+                ours, theirs = model.adapters
+                readers[name] = (
+                    stack.enter_context(open_reader(model.model.checkpoint, ours)),
+                    stack.enter_context(open_reader(model.reference.checkpoint, theirs)),
+                )
+            return match_block(plan.models[name], block, *readers[name])
+
+        for start in range(0, len(missing), ranks.size):
+            at_once = missing[start : start + ranks.size]
+            own = at_once[ranks.rank] if ranks.rank < len(at_once) else None
+            gathered = ranks.gather(match(own) if own is not None else {})
+            for number, entry in zip(at_once, gathered, strict=False):
+                if ranks.is_first:
+                    folder.record(names[number], entry)
+                folder.entries[names[number]] = entry
+    axes: dict[str, dict[str, Mapping[int, torch.Tensor]]] = {name: {} for name in plan.models}
+    report: dict[str, dict[str, Any]] = {name: {} for name in plan.models}
+    for (name, block), part in zip(every, names, strict=True):
+        entry = folder.entries[part]
+        mapping = plan.models[name].model.mapping
+        changed = block.axes(_choices(block, entry))
+        axes[name] |= {mapping.renamed[parameter]: of for parameter, of in changed.items()}
+        report[name][block.name] = entry
+    return Matched(axes, report)
+
+
+def match_block(plan: ModelPlan, block: BlockPlan, ours: TensorReader, theirs: TensorReader) -> dict[str, Any]:
+    """Matches one block, family by family.
+
+    Args:
+        plan: What is permuted in the model.
+        block: The block.
+        ours: Reader of the model.
+        theirs: Reader of the reference.
+
+    Returns:
+        What the journal and the report have of it.
+    """
+    families: dict[str, Any] = {}
+    before = after = ours_square = theirs_square = 0.0
+    for family in block.units.families:
+        mine = _read(family, block, ours, lambda name: plan.model.mapping.renamed[name])
+        other = _read(family, block, theirs, lambda name: plan.reference.mapping.renamed[plan.names[name]])
+        found = match_family(family, other, mine)
+        before, after = before + found.before, after + found.after
+        ours_square += _square(family, mine)
+        theirs_square += _square(family, other)
+        families[family.name] = {
+            "size": family.size,
+            "moved": found.choice.num_moved,
+            "rounds": found.rounds,
+            "members": _encoded(found.choice.members),
+            "inner": {each.name: _encoded(own) for each, own in zip(family.inner, found.choice.inner, strict=True)},
+        }
+    norm = math.sqrt(ours_square * theirs_square) or 1.0
+    return {"before": before / norm, "after": after / norm, "families": families}
+
+
+def _read(family: Family, block: BlockPlan, reader: TensorReader, key: Callable[[str], str]) -> Vectors:
+    """Reads what belongs to every slot of a family, a row for each of its places, float32."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def load(name: str) -> torch.Tensor:
+        if name not in tensors:
+            tensor = reader.read(key(name))
+            problem = why_unmergeable(reader.checkpoint.name, key(name), tensor)
+            if problem is not None:
+                raise CheckpointError(problem)
+            tensors[name] = tensor.to(torch.float32)
+        return tensors[name]
+
+    found: dict[Slot, torch.Tensor] = {}
+    for slot in family.places:
+        size = block.units.sizes[slot]
+        parts = [load(each.name).movedim(each.axis, 0).reshape(size, -1) for each in block.tensors[slot]]
+        found[slot] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return found
+
+
+def _square(family: Family, vectors: Vectors) -> float:
+    """Computes Σ x² of all that belongs to a family."""
+    return math.fsum(
+        float(vectors[slot][places_NR.flatten()].square().sum(dtype=torch.float64))
+        for slot, places_NR in family.places.items()
+    )
+
+
+def _encoded(numbers: torch.Tensor) -> str:
+    """Writes whole numbers as base64 of little-endian 32-bit numbers; nothing for those that are in order."""
+    if torch.equal(numbers, torch.arange(numbers.shape[-1]).expand_as(numbers)):
+        return ""
+    return base64.b64encode(numbers.numpy().astype("<i4").tobytes()).decode()
+
+
+def _decoded(text: str, *shape: int) -> torch.Tensor:
+    """Reads what `_encoded` wrote."""
+    if not text:
+        return torch.arange(shape[-1]).expand(shape).clone()
+    numbers = np.frombuffer(base64.b64decode(text), dtype="<i4").astype(np.int64)
+    return torch.from_numpy(numbers.reshape(shape))
+
+
+def _choices(block: BlockPlan, entry: Mapping[str, Any]) -> list[Choice]:
+    """Reads the choices of a block from its entry in the journal."""
+    choices = []
+    for family in block.units.families:
+        own = entry["families"][family.name]
+        inner = tuple(_decoded(own["inner"][each.name], family.size, each.size) for each in family.inner)
+        choices.append(Choice(_decoded(own["members"], family.size), inner))
+    return choices
