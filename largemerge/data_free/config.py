@@ -449,6 +449,8 @@ def read_steps(values: dict[str, Any], problems: list[str]) -> None:
             place = f"post[{number}]"
             if name not in POST_STEPS:
                 hint = nearest(name.lower(), POST_STEPS) or f"; expected one of {sorted(POST_STEPS)}"
+                if name.lower() == "temperature":  # it is one of the steps in papers
+                    hint = "; a temperature is fitted to samples, on the finished merge: largemerge temperature EVAL OUT"
                 problems.append(f"{place}: {shown(name)} is no step that is known{hint}")
                 continue
             known = POST_STEPS[name].kinds

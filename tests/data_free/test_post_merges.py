@@ -309,7 +309,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     (
         """{merge_method: tsv_m, base_model: BASE, models: [{model: A}], post: [svd, {svc: {alpha: 0, beta: 1}},
         {subspace_boosting: {beta: 1.5}}, {rescale: {facto: 1}}, {rescale: {match_norm: 3, factor: [1, x]}},
-        {smooth: }]}""",
+        {smooth: }, temperature]}""",
         [
             "post[0]: 'svd' is no step that is known; did you mean 'svc'?",
             "post[1].svc.alpha: expected a number above 0 and up to 1e+06, found 0",
@@ -319,6 +319,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
             "post[4].rescale.match_norm: expected true or false, found 3",
             "post[4].rescale.factor[1]: expected a number above 0 and up to 1e+06, found 'x'",
             "post[5]: 'smooth' is no step that is known; expected one of ['rescale', 'subspace_boosting', 'svc']",
+            "post[6]: 'temperature' is no step that is known; a temperature is fitted to samples, on the finished merge",
         ],
     ),
     (
