@@ -541,7 +541,8 @@ class Job:
     def run(self) -> None:
         """Writes every part that is not in the journal yet."""
         plan = self.planned.plan
-        finished = frozenset(self.folder.entries) & set(_part_names(plan))
+        first_steps = {unscaled_part(block.name) for block in plan.blocks}
+        finished = frozenset(self.folder.entries) & {*_part_names(plan), *first_steps}  # not those of an alignment
         self.resumed_parts = len(finished)
         if finished.issuperset(_part_names(plan)):
             return
