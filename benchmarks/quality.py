@@ -4,6 +4,7 @@
     python benchmarks/quality.py --family images --seeds 0                    # some minutes
     python benchmarks/quality.py --methods ties regmean_plusplus:ridge=1e-4   # these alone, with other settings
     python benchmarks/quality.py --methods regmean_plusplus --samples 1 4 16 64 256 --plot quality.svg
+    python benchmarks/quality.py --family text --seeds 2 --retime             # times and peaks again: all is quiet now
     python benchmarks/quality.py --family images --quick                      # a smoke test: the numbers mean nothing
 
     text      SmolLM2-135M-Instruct, tuned on Python, German, French, and C headers     (`quality_text.py`)
@@ -115,7 +116,7 @@ def main() -> None:
             folder = work / family / f"seed-{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             case = FAMILIES[family](folder, seed, arguments.quick)
-            found[family][seed] = _seed(f"{family}, seed {seed}", case, merges, folder, seed)
+            found[family][seed] = _seed(f"{family}, seed {seed}", case, merges, folder, seed, arguments.retime)
     for family, seeds in found.items():
         print(table(family, seeds))
     if arguments.plot:
@@ -135,6 +136,7 @@ def _arguments() -> argparse.Namespace:
     samples = "of each task (default: some 4,096 tokens)"
     parser.add_argument("--samples", nargs="+", type=int, metavar="N", help=samples)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw an SVG")
+    parser.add_argument("--retime", action="store_true", help="merge again what has been measured, for time and peak")
     parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--work", type=Path, default=default, metavar="DIR", help="folder for all files (%(default)s)")
     return parser.parse_args()
@@ -146,7 +148,7 @@ def _merges(methods: Sequence[str], samples: Sequence[int]) -> list[Merge]:
     return list(dict.fromkeys([Merge(AVERAGE), *parsed]))
 
 
-def _seed(title: str, case: Case, merges: Sequence[Merge], folder: Path, seed: int) -> Seed:
+def _seed(title: str, case: Case, merges: Sequence[Merge], folder: Path, seed: int, retime: bool) -> Seed:
     """Measures base and experts, merges and measures all the rest."""
     kept = folder / "results"
     kept.mkdir(exist_ok=True)
@@ -156,7 +158,7 @@ def _seed(title: str, case: Case, merges: Sequence[Merge], folder: Path, seed: i
     print(f"{title}: base {base.loss:.3f}, each expert at its own task {experts.loss:.3f}", flush=True)
     results = {}
     for merge in merges:
-        results[merge] = _merged(case, merge, folder, seed)
+        results[merge] = _merged(case, merge, folder, seed, retime=retime)
         print(f"{title}: {_label(merge)} {results[merge].loss:.3f}, {results[merge].seconds:.1f} s", flush=True)
     return Seed(base, experts, results)
 
@@ -170,23 +172,25 @@ def _measured(case: Case, checkpoint: Path, kept: Path) -> Result:
     return Result({task: Score(**score) for task, score in json.loads(file.read_text()).items()})
 
 
-def _merged(case: Case, merge: Merge, folder: Path, seed: int) -> Result:
+def _merged(case: Case, merge: Merge, folder: Path, seed: int, *, retime: bool) -> Result:
     """Merges through the command line and measures, unless the very same was done before. The model is deleted."""
     written = write_config(merge, case, seed)
     file = folder / "results" / f"{_digest(case, merge, written, folder)}.json"
-    if not file.is_file():
+    known = json.loads(file.read_text()) if file.is_file() else None
+    if known is None or retime:
         config, output = folder / "merge.yaml", folder / "merged"
         config.write_text(written)
         command = [sys.executable, "-m", "largemerge", "merge", str(config), str(output), "--force", "--quiet"]
         took = run_measured(command, folder / "merge.log")
-        scores = _measured(case, output, folder / "results").scores
+        if known is None:
+            scores = _measured(case, output, folder / "results").scores
+            of_tasks = {task: dataclasses.asdict(score) for task, score in scores.items()}
+            known = {"merge": _label(merge), "scores": of_tasks}
         shutil.rmtree(output)
-        of_tasks = {task: dataclasses.asdict(score) for task, score in scores.items()}
-        kept = {"merge": _label(merge), "seconds": took.seconds, "peak_bytes": took.peak_anonymous_bytes}
-        file.write_text(json.dumps({**kept, "scores": of_tasks}))
-    kept = json.loads(file.read_text())
-    scores = {task: Score(**score) for task, score in kept["scores"].items()}
-    return Result(scores, kept["seconds"], kept["peak_bytes"])
+        known |= {"seconds": took.seconds, "peak_bytes": took.peak_anonymous_bytes}
+        file.write_text(json.dumps(known))
+    scores = {task: Score(**score) for task, score in known["scores"].items()}
+    return Result(scores, known["seconds"], known["peak_bytes"])
 
 
 def _digest(case: Case, merge: Merge, written: str, folder: Path) -> str:
