@@ -256,12 +256,18 @@ class _TooLarge(Exception):
 
 
 class _BoundedTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to compute tables beyond `_MOST_ELEMENTS`; what is merely allocated is never filled."""
+    """Refuses to compute tables beyond `_MOST_ELEMENTS`; what is merely allocated is never filled.
+
+    Random numbers for weights on the meta device are not asked for: nothing would be drawn, but torch takes half of the
+    time of building a model to find that out.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kind = str(func).split(".")[1]
+        if kind in ("normal_", "uniform_") and args[0].is_meta:
+            return args[0]
         if kind in ("ones", "zeros", "full", "arange", "linspace", "eye", "randn", "rand"):
             sizes = args[0] if args and isinstance(args[0], list) else [each for each in args if isinstance(each, int)]
             if kind in ("arange", "linspace"):
