@@ -16,10 +16,11 @@ from processes import ENVIRONMENT, ROOT, check_two_ranks, make_uneven_case, merg
 SCRIPT = ROOT / "scripts" / "two_nodes"
 
 
-def hosts() -> list[str]:
-    """The network namespaces that there are."""
+def hosts(nodes: subprocess.Popen[str]) -> list[str]:
+    """The network namespaces that a script has made: it ends their names with its number."""
     done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
-    return sorted(line.split()[0] for line in done.stdout.splitlines())
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    return sorted(name for name in names if name.endswith(f"-{nodes.pid}"))
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -45,30 +46,27 @@ def _namespaces() -> None:
 @pytest.mark.parametrize("options", [[], ["--deepspeed"]], ids=["torchrun", "deepspeed"])
 def test_two_nodes(tmp_path: Path, options: list[str]) -> None:
     case = make_uneven_case(tmp_path, "llama", "regmean_plusplus")
-    before = hosts()
     nodes = start(*options, *merging(case, tmp_path / "out", "--device", "cpu")[1:])
     output, _ = nodes.communicate(timeout=120)
     assert nodes.returncode == 0, output
     check_two_ranks(case, tmp_path / "out", "cpu")
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert all(rank["reads_shared_with"] == [] for rank in report["ranks"]), "hosts have no memory in common"
-    assert hosts() == before
+    assert hosts(nodes) == []
 
 
 def test_a_mistake_fails_on_both(tmp_path: Path) -> None:
-    before = hosts()
     nodes = start(tmp_path / "nowhere.yaml", tmp_path / "out")
     output, _ = nodes.communicate(timeout=120)
     assert nodes.returncode == 1, "as torchrun says it"
     assert "nowhere.yaml" in output
-    assert hosts() == before
+    assert hosts(nodes) == []
 
 
 def test_nothing_is_left_when_it_is_stopped(tmp_path: Path) -> None:
-    before = hosts()
     nodes = start(tmp_path / "nowhere.yaml", tmp_path / "out")
-    wait_until(lambda: len(hosts()) == len(before) + 2)
+    wait_until(lambda: len(hosts(nodes)) == 2)
     nodes.terminate()
     nodes.communicate(timeout=60)
     assert nodes.returncode == 128 + signal.SIGTERM
-    assert hosts() == before
+    assert hosts(nodes) == []
