@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import quantized_models
 import tiny_models
@@ -295,7 +296,7 @@ def run_limited(arguments: list[str]) -> int:
     """Runs a command, in a process of its own where it limits memory: this one holds what other tests have left."""
     if not any(argument.startswith("--memory-") for argument in arguments):
         return run(arguments)
-    return subprocess.run([sys.executable, "-m", "largemerge", *arguments], check=False, timeout=120).returncode
+    return processes.run(arguments, Path("process.log"))
 
 
 def without_launcher(words: list[str]) -> list[str]:
