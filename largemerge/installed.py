@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from largemerge.errors import InstallationError
 
@@ -22,8 +23,7 @@ def check_installed(requirements: Iterable[str] | None = None) -> None:
     Raises:
         InstallationError: With what was found, what is needed, and how to install it.
     """
-    listed = _own_requirements() if requirements is None else list(requirements)
-    problems = list(_problems(listed))
+    problems = _own_problems(tuple(_own_requirements())) if requirements is None else tuple(_problems(requirements))
     if problems:
         raise InstallationError(*problems)
 
@@ -35,6 +35,11 @@ def _own_requirements() -> list[str]:
         return metadata.requires("largemerge") or []
     except metadata.PackageNotFoundError:
         return []
+
+
+@cache  # read once where a process runs several commands
+def _own_problems(listed: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_problems(listed))
 
 
 def _problems(listed: Iterable[str]) -> Iterator[str]:
