@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,22 @@ def _nothing_old_is_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def _is_open(file: Any) -> None:
+    """Fails where `os.fsync` would."""
+    os.fstat(file if isinstance(file, int) else file.fileno())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _writes_are_not_waited_for() -> Iterator[None]:
+    """No machine loses its power here: what this process writes may reach the disk later.
+
+    A merge waits for the disk a dozen times, some milliseconds each. Processes that tests start do wait.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", _is_open)
+        yield
 
 
 @pytest.fixture

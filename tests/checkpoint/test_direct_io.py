@@ -42,6 +42,11 @@ def forget(path: Path) -> None:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _writes_are_not_waited_for() -> None:
+    """They are: what is in the cache and what is on the disk is told apart here."""
+
+
 @pytest.fixture
 def direct(tmp_path: Path) -> None:
     """For tests that are about going past the cache."""
