@@ -32,18 +32,24 @@ def four_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> dict[str, Any]:
-    """Saves three models with matrices of some megabytes."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Saves three models with matrices of some megabytes; only to be read."""
+    folder = tmp_path_factory.mktemp("models")
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "vocab_size": 2000}
     for seed in range(3):
         torch.manual_seed(seed)
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_attention_heads=4))
-        model.save_pretrained(tmp_path / f"model{seed}")
+        model.save_pretrained(folder / f"model{seed}")
+    return [str(folder / f"model{seed}") for seed in range(3)]
+
+
+@pytest.fixture
+def config(models: list[str]) -> dict[str, Any]:
     return {
         "merge_method": "ties",
-        "base_model": str(tmp_path / "model0"),
-        "models": [{"model": str(tmp_path / f"model{seed}")} for seed in (1, 2)],
+        "base_model": models[0],
+        "models": [{"model": model} for model in models[1:]],
         "parameters": {"weight": 0.5, "density": 0.4},
     }
 
