@@ -5,5 +5,5 @@
     reader of a model ──► permuted: the same model, its neurons and heads in other places
 
 Source: Ainsworth, Hayase, Srinivasa 2023, *Git Re-Basin: Merging Models modulo Permutation Symmetries*
-(arXiv:2209.04836), weight matching (Algorithm 1), within blocks.
+(arXiv:2209.04836), weight matching, within blocks.
 """

@@ -1,8 +1,8 @@
 """The permutations that bring one block's weights closest to another's, by linear assignment.
 
 Of the neurons of an MLP, those of model B come to the places of A where Σ_n ⟨a_n, b_π(n)⟩ is largest (weight matching,
-Ainsworth et al. 2023, eq. 6 and Algorithm 1), with a_n all numbers that belong to neuron n: its rows with their
-biases, its columns, its elements of vectors:
+Ainsworth et al. 2023; `weight_matching.py` of the authors' program), with a_n all numbers that belong to neuron n: its
+rows with their biases, its columns, its elements of vectors:
 
     A[n, m] = Σ_slots ⟨a_n, b_m⟩        π = argmax Σ_n A[n, π(n)]        a linear assignment problem
 
