@@ -450,7 +450,7 @@ def read_steps(values: dict[str, Any], problems: list[str]) -> None:
             if name not in POST_STEPS:
                 hint = nearest(name.lower(), POST_STEPS) or f"; expected one of {sorted(POST_STEPS)}"
                 if name.lower() == "temperature":  # it is one of the steps in papers
-                    hint = "; a temperature is fitted to samples, on the finished merge: largemerge temperature EVAL OUT"
+                    hint = "; it is fitted to samples, after the merge: largemerge temperature EVAL MODEL OUT"
                 problems.append(f"{place}: {shown(name)} is no step that is known{hint}")
                 continue
             known = POST_STEPS[name].kinds
@@ -618,7 +618,7 @@ def _align_problems(config: DataFreeConfig, method: Method) -> Iterator[str]:
             f"models first (largemerge align), compute {method.auxiliary_parameter} for those, and leave align out"
         )
     if set(config.references) == {config.aligned_to}:
-        yield f"align: {config.aligned_to} is the only model; expected another one that is brought close to it"
+        yield f"align: {config.aligned_to} is the only model, and the reference itself; expected another one beside it"
 
 
 def _post_problems(config: DataFreeConfig, scopes: Sequence[_Scope]) -> Iterator[str]:

@@ -15,7 +15,7 @@ group; queries and keys make none, but change places together where no rotary em
 Dependencies come from gradients: with codes a_c and b_c of the columns, ∂(Σ_c b_c x_c)/∂y_r divided by
 ∂(Σ_c a_c x_c)/∂y_r is b_c / a_c if r reaches column c alone. Rows that reach several are changed one after the other.
 
-Every kind of part is tried at last: rows and columns are permuted at random, and unless what lies between follows to
+Every kind of part is tried at last: rows and columns change places, and unless what lies between follows to
 `_TOLERANCE`, they stay as they are, and the report says so.
 """
 
@@ -32,7 +32,7 @@ from scipy.sparse.csgraph import connected_components
 
 from largemerge.model.skeleton import linears_in
 from largemerge.weight_matching.between import RESULT, Between, by_sample, largest_difference, leaves_of, linear_sizes
-from largemerge.weight_matching.units import BlockUnits, Family, Inner, Slot, random_choice
+from largemerge.weight_matching.units import BlockUnits, Family, Inner, Slot, trial_choices
 
 _TOLERANCE = 1e-5
 """Of relative differences where nothing should differ: norms and softmaxes compute in float32, whatever they get."""
@@ -489,25 +489,28 @@ def _commutes(
     vectors: Mapping[str, torch.Tensor],
     generator: torch.Generator,
 ) -> bool:
-    """Whether what lies between the linears follows a random choice of some families."""
+    """Whether what lies between the linears follows choices of some families."""
     units = BlockUnits(tuple(families), sizes)
-    indices = units.indices([random_choice(family, generator) for family in families])
     outputs = between.made_up(generator)
-    permuted = {
-        name: y[..., indices[Slot(name, "outputs")]] if Slot(name, "outputs") in indices else y
-        for name, y in outputs.items()
-    }
-    changed = {
-        name: vector[indices[Slot(name, "elements")]] if Slot(name, "elements") in indices else vector
-        for name, vector in vectors.items()
-    }
     with torch.no_grad():
         before = between.run(outputs)
-        with between.parameters(changed):
+    for choices in zip(*(trial_choices(family, generator) for family in families), strict=True):
+        indices = units.indices(choices)
+        permuted = {
+            name: y[..., indices[Slot(name, "outputs")]] if Slot(name, "outputs") in indices else y
+            for name, y in outputs.items()
+        }
+        changed = {
+            name: vector[indices[Slot(name, "elements")]] if Slot(name, "elements") in indices else vector
+            for name, vector in vectors.items()
+        }
+        with torch.no_grad(), between.parameters(changed):
             after = between.run(permuted)
-    expected, found = leaves_of(before.pop(RESULT)), leaves_of(after.pop(RESULT))
-    for name, x in before.items():
-        index = indices.get(Slot(name, "inputs"))
-        expected.append(x if index is None else x[..., index])
-        found.append(after[name])
-    return largest_difference(expected, found) <= _TOLERANCE
+        expected, found = leaves_of(before[RESULT]), leaves_of(after[RESULT])
+        for name in between.linears:
+            index = indices.get(Slot(name, "inputs"))
+            expected.append(before[name] if index is None else before[name][..., index])
+            found.append(after[name])
+        if not largest_difference(expected, found) <= _TOLERANCE:
+            return False
+    return True

@@ -26,11 +26,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from largemerge.matmul import product
-from largemerge.weight_matching.units import Choice, Family, Inner, Slot, identity_of
+from largemerge.weight_matching.units import Choice, Family, Inner, Slot, identity_of, indices_of
 
 MAX_ROUNDS = 100
 """Rounds over the parts inside a member, at most."""
-_GAIN = 1e-6
+GAIN = 1e-6
 """The least relative gain for which anything is permuted: below it, differences are those of rounding in float32."""
 _MEMBER_BYTES = 256 << 20  # of products of one member with others at once
 
@@ -72,9 +72,20 @@ def match_family(family: Family, reference: Vectors, model: Vectors) -> Match:
         found, rounds = Choice(torch.from_numpy(members), ()), 1
     else:
         found, before, after, rounds = _match_inside(family, reference, model)
-    if not after > before + _GAIN * abs(before):
+    if not after > before + GAIN * abs(before):
         return Match(same, before, before, rounds)
     return Match(found, before, after, rounds)
+
+
+def value_of(family: Family, choice: Choice, reference: Vectors, model: Vectors) -> float:
+    """Computes Σ ⟨a, b⟩ of a family once a choice is made; arguments as for `match_family`."""
+    total = 0.0
+    indices = indices_of(family, choice, {slot: len(vectors) for slot, vectors in model.items()})
+    for slot, places_NR in family.places.items():
+        places = places_NR.flatten()
+        ours, theirs = reference[slot][places], model[slot][indices[slot][places]]
+        total += float((ours * theirs).sum(dtype=torch.float64))
+    return total
 
 
 def _plain_values(family: Family, reference: Vectors, model: Vectors) -> np.ndarray:

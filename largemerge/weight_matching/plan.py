@@ -14,7 +14,7 @@ import torch
 
 from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.lora import Adapter
-from largemerge.errors import ArchitectureError, LargemergeError
+from largemerge.errors import ArchitectureError, LargemergeError, shorten
 from largemerge.model.classes import ClassifiedModel, classify, translate
 from largemerge.model.fake_forward import FakeModel, InputOutline, block_kind, fake_model
 from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, weight_is_transposed
@@ -250,6 +250,7 @@ def _units_of(fake: FakeModel) -> _ModelUnits:
     many = {name: x.repeat(num_samples, *(1,) * (x.dim() - 1)) for name, x in one.items()}
     single, batched = fake.records_of(one), fake.records_of(many)
     found: dict[str, BlockUnits] = {}
+    stay = set[str]()
     for number, stack in enumerate(skeleton.stacks):
         if number not in fake.order:
             notes.append(f"{stack.name} stays as it is: tokens alone do not reach it")
@@ -259,16 +260,22 @@ def _units_of(fake: FakeModel) -> _ModelUnits:
             kind, name = block_kind(stack.blocks[index], index), stack.block_name(index)
             if len(record.arguments) != 1:
                 notes.append(f"{name} stays as it is: it runs {len(record.arguments)} times in one pass")
+                stay.add(name)
                 continue
-            between = Between(
-                stack.blocks[index], record.arguments[0], batched[number][index].arguments[0], num_samples
-            )
             known = by_kind.get(kind)
-            found[name] = known if known is not None and follows(between, known) else _find(between)
+            try:
+                between = Between(
+                    stack.blocks[index], record.arguments[0], batched[number][index].arguments[0], num_samples
+                )
+                found[name] = known if known is not None and follows(between, known) else _find(between)
+            except Exception as error:  # whatever a block raises whose linears return made-up numbers
+                notes.append(f"{name} stays as it is: it cannot be run on made-up numbers ({shorten(error)})")
+                stay.add(name)
+                continue
             by_kind.setdefault(kind, found[name])
         for index, block in enumerate(stack.blocks):
             name, kind = stack.block_name(index), block_kind(block, index)
-            if name not in found and kind in by_kind and fake.runs.get((number, index)):
+            if name not in found and name not in stay and kind in by_kind and fake.runs.get((number, index)):
                 found[name] = by_kind[kind]
     return _ModelUnits(skeleton, found, tuple(notes))
 
@@ -319,7 +326,9 @@ def _plan_model(
     if problems:
         raise LargemergeError(*dict.fromkeys(problems))
     if not blocks:
-        raise ArchitectureError(f"{model.class_name}: nothing in its blocks can change places; leave align out")
+        raise ArchitectureError(
+            f"{model.class_name}: nothing in its blocks can change places; leave align out", *dict.fromkeys(notes)
+        )
     some: dict[str, list[str]] = {}
     for block in blocks:
         text = "; ".join(_described(family) for family in block.units.families)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,10 @@ from largemerge.checkpoint.writer import why_unmergeable
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CheckpointError
 from largemerge.output import OutputFolder, PartKind
-from largemerge.weight_matching.matching import Vectors, match_family
+from largemerge.weight_matching.matching import GAIN, MAX_ROUNDS, Vectors, match_family, value_of
 from largemerge.weight_matching.permuted import Axes
 from largemerge.weight_matching.plan import AlignPlan, BlockPlan, ModelPlan
-from largemerge.weight_matching.units import Choice, Family, Slot
+from largemerge.weight_matching.units import Choice, Family, Slot, identity_of
 
 _PART = "alignment"
 
@@ -128,7 +128,7 @@ def match_models(
 
 
 def match_block(plan: ModelPlan, block: BlockPlan, ours: TensorReader, theirs: TensorReader) -> dict[str, Any]:
-    """Matches one block, family by family.
+    """Matches one block, family by family; those that share a matrix in turn, until nothing improves.
 
     Args:
         plan: What is permuted in the model.
@@ -139,45 +139,146 @@ def match_block(plan: ModelPlan, block: BlockPlan, ours: TensorReader, theirs: T
     Returns:
         What the journal and the report have of it.
     """
-    families: dict[str, Any] = {}
-    before = after = ours_square = theirs_square = 0.0
-    for family in block.units.families:
-        mine = _read(family, block, ours, lambda name: plan.model.mapping.renamed[name])
-        other = _read(family, block, theirs, lambda name: plan.reference.mapping.renamed[plan.names[name]])
-        found = match_family(family, other, mine)
-        before, after = before + found.before, after + found.after
-        ours_square += _square(family, mine)
-        theirs_square += _square(family, other)
-        families[family.name] = {
+    work = _BlockMatch(plan, block, ours, theirs)
+    rounds = work.run()
+    families = {
+        family.name: {
             "size": family.size,
-            "moved": found.choice.num_moved,
-            "rounds": found.rounds,
-            "members": _encoded(found.choice.members),
-            "inner": {each.name: _encoded(own) for each, own in zip(family.inner, found.choice.inner, strict=True)},
+            "moved": choice.num_moved,
+            "rounds": max(rounds, inside),
+            "members": _encoded(choice.members),
+            "inner": {each.name: _encoded(own) for each, own in zip(family.inner, choice.inner, strict=True)},
         }
-    norm = math.sqrt(ours_square * theirs_square) or 1.0
-    return {"before": before / norm, "after": after / norm, "families": families}
+        for family, choice, inside in zip(block.units.families, work.choices, work.rounds, strict=True)
+    }
+    norm = math.sqrt(sum(work.ours_squares) * sum(work.theirs_squares)) or 1.0
+    return {"before": sum(work.before) / norm, "after": sum(work.after) / norm, "families": families}
 
 
-def _read(family: Family, block: BlockPlan, reader: TensorReader, key: Callable[[str], str]) -> Vectors:
-    """Reads what belongs to every slot of a family, a row for each of its places, float32."""
-    tensors: dict[str, torch.Tensor] = {}
+class _BlockMatch:
+    """Coordinate descent over the families of a block.
 
-    def load(name: str) -> torch.Tensor:
-        if name not in tensors:
-            tensor = reader.read(key(name))
-            problem = why_unmergeable(reader.checkpoint.name, key(name), tensor)
-            if problem is not None:
-                raise CheckpointError(problem)
-            tensors[name] = tensor.to(torch.float32)
-        return tensors[name]
+    A matrix may belong to two families: its rows to one, its columns to another. What is found for one then depends on
+    the other, and they are matched in turn. The first time, when the other is not known, the numbers of every row of
+    such a matrix are sorted: so they are the same in whatever order its columns are.
 
-    found: dict[Slot, torch.Tensor] = {}
-    for slot in family.places:
-        size = block.units.sizes[slot]
-        parts = [load(each.name).movedim(each.axis, 0).reshape(size, -1) for each in block.tensors[slot]]
-        found[slot] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return found
+    Attributes:
+        choices: What is found for every family.
+        before: Σ ⟨a, b⟩ of every family as the models are.
+        after: The same once all are permuted.
+        rounds: The most rounds that parts inside a member took.
+        ours_squares: Σ b² of every family.
+        theirs_squares: Σ a² of every family.
+    """
+
+    def __init__(self, plan: ModelPlan, block: BlockPlan, ours: TensorReader, theirs: TensorReader) -> None:
+        self._plan, self._block, self._ours, self._theirs = plan, block, ours, theirs
+        count = len(block.units.families)
+        self.choices = list(block.units.identity())
+        self.rounds = [1] * count
+        self.before, self.after, self.ours_squares, self.theirs_squares = ([0.0] * count for _ in range(4))
+        touched = [
+            {(each.name, each.axis) for slot in family.places for each in block.tensors[slot]}
+            for family in block.units.families
+        ]
+        self._joined = [
+            frozenset(
+                name
+                for name, axis in own
+                for k in range(count)
+                for other, of in touched[k]
+                if k != number and other == name and of != axis
+            )
+            for number, own in enumerate(touched)
+        ]
+
+    def run(self) -> int:
+        """Matches all families; returns the number of rounds over them."""
+        numbers = range(len(self.choices))
+        for number in numbers:
+            self._match(number, first=True)
+        joined = [number for number in numbers if self._joined[number]]
+        rounds = 1
+        while joined and rounds < MAX_ROUNDS:
+            rounds += 1
+            if not any([self._match(number) for number in joined]):
+                break
+        if joined and not sum(self.after) > sum(self.before) + GAIN * abs(sum(self.before)):
+            for number in joined:
+                self.choices[number], self.after[number] = identity_of(self._family(number)), self.before[number]
+        return rounds
+
+    def _family(self, number: int) -> Family:
+        return self._block.units.families[number]
+
+    def _match(self, number: int, *, first: bool = False) -> bool:
+        """Matches one family, given all others; returns whether that has improved it."""
+        family, joined = self._family(number), self._joined[number]
+        if first:
+            mine, other = self._vectors(family, self._ours, {}), self._vectors(family, self._theirs, {})
+            self.ours_squares[number], self.theirs_squares[number] = _square(family, mine), _square(family, other)
+            self.before[number] = value_of(family, identity_of(family), other, mine)
+            if joined:
+                mine = self._vectors(family, self._ours, {}, joined)
+                other = self._vectors(family, self._theirs, {}, joined)
+        else:
+            others = list(self.choices)
+            others[number] = identity_of(family)
+            mine = self._vectors(family, self._ours, self._block.axes(others))
+            other = self._vectors(family, self._theirs, {})
+        found = match_family(family, other, mine)
+        self.rounds[number] = max(self.rounds[number], found.rounds)
+        if first:
+            self.choices[number] = found.choice
+            self.after[number] = self.before[number] if found.choice.is_identity else found.after
+            return True
+        self.after[number] = value_of(family, self.choices[number], other, mine)
+        if not found.after > self.after[number] + GAIN * abs(self.after[number]):
+            return False
+        self.choices[number], self.after[number] = found.choice, found.after
+        return True
+
+    def _vectors(
+        self,
+        family: Family,
+        reader: TensorReader,
+        axes: Mapping[str, Mapping[int, torch.Tensor]],
+        in_order: Collection[str] = (),
+    ) -> Vectors:
+        """Reads what belongs to every slot of a family, a row for each of its places, float32.
+
+        Args:
+            family: The family.
+            reader: Reader of one of the two models.
+            axes: What of the model is in other places.
+            in_order: Parameters whose numbers are sorted, for each place.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+
+        def load(name: str) -> torch.Tensor:
+            if name not in tensors:
+                own = reader is self._ours
+                key = (self._plan.model if own else self._plan.reference).mapping.renamed[
+                    name if own else self._plan.names[name]
+                ]
+                tensor = reader.read(key)
+                problem = why_unmergeable(reader.checkpoint.name, key, tensor)
+                if problem is not None:
+                    raise CheckpointError(problem)
+                for axis, index in axes.get(name, {}).items():
+                    tensor = tensor.index_select(axis, index)
+                tensors[name] = tensor.to(torch.float32)
+            return tensors[name]
+
+        found: dict[Slot, torch.Tensor] = {}
+        for slot in family.places:
+            size = self._block.units.sizes[slot]
+            parts = []
+            for each in self._block.tensors[slot]:
+                part = load(each.name).movedim(each.axis, 0).reshape(size, -1)
+                parts.append(part.sort(dim=1).values if each.name in in_order else part)
+            found[slot] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return found
 
 
 def _square(family: Family, vectors: Vectors) -> float:

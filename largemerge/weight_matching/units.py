@@ -119,6 +119,13 @@ class BlockUnits:
         return found
 
 
+def indices_of(family: Family, choice: Choice, sizes: Mapping[Slot, int]) -> dict[Slot, torch.Tensor]:
+    """Returns, for every slot of a family, which row, column or element comes to each place."""
+    found: dict[Slot, torch.Tensor] = {}
+    _fill(found, sizes, family, choice)
+    return found
+
+
 def identity_of(family: Family) -> Choice:
     """Makes the choice that leaves a family as it is."""
     inner = tuple(torch.arange(each.size).repeat(family.size, 1) for each in family.inner)
@@ -138,6 +145,26 @@ def _fill(found: dict[Slot, torch.Tensor], sizes: Mapping[Slot, int], family: Fa
             inside_NR = inside_NR.gather(1, step_NR)
         index = found.setdefault(slot, torch.arange(sizes[slot]))
         index[places_NR.flatten()] = places_NR[choice.members].gather(1, inside_NR).flatten()
+
+
+def trial_choices(family: Family, generator: torch.Generator) -> tuple[Choice, ...]:
+    """Makes choices that tell whether a family may be permuted, however few members or parts it has.
+
+    Of two heads a random permutation is the identity every other time, and of parts inside them the same one in both.
+    """
+    stay, size = identity_of(family), family.size
+    members = _cycle(size, generator) if family.is_free else stay.members
+    everywhere = tuple(torch.stack([_cycle(each.size, generator) for _ in range(size)]) for each in family.inner)
+    alternate = (torch.arange(size) % 2 == 0)[:, None]
+    some = tuple(torch.where(alternate, own, same) for own, same in zip(everywhere, stay.inner, strict=True))
+    return Choice(members, everywhere), Choice(members, some), random_choice(family, generator)
+
+
+def _cycle(size: int, generator: torch.Generator) -> torch.Tensor:
+    """Draws a permutation that leaves nothing where it is."""
+    order, found = torch.randperm(size, generator=generator), torch.empty(size, dtype=torch.int64)
+    found[order] = order.roll(1)
+    return found
 
 
 def random_choice(family: Family, generator: torch.Generator) -> Choice:

@@ -319,7 +319,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
             "post[4].rescale.match_norm: expected true or false, found 3",
             "post[4].rescale.factor[1]: expected a number above 0 and up to 1e+06, found 'x'",
             "post[5]: 'smooth' is no step that is known; expected one of ['rescale', 'subspace_boosting', 'svc']",
-            "post[6]: 'temperature' is no step that is known; a temperature is fitted to samples, on the finished merge",
+            "post[6]: 'temperature' is no step that is known; it is fitted to samples, after the merge: ",
         ],
     ),
     (

@@ -510,7 +510,7 @@ def test_an_unfinished_merge_is_refused(merged: tuple[Case, Path]) -> None:
     case, out = merged
     (out / ".largemerge").mkdir()
     (out / ".largemerge" / "manifest.json").touch()
-    refused(step(case, [3], out), "holds an unfinished run")
+    refused(step(case, [3], out), "holds an unfinished merge")
 
 
 # Killed, and by several ranks

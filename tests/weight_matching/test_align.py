@@ -155,6 +155,58 @@ def test_regression_methods_run_the_models_in_their_new_order(tmp_path: Path) ->
         largemerge.gram(case.config, tmp_path / "grams")
 
 
+def saved(folder: Path, family: str, task: str, **config: Any) -> Path:
+    """Saves a small model of a class, all of its vectors made up."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "pad_token_id": 0}
+    own = getattr(transformers, f"{family}Config")(**{**sizes, **heads, **config})
+    torch.manual_seed(sum(map(ord, folder.name)))
+    model = getattr(transformers, f"{family}{task}")(own)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.rand_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("StableLm", {"qk_layernorm": True}), ("Cohere", {"use_qk_norm": True})], ids=str
+)
+def test_two_groups_of_heads_with_norms_of_their_own_stay(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+    one, other = (
+        saved(tmp_path / name, family, "ForCausalLM", num_key_value_heads=2, **config) for name in ("one", "other")
+    )
+    report = largemerge.align(one, other, tmp_path / "out")
+    for a, b in zip(outputs(load(one), "text"), outputs(load(tmp_path / "out"), "text"), strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+    assert any("groups of heads before self_attn.o_proj stay: " in note for note in report.plan.notes)
+    (blocks,) = report.to_json()["align"]["models"].values()
+    assert all(blocks["model.layers.1"]["families"][name]["moved"] == 0 for name in blocks if "heads" in name)
+
+
+def test_families_that_share_a_matrix_are_matched_in_turn(tmp_path: Path) -> None:
+    sizes = {"embedding_size": 16, "intra_bottleneck_size": 32}
+    one, other = (saved(tmp_path / name, "MobileBert", "ForMaskedLM", **sizes) for name in ("one", "other"))
+    (there,) = largemerge.align(one, other, tmp_path / "there").to_json()["align"]["models"].values()
+    (back,) = largemerge.align(tmp_path / "there", one, tmp_path / "back").to_json()["align"]["models"].values()
+    assert_same(one, tmp_path / "back")
+    prefix = "mobilebert.encoder.layer.1"
+    assert there[prefix]["after"] > there[prefix]["before"] and back[prefix]["after"] == pytest.approx(1.0)
+    ours, theirs = weights_in(tmp_path / "there"), weights_in(other)
+    names = [f"{prefix}.ffn.0.intermediate.dense.weight", f"{prefix}.ffn.0.output.dense.weight"]
+    before = sum(float((weights_in(one)[name] * theirs[name]).sum()) for name in names)
+    assert sum(float((ours[name] * theirs[name]).sum()) for name in names) > before
+
+
+def test_a_block_that_cannot_be_run_on_made_up_numbers_stays(tmp_path: Path) -> None:
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    one, other = (saved(tmp_path / name, "Deberta", "ForMaskedLM", **relative) for name in ("one", "other"))
+    with pytest.raises(
+        largemerge.LargemergeError, match=r"layer\.1 stays as it is: it cannot be run on made-up numbers"
+    ):
+        largemerge.align(one, other, tmp_path / "out")
+
+
 def test_the_reference_may_be_the_bare_body(tmp_path: Path) -> None:
     tiny_models.build("qwen3").save_pretrained(tmp_path / "original")
     load(tmp_path / "original").model.save_pretrained(tmp_path / "body")
