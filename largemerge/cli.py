@@ -64,11 +64,13 @@ def _size(text: str, option: str) -> int:
 
 @contextmanager
 def _importing(options: argparse.Namespace) -> Iterator[None]:
-    """Keeps the garbage collector away from what is imported inside, in a process of our own.
+    """Imports what a command needs, inside; from then on, in a process of our own, an interrupt is raised.
 
-    torch and the like make very many objects that stay to the end. Never to look at them saves a command some tenths
-    of a second.
+    The garbage collector is kept away meanwhile: torch and the like make very many objects that stay to the end. Never
+    to look at them saves a command some tenths of a second.
     """
+    _quiet_libraries()
+    stage("importing torch and Transformers")
     if not options.own_process:
         yield
         return
@@ -78,6 +80,7 @@ def _importing(options: argparse.Namespace) -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+    interrupts.raising()
 
 
 def _memory(options: argparse.Namespace) -> Memory:
@@ -97,12 +100,8 @@ def _read(options: argparse.Namespace) -> Config:
     from largemerge import api
 
     config = api.read_config(options.config, strict=options.strict, to_gram=options.command == "gram")
-    _quiet_libraries()
-    stage("importing torch and Transformers")
     with _importing(options):
         api.preload(config)
-    if options.own_process:
-        interrupts.raising()
     return config
 
 
@@ -164,8 +163,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _gram(options: argparse.Namespace) -> int:
-    if read_launch().size > 1:
-        raise ConfigError("gram is for one process; start it without a launcher")
+    _check_alone(options)
     from largemerge import api
 
     memory = _memory(options)
@@ -190,16 +188,11 @@ def _gram(options: argparse.Namespace) -> int:
 
 
 def _extract_lora(options: argparse.Namespace) -> int:
-    if read_launch().size > 1:
-        raise ConfigError("extract-lora is for one process; start it without a launcher")
-    _quiet_libraries()
+    _check_alone(options)
     from largemerge import api
 
-    stage("importing torch and Transformers")
     with _importing(options):
         import largemerge.adapter_tools.extract  # noqa: F401
-    if options.own_process:
-        interrupts.raising()
     from largemerge.machine import reuse_freed_memory
 
     def planned(plan: ExtractPlan) -> None:
@@ -234,12 +227,8 @@ def _align(options: argparse.Namespace) -> int:
         from largemerge import api
 
         max_shard_bytes, memory = _size(options.max_shard_size, "--max-shard-size"), _memory(options)
-        _quiet_libraries()
-        stage("importing torch and Transformers")
         with _importing(options):
             import largemerge.data_free.multi  # noqa: F401
-        if options.own_process:
-            interrupts.raising()
     from largemerge.machine import reuse_freed_memory
 
     def planned(plan: DataFreePlan) -> None:
@@ -266,19 +255,14 @@ def _align(options: argparse.Namespace) -> int:
 
 
 def _merge_adapters(options: argparse.Namespace) -> int:
-    if read_launch().size > 1:
-        raise ConfigError("merge-adapters is for one process; start it without a launcher")
+    _check_alone(options)
     from largemerge import api
     from largemerge.adapter_tools.merge_config import load_adapter_merge
 
     config = load_adapter_merge(options.config)  # before Transformers is imported, which takes seconds
     api.check_apart(options.config, options.out)
-    _quiet_libraries()
-    stage("importing Transformers")
     with _importing(options):
         import largemerge.adapter_tools.merge  # noqa: F401
-    if options.own_process:
-        interrupts.raising()
 
     def work() -> AdapterMergeReport:
         return api.merge_adapters(config, options.out, resume=options.resume, force=options.force, quiet=options.quiet)
@@ -333,6 +317,12 @@ def _told_to_all(launch: Launch, options: argparse.Namespace) -> Iterator[None]:
 
             fail_together(error, on_gpus=options.device != "cpu")
         raise
+
+
+def _check_alone(options: argparse.Namespace) -> None:
+    """Refuses to share the work among ranks, of a command that cannot."""
+    if read_launch().size > 1:
+        raise ConfigError(f"{options.command} is for one process; start it without a launcher")
 
 
 def _check_log_file(options: argparse.Namespace) -> None:
@@ -474,14 +464,10 @@ def _cluster(options: argparse.Namespace) -> Cluster | None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    _quiet_libraries()
     from largemerge import api
 
-    stage("importing torch and Transformers")
     with _importing(options):
         import largemerge.integrity  # noqa: F401
-    if options.own_process:
-        interrupts.raising()
     stage("comparing what is there with what was written")
     return _show(api.verify(options.out, trust_remote_code=options.trust_remote_code), options)
 
@@ -492,14 +478,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         from largemerge import api
 
         memory = _memory(options)
-        _quiet_libraries()
-        stage("importing torch and Transformers")
         with _importing(options):
             import largemerge.evaluation.evaluate  # noqa: F401
             from largemerge.evaluation.config import load_evaluation
             from largemerge.machine import reuse_freed_memory
-        if options.own_process:
-            interrupts.raising()
         config = load_evaluation(options.config)
         reuse_freed_memory(sparingly=False)
     with output_kept(own_process=options.own_process):
@@ -517,18 +499,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _temperature(options: argparse.Namespace) -> int:
-    if read_launch().size > 1:
-        raise ConfigError("temperature is for one process; start it without a launcher")
+    _check_alone(options)
     from largemerge import api
 
     memory = _memory(options)
-    _quiet_libraries()
-    stage("importing torch and Transformers")
     with _importing(options):
         import largemerge.temperature.run  # noqa: F401
         from largemerge.machine import reuse_freed_memory
-    if options.own_process:
-        interrupts.raising()
     reuse_freed_memory(sparingly=False)
 
     def work() -> TemperatureReport:
@@ -549,13 +526,8 @@ def _temperature(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     launch = read_launch()
-    with _told_to_all(launch, options):
-        _quiet_libraries()
-        stage("importing torch and Transformers")
-        with _importing(options):
-            from largemerge.trials.run import compare
-        if options.own_process:
-            interrupts.raising()
+    with _told_to_all(launch, options), _importing(options):
+        from largemerge.trials.run import compare
     with output_kept(own_process=options.own_process):
         found = compare(
             options.config,
