@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from largemerge.adapter_tools.merge import AdapterMergeReport
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.api import Cluster, Config, Memory, Plan, Report
-    from largemerge.data_free.plan import DataFreePlan
     from largemerge.data_free.report import DataFreeReport
     from largemerge.evaluation.results import Evaluation
     from largemerge.integrity import FolderCheck
@@ -120,8 +120,7 @@ def _merge(options: argparse.Namespace) -> int:
 
         def planned(made: Plan) -> None:
             reuse_freed_memory(sparingly=made.sparing)
-            if options.quiet:  # else the merge tells all notes
-                _print_warnings(made)
+            _warn_if_quiet(options, made)
 
         def written() -> None:
             if options.evaluate is not None:
@@ -195,10 +194,6 @@ def _extract_lora(options: argparse.Namespace) -> int:
         import largemerge.adapter_tools.extract  # noqa: F401
     from largemerge.machine import reuse_freed_memory
 
-    def planned(plan: ExtractPlan) -> None:
-        if options.quiet:
-            _print_warnings(plan)
-
     reuse_freed_memory(sparingly=True)
 
     def work() -> ExtractReport:
@@ -215,7 +210,7 @@ def _extract_lora(options: argparse.Namespace) -> int:
             force=options.force,
             quiet=options.quiet,
             trust_remote_code=options.trust_remote_code,
-            planned=planned,
+            planned=partial(_warn_if_quiet, options),
         )
 
     return _reported(options, work, warns=False)
@@ -231,10 +226,6 @@ def _align(options: argparse.Namespace) -> int:
             import largemerge.data_free.multi  # noqa: F401
     from largemerge.machine import reuse_freed_memory
 
-    def planned(plan: DataFreePlan) -> None:
-        if options.quiet:
-            _print_warnings(plan)
-
     reuse_freed_memory(sparingly=True)
 
     def work() -> DataFreeReport:
@@ -248,7 +239,7 @@ def _align(options: argparse.Namespace) -> int:
             quiet=options.quiet,
             memory=memory,
             trust_remote_code=options.trust_remote_code,
-            planned=planned,
+            planned=partial(_warn_if_quiet, options),
         )
 
     return _reported(options, work, warns=False)
@@ -332,6 +323,12 @@ def _check_log_file(options: argparse.Namespace) -> None:
         out, log = os.path.realpath(options.out), os.path.realpath(options.log_file)
         if os.path.commonpath([out, log]) == out:
             raise ConfigError(f"--log-file {options.log_file} is in OUT ({options.out}); expected a file outside of it")
+
+
+def _warn_if_quiet(options: argparse.Namespace, plan: Plan | ExtractPlan) -> None:
+    """Prints a plan's warnings where the work itself tells no notes."""
+    if options.quiet:
+        _print_warnings(plan)
 
 
 def _print_warnings(plan: Plan | ExtractPlan | OneProcessReport) -> None:

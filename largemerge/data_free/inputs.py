@@ -109,17 +109,16 @@ def plan_matching(config: DataFreeConfig, inputs: DataFreeInputs, prior: PriorMe
     Raises:
         LargemergeError: If that model cannot be opened, or the class of one cannot be had.
     """
-    wanted = config.aligned_to
-    if wanted is None:
+    if config.aligned_to is None:
         return None
-    checkpoints, adapters = dict(inputs.checkpoints), dict(inputs.adapters)
-    if wanted not in checkpoints:
-        checkpoints[wanted], adapter = open_model(
-            wanted, prior.checkpoints, variant=config.variant, find_places=AdapterNames()
-        )
-        if adapter is not None:
-            adapters[wanted] = adapter
-    return plan_alignment(checkpoints, adapters, wanted, trust_remote_code=config.trust_remote_code)
+    return plan_alignment(
+        inputs.checkpoints,
+        inputs.adapters,
+        config.aligned_to,
+        prior.checkpoints,
+        variant=config.variant,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def short_names(references: Sequence[str]) -> dict[str, str]:

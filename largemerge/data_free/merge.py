@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.room import room_problems
 from largemerge.checkpoint.writer import Shard, layout_shards
 from largemerge.data_free.config import DataFreeConfig
@@ -80,7 +79,7 @@ def merge_data_free(
             side_files = plan.files.copied
             shards, folders = layout_shards(plan.output, max_shard_bytes, side_files.inner), input_folders(plan)
             adapters = [adapter.checkpoint for adapter in plan.adapters.values()]
-            opened = [*plan.checkpoints.values(), *plan.auxiliary.values(), *adapters, *_aligned_to(plan).values()]
+            opened = [*plan.checkpoints.values(), *plan.auxiliary.values(), *adapters, *plan.aligned_to.values()]
             write = partial(write_side_files, plan=plan)
             watch = ranks.agree(lambda: rehearse(opened, side_files, write, ranks))
             manifest = _manifest(plan, shards) | {"side files": watch.digests}
@@ -91,8 +90,7 @@ def merge_data_free(
                 prepared = time.perf_counter() - start
                 resumed = len(folder.entries)
                 if plan.matching is not None:
-                    told = stage if ranks.is_first and not quiet else lambda _: None
-                    plan = replace(plan, matched=match_models(plan.matching, folder, ranks, told))
+                    plan = replace(plan, matched=match_models(plan.matching, folder, ranks, quiet=quiet))
                     write = partial(write_side_files, plan=plan)
                 moved_here = run(
                     plan, shards, folder, ranks, max_shard_bytes=max_shard_bytes, quiet=quiet or not ranks.is_first
@@ -143,17 +141,10 @@ def input_folders(plan: DataFreePlan) -> list[Path]:
     folders += [Path(path).expanduser() for path in plan.auxiliary]
     folders += [folder for adapter in plan.adapters.values() for folder in adapter.folders]
     folders += [plan.files.tokenizer_source, *plan.files.copied.files.values()]
-    folders += [checkpoint.root for checkpoint in _aligned_to(plan).values()]
+    folders += [checkpoint.root for checkpoint in plan.aligned_to.values()]
     if plan.config.vocabulary is not None and Path(plan.config.vocabulary.source).expanduser().is_dir():
         folders.append(Path(plan.config.vocabulary.source).expanduser())
     return list(dict.fromkeys(folders))
-
-
-def _aligned_to(plan: DataFreePlan) -> dict[str, Checkpoint]:
-    """The model that the others are brought close to, where it is not one of the merge."""
-    if plan.matching is None or plan.matching.reference in plan.checkpoints:
-        return {}
-    return {plan.matching.reference: plan.matching.checkpoint}
 
 
 def _check_shared(folder: OutputFolder) -> None:
@@ -168,7 +159,7 @@ def _manifest(plan: DataFreePlan, shards: tuple[Shard, ...]) -> dict[str, Any]:
         "config": plan.config.model_dump(mode="json", exclude={"memory"}),  # memory changes no bit
         "inputs": {
             name: dict(checkpoint.fingerprint)
-            for name, checkpoint in (plan.checkpoints | plan.auxiliary | _aligned_to(plan)).items()
+            for name, checkpoint in (plan.checkpoints | plan.auxiliary | plan.aligned_to).items()
         },
         "versions": versions(),
         "shards": {shard.file_name: shard.num_bytes for shard in shards},

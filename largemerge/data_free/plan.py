@@ -186,6 +186,11 @@ class DataFreePlan:
         return self.resources.accelerator.device
 
     @property
+    def aligned_to(self) -> dict[str, Checkpoint]:
+        """The model that the others are brought close to, where it is not one of the merge."""
+        return self.matching.read_besides(self.checkpoints) if self.matching is not None else {}
+
+    @property
     def peak_bytes(self) -> int:
         """Peak anonymous memory: the process as it is, libraries included, and all workers at their largest tasks."""
         if self.matching is None:

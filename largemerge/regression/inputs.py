@@ -90,9 +90,7 @@ class Inputs:
     @property
     def aligned_to(self) -> dict[str, Checkpoint]:
         """The model that the others are brought close to, where it is not one of the merge."""
-        if self.matching is None or self.matching.reference in self.by_name:
-            return {}
-        return {self.matching.reference: self.matching.checkpoint}
+        return self.matching.read_besides(self.by_name) if self.matching is not None else {}
 
     def permuted(self, name: str, reader: TensorReader) -> TensorReader:
         """Returns a reader of a model with its neurons and heads where they were found to belong."""
@@ -265,17 +263,12 @@ def _plan_matching(
     config: MergeConfig, stored: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]
 ) -> AlignPlan | None:
     """Plans how all models are brought close to one of them, or to another; `None` where they stay as they are."""
-    wanted = config.aligned_to
-    if wanted is None:
+    if config.aligned_to is None:
         return None
     stage("finding neurons and heads that may change places")
-    checkpoints, adapters = dict(stored), dict(adapters)
-    if wanted not in checkpoints:
-        find_places = AdapterNames(trust_remote_code=config.trust_remote_code)
-        checkpoints[wanted], adapter = open_model(wanted, variant=config.variant, find_places=find_places)
-        if adapter is not None:
-            adapters[wanted] = adapter
-    plan = plan_alignment(checkpoints, adapters, wanted, trust_remote_code=config.trust_remote_code)
+    plan = plan_alignment(
+        stored, adapters, config.aligned_to, variant=config.variant, trust_remote_code=config.trust_remote_code
+    )
     if plan.problems:
         raise CheckpointError(*plan.problems)
     return plan

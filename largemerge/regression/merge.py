@@ -182,8 +182,7 @@ def merge_by_regression(
                 kinds += [journal_kind(inputs.matching, folder.working)] if inputs.matching is not None else []
                 drop_damaged(folder, ranks, kinds)
                 if inputs.matching is not None:
-                    told = stage if ranks.is_first and not quiet else lambda _: None
-                    inputs = replace(inputs, matched=match_models(inputs.matching, folder, ranks, told))
+                    inputs = replace(inputs, matched=match_models(inputs.matching, folder, ranks, quiet=quiet))
                     prepared = replace(prepared, planned=replace(prepared.planned, inputs=inputs))
                 job = Job(
                     planned=prepared.planned,
@@ -352,7 +351,7 @@ def _part_kinds(
     """The kinds of parts that the journal may have, with their files."""
     kinds = [PartKind(_part_names(plan), working, shards, stored_sizes({**plan.output, **plan.kept_sums}))]
     if plan.unscaled:
-        names, sizes = [unscaled_part(block.name) for block in plan.blocks], stored_sizes(plan.unscaled)
+        names, sizes = plan.first_steps, stored_sizes(plan.unscaled)
         kinds.append(PartKind(names, working / SCRATCH_FOLDER, scratch, sizes, SCRATCH_DIGESTS))
     return kinds
 
@@ -541,8 +540,8 @@ class Job:
     def run(self) -> None:
         """Writes every part that is not in the journal yet."""
         plan = self.planned.plan
-        first_steps = {unscaled_part(block.name) for block in plan.blocks}
-        finished = frozenset(self.folder.entries) & {*_part_names(plan), *first_steps}  # not those of an alignment
+        own_parts = {*_part_names(plan), *plan.first_steps}  # not those of an alignment
+        finished = frozenset(self.folder.entries) & own_parts
         self.resumed_parts = len(finished)
         if finished.issuperset(_part_names(plan)):
             return

@@ -51,7 +51,7 @@ from largemerge.regression.gram_files import from_grams, gram_bytes, gram_notes,
 from largemerge.regression.inputs import Inputs
 from largemerge.regression.kept_samples import KeptSamples, choose_samples
 from largemerge.regression.kept_sums import kept_tensors, previous_bytes, previous_problems, sequence_notes
-from largemerge.regression.layer_scales import unscaled_tensors
+from largemerge.regression.layer_scales import unscaled_part, unscaled_tensors
 from largemerge.regression.passes import goes_by_linear
 from largemerge.regression.planning.cost import Links, Rates, estimate_rank_seconds, estimate_seconds
 from largemerge.regression.planning.counting import batch_shapes, measure_workload, split_shapes, stack_rows
@@ -178,6 +178,11 @@ class MergePlan:
     def scratch_bytes(self) -> int:
         """Bytes of what waits on the disk for the scales of all layers; the output comes on top."""
         return sum(tensor.num_bytes for tensor in self.unscaled.values())
+
+    @property
+    def first_steps(self) -> list[str]:
+        """Names that the journal has for the first steps of the blocks, where they take two; empty where one."""
+        return [unscaled_part(block.name) for block in self.blocks] if self.unscaled else []
 
     @property
     def num_kept_samples(self) -> int:

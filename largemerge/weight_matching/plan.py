@@ -6,15 +6,16 @@ models, reference: classes and headers ──► blocks run on made-up input ─
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from largemerge.checkpoint.index import Checkpoint
-from largemerge.checkpoint.lora import Adapter
+from largemerge.checkpoint.lora import Adapter, open_model
 from largemerge.errors import ArchitectureError, LargemergeError, shorten
+from largemerge.model.adapter_names import AdapterNames
 from largemerge.model.classes import ClassifiedModel, classify, translate
 from largemerge.model.fake_forward import FakeModel, InputOutline, block_kind, fake_model
 from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, weight_is_transposed
@@ -145,25 +146,38 @@ class AlignPlan:
         """Number of blocks to match, of all models."""
         return sum(len(model.blocks) for model in self.models.values())
 
+    def read_besides(self, known: Collection[str]) -> dict[str, Checkpoint]:
+        """Returns the reference's checkpoint by its reference, unless it is one of the known models."""
+        return {} if self.reference in known else {self.reference: self.checkpoint}
+
 
 def plan_alignment(
     checkpoints: Mapping[str, Checkpoint],
     adapters: Mapping[str, Adapter],
     reference: str,
+    earlier: Mapping[str, Checkpoint] | None = None,
     *,
+    variant: str | None = None,
     trust_remote_code: bool = False,
 ) -> AlignPlan:
     """Finds out what is permuted in each of some models.
 
     Args:
-        checkpoints: All models, the reference among them, by reference.
+        checkpoints: The models of a merge, by reference.
         adapters: The adapters of those that have one.
-        reference: The model that the others are brought close to.
+        reference: The model that the others are brought close to: one of them, or another, which is opened.
+        earlier: Results of other merges by the names that the reference may use for them.
+        variant: Variant of the reference's weights, such as `fp16`.
         trust_remote_code: Allow the checkpoints' own Python code.
 
     Raises:
-        LargemergeError: If the class of one cannot be had.
+        LargemergeError: If the reference cannot be opened, or the class of a model cannot be had.
     """
+    if reference not in checkpoints:
+        find_places = AdapterNames(trust_remote_code=trust_remote_code)
+        opened, adapter = open_model(reference, earlier, variant=variant, find_places=find_places)
+        checkpoints = {**checkpoints, reference: opened}
+        adapters = {**adapters, reference: adapter} if adapter is not None else adapters
     models = classify(checkpoints, adapters, trust_remote_code=trust_remote_code)
     units: dict[int, _ModelUnits] = {}
     plans: dict[str, ModelPlan] = {}
@@ -250,7 +264,6 @@ def _units_of(fake: FakeModel) -> _ModelUnits:
     many = {name: x.repeat(num_samples, *(1,) * (x.dim() - 1)) for name, x in one.items()}
     single, batched = fake.records_of(one), fake.records_of(many)
     found: dict[str, BlockUnits] = {}
-    stay = set[str]()
     for number, stack in enumerate(skeleton.stacks):
         if number not in fake.order:
             notes.append(f"{stack.name} stays as it is: tokens alone do not reach it")
@@ -260,7 +273,6 @@ def _units_of(fake: FakeModel) -> _ModelUnits:
             kind, name = block_kind(stack.blocks[index], index), stack.block_name(index)
             if len(record.arguments) != 1:
                 notes.append(f"{name} stays as it is: it runs {len(record.arguments)} times in one pass")
-                stay.add(name)
                 continue
             known = by_kind.get(kind)
             try:
@@ -270,13 +282,12 @@ def _units_of(fake: FakeModel) -> _ModelUnits:
                 found[name] = known if known is not None and follows(between, known) else _find(between)
             except Exception as error:  # whatever a block raises whose linears return made-up numbers
                 notes.append(f"{name} stays as it is: it cannot be run on made-up numbers ({shorten(error)})")
-                stay.add(name)
                 continue
             by_kind.setdefault(kind, found[name])
         for index, block in enumerate(stack.blocks):
-            name, kind = stack.block_name(index), block_kind(block, index)
-            if name not in found and name not in stay and kind in by_kind and fake.runs.get((number, index)):
-                found[name] = by_kind[kind]
+            kind = block_kind(block, index)
+            if index not in single[number] and kind in by_kind and fake.runs.get((number, index)):
+                found[stack.block_name(index)] = by_kind[kind]
     return _ModelUnits(skeleton, found, tuple(notes))
 
 

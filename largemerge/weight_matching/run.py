@@ -23,6 +23,7 @@ from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import why_unmergeable
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CheckpointError
+from largemerge.log import stage
 from largemerge.output import OutputFolder, PartKind
 from largemerge.weight_matching.matching import GAIN, MAX_ROUNDS, Vectors, match_family, value_of
 from largemerge.weight_matching.permuted import Axes
@@ -76,16 +77,14 @@ def journal_kind(plan: AlignPlan, working: Path) -> PartKind:
     return PartKind(part_names(plan), working, (), {})
 
 
-def match_models(
-    plan: AlignPlan, folder: OutputFolder, ranks: Ranks, progress: Callable[[str], None] = lambda _: None
-) -> Matched:
+def match_models(plan: AlignPlan, folder: OutputFolder, ranks: Ranks, *, quiet: bool) -> Matched:
     """Matches all blocks of all models that the journal does not have yet. Collective.
 
     Args:
         plan: What is permuted.
         folder: The output folder, whose journal keeps what was found.
         ranks: The ranks that share the blocks.
-        progress: Called with the name of a block that is about to be matched.
+        quiet: Do not say which block is being matched.
 
     Raises:
         CheckpointError: If a tensor holds NaN or infinity.
@@ -98,7 +97,8 @@ def match_models(
 
         def match(number: int) -> dict[str, Any]:
             name, block = every[number]
-            progress(f"aligning {block.name}")
+            if ranks.is_first and not quiet:
+                stage(f"aligning {block.name}")
             if name not in readers:
                 model = plan.models[name]
                 ours, theirs = model.adapters
@@ -181,16 +181,10 @@ class _BlockMatch:
             {(each.name, each.axis) for slot in family.places for each in block.tensors[slot]}
             for family in block.units.families
         ]
-        self._joined = [
-            frozenset(
-                name
-                for name, axis in own
-                for k in range(count)
-                for other, of in touched[k]
-                if k != number and other == name and of != axis
-            )
-            for number, own in enumerate(touched)
-        ]
+        self._joined = list[frozenset[str]]()
+        for number, own in enumerate(touched):
+            others = {each for k, of in enumerate(touched) if k != number for each in of}
+            self._joined.append(frozenset(name for name, axis in own if (name, 1 - axis) in others))
 
     def run(self) -> int:
         """Matches all families; returns the number of rounds over them."""
@@ -217,8 +211,8 @@ class _BlockMatch:
         if first:
             mine, other = self._vectors(family, self._ours, {}), self._vectors(family, self._theirs, {})
             self.ours_squares[number], self.theirs_squares[number] = _square(family, mine), _square(family, other)
-            self.before[number] = value_of(family, identity_of(family), other, mine)
             if joined:
+                self.before[number] = value_of(family, identity_of(family), other, mine)
                 mine = self._vectors(family, self._ours, {}, joined)
                 other = self._vectors(family, self._theirs, {}, joined)
         else:
@@ -229,8 +223,9 @@ class _BlockMatch:
         found = match_family(family, other, mine)
         self.rounds[number] = max(self.rounds[number], found.rounds)
         if first:
-            self.choices[number] = found.choice
-            self.after[number] = self.before[number] if found.choice.is_identity else found.after
+            self.choices[number], self.after[number] = found.choice, found.after  # taken again where it was sorted
+            if not joined:
+                self.before[number] = found.before
             return True
         self.after[number] = value_of(family, self.choices[number], other, mine)
         if not found.after > self.after[number] + GAIN * abs(self.after[number]):
