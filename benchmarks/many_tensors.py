@@ -3,8 +3,8 @@
     python benchmarks/many_tensors.py --work DIR [--repeats 3]    # 5 GB of disk, some minutes
     python benchmarks/many_tensors.py --work DIR --quick          # a smoke test: the numbers mean nothing
 
-Checkpoints of random numbers in bfloat16 with the names that Qwen3-MoE has on disk (48 blocks of 128 experts, each expert
-smaller than a real one), and Llamas of 33 blocks with as many bytes; a LoRA for every expert's matrices, and one of as
+Checkpoints of random numbers in bfloat16 with the names that Qwen3-MoE has on disk (48 blocks of 128 experts, smaller
+than real ones), and Llamas of 33 blocks with as many bytes; a LoRA for every expert's matrices, and one of as
 many bytes for the Llama's. Whole processes by turns, all inputs in the system's cache. Ends with one line of JSON.
 """
 

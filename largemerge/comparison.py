@@ -5,8 +5,8 @@
 The cosine of `W_i - W_base` and `W - W_base` says how much of a candidate's difference points the way that the merge
 went: 1 for the candidate itself, about 1/√K for one of K unrelated ones in their average, 0 for what is lost. Without a
 base there is only the distance, ‖W_i - W‖ / ‖W_i‖. The rows are a sample, the same for all, some 64 Ki numbers of each
-tensor, so that the check costs next to nothing beside the merge. Of a block's many tensors of one shape, such as those of
-a hundred experts, it is the first ones and some of the others.
+tensor, so that the check costs next to nothing beside the merge. Of many tensors of one shape in a block, such as those
+of a hundred experts, it is the first ones and some of the others.
 """
 
 from __future__ import annotations
