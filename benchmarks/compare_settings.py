@@ -4,9 +4,9 @@
     python benchmarks/compare_settings.py --geometry 160m --num-samples 128 --held-out 16 --length 256
     python benchmarks/compare_settings.py --geometry tiny                                   # a smoke test
 
-Synthetic Llamas and made-up tokens, as many held out as calibrated on unless told otherwise. The comparison is one process; beside it stand,
-for each setting, a process that merges and one that evaluates the merge (the models themselves are evaluated once on
-both sides). Both sides must find the same losses. Ends with one line of JSON.
+Synthetic Llamas and made-up tokens, as many held out as calibrated on by default. The comparison is one process; beside
+it stand, for each setting, a process that merges and one that evaluates the merge (the models themselves are evaluated
+once on both sides). Both sides must find the same losses. Ends with one line of JSON.
 """
 
 from __future__ import annotations
