@@ -22,7 +22,7 @@ import stat
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import regex
@@ -115,6 +115,8 @@ def _check_size(value: object) -> object:
 Size = Annotated[int, pydantic.BeforeValidator(_check_size), Field(ge=1, le=_MAX_SIZE)]
 """A size in bytes: a number, or a text such as 8GiB."""
 
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 WARNING = "warning: "
 """Begins those notes of a plan that `--strict` makes errors."""
@@ -458,6 +460,44 @@ def to_json(raw: Any) -> str:
         ConfigError: If it holds what JSON cannot.
     """
     return json.dumps(plain_values(raw))
+
+
+def read_known(kind: type[_Model], raw: Any) -> tuple[_Model | None, list[str]]:
+    """Reads a part of a configuration, with lists as tuples; one whose only mistakes are unknown keys without them.
+
+    So what is wrong with the rest can be told together with the unknown keys.
+
+    Args:
+        kind: What it is read as.
+        raw: Its values, as YAML has them.
+
+    Returns:
+        What was read, `None` where it cannot be; and the mistakes.
+    """
+    try:
+        return kind.model_validate_json(to_json(raw)), []
+    except pydantic.ValidationError as error:
+        problems = explain(error, kind)
+        unknown = [detail["loc"] for detail in error.errors(include_url=False) if detail["type"] == "extra_forbidden"]
+        if len(unknown) < error.error_count():
+            return None, problems
+    try:
+        return kind.model_validate_json(to_json(_without(raw, unknown))), problems
+    except pydantic.ValidationError:  # something hangs on a key that is unknown
+        return None, problems
+
+
+def _without(raw: Any, places: Iterable[tuple[int | str, ...]]) -> Any:
+    """Copies values without some keys, by their places as pydantic tells them: names of kinds stand between keys."""
+    copied = json.loads(to_json(raw))
+    for place in places:
+        holder = copied
+        for step in place[:-1]:
+            is_there = step in holder if isinstance(holder, dict) else isinstance(step, int) and step < len(holder)
+            holder = holder[step] if is_there else holder
+        if isinstance(holder, dict):
+            holder.pop(place[-1], None)
+    return copied
 
 
 # Messages

@@ -24,10 +24,9 @@ from largemerge.config_file import (
     Strict,
     Truth,
     check_source,
-    explain,
+    read_known,
     read_yaml,
     shown,
-    to_json,
     without_helpers,
 )
 from largemerge.errors import ConfigError
@@ -111,12 +110,10 @@ def load_adapter_merge(source: str | Path | Mapping[str, Any]) -> AdapterMergeCo
             f"merge_method: expected one of {', '.join(METHODS)}, found {method!r}; other methods merge models: "
             "largemerge merge, with model+adapter"
         )
-    try:
-        config = AdapterMergeConfig.model_validate_json(to_json(raw))
-    except pydantic.ValidationError as error:
-        raise ConfigError(*explain(error, AdapterMergeConfig)) from None
-    problems = list(_misfits(config))
-    if problems:
+    config, problems = read_known(AdapterMergeConfig, raw)
+    if config is not None:
+        problems += _misfits(config)
+    if config is None or problems:
         raise ConfigError(*problems)
     folders = [Path.cwd()] if isinstance(source, Mapping) else [Path(source).resolve().parent, Path.cwd()]
     entries = [each.model_copy(update={"model": _absolute(each.model, folders)}) for each in config.models]

@@ -34,15 +34,14 @@ from largemerge.config_file import (
     Truth,
     WholeNumber,
     check_source,
-    explain,
     grouped,
     listed_places,
     nearest,
     plain_values,
+    read_known,
     read_yaml,
     shown,
     strict_problems,
-    to_json,
     unquoted_whole_number,
     without_helpers,
 )
@@ -320,11 +319,9 @@ def load_data_free(
         )
     if raw.get("candidates") in ([], ()):
         problems.append("candidates: an empty list; expected models, or no 'candidates' for all models but the base")
-    try:
-        config = DataFreeConfig.model_validate_json(to_json(_without_nulls(raw)))
-    except pydantic.ValidationError as error:
-        problems += explain(error, DataFreeConfig)
-    else:
+    config, unread = read_known(DataFreeConfig, _without_nulls(raw))
+    problems += unread
+    if config is not None:
         unversioned: list[str] = []
         values = _absolute(config.model_dump(), folders, {UNION, BASE, *names}, unversioned)
         warnings += [f"{reference}: the revision does nothing: this is a folder here" for reference in unversioned]
@@ -336,6 +333,7 @@ def load_data_free(
     if problems:
         more = strict_problems(f"{WARNING}{text}" for text in warnings) if strict else ()
         raise ConfigError(*grouped(problems), *more)
+    assert config is not None, "there would be problems"
     return config.read_with(warnings, strict=strict)
 
 

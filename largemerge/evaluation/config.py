@@ -34,6 +34,7 @@ from largemerge.config_file import (
     explain,
     grouped,
     nearest,
+    read_known,
     read_yaml,
     shown,
     to_json,
@@ -389,13 +390,10 @@ def load_evaluation(source: str | Path | Mapping[str, Any] | EvaluationConfig) -
     raw: Mapping[str, Any] = source if isinstance(source, Mapping) else read_yaml(Path(source), "'tasks'")
     raw = without_helpers(raw, EvaluationConfig.model_fields)
     problems = [*_top_problems(raw), *_task_problems(raw.get("tasks"))]
-    if problems:
+    config, unread = read_known(EvaluationConfig, raw)
+    problems += _misfits(config) if config is not None else [] if problems else unread
+    if config is None or problems:
         raise ConfigError(*grouped(problems))
-    # Through JSON, so that lists become tuples while strictness holds for everything else.
-    config = EvaluationConfig.model_validate_json(to_json(raw))
-    problems = list(_misfits(config))
-    if problems:
-        raise ConfigError(*problems)
     beside = [] if isinstance(source, Mapping) else [Path(source).resolve().parent]
     return _absolute(config, [*beside, Path.cwd()])
 

@@ -27,12 +27,11 @@ from largemerge.config_file import (
     Strict,
     Truth,
     check_source,
-    explain,
     grouped,
     nearest,
+    read_known,
     read_yaml,
     shown,
-    to_json,
     without_helpers,
 )
 from largemerge.errors import ConfigError
@@ -351,16 +350,15 @@ def load_config(
         raw, folder = without_helpers(read_yaml(path), MergeConfig.model_fields), path.resolve().parent
     folders = [*([folder] if folder is not None else []), Path.cwd()]
     raw, steps = _without_steps(raw)
-    try:
-        # Through JSON, so that lists become tuples while strictness holds for everything else.
-        config = MergeConfig.model_validate_json(to_json(raw))
-    except pydantic.ValidationError as error:
-        missing = {"merge_method: missing": f"merge_method: missing; expected one of {sorted(METHODS)}"}
-        raise ConfigError(*steps, *(missing.get(text, text) for text in explain(error, MergeConfig))) from None
-    config, problems = _with_previous(config, folders)
+    read, unread = read_known(MergeConfig, raw)
+    missing = {"merge_method: missing": f"merge_method: missing; expected one of {sorted(METHODS)}"}
+    steps += [missing.get(text, text) for text in unread]
+    if read is None:
+        raise ConfigError(*steps)
+    config, problems = _with_previous(read, folders)
     config, unreadable = _with_grams(config, folders)
     config = _with_names(config)
-    problems += [*steps, *unreadable, *_cross_checks(config, to_gram=to_gram)]
+    problems = [*steps, *problems, *unreadable, *_cross_checks(config, to_gram=to_gram)]
     if problems:
         raise ConfigError(*grouped(problems))
     return _with_settings(_with_absolute_paths(config, folders))
