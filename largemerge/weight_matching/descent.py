@@ -178,13 +178,15 @@ def joined_axes(*every: Axes) -> dict[str, dict[int, torch.Tensor]]:
 
 def _reported(stream: StreamPlan, best: _Round, rounds: int) -> dict[str, Any]:
     entry, order = best.streams[stream.name], best.orders[stream.name]
-    norm = math.sqrt(entry["ours"] * entry["theirs"]) or 1.0
+    norm, inside = math.sqrt(entry["ours"] * entry["theirs"]) or 1.0, best.blocks.values()
+    moved = int((order != torch.arange(stream.size)).sum())
+    stays = not moved and all(block["before"] == block["after"] for block in inside)
     return {
         "size": stream.size,
-        "moved": int((order != torch.arange(stream.size)).sum()),
+        "moved": moved,
         "rounds": rounds,
         "before": entry["plain"] / norm,
-        "after": entry["value"] / norm,
+        "after": entry["plain" if stays else "value"] / norm,
         "members": encoded(order),
     }
 
