@@ -4,8 +4,8 @@
 
 Pairs of small vision transformers (see `quality_images.py`) learn the same digits from different random weights, and in
 another order. Their average is measured on digits that none has seen: as they are, with neurons and heads of the second
-in the order of the first, and with the features of the residual stream, too. A model takes half a minute to train on one
-core, at a width of 96. The last line is one line of JSON.
+in the order of the first, and with the features of the residual stream, too. A model trains for a minute on one core, at a
+width of 96. The last line is one line of JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from quality_images import SIDE, Digits, pixels_of, split_digits, train_on
-from quality_images import Sizes as ImageSizes
 from transformers import ViTConfig, ViTForImageClassification
 
 import largemerge
 from largemerge.machine import machine, versions
+from quality_images import SIDE, Digits, pixels_of, split_digits, train_on
+from quality_images import Sizes as ImageSizes
 
 WAYS = {
     "plain average": None,
@@ -32,6 +32,7 @@ WAYS = {
 
 
 def main() -> None:
+    """Trains, merges and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models and merges")
     parser.add_argument("--pairs", type=int, default=3)
