@@ -4,8 +4,8 @@
 
 Pairs of small vision transformers (see `quality_images.py`) learn the same digits from different random weights, and in
 another order. Their average is measured on digits that none has seen: as they are, with neurons and heads of the second
-in the order of the first, and with the features of the residual stream, too. A model trains for a minute on one core, at a
-width of 96. The last line is one line of JSON.
+in the order of the first, and with the features of the residual stream, too. A model trains for a minute on one core,
+at a width of 96. The last line is one line of JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     print("| | loss | right |\n|---|--:|--:|")
     for name, scores in rows.items():
         print(f"| {name} | {mean(loss for loss, _ in scores):.3f} | {mean(right for _, right in scores):.1%} |")
-    result = {"benchmark": "alignment_quality", "machine": machine(), "versions": versions(), "options": vars(options)}
+    result = {"benchmark": "alignment_quality", "machine": machine(torch.device("cpu")), "versions": versions(), "options": vars(options)}
     print(json.dumps({**result, "scores": rows, "streams": moved}, default=str))
 
 

@@ -233,8 +233,10 @@ def plan_alignment(
     found = AlignPlan(reference, checkpoints[reference], plans, tuple(notes), tuple(problems))
     if not plans:
         return found
-    what = "a block or a residual stream" if found.has_streams else "a block"
-    return replace(found, notes=(*notes, f"align: {what} of two models takes up to {gib(found.peak_bytes)}"))
+    what, told = "a block", ""
+    if found.has_streams:
+        what, told = "a block or a residual stream", "; each round over blocks and streams reads the models twice"
+    return replace(found, notes=(*notes, f"align: {what} of two models takes up to {gib(found.peak_bytes)}{told}"))
 
 
 def card_section(plan: AlignPlan, reference: str) -> str:
