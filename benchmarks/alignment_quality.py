@@ -60,8 +60,8 @@ def main() -> None:
     print("| | loss | right |\n|---|--:|--:|")
     for name, scores in rows.items():
         print(f"| {name} | {mean(loss for loss, _ in scores):.3f} | {mean(right for _, right in scores):.1%} |")
-    result = {"benchmark": "alignment_quality", "machine": machine(torch.device("cpu")), "versions": versions(), "options": vars(options)}
-    print(json.dumps({**result, "scores": rows, "streams": moved}, default=str))
+    result = {"benchmark": "alignment_quality", "machine": machine(torch.device("cpu")), "versions": versions()}
+    print(json.dumps({**result, "options": vars(options), "scores": rows, "streams": moved}, default=str))
 
 
 def trained(folder: Path, train: Digits, sizes: ImageSizes, seed: int) -> Path:
