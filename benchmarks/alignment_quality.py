@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 import largemerge
-from largemerge.machine import machine, versions
+from measure import machine
 from quality_images import SIDE, Digits, pixels_of, split_digits, train_on
 from quality_images import Sizes as ImageSizes
 
@@ -60,7 +60,7 @@ def main() -> None:
     print("| | loss | right |\n|---|--:|--:|")
     for name, scores in rows.items():
         print(f"| {name} | {mean(loss for loss, _ in scores):.3f} | {mean(right for _, right in scores):.1%} |")
-    result = {"benchmark": "alignment_quality", "machine": machine(torch.device("cpu")), "versions": versions()}
+    result = {"benchmark": "alignment_quality", "machine": machine()}
     print(json.dumps({**result, "options": vars(options), "scores": rows, "streams": moved}, default=str))
 
 
