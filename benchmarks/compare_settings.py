@@ -1,11 +1,12 @@
 """`largemerge compare` of ten settings of RegMean, beside ten merges and evaluations one after another.
 
     python benchmarks/compare_settings.py --geometry 160m --num-samples 16 --length 256
+    python benchmarks/compare_settings.py --geometry 160m --num-samples 128 --held-out 16 --length 256
     python benchmarks/compare_settings.py --geometry tiny                                   # a smoke test
 
-Synthetic Llamas and made-up tokens, as many held out as calibrated on. The comparison is one process; beside it stand,
-for each setting, a process that merges and one that evaluates the merge (the models themselves are evaluated once on
-both sides). Both sides must find the same losses. Ends with one line of JSON.
+Synthetic Llamas and made-up tokens, as many held out as calibrated on by default. The comparison is one process; beside
+it stand, for each setting, a process that merges and one that evaluates the merge (the models themselves are evaluated
+once on both sides). Both sides must find the same losses. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def main() -> None:
     geometry = GEOMETRIES[arguments.geometry]
     inputs = Inputs(geometry, arguments.num_models, arguments.num_samples, arguments.length, "regmean")
     config = write_inputs(work, inputs)
-    held_out = dataclasses.replace(inputs, num_models=0, seed=1)
+    num_held_out = arguments.held_out or arguments.num_samples
+    held_out = dataclasses.replace(inputs, num_models=0, num_samples=num_held_out, seed=1)
     evaluation = _write_evaluation(work, inputs, held_out)
     try:
         together = _compare(work, config, evaluation)
@@ -53,6 +55,7 @@ def main() -> None:
     print(f"largest relative difference of a loss: {max(losses):.1e}")
     found: dict[str, Any] = {"compare": dataclasses.asdict(together), "alone": [dataclasses.asdict(m) for m in alone]}
     what = {"geometry": arguments.geometry, "models": arguments.num_models, "samples": arguments.num_samples}
+    what["held_out"] = num_held_out
     print(json.dumps({"benchmark": "compare_settings", "machine": machine(), "work": what, **found}))
 
 
@@ -130,6 +133,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="160m", help="sizes of the models (%(default)s)")
     parser.add_argument("--num-models", type=int, default=2, metavar="K", help="(%(default)s)")
     parser.add_argument("--num-samples", type=int, default=16, metavar="N", help="of each model (%(default)s)")
+    parser.add_argument("--held-out", type=int, metavar="N", help="of each model (default: as many)")
     parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a sample (%(default)s)")
     default = Path(__file__).parent / "runs" / "compare-settings"
     parser.add_argument("--work", type=Path, default=default, metavar="DIR", help="folder for all files (%(default)s)")

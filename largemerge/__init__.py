@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # that of `typing`, whose import would take longer than a
 if TYPE_CHECKING:
     from typing import Any
 
-    from largemerge.adapter_tools.merge import AdapterMergeReport
+    from largemerge.adapter_tools.merge_report import AdapterMergeReport
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.api import (
         Memory,
@@ -99,7 +99,7 @@ __all__ = [
 
 _ERRORS = "largemerge.errors"
 _LAZY = {
-    "AdapterMergeReport": "largemerge.adapter_tools.merge",
+    "AdapterMergeReport": "largemerge.adapter_tools.merge_report",
     "ArchitectureError": _ERRORS,
     "CalibrationError": _ERRORS,
     "CheckpointError": _ERRORS,

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from largemerge.adapter_tools.extract import ExtractPlan
-    from largemerge.adapter_tools.merge import AdapterMergeReport
     from largemerge.adapter_tools.merge_config import AdapterMergeConfig
+    from largemerge.adapter_tools.merge_report import AdapterMergeReport
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.data_free.plan import DataFreePlan, SeriesPlan
     from largemerge.data_free.report import DataFreeReport
@@ -725,11 +725,11 @@ def merge_adapters(
     force: bool = False,
     quiet: bool = True,
 ) -> AdapterMergeReport:
-    """Merges LoRA adapters of one base into one adapter, by their factors: the base is not opened.
+    """Merges LoRA adapters of one base into one adapter, by their factors: the base is opened for DoRA alone.
 
     Args:
         config: The path of a YAML file, or a mapping like it: `merge_method` (`cat`, `svd`, `linear`, `ties`, `knots`),
-            `models` that are adapters, and `parameters`; or what was read of one.
+            `models` that are adapters, `parameters`, and `base_model` for DoRA; or what was read of one.
         out: The output folder; new or empty unless `resume` or `force`.
         resume: Go on with an interrupted run.
         force: Replace the adapter that is in `out`, once the new one is finished.

@@ -40,7 +40,7 @@ from largemerge.text_files import json_text
 
 if TYPE_CHECKING:
     from largemerge.adapter_tools.extract import ExtractPlan
-    from largemerge.adapter_tools.merge import AdapterMergeReport
+    from largemerge.adapter_tools.merge_report import AdapterMergeReport
     from largemerge.adapter_tools.report import ExtractReport
     from largemerge.api import Cluster, Config, Memory, Plan, Report
     from largemerge.data_free.report import DataFreeReport

@@ -5,12 +5,14 @@
 The cosine of `W_i - W_base` and `W - W_base` says how much of a candidate's difference points the way that the merge
 went: 1 for the candidate itself, about 1/√K for one of K unrelated ones in their average, 0 for what is lost. Without a
 base there is only the distance, ‖W_i - W‖ / ‖W_i‖. The rows are a sample, the same for all, some 64 Ki numbers of each
-tensor, so that the check costs next to nothing beside the merge.
+tensor, so that the check costs next to nothing beside the merge. Of many tensors of one shape in a block, such as those
+of a hundred experts, it is the first ones and some of the others.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 _SAMPLE_ELEMENTS = 64 << 10  # of each tensor
 _WHOLE_EVERY = 8  # of the tensors that can be read only as a whole, such as quantised ones, one in so many is read
+_MAX_ALIKE = 16  # tensors of one shape in a block; of more than these, one in so many is read
 
 ReadRows = Callable[[slice | None], torch.Tensor]
 """Reads some rows of a tensor, or all of it (`None`)."""
@@ -116,11 +119,16 @@ class Comparison:
 
     _sums: dict[str, dict[str, _Sums]] = field(default_factory=dict)
     _num_whole: int = 0
+    _num_alike: Counter[tuple[str, tuple[int, ...]]] = field(default_factory=Counter)
     _not_finite: int = 0
 
     def add(self, tensor: ComparedTensor) -> None:
         """Reads a sample of a tensor from all models, and adds it up."""
         if not tensor.shape or not tensor.candidates or 0 in tensor.shape:
+            return
+        alike = (tensor.block, tensor.shape)
+        self._num_alike[alike] += 1
+        if self._num_alike[alike] > _MAX_ALIKE and self._num_alike[alike] % _MAX_ALIKE:
             return
         if not tensor.by_rows:
             self._num_whole += 1

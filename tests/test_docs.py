@@ -36,7 +36,7 @@ import torch
 import transformers as tf
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenized import CODE, ENGLISH, train
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -158,6 +158,17 @@ def adapter(folder: Path, seed: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def dora(folder: Path, seed: int) -> None:
+    """A DoRA adapter of `base`."""
+    adapter(folder, seed)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    ups = {key: tensor for key, tensor in tensors.items() if "lora_B" in key}
+    magnitudes = {key.replace("lora_B.weight", "lora_magnitude_vector"): 1 + up[:, 0] / 9 for key, up in ups.items()}
+    save_file(tensors | magnitudes, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+
+
 def vision(folder: Path, seed: int) -> None:
     tiny_models.perturbed("clip_vision", seed).save_pretrained(folder)
     size = tiny_models.VISION["image_size"]
@@ -241,6 +252,7 @@ MAKERS: dict[str, Maker] = {
     "only-a-config": config_alone,
     "math-lora": adapter,
     "code-lora": adapter,
+    "math-dora": dora,
     "vision-photos": vision,
     "vision-drawings": vision,
     "photos": images,

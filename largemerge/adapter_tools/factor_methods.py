@@ -12,6 +12,8 @@ weighted sum is measured, from factors alone:
 
     ‖P Q‖ = ‖R_P R_Qᵀ‖      P = [B, -w_1 s_1 B_1, …] = U R_P,  Qᵀ = [A; A_1; …]ᵀ = V R_Q
 
+Where adapters have gains (DoRA, `dora.py`), these are merged by the same method, each row's change g_i - 1 on its own.
+
 Shapes: O outputs, I inputs, r rank, M = Σ r_i. All sums are float64.
 """
 
@@ -122,7 +124,7 @@ def _elect(tensors: Sequence[torch.Tensor], weights: Sequence[float], density: f
     kept = torch.stack([_largest(tensor, density) for tensor in tensors])
     elected = torch.where(kept.sum(dim=0) >= 0, 1.0, -1.0)
     agree = kept.sign() == elected
-    weighted = kept * torch.tensor(weights, dtype=kept.dtype).view(-1, 1, 1)
+    weighted = kept * torch.tensor(weights, dtype=kept.dtype).view(-1, *(1 for _ in tensors[0].shape))
     return (weighted * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
 
@@ -135,30 +137,58 @@ def _largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
     return kept.view(tensor.shape)
 
 
+def sum_of_changes(changes: Sequence[torch.Tensor], weights: Sequence[float], _: Mapping[str, Any]) -> torch.Tensor:
+    """Sums changes of gains, Σ w_i (g_i - 1)."""
+    return torch.stack([weight * change for weight, change in zip(weights, changes, strict=True)]).sum(dim=0)
+
+
+def _ties_of_changes(
+    changes: Sequence[torch.Tensor], weights: Sequence[float], parameters: Mapping[str, Any]
+) -> torch.Tensor:
+    """Merges changes of gains by TIES, as `ties` merges each factor."""
+    return _elect(changes, weights, parameters["density"])
+
+
+def _knots_of_changes(
+    changes: Sequence[torch.Tensor], weights: Sequence[float], parameters: Mapping[str, Any]
+) -> torch.Tensor:
+    """Merges changes of gains by TIES, as `knots` merges coordinates."""
+    election = Election()
+    for change, weight in zip(changes, weights, strict=True):
+        kept = change.clone()
+        keep_largest_(kept, num_kept(kept, parameters["density"]))
+        election.add(kept, weight)
+    merged: torch.Tensor = election.result(normalize=parameters["normalize"]) * parameters["lambda"]
+    return merged
+
+
 @dataclass(frozen=True)
 class FactorMethod:
     """A way to merge factors.
 
     Attributes:
         merge: Makes A and B of the parts of one module and the parameters, of whatever rank.
+        merge_changes: Makes one of the changes of gains of DoRA, g_i - 1 `[O]`, by the weights and the parameters.
         same_ranks: Whether all adapters must have the same rank in a module.
         parameters: Parameters that it takes, with their defaults; what is merged is cut to `rank` where it takes one.
         title: What comes out, in words.
     """
 
     merge: Callable[[Sequence[Scaled], Mapping[str, Any]], Product]
+    merge_changes: Callable[[Sequence[torch.Tensor], Sequence[float], Mapping[str, Any]], torch.Tensor]
     same_ranks: bool
     parameters: Mapping[str, Any]
     title: str
 
 
 METHODS = {
-    "cat": FactorMethod(cat, False, {}, "the weighted sum, exactly; its rank is the sum of ranks"),
-    "svd": FactorMethod(cat, False, {"rank": None}, "the best of a rank to the weighted sum"),
-    "linear": FactorMethod(linear, True, {}, "peft's linear: A and B summed on their own"),
-    "ties": FactorMethod(ties, True, {"density": 0.5}, "peft's ties: A and B merged on their own"),
+    "cat": FactorMethod(cat, sum_of_changes, False, {}, "the weighted sum, exactly; its rank is the sum of ranks"),
+    "svd": FactorMethod(cat, sum_of_changes, False, {"rank": None}, "the best of a rank to the weighted sum"),
+    "linear": FactorMethod(linear, sum_of_changes, True, {}, "peft's linear: A and B summed on their own"),
+    "ties": FactorMethod(ties, _ties_of_changes, True, {"density": 0.5}, "peft's ties: A and B merged on their own"),
     "knots": FactorMethod(
         knots,
+        _knots_of_changes,
         False,
         {"rank": None, "density": 1.0, "normalize": True, "lambda": 1.0},
         "KnOTS with TIES: signs elected in the directions that all adapters share",
@@ -192,12 +222,14 @@ class MergedFactors:
         up: B `[O, r]`, float64.
         kept_square: ‖B A‖².
         square: The same before it was cut to its rank.
+        squares: Squares of its singular values before, largest first; empty where the method cuts nothing.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     kept_square: float
     square: float
+    squares: tuple[float, ...] = ()
 
 
 def merge_factors(method: str, parts: Sequence[Scaled], rank: int, parameters: Mapping[str, Any]) -> MergedFactors:
@@ -230,7 +262,8 @@ def best_of_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> MergedFacto
     cut_down[:count] = (vh[:count] * root[:, None]) @ right.T
     cut_up[:, :count] = left @ (u[:, :count] * root)
     squares = s.square()
-    return MergedFactors(cut_down, cut_up, squares[:count].sum().item(), squares.sum().item())
+    kept, whole = squares[:count].sum().item(), squares.sum().item()
+    return MergedFactors(cut_down, cut_up, kept, whole, tuple(squares.tolist()))
 
 
 def squared_error(product: Product, parts: Sequence[Scaled]) -> tuple[float, float]:

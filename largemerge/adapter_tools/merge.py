@@ -4,8 +4,9 @@
                merged, written ──► report, config
 
 The base is not opened, and no ΔW is made: a merge takes seconds whatever the model's size. An adapter that lacks a
-module counts as zero there, which is told. Nothing but factors of plain LoRA and rsLoRA can be merged so: DoRA's
-magnitudes multiply the whole weight, and whole tensors (modules to save, biases) and experts are refused by name.
+module counts as zero there, which is told. Only where an adapter is a DoRA, whose magnitudes are lengths of rows of the
+whole weight, the base's weights are read, one after the other (`dora.py`). Whole tensors (modules to save, biases) and
+experts are refused by name.
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from largemerge.adapter_tools.dora import (
+    MAGNITUDE_DTYPE,
+    PLAUSIBLE_GAINS,
+    Base,
+    DoraPart,
+    base_reference,
+    fit_base,
+    merge_dora,
+    open_base,
+)
 from largemerge.adapter_tools.factor_methods import (
     FACTOR_DTYPE,
     METHODS,
+    MergedFactors,
     Scaled,
     merge_factors,
     merged_rank,
@@ -42,22 +53,28 @@ from largemerge.adapter_tools.folder import (
     tell,
 )
 from largemerge.adapter_tools.merge_config import AdapterMergeConfig
-from largemerge.adapter_tools.peft_files import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_names
+from largemerge.adapter_tools.merge_report import AdapterMergeReport, model_card
+from largemerge.adapter_tools.peft_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_config,
+    factor_names,
+    magnitude_name,
+)
+from largemerge.adapter_tools.report import ranks_shown
 from largemerge.checkpoint.adapter_fit import FactorPair, read_factors
 from largemerge.checkpoint.adapter_targets import PREFIX, Targets
 from largemerge.checkpoint.index import Checkpoint
-from largemerge.checkpoint.locate import locate_checkpoint
-from largemerge.checkpoint.lora import check_finite, open_own
-from largemerge.checkpoint.reader import CheckpointReader
+from largemerge.checkpoint.locate import locate_checkpoint, split_reference
+from largemerge.checkpoint.lora import check_finite, open_own, open_reader
+from largemerge.checkpoint.reader import CheckpointReader, TensorReader
 from largemerge.checkpoint.tensor_info import OutputTensor, dtype_name, list_kinds, torch_dtype
 from largemerge.checkpoint.writer import NotFiniteError, ShardWriter, layout_file, stored_sizes
 from largemerge.errors import CheckpointError, ConfigError, LargemergeError, MergeError, shorten
-from largemerge.machine import versions
 from largemerge.output import InputWatch, OutputFolder, PartKind, open_output
 from largemerge.progress import StepBar, stage
-from largemerge.streams import plain_text
 from largemerge.text_files import json_text
-from largemerge.units import counted, duration, gib
+from largemerge.units import counted, gib
 
 REPORT_FILE = REPORT_FILES[1]
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -80,6 +97,11 @@ class OpenAdapter:
     own: Checkpoint
     factors: Mapping[str, FactorPair]
 
+    @property
+    def is_dora(self) -> bool:
+        """Whether it has magnitudes."""
+        return bool(self.own.config.get("use_dora"))
+
 
 @dataclass(frozen=True)
 class Module:
@@ -91,6 +113,7 @@ class Module:
         outputs: O of its factors.
         inputs: I of its factors.
         embedding: Whether it is an embedding, whose factors have other names.
+        has_magnitude: Whether it is a DoRA's.
     """
 
     path: str
@@ -98,82 +121,25 @@ class Module:
     outputs: int
     inputs: int
     embedding: bool
+    has_magnitude: bool
 
     @property
-    def names(self) -> tuple[str, str]:
-        """Names of A and B in the file."""
+    def names(self) -> tuple[str, ...]:
+        """Names of A and B in the file, and of m if there is one."""
+        names = factor_names(self.path)
         if self.embedding:
-            return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
-        return factor_names(self.path)
+            names = f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
+        return (*names, magnitude_name(self.path)) if self.has_magnitude else names
 
-
-@dataclass(frozen=True)
-class AdapterMergeReport:
-    """What `largemerge merge-adapters` has written.
-
-    Attributes:
-        out: The output folder.
-        method: Name of the method.
-        weights: Weight of every adapter, by reference.
-        parameters: All parameters of the method, but for its rank.
-        rank: Rank of the result.
-        kept: Share of ‖ΔW‖² of the merge that this rank keeps.
-        errors: Path of a module → ‖B A - Σ w ΔW‖ / ‖Σ w ΔW‖, as written; `None` where the sum is zero.
-        relative_error: The same, of all modules together.
-        notes: What a user should know; warnings begin with `warning: `.
-        num_bytes: Bytes of the adapter's file.
-        seconds: Seconds in total.
-    """
-
-    out: Path
-    method: str
-    weights: Mapping[str, float]
-    parameters: Mapping[str, Any]
-    rank: int
-    kept: float
-    errors: Mapping[str, float | None]
-    relative_error: float
-    notes: Sequence[str]
-    num_bytes: int
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return {
-            "versions": versions(),
-            "merge_method": self.method,
-            "weights": dict(self.weights),
-            "parameters": dict(self.parameters),
-            "rank": self.rank,
-            "kept": self.kept,
-            "relative_error": self.relative_error,
-            "modules": {path: {"relative_error": error} for path, error in self.errors.items()},
-            "notes": list(self.notes),
-            "num_bytes": self.num_bytes,
-            "seconds": round(self.seconds, 3),
+    def tensors(self, dtype: torch.dtype) -> dict[str, OutputTensor]:
+        """Lists its tensors in the file, with factors of a dtype."""
+        down, up, *magnitude = self.names
+        found = {
+            down: OutputTensor(dtype, (self.rank, self.inputs)),
+            up: OutputTensor(dtype, (self.outputs, self.rank)),
         }
-
-    def __str__(self) -> str:
-        """What is shown, as plain text."""
-        return plain_text(self.print)
-
-    def print(self, console: Console) -> None:
-        """Shows the report as a table."""
-        title = f"{self.method}: {counted(len(self.weights), 'adapter')} → {self.out}"
-        table = Table(title=title, show_header=False)
-        table.add_column()
-        table.add_column(overflow="fold")
-        table.add_row(
-            "result", f"{METHODS[self.method].title}; rank {self.rank}, {counted(len(self.errors), 'module')}"
-        )
-        if "rank" in METHODS[self.method].parameters:
-            table.add_row("kept", f"{self.kept:.2%} of ‖ΔW‖² of the merge, by its rank")
-        table.add_row("error", f"{self.relative_error:.2g} of ‖Σ w ΔW‖, against the weighted sum, as written")
-        table.add_row("disk", f"{gib(self.num_bytes)} written")
-        table.add_row("time", duration(self.seconds))
-        for note in self.notes:
-            table.add_row("note", note)
-        console.print(table)
+        wide = torch.promote_types(dtype, MAGNITUDE_DTYPE)
+        return found | {name: OutputTensor(wide, (self.outputs,)) for name in magnitude}
 
 
 def merge_adapters(
@@ -183,19 +149,18 @@ def merge_adapters(
     start = time.perf_counter()
     console = Console(stderr=True, quiet=quiet, markup=False, emoji=False)
     stage("reading the adapters' headers")
-    adapters = open_adapters(config)
+    adapters, base = open_all(config)
     inputs = [adapter.own.folder for adapter in adapters]
-    check_out(out, inputs, resume=resume, force=force)
     modules = plan_modules(config, adapters)
+    if base is not None:
+        base = fit_base(base, modules, adapters[0].own.config)
+        inputs += [base.checkpoint.folder, *(base.adapter.folders if base.adapter is not None else ())]
+    check_out(out, inputs, resume=resume, force=force)
     dtype = torch_dtype(config.dtype) if config.dtype is not None else _widest(adapters)
-    tensors: dict[str, OutputTensor] = {}
-    for module in modules:
-        down, up = module.names
-        tensors[down] = OutputTensor(dtype, (module.rank, module.inputs))
-        tensors[up] = OutputTensor(dtype, (module.outputs, module.rank))
+    tensors = {name: tensor for module in modules for name, tensor in module.tensors(dtype).items()}
     shard = layout_file(WEIGHTS_FILE, tensors)
     check_room(out, shard)
-    notes = list(dict.fromkeys([*_notes(adapters, modules), *_undivided(config)]))
+    notes = list(dict.fromkeys([*_notes(adapters, modules), *_base_notes(config, adapters, base), *_undivided(config)]))
     rank = max(module.rank for module in modules)
     tell(console, f"{counted(len(modules), 'module')} at rank {rank}: adapter of {gib(shard.num_bytes)}")
     for note in notes:
@@ -205,34 +170,33 @@ def merge_adapters(
         "inputs": {adapter.name: dict(adapter.own.fingerprint) for adapter in adapters},
         "shards": [shard.file_name],
     }
-    watch = InputWatch((), {}, [file for adapter in adapters for file in _files(adapter)])
+    if base is not None:
+        manifest["base"] = dict(base.checkpoint.fingerprint)
+    watch = InputWatch(_checkpoints(base), {}, [file for adapter in adapters for file in _files(adapter)])
     with open_output(out, manifest, inputs, resume=resume, force=force) as folder:
         parts = [module.path for module in modules]
         folder.drop_damaged([PartKind(parts, folder.working, (shard,), stored_sizes(tensors))])
         todo = [module for module in modules if module.path not in folder.entries]
         with StepBar(len(todo), console) as bar, ShardWriter(folder.working, tensors, (shard,)) as writer:
-            for path in _write_all(config, adapters, todo, dtype, folder, writer):
+            for path in _write_all(config, adapters, base, todo, dtype, folder, writer):
                 bar.advance(f"merging {path}")
         watch.check()
-        squares = {path: (folder.entries[path]["error"], folder.entries[path]["wanted"]) for path in parts}
-        total = math.fsum(wanted for _, wanted in squares.values())
-        whole = math.fsum(folder.entries[path]["square"] for path in parts)
+        entries = {path: folder.entries[path] for path in parts}
+        notes += _odd_gains(entries)
         report = AdapterMergeReport(
             out=out,
             method=config.merge_method,
             weights={adapter.name: adapter.weight for adapter in adapters},
             parameters={name: value for name, value in _parameters(config).items() if name != "rank"},
-            rank=rank,
-            kept=math.fsum(folder.entries[path]["kept"] for path in parts) / whole if whole else 1.0,
-            errors={path: math.sqrt(error / wanted) if wanted else None for path, (error, wanted) in squares.items()},
-            relative_error=math.sqrt(math.fsum(error for error, _ in squares.values()) / total) if total else 0.0,
+            base=base.name if base is not None else None,
             notes=notes,
             num_bytes=shard.num_bytes,
             seconds=time.perf_counter() - start,
+            **_measures(entries, modules, rank),
         )
-        made = _config(adapters, modules, rank)
+        made = _config(config, adapters, modules, rank)
         records = {
-            CARD_FILE: _card(report, made["base_model_name_or_path"]),
+            CARD_FILE: model_card(report, made["base_model_name_or_path"]),
             REPORT_FILE: json_text({**report.to_json(), "digests": folder.digests_of((shard,))}, indent=2) + "\n",
             CONFIG_FILE: json.dumps(made, indent=2) + "\n",
         }
@@ -240,15 +204,60 @@ def merge_adapters(
     return report
 
 
+def _measures(entries: Mapping[str, Mapping[str, Any]], modules: Sequence[Module], rank: int) -> dict[str, Any]:
+    """Sums up what was measured of every module, as the report has it.
+
+    Args:
+        entries: Path of a module → its entry in the journal.
+        modules: The modules.
+        rank: Rank of the adapter.
+    """
+    whole = math.fsum(entry["square"] for entry in entries.values())
+    squares = [entry["squares"] for entry in entries.values()]
+    longest = max(map(len, squares))
+    ranks = sorted({*ranks_shown(longest), rank}) if longest and whole else []
+    return {
+        "rank": rank,
+        "kept": math.fsum(entry["kept"] for entry in entries.values()) / whole if whole else 1.0,
+        "kept_by_rank": {each: math.fsum(math.fsum(own[:each]) for own in squares) / whole for each in ranks},
+        "ranks": {module.path: module.rank for module in modules},
+        "gains": {path: (entry["gains"][0], entry["gains"][1]) for path, entry in entries.items() if "gains" in entry},
+        "errors": {path: _relative([entry]) for path, entry in entries.items()},
+        "relative_error": _relative(list(entries.values())) or 0.0,
+    }
+
+
+def _relative(entries: Sequence[Mapping[str, Any]]) -> float | None:
+    """Computes ‖error‖ / ‖Σ w ΔW‖ of some modules together; `None` where the sum is zero."""
+    wanted = math.fsum(entry["wanted"] for entry in entries)
+    return math.sqrt(math.fsum(entry["error"] for entry in entries) / wanted) if wanted else None
+
+
 # Before the work
 
 
-def open_adapters(config: AdapterMergeConfig) -> list[OpenAdapter]:
-    """Opens all adapters without their model.
+def open_all(config: AdapterMergeConfig) -> tuple[list[OpenAdapter], Base | None]:
+    """Opens all adapters, and their base if one of them is a DoRA.
 
     Raises:
-        CheckpointError: If one cannot be opened, or is of a kind that its factors alone do not tell; it names all.
+        CheckpointError: If one cannot be opened, or is of a kind that is not merged; it names all.
     """
+    opened, problems = _open_adapters(config)
+    base = None
+    if any(adapter.is_dora for adapter in opened):
+        try:
+            named = {adapter.name: adapter.own.config for adapter in opened}
+            reference = base_reference(config.base_model, named, config.folders)
+            base = open_base(reference, given=config.base_model is not None)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    return opened, base
+
+
+def _open_adapters(config: AdapterMergeConfig) -> tuple[list[OpenAdapter], list[str]]:
+    """Opens all adapters without their model, as far as they can be; and says what is wrong with them."""
     opened: list[OpenAdapter] = []
     problems: list[str] = []
     for entry in config.models:
@@ -269,9 +278,7 @@ def open_adapters(config: AdapterMergeConfig) -> list[OpenAdapter]:
             continue
         problems += [f"{name}: {problem}" for problem in refused]
         opened.append(OpenAdapter(name, entry.parameters.weight, own, found))
-    if problems:
-        raise CheckpointError(*problems)
-    return opened
+    return opened, problems
 
 
 def _refusals(own: Checkpoint, others: Sequence[str]) -> Iterator[str]:
@@ -281,9 +288,6 @@ def _refusals(own: Checkpoint, others: Sequence[str]) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}; expected 'LORA', whose factors can be merged; {instead}"
         return
-    if config.get("use_dora"):
-        yield f"use_dora: its magnitudes multiply the whole weight, so that factors alone do not tell ΔW; {instead}"
-        return
     if config.get("target_parameters"):
         yield f"target_parameters (fused experts) are not merged by factors; {instead}"
         return
@@ -291,7 +295,7 @@ def _refusals(own: Checkpoint, others: Sequence[str]) -> Iterator[str]:
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora")):
         yield f"init_lora_weights is {start!r}, which changes the model's own weights, too; {instead}"
         return
-    halves = [name for name in others if name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    halves = [name for name in others if name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"))]
     if halves:
         names = [name.removeprefix(PREFIX) for name in halves]
         yield f"holds {shorten(list_kinds(names), 300)} without the other factor; fetch or save the adapter once more"
@@ -326,6 +330,26 @@ def _shape_problems(own: Checkpoint, factors: Mapping[str, FactorPair]) -> Itera
             yield (
                 f"{path}: A and B are of rank {down.shape[0]} and {up.shape[1]}, adapter_config.json says {pair.rank}"
             )
+        else:
+            yield from _magnitude_problems(own, path, pair)
+
+
+def _magnitude_problems(own: Checkpoint, path: str, pair: FactorPair) -> Iterator[str]:
+    """Yields where a magnitude is not just where DoRA says so, or does not fit B."""
+    use_dora, outputs = bool(own.config.get("use_dora")), own.tensors[pair.up].shape[0]
+    if use_dora != (pair.magnitude is not None):
+        held = "a" if pair.magnitude is not None else "no"
+        yield (
+            f"{path}: use_dora in adapter_config.json is {use_dora}, and the file has {held} lora_magnitude_vector; "
+            "fetch or save the adapter once more"
+        )
+    elif pair.magnitude is not None:
+        magnitude = own.tensors[pair.magnitude]
+        if not magnitude.dtype.is_floating_point or math.prod(magnitude.shape) != outputs:
+            yield (
+                f"{path}: lora_magnitude_vector is {list(magnitude.shape)}, {dtype_name(magnitude.dtype)}; expected a "
+                f"floating-point number for each of {outputs} outputs"
+            )
 
 
 def plan_modules(config: AdapterMergeConfig, adapters: Sequence[OpenAdapter]) -> list[Module]:
@@ -336,6 +360,7 @@ def plan_modules(config: AdapterMergeConfig, adapters: Sequence[OpenAdapter]) ->
         ConfigError: If the method needs the same ranks and they are not.
     """
     modules, problems, unlike = [], list(_other_names(adapters)), []
+    dora = any(adapter.is_dora for adapter in adapters)
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.factors):
         having = [(adapter, adapter.factors[path]) for adapter in adapters if path in adapter.factors]
         sides = {
@@ -352,7 +377,7 @@ def plan_modules(config: AdapterMergeConfig, adapters: Sequence[OpenAdapter]) ->
             continue
         side = next(iter(sides.values()))
         rank = merged_rank(config.merge_method, ranks, config.parameters.rank, side)
-        modules.append(Module(path, rank, *side, having[0][1].embedding))
+        modules.append(Module(path, rank, *side, having[0][1].embedding, dora))
     if problems:
         raise CheckpointError(*problems[:20])
     if unlike:
@@ -404,12 +429,32 @@ def _notes(adapters: Sequence[OpenAdapter], modules: Sequence[Module]) -> Iterat
             yield f"adapter_config.json: {key} is {' and '.join(sorted(values))}; that of {adapters[0].name} is kept"
 
 
+def _base_notes(config: AdapterMergeConfig, adapters: Sequence[OpenAdapter], base: Base | None) -> Iterator[str]:
+    """Yields what becomes of magnitudes, and of `base_model`."""
+    if base is None:
+        if config.base_model is not None:
+            yield f"base_model: {config.base_model} is not read, as no adapter is a DoRA"
+        return
+    names = [adapter.name for adapter in adapters if adapter.is_dora]
+    yield (
+        f"use_dora: {', '.join(names)}; the result is a DoRA, too, with magnitudes for every module, and the lengths "
+        f"of rows are those of {base.name}"
+    )
+    yield from base.notes
+
+
 def _undivided(config: AdapterMergeConfig) -> Iterator[str]:
     """Yields that weights which add up to 0 divide nothing."""
     weights = [entry.parameters.weight for entry in config.models]
     if _parameters(config).get("normalize") and abs(sum(weights)) < 1e-8:
         told = ", ".join(f"{weight:g}" for weight in weights)
         yield f"warning: weight: {told} add up to 0: where all adapters agree, the sum is not divided by it"
+
+
+def _checkpoints(base: Base | None) -> list[Checkpoint]:
+    if base is None:
+        return []
+    return [base.checkpoint, *([base.adapter.checkpoint] if base.adapter is not None else [])]
 
 
 def _files(adapter: OpenAdapter) -> list[Path]:
@@ -428,51 +473,118 @@ def _parameters(config: AdapterMergeConfig) -> dict[str, Any]:
 def _write_all(
     config: AdapterMergeConfig,
     adapters: Sequence[OpenAdapter],
+    base: Base | None,
     modules: Sequence[Module],
     dtype: torch.dtype,
     folder: OutputFolder,
     writer: ShardWriter,
 ) -> Iterator[str]:
     """Merges and writes modules, one after the other; yields their paths."""
-    parameters = _parameters(config)
     with ExitStack() as stack:
         readers = [stack.enter_context(CheckpointReader(adapter.own)) for adapter in adapters]
+        weights = stack.enter_context(open_reader(base.checkpoint, base.adapter)) if base is not None else None
         for module in modules:
             parts = [
-                Scaled(
-                    reader.read(pair.down).to(FACTOR_DTYPE),
-                    reader.read(pair.up).to(FACTOR_DTYPE),
-                    pair.scale,
-                    adapter.weight,
-                )
+                _read_part(adapter, pair, reader)
                 for adapter, reader in zip(adapters, readers, strict=True)
                 if (pair := adapter.factors.get(module.path)) is not None
             ]
-            merged = merge_factors(config.merge_method, parts, module.rank, parameters)
-            down, up = (each.to(dtype).contiguous() for each in (merged.down, merged.up))
-            for name, tensor in zip(module.names, (down, up), strict=True):
+            if base is None or weights is None:
+                tensors, measured = _merge_plain(config, module, [part.factors for part in parts], dtype)
+            else:
+                tensors, measured = _merge_dora(config, module, parts, dtype, base, weights)
+            for name, tensor in zip(module.names, tensors, strict=True):
                 try:
                     writer.write(name, tensor)
                 except NotFiniteError as error:
                     advice = "dtype: float32 holds larger numbers" if dtype != torch.float32 else "use smaller weights"
                     raise MergeError(f"{name} {error}; {advice}") from None
-            error_square, wanted = squared_error((down.to(FACTOR_DTYPE), up.to(FACTOR_DTYPE)), parts)
-            measured = {"error": error_square, "wanted": wanted, "kept": merged.kept_square, "square": merged.square}
             finish_part(module.path, module.names, measured, folder, writer)
             yield module.path
+
+
+def _read_part(adapter: OpenAdapter, pair: FactorPair, reader: TensorReader) -> DoraPart:
+    """Reads what an adapter has of one module."""
+    down, up = (reader.read(name).to(FACTOR_DTYPE) for name in (pair.down, pair.up))
+    magnitude = reader.read(pair.magnitude).to(FACTOR_DTYPE).reshape(-1) if pair.magnitude is not None else None
+    return DoraPart(Scaled(down, up, pair.scale, adapter.weight), magnitude, adapter.name)
+
+
+def _merge_plain(
+    config: AdapterMergeConfig, module: Module, parts: Sequence[Scaled], dtype: torch.dtype
+) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
+    """Merges one module by its factors alone; returns its tensors, and what was measured."""
+    merged = merge_factors(config.merge_method, parts, module.rank, _parameters(config))
+    down, up = (each.to(dtype).contiguous() for each in (merged.down, merged.up))
+    error, wanted = squared_error((down.to(FACTOR_DTYPE), up.to(FACTOR_DTYPE)), parts)
+    return (down, up), _measured(merged, error, wanted)
+
+
+def _merge_dora(
+    config: AdapterMergeConfig,
+    module: Module,
+    parts: Sequence[DoraPart],
+    dtype: torch.dtype,
+    base: Base,
+    reader: TensorReader,
+) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
+    """Merges one module as a DoRA; returns its tensors, and what was measured."""
+    place = base.weights[module.path]
+    weight = reader.read(place.key)
+    try:
+        found = merge_dora(
+            config.merge_method,
+            weight.T if place.transposed else weight,
+            parts,
+            module.rank,
+            _parameters(config),
+            dtype,
+        )
+    except MergeError as error:
+        raise MergeError(*(f"{module.path}: {problem}" for problem in error.problems)) from None
+    measured = _measured(found.merged, found.error, found.wanted)
+    return found.tensors, {**measured, "gains": found.gains, "medians": found.medians}
+
+
+def _measured(merged: MergedFactors, error: float, wanted: float) -> dict[str, Any]:
+    return {
+        "error": error,
+        "wanted": wanted,
+        "kept": merged.kept_square,
+        "square": merged.square,
+        "squares": merged.squares,
+    }
 
 
 # What is said of it
 
 
-def _config(adapters: Sequence[OpenAdapter], modules: Sequence[Module], rank: int) -> dict[str, Any]:
+def _odd_gains(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yields the adapters whose magnitudes are of another order than the rows that were measured."""
+    odd: dict[str, dict[str, float]] = {}
+    low, high = PLAUSIBLE_GAINS
+    for path, entry in entries.items():
+        for name, median in entry.get("medians", {}).items():
+            if not low <= median <= high:
+                odd.setdefault(name, {})[path] = median
+    for name, medians in odd.items():
+        path, median = next(iter(medians.items()))
+        yield (
+            f"warning: {name}: magnitudes are {median:.2g} times the lengths of rows in {path} (and {len(medians) - 1} "
+            "more modules), by the median; the base may not be the one that it was trained on"
+        )
+
+
+def _config(
+    config: AdapterMergeConfig, adapters: Sequence[OpenAdapter], modules: Sequence[Module], rank: int
+) -> dict[str, Any]:
     """Makes `adapter_config.json`; modules are chosen as by the adapters where these all choose alike."""
     first = adapters[0].own.config
     alike = all(each.own.config.get(key) == first.get(key) for each in adapters for key in _CHOOSING)
     alike = alike and all(each.factors.keys() == adapters[0].factors.keys() for each in adapters)
     targets = first.get("target_modules") if alike else None
     made = adapter_config(
-        base=first.get("base_model_name_or_path"),
+        base=first.get("base_model_name_or_path") or _whole_base(config),
         revision=first.get("revision"),
         task=first.get("task_type"),
         rank=rank,
@@ -482,6 +594,7 @@ def _config(adapters: Sequence[OpenAdapter], modules: Sequence[Module], rank: in
         saved=(),
         biases=False,
         ties=bool(first.get("ensure_weight_tying")),
+        dora=modules[0].has_magnitude,
     )
     if alike:
         made |= {key: first[key] for key in _CHOOSING[1:] if first.get(key) is not None}
@@ -490,10 +603,7 @@ def _config(adapters: Sequence[OpenAdapter], modules: Sequence[Module], rank: in
     return made
 
 
-def _card(report: AdapterMergeReport, base: str | None) -> str:
-    names = [f"base_model: {base!r}"] if base else []
-    lines = ["---", "library_name: peft", *names, "tags: [lora, largemerge]", "---", "", "# Merged LoRA adapters", ""]
-    lines += [f"By `largemerge merge-adapters`, `{report.method}`: {METHODS[report.method].title}.", ""]
-    for name, weight in report.weights.items():
-        lines.append(f"- {weight:g} · `{Path(name).name if Path(name).exists() else name}`")
-    return "\n".join([*lines, "", *(f"- {note}" for note in report.notes)]).rstrip() + "\n"
+def _whole_base(config: AdapterMergeConfig) -> str | None:
+    """Returns `base_model`, unless it has adapters, which peft could not load."""
+    base = config.base_model
+    return base if base is not None and split_reference(base)[1] is None else None

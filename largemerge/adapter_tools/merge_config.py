@@ -4,7 +4,7 @@
     models: [{model: ./math-lora, parameters: {weight: 0.5}}, {model: ./code-lora}]
     parameters: {rank: 16}
 
-The shape is that of a merge of models, and every `model` is an adapter alone.
+The shape is that of a merge of models, and every `model` is an adapter alone. `base_model` is read for DoRA only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pydantic
 from pydantic import Field
 
 from largemerge.adapter_tools.factor_methods import METHODS
-from largemerge.checkpoint.locate import Reference
+from largemerge.checkpoint.locate import Reference, absolute_reference
 from largemerge.config_file import (
     DtypeName,
     Strict,
@@ -79,8 +79,17 @@ class AdapterMergeConfig(Strict):
     """The adapters."""
     parameters: SharedParameters = SharedParameters()
     """What is set for the method."""
+    base_model: Reference | None = None
+    """The model that all adapters are of, whose weights are read if one of them is a DoRA; by default the one that they
+    name."""
     dtype: DtypeName | None = None
     """Dtype of the factors; by default the widest of the adapters'."""
+    _folders: tuple[Path, ...] = pydantic.PrivateAttr((Path(),))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders that relative paths may start from."""
+        return self._folders
 
 
 def load_adapter_merge(source: str | Path | Mapping[str, Any]) -> AdapterMergeConfig:
@@ -124,7 +133,10 @@ def load_adapter_merge(source: str | Path | Mapping[str, Any]) -> AdapterMergeCo
     ]
     if problems:
         raise ConfigError(*problems)
-    return config.model_copy(update={"models": tuple(entries)})
+    base = config.base_model and absolute_reference(config.base_model, folders)
+    config = config.model_copy(update={"models": tuple(entries), "base_model": base})
+    config._folders = tuple(folders)
+    return config
 
 
 def _misfits(config: AdapterMergeConfig) -> Iterator[str]:

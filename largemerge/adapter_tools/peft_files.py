@@ -2,6 +2,7 @@
 
     base_model.model.<path>.lora_A.weight            A [r, in]
     base_model.model.<path>.lora_B.weight            B [out, r]             W = W_0 + lora_alpha / r · B A
+    base_model.model.<path>.lora_magnitude_vector    m [out]                DoRA: its rows are brought to these lengths
     base_model.model.<path>.<rest>                   a tensor of a module to save
     base_model.model.<path>[.base_layer].bias        a bias, where `bias` is `all`
 
@@ -27,6 +28,11 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 def factor_names(path: str) -> tuple[str, str]:
     """Names of A and B of a module."""
     return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+
+
+def magnitude_name(path: str) -> str:
+    """Name of the magnitudes of a module, of which DoRA has one for every output."""
+    return f"{PREFIX}{path}.lora_magnitude_vector"
 
 
 def whole_name(parameter: str) -> str:
@@ -138,6 +144,7 @@ def adapter_config(
     saved: Sequence[str],
     biases: bool,
     ties: bool,
+    dora: bool = False,
 ) -> dict[str, Any]:
     """Makes the contents of `adapter_config.json`; every scale is 1, so that the factors are what is added.
 
@@ -152,6 +159,7 @@ def adapter_config(
         saved: `modules_to_save`.
         biases: Whether the file holds biases.
         ties: Whether saved modules that are tied in the model stay tied.
+        dora: Whether the file holds magnitudes.
     """
     pattern = rank_pattern(ranks, rank)
     tying = {"ensure_weight_tying": True} if ties else {}  # which older versions of peft do not know
@@ -171,7 +179,7 @@ def adapter_config(
         "bias": "all" if biases else "none",
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": dora,
         "init_lora_weights": True,
         **tying,
     }

@@ -781,6 +781,7 @@ class FactorPair:
         rank: r.
         scale: Factor of B A: alpha / r, or alpha / √r for rsLoRA.
         embedding: Whether they adapt embeddings, whose delta is the transpose of B A.
+        magnitude: Name of m, if there is one (DoRA): one number for every output.
     """
 
     down: str
@@ -788,6 +789,7 @@ class FactorPair:
     rank: int
     scale: float
     embedding: bool
+    magnitude: str | None = None
 
 
 def read_factors(own: Checkpoint) -> tuple[dict[str, FactorPair], list[str]]:
@@ -807,7 +809,7 @@ def read_factors(own: Checkpoint) -> tuple[dict[str, FactorPair], list[str]]:
     others: list[str] = []
     for key in own.tensors:
         part = _LORA_PART.match(key.removeprefix(PREFIX))
-        if part is None or part["leaf"] == "bias" or part["part"] == "lora_magnitude_vector":
+        if part is None or part["leaf"] == "bias":
             others.append(key)
         else:
             parts.setdefault(part["path"], {})[part["part"]] = key
@@ -815,11 +817,12 @@ def read_factors(own: Checkpoint) -> tuple[dict[str, FactorPair], list[str]]:
     for path, keys in parts.items():
         embedding = "lora_embedding_A" in keys
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-        if set(keys) != set(names):
+        if set(keys) - {"lora_magnitude_vector"} != set(names):
             others.extend(keys.values())
             continue
         rank, scale = _rank_and_scale(own.config, patterns, path)
-        found[path] = FactorPair(keys[names[0]], keys[names[1]], rank, scale, embedding)
+        magnitude = keys.get("lora_magnitude_vector")
+        found[path] = FactorPair(keys[names[0]], keys[names[1]], rank, scale, embedding, magnitude)
     return found, others
 
 

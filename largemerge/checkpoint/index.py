@@ -262,16 +262,19 @@ def _weight_files(
 
 def _checked_weight_map(weight_map: dict[str, Any], index_path: Path, name: str) -> dict[Path, frozenset[str]]:
     problems = []
-    by_file: dict[Path, set[str]] = {}
+    by_name: dict[str, set[str]] = {}  # a few files for very many tensors
     for tensor_name, file_name in weight_map.items():
+        if isinstance(file_name, str) and file_name in by_name:
+            by_name[file_name].add(tensor_name)
         # A weight map comes from strangers: it must not lead out of the checkpoint's folder.
-        if inner_path_problem(file_name, name_only=True) is not None:
+        elif inner_path_problem(file_name, name_only=True) is None:
+            by_name[file_name] = {tensor_name}
+        else:
             problems.append(
                 f"{name}: {index_path} maps {shorten(tensor_name)!r} to {shorten(repr(file_name))}; expected a plain "
                 "file name"
             )
-            continue
-        by_file.setdefault(index_path.parent / file_name, set()).add(tensor_name)
+    by_file = {index_path.parent / file_name: names for file_name, names in by_name.items()}
     for file in by_file:
         found = file_problem(file)
         if found is not None:

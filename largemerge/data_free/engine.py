@@ -23,6 +23,7 @@ The norms of its task vector before and after every step go to the journal, so t
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -74,6 +75,8 @@ from largemerge.weight_matching.run import journal_kind
 PART_BYTES = 256 << 20
 """The least bytes of the output between two lines of the journal."""
 
+_LARGE_ELEMENTS = 1 << 20  # of a tensor after which memory is looked at
+_FEW_TASKS = 64  # of smaller tensors, after which it is looked at, too
 _SCRATCH_FOLDER = "scratch"
 _DELTAS, _OUTPUT = "unscaled part", "part"  # kinds of passes over all parts, as the journal calls them
 _DIGESTS = {_DELTAS: "scratch_digests", _OUTPUT: "digests"}  # and the digests of what they write
@@ -211,7 +214,7 @@ class Merger:
 
     def _copy(self, task: Task) -> None:
         """Writes a tensor as one model has it, or one that no model has."""
-        with release_slot():
+        with release_slot(task.num_elements):
             if not task.sources:
                 self._writer.write(task.name, self._new[task.name].to(task.out_dtype))
                 return
@@ -271,7 +274,7 @@ def write_piece(writer: ShardWriter, task: Task, rows: slice, merged: torch.Tens
     """Writes rows of a tensor as it is stored, from a piece as the method sees it."""
     merged = (merged.T if task.inputs_first else merged).to(dtype).to(CPU)
     shape = (rows.stop - rows.start, *task.shape[1:]) if task.shape else ()
-    with release_slot():
+    with release_slot(merged.numel()):
         writer.write(task.name, merged.reshape(shape), first_row=rows.start)
 
 
@@ -330,7 +333,7 @@ class AfterMerge:
         """Reads a whole matrix, `[outputs, inputs]`, float32, in memory of its own."""
         assert task.post is not None
         model, key = source
-        with release_slot():
+        with release_slot(task.num_elements):
             tensor = self._readers[model].read(key, again=True)
         tensor = tensor.to(device).to(torch.float32)
         return tensor.T if task.post.inputs_first else tensor
@@ -600,9 +603,12 @@ class _PartRunner:
         numbers, own = self.missing(kind), self.own(kind)
         names = self.journal_names(kind)
 
+        done_tasks = itertools.count()
+
         def step(task: Task) -> None:
             work(task)
-            return_freed_memory(above=self._plan.resources.peak_bytes)
+            if task.num_elements >= _LARGE_ELEMENTS or next(done_tasks) % _FEW_TASKS == 0:
+                return_freed_memory(above=self._plan.resources.peak_bytes)
             progress.step(task.name, self._plan.config.merge_method)
 
         def done(index: int) -> None:

@@ -34,6 +34,7 @@ KEPT_BYTES = 96 << 20
 _SPAN_BYTES = 8 << 20  # of one model
 _SPANS_BYTES = 32 << 20  # of all models
 _PIECE_COPIES = 4  # of a piece while it is merged: itself, its task vectors, what is made of them
+_FEW_ELEMENTS = 64 << 10  # that are read or written sooner than another thread takes over
 _MAX_ITEM_BYTES = 8  # of an element in such a copy: float64 or int64 at the most
 
 _worker = threading.local()  # the slot that this thread has
@@ -62,10 +63,10 @@ class ComputeSlots:
 
 
 @contextmanager
-def release_slot() -> Iterator[None]:
-    """Gives this thread's slot, if it has one, to others while the block waits for the disk."""
+def release_slot(num_elements: int) -> Iterator[None]:
+    """Gives this thread's slot, if it has one, to others while the block waits for the disk; not for a few elements."""
     slot: threading.Semaphore | None = getattr(_worker, "slot", None)
-    if slot is None:
+    if slot is None or num_elements < _FEW_ELEMENTS:
         yield
         return
     slot.release()
@@ -137,7 +138,7 @@ class PieceLoader:
         self._held.clear()
         self._subtracted.clear()
         if self._tokens is not None:
-            with release_slot():
+            with release_slot(self._task.num_elements):
                 self._held = self._tokens.read(span)
         else:
             self._held = [self._read(source, span) for source in self._task.inputs]
@@ -149,7 +150,7 @@ class PieceLoader:
         whole = not self._task.shape or rows == slice(0, self._task.shape[0])
         again = self._access.reads_twice and not (whole and self._keeps)
         again = again or (self._task.post is not None and source in self._task.post.read_candidates)
-        with release_slot():
+        with release_slot(self._task.num_elements):
             tensor = self._readers[model].read(key, None if whole else rows, again=again)
         tensor = tensor.to(self._device).to(dtype or self._task.dtype)
         if self._task.inputs_first:

@@ -153,16 +153,17 @@ def choose_resources(
     present = baseline_bytes(CPU, PROCESS_BYTES) + adapter_bytes  # the GPU's libraries included
     free = int(_MARGIN * psutil.virtual_memory().available) // limits.local_ranks
     allowed = limits.host if limits.host is not None else present + free
-    largest = {kept: _largest(method, tasks, kept, accelerator) for kept in (loader.KEPT_BYTES, 0)}
-    read = {kept: _descending(loader.read_bytes(method, task, kept) for task in tasks) for kept in largest}
-    on_gpu = _descending(device_bytes(method, task) for task in tasks if accelerator.computes(method, task))
+    threads = torch.get_num_threads()
+    some = _some_of_each_kind(tasks, max(_GPU_WORKERS, _MIN_WORKERS, _WORKERS_PER_CORE * threads))
+    largest = {kept: _largest(method, some, kept, accelerator) for kept in (loader.KEPT_BYTES, 0)}
+    read = {kept: _descending(loader.read_bytes(method, task, kept) for task in some) for kept in largest}
+    on_gpu = _descending(device_bytes(method, task) for task in some if accelerator.computes(method, task))
 
     def with_workers(workers: int, kept: int) -> Resources:
         buffers = sum(read[kept][:workers])
         peak = present + sum(largest[kept][:workers]) + with_rounding(buffers) - buffers
         return Resources(workers, kept, peak, buffers, accelerator, sum(on_gpu[:workers]))
 
-    threads = torch.get_num_threads()
     max_workers = _GPU_WORKERS if accelerator.is_gpu else threads
     choices = [with_workers(workers, kept) for workers in range(max_workers, 0, -1) for kept in largest]
     fitting = (one for one in choices if one.peak_bytes <= allowed and one.device_bytes <= accelerator.max_bytes)
@@ -197,6 +198,19 @@ def _describe_shortage(method: str, wanted: Resources, chosen: Resources, allowe
         f"{method} would hold {needed} with {counted(wanted.num_workers, 'worker')}, and may hold {allowed}; "
         f"workers at a time: {chosen.num_workers}{twice}"
     )
+
+
+def _some_of_each_kind(tasks: Sequence[Task], number: int) -> list[Task]:
+    """Takes so many of the tasks that differ by names and numbers alone: of a mixture's experts there are thousands."""
+    found: dict[Any, list[Task]] = {}
+    for task in tasks:
+        plain = (task.shape, task.dtype, task.out_dtype, len(task.inputs), len(task.auxiliary), task.inputs_first)
+        kind = (*plain, task.instead, bool(task.copied), bool(task.fallback_reason), str(task.shared))
+        beside = (task.token_rows is None, task.post is None)
+        alike = found.setdefault((*kind, *beside), [])
+        if len(alike) < number:
+            alike.append(task)
+    return [task for alike in found.values() for task in alike]
 
 
 def _largest(method: str, tasks: Sequence[Task], kept_bytes: int, accelerator: Accelerator) -> list[int]:
