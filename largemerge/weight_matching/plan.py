@@ -233,10 +233,10 @@ def plan_alignment(
     found = AlignPlan(reference, checkpoints[reference], plans, tuple(notes), tuple(problems))
     if not plans:
         return found
-    what, told = "a block", ""
+    what, rounds = "a block", ""
     if found.has_streams:
-        what, told = "a block or a residual stream", "; each round over blocks and streams reads the models twice"
-    return replace(found, notes=(*notes, f"align: {what} of two models takes up to {gib(found.peak_bytes)}{told}"))
+        what, rounds = "a block or a residual stream", "; each round over blocks and streams reads the models twice"
+    return replace(found, notes=(*notes, f"align: {what} of two models takes up to {gib(found.peak_bytes)}{rounds}"))
 
 
 def card_section(plan: AlignPlan, reference: str) -> str:
