@@ -77,7 +77,7 @@ class Digits:
 def make_case(work: Path, seed: int, quick: bool) -> Case:
     """Trains the base and the experts, a minute and half a minute each, unless they are there."""
     sizes = QUICK if quick else Sizes()
-    train, calibration, heldout = _splits(sizes, seed)
+    train, calibration, heldout = split_digits(sizes, seed)
     base, experts = work / "base", {task: work / "experts" / task for task in TASKS}
     about = {"sizes": dataclasses.asdict(sizes), "seed": seed, "data": digest(train.images.numpy().tobytes())}
     make_once(base, about, lambda folder: _make_base(folder, train, sizes, seed))
@@ -88,7 +88,7 @@ def make_case(work: Path, seed: int, quick: bool) -> Case:
     files = {task: work / "calibration" / f"{task}.safetensors" for task in TASKS}
     for task, file in files.items():
         file.parent.mkdir(exist_ok=True)
-        save_file({"pixel_values": _pixels(TASKS[task](calibration.images))}, file)
+        save_file({"pixel_values": pixels_of(TASKS[task](calibration.images))}, file)
     measured = digest(heldout.images.numpy().tobytes(), heldout.labels.numpy().tobytes())
     return Case(
         base,
@@ -101,7 +101,7 @@ def make_case(work: Path, seed: int, quick: bool) -> Case:
     )
 
 
-def _splits(sizes: Sizes, seed: int) -> tuple[Digits, Digits, Digits]:
+def split_digits(sizes: Sizes, seed: int) -> tuple[Digits, Digits, Digits]:
     """For training, calibration, and measuring."""
     data = load_digits()
     images, labels = torch.from_numpy(data.images).float() / 16, torch.from_numpy(data.target).long()
@@ -112,7 +112,7 @@ def _splits(sizes: Sizes, seed: int) -> tuple[Digits, Digits, Digits]:
     return train, calibration, heldout
 
 
-def _pixels(images: torch.Tensor) -> torch.Tensor:
+def pixels_of(images: torch.Tensor) -> torch.Tensor:
     """What the model reads, `[N, 1, SIDE, SIDE]`."""
     enlarged = F.interpolate(images[:, None], size=(SIDE, SIDE), mode="bilinear")
     return ((enlarged - MEAN) / STD).contiguous()
@@ -138,17 +138,17 @@ def _make_base(folder: Path, train: Digits, sizes: Sizes, seed: int) -> None:
     def mixed(images: torch.Tensor) -> torch.Tensor:
         return torch.cat([way(part) for way, part in zip(ways, images.chunk(len(ways)), strict=True)])
 
-    _train(model, train, mixed, sizes.base_steps, sizes.base_rate, sizes.batch_size, seed)
+    train_on(model, train, mixed, sizes.base_steps, sizes.base_rate, sizes.batch_size, seed)
     model.save_pretrained(folder)
 
 
 def _make_expert(folder: Path, *, base: Path, train: Digits, sizes: Sizes, task: str, seed: int) -> None:
     model = ViTForImageClassification.from_pretrained(base)
-    _train(model, train, TASKS[task], sizes.expert_steps, sizes.expert_rate, sizes.batch_size, seed)
+    train_on(model, train, TASKS[task], sizes.expert_steps, sizes.expert_rate, sizes.batch_size, seed)
     model.save_pretrained(folder)
 
 
-def _train(
+def train_on(
     model: torch.nn.Module,
     train: Digits,
     way: Callable[[torch.Tensor], torch.Tensor],
@@ -168,7 +168,7 @@ def _train(
         images = way(train.images[chosen]).roll(shift, (1, 2))
         images = images * (0.7 + 0.6 * torch.rand(batch_size, 1, 1, generator=generator))
         images = images + 0.1 * torch.randn(images.shape, generator=generator)
-        loss = F.cross_entropy(model(_pixels(images)).logits, train.labels[chosen])
+        loss = F.cross_entropy(model(pixels_of(images)).logits, train.labels[chosen])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -180,7 +180,7 @@ def _measure(folder: Path, heldout: Digits) -> Mapping[str, Score]:
     model = ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
     scores = {}
     for task, way in TASKS.items():
-        logits = model(_pixels(way(heldout.images))).logits
+        logits = model(pixels_of(way(heldout.images))).logits
         right = (logits.argmax(1) == heldout.labels).float().mean().item()
         scores[task] = Score(F.cross_entropy(logits, heldout.labels).item(), right)
     return scores

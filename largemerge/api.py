@@ -160,7 +160,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_nodes": _RANKS,
     "gpus_per_node": _RANKS,
     **dict.fromkeys(("resume", "force", "quiet", "verify", "strict", "probe", "from_config", "keep_all"), _FLAG),
-    **dict.fromkeys(("save_others", "trust_remote_code"), _FLAG),
+    **dict.fromkeys(("save_others", "residual_stream", "trust_remote_code"), _FLAG),
 }
 """What arguments of the public functions may be: a check, and words for it."""
 _OPTIONS = frozenset(
@@ -180,6 +180,7 @@ _OPTIONS = frozenset(
         "rank",
         "targets",
         "save_others",
+        "residual_stream",
         "dtype",
         "trust_remote_code",
     )
@@ -595,6 +596,7 @@ def align(
     reference: str | Path,
     out: str | Path,
     *,
+    residual_stream: bool = False,
     resume: bool = False,
     force: bool = False,
     max_shard_bytes: int | str = DEFAULT_MAX_SHARD_BYTES,
@@ -612,6 +614,7 @@ def align(
         model: The model that is written: a folder or Hub id, with `@revision` and `+adapter` if wanted.
         reference: The model that it is brought close to.
         out: The output folder; new or empty unless `resume` or `force`.
+        residual_stream: Permute the features between blocks, too, where the model permits it.
         resume: Go on with an interrupted run.
         force: Replace what is in `out`, once the new checkpoint is finished.
         max_shard_bytes: Size of an output file in bytes, or a text such as `5GB`, unless one tensor is larger.
@@ -627,7 +630,7 @@ def align(
         LargemergeError: If anything is wrong with arguments, models or output; before the long work.
     """
     options: dict[str, Any] = {"resume": resume, "force": force, "quiet": quiet, "planned": planned}
-    asked = {"trust_remote_code": trust_remote_code, "memory": memory}
+    asked = {"residual_stream": residual_stream, "trust_remote_code": trust_remote_code, "memory": memory}
     problems = list(argument_problems({"model": model, "reference": reference, "out": out, **options, **asked}))
     try:
         shard_bytes = size_in_bytes(max_shard_bytes)
@@ -639,7 +642,7 @@ def align(
         {
             "merge_method": "passthrough",
             "models": [{"model": str(model)}],
-            "align": {"reference": str(reference)},
+            "align": {"reference": str(reference), **({"residual_stream": True} if residual_stream else {})},
             "trust_remote_code": trust_remote_code,
         }
     )

@@ -233,6 +233,7 @@ def _align(options: argparse.Namespace) -> int:
             options.model,
             options.reference,
             options.out,
+            residual_stream=options.residual_stream,
             resume=options.resume,
             force=options.force,
             max_shard_bytes=max_shard_bytes,
@@ -817,6 +818,11 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument("model", metavar="MODEL", help="a folder or Hub id, with +adapter if wanted")
     align.add_argument("reference", metavar="REFERENCE", help="the model that it is brought close to")
     align.add_argument("out", type=Path, metavar="OUT", help="the output folder")
+    align.add_argument(
+        "--residual-stream",
+        action="store_true",
+        help="permute the features between blocks, too, where MODEL permits it",
+    )
     align.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     align.add_argument("--force", action="store_true", help="replace what is in OUT, once all is written")
     align.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of an output file (default: 5GB)")

@@ -54,6 +54,13 @@ def test_llamas_of_any_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_alignment_quality(tmp_path: Path) -> None:
+    small = ("--pairs", "1", "--steps", "3", "--width", "16", "--layers", "2", "--work", tmp_path)
+    found = result(run("alignment_quality.py", *small, cwd=tmp_path), "alignment_quality")
+    assert found["streams"][0]["after"] > found["streams"][0]["before"]
+
+
+@pytest.mark.slow
 def test_quality(tmp_path: Path) -> None:
     small = ("--quick", "--family", "images", "--seeds", "0", "--samples", "2", "8", "--methods", "regmean_plusplus")
     plot = ("--work", tmp_path, "--plot", tmp_path / "quality.svg")

@@ -58,6 +58,7 @@ class DataFreeInputs:
         reference: The model whose config and layout the output has, unless another's class has more room.
         heads: Heads that are kept beside the output, where they cannot be merged; models are called by `short_names`.
         whole: Checkpoints of the models with their heads, by short name; empty where heads are merged.
+        stored: The same by reference, those without a head among them.
     """
 
     checkpoints: dict[str, Checkpoint]
@@ -66,6 +67,7 @@ class DataFreeInputs:
     reference: str
     heads: Heads | None = None
     whole: dict[str, Checkpoint] = field(default_factory=dict)
+    stored: dict[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def tokenizer_folders(self) -> dict[str, Path]:
@@ -111,11 +113,15 @@ def plan_matching(config: DataFreeConfig, inputs: DataFreeInputs, prior: PriorMe
     """
     if config.aligned_to is None:
         return None
+    assert config.align is not None
+    # Heads that are kept apart read the residual stream, too.
+    checkpoints = (inputs.stored or inputs.checkpoints) if config.align.residual_stream else inputs.checkpoints
     return plan_alignment(
-        inputs.checkpoints,
+        checkpoints,
         inputs.adapters,
         config.aligned_to,
         prior.checkpoints,
+        residual_stream=config.align.residual_stream,
         variant=config.variant,
         trust_remote_code=config.trust_remote_code,
     )
@@ -166,4 +172,6 @@ def _with_heads(config: DataFreeConfig, inputs: DataFreeInputs) -> DataFreeInput
         checkpoints[reference] = replace(viewed, name=checkpoints[reference].name)
     chosen = next((reference for reference, name in by_name.items() if name == heads.choice), inputs.reference)
     whole = {name: inputs.checkpoints[reference] for reference, name in (*names.items(), *by_name.items())}
-    return replace(inputs, checkpoints=checkpoints, reference=chosen, heads=heads, whole=whole)
+    return replace(
+        inputs, checkpoints=checkpoints, reference=chosen, heads=heads, whole=whole, stored=inputs.checkpoints
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from largemerge.checkpoint.index import Checkpoint
 from largemerge.checkpoint.locate import short_name
-from largemerge.checkpoint.lora import open_reader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.side_files import (
     model_card,
 )
@@ -36,6 +38,7 @@ from largemerge.heads import card_section, write_heads
 from largemerge.machine import MemoryUse, machine, versions
 from largemerge.streams import plain_text
 from largemerge.units import counted, duration, gib
+from largemerge.weight_matching.permuted import open_permuted
 from largemerge.weight_matching.plan import card_section as aligned_section
 from largemerge.weight_matching.run import rows_of
 
@@ -228,6 +231,12 @@ def _post_section(plan: DataFreePlan, norms: Mapping[str, Sequence[float]]) -> s
     return f"\n## After the merge\n\n{named}, on {matrices}{rest}.\n\n{listed}\n"
 
 
+def _open_whole(plan: DataFreePlan, model: Checkpoint) -> AbstractContextManager[TensorReader]:
+    """Opens a reader of a model with its head, which reads features in the order that they have in the output."""
+    axes = plan.matched.axes.get(model.name) if plan.matched is not None else None
+    return open_permuted(model, plan.adapters.get(model.name), axes)
+
+
 def config_text(plan: DataFreePlan) -> str:
     """Returns the text of the output's `config.json`."""
     return json.dumps(plan.out_config, indent=2) + "\n"
@@ -264,7 +273,7 @@ def write_side_files(
         write_heads(
             path,
             plan.heads,
-            lambda name: open_reader(plan.whole[name], plan.adapters.get(plan.whole[name].name)),
+            lambda name: _open_whole(plan, plan.whole[name]),
             dtype=torch_dtype(config.out_dtype) if config.out_dtype is not None else None,
         )
     weights = {entry.model: entry.parameters.get("weight", 1.0) for entry in config.models}
@@ -279,7 +288,7 @@ def write_side_files(
         config_yaml=text,
         version=versions()["largemerge"],
         more=(card_section(plan.heads) if plan.heads is not None else "")
-        + (aligned_section(short_name(plan.matching.reference)) if plan.matching is not None else "")
+        + (aligned_section(plan.matching, short_name(plan.matching.reference)) if plan.matching is not None else "")
         + _post_section(plan, norms),
     )
     (path / "README.md").write_text(card, encoding="utf-8")

@@ -101,6 +101,12 @@ class Ranks:
             loaded[name] = tensor
         return loaded
 
+    def add_up_(self, tensor: torch.Tensor) -> None:
+        """Adds up a tensor of the CPU over all ranks, in place (collective)."""
+        if self.size > 1:
+            with self.blocked(), self.timed(tensor.nbytes):
+                torch.distributed.all_reduce(tensor)
+
     def agree(self, step: Callable[[], Value]) -> Value:
         """Runs `step` on every rank; if it fails on one, it fails on all (collective).
 

@@ -101,7 +101,7 @@ class FakeModel:
 
     def records_of(self, inputs: Mapping[str, torch.Tensor]) -> Sequence[Mapping[int, BlockRecord]]:
         """Records of the blocks, by stack and block, in a plain pass on other inputs."""
-        chosen = [_representatives(stack.blocks) for stack in self.skeleton.stacks]
+        chosen = [representatives(stack.blocks) for stack in self.skeleton.stacks]
         return _plain_pass(self.skeleton, inputs, chosen)[0]
 
     def first_arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[int, Any]:
@@ -170,7 +170,7 @@ def fake_model(skeleton: Skeleton, outline: InputOutline, examples: Examples, wh
     assign_tensors(skeleton, weights)
     try:
         with torch.no_grad(), _experts_one_by_one(skeleton.model), _ProductsByCorrelation():
-            chosen = [_representatives(stack.blocks) for stack in skeleton.stacks]
+            chosen = [representatives(stack.blocks) for stack in skeleton.stacks]
             records, order, runs = _plain_pass(skeleton, inputs, chosen, where)
             yield FakeModel(skeleton, inputs, weights, records, order, runs)
     finally:
@@ -292,7 +292,7 @@ def _made_up_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     return output if bias is None else output + bias
 
 
-def _representatives(blocks: tuple[nn.Module, ...]) -> set[int]:
+def representatives(blocks: tuple[nn.Module, ...]) -> set[int]:
     """Indices of the first, second and last block of every kind."""
     kinds: dict[str, list[int]] = {}
     for index, block in enumerate(blocks):

@@ -263,11 +263,16 @@ def _plan_matching(
     config: MergeConfig, stored: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]
 ) -> AlignPlan | None:
     """Plans how all models are brought close to one of them, or to another; `None` where they stay as they are."""
-    if config.aligned_to is None:
+    if config.align is None or config.aligned_to is None:
         return None
     stage("finding neurons and heads that may change places")
     plan = plan_alignment(
-        stored, adapters, config.aligned_to, variant=config.variant, trust_remote_code=config.trust_remote_code
+        stored,
+        adapters,
+        config.aligned_to,
+        residual_stream=config.align.residual_stream,
+        variant=config.variant,
+        trust_remote_code=config.trust_remote_code,
     )
     if plan.problems:
         raise CheckpointError(*plan.problems)

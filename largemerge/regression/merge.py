@@ -184,6 +184,7 @@ def merge_by_regression(
                 if inputs.matching is not None:
                     inputs = replace(inputs, matched=match_models(inputs.matching, folder, ranks, quiet=quiet))
                     prepared = replace(prepared, planned=replace(prepared.planned, inputs=inputs))
+                    write = partial(write_side_files, planned=prepared.planned)
                 job = Job(
                     planned=prepared.planned,
                     samples=prepared.samples,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from largemerge.checkpoint.locate import short_name
-from largemerge.checkpoint.lora import open_reader
+from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.side_files import model_card, output_config
 from largemerge.checkpoint.tensor_info import torch_dtype
 from largemerge.comparison import Verification
@@ -34,6 +35,7 @@ from largemerge.regression.sequence import RECORD_FILE, MergedModel, models_so_f
 from largemerge.regression.tensor_plan import HEAD, quantization_settings
 from largemerge.streams import plain_text
 from largemerge.units import counted, duration, gib
+from largemerge.weight_matching.permuted import open_permuted
 from largemerge.weight_matching.plan import card_section as aligned_section
 from largemerge.weight_matching.run import rows_of
 
@@ -330,6 +332,12 @@ def merged_models(plan: MergePlan) -> list[MergedModel]:
     return models_so_far(plan.config.merged_before, now)
 
 
+def _open_stored(inputs: Inputs, name: str) -> AbstractContextManager[TensorReader]:
+    """Opens a reader of a model with its head, which reads features in the order that they have in the output."""
+    axes = inputs.matched.axes.get(name) if inputs.matched is not None else None
+    return open_permuted(inputs.stored[name], inputs.adapters.get(name), axes)
+
+
 def write_side_files(
     path: Path, planned: PlannedMerge, *, rehearsal: bool = False, report: MergeReport | None = None
 ) -> None:
@@ -356,7 +364,7 @@ def write_side_files(
         write_heads(
             path,
             inputs.heads,
-            lambda name: open_reader(inputs.stored[name], inputs.adapters.get(name)),
+            lambda name: _open_stored(inputs, name),
             dtype=torch_dtype(config.dtype) if config.dtype is not None else None,
             adapt=tokens.adapt if tokens is not None else lambda model, config: None,
         )
@@ -401,7 +409,7 @@ def _card_sections(planned: PlannedMerge, report: MergeReport | None) -> str:
     config, heads = planned.plan.config, planned.inputs.heads
     sections = drift_section(report.drift if report is not None else {})
     matching = planned.inputs.matching
-    sections += aligned_section(short_name(matching.reference)) if matching is not None else ""
+    sections += aligned_section(matching, short_name(matching.reference)) if matching is not None else ""
     sections += card_section(heads) if heads is not None else ""
     if config.sequence is None:
         return sections

@@ -15,6 +15,8 @@ class AlignSettings(Strict):
 
     reference: Reference | None = None
     """A model; default: the base, else the first one of the merge."""
+    residual_stream: bool = False
+    """Whether the features between blocks are permuted, too, where the models permit it."""
 
 
 def _read_align(value: object) -> Any:

@@ -103,6 +103,24 @@ def _members(vectors: torch.Tensor, places_NR: torch.Tensor) -> torch.Tensor:
     return vectors[places_NR.flatten().to(vectors.device)].reshape(len(places_NR), -1)
 
 
+def assign(values_NN: np.ndarray, before: np.ndarray, gain: float) -> tuple[np.ndarray, float]:
+    """Solves a linear assignment problem for the largest sum, unless what was found before is as good.
+
+    Args:
+        values_NN: What each member gives in each place.
+        before: The member that was found for each place before.
+        gain: The relative gain from which another one is taken.
+
+    Returns:
+        The member that comes to each place, and the sum with those before.
+    """
+    places = np.arange(len(values_NN))
+    _, columns = linear_sum_assignment(values_NN, maximize=True)
+    known = float(values_NN[places, before].sum())
+    is_better = float(values_NN[places, columns].sum()) > known + gain * abs(known)
+    return np.asarray(columns if is_better else before), known
+
+
 def _assign(values_NN: np.ndarray) -> np.ndarray:
     """Solves a linear assignment problem for the largest sum; whatever is equal stays in place."""
     _, columns = linear_sum_assignment(values_NN, maximize=True)

@@ -6,8 +6,10 @@ models, reference: classes and headers ──► blocks run on made-up input ─
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,23 +24,14 @@ from largemerge.model.skeleton import Skeleton, build_skeleton, linears_in, weig
 from largemerge.units import counted, gib
 from largemerge.weight_matching.between import Between
 from largemerge.weight_matching.finding import find_units, follows
-from largemerge.weight_matching.units import BlockUnits, Choice, Family, Slot
+from largemerge.weight_matching.stream_tensors import StreamPlan, StreamTensor, plan_streams
+from largemerge.weight_matching.streams import Stream, find_streams
+from largemerge.weight_matching.units import BlockUnits, Choice, Family, Slot, Tensor, decoded
 
+PIECE_BYTES = 128 << 20
+"""Of a large table, at once, in float32."""
 _NUM_SAMPLES, _NUM_IMAGES = 32, 8  # rows of linears that are changed in one run
 _TOKENS = 7
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A parameter that belongs to a slot.
-
-    Attributes:
-        name: Its name in the class.
-        axis: The dimension that the slot is.
-    """
-
-    name: str
-    axis: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,15 @@ class BlockPlan:
                 found.setdefault(tensor.name, {})[tensor.axis] = index
         return found
 
+    def choices(self, entry: Mapping[str, Any]) -> list[Choice]:
+        """Reads the choices of the block from its entry in the journal."""
+        choices = []
+        for family in self.units.families:
+            own = entry["families"][family.name]
+            inner = tuple(decoded(own["inner"][each.name], family.size, each.size) for each in family.inner)
+            choices.append(Choice(decoded(own["members"], family.size), inner))
+        return choices
+
 
 @dataclass(frozen=True)
 class ModelPlan:
@@ -74,6 +76,7 @@ class ModelPlan:
         adapters: Their adapters, if they have some: the model's, the reference's.
         names: Parameter of the model → parameter of the reference.
         blocks: Its blocks.
+        streams: Its residual streams, if they are permuted.
     """
 
     model: ClassifiedModel
@@ -81,6 +84,20 @@ class ModelPlan:
     adapters: tuple[Adapter | None, Adapter | None]
     names: Mapping[str, str]
     blocks: tuple[BlockPlan, ...]
+    streams: tuple[StreamPlan, ...] = ()
+
+    def is_shared(self, tensor: StreamTensor) -> bool:
+        """Whether another dimension of a stream's tensor may be permuted, too."""
+        return self._num_places[tensor.key] > 1
+
+    @cached_property
+    def _num_places(self) -> Counter[str]:
+        """How many dimensions of each tensor may be permuted, by its name on disk."""
+        places = {(each.key, each.axis) for stream in self.streams for each in stream.tensors}
+        renamed = self.model.mapping.renamed
+        for block in self.blocks:
+            places |= {(renamed[each.name], each.axis) for of in block.tensors.values() for each in of}
+        return Counter(key for key, _ in places)
 
     def keys(self, block: BlockPlan) -> Iterator[tuple[str, str]]:
         """Yields the names on disk of a block's parameters, in the model and in the reference."""
@@ -92,15 +109,24 @@ class ModelPlan:
         """Size of the largest tensor whose rows are permuted, in bytes."""
         tensors = self.model.checkpoint.tensors
         names = {each.name for block in self.blocks for of in block.tensors.values() for each in of if each.axis == 0}
-        return max(
-            (math.prod(i.shape) * i.dtype.itemsize for i in (tensors[self.model.mapping.renamed[n]] for n in names)),
-            default=0,
-        )
+        keys = {self.model.mapping.renamed[name] for name in names}
+        keys |= {tensor.key for stream in self.streams for tensor in stream.tensors if tensor.axis == 0}
+        return max((math.prod(i.shape) * i.dtype.itemsize for i in (tensors[key] for key in keys)), default=0)
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes while a block is matched: both models' tensors in float32, products, assignment."""
-        return max((self._peak_bytes(block) for block in self.blocks), default=0)
+        """Most bytes while a block or a stream is matched: both models' tensors in float32, products, assignment."""
+        blocks, streams = map(self._peak_bytes, self.blocks), map(self._stream_bytes, self.streams)
+        return max((*blocks, *streams), default=0)
+
+    def _stream_bytes(self, stream: StreamPlan) -> int:
+        infos = [(self.model.checkpoint.tensors[tensor.key], tensor) for tensor in stream.compared]
+        largest = max(
+            4 * math.prod(info.shape) if tensor.axis == 0 or self.is_shared(tensor) else PIECE_BYTES
+            for info, tensor in infos
+        )
+        # Both in float32, and copies of both; A in float64, a product, the assignment's copies.
+        return 4 * largest + stream.size**2 * (8 + 4 + 8 + 8)
 
     def _peak_bytes(self, block: BlockPlan) -> int:
         tensors = self.model.checkpoint.tensors
@@ -146,6 +172,11 @@ class AlignPlan:
         """Number of blocks to match, of all models."""
         return sum(len(model.blocks) for model in self.models.values())
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether residual streams are permuted, too."""
+        return any(model.streams for model in self.models.values())
+
     def read_besides(self, known: Collection[str]) -> dict[str, Checkpoint]:
         """Returns the reference's checkpoint by its reference, unless it is one of the known models."""
         return {} if self.reference in known else {self.reference: self.checkpoint}
@@ -157,6 +188,7 @@ def plan_alignment(
     reference: str,
     earlier: Mapping[str, Checkpoint] | None = None,
     *,
+    residual_stream: bool = False,
     variant: str | None = None,
     trust_remote_code: bool = False,
 ) -> AlignPlan:
@@ -167,6 +199,7 @@ def plan_alignment(
         adapters: The adapters of those that have one.
         reference: The model that the others are brought close to: one of them, or another, which is opened.
         earlier: Results of other merges by the names that the reference may use for them.
+        residual_stream: Whether the features between blocks are permuted, too, where models permit it.
         variant: Variant of the reference's weights, such as `fp16`.
         trust_remote_code: Allow the checkpoints' own Python code.
 
@@ -188,7 +221,9 @@ def plan_alignment(
             continue
         try:
             if id(model.model) not in units:
-                units[id(model.model)] = _find_all(model, trust_remote_code=trust_remote_code)
+                units[id(model.model)] = _find_all(
+                    model, residual_stream=residual_stream, trust_remote_code=trust_remote_code
+                )
             plans[name], told = _plan_model(model, models[reference], units[id(model.model)], reference)
             plans[name] = replace(plans[name], adapters=(adapters.get(name), adapters.get(reference)))
         except LargemergeError as error:
@@ -198,34 +233,51 @@ def plan_alignment(
     found = AlignPlan(reference, checkpoints[reference], plans, tuple(notes), tuple(problems))
     if not plans:
         return found
-    return replace(found, notes=(*notes, f"align: a block of two models takes up to {gib(found.peak_bytes)}"))
+    what, rounds = "a block", ""
+    if found.has_streams:
+        what, rounds = "a block or a residual stream", "; each round over blocks and streams reads the models twice"
+    return replace(found, notes=(*notes, f"align: {what} of two models takes up to {gib(found.peak_bytes)}{rounds}"))
 
 
-def card_section(reference: str) -> str:
-    """Makes the model card's section on what was done before the merge."""
+def card_section(plan: AlignPlan, reference: str) -> str:
+    """Makes the model card's section on what was done before the merge.
+
+    Args:
+        plan: What was permuted.
+        reference: What the card calls the model that the others were brought close to.
+    """
+    what, where = "Neurons and heads", "within blocks"
+    if plan.has_streams:
+        what, where = "Neurons, heads, and features of the residual stream", "within and between blocks"
     return (
-        f"\n## Before the merge\n\nNeurons and heads were put into the order of {reference}: weight matching within "
-        "blocks ([Git Re-Basin](https://arxiv.org/abs/2209.04836)).\n"
+        f"\n## Before the merge\n\n{what} were put into the order of {reference}: weight matching {where} "
+        "([Git Re-Basin](https://arxiv.org/abs/2209.04836)).\n"
     )
 
 
 @dataclass(frozen=True)
 class _ModelUnits:
-    """Units of the blocks of a class, and what was not looked at."""
+    """Units of the blocks of a class, its residual streams if they are asked for, and what was not looked at."""
 
     skeleton: Skeleton
     blocks: Mapping[str, BlockUnits]
     notes: tuple[str, ...]
+    streams: tuple[Stream, ...] = ()
+    held_streams: tuple[str, ...] = ()
 
 
-def _find_all(model: ClassifiedModel, *, trust_remote_code: bool) -> _ModelUnits:
-    """Runs a model on made-up input, and finds the units of every block."""
+def _find_all(model: ClassifiedModel, *, residual_stream: bool, trust_remote_code: bool) -> _ModelUnits:
+    """Runs a model on made-up input, and finds the units of every block, and its residual streams."""
     skeleton = build_skeleton(model.checkpoint, dtype=torch.float64, trust_remote_code=trust_remote_code)
     problems: list[str] = []
     for outline in input_outlines(skeleton):
         try:
             with fake_model(skeleton, outline, {}) as fake:
-                return _units_of(fake)
+                units = _units_of(fake)
+                if not residual_stream:
+                    return units
+                streams, held = find_streams(fake)
+                return replace(units, streams=tuple(streams), held_streams=tuple(held))
         except ArchitectureError as error:
             problems += error.problems
     raise ArchitectureError(
@@ -336,7 +388,11 @@ def _plan_model(
             blocks.append(BlockPlan(name, replace(found, families=tuple(kept)), used))
     if problems:
         raise LargemergeError(*dict.fromkeys(problems))
-    if not blocks:
+    streams, told_streams = plan_streams(model, reference, names, units.streams)
+    told_streams += units.held_streams
+    if told_streams and not streams:
+        raise ArchitectureError(*told_streams, "expected a stream that may be permuted; leave residual_stream out")
+    if not blocks and not streams:
         raise ArchitectureError(
             f"{model.class_name}: nothing in its blocks can change places; leave align out", *dict.fromkeys(notes)
         )
@@ -345,8 +401,8 @@ def _plan_model(
         text = "; ".join(_described(family) for family in block.units.families)
         some.setdefault(text, []).append(block.name)
     notes = [f"{_listed(of)}: permuted are {text}" for text, of in some.items()] + notes
-    notes += [f"{_listed(of)}: {text}" for text, of in told.items()]
-    return ModelPlan(model, reference, (None, None), names, tuple(blocks)), notes
+    notes += [f"{_listed(of)}: {text}" for text, of in told.items()] + told_streams
+    return ModelPlan(model, reference, (None, None), names, tuple(blocks), tuple(streams)), notes
 
 
 def _described(family: Family) -> str:

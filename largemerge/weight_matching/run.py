@@ -7,15 +7,15 @@ What is found goes to the journal of the merge, so that a resumed one goes on wi
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 
 from largemerge.checkpoint.lora import open_reader
@@ -23,14 +23,19 @@ from largemerge.checkpoint.reader import TensorReader
 from largemerge.checkpoint.writer import why_unmergeable
 from largemerge.distributed.ranks import Ranks
 from largemerge.errors import CheckpointError
-from largemerge.log import stage
 from largemerge.output import OutputFolder, PartKind
+from largemerge.units import counted
+from largemerge.weight_matching.descent import Descended, axes_of, descend, inside_axes, joined_axes, round_parts
 from largemerge.weight_matching.matching import GAIN, MAX_ROUNDS, Vectors, match_family, value_of
-from largemerge.weight_matching.permuted import Axes
+from largemerge.weight_matching.parts import Parts
+from largemerge.weight_matching.permuted import Axes, PermutedReader
 from largemerge.weight_matching.plan import AlignPlan, BlockPlan, ModelPlan
-from largemerge.weight_matching.units import Choice, Family, Slot, identity_of
+from largemerge.weight_matching.units import Family, Slot, encoded, identity_of
 
 _PART = "alignment"
+
+Readers = Callable[[str], tuple[TensorReader, TensorReader]]
+"""Opens readers of a model and of its reference."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,18 @@ class Matched:
     Attributes:
         axes: Model → what of it is permuted, by names on disk.
         report: Model → block → what was found there, as plain JSON values.
+        streams: Model → residual stream → what was found there; of models whose streams are permuted.
     """
 
     axes: Mapping[str, Axes]
     report: Mapping[str, Mapping[str, Any]]
+    streams: Mapping[str, Mapping[str, Any]]
 
     def to_json(self, plan: AlignPlan) -> dict[str, Any]:
         """What the report of a merge says of it."""
-        return {"reference": plan.reference, "models": {name: dict(blocks) for name, blocks in self.report.items()}}
+        models = {name: dict(blocks) for name, blocks in self.report.items()}
+        streams = {"residual_streams": {name: dict(of) for name, of in self.streams.items()}} if self.streams else {}
+        return {"reference": plan.reference, "models": models, **streams}
 
 
 def rows_of(aligned: Mapping[str, Any], short: Callable[[str], str] = str) -> Iterator[tuple[str, str]]:
@@ -61,6 +70,12 @@ def rows_of(aligned: Mapping[str, Any], short: Callable[[str], str] = str) -> It
             f"to {short(aligned['reference'])}: {moved} of {total} neurons and heads change places; cosine of the "
             f"weights {before:.4f} before, {after:.4f} after",
         )
+        for stream, found in aligned.get("residual_streams", {}).get(name, {}).items():
+            yield (
+                f"residual stream of {short(name)}",
+                f"{stream}: {found['moved']} of {found['size']} features change places; cosine of its weights "
+                f"{found['before']:.4f} before, {found['after']:.4f} after, {counted(found['rounds'], 'round')}",
+            )
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -68,8 +83,13 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def part_names(plan: AlignPlan) -> list[str]:
-    """Lists what the journal calls the blocks of all models."""
-    return [f"{_PART}: {name}: {block.name}" for name, model in plan.models.items() for block in model.blocks]
+    """Lists what the journal may call what is found for all models."""
+    names: list[str] = []
+    for name, model in plan.models.items():
+        blocks = [block.name for block in model.blocks]
+        prefix = f"{_PART}: {name}"
+        names += round_parts(prefix, blocks) if model.streams else [f"{prefix}: {block}" for block in blocks]
+    return names
 
 
 def journal_kind(plan: AlignPlan, working: Path) -> PartKind:
@@ -89,45 +109,70 @@ def match_models(plan: AlignPlan, folder: OutputFolder, ranks: Ranks, *, quiet: 
     Raises:
         CheckpointError: If a tensor holds NaN or infinity.
     """
-    every = [(name, block) for name, model in plan.models.items() for block in model.blocks]
-    names = part_names(plan)
-    missing = [number for number, part in enumerate(names) if part not in folder.entries]
+    parts = Parts(folder, ranks, quiet)
     with ExitStack() as stack, ranks.busy():
-        readers: dict[str, tuple[TensorReader, TensorReader]] = {}
+        opened: dict[str, tuple[TensorReader, TensorReader]] = {}
 
-        def match(number: int) -> dict[str, Any]:
-            name, block = every[number]
-            if ranks.is_first and not quiet:
-                stage(f"aligning {block.name}")
-            if name not in readers:
+        def readers(name: str) -> tuple[TensorReader, TensorReader]:
+            if name not in opened:
                 model = plan.models[name]
                 ours, theirs = model.adapters
-                readers[name] = (
+                opened[name] = (
                     stack.enter_context(open_reader(model.model.checkpoint, ours)),
                     stack.enter_context(open_reader(model.reference.checkpoint, theirs)),
                 )
-            return match_block(plan.models[name], block, *readers[name])
+            return opened[name]
 
-        for start in range(0, len(missing), ranks.size):
-            at_once = missing[start : start + ranks.size]
-            own = at_once[ranks.rank] if ranks.rank < len(at_once) else None
-            gathered = ranks.gather(match(own) if own is not None else {})
-            for number, entry in zip(at_once, gathered, strict=False):
-                if ranks.is_first:
-                    folder.record(names[number], entry)
-                folder.entries[names[number]] = entry
-    axes: dict[str, dict[str, Mapping[int, torch.Tensor]]] = {name: {} for name in plan.models}
-    report: dict[str, dict[str, Any]] = {name: {} for name in plan.models}
-    for (name, block), part in zip(every, names, strict=True):
-        entry = folder.entries[part]
-        mapping = plan.models[name].model.mapping
-        changed = block.axes(_choices(block, entry))
-        axes[name] |= {mapping.renamed[parameter]: of for parameter, of in changed.items()}
-        report[name][block.name] = entry
-    return Matched(axes, report)
+        found = _match_blocks(plan, parts, readers)
+        for name, model in plan.models.items():
+            if model.streams:
+                found[name] = _descend(name, model, parts, partial(readers, name))
+    axes = {
+        name: joined_axes(inside_axes(model, found[name].blocks), axes_of(model, found[name].orders))
+        for name, model in plan.models.items()
+    }
+    report = {name: dict(found[name].blocks) for name in plan.models}
+    streams = {name: dict(found[name].streams) for name, model in plan.models.items() if model.streams}
+    return Matched(axes, report, streams)
 
 
-def match_block(plan: ModelPlan, block: BlockPlan, ours: TensorReader, theirs: TensorReader) -> dict[str, Any]:
+def _match_blocks(plan: AlignPlan, parts: Parts, readers: Readers) -> dict[str, Descended]:
+    """Matches the blocks of all models whose streams stay, which the ranks share."""
+    every = [(name, block) for name, model in plan.models.items() if not model.streams for block in model.blocks]
+
+    def match(number: int) -> dict[str, Any]:
+        name, block = every[number]
+        parts.tell(f"aligning {block.name}")
+        return match_block(plan.models[name], block, *readers(name))
+
+    entries = parts.share([f"{_PART}: {name}: {block.name}" for name, block in every], match)
+    found = {name: Descended({}, {}, {}) for name in plan.models}
+    for (name, block), entry in zip(every, entries, strict=True):
+        blocks = {**found[name].blocks, block.name: entry}
+        found[name] = replace(found[name], blocks=blocks)
+    return found
+
+
+def _descend(
+    name: str, model: ModelPlan, parts: Parts, readers: Callable[[], tuple[TensorReader, TensorReader]]
+) -> Descended:
+    """Matches the streams and the blocks of one model in turn, whose blocks the ranks share in each round."""
+
+    def match_blocks(part: str, told: str, fixed: Axes) -> dict[str, Any]:
+        def match(number: int) -> dict[str, Any]:
+            block = model.blocks[number]
+            parts.tell(f"aligning {block.name}{told}")
+            return match_block(model, block, *readers(), fixed)
+
+        entries = parts.share([f"{part}: {block.name}" for block in model.blocks], match)
+        return {block.name: entry for block, entry in zip(model.blocks, entries, strict=True)}
+
+    return descend(f"{_PART}: {name}", model, parts, readers, match_blocks)
+
+
+def match_block(
+    plan: ModelPlan, block: BlockPlan, ours: TensorReader, theirs: TensorReader, fixed: Axes = MappingProxyType({})
+) -> dict[str, Any]:
     """Matches one block, family by family; those that share a matrix in turn, until nothing improves.
 
     Args:
@@ -135,19 +180,20 @@ def match_block(plan: ModelPlan, block: BlockPlan, ours: TensorReader, theirs: T
         block: The block.
         ours: Reader of the model.
         theirs: Reader of the reference.
+        fixed: What of the model is permuted as well: its residual streams.
 
     Returns:
         What the journal and the report have of it.
     """
-    work = _BlockMatch(plan, block, ours, theirs)
+    work = _BlockMatch(plan, block, PermutedReader(ours, fixed) if fixed else ours, theirs)
     rounds = work.run()
     families = {
         family.name: {
             "size": family.size,
             "moved": choice.num_moved,
             "rounds": max(rounds, inside),
-            "members": _encoded(choice.members),
-            "inner": {each.name: _encoded(own) for each, own in zip(family.inner, choice.inner, strict=True)},
+            "members": encoded(choice.members),
+            "inner": {each.name: encoded(own) for each, own in zip(family.inner, choice.inner, strict=True)},
         }
         for family, choice, inside in zip(block.units.families, work.choices, work.rounds, strict=True)
     }
@@ -282,28 +328,3 @@ def _square(family: Family, vectors: Vectors) -> float:
         float(vectors[slot][places_NR.flatten()].square().sum(dtype=torch.float64))
         for slot, places_NR in family.places.items()
     )
-
-
-def _encoded(numbers: torch.Tensor) -> str:
-    """Writes whole numbers as base64 of little-endian 32-bit numbers; nothing for those that are in order."""
-    if torch.equal(numbers, torch.arange(numbers.shape[-1]).expand_as(numbers)):
-        return ""
-    return base64.b64encode(numbers.numpy().astype("<i4").tobytes()).decode()
-
-
-def _decoded(text: str, *shape: int) -> torch.Tensor:
-    """Reads what `_encoded` wrote."""
-    if not text:
-        return torch.arange(shape[-1]).expand(shape).clone()
-    numbers = np.frombuffer(base64.b64decode(text), dtype="<i4").astype(np.int64)
-    return torch.from_numpy(numbers.reshape(shape))
-
-
-def _choices(block: BlockPlan, entry: Mapping[str, Any]) -> list[Choice]:
-    """Reads the choices of a block from its entry in the journal."""
-    choices = []
-    for family in block.units.families:
-        own = entry["families"][family.name]
-        inner = tuple(_decoded(own["inner"][each.name], family.size, each.size) for each in family.inner)
-        choices.append(Choice(_decoded(own["members"], family.size), inner))
-    return choices

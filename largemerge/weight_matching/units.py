@@ -7,10 +7,12 @@ Choice     which member, and which part inside it, comes to each place ──►
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -24,6 +26,18 @@ class Slot(NamedTuple):
 
     path: str
     side: str
+
+
+class Tensor(NamedTuple):
+    """A parameter, and a dimension of it that is permuted.
+
+    Attributes:
+        name: Its name in the class.
+        axis: The dimension.
+    """
+
+    name: str
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -175,3 +189,18 @@ def random_choice(family: Family, generator: torch.Generator) -> Choice:
         for each in family.inner
     )
     return Choice(members, inner)
+
+
+def encoded(numbers: torch.Tensor) -> str:
+    """Writes whole numbers as base64 of little-endian 32-bit numbers; nothing for those that are in order."""
+    if torch.equal(numbers, torch.arange(numbers.shape[-1]).expand_as(numbers)):
+        return ""
+    return base64.b64encode(numbers.numpy().astype("<i4").tobytes()).decode()
+
+
+def decoded(text: str, *shape: int) -> torch.Tensor:
+    """Reads what `encoded` wrote."""
+    if not text:
+        return torch.arange(shape[-1]).expand(shape).clone()
+    numbers = np.frombuffer(base64.b64decode(text), dtype="<i4").astype(np.int64)
+    return torch.from_numpy(numbers.reshape(shape))

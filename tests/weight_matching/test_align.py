@@ -12,68 +12,16 @@ import tiny_models
 import torch
 import transformers
 from cases import exit_code, names_in, report_of, weights_in, write_case
+from permuted_models import assert_same, load, merge_of, outputs, saved, write_permuted
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 import largemerge
-from largemerge.checkpoint.index import open_checkpoint
 from largemerge.weight_matching import run
-from largemerge.weight_matching.plan import AlignPlan, plan_alignment
-from largemerge.weight_matching.units import random_choice
 
 FAST = ["llama", "gpt2", "t5"]
 FAMILIES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in tiny_models.ARCHITECTURES]
 LEAST_MOVED = {"mixtral": 3, "olmo2": 3}
 """Tensors of a block that are permuted at least; 4 where nothing is said."""
-
-
-def plan_of(*folders: Path) -> AlignPlan:
-    """What is permuted in all models but the first, which they are brought close to."""
-    opened = {str(folder): open_checkpoint(folder, folder.name) for folder in folders}
-    return plan_alignment(opened, {}, str(folders[0]))
-
-
-def load(folder: Path) -> PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
-
-
-def write_permuted(folder: Path, out: Path, noise: float = 0.0) -> Path:
-    """Saves a model with all its neurons and heads in random places, and with a little noise if asked for."""
-    loaded = load(folder)
-    loaded.save_pretrained(out)
-    (model,) = plan_of(folder, out).models.values()
-    generator = torch.Generator().manual_seed(0)
-    state = loaded.state_dict()
-    for name, parameter in loaded.named_parameters():
-        state[name].add_(torch.randn(parameter.shape, generator=generator) * noise)
-    for block in model.blocks:
-        choices = [random_choice(family, generator) for family in block.units.families]
-        for name, axes in block.axes(choices).items():
-            for axis, index in axes.items():
-                state[name].copy_(state[name].index_select(axis, index))
-    loaded.save_pretrained(out)
-    return out
-
-
-def outputs(model: PreTrainedModel, kind: str) -> list[torch.Tensor]:
-    """All numbers that a model returns."""
-    with torch.no_grad():
-        found = model(**tiny_models.inputs(kind, 2, 7))
-    return [x for x in found.to_tuple() if isinstance(x, torch.Tensor)]
-
-
-def assert_same(expected: Path, found: Path) -> None:
-    """All tensors of two folders are the same, bit for bit."""
-    theirs = weights_in(found)
-    assert theirs.keys() == weights_in(expected).keys()
-    for name, tensor in weights_in(expected).items():
-        assert torch.equal(theirs[name], tensor), name
-
-
-def merge_of(*folders: Path, **more: Any) -> dict[str, Any]:
-    models = [{"model": str(folder), "parameters": {"weight": 1 / len(folders)}} for folder in folders]
-    return {"merge_method": "linear", "models": models, "align": "weights", **more}
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -153,20 +101,6 @@ def test_regression_methods_run_the_models_in_their_new_order(tmp_path: Path) ->
             largemerge.plan({**case.config, key: value})
     with pytest.raises(largemerge.ConfigError, match="align: is for merges"):
         largemerge.gram(case.config, tmp_path / "grams")
-
-
-def saved(folder: Path, family: str, task: str, **config: Any) -> Path:
-    """Saves a small model of a class, all of its vectors made up."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "pad_token_id": 0}
-    own = getattr(transformers, f"{family}Config")(**{**sizes, **heads, **config})
-    torch.manual_seed(sum(map(ord, folder.name)))
-    model = getattr(transformers, f"{family}{task}")(own)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.add_(torch.rand_like(parameter))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
