@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from largemerge import matmul as module
 from largemerge.matmul import add_product_, faster_linear, product
@@ -53,7 +56,30 @@ def test_a_faster_linear_gives_the_same(bias: bool, library: None) -> None:
         if faster is not None:
             torch.testing.assert_close(faster(x), linear(x), rtol=1e-5, atol=1e-5)
     assert (faster is not None) == module.has_onednn()
-    assert faster_linear(linear, torch.bfloat16, CPU) is None
+    assert faster_linear(linear, torch.float64, CPU) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_linears_of_16_bits_go_through_float32(
+    bias: bool, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "lacks_products", lambda each: each.itemsize == 2)
+    monkeypatch.setattr(module, "_PART_ELEMENTS", 70 * 50)
+    linear: Any = torch.nn.Linear(70, 80, bias=bias) if kind == "linear" else Conv1D(80, 70)
+    torch.nn.init.normal_(linear.weight)
+    linear.to(dtype).requires_grad_(False)
+    faster = faster_linear(linear, dtype, CPU)
+    assert faster is not None
+    for tokens in (5, 500):
+        x = torch.randn(2, tokens, 140)[..., ::2].to(dtype)
+        weight_OI = linear.weight.double() if kind == "linear" else linear.weight.double().T
+        exact = x.double() @ weight_OI.T + (linear.bias.double() if linear.bias is not None else 0.0)
+        torch.testing.assert_close(faster(x), exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+        assert faster(x).shape == (2, tokens, 80)
+    monkeypatch.setattr(module, "lacks_products", lambda _: False)
+    assert faster_linear(linear, dtype, CPU) is None
 
 
 def test_double_precision_and_subclasses_are_left_to_torch() -> None:

@@ -192,7 +192,8 @@ class Merger:
             method = METHODS[task.instead or self._name]
             access, prepare = select_formula(method, task.shared, falls_back=bool(task.fallback_reason))
             device = self._accelerator.device_of(self._name, task) if merges_by_formula(self._name, task) else CPU
-            load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device)
+            checked = merges_by_formula(self._name, task) or method.chooses_elements
+            load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device, checked=checked)
             with self._accelerator.stream():
                 merge = prepare(access.first_pass(load.pieces) if access.first_pass is not None else None)
                 measure = self._measurement.sums if self._measurement is not None and not task.instead else None
@@ -415,7 +416,7 @@ class TwoPassMerge:
             def scaled() -> Iterator[torch.Tensor]:
                 for rows, piece in zip(load.cuts, load.pieces(), strict=True):
                     delta = self.scratch.read(task.name, rows if task.shape else None)
-                    yield delta.mul_(factor).add_(piece.origin)
+                    yield delta.view_as(piece.origin).mul_(factor).add_(piece.origin)
 
             with as_merge_error(task, self._name, self._readers), self._accelerator.stream():
                 if task.post is not None:

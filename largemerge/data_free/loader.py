@@ -22,6 +22,7 @@ from typing import overload
 import torch
 
 from largemerge.checkpoint.reader import TensorReader
+from largemerge.checkpoint.writer import NotFiniteError, not_finite
 from largemerge.data_free.methods.base import Access, Cut, Piece, rows_of_pieces
 from largemerge.data_free.methods.post import post_bytes
 from largemerge.data_free.methods.table import METHODS
@@ -86,6 +87,7 @@ class PieceLoader:
         seed: Seed of random numbers.
         kept_bytes: The most bytes of all models' tensors that are kept between two passes.
         device: Device of the pieces.
+        checked: Whether NaN and infinity are looked for in what is read, since the method might leave them out.
     """
 
     def __init__(
@@ -96,8 +98,11 @@ class PieceLoader:
         seed: int,
         kept_bytes: int = 0,
         device: torch.device = CPU,
+        *,
+        checked: bool = False,
     ) -> None:
         self._task, self._readers, self._seed, self._access, self._device = task, readers, seed, access, device
+        self._checked = checked
         self.cuts = rows_of_pieces(task.shape, access.cut)
         rows = task.token_rows
         self._tokens = TokenReader(rows, task.inputs, readers, task.dtype) if rows is not None else None
@@ -152,6 +157,9 @@ class PieceLoader:
         again = again or (self._task.post is not None and source in self._task.post.read_candidates)
         with release_slot(self._task.num_elements):
             tensor = self._readers[model].read(key, None if whole else rows, again=again)
+        found = not_finite(tensor) if self._checked else None
+        if found is not None:
+            raise NotFiniteError(self._task.name, f"{found} in what is merged")
         tensor = tensor.to(self._device).to(dtype or self._task.dtype)
         if self._task.inputs_first:
             return tensor.T

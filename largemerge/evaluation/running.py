@@ -25,10 +25,11 @@ from largemerge.checkpoint.tensor_info import Tensors
 from largemerge.errors import LargemergeError, MergeError
 from largemerge.evaluation.models import OpenedModel
 from largemerge.evaluation.task import Generating, Samples
+from largemerge.matmul import faster_linear
 from largemerge.model.block_runner import BlockId, BlockRunner
 from largemerge.model.forward import call_model
 from largemerge.model.hidden_states import DiskStore, HiddenStates, MemoryStore, Store
-from largemerge.model.skeleton import assign_tensors
+from largemerge.model.skeleton import assign_tensors, linears_in
 from largemerge.model.trace import trace_model
 from largemerge.text_files import first_line
 
@@ -113,6 +114,12 @@ class Whole:
             if name not in model.mapping.aliases:
                 for path, tensor in model.load([name], reader).items():
                     assign_tensors(model.skeleton, {path: _cast(tensor, model, device)})
+        self._faster: list[Any] = []
+        for linear in linears_in(module).values():
+            faster = faster_linear(linear, model.files.compute_dtype, device)
+            if faster is not None:
+                linear.forward = faster
+                self._faster.append(linear)
         for part in module.modules():
             for key, buffer in part._buffers.items():
                 if buffer is not None:
@@ -141,6 +148,8 @@ class Whole:
         """Frees the weights; buffers stay real, as no file may have them when the model is run again."""
         buffers = [(part, dict(part._buffers)) for part in self.module.modules()]
         self.module.to("meta")
+        for linear in self._faster:
+            del linear.forward
         for part, own in buffers:
             part._buffers.update({key: None if each is None else each.cpu() for key, each in own.items()})
 

@@ -11,6 +11,7 @@ import torch
 from cases import weights_in
 from data_free_cases import NUM_LAYERS, Config, config_of, load, weighted, write_models
 from safetensors.torch import save_file
+from transformers import CLIPModel
 
 import largemerge
 from largemerge import LargemergeError
@@ -66,6 +67,20 @@ def test_any_architecture(tmp_path: Path, architecture: str) -> None:
             expected = sum(w * model[name].double() for w, model in zip([0.5, 0.3, 0.2], models, strict=True))
             assert (tensor.double() - expected).norm() <= 1e-6 * expected.norm() + 1e-9, name
     load(tmp_path / "out", type(tiny_models.ARCHITECTURES[architecture].build()))
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.global_scale is not None])
+def test_numbers_without_dimensions_in_two_passes(tmp_path: Path, method: str) -> None:
+    write_models(tmp_path, "clip")
+    largemerge.merge(config_of(tmp_path, method, base_model=str(tmp_path / "model0")), tmp_path / "out")
+    out, base, *others = (weights_in(tmp_path / name) for name in ("out", "model0", "model1", "model2", "model3"))
+    assert out["logit_scale"].shape == ()
+    factors = []
+    for name in ("logit_scale", "text_model.final_layer_norm.bias"):
+        total = sum(other[name] - base[name] for other in others)
+        factors.append(((out[name] - base[name]) / total).reshape(-1))
+    torch.testing.assert_close(factors[1], factors[0].expand_as(factors[1]), rtol=1e-3, atol=0)
+    load(tmp_path / "out", CLIPModel)
 
 
 def test_task_negation_unlearns(tmp_path: Path) -> None:

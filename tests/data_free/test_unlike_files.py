@@ -6,6 +6,7 @@ What is right is computed from the models as Transformers loads them, whatever t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import largemerge
 from largemerge import LargemergeError, MergeError
+from largemerge.data_free.methods.table import METHODS
 
 Rename = Callable[[str], str]
 VL_TEXT = tiny_models.LLM | {
@@ -541,6 +543,27 @@ def test_what_is_not_finite_is_refused_with_model_and_tensor(tmp_path: Path, val
     with pytest.raises(MergeError, match=f"model.norm.weight: linear: .*{found}: .*b holds {found} in model.norm"):
         largemerge.merge(linear(a, b), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "method", [name for name, row in METHODS.items() if row.chooses_elements or row.matrix_formula is not None]
+)
+def test_methods_that_choose_or_factor_leave_nothing_out_unnoticed(tmp_path: Path, method: str, value: float) -> None:
+    folders = [llama(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    key = "model.layers.0.mlp.up_proj.weight"
+
+    def broken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[key][1, 2] = value
+        return tensors
+
+    rewrite_weights(folders[1], broken)
+    row = METHODS[method]
+    given = {name: 0.5 for name in ("weight", "density") if name in row.per_model}
+    models = [{"model": str(folder), "parameters": given} for folder in folders[1:]]
+    config = {"merge_method": method, "models": models, "base_model": str(folders[0])}
+    with pytest.raises(MergeError, match=rf"{re.escape(key)}: .*b holds (NaN|infinity) in {re.escape(key)}"):
+        largemerge.merge(config, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -399,6 +399,11 @@ class Method:
     measurement: Measurement | None = None
     leads: bool = False
 
+    @property
+    def chooses_elements(self) -> bool:
+        """Whether single elements of a model may be left out, so that what is not finite among them would not show."""
+        return not {"density", "sparsity", "select_topk"}.isdisjoint((*self.per_model, *self.shared))
+
 
 def select_formula(
     method: Method, shared: Mapping[str, Any], *, falls_back: bool

@@ -23,6 +23,7 @@ UNLIMITED = "unlimited"
 
 _RIDGE = 1e-11  # of the mean diagonal element: what makes the minimum unique where it is not
 _SMALLEST_EIGENVALUE = 1e-12  # of the largest one: smaller ones count as 0
+_MAX_LENGTH = 10.0  # of what ACE merges, in lengths of all task vectors together
 _TINY = 1e-12  # keeps divisors and arguments of logarithms from 0
 
 
@@ -129,18 +130,25 @@ def ace(piece: Piece) -> torch.Tensor:
     belong to the `k_frac` largest singular values of M₀ + Σ Δ_i (Σ_i - ΣR_i/K), and s̄ is their mean; else M = M₀.
 
     As its authors' program has it, and a transcription of the paper's equations. The names of `eps` and `k_frac` and
-    all defaults are the program's; the threshold has no name there.
+    all defaults are the program's; the threshold has no name there. Models whose Δ̃_i is zeros add nothing and are no
+    task here: there, eps/t_i would be without bounds.
+
+    Raises:
+        FloatingPointError: If M is far longer than all Δ_i together, since eps/t_i is large.
     """
-    parameters, count = piece.shared, len(piece.tensors)
-    squares = torch.tensor([sum_of_squares(piece.task_vector(model)) for model in range(count)], dtype=FACTOR_DTYPE)
+    parameters = piece.shared
+    models = [model for model in range(len(piece.tensors)) if _centred(piece, model).any()]
+    count = len(models)
+    if not models:
+        return piece.origin.to(torch.float32, copy=True)
+    squares = torch.tensor([sum_of_squares(piece.task_vector(model)) for model in models], dtype=FACTOR_DTYPE)
     unlike = _heterogeneity(squares) > parameters["heterogeneity"]
     outputs, inputs = piece.origin.shape
     sums_II = piece.origin.new_zeros(inputs, inputs, dtype=FACTOR_DTYPE)
     right_OI, total_OI, extra_OI = (piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE) for _ in range(3))
     ridges = 0.0
-    for model in range(count):
-        delta = piece.task_vector(model).to(FACTOR_DTYPE)
-        centred = delta - delta.mean(dim=0, keepdim=True)
+    for model in models:
+        delta, centred = piece.task_vector(model).to(FACTOR_DTYPE), _centred(piece, model)
         gram_II = gram(centred)
         trace = gram_II.trace().item() + _TINY
         ridge = parameters["eps"] / trace if unlike else parameters["eps"]
@@ -158,8 +166,21 @@ def ace(piece: Piece) -> torch.Tensor:
         fused_OI = merged_OI + extra_OI - total_OI @ sums_II / count
         u_OR, s_R, v_IR = singular_vectors(fused_OI.to(torch.float32), int(min(outputs, inputs) * parameters["k_frac"]))
         merged_OI += (u_OR @ v_IR.T).mul_(s_R.mean().item() if len(s_R) else 0.0)
+    length = merged_OI.norm().item() / squares.sqrt().sum().item()
+    if unlike and length > _MAX_LENGTH:
+        raise FloatingPointError(
+            f"what is merged is {length:.3g} times as long as all task vectors together, since eps, "
+            f"{parameters['eps']:g}, is large beside the shortest one's ‖Δ‖², {squares.min().item():.3g}; expected a "
+            "smaller eps, or a larger heterogeneity, above which tasks are unlike"
+        )
     merged: torch.Tensor = merged_OI.mul_(parameters["scaling_coefficient"]).to(torch.float32)
     return merged.add_(piece.origin)
+
+
+def _centred(piece: Piece, model: int) -> torch.Tensor:
+    """Computes Δ̃_i `[O, I]`, float64."""
+    delta = piece.task_vector(model).to(FACTOR_DTYPE)
+    return delta.sub_(delta.mean(dim=0, keepdim=True))
 
 
 def _heterogeneity(squares_K: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ from largemerge.checkpoint.reader import read_rate
 from largemerge.checkpoint.writer import write_rate
 from largemerge.config_file import shown
 from largemerge.errors import ConfigError, shorten
-from largemerge.matmul import product
+from largemerge.matmul import linear_product, product
 from largemerge.regression.gram import Gram, float32_means_float32
 from largemerge.regression.planning.cost import Links, Rates
 from largemerge.regression.planning.placement import Limits
@@ -221,7 +221,7 @@ def _compute_rates(shapes: ProbeShapes, device: torch.device, samples: int) -> R
     large = torch.empty(16 << 20, dtype=torch.uint8, device=device)
     with float32_means_float32():
         return Rates(
-            linear=2 * rows * inputs * outputs / _seconds(lambda: product(x_NI, weight_OI), device),
+            linear=2 * rows * inputs * outputs / _seconds(lambda: linear_product(x_NI, weight_OI), device),
             gram=rows * size**2 / _seconds(lambda: gram.add_rows(x_NS), device),
             product=2 * size**3 / _seconds(lambda: product(left_SS, system_SS), device),
             cholesky=size**3 / 3 / _seconds(lambda: cholesky_(work_SS.copy_(system_SS)), device),

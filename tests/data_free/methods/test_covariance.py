@@ -113,3 +113,24 @@ def test_parameters_of_ace() -> None:
     options = {"eps": 0.1, "k_frac": 0.6, "heterogeneity": 0.0, "scaling_coefficient": 0.5}
     check(merge_tensors("ace", tensors, base, **options), base, expected, 1e-4)
     assert torch.isfinite(merge_tensors("ace", tensors[:1], base)).all()
+
+
+@pytest.mark.parametrize("heterogeneity", [0.0, 0.3])
+def test_models_that_left_a_matrix_as_it_was_add_nothing_to_ace(heterogeneity: float) -> None:
+    base, tensors = models(2, (30, 20))
+    expected = merge_tensors("ace", tensors, base, heterogeneity=heterogeneity)
+    for unchanged in ([base], [base, base]):
+        found = merge_tensors("ace", [*tensors, *unchanged], base, heterogeneity=heterogeneity)
+        assert torch.equal(found, expected)
+    alone = merge_tensors("ace", [base, tensors[0]], base, heterogeneity=heterogeneity)
+    assert torch.equal(alone, merge_tensors("ace", tensors[:1], base, heterogeneity=heterogeneity))
+    assert torch.equal(merge_tensors("ace", [base, base], base, heterogeneity=heterogeneity), base)
+
+
+def test_ace_refuses_what_its_eps_would_blow_up() -> None:
+    base, tensors = models(2, (30, 20))
+    tensors[1] = base + 1e-4 * (tensors[1] - base)
+    with pytest.raises(FloatingPointError, match="times as long as all task vectors together, since eps"):
+        merge_tensors("ace", tensors, base)
+    merged = merge_tensors("ace", tensors, base, eps=1e-12)
+    assert (merged - base).norm() < 3 * (tensors[0] - base).norm()
