@@ -100,10 +100,10 @@ def kept(matrix: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def elected(matrices: Deltas, weights: list[float], *, normalize: bool) -> torch.Tensor:
-    """Adds up elements that have the sign of the weighted sum."""
+    """Adds up elements that have the sign of the weighted sum, and divides by the magnitudes of their weights."""
     weighted = torch.stack([weight * matrix for weight, matrix in zip(weights, matrices, strict=True)])
     agree = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
-    divisor = (torch.tensor(weights, dtype=torch.float64).view(-1, 1, 1) * agree).sum(0) if normalize else 1.0
+    divisor = (torch.tensor(weights, dtype=torch.float64).abs().view(-1, 1, 1) * agree).sum(0) if normalize else 1.0
     divisor = torch.where(divisor == 0, 1.0, divisor) if normalize else 1.0
     return (weighted * agree).sum(0) / divisor
 

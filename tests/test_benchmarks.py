@@ -125,6 +125,12 @@ def test_timeline(tmp_path: Path, merge_yaml: Path) -> None:
 
 
 @pytest.mark.slow
+def test_many_tensors(tmp_path: Path) -> None:
+    lines = run("many_tensors.py", "--quick", "--repeats", "1", "--methods", "linear", "--work", tmp_path, cwd=tmp_path)
+    assert [(row["num_many"], row["num_few"]) for row in result(lines, "many_tensors")["rows"]] == [(45, 21), (48, 12)]
+
+
+@pytest.mark.slow
 def test_mergekit_yaml(tmp_path: Path) -> None:
     lines = run("mergekit_yaml_parity.py", "--no-peer", "--quick", "--work", tmp_path, cwd=tmp_path)
     assert [row["tokens"] for row in result(lines, "mergekit_yaml_parity")["rows"]] == [311, 344]

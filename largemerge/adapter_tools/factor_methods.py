@@ -73,7 +73,7 @@ def knots(parts: Sequence[Scaled], parameters: Mapping[str, Any]) -> Product:
         [ΔW_1 | … | ΔW_K] = U S [V_1ᵀ | … | V_Kᵀ]     UᵀΔW_i = S V_iᵀ  [R, I], R ≤ M
 
     TIES keeps the `density` of largest elements of every UᵀΔW_i, weighs them, and adds up those that have the sign of
-    their sum, divided by the sum of their weights if `normalize` is on. U comes from factors alone:
+    their sum, divided by Σ |w_i| over these if `normalize` is on. U comes from factors alone:
 
         [s_1 B_1, …, s_K B_K] = Q [R_1, …, R_K]       A_iᵀ = P_i T_i       ΔW_i = Q (R_i T_iᵀ) P_iᵀ
         U = Q W,  W the left singular vectors of [R_1 T_1ᵀ, …, R_K T_Kᵀ]  [M, M]

@@ -160,7 +160,7 @@ def merge_adapters(
     tensors = {name: tensor for module in modules for name, tensor in module.tensors(dtype).items()}
     shard = layout_file(WEIGHTS_FILE, tensors)
     check_room(out, shard)
-    notes = list(dict.fromkeys([*_notes(adapters, modules), *_base_notes(config, adapters, base), *_undivided(config)]))
+    notes = list(dict.fromkeys([*_notes(adapters, modules), *_base_notes(config, adapters, base)]))
     rank = max(module.rank for module in modules)
     tell(console, f"{counted(len(modules), 'module')} at rank {rank}: adapter of {gib(shard.num_bytes)}")
     for note in notes:
@@ -441,14 +441,6 @@ def _base_notes(config: AdapterMergeConfig, adapters: Sequence[OpenAdapter], bas
         f"of rows are those of {base.name}"
     )
     yield from base.notes
-
-
-def _undivided(config: AdapterMergeConfig) -> Iterator[str]:
-    """Yields that weights which add up to 0 divide nothing."""
-    weights = [entry.parameters.weight for entry in config.models]
-    if _parameters(config).get("normalize") and abs(sum(weights)) < 1e-8:
-        told = ", ".join(f"{weight:g}" for weight in weights)
-        yield f"warning: weight: {told} add up to 0: where all adapters agree, the sum is not divided by it"
 
 
 def _checkpoints(base: Base | None) -> list[Checkpoint]:

@@ -321,10 +321,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         largemerge.merge_adapters(path, "")
 
 
-def test_weights_that_add_up_to_nothing_are_told(tmp_path: Path) -> None:
-    write_adapters(tmp_path, "plain", "rslora")
-    report = largemerge.merge_adapters(config_of(tmp_path, "knots", [1, -1]), tmp_path / "out")
-    assert any(note.startswith("warning: weight: 1, -1 add up to 0") for note in report.notes)
+def test_a_negative_weight_subtracts_by_knots(tmp_path: Path) -> None:
+    base = write_adapters(tmp_path, "plain", "rslora")
+    largemerge.merge_adapters(config_of(tmp_path, "knots", [-1, -1]), tmp_path / "less")
+    largemerge.merge_adapters(config_of(tmp_path, "knots", [1, 1]), tmp_path / "more")
+    less, more = (deltas(base, tmp_path / name) for name in ("less", "more"))
+    assert all(torch.allclose(less[key], -tensor, atol=1e-6) for key, tensor in more.items())
 
 
 def test_adapters_of_other_shapes_are_refused(tmp_path: Path) -> None:

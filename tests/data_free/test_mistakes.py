@@ -255,7 +255,8 @@ def test_parameters_that_leave_no_number(
         ("nuslerp", {}, [1, -1], "warning: weight: 1, -1 add up to 0: both models count half, as in mergekit"),
         ("iso_c", {"scaling_factor": 0}, [], "warning: scaling_factor: 0: the base as it is"),
         ("dc_merge", {"alpha": 0}, [], "warning: alpha: 0: the base as it is"),
-        ("knots", {}, [1, -1], "warning: weight: 1, -1 add up to 0: the sum is not divided by it"),
+        ("task_arithmetic", {"normalize": True}, [1, -2], "warning: weight: 1, -2 add up to less than 0, and 'normal"),
+        ("ties", {}, [1, -0.5], "warning: weight: 1, -0.5: 'normalize' divides by the sum of the weights that agree"),
         ("task_simplex", {"lambda": 0}, [1, 1], "warning: lambda: 0: the base as it is"),
     ],
 )

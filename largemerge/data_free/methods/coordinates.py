@@ -37,8 +37,8 @@ def knots(piece: Piece) -> torch.Tensor:
         [Δ_1 | … | Δ_K] = U S [V_1ᵀ | … | V_Kᵀ]     C_i = S V_iᵀ = UᵀΔ_i  [R, I]
 
     TIES keeps the `density` of largest elements of every C_i, weighs them, and adds up those that have the sign of
-    their sum, divided by the sum of their weights if `normalize` is on. U are the eigenvectors of Σ Δ_i Δ_iᵀ, of all
-    eigenvalues that do not count as 0.
+    their sum, divided by Σ |w_i| over these if `normalize` is on: a negative weight subtracts. U are the eigenvectors
+    of Σ Δ_i Δ_iᵀ, of all eigenvalues that do not count as 0.
 
     The paper merges adapters, whose task vectors have a few directions each; of full task vectors U turns all outputs.
     Its program keeps the largest elements of the whole model, has one weight for all, and merges nothing but weight
@@ -65,13 +65,13 @@ def knots(piece: Piece) -> torch.Tensor:
 
 
 def weighted_task_vectors(piece: Piece) -> torch.Tensor:
-    """Computes W_0 + lambda · Σ w_i Δ_i, divided by Σ w_i if `normalize` is on: of tensors that are no matrices."""
+    """Computes W_0 + lambda · Σ w_i Δ_i, divided by Σ |w_i| if `normalize` is on: of tensors that are no matrices."""
     total = torch.zeros(piece.origin.shape, dtype=torch.float32, device=piece.origin.device)
     weights = piece.per_model["weight"]
     for model, weight in enumerate(weights):
         total.add_(piece.task_vector(model), alpha=weight)
-    divisor = sum(weights) if piece.shared["normalize"] else 1.0
-    divisor = divisor if abs(divisor) >= _SMALLEST_DIVISOR else 1.0
+    divisor = sum(map(abs, weights)) if piece.shared["normalize"] else 1.0
+    divisor = divisor if divisor >= _SMALLEST_DIVISOR else 1.0
     return total.mul_(piece.shared["lambda"] / divisor).add_(piece.origin)
 
 
@@ -125,7 +125,7 @@ class Election:
 
     def __init__(self) -> None:
         self._sums: list[torch.Tensor] = []  # of what is positive, of what is negative
-        self._weights: list[torch.Tensor] = []  # of the models that these are of
+        self._weights: list[torch.Tensor] = []  # of the models that these are of, without their signs
 
     def add(self, matrix: torch.Tensor, weight: float = 1.0) -> None:
         """Adds weight · matrix, which is changed in place."""
@@ -133,15 +133,15 @@ class Election:
             self._sums, self._weights = ([torch.zeros_like(matrix) for _ in range(2)] for _ in range(2))
         if weight != 1:
             matrix.mul_(weight)
-        self._weights[0].add_(matrix > 0, alpha=weight)
-        self._weights[1].add_(matrix < 0, alpha=weight)
+        self._weights[0].add_(matrix > 0, alpha=abs(weight))
+        self._weights[1].add_(matrix < 0, alpha=abs(weight))
         self._sums[0].add_(matrix.clamp(min=0))
         self._sums[1].add_(matrix.clamp_(max=0))
 
     def result(self, *, normalize: bool) -> torch.Tensor:
-        """Returns the sums, divided by the sums of weights if asked for; may be called once.
+        """Returns the sums, divided by the sums of the weights' magnitudes if asked for; may be called once.
 
-        Where the sum of weights is 0, nothing is divided; where the sum of all elements is 0, the result is.
+        Where no model agrees, nothing is divided; where the sum of all elements is 0, the result is.
         """
         positive, negative = self._sums
         total = positive + negative

@@ -82,7 +82,7 @@ def _task_vector_method(
         kinds={name: kinds.get(name, _FACTOR) for name in ("normalize", "rescale", "lambda", "int8_mask", *per_model)},
         conflict=_leaves_probabilities if sparsifier == "ranks" else _no_conflict,
         idle=_adds_nothing,
-        note=_undivided if not elects_sign else _no_conflict,
+        note=_added_by_election if elects_sign else _divided_by_sum,
     )
 
 
@@ -106,11 +106,30 @@ def _scales_by_nothing(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, A
     return "scale: 0" if per_model["scale"][0] == 0 else None
 
 
-def _undivided(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
-    """Says where weights add up to 0, by which task vectors are not divided, as in mergekit."""
-    if not shared["normalize"] or not any(per_model["weight"]) or not _cancel_out(per_model["weight"]):
+def _divided_by_sum(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
+    """Says where weights add up to 0, by which mergekit does not divide, or to less, which turns their signs."""
+    weights = per_model["weight"]
+    if not shared["normalize"] or not any(weights):
         return None
-    return f"weight: {_listed(per_model['weight'])} add up to 0: the sum is not divided by it, as in mergekit"
+    if _cancel_out(weights):
+        return f"weight: {_listed(weights)} add up to 0: the sum is not divided by it, as in mergekit"
+    if sum(weights) > 0:
+        return None
+    return (
+        f"weight: {_listed(weights)} add up to less than 0, and 'normalize' divides by it, as in mergekit: what has a "
+        "negative weight is added; normalize: false subtracts it"
+    )
+
+
+def _added_by_election(per_model: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> str | None:
+    """Says where the sum of the weights that agree may be negative, which turns their signs, as in mergekit."""
+    weights = per_model["weight"]
+    if not shared["normalize"] or min(weights) >= 0:
+        return None
+    return (
+        f"weight: {_listed(weights)}: 'normalize' divides by the sum of the weights that agree, as in mergekit: where "
+        "only negative ones do, their task vectors are added; normalize: false subtracts them"
+    )
 
 
 def _counts_as_equal(per_model: Mapping[str, Sequence[Any]], _: Mapping[str, Any]) -> str | None:
@@ -335,7 +354,6 @@ LITERATURE: dict[str, Method] = {
         per_model={"weight": 1.0, "density": 1.0},
         kinds={"normalize": _FLAG, "lambda": _FACTOR, "weight": _WEIGHT, "density": _SHARE},
         idle=_adds_nothing,
-        note=_undivided,
         matrix_formula=MatrixFormula(coordinates.weighted_task_vectors, "task arithmetic", _knots_bytes),
     ),
     "ip_merging": Method(
