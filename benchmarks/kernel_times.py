@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from floor import Kernel
-from largemerge.matmul import add_product_, product
+from largemerge.matmul import add_product_, linear_product, product
 from largemerge.regression.gram import Gram
 from largemerge.regression.solve import Factor, cholesky_, solve_
 
@@ -67,10 +67,7 @@ Ways = dict[str, tuple[Callable[[], object], float]]
 def _linear(kernel: Kernel) -> Ways:
     rows, inputs, outputs = kernel.shape
     x, weight = _random(rows, inputs).to(kernel.dtype), _random(outputs, inputs).to(kernel.dtype)
-    ways: Ways = {"linear": (lambda: F.linear(x, weight), 1.0)}
-    if kernel.dtype is torch.float32:
-        ways["product"] = (lambda: product(x, weight), 1.0)
-    return ways
+    return {"linear": (lambda: F.linear(x, weight), 1.0), "product": (lambda: linear_product(x, weight), 1.0)}
 
 
 def _attention(kernel: Kernel) -> Ways:

@@ -125,6 +125,12 @@ def test_timeline(tmp_path: Path, merge_yaml: Path) -> None:
 
 
 @pytest.mark.slow
+def test_linears(tmp_path: Path) -> None:
+    rows = result(run("linears.py", "--quick", cwd=tmp_path), "linears")["rows"]
+    assert all(row["own_error"] <= 1.1 * row["torch_error"] for row in rows)
+
+
+@pytest.mark.slow
 def test_many_tensors(tmp_path: Path) -> None:
     lines = run("many_tensors.py", "--quick", "--repeats", "1", "--methods", "linear", "--work", tmp_path, cwd=tmp_path)
     assert [(row["num_many"], row["num_few"]) for row in result(lines, "many_tensors")["rows"]] == [(45, 21), (48, 12)]
