@@ -192,7 +192,8 @@ class Merger:
             method = METHODS[task.instead or self._name]
             access, prepare = select_formula(method, task.shared, falls_back=bool(task.fallback_reason))
             device = self._accelerator.device_of(self._name, task) if merges_by_formula(self._name, task) else CPU
-            checked = merges_by_formula(self._name, task) or method.chooses_elements
+            factored = merges_by_formula(self._name, task) or task.post is not None
+            checked = factored or method.chooses_elements
             load = PieceLoader(task, access, self._readers, self._seed, self._kept_bytes, device, checked=checked)
             with self._accelerator.stream():
                 merge = prepare(access.first_pass(load.pieces) if access.first_pass is not None else None)
@@ -336,6 +337,9 @@ class AfterMerge:
         model, key = source
         with release_slot(task.num_elements):
             tensor = self._readers[model].read(key, again=True)
+        problem = why_unmergeable(model, key, tensor)
+        if problem is not None:
+            raise FloatingPointError(problem)
         tensor = tensor.to(device).to(torch.float32)
         return tensor.T if task.post.inputs_first else tensor
 
