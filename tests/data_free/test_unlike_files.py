@@ -545,16 +545,21 @@ def test_what_is_not_finite_is_refused_with_model_and_tensor(tmp_path: Path, val
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def put_number(folder: Path, key: str, value: float) -> None:
+    """Replaces one element of a checkpoint's matrix."""
+
+    def replaced(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[key][1, 2] = value
+        return tensors
+
+    rewrite_weights(folder, replaced)
+
+
 @pytest.mark.parametrize(("step", "where"), [("subspace_boosting", "models"), ("svc", "models"), ("svc", "candidates")])
 def test_steps_after_a_merge_hide_nothing_that_is_not_finite(tmp_path: Path, step: str, where: str) -> None:
     folders = [llama(tmp_path / name, seed) for seed, name in enumerate("abc")]
     key = "model.layers.0.mlp.up_proj.weight"
-
-    def broken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors[key][1, 2] = float("nan")
-        return tensors
-
-    rewrite_weights(folders[1], broken)
+    put_number(folders[1], key, float("nan"))
     other = {"models": folders[2:], "candidates": folders[2:]} | {where: folders[1:]}
     config = {"merge_method": "linear", "base_model": str(folders[0]), "post": [step]}
     config["models"] = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in other["models"]]
@@ -569,12 +574,7 @@ def test_steps_after_a_merge_hide_nothing_that_is_not_finite(tmp_path: Path, ste
 def test_methods_that_choose_or_factor_leave_nothing_out_unnoticed(tmp_path: Path, method: str) -> None:
     folders = [llama(tmp_path / name, seed) for seed, name in enumerate("abc")]
     key = "model.layers.0.mlp.up_proj.weight"
-
-    def broken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors[key][1, 2] = float("inf")
-        return tensors
-
-    rewrite_weights(folders[1], broken)
+    put_number(folders[1], key, float("inf"))
     row = METHODS[method]
     given = {name: 0.5 for name in ("weight", "density") if name in row.per_model}
     models = [{"model": str(folder), "parameters": given} for folder in folders[1:]]
