@@ -643,7 +643,7 @@ parameters:
   normalize: [true, false]
   rescale: [{filter: mlp, value: "true"}, {value: 0}]
 """,
-        [],
+        ["weight: -0.5 add up to less than 0, and 'normalize' divides by it, as in mergekit"],
     ),
 }
 
