@@ -41,7 +41,7 @@ from largemerge.progress import stage
 from largemerge.regression.config import MergeConfig
 from largemerge.regression.tokens import Tokens, open_tokens
 from largemerge.tokenizer.tokenizers import tokenizer_folder
-from largemerge.weight_matching.permuted import PermutedReader
+from largemerge.weight_matching.permuted import Axes, PermutedReader
 from largemerge.weight_matching.plan import AlignPlan, plan_alignment
 from largemerge.weight_matching.run import Matched
 
@@ -92,9 +92,13 @@ class Inputs:
         """The model that the others are brought close to, where it is not one of the merge."""
         return self.matching.read_besides(self.by_name) if self.matching is not None else {}
 
+    def axes_of(self, name: str) -> Axes | None:
+        """Returns what of a model is permuted; `None` for nothing."""
+        return self.matched.axes.get(name) if self.matched is not None else None
+
     def permuted(self, name: str, reader: TensorReader) -> TensorReader:
         """Returns a reader of a model with its neurons and heads where they were found to belong."""
-        axes = self.matched.axes.get(name) if self.matched is not None else None
+        axes = self.axes_of(name)
         return reader if axes is None else PermutedReader(reader, axes)
 
     @property

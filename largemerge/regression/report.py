@@ -334,8 +334,7 @@ def merged_models(plan: MergePlan) -> list[MergedModel]:
 
 def _open_stored(inputs: Inputs, name: str) -> AbstractContextManager[TensorReader]:
     """Opens a reader of a model with its head, which reads features in the order that they have in the output."""
-    axes = inputs.matched.axes.get(name) if inputs.matched is not None else None
-    return open_permuted(inputs.stored[name], inputs.adapters.get(name), axes)
+    return open_permuted(inputs.stored[name], inputs.adapters.get(name), inputs.axes_of(name))
 
 
 def write_side_files(
