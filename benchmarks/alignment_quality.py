@@ -17,11 +17,11 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 import largemerge
 from measure import machine
-from quality_images import SIDE, Digits, pixels_of, split_digits, train_on
+from quality_images import Digits, new_model, pixels_of, split_digits, train_on
 from quality_images import Sizes as ImageSizes
 
 WAYS = {
@@ -69,19 +69,7 @@ def trained(folder: Path, train: Digits, sizes: ImageSizes, seed: int) -> Path:
     if (folder / "config.json").exists():
         return folder
     torch.manual_seed(seed)
-    model = ViTForImageClassification(
-        ViTConfig(
-            hidden_size=sizes.width,
-            intermediate_size=2 * sizes.width,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=4,
-            num_channels=1,
-            num_labels=10,
-            initializer_range=0.08,
-        )
-    )
+    model = new_model(sizes)
     train_on(model, train, lambda images: images, sizes.base_steps, sizes.base_rate, sizes.batch_size, seed)
     model.save_pretrained(folder)
     return folder

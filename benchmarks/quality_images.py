@@ -118,8 +118,8 @@ def pixels_of(images: torch.Tensor) -> torch.Tensor:
     return ((enlarged - MEAN) / STD).contiguous()
 
 
-def _make_base(folder: Path, train: Digits, sizes: Sizes, seed: int) -> None:
-    torch.manual_seed(seed)
+def new_model(sizes: Sizes) -> ViTForImageClassification:
+    """A model of random weights, drawn from torch's own generator."""
     config = ViTConfig(
         hidden_size=sizes.width,
         intermediate_size=2 * sizes.width,
@@ -132,7 +132,12 @@ def _make_base(folder: Path, train: Digits, sizes: Sizes, seed: int) -> None:
         # With Transformers' 0.02 so narrow a model needs many more steps before it learns anything.
         initializer_range=0.08,
     )
-    model = ViTForImageClassification(config)
+    return ViTForImageClassification(config)
+
+
+def _make_base(folder: Path, train: Digits, sizes: Sizes, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = new_model(sizes)
     ways = [lambda images: images, *TASKS.values()]
 
     def mixed(images: torch.Tensor) -> torch.Tensor:

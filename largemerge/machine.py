@@ -39,9 +39,9 @@ _BASELINE_STEP = 32 << 20
 _PACKAGES = ("largemerge", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 
 
-def versions() -> dict[str, str]:
-    """Looks up the versions of Python, largemerge and the packages that decide its results."""
-    return {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES}
+def versions(*more: str) -> dict[str, str]:
+    """Looks up the versions of Python, largemerge and the packages that decide its results, and of `more` packages."""
+    return {"python": platform.python_version()} | {package: _version(package) for package in (*_PACKAGES, *more)}
 
 
 @functools.cache  # a merge notes them four times, and reading one takes some milliseconds

@@ -314,7 +314,7 @@ class AdaptedReader:
                 found = self._factors.get(name)
             if found is None:
                 found = as_delta_dtype(self._own.read(name))
-                if found.dtype.is_floating_point and not torch.isfinite(found).all():
+                if not_finite(found) is not None:
                     raise CheckpointError(
                         f"{self.checkpoint.name}: {name} in the adapter holds numbers that are not finite (NaN or "
                         "infinity); train or save the adapter once more"

@@ -53,7 +53,7 @@ from largemerge.checkpoint.writer import (
     why_unmergeable,
 )
 from largemerge.comparison import ComparedTensor, Comparison, Verification
-from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, merges_by_formula, release_slot
+from largemerge.data_free.loader import ComputeSlots, PieceLoader, cost, is_factored, merges_by_formula, release_slot
 from largemerge.data_free.matrices import LAYER
 from largemerge.data_free.methods.base import Access, Cut, select_formula
 from largemerge.data_free.methods.post import apply_steps
@@ -75,6 +75,7 @@ from largemerge.weight_matching.run import journal_kind
 PART_BYTES = 256 << 20
 """The least bytes of the output between two lines of the journal."""
 
+_SMALL_ELEMENTS = 128 << 10  # that are merged in less time than the calls for it take
 _LARGE_ELEMENTS = 1 << 20  # of a tensor after which memory is looked at
 _FEW_TASKS = 64  # of smaller tensors, after which it is looked at, too
 _SCRATCH_FOLDER = "scratch"
@@ -126,6 +127,7 @@ def run_parts(
     done: Callable[[int], None],
     *,
     num_workers: int,
+    is_small: Callable[[Task], bool],
 ) -> None:
     """Does all tasks of some parts, with several workers.
 
@@ -134,21 +136,35 @@ def run_parts(
         work: Does one task.
         done: Called with the number of each part, in order, when all of its tasks are done.
         num_workers: The number of workers.
+        is_small: Whether a task is little but calls of Python. These are done one at a time: two would pass Python's
+            lock back and forth at every call, and take longer than one after the other.
     """
-    slots = ComputeSlots(torch.get_num_threads())
+    slots, turn, stopped = ComputeSlots(torch.get_num_threads()), threading.Lock(), threading.Event()
 
     def with_slot(task: Task) -> None:
         with slots.acquire():
             work(task)
 
+    def in_turn(tasks: Sequence[Task]) -> None:
+        with turn, slots.acquire():
+            for task in tasks:
+                if stopped.is_set():
+                    return
+                work(task)
+
     with one_thread_each(), ThreadPoolExecutor(num_workers, thread_name_prefix="largemerge-merge") as pool:
-        futures: list[list[Future[None]]] = [[pool.submit(with_slot, task) for task in part] for part in unfinished]
+        futures: list[list[Future[None]]] = []
+        for part in unfinished:
+            small = [task for task in part if is_small(task)]
+            futures.append([pool.submit(with_slot, task) for task in part if not is_small(task)])
+            futures[-1] += [pool.submit(in_turn, small)] if small else []
         try:
-            for number, part in enumerate(futures):
-                for future in part:
+            for number, of_part in enumerate(futures):
+                for future in of_part:
                     future.result()
                 done(number)
         except BaseException:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -631,4 +647,7 @@ class _PartRunner:
                 self._folder.record(names[number], entry)
             self._folder.entries[names[number]] = entry
 
-        run_parts(own, step, done, num_workers=self._plan.num_workers)
+        def is_small(task: Task) -> bool:
+            return task.num_elements < _SMALL_ELEMENTS and not is_factored(self._plan.config.merge_method, task)
+
+        run_parts(own, step, done, num_workers=self._plan.num_workers, is_small=is_small)

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +89,18 @@ def evaluate_models(
             models=everyone,
             scores=tuple(held_against(scores, tasks, base)),
             settings=config.model_dump(mode="json"),
-            versions=versions() | ({PACKAGE: metadata.version(PACKAGE)} if with_corruption(config.tasks) else {}),
+            versions=versions_of(config.tasks),
             machine=machine(target),
             seconds=time.perf_counter() - start,
             notes=(*prepared.notes, *run.notes),
         )
+
+
+def versions_of(tasks: Sequence[Task]) -> dict[str, str]:
+    """Looks up the versions of all that decides the scores of some tasks."""
+    corruptions = (PACKAGE,) if with_corruption(tasks) else ()
+    harness = ("lm_eval",) if any(isinstance(task, HarnessTask) for task in tasks) else ()
+    return versions(*corruptions, *harness)
 
 
 def run_jobs(config: EvaluationConfig, jobs: Sequence[Job], *, device: str = "auto", quiet: bool = True) -> list[Score]:

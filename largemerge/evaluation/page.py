@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from largemerge.checkpoint.writer import write_atomically
-from largemerge.evaluation.results import EvaluatedTask, Evaluation, number_text
+from largemerge.evaluation.results import EvaluatedTask, Evaluation, Score, number_text
 from largemerge.pages.charts import bars, radar
 from largemerge.pages.page import Cell, ChartPart, NotePart, Page, Section, TablePart
 from largemerge.text_files import json_text
@@ -77,7 +77,7 @@ def _pictures(evaluation: Evaluation) -> Iterator[Section]:
         label: {
             task.name: 100 * score.normalized
             for task in evaluation.tasks
-            if (score := evaluation.score(name(task), task.name)) is not None and score.normalized is not None
+            if (score := _score(evaluation, name(task), task)) is not None and score.normalized is not None
         }
         for label, name in shown.items()
     }
@@ -104,20 +104,25 @@ def _pictures(evaluation: Evaluation) -> Iterator[Section]:
             yield Section(metric.capitalize(), "", (ChartPart(chart, "Whiskers are bootstrap intervals."),))
 
 
-def _shown(evaluation: Evaluation) -> dict[str, Callable[[EvaluatedTask], str]]:
+def _shown(evaluation: Evaluation) -> dict[str, Callable[[EvaluatedTask], str | None]]:
     """What pictures show: every model, or where many of them are experts, each of these at its own task alone."""
     experts = {task.expert for task in evaluation.tasks if task.expert is not None}
     others = [model.name for model in evaluation.models if model.name not in experts]
     names = others if others and len(experts) > _MOST_EXPERTS else [model.name for model in evaluation.models]
-    shown: dict[str, Callable[[EvaluatedTask], str]] = {name: partial(_always, name) for name in names}
+    shown: dict[str, Callable[[EvaluatedTask], str | None]] = {name: partial(_always, name) for name in names}
     if len(names) < len(evaluation.models):
-        shown = {_EACH_EXPERT: lambda task: task.expert or "", **shown}
+        shown = {_EACH_EXPERT: lambda task: task.expert, **shown}
     return shown
 
 
 def _always(name: str, task: EvaluatedTask) -> str:
     """The same model, whatever the task."""
     return name
+
+
+def _score(evaluation: Evaluation, model: str | None, task: EvaluatedTask) -> Score | None:
+    """The score of a model; `None` where a task has no expert, or where the model was not measured there."""
+    return evaluation.score(model, task.name) if model is not None else None
 
 
 def _values(
@@ -127,7 +132,7 @@ def _values(
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for label, name in _shown(evaluation).items():
         for task in tasks:
-            score = evaluation.score(name(task), task.name)
+            score = _score(evaluation, name(task), task)
             if score is None or score.value is None:
                 continue
             factor = 100 if task.is_share else 1

@@ -134,9 +134,13 @@ class Evaluation:
         """What a model reached in a task; `None` if it was not measured there.
 
         Raises:
-            LargemergeError: If there is no such task.
+            LargemergeError: If there is no such model, or no such task.
         """
+        _check_known("model", model, [each.name for each in self.models])
         _check_known("task", task, [each.name for each in self.tasks])
+        return self._found(model, task)
+
+    def _found(self, model: str | None, task: str) -> Score | None:
         return next((each for each in self.scores if (each.model, each.task) == (model, task)), None)
 
     def average(self, model: str) -> float | None:
@@ -166,7 +170,7 @@ class Evaluation:
         """
         if model is not None:
             _check_known("model", model, [each.name for each in self.models])
-        scores = [self.score(model or task.expert or "", task.name) for task in self.tasks]
+        scores = [self._found(model or task.expert, task.name) for task in self.tasks]
         values = [each.value if each is not None else None for each in scores]
         if len({(task.metric, task.better) for task in self.tasks}) > 1 or any(value is None for value in values):
             return None
@@ -279,7 +283,7 @@ class Evaluation:
             rows.append([name, *cells, *last])
         for (name, role), mean in means.items():
             if role in ("experts", "published"):
-                cells = [self._cell(task.expert or "", task) if role == "experts" else "" for task in self.tasks]
+                cells = [self._cell(task.expert, task) if role == "experts" else "" for task in self.tasks]
                 own = name if role == "experts" else f"{name} (published)"
                 rows.append([own, *cells, mean, *[""] * has_average])
         return columns, rows
@@ -292,8 +296,8 @@ class Evaluation:
             return ""
         return f"{100 * average:.1f}" if normalized or self.tasks[0].is_share else f"{average:.3f}"
 
-    def _cell(self, model: str, task: EvaluatedTask) -> str:
-        score = self.score(model, task.name)
+    def _cell(self, model: str | None, task: EvaluatedTask) -> str:
+        score = self._found(model, task.name)
         if score is None:
             return ""
         if score.value is None:

@@ -23,7 +23,6 @@ from typing import Any
 from largemerge.checkpoint.locate import split_adapters, split_reference
 from largemerge.checkpoint.writer import write_atomically
 from largemerge.errors import OutputError
-from largemerge.machine import versions
 from largemerge.text_files import json_text, read_json
 
 MARK = ".largemerge-comparison"
@@ -152,17 +151,18 @@ def safe_name(name: str) -> str:
     return f"{plain[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def fingerprint(tasks: Mapping[str, Any], config: Mapping[str, Any], out: Path) -> str:
+def fingerprint(tasks: Mapping[str, Any], config: Mapping[str, Any], out: Path, versions: Mapping[str, str]) -> str:
     """Describes what trials depend on beside their own settings: tasks, versions, and files by size and time.
 
     Args:
         tasks: The evaluation, as plain JSON values.
         config: The configuration that is compared, likewise, of which only the files count.
         out: The folder of the comparison, whose files never count as part of a larger folder.
+        versions: Versions of all that decides the results, by package.
     """
     inside = out.resolve()
     files = {path: _files(Path(path), inside) for path in sorted({*_paths(tasks), *_paths(config)})}
-    return json_text([tasks, files, versions()])
+    return json_text([tasks, files, dict(versions)])
 
 
 def _paths(value: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from largemerge.evaluation.results import Evaluation, number_text
+from largemerge.evaluation.results import Evaluation, Score, number_text
 from largemerge.streams import plain_text
 from largemerge.trials.settings import Range
 from largemerge.units import duration
@@ -92,6 +92,11 @@ class CompareReport:
             "evaluation": self.evaluation.to_json(),
         }
 
+    def _scores(self, trial: TrialResult) -> list[Score | None]:
+        """What a trial reached in every task; `None` where it failed before that."""
+        found = {score.task: score for score in self.evaluation.scores if score.model == trial.name}
+        return [found.get(task.name) for task in self.evaluation.tasks]
+
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """The table of trials, the best first: columns and rows."""
         tasks = self.evaluation.tasks
@@ -100,7 +105,7 @@ class CompareReport:
         ordered = sorted(self.trials, key=lambda trial: (trial.objective is None, sign * (trial.objective or 0.0)))
         rows = []
         for trial in ordered:
-            scores = [self.evaluation.score(trial.name, task.name) for task in tasks]
+            scores = self._scores(trial)
             cells = [
                 number_text(score.value, task) if score is not None and score.value is not None else "failed"
                 for score, task in zip(scores, tasks, strict=True)
@@ -119,7 +124,7 @@ class CompareReport:
         head = ["trial", "method", *settings, "objective", *(f"{task.name} {task.metric}" for task in tasks)]
         writer.writerow([*head, "merge_seconds", "evaluate_seconds", "error"])
         for trial in self.trials:
-            scores = [self.evaluation.score(trial.name, task.name) for task in tasks]
+            scores = self._scores(trial)
             values = ["" if score is None or score.value is None else score.value for score in scores]
             own = [trial.settings.get(key, "") for key in settings]
             objective = "" if trial.objective is None else trial.objective

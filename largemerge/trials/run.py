@@ -26,7 +26,7 @@ from largemerge.distributed.launcher import own_rank, read_launch
 from largemerge.distributed.ranks import start_ranks, stay_together
 from largemerge.errors import ConfigError, LargemergeError, SystemFailure, explain_failures
 from largemerge.evaluation.config import EvaluationConfig
-from largemerge.evaluation.evaluate import evaluate_models
+from largemerge.evaluation.evaluate import evaluate_models, versions_of
 from largemerge.evaluation.results import EvaluatedModel, Evaluation, held_against
 from largemerge.output import WORKING_FOLDER
 from largemerge.progress import stage
@@ -104,7 +104,8 @@ def compare(
     asked = Asked(methods, sweep or {}, search or {}, DEFAULT_NUM_TRIALS if num_trials is None else num_trials)
     checked = check_comparison(config, evaluation, asked, {"out": out, **options, **flags})
     compared, tasks, folder = checked.compared, checked.tasks, checked.folder
-    depends_on = fingerprint(tasks.model_dump(mode="json", exclude={"memory"}), compared.raw, folder.path)
+    measured = tasks.model_dump(mode="json", exclude={"memory"})
+    depends_on = fingerprint(measured, compared.raw, folder.path, versions_of(tasks.tasks))
     run = _Run(folder, tasks, checked.objective, device, checked.memory, quiet, keep_all, depends_on)
     with stay_together():
         return run.all_trials(checked, start)

@@ -93,7 +93,8 @@ def test_scores_stand_beside_those_of_experts_and_base(family: Path) -> None:
     assert "math texts" in found._repr_html_()
     assert all(words in str(found) for words in ("Evaluation", "base (base)", " │ ", "less is better in"))
     assert "\x1b" not in str(found)
-    for wrong in (lambda: found.average("nope"), lambda: found.mean("nope")):
+    wrongs = (lambda: found.average("nope"), lambda: found.mean("nope"), lambda: found.score("nope", "math texts"))
+    for wrong in wrongs:
         with pytest.raises(largemerge.LargemergeError, match="no model 'nope'; the models are base, math, code"):
             wrong()
     with pytest.raises(largemerge.LargemergeError, match=r"no task 'math text'; .*math texts, code texts; did you"):

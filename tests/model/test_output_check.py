@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 import largemerge
 from largemerge.checkpoint.index import Checkpoint, open_checkpoint
+from largemerge.model import output_check
 from largemerge.model.output_check import LoadingVerdict, check_loads, try_loading
 
 Tensors = dict[str, torch.Tensor]
@@ -80,6 +82,70 @@ def test_the_verdict_is_that_of_from_pretrained(name: str, tmp_path: Path) -> No
         shapes = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
         assert verdict.mismatched == shapes, how
         assert verdict.is_clean == (how == "whole") or how in ("old buffers", "first dropped"), how
+
+
+def _six_layers(name: str) -> PreTrainedModel:
+    kind = type(tiny_models.build(name))
+    config = tiny_models.build(name).config
+    layers = {"num_hidden_layers": 6, "num_layers": 6, "num_decoder_layers": 6, "n_layer": 6}
+    changed = {key: value for key, value in layers.items() if hasattr(config, key)}
+    return kind(type(config).from_dict(config.to_dict() | changed))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "t5", "gpt2", "bert"])
+def test_layers_that_are_like_others_need_not_be_loaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _six_layers(name)
+    model.save_pretrained(tmp_path)
+    good = load_file(tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path, name)
+    third = sorted(key for key in good if re.match(r"\D+\.2\.", key))
+    matrix = next(key for key in third if good[key].dim() == 2)
+    tensors = checkpoint.tensors
+    lacking = {key: info for key, info in tensors.items() if key != matrix}
+
+    def third_like(key: str) -> str:
+        return re.sub(r"\d", "2", key, count=1)
+
+    cases = {
+        "whole": tensors,
+        "dropped": lacking,
+        "renamed": lacking | {f"{matrix}.old": tensors[matrix]},
+        "added": tensors | {f"{matrix}.old": tensors[matrix]},
+        "reshaped": tensors | {matrix: replace(tensors[matrix], shape=(3, 5))},
+        "a layer dropped": {key: info for key, info in tensors.items() if key not in third},
+        "dropped everywhere": {key: info for key, info in tensors.items() if third_like(key) != matrix},
+    }
+    loaded: list[int] = []
+    load = output_check._load
+
+    def counted(model_class: object, config: object, given: Mapping[str, object]) -> object:
+        loaded.append(len(given))
+        return load(model_class, config, given)
+
+    monkeypatch.setattr(output_check, "_load", counted)
+    for how, given in cases.items():
+        whole = try_loading(checkpoint.config, given)
+        monkeypatch.setattr(output_check, "_MANY_TENSORS", 0)
+        loaded.clear()
+        assert replace(try_loading(checkpoint.config, given), body=whole.body) == whole, how
+        assert whole.is_clean == (how == "whole"), how
+        assert (len(loaded) == 1) == whole.is_clean and loaded[0] < len(given), how
+        monkeypatch.undo()
+        monkeypatch.setattr(output_check, "_load", counted)
+
+
+def test_a_layer_too_many_or_too_few_is_told_among_layers_that_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_check, "_MANY_TENSORS", 0)
+    _six_layers("llama").save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path, "six")
+    for number in (5, 7):
+        verdict = try_loading({**checkpoint.config, "num_hidden_layers": number}, checkpoint.tensors)
+        assert bool(verdict.missing) == (number > 6) and bool(verdict.unexpected) == (number < 6)
+        assert len(verdict.missing or verdict.unexpected) == 9
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def ace(piece: Piece) -> torch.Tensor:
         FloatingPointError: If M is far longer than all Δ_i together, since eps/t_i is large.
     """
     parameters = piece.shared
-    models = [model for model in range(len(piece.tensors)) if _centred(piece, model).any()]
+    models = [model for model in range(len(piece.tensors)) if _has_rows_of_its_own(piece.task_vector(model))]
     count = len(models)
     if not models:
         return piece.origin.to(torch.float32, copy=True)
@@ -148,7 +148,8 @@ def ace(piece: Piece) -> torch.Tensor:
     right_OI, total_OI, extra_OI = (piece.origin.new_zeros(outputs, inputs, dtype=FACTOR_DTYPE) for _ in range(3))
     ridges = 0.0
     for model in models:
-        delta, centred = piece.task_vector(model).to(FACTOR_DTYPE), _centred(piece, model)
+        delta = piece.task_vector(model).to(FACTOR_DTYPE)
+        centred = delta - delta.mean(dim=0, keepdim=True)
         gram_II = gram(centred)
         trace = gram_II.trace().item() + _TINY
         ridge = parameters["eps"] / trace if unlike else parameters["eps"]
@@ -177,10 +178,9 @@ def ace(piece: Piece) -> torch.Tensor:
     return merged.add_(piece.origin)
 
 
-def _centred(piece: Piece, model: int) -> torch.Tensor:
-    """Computes Δ̃_i `[O, I]`, float64."""
-    delta = piece.task_vector(model).to(FACTOR_DTYPE)
-    return delta.sub_(delta.mean(dim=0, keepdim=True))
+def _has_rows_of_its_own(delta_OI: torch.Tensor) -> bool:
+    """Whether rows of Δ_i differ, so that Δ̃_i is not zeros."""
+    return bool((delta_OI != delta_OI[:1]).any())
 
 
 def _heterogeneity(squares_K: torch.Tensor) -> float:
