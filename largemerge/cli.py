@@ -69,7 +69,6 @@ def _importing(options: argparse.Namespace) -> Iterator[None]:
     The garbage collector is kept away meanwhile: torch and the like make very many objects that stay to the end. Never
     to look at them saves a command some tenths of a second.
     """
-    _quiet_libraries()
     stage("importing torch and Transformers")
     if not options.own_process:
         yield
@@ -304,7 +303,6 @@ def _told_to_all(launch: Launch, options: argparse.Namespace) -> Iterator[None]:
         yield
     except LargemergeError as error:
         if launch.size > 1:
-            _quiet_libraries()
             from largemerge.distributed.ranks import fail_together
 
             fail_together(error, on_gpus=options.device != "cpu")
@@ -562,7 +560,6 @@ def _report(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     if read_launch().size > 1:
         raise ConfigError("the demo is for one process; start it without a launcher")
-    _quiet_libraries()
     stage("importing torch and Transformers")
     from largemerge.demo import run_demo
 
@@ -571,16 +568,6 @@ def _demo(options: argparse.Namespace) -> int:
     stage("")
     run_demo(options.out)
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Keeps other libraries' progress bars and advice out of ours; what matters is in our own report."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # By default 1024, of half a megabyte each: as many as there are batches of unlike lengths, times their products.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 COMMANDS = {
@@ -678,6 +665,7 @@ def _logged(options: argparse.Namespace) -> int:
     LOGGER.debug("largemerge %s, %s: %s", __version__, sys.version.split()[0], shlex.join(options.given))
     try:
         check_installed()
+        _prepare_libraries()
         with _stages(options), explain_failures():
             stage("reading the configuration" if options.command != "demo" else "")
             return COMMANDS[options.command](options)
@@ -685,6 +673,20 @@ def _logged(options: argparse.Namespace) -> int:
         trace = not (options.verbose and isinstance(error, LargemergeError | KeyboardInterrupt))  # none on the terminal
         LOGGER.debug("ended by %s: %s", type(error).__name__, error, exc_info=trace)
         raise
+
+
+def _prepare_libraries() -> None:
+    """Sets what other libraries read from the environment when they are imported, unless the user has set it."""
+    # Their progress bars and advice would stand between our lines; what matters is in our own report.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # By default 1024, of half a megabyte each: as many as there are batches of unlike lengths, times their products.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # Threads of a product that wait for each other sleep: by default they spin, and beside another process they then
+    # keep the very core that the thread which they wait for is waiting for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager

@@ -137,6 +137,15 @@ def test_many_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_neighbour(tmp_path: Path) -> None:
+    small = ("--geometry", "tiny", "--num-samples", "2", "--length", "16")
+    runs = result(run("neighbour.py", *small, "--work", tmp_path / "work", cwd=tmp_path), "neighbour")["runs"]
+    assert {(waits, how) for waits in runs for how in runs[waits] if runs[waits][how]} == {
+        (waits, how) for waits in ("sleep", "spin") for how in ("alone", "beside")
+    }
+
+
+@pytest.mark.slow
 def test_mergekit_yaml(tmp_path: Path) -> None:
     lines = run("mergekit_yaml_parity.py", "--no-peer", "--quick", "--work", tmp_path, cwd=tmp_path)
     assert [row["tokens"] for row in result(lines, "mergekit_yaml_parity")["rows"]] == [311, 344]

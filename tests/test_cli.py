@@ -55,6 +55,16 @@ def case(make_case: MakeCase) -> Case:
     return made
 
 
+@pytest.mark.parametrize("own", ["", "ACTIVE"])
+def test_threads_that_wait_sleep_unless_the_user_wants_another_way(own: str) -> None:
+    said = "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    code = f"import os, sys; from largemerge import cli; cli.COMMANDS['demo'] = lambda _: {said}; cli.main(['demo'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": own} if own else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [own or "PASSIVE", "False"], "it is read when torch is imported"
+
+
 def config(case: Case, **changes: Any) -> Path:
     case.config |= changes
     return case.write_yaml()
