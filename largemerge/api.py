@@ -495,6 +495,7 @@ def evaluate(
     memory: Memory | None = None,
     quiet: bool = True,
     base: str | Path | None = None,
+    force: bool = False,
 ) -> Evaluation:
     """Measures models in the tasks of an evaluation.
 
@@ -507,6 +508,7 @@ def evaluate(
         memory: Limits that override those of the configuration.
         quiet: Show no progress.
         base: The model that all were tuned from, where the evaluation names none.
+        force: Replace these files in `out`, if they are there.
 
     Returns:
         The scores. A task that fails says so in its score, and loses no other's.
@@ -516,11 +518,19 @@ def evaluate(
     """
     from largemerge.evaluation.config import load_evaluation
     from largemerge.evaluation.evaluate import evaluate_models
+    from largemerge.evaluation.page import EVALUATION_FILES
     from largemerge.evaluation.prepare import name_models
 
-    problems = list(argument_problems({"device": device, "quiet": quiet, "memory": memory, "limit": limit}))
+    given = {"device": device, "quiet": quiet, "memory": memory, "limit": limit, "force": force}
+    problems = list(argument_problems(given))
     if out is not None and (not _is_path(out) or (Path(out).exists() and not Path(out).is_dir())):
         problems.append(f"--out {shown(str(out))}: expected a folder, new or not")
+    elif out is not None and force is False:
+        there = [name for name in EVALUATION_FILES if os.path.lexists(Path(out) / name)]
+        if there:
+            problems.append(
+                f"--out {out}: holds {', '.join(there)}, which would be replaced; expected another folder, or --force"
+            )
     try:
         resolved = load_evaluation(config)
     except ConfigError as error:

@@ -490,6 +490,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             memory=memory,
             quiet=options.quiet,
             base=options.base,
+            force=options.force,
         )
     return _show_once(found, launch, options)
 
@@ -879,6 +880,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="a folder or Hub id, with +adapter if wanted")
     evaluate.add_argument("--base", metavar="MODEL", help="what all were tuned from, where EVAL names no base")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="write evaluation.json, .csv and .html there")
+    evaluate.add_argument("--force", action="store_true", help="replace these files in --out")
     evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, …")
     evaluate.add_argument("--limit", type=_whole, metavar="N", help="at most N samples of each task, for a quick try")
     _add_memory_options(evaluate)

@@ -29,6 +29,8 @@ TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables that say which images of a folder are samples, and what belongs to each of them."""
+SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev"))
+"""Names of folders that are splits of a folder of images, not one of its labels."""
 _FOLDER_FORMATS = {
     **TABLE_BUILDERS,
     **{".txt": "text", ".tsv": "tsv", ".arrow": "arrow", ".xml": "xml", ".xlsx": "xlsx"},
@@ -52,6 +54,14 @@ def is_image_folder(path: Path) -> bool:
         return False
     has_metadata = any((path / name).is_file() for name in METADATA_FILES)
     return not has_metadata and any(_images_under(path))
+
+
+def image_splits(path: Path) -> list[str]:
+    """Lists the splits of a folder of images: the folders in it, where all that hold images are called like splits."""
+    if not is_image_folder(path):
+        return []
+    tops = {image.relative_to(path).parts[0] for image in _images_under(path)}
+    return sorted(tops) if tops <= SPLITS and all((path / top).is_dir() for top in tops) else []
 
 
 def folder_notes(path: Path | None, where: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from largemerge.calibration.csv_rows import check_csv_rows, csv_header_problem, 
 from largemerge.calibration.folders import (
     IMAGE_SUFFIXES,
     TABLE_BUILDERS,
+    image_splits,
     is_image_folder,
     left_out_files,
     list_images,
@@ -82,6 +83,8 @@ class Source:
 def locate_data(config: CalibrationConfig, owner: str) -> tuple[str, Path | None]:
     """Finds the file or folder that `config.data` means, and checks settings that only some kinds of data have.
 
+    Of a folder of images with folders such as `train` and `test`, that of `config.split` is meant.
+
     Args:
         config: Settings; `data` is a path, or a Hub dataset id.
         owner: Whose data it is, such as `candidate 'math'`, for messages.
@@ -115,7 +118,10 @@ def locate_data(config: CalibrationConfig, owner: str) -> tuple[str, Path | None
                 f"{where}: cannot read {path.suffix or 'a file without suffix'}; "
                 f"expected one of {', '.join(FILE_SUFFIXES)}, a folder, or a Hub dataset id"
             )
-    problems = list(_settings_without_effect(config, found))
+    splits = image_splits(found) if found is not None else []
+    problems = list(_settings_without_effect(config, found, splits))
+    if found is not None and config.split in splits:
+        found, where = found / config.split, f"{where}, {config.split}"
     if found is not None and found.is_dir():
         problems += itertools.islice(unreadable_files(found), _MAX_PROBLEMS)
         problems += left_out_files(found)
@@ -164,6 +170,8 @@ def _rows_with(source: Source, only: Mapping[str, str | int | bool]) -> Source:
         names = source.labels.get(column)
         if column not in source.columns:
             hint = nearest(column, source.columns)
+            if source.columns == ("image",) and source.folder is not None:
+                hint = "; of a folder of images, name the folder of a label itself"
             problems.append(f"only: no column {column!r}; the columns are {shorten(list(source.columns))}{hint}")
         elif names is not None and isinstance(value, str):
             if value in names:
@@ -230,14 +238,18 @@ def _looks_like_path(data: str) -> bool:
     return not is_hub_id or Path(data).suffix.lower() in FILE_SUFFIXES
 
 
-def _settings_without_effect(config: CalibrationConfig, path: Path | None) -> Iterator[str]:
+def _settings_without_effect(config: CalibrationConfig, path: Path | None, splits: Sequence[str]) -> Iterator[str]:
     suffix = path.suffix.lower() if path is not None and path.is_file() else ""
     is_dataset = path is None or (path.is_dir() and not is_image_folder(path))
     if config.subset is not None and not is_dataset:
         yield "subset: only datasets have subsets; remove it"
-    if config.split != "train" and not is_dataset and suffix not in TABLE_BUILDERS:
-        inside = path / str(config.split) if path is not None else None
-        instead = f", and name the folder {inside}" if inside is not None and inside.is_dir() else ""
+    inside = path / str(config.split) if path is not None else None
+    is_folder = inside is not None and inside.is_dir()
+    if splits and config.split not in splits:
+        instead = f"; or remove it, and name the folder {inside}" if is_folder else ""
+        yield f"split: {config.split!r} is none of the folder's splits; expected one of {', '.join(splits)}{instead}"
+    elif config.split != "train" and not splits and not is_dataset and suffix not in TABLE_BUILDERS:
+        instead = f", and name the folder {inside}" if is_folder else ""
         yield f"split: {config.split!r}, but only datasets have splits; remove it{instead}"
     if config.only is not None and suffix == ".safetensors":
         yield "only: ready-made tensors have no columns; remove it"

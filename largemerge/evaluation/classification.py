@@ -271,7 +271,10 @@ def zero_shot(
         LargemergeError: If the data cannot be read, labels are none of the classes, or there is no text tower.
     """
     table = _images(task, config, shared)
-    prompts = load_prompts(task.classes, task.templates)
+    try:
+        prompts = load_prompts(task.classes, task.templates)
+    except ConfigError as error:
+        raise ConfigError(*(f"task {task.name!r}: classes: {problem}" for problem in error.problems)) from None
     labels = label_numbers(table, task.label_field, prompts.class_names, f"the classes of {task.classes!r}")
     vision_class, text_class, visual, textual = _family(files, table.where)
     texts = lender or files

@@ -46,10 +46,6 @@ _TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.IGNORECASE)
 """Matches names of files and folders that `datasets` takes for a test split."""
 
 
-SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev"))
-"""Names of folders that are splits of a folder of images, not one of its labels."""
-
-
 class TaskData(Strict):
     """What every task has that reads data: where it lies, and how many samples of it are taken."""
 
@@ -80,12 +76,10 @@ class TaskData(Strict):
             defaults: The evaluation, whose numbers stand for those that the task does not set.
             fields: Names of columns, and what else is said of texts.
         """
-        inside = _folder_of_split(self.data, self.split)
-        data, split = (self.data, self.split or _default_split(self.data)) if inside is None else (inside, "train")
         return CalibrationConfig(
-            data=data,
+            data=self.data,
             subset=self.subset,
-            split=split,
+            split=self.split or _default_split(self.data),
             only=self.only,
             num_samples=min(LARGEST_COUNT, self.skip + (self.num_samples or defaults.num_samples or LARGEST_COUNT)),
             batch_size=self.batch_size or defaults.batch_size,
@@ -93,16 +87,6 @@ class TaskData(Strict):
             seed=defaults.seed if self.seed is None else self.seed,
             **fields,
         )
-
-
-def _folder_of_split(data: str, split: str | None) -> str | None:
-    """The folder that is a split of a folder of images; `None` where no split is named, or there is no such folder."""
-    from largemerge.calibration.folders import is_image_folder
-
-    folder = Path(data)
-    if split not in SPLITS or not is_image_folder(folder) or not is_image_folder(folder / split):
-        return None
-    return str(folder / split)
 
 
 def _default_split(data: str) -> str:
@@ -389,7 +373,7 @@ def load_evaluation(source: str | Path | Mapping[str, Any] | EvaluationConfig) -
     check_source(source)
     raw: Mapping[str, Any] = source if isinstance(source, Mapping) else read_yaml(Path(source), "'tasks'")
     raw = without_helpers(raw, EvaluationConfig.model_fields)
-    problems = [*_top_problems(raw), *_task_problems(raw.get("tasks"))]
+    problems = [*_top_problems(raw), *_task_problems(raw.get("tasks")), *_alike_names(raw.get("tasks"))]
     config, unread = read_known(EvaluationConfig, raw)
     problems += _misfits(config) if config is not None else [] if problems else unread
     if config is None or problems:
@@ -428,11 +412,18 @@ def _task_problems(tasks: object) -> Iterator[str]:
             yield from (f"tasks[{index}].{problem}" for problem in explain(error, KINDS[kind]))
 
 
-def _misfits(config: EvaluationConfig) -> Iterator[str]:
-    """Yields settings that do not fit together."""
-    for name, count in Counter(config.names).items():
+def _alike_names(tasks: object) -> Iterator[str]:
+    """Yields names that several tasks have."""
+    names = [
+        task.get("name") for task in (tasks if isinstance(tasks, list | tuple) else ()) if isinstance(task, Mapping)
+    ]
+    for name, count in Counter(name for name in names if isinstance(name, str)).items():
         if count > 1:
             yield f"tasks: {count} are called {name!r}; expected names of their own"
+
+
+def _misfits(config: EvaluationConfig) -> Iterator[str]:
+    """Yields settings that do not fit together."""
     for task in config.tasks:
         if isinstance(task, MultipleChoiceTask) and (task.choices is None) == (task.choices_field is None):
             yield f"task {task.name!r}: expected either 'choices' or 'choices_field'"

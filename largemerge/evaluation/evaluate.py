@@ -323,7 +323,7 @@ class _Run:
     def _score(self, job: Job, found: _Found, way: Way) -> Score:
         """Collective: makes the score of all ranks' records."""
         parts = self.ranks.gather((found.records, found.error))
-        error = next((each for _, each in parts if each), "")
+        error = next((each for _, each in parts if each), "").replace(f"task {job.task.name!r}: ", "")  # told anyway
         assert job.prepared is not None and job.opened is not None
         score = Score(job.task.name, job.model.name, {}, seconds=found.seconds, way=way, error=error)
         if error:

@@ -7,6 +7,7 @@ generation        the likeliest token after the other; what is written, or what 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -186,7 +187,8 @@ def multiple_choice(
     problems: list[str] = []
     for question, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
         for number, choice in enumerate(own):
-            tokens, mask, num_cut = _continued(prompt.rstrip(), task.separator + choice, reader)
+            stem = prompt.rstrip()  # blanks before the answer are part of its first token, as in lm-eval
+            tokens, mask, num_cut = _continued(stem, prompt[len(stem) :] + task.separator + choice, reader)
             if len(mask) - sum(mask) < 1:
                 problems.append(
                     f"{table.where}: row {table.numbers[question]}: answer {brief(choice)} leaves no room for the "
@@ -205,9 +207,7 @@ def multiple_choice(
             question, _ = owner[sequence]
             scores[question].append(-records[sequence]["loss"])
             by_length[question].append(-records[sequence]["loss"] / lengths[sequence])
-        right = [int(np.argmax(own)) == answer for own, answer in zip(scores, answers, strict=True)]
-        normed = [int(np.argmax(own)) == answer for own, answer in zip(by_length, answers, strict=True)]
-        return {"correct": np.array(right, dtype=float), "correct_by_length": np.array(normed, dtype=float)}
+        return {"correct": _right(scores, answers), "correct_by_length": _right(by_length, answers)}
 
     return Prepared(
         view=files,
@@ -222,6 +222,16 @@ def multiple_choice(
         score=lambda _: token_scores,
         finish=finish,
         metrics=(ACCURACY, ACCURACY_BY_LENGTH),
+    )
+
+
+def _right(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> np.ndarray:
+    """Whether the right answer of each question has the highest score, as 1 or 0; NaN where a score is."""
+    return np.array(
+        [
+            float(np.argmax(own) == answer) if not np.isnan(own).any() else math.nan
+            for own, answer in zip(scores, answers, strict=True)
+        ]
     )
 
 
@@ -366,6 +376,8 @@ def generation(
                 "correct": float(_extracted(written(row), task) in wanted[each.row]),
                 "cut_off": float(len(row) >= task.max_new_tokens and not is_over(row)),
             }
+            if row is not None
+            else {"correct": math.nan, "cut_off": math.nan}
             for row, each in zip(output, group, strict=True)
         ]
 

@@ -16,6 +16,8 @@ from largemerge.pages.page import Cell, ChartPart, NotePart, Page, Section, Tabl
 from largemerge.text_files import json_text
 from largemerge.units import counted, duration
 
+EVALUATION_FILES = ("evaluation.json", "evaluation.csv", "evaluation.html")
+"""What `write_evaluation` writes."""
 _FEWEST_SPOKES = 3
 _MOST_EXPERTS = 3
 _EACH_EXPERT = "each expert at its own task"

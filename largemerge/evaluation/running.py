@@ -291,7 +291,7 @@ def working_bytes(model: OpenedModel, batches: Sequence[Batch]) -> int:
 
 def write_answers(
     run: RunningModel, samples: Samples, generating: Generating, device: torch.device
-) -> Iterator[list[list[int]]]:
+) -> Iterator[list[list[int] | None]]:
     """Writes an answer to every prompt, the likeliest token after the other.
 
     A model that is run whole keeps keys and values between tokens. Block by block, each token is a pass over the whole
@@ -304,13 +304,15 @@ def write_answers(
         device: The device that computes.
 
     Yields:
-        Of each batch, the tokens of every answer, without those at which it ends.
+        Of each batch, the tokens of every answer, without those at which it ends; `None` where no token was likeliest,
+        since the logits hold NaN or infinity.
     """
     if isinstance(run, Whole):
         for batch in samples.batches():
             yield _generate(run, batch, generating, device)
         return
     written: list[list[list[int]]] = [[[] for _ in group] for group in samples.groups]
+    lost = [[False for _ in group] for group in samples.groups]
     over = [[False for _ in group] for group in samples.groups]
     for _ in range(generating.max_new_tokens):
         going = [number for number in range(len(samples)) if not all(over[number])]
@@ -322,13 +324,18 @@ def write_answers(
                 if over[number][row]:
                     continue
                 last = len(sample.sequences["input_ids"]) + len(own) - 1
-                token = int(output.logits[row, last].argmax())
+                largest, place = output.logits[row, last].max(dim=0)
+                if not largest.isfinite():
+                    lost[number][row] = over[number][row] = True
+                    continue
+                token = int(place)
                 if token in generating.ends:
                     over[number][row] = True
                     continue
                 own.append(token)
                 over[number][row] = generating.is_over(own)
-    yield from written
+    for answers, without in zip(written, lost, strict=True):
+        yield [None if is_lost else own for own, is_lost in zip(answers, without, strict=True)]
 
 
 def _extended(group: Sequence[Sample], written: Sequence[Sequence[int]], pad: int) -> Batch:
@@ -341,12 +348,18 @@ def _extended(group: Sequence[Sample], written: Sequence[Sequence[int]], pad: in
     return pad_samples(extended, {"input_ids": pad})
 
 
-def _generate(run: Whole, batch: Batch, generating: Generating, device: torch.device) -> list[list[int]]:
+def _generate(run: Whole, batch: Batch, generating: Generating, device: torch.device) -> list[list[int] | None]:
     """Writes answers with a whole model, by Transformers."""
     import transformers
 
     make_settings: Any = transformers.GenerationConfig
     length = batch.inputs["input_ids"].shape[1]
+
+    lost = torch.zeros(len(batch.inputs["input_ids"]), dtype=torch.bool, device=device)
+
+    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        lost.logical_or_(~scores.amax(dim=1).isfinite())
+        return scores
 
     def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.tensor([generating.is_over(row[length:].tolist()) for row in ids], device=ids.device)
@@ -359,10 +372,16 @@ def _generate(run: Whole, batch: Batch, generating: Generating, device: torch.de
     )
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "token_type_ids"}
     criteria: Any = transformers.StoppingCriteriaList([stop])
+    watching: Any = transformers.LogitsProcessorList([watch])
     with torch.inference_mode():
-        ids = run.module.generate(**inputs, generation_config=settings, stopping_criteria=criteria)
-    answers = []
-    for row in ids[:, length:].tolist():
+        ids = run.module.generate(
+            **inputs, generation_config=settings, stopping_criteria=criteria, logits_processor=watching
+        )
+    answers: list[list[int] | None] = []
+    for row, is_lost in zip(ids[:, length:].tolist(), lost.tolist(), strict=True):
+        if is_lost:
+            answers.append(None)
+            continue
         ends = [place for place, token in enumerate(row) if token in generating.ends]
         answers.append(row[: ends[0]] if ends else row)
     return answers

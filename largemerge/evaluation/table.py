@@ -17,12 +17,13 @@ from typing import Any
 from largemerge.calibration.batches import ForwardSignature, Sample
 from largemerge.calibration.columns import MAX_PROBLEMS, Fields, sample_order
 from largemerge.calibration.config import CalibrationConfig, template_columns
+from largemerge.calibration.folders import SPLITS, is_image_folder
 from largemerge.calibration.pretokenized import read_tensors
 from largemerge.calibration.sources import Source, locate_data, open_source
 from largemerge.calibration.tokenizer import TextReader, encode_text, open_text_reader
 from largemerge.config_file import nearest
 from largemerge.errors import CalibrationError, ConfigError, shorten
-from largemerge.evaluation.config import SPLITS, EvaluationConfig, TaskData
+from largemerge.evaluation.config import EvaluationConfig, TaskData
 from largemerge.evaluation.models import ModelFiles
 from largemerge.evaluation.task import Samples
 from largemerge.text_files import brief
@@ -92,17 +93,19 @@ def open_source_of(task: TaskData, config: EvaluationConfig, **fields: Any) -> t
         CalibrationError: If there is none, or it cannot be read.
     """
     settings = task.calibration(config, **fields)
+    folder = Path(settings.data or "").expanduser()
+    if task.split is None and folder.is_dir() and is_image_folder(folder):
+        splits = sorted(each.name for each in folder.iterdir() if each.is_dir() and each.name in SPLITS)
+        if splits:
+            raise CalibrationError(
+                f"task {task.name!r}: {folder}: holds {' and '.join(splits)}, of which all images would be taken; "
+                f"expected one of them, such as {folder / splits[0]}, or 'split: {splits[0]}'"
+            )
     where, path = locate_data(settings, f"task {task.name!r}")
     if path is not None and path.suffix.lower() == ".safetensors":
         raise CalibrationError(f"{where}: ready-made tensors have no labels or texts; expected a table, or images")
     source = open_source(settings, where, path)
     if source.columns == ("image",) and source.folder is not None:
-        splits = sorted(each.name for each in source.folder.iterdir() if each.is_dir() and each.name in SPLITS)
-        if splits:
-            raise CalibrationError(
-                f"{source.where}: holds {' and '.join(splits)}, of which all images would be taken; expected one of "
-                f"them, such as {source.folder / splits[0]}, or 'split: {splits[0]}'"
-            )
         source = _with_folder_labels(source)
     return source, settings
 

@@ -114,17 +114,22 @@ def try_loading(
         except Exception as error:  # configs raise whatever they like
             return LoadingVerdict(not_checked=_first_line(error))
         like = _like_others(tensors) if len(tensors) >= _MANY_TENSORS else {}
-        if like and _loads_as_others(model_class, loaded, tensors, like):
-            return LoadingVerdict(model_class.__name__)
+        if like and (model := _loaded_as_others(model_class, loaded, tensors, like)) is not None:
+            return LoadingVerdict(model_class.__name__, body=_body_of(model))
         try:
             model, info = _load(model_class, loaded, tensors)
         except Exception as error:  # so do models
             return LoadingVerdict(model_class.__name__, error=_first_line(error))
     mismatched = {name: (tuple(found), tuple(wanted)) for name, found, wanted in sorted(info["mismatched_keys"])}
     missing, unexpected = tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
-    told, prefix = "\n".join(info["error_msgs"]), f"{model_class.base_model_prefix}."
-    body = prefix if any(name.startswith(prefix) for name, _ in model.named_parameters()) else ""
-    return LoadingVerdict(model_class.__name__, missing, unexpected, mismatched, told, body)
+    told = "\n".join(info["error_msgs"])
+    return LoadingVerdict(model_class.__name__, missing, unexpected, mismatched, told, _body_of(model))
+
+
+def _body_of(model: Any) -> str:
+    """What names of the body begin with; empty where the class has no heads."""
+    prefix = f"{model.base_model_prefix}."
+    return prefix if any(name.startswith(prefix) for name, _ in model.named_parameters()) else ""
 
 
 def _load(model_class: Any, config: Any, tensors: Mapping[str, SizedTensor]) -> tuple[Any, dict[str, Any]]:
@@ -172,10 +177,10 @@ def _like_others(tensors: Mapping[str, SizedTensor]) -> dict[str, str]:
     return {layer: first for first, *between in alike for layer in between[:-1]}
 
 
-def _loads_as_others(
+def _loaded_as_others(
     model_class: Any, config: Any, tensors: Mapping[str, SizedTensor], like: Mapping[str, str]
-) -> bool:
-    """Whether a checkpoint loads with nothing to be said, as far as it does without layers that are like others.
+) -> Any | None:
+    """Loads a checkpoint without layers that are like others, and says whether there is nothing to be said of all.
 
     Transformers takes a quarter of a millisecond for a tensor, and more for one of an expert.
 
@@ -186,8 +191,8 @@ def _loads_as_others(
         like: Layers to leave out, and those that stand for them.
 
     Returns:
-        True if all of the model is loaded but as many layers of these numbers, and if these are in the class like those
-        that stand for them. False if it is not known: the whole of it has to be loaded, then.
+        The model, if all of it is loaded but as many layers of these numbers, and if these are in the class like those
+        that stand for them. `None` if it is not known: the whole of it has to be loaded, then.
     """
     sample = {
         name: tensor
@@ -197,9 +202,9 @@ def _loads_as_others(
     try:
         model, info = _load(model_class, config, sample)
     except Exception:  # told when the whole is loaded
-        return False
+        return None
     if info["unexpected_keys"] or info["mismatched_keys"] or info["error_msgs"]:
-        return False
+        return None
     missing, layers = set(info["missing_keys"]), _layers(model.state_dict())
     absent = [layer for layer, members in layers.items() if all(f"{layer}{name}" in missing for name in members)]
     numbers = {_stack_and_number(layer)[1]: _stack_and_number(other)[1] for layer, other in like.items()}
@@ -207,11 +212,11 @@ def _loads_as_others(
         stack, number = _stack_and_number(layer)
         other = f"{stack}.{numbers.get(number)}"
         if other in absent or layers.get(other) != layers[layer]:
-            return False
+            return None
     left_out = sorted(_stack_and_number(layer)[1] for layer in like)
-    return sorted(_stack_and_number(layer)[1] for layer in absent) == left_out and sum(
-        len(layers[layer]) for layer in absent
-    ) == len(missing)
+    if sorted(_stack_and_number(layer)[1] for layer in absent) != left_out:
+        return None
+    return model if sum(len(layers[layer]) for layer in absent) == len(missing) else None
 
 
 def check_loads(

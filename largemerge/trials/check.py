@@ -167,7 +167,34 @@ def check_comparison(
         folder.check()
     mistakes.tell()
     assert compared is not None and tasks is not None and objective is not None
+    if not several_processes():  # each of which would plan for itself alone
+        _check_possible(trials, device, memory)
     return Checked(compared, folder, trials, tasks, models, memory, taken, objective)
+
+
+def _check_possible(trials: Sequence[Trial | Search], device: str, memory: Memory) -> None:
+    """Plans one trial by each method; where some are possible, others may fail, and lose no result.
+
+    Raises:
+        ConfigError: If none of them can be merged, with the reasons.
+    """
+    first: dict[str, Trial] = {}
+    for each in trials:
+        trial = each if isinstance(each, Trial) else each.ends[0]
+        first.setdefault(trial.method, trial)
+    problems: list[str] = []
+    for trial in first.values():
+        try:
+            own = tuple(api.plan(trial.raw, device=device, probe=False, memory=memory).problems)
+        except SystemFailure:
+            raise
+        except LargemergeError as error:
+            own = error.problems
+        if not own:
+            return
+        problems += own
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
 
 
 def _memory(given: Memory | Mapping[str, Any] | None, problems: list[str]) -> Memory:

@@ -15,6 +15,7 @@ from largemerge.errors import ConfigError
 from largemerge.evaluation.config import EvaluationConfig, LanguageModelTask, load_evaluation
 from largemerge.regression.config import MergeConfig
 
+_HELD_OUT = ", held out"
 _TEXTS = ("text_field", "text_template", "messages_field", "target_field", "loss_mask_field")
 
 
@@ -45,7 +46,7 @@ def held_out_tasks(config: MergeConfig, num_samples: int = 64, largest: int | No
 
 
 def in_words_of_calibration(problems: Sequence[str], tasks: EvaluationConfig) -> list[str]:
-    """Says of data of which nothing is left what a user has set: the samples of calibration, and not a task's `skip`.
+    """Says what a user has set, who has written no task: the samples of calibration in place of a task's `skip`.
 
     Args:
         problems: What is wrong, as an evaluation tells it.
@@ -59,6 +60,11 @@ def in_words_of_calibration(problems: Sequence[str], tasks: EvaluationConfig) ->
                 problem = (
                     f"{task.data}: calibration draws {task.skip} samples, which uses all of the data and leaves none "
                     "to measure; expected a lower 'num_samples' of calibration, more data, or an EVAL.yaml"
+                )
+            elif problem.startswith(f"task {task.name!r}") and "no output embeddings" in problem:
+                problem = (
+                    f"{task.name.removesuffix(_HELD_OUT)}: no evaluation: calibration data is held out for language "
+                    "models alone; expected an EVAL.yaml"
                 )
         found.append(problem)
     return list(dict.fromkeys(found))
@@ -81,7 +87,7 @@ def _task(name: str, expert: str, calibration: CalibrationConfig, num_samples: i
     settings = {key: value for key in keys if (value := getattr(calibration, key)) is not None}
     drawn = calibration.num_samples
     return {
-        "name": f"{name}, held out",
+        "name": f"{name}{_HELD_OUT}",
         "kind": "language_model",
         "expert": expert,
         "skip": drawn,

@@ -23,6 +23,8 @@ from largemerge.calibration.folders import IMAGE_SUFFIXES, folder_notes, list_im
 from largemerge.calibration.sources import locate_data, open_source
 from largemerge.errors import CalibrationError
 
+SPLIT = {"train": ["a.png", "b.png"], "test": ["c.png"]}
+
 
 @pytest.fixture
 def open_data(make_config):
@@ -220,6 +222,25 @@ def test_bad_json_line(complaint, write):
 )
 def test_unreadable_files(complaint, write, name, content, expected):
     assert expected in complaint(write(name, content))
+
+
+def test_a_split_of_a_folder_of_images_is_a_folder_in_it(open_data, complaint, tmp_path):
+    for place in ("train/cat/a.png", "train/dog/b.png", "test/cat/c.png"):
+        (tmp_path / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / place)
+    (tmp_path / "images" / "LICENSE").write_text("free")
+    found = {split: [row["image"] for row in rows_of(open_data(tmp_path / "images", split=split))] for split in SPLIT}
+    assert {split: [Path(each).name for each in images] for split, images in found.items()} == SPLIT
+    assert found["train"] == [row["image"] for row in rows_of(open_data(tmp_path / "images"))]
+    told = complaint(tmp_path / "images", split="validation")
+    assert told.endswith("split: 'validation' is none of the folder's splits; expected one of test, train")
+
+
+def test_folders_of_labels_are_no_splits(open_data, tmp_path):
+    for place in ("train/a.png", "plane/b.png"):
+        (tmp_path / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / place)
+    assert len(rows_of(open_data(tmp_path / "images"))) == 2
 
 
 def test_split_that_is_not_there(complaint, write):

@@ -151,6 +151,25 @@ def test_answers_are_chosen_by_likelihood(tmp_path: Path, way: str, form: str) -
     assert score.metrics["accuracy_by_length"] == pytest.approx(expected)
 
 
+def test_blanks_at_the_end_of_a_prompt_count_to_the_answer(tmp_path: Path) -> None:
+    model = write_language_model(tmp_path / "model")
+    fast = tokenizer()
+    choices = ["models", "print", "the", "merging", "weights", "of"]
+
+    def likeliest(prompt: str, between: str) -> int:
+        first, scores = len(fast(prompt)["input_ids"]), []
+        for choice in choices:
+            ids = torch.tensor(fast(f"{prompt}{between}{choice}")["input_ids"])
+            scores.append(-plain_loss(model, ids, torch.where(torch.arange(len(ids)) >= first, ids, -100))[0])
+        return int(np.argmax(scores))
+
+    right = [likeliest(text, "\n  ") for text in TEXTS]
+    assert right != [likeliest(text, "") for text in TEXTS], "blanks matter to this model"
+    data = write_jsonl(tmp_path / "d.jsonl", [{"q": text, "a": own} for text, own in zip(TEXTS, right, strict=True)])
+    task = {"kind": "multiple_choice", "data": data, "prompt": "{q}\n  ", "choices": choices, "answer_field": "a"}
+    assert run({**task, "separator": ""}, tmp_path / "model", "whole").value == 1.0
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_answers_are_written_as_transformers_writes_them(tmp_path: Path, way: str) -> None:
     model = write_language_model(tmp_path / "model")

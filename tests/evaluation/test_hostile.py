@@ -212,8 +212,8 @@ def test_splits_are_found_or_asked_for(tmp_path: Path) -> None:
     found = evaluate({**task, "split": "test"}, tmp_path / "clip")
     assert not found.problems and found.score("clip", "task").num_samples == 2
     (tmp_path / "images" / "extra").mkdir()
-    for split, said in {"extra": f"and name the folder {tmp_path / 'images' / 'extra'}", "val": "remove it$"}.items():
-        with pytest.raises(largemerge.LargemergeError, match=f"split: '{split}', but only datasets have .*{said}"):
+    for split, said in {"extra": f"and name the folder {tmp_path / 'images' / 'extra'}", "val": "test, train$"}.items():
+        with pytest.raises(largemerge.LargemergeError, match=f"'{split}' is none of the folder's splits; .*{said}"):
             evaluate({**task, "split": split}, tmp_path / "clip")
 
 

@@ -326,6 +326,7 @@ def test_a_task_that_fails_loses_no_other_ones_result(tmp_path: Path, family: Pa
     found = largemerge.evaluate(config, [tmp_path / "clip"])
     failed, fine = (found.score("clip", name) for name in ("bad", "good"))
     assert "2.png" in failed.error and failed.value is None
+    assert "task 'bad'" not in failed.error, "whose it is stands before it"
     assert fine.num_samples == 6 and not fine.error
     assert len(found.problems) == 1
     assert "failed" in found.rows()[1][0]
@@ -339,6 +340,33 @@ def test_classes_of_another_number_than_the_labels_are_refused(tmp_path: Path) -
     task = {"name": "t", "kind": "zero_shot", "data": data, "classes": str(classes)}
     with pytest.raises(largemerge.LargemergeError, match="'label' is 'cow'; expected 0 to 3, or one of the classes"):
         largemerge.evaluate({"tasks": [task]}, [tmp_path / "clip"])
+
+
+@pytest.mark.parametrize("host", [None, "1MiB"])
+def test_answers_of_what_is_not_finite_are_no_score(family: Path, host: str | None) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(family / "math")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(family / "math")
+    data = write_jsonl(family / "q.jsonl", [{"text": text, "answer": "print"} for text in TEXTS[:3]])
+    own = {"data": data, "prompt": "{text}", "answer_field": "answer"}
+    kinds = [{"kind": "multiple_choice", "choices": ["print", "the"]}, {"kind": "generation", "max_new_tokens": 2}]
+    config: dict[str, Any] = {"tasks": [{"name": each["kind"], **own, **each} for each in kinds]}
+    config |= {"memory": {"host": host}} if host is not None else {}
+    found = largemerge.evaluate(config, [family / "math", family / "code"])
+    for each in kinds:
+        assert "not finite" in found.score("math", each["kind"]).error, each
+        assert found.score("code", each["kind"]).value is not None and not found.score("code", each["kind"]).error
+
+
+def test_an_earlier_evaluation_is_not_replaced_unasked(family: Path) -> None:
+    (family / "found").mkdir()
+    (family / "found" / "evaluation.csv").write_text("precious")
+    with pytest.raises(largemerge.ConfigError, match="which would be replaced; expected another folder"):
+        largemerge.evaluate(tasks(family), family / "math", out=family / "found")
+    assert (family / "found" / "evaluation.csv").read_text() == "precious"
+    found = largemerge.evaluate(tasks(family), family / "math", out=family / "found", force=True, limit=1)
+    assert (family / "found" / "evaluation.csv").read_text() == found.csv()
 
 
 def test_what_is_not_finite_is_no_score(family: Path) -> None:

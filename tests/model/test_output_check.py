@@ -129,7 +129,7 @@ def test_layers_that_are_like_others_need_not_be_loaded(
         whole = try_loading(checkpoint.config, given)
         monkeypatch.setattr(output_check, "_MANY_TENSORS", 0)
         loaded.clear()
-        assert replace(try_loading(checkpoint.config, given), body=whole.body) == whole, how
+        assert try_loading(checkpoint.config, given) == whole, how
         assert whole.is_clean == (how == "whole"), how
         assert (len(loaded) == 1) == whole.is_clean and loaded[0] < len(given), how
         monkeypatch.undo()

@@ -28,6 +28,7 @@ from largemerge.evaluation.prepare import prepare
 from largemerge.evaluation.results import EvaluatedModel
 from largemerge.model.signature import forward_signature
 from largemerge.regression.config import load_config
+from largemerge.trials import run
 from largemerge.trials.held_out import held_out_tasks
 from largemerge.trials.make import Trial, check_compared, choose_methods, make_trials
 from largemerge.trials.objective import Objective, choose_objective
@@ -268,6 +269,20 @@ def test_one_failing_trial_loses_no_other(config: dict[str, Any], tmp_path: Path
     config["models"] = [each | {"parameters": {"weight": 1.0}} for each in config["models"]]
     with pytest.raises(largemerge.ConfigError, match="fisher"):
         largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", **arguments)
+
+
+def test_what_no_method_can_merge_is_told_before_anything_is_measured(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "evaluate_models", None)
+    file = Path(config["models"][1]["model"]) / "config.json"
+    settings = json.loads(file.read_text())
+    with pytest.raises(largemerge.LargemergeError, match="even the smallest placement"):
+        largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", memory=largemerge.Memory(host="1MiB"))
+    file.write_text(json.dumps(settings | {"hidden_act": "gelu"}))
+    with pytest.raises(largemerge.LargemergeError, match="hidden_act"):
+        largemerge.compare(config, evaluation(tmp_path), out=tmp_path / "out", methods=["linear", "regmean"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_compares(config: dict[str, Any], tmp_path: Path) -> None:
