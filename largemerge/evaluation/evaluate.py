@@ -40,6 +40,7 @@ from largemerge.evaluation.task import Columns, FirstPass, Prepared, Record, Sam
 from largemerge.machine import free_on_gpu, machine, memory_in_use, versions
 from largemerge.progress import RunProgress
 from largemerge.text_files import first_line
+from largemerge.units import gib
 
 _OVERHEAD = 1.1
 """Weights in memory take a little more than their bytes."""
@@ -92,7 +93,7 @@ def evaluate_models(
             versions=versions_of(config.tasks),
             machine=machine(target),
             seconds=time.perf_counter() - start,
-            notes=(*prepared.notes, *run.notes),
+            notes=(*prepared.notes, *_limit_notes(config, limits), *run.notes),
         )
 
 
@@ -127,6 +128,17 @@ def _limits(config: EvaluationConfig, device: torch.device, ranks: Ranks) -> Lim
         on_gpu = int(free_on_gpu(device, ranks.local_size) * _SHARE_OF_FREE)
         room = memory.device if memory.device is not None else on_gpu
     return Limits(device, room, host_room, Path(memory.disk or tempfile.gettempdir()))
+
+
+def _limit_notes(config: EvaluationConfig, limits: Limits) -> list[str]:
+    """Notes on a limit that the process is above already, before it has read a model."""
+    limit = config.memory.host
+    if limit is None or limits.host_bytes:
+        return []
+    return [
+        f"memory.host is {gib(limit)}, and Python with its libraries holds more than that; models are run block by "
+        "block, in as little beside it as goes"
+    ]
 
 
 @dataclass

@@ -354,6 +354,7 @@ def test_answers_of_what_is_not_finite_are_no_score(family: Path, host: str | No
     config: dict[str, Any] = {"tasks": [{"name": each["kind"], **own, **each} for each in kinds]}
     config |= {"memory": {"host": host}} if host is not None else {}
     found = largemerge.evaluate(config, [family / "math", family / "code"])
+    assert any("holds more than that" in note for note in found.notes) == (host is not None)
     for each in kinds:
         assert "not finite" in found.score("math", each["kind"]).error, each
         assert found.score("code", each["kind"]).value is not None and not found.score("code", each["kind"]).error
