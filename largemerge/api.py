@@ -19,7 +19,7 @@ from largemerge.config_file import check_source, read_documents, shown, size_in_
 from largemerge.data_free.config import DataFreeConfig, Documents, load_data_free
 from largemerge.data_free.curriculum import expand_curricula
 from largemerge.distributed.launcher import own_rank, several_processes
-from largemerge.errors import ConfigError, OutputError, explain_failures
+from largemerge.errors import ConfigError, LargemergeError, OutputError, SystemFailure, explain_failures
 from largemerge.regression.config import MergeConfig, load_config
 from largemerge.regression.methods import METHODS as REGRESSION_METHODS
 
@@ -397,8 +397,23 @@ def _checked_evaluation(
     models, base = models_of(config)
     if base is not None and loaded.base is None:
         loaded = loaded.model_copy(update={"base": base})
-    prepare(loaded, models)
+    try:
+        prepare(loaded, models)
+    except ConfigError as error:  # what the merge itself says of its models comes first
+        raise ConfigError(*plan_problems(config, memory=memory), *error.problems) from None
     return loaded, models
+
+
+def plan_problems(config: Source, *, device: str = "auto", memory: Memory | None = None) -> tuple[str, ...]:
+    """Plans a merge, and returns why it is impossible; under a launcher nothing, for ranks plan together."""
+    if several_processes():
+        return ()
+    try:
+        return tuple(plan(config, device=device, probe=False, memory=memory).problems)
+    except SystemFailure:
+        raise
+    except LargemergeError as error:
+        return error.problems
 
 
 def models_of(config: Config) -> tuple[list[EvaluatedModel], str | None]:

@@ -167,8 +167,7 @@ def check_comparison(
         folder.check()
     mistakes.tell()
     assert compared is not None and tasks is not None and objective is not None
-    if not several_processes():  # each of which would plan for itself alone
-        _check_possible(trials, device, memory)
+    _check_possible(trials, device, memory)
     return Checked(compared, folder, trials, tasks, models, memory, taken, objective)
 
 
@@ -184,12 +183,7 @@ def _check_possible(trials: Sequence[Trial | Search], device: str, memory: Memor
         first.setdefault(trial.method, trial)
     problems: list[str] = []
     for trial in first.values():
-        try:
-            own = tuple(api.plan(trial.raw, device=device, probe=False, memory=memory).problems)
-        except SystemFailure:
-            raise
-        except LargemergeError as error:
-            own = error.problems
+        own = api.plan_problems(trial.raw, device=device, memory=memory)
         if not own:
             return
         problems += own

@@ -188,6 +188,16 @@ def test_a_merge_may_be_evaluated_on_a_few_samples(family: Path) -> None:
     assert {score.num_samples for score in seen[0].scores} == {2}
 
 
+def test_models_that_cannot_be_merged_are_told_before_what_cannot_be_measured(family: Path) -> None:
+    write_bert(family / "bert", 2)
+    config = LINEAR | {"models": [{"model": str(family / name)} for name in ("math", "bert")]}
+    with pytest.raises(largemerge.LargemergeError) as caught:
+        largemerge.merge(config, family / "merged", evaluate=tasks(family))
+    assert any("no output embeddings" in problem for problem in caught.value.problems[1:])
+    assert "bert" in caught.value.problems[0] and not caught.value.problems[0].startswith("task")
+    assert not (family / "merged").exists()
+
+
 def test_published_averages_stand_below_those_that_are_found(family: Path) -> None:
     answers = [{"text": TEXTS[0], "answer": 0}, {"text": TEXTS[0], "answer": 1}, {"text": TEXTS[5], "answer": 0}]
     choices = {"kind": "multiple_choice", "prompt": "{text}", "choices": ["print", "the"], "answer_field": "answer"}
