@@ -533,19 +533,17 @@ def evaluate(
     """
     from largemerge.evaluation.config import load_evaluation
     from largemerge.evaluation.evaluate import evaluate_models
-    from largemerge.evaluation.page import EVALUATION_FILES
+    from largemerge.evaluation.page import written_before
     from largemerge.evaluation.prepare import name_models
 
     given = {"device": device, "quiet": quiet, "memory": memory, "limit": limit, "force": force}
     problems = list(argument_problems(given))
     if out is not None and (not _is_path(out) or (Path(out).exists() and not Path(out).is_dir())):
         problems.append(f"--out {shown(str(out))}: expected a folder, new or not")
-    elif out is not None and force is False:
-        there = [name for name in EVALUATION_FILES if os.path.lexists(Path(out) / name)]
-        if there:
-            problems.append(
-                f"--out {out}: holds {', '.join(there)}, which would be replaced; expected another folder, or --force"
-            )
+    elif out is not None and force is False and (there := written_before(Path(out))):
+        problems.append(
+            f"--out {out}: holds {', '.join(there)}, which would be replaced; expected another folder, or --force"
+        )
     try:
         resolved = load_evaluation(config)
     except ConfigError as error:

@@ -60,8 +60,10 @@ def image_splits(path: Path) -> list[str]:
     """Lists the splits of a folder of images: the folders in it, where all that hold images are called like splits."""
     if not is_image_folder(path):
         return []
-    tops = {image.relative_to(path).parts[0] for image in _images_under(path)}
-    return sorted(tops) if tops <= SPLITS and all((path / top).is_dir() for top in tops) else []
+    beside = [each for each in path.iterdir() if not each.name.startswith(".")]
+    folders = [each.name for each in beside if each.is_dir() and any(_images_under(each))]
+    has_images = any(each.suffix.lower() in IMAGE_SUFFIXES and each.is_file() for each in beside)
+    return sorted(folders) if SPLITS.issuperset(folders) and not has_images else []
 
 
 def folder_notes(path: Path | None, where: str) -> tuple[str, ...]:

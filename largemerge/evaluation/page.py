@@ -5,6 +5,7 @@ The sections are for other pages, too, such as that of a merge.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,7 @@ from largemerge.pages.page import Cell, ChartPart, NotePart, Page, Section, Tabl
 from largemerge.text_files import json_text
 from largemerge.units import counted, duration
 
-EVALUATION_FILES = ("evaluation.json", "evaluation.csv", "evaluation.html")
-"""What `write_evaluation` writes."""
+_FILES = ("evaluation.json", "evaluation.csv", "evaluation.html")
 _FEWEST_SPOKES = 3
 _MOST_EXPERTS = 3
 _EACH_EXPERT = "each expert at its own task"
@@ -33,9 +33,14 @@ def evaluation_page(evaluation: Evaluation) -> str:
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Writes `evaluation.json`, `.csv` and `.html` into a folder, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "evaluation.json", json_text(evaluation.to_json(), indent=2) + "\n")
-    write_atomically(folder / "evaluation.csv", evaluation.csv())
-    write_atomically(folder / "evaluation.html", evaluation_page(evaluation))
+    texts = (json_text(evaluation.to_json(), indent=2) + "\n", evaluation.csv(), evaluation_page(evaluation))
+    for name, text in zip(_FILES, texts, strict=True):
+        write_atomically(folder / name, text)
+
+
+def written_before(folder: Path) -> list[str]:
+    """Lists what lies in a folder under the names of the files that `write_evaluation` writes."""
+    return [name for name in _FILES if os.path.lexists(folder / name)]
 
 
 def evaluation_sections(evaluation: Evaluation) -> Iterator[Section]:
