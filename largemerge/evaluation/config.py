@@ -76,10 +76,12 @@ class TaskData(Strict):
             defaults: The evaluation, whose numbers stand for those that the task does not set.
             fields: Names of columns, and what else is said of texts.
         """
+        inside = _folder_of_split(self.data, self.split)
+        data, split = (self.data, self.split or _default_split(self.data)) if inside is None else (inside, "train")
         return CalibrationConfig(
-            data=self.data,
+            data=data,
             subset=self.subset,
-            split=self.split or _default_split(self.data),
+            split=split,
             only=self.only,
             num_samples=min(LARGEST_COUNT, self.skip + (self.num_samples or defaults.num_samples or LARGEST_COUNT)),
             batch_size=self.batch_size or defaults.batch_size,
@@ -87,6 +89,20 @@ class TaskData(Strict):
             seed=defaults.seed if self.seed is None else self.seed,
             **fields,
         )
+
+
+def _folder_of_split(data: str, split: str | None) -> str | None:
+    """The folder that is a split of a folder of images, whatever lies beside it, for here it is named.
+
+    Returns:
+        The folder; `None` where no split is named, or there is no such folder.
+    """
+    from largemerge.calibration.folders import SPLITS, is_image_folder
+
+    folder = Path(data)
+    if split not in SPLITS or not is_image_folder(folder) or not is_image_folder(folder / split):
+        return None
+    return str(folder / split)
 
 
 def _default_split(data: str) -> str:

@@ -211,6 +211,10 @@ def test_splits_are_found_or_asked_for(tmp_path: Path) -> None:
     (tmp_path / "images" / "train" / "extra.png").write_bytes(b"no image, but of another split")
     found = evaluate({**task, "split": "test"}, tmp_path / "clip")
     assert not found.problems and found.score("clip", "task").num_samples == 2
+    write_images(tmp_path / "beside" / "test", ["0", "1"], 1)
+    write_images(tmp_path / "beside" / "extra", ["0", "1"], 1)
+    beside = evaluate({**task, "data": str(tmp_path / "beside"), "split": "test"}, tmp_path / "clip")
+    assert not beside.problems and beside.score("clip", "task").num_samples == 2
     (tmp_path / "images" / "extra").mkdir()
     for split, said in {"extra": f"and name the folder {tmp_path / 'images' / 'extra'}", "val": "test, train$"}.items():
         with pytest.raises(largemerge.LargemergeError, match=f"'{split}' is none of the folder's splits; .*{said}"):
